@@ -132,7 +132,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
                 titles = ((name, number) for number, (name, _) in enumerate(chunk, start=first))
                 for name, number in titles:
                     texts[name] = SourceTexts((("title", f"Lamp {number}"), ("tags", "brass, desk, green")))
-            yield chunk
+            yield SampleBatch.of(chunk)
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731

@@ -14,11 +14,11 @@ from typing import Any
 
 from pipeline.config import Config, resolve
 from pipeline.inference.engines import choose_engine
-from pipeline.inference.requests import build_requests
+from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_deck, draw_sample
 from pipeline.stages.source import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
-from pipeline.types import Request, Sample
+from pipeline.types import Request, Sample, SampleBatch
 from tests.scene_data import score_annotations, score_decks
 
 REWORDED_SYSTEM = (
@@ -58,7 +58,8 @@ def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        built = [r for sample in chunk for r in build_requests(sample.id, sample.images, config, choice.revision)]
+        built = [r for sample in chunk for r in build_requests(sample.id, config, choice.revision)]
+        built = with_images(built, SampleBatch.of((sample.id, sample.images) for sample in chunk))
         return [reword(request) if reworded else request for request in built]
 
     engine = choice.make()

@@ -25,6 +25,7 @@ from pipeline.config import Config, resolve
 from pipeline.images.clip import TINY_CLIP, ClipScorer
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import choose_engine
+from pipeline.inference.requests import with_images
 from pipeline.inference.verification import build_check, checks_of
 from pipeline.run import generate_dataset
 from pipeline.scenes.claims import extract_claims
@@ -33,7 +34,7 @@ from pipeline.scenes.score import parse_scene
 from pipeline.scenes.text import STYLES, answer, caption, phrases
 from pipeline.tables import CHECK
 from pipeline.tasks.replies import parse_reply
-from pipeline.types import Request
+from pipeline.types import Request, SampleBatch
 from tests.scene_data import score_annotations
 from tests.stage_runs import verify_rows
 
@@ -111,11 +112,11 @@ def ask_again(
     """Return the checks of each row with their answers, as tables.CHECK; `images` are the pages of each sample."""
     choice = choose_engine(config)
     named = [
-        [(c, build_check(c, row["sample_id"], images[row["sample_id"]], config, choice.revision)) for c in checks]
+        [(c, build_check(c, row["sample_id"], config, choice.revision)) for c in checks]
         for row, checks in ((row, checks_of(row, config.verify)) for row in rows)
     ]
     distinct: dict[str, Request] = {request.id: request for row_checks in named for _, request in row_checks}
-    requests = list(distinct.values())
+    requests = with_images(list(distinct.values()), SampleBatch.of(images.items()))
     work = Rounds(requests[start : start + AT_ONCE] for start in range(0, len(requests), AT_ONCE))
     answers: dict[str, str | None] = {}
     for replies in choice.make().ask(work):

@@ -29,11 +29,11 @@ from pipeline.inference.client import Client
 from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.requests import build_requests
+from pipeline.inference.requests import build_requests, with_images
 from pipeline.inference.vllm_server import Server
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
-from pipeline.types import Request, SampleInfo
+from pipeline.types import Request, SampleBatch, SampleInfo
 
 IMAGE_TOKENS = 256
 SIDE_PX = 448
@@ -73,7 +73,7 @@ async def ask_bare(url: str, model: str, requests: list[Request], concurrency: i
 def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> None:
     """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
-        chunks = iter([images[start : start + 64] for start in range(0, len(images), 64)])
+        chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
         for _ in ask_about(chunks, config, client.revision, lambda: client, journal, RequestStats()):
             pass
         list(read_annotations([[SampleInfo(name, 1) for name, _ in images]], config, client.revision, journal))
@@ -116,7 +116,8 @@ def compare(
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (client_name == "synth"), count)
-            requests = [r for sample_id, pages in images for r in build_requests(sample_id, pages, config, client.revision)]
+            requests = [r for sample_id, _ in images for r in build_requests(sample_id, config, client.revision)]
+            requests = with_images(requests, SampleBatch.of(images))
             started = time.perf_counter()
             if client_name == "bare":
                 asyncio.run(ask_bare(f"{root}/v1", client.model, requests, concurrency))

@@ -148,7 +148,7 @@ def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal
     """Return whether the journal has replies to all that can be asked about a sample by the results that are there."""
     results = read_results(sample.id, config, revision, journal, sample.context)
     asked = requests_about(config, source_texts(as_row(sample), config))
-    requests = build_requests(sample.id, (), config, revision, sample.context, results, asked)
+    requests = build_requests(sample.id, config, revision, sample.context, results, asked)
     return all(journal.last(request.id) for request in requests)
 
 

@@ -31,7 +31,7 @@ from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
 from pipeline.text.values import in_short
-from pipeline.types import Rejected, Request, Sample
+from pipeline.types import Rejected, Request, Sample, SampleBatch
 
 THUMBNAIL_BYTES = 40_000
 
@@ -131,7 +131,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         Journal(folder.journal) as journal,
         open_engine(lambda: choice) as start,
     ):
-        chunk = [(sample.id, sample.images) for sample in samples.values()]
+        chunk = SampleBatch.of((sample.id, sample.images) for sample in samples.values())
         texts = {sample.id: source_texts(as_row(sample), config) for sample in samples.values()}
         for round_number in range(len(rounds(config))):
             for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, texts, round_number):
@@ -175,7 +175,7 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
 def _requests_of(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Request]:
     results = read_results(sample.id, config, revision, journal, sample.context)
     asked = requests_about(config, source_texts(as_row(sample), config))
-    return list(build_requests(sample.id, (), config, revision, sample.context, results, asked))
+    return list(build_requests(sample.id, config, revision, sample.context, results, asked))
 
 
 def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:

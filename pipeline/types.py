@@ -1,6 +1,6 @@
 """The types that sources, engines and executors exchange."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -40,7 +40,18 @@ class Sample:
     page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
 
 
-SampleBatch = Sequence[tuple[str, tuple[bytes, ...]]]  # (sample_id, images) of some samples
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Some samples, whose images are read when they are needed: of a run that goes on, most replies are there."""
+
+    ids: Sequence[str]
+    read_images: Callable[[], Sequence[tuple[bytes, ...]]]  # of each sample
+
+    @classmethod
+    def of(cls, samples: Iterable[tuple[str, tuple[bytes, ...]]]) -> "SampleBatch":
+        """Return a batch of samples whose images are in memory, given by their ids."""
+        ids, images = zip(*samples, strict=True)
+        return cls(ids, lambda: images)
 
 
 class SampleInfo(NamedTuple):
@@ -134,11 +145,20 @@ class Request:
     system: str
     text: str
     schema: str  # of the reply, as JSON
-    images: tuple[bytes, ...]
     sampling: Sampling
+    images: tuple[bytes, ...] = ()  # that the model sees; left out until the request is to be sent
     pages: tuple[int, ...] | None = None  # which of the sample's images these are, counted from 1; None: all of them
     attempt: int = 0
     failed: tuple[str, str] | None = None  # an earlier reply and feedback on it, shown to the model
+
+    @property
+    def shows_image(self) -> bool:
+        """Whether the model sees any image."""
+        return self.pages != ()
+
+    def pages_of(self, images: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Return those of a sample's images that the model sees."""
+        return images if self.pages is None else tuple(images[page - 1] for page in self.pages)
 
     @property
     def shown(self) -> str:

@@ -8,18 +8,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import SplitConfig
+from pipeline.config import Config, SplitConfig
 from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
 from pipeline.images.metadata import REMOVED
+from pipeline.inference.requests import build_requests, with_images
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
 from pipeline.scenes.text import STYLES, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
 from pipeline.storage.files import scratch_folder
 from pipeline.tables import LEDGER, NO_EXTRAS, SAMPLE, Extras
-from pipeline.types import Sample
+from pipeline.types import Request, Sample, SampleBatch
 
 PROVENANCE: dict[str, Any] = {
     "source": {"name": "scenes", "revision": "test"},
@@ -35,6 +36,15 @@ PROVENANCE: dict[str, Any] = {
 
 def scene_samples(count: int, seed: int = 0) -> list[Sample]:
     return [draw_sample(seed, index) for index in range(count)]
+
+
+def batch_of(samples: Iterable[Sample]) -> SampleBatch:
+    return SampleBatch.of((sample.id, sample.images) for sample in samples)
+
+
+def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[Request]:
+    """Return all requests about some samples, with their images."""
+    return with_images([request for name in batch.ids for request in build_requests(name, config, revision)], batch)
 
 
 def sample_table(samples: list[Sample]) -> pa.Table:

@@ -36,9 +36,9 @@ FILES = {
     "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize objects pii questions "
     "reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ allocation augmentation averaging caption_files caption_images captioning chair checkpoint config data
-        distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics optimizer
-        precision presets probing prompts self_critical
+    "trainer": """__init__ allocation augmentation averaging caption_files caption_images captioning chair checkpoint config
+        data distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics
+        optimizer precision presets probing prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,9 +275,17 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 
 
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
-    """Yield the ids and images of all samples, a batch at a time."""
-    for batch in read_samples(shard, ["sample_id", "images"]):
-        yield list(zip(batch["sample_id"].to_pylist(), map(tuple, batch["images"].to_pylist()), strict=True))
+    """Yield all samples, a batch at a time."""
+    file = open_table(shard.stage("source"))
+
+    def read(column: str, group: int) -> list[Any]:
+        return list(file.read_row_group(group, [old_name(column, file.schema_arrow.names)]).column(0).to_pylist())
+
+    def read_images(group: int) -> list[tuple[bytes, ...]]:
+        return list(map(tuple, read("images", group)))
+
+    for group in range(file.num_row_groups):
+        yield SampleBatch(read("sample_id", group), partial(read_images, group))
 
 
 def require_file(path: Path) -> Path:

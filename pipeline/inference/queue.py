@@ -21,6 +21,7 @@ from pipeline.inference.requests import (
     requests_about,
     result_name,
     rounds,
+    with_images,
 )
 from pipeline.tables import ANNOTATION
 from pipeline.tasks import find_task
@@ -29,6 +30,8 @@ from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 
 RESULT_MISSING = "result_missing"  # a task was not asked: another one that it needs has no reply that can be used
+Chunk = tuple[Sequence[Request], SampleBatch]  # requests without images, and the samples that they are about
+NO_SAMPLES = SampleBatch((), tuple)  # of requests that show no image
 TextsById = Mapping[str, SourceTexts]  # by sample id
 NO_TEXTS: TextsById = MappingProxyType({})
 
@@ -71,7 +74,7 @@ class RequestStats:
 class RequestQueue:
     """Requests that still need a reply, chunk by chunk; the types.RequestSource of an engine."""
 
-    def __init__(self, chunks: Iterator[list[Request]], config: Config, journal: Journal, counts: RequestStats) -> None:
+    def __init__(self, chunks: Iterator[Chunk], config: Config, journal: Journal, counts: RequestStats) -> None:
         self._chunks = chunks
         self._attempts = config.generate.max_attempts
         self._own_tasks, self._max_pixels = config.own_tasks, config.generate.max_pixels
@@ -87,12 +90,16 @@ class RequestQueue:
     def has_work(self) -> bool:
         """Return whether a request must be sent; reads no further than the next chunk that has one."""
         while not self._new and not self._retries and (chunk := next(self._chunks, None)) is not None:
-            distinct = {request.id: request for request in chunk}  # a user's prompt may be the same for two styles
-            self._counts.total += len(chunk) - len(distinct)
-            self._counts.done += len(chunk) - len(distinct)
+            requests, samples = chunk
+            distinct = {request.id: request for request in requests}  # a user's prompt may be the same for two styles
+            self._counts.total += len(requests) - len(distinct)
+            self._counts.done += len(requests) - len(distinct)
             for request in distinct.values():
                 assert request.id not in self._open, f"{request.sample_id} is there twice"
                 self._enqueue(request)
+            new = len(self._new)
+            shown = with_images([*self._new, *self._retries], samples)
+            self._new, self._retries = shown[:new], shown[new:]
         return bool(self._new or self._retries)
 
     def take(self) -> list[Request]:
@@ -190,22 +197,22 @@ def ask_about(
     """
     asked = rounds(config)[round_number]
 
-    def requests() -> Iterator[list[Request]]:
-        for chunk in chunks:
+    def requests() -> Iterator[Chunk]:
+        for samples in chunks:
             of_chunk: list[Request] = []
-            for sample_id, images in chunk:
+            for sample_id in samples.ids:
                 of_source = texts.get(sample_id, SourceTexts())
                 results = read_results(sample_id, config, revision, journal, of_source.context) if round_number else NO_RESULTS
                 wanted = requests_about(config, of_source)
                 now = [pair for pair in asked if pair in wanted]
-                of_chunk += build_requests(sample_id, images, config, revision, of_source.context, results, now)
-            yield of_chunk
+                of_chunk += build_requests(sample_id, config, revision, of_source.context, results, now)
+            yield of_chunk, samples
 
     return ask_all(requests(), config, engine, journal, counts)
 
 
 def ask_all(
-    chunks: Iterator[list[Request]], config: Config, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
+    chunks: Iterator[Chunk], config: Config, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
 ) -> Iterator[Engine]:
     """Send requests until each has a usable reply in the journal or `max_attempts` unusable ones; yield as `ask_about` does.
 
@@ -236,7 +243,7 @@ def read_annotations(
             results = read_results(sample_id, config, revision, journal, of_source.context)
             frame = Frame(width_px, height_px, config.generate.max_pixels)
             asked = requests_about(config, of_source)
-            requests = list(build_requests(sample_id, (), config, revision, of_source.context, results, asked))
+            requests = list(build_requests(sample_id, config, revision, of_source.context, results, asked))
             rows += [row | {"pages": pages, "source_split": split} for row in human]
             for request in requests:
                 last = journal.last(request.id)
@@ -253,7 +260,7 @@ def read_results(sample_id: str, config: Config, revision: str, journal: Journal
     results: dict[str, str] = {}
     for asked in rounds(config) if needed else ():
         wanted = [pair for pair in asked if result_name(*pair) in needed]
-        for request in build_requests(sample_id, (), config, revision, context, results, wanted):
+        for request in build_requests(sample_id, config, revision, context, results, wanted):
             if result_name(request.task, request.style) in results:
                 continue  # of several captions, the first that can be used
             last = journal.last(request.id)

@@ -16,7 +16,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.own import build_task
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
 from pipeline.text.language import language_name
-from pipeline.types import Context, Reply, Request, Sampling, SourceTexts
+from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
 
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
 RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
@@ -25,7 +25,6 @@ FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told abo
 
 def build_requests(
     sample_id: str,
-    images: tuple[bytes, ...],
     config: Config,
     revision: str,
     context: Context = (),
@@ -33,6 +32,8 @@ def build_requests(
     asked: Sequence[tuple[str, str]] | None = None,
 ) -> Iterator[Request]:
     """Yield the requests for one sample, in the order of the config's tasks and styles, or of those that are `asked` alone.
+
+    They are without images: see `with_images`.
 
     Prompts may use its `context`, and `results` of other tasks (JSON by name). A task is left out if what it needs is missing,
     or its prompt cannot be rendered with it. Several captions to choose from are several requests (`count_replies`).
@@ -46,7 +47,6 @@ def build_requests(
         generate = with_max_tokens(config.generate, task.max_tokens) if task.max_tokens else config.generate
         values = row | used | _values_of(sample_id, config, task)
         temperature = task.temperature(config.generate)
-        shown = {"images": images} if task.shows_image else {"images": (), "pages": ()}
         for number in range(count_replies(task, config.generate)):
             of_number = {} if number == 0 else {"number": number}
             if number:
@@ -57,9 +57,17 @@ def build_requests(
                 if not task.needs:
                     raise
                 break  # this result does not fit the prompt, which was tried with others
-            without_image = {} if task.shows_image else {"pages": ()}
+            without_image: dict[str, Any] = {} if task.shows_image else {"pages": ()}
             request_id = digest({"image": sample_id, "about": about} | without_image | of_number)
-            yield Request(id=request_id, sample_id=sample_id, style=style, **shown, **fields)
+            yield Request(id=request_id, sample_id=sample_id, style=style, **without_image, **fields)
+
+
+def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
+    """Return requests about samples of a batch with the images that they show; without any, none are read."""
+    if not any(request.shows_image for request in requests):
+        return list(requests)
+    images_of = dict(zip(batch.ids, batch.read_images(), strict=True))
+    return [replace(one, images=one.pages_of(images_of[one.sample_id])) if one.shows_image else one for one in requests]
 
 
 def count_replies(task: Task, generate: GenerateConfig) -> int:

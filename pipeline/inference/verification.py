@@ -78,7 +78,7 @@ def build_claims(caption: str, sample_id: str, config: Config, revision: str) ->
 def _without_image(fields: dict[str, Any], shared_digest: str, sample_id: str, style: str) -> Request:
     """Return a request about a text; its id names no image, so equal texts of several images share one."""
     request_id = digest({"image": None, "pages": (), "about": shared_digest})
-    return Request(id=request_id, sample_id=sample_id, style=style, images=(), pages=(), **fields)
+    return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
 def read_claims(caption: str, config: Config, revision: str, journal: Journal) -> list[Claim]:
@@ -101,17 +101,17 @@ def read_repair(request: Request, journal: Journal) -> str | None:
     return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
 
 
-def build_rating(row: dict[str, Any], images: Sequence[bytes], config: Config, revision: str) -> Request:
+def build_rating(row: dict[str, Any], config: Config, revision: str) -> Request:
     """Return the request for a judge's rating of an annotation; `revision` is the judge's."""
     values = {name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None}
     fields, shared_digest = shared_fields(RATE, 0.0, config.generate, config.seed, revision, **_NOTHING_RATED | values)
     request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
-    return Request(id=request_id, sample_id=row["sample_id"], style="rate", images=tuple(images), **fields)
+    return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)
 
 
 def read_rating(row: dict[str, Any], config: Config, revision: str, journal: Journal) -> dict[str, int | None]:
     """Return the marks of an annotation by part of the rubric; all None if the reply is unusable."""
-    fields, error = read_fields(RATE, _last_reply(build_rating(row, (), config, revision), journal))[0]
+    fields, error = read_fields(RATE, _last_reply(build_rating(row, config, revision), journal))[0]
     is_usable = not error and not find_broken_rule(RATE, fields)
     return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
 
@@ -122,29 +122,28 @@ def _last_reply(request: Request, journal: Journal) -> Reply:
     return last[0]
 
 
-def build_check(check: Check, sample_id: str, images: Sequence[bytes], config: Config, revision: str) -> Request:
-    """Return the request of a check; `images` are those of the sample, or empty if only the request id is needed."""
+def build_check(check: Check, sample_id: str, config: Config, revision: str) -> Request:
+    """Return the request of a check, without images."""
     task, values = (ANSWER, {}) if check.caption is None else (COVERS, {"caption": check.caption})
     fields, shared_digest = shared_fields(task, 0.0, config.generate, config.seed, revision, question=check.question, **values)
-    shown = images if check.pages is None else [images[page - 1] for page in check.pages if images]
     request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
-    return Request(id=request_id, sample_id=sample_id, style=check.kind, images=tuple(shown), pages=check.pages, **fields)
+    return Request(id=request_id, sample_id=sample_id, style=check.kind, pages=check.pages, **fields)
 
 
 def build_all(
-    chunks: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], config: Config, revision: str
-) -> Iterator[list[Request]]:
-    """Yield the requests of all checks of each chunk of samples; a request that several annotations share is yielded once."""
+    batches: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], config: Config, revision: str
+) -> Iterator[tuple[list[Request], SampleBatch]]:
+    """Yield the requests of all checks of each batch of samples; a request that several annotations share is yielded once."""
     built: set[str] = set()
-    for chunk in chunks:
+    for samples in batches:
         new: dict[str, Request] = {}
-        for sample_id, images in chunk:
+        for sample_id in samples.ids:
             for check in checks_of_sample.get(sample_id, ()):
-                request = build_check(check, sample_id, images, config, revision)
+                request = build_check(check, sample_id, config, revision)
                 if request.id not in built:
                     new[request.id] = request
         built |= new.keys()
-        yield list(new.values())
+        yield list(new.values()), samples
 
 
 def read_checks(
@@ -153,7 +152,7 @@ def read_checks(
     """Return the checks of a sample with their answers (tables.CHECK); the answer is None if the reply is unreadable."""
     rows = []
     for check in checks:
-        request = build_check(check, sample_id, (), config, revision)
+        request = build_check(check, sample_id, config, revision)
         read = parse_reply(request, _last_reply(request, journal))[0]
         answer = None if read["reply_error"] else read["answer"]
         rows.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})

@@ -6,18 +6,19 @@ judge rates what there is then. Every reply is journaled, so a run that goes on 
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.images.decode import prepare_image
-from pipeline.inference.engines import open_engine
+from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import ask_all
+from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.verification import (
     Check,
     build_all,
@@ -43,6 +44,9 @@ from pipeline.text.content_keys import content_words
 from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.types import Engine, Request
 
+if TYPE_CHECKING:
+    from pipeline.images.clip import ClipScorer
+
 CHUNK_REQUESTS = 256  # of texts, without images
 COLUMNS = (
     "sample_id", "task", "prompt_id", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages"
@@ -67,16 +71,39 @@ class Subject:
         return text
 
 
-@dataclass(frozen=True, slots=True)
 class Asking:
-    """The shard that is asked about, the settings, and the model."""
+    """Asks about annotations of a shard. As a context it keeps the judge and the CLIP that it has loaded."""
 
-    shard: DatasetDir
-    plan: RunPlan
-    services: Services
+    def __init__(self, shard: DatasetDir, plan: RunPlan, services: Services) -> None:
+        self.shard, self.plan, self.services = shard, plan, services
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Asking":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
+        from pipeline.inference.judge import choose_judge
+
+        judge = choose_judge(self.plan.config, self.plan.revision, self.services.progress)
+        return judge, self._stack.enter_context(open_engine(lambda: judge))
+
+    @cached_property
+    def _scorer(self) -> "ClipScorer":
+        from pipeline.images.clip import TINY_CLIP, ClipScorer
+
+        name = self.plan.config.verify.clip_model
+        usual = TINY_CLIP if find_source(self.plan.config.source).is_drawn else "clip"
+        return ClipScorer(usual if name == "auto" else name)
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[Subject]:
-        """Return the annotations with their checks and scores, in order; values of own tasks that are no text have none."""
+        """Return annotations with their checks and scores, in order; values of own tasks that are no text have none.
+
+        They are all that there are of their samples.
+        """
         config, every = self.plan.config.verify, [Subject(row) for row in rows]
         subjects = [subject for subject in every if subject.row["clean_record"] is None]
         self._check_against_images(subjects)
@@ -193,19 +220,17 @@ class Asking:
 
     def _align(self, subjects: Sequence[Subject]) -> None:
         """Score captions by the cosine of CLIP with their images."""
-        from pipeline.images.clip import TINY_CLIP, ClipScorer
-
-        config = self.plan.config
-        name = config.verify.clip_model
-        scorer = ClipScorer((TINY_CLIP if find_source(config.source).is_drawn else "clip") if name == "auto" else name)
         of_sample: dict[str, list[Subject]] = defaultdict(list)
         for subject in subjects:
             of_sample[subject.row["sample_id"]].append(subject)
         done = 0
         for batch in sample_batches(self.shard):
-            images = [(sample_id, prepare_image(pages[0])) for sample_id, pages in batch if sample_id in of_sample]
+            if of_sample.keys().isdisjoint(batch.ids):
+                continue
+            pages_of = zip(batch.ids, batch.read_images(), strict=True)
+            images = [(sample_id, prepare_image(pages[0])) for sample_id, pages in pages_of if sample_id in of_sample]
             pairs = [(subject, image) for sample_id, image in images for subject in of_sample[sample_id]]
-            cosines = scorer.cosines([image for _, image in pairs], [subject.row["clean_text"] for subject, _ in pairs])
+            cosines = self._scorer.cosines([image for _, image in pairs], [subject.row["clean_text"] for subject, _ in pairs])
             for (subject, _), cosine in zip(pairs, cosines, strict=True):
                 subject.scores["alignment"] = cosine
             done += len(images)
@@ -214,38 +239,35 @@ class Asking:
     def _compare_with_references(self, subjects: Sequence[Subject]) -> None:
         """Score captions by the share of their content words that some caption of the source has, where there is one."""
         of_sample: dict[str, set[str]] = {}
+        wanted = {subject.row["sample_id"] for subject in subjects}
         for batch in read_samples(self.shard, ["sample_id", "references"]):
             for sample_id, texts in zip(batch["sample_id"].to_pylist(), batch["references"].to_pylist(), strict=True):
-                of_sample[sample_id] = {word for text in texts for word in _facts(text)}
+                if sample_id in wanted:
+                    of_sample[sample_id] = {word for text in texts for word in _facts(text)}
         for subject in subjects:
             words, known = _facts(subject.row["clean_text"]), of_sample[subject.row["sample_id"]]
             subject.scores["shared_words"] = len(words & known) / len(words) if words and known else None
 
     def _rate(self, subjects: Sequence[Subject]) -> None:
         """Have a judge rate annotations by its rubric."""
-        from pipeline.inference.judge import choose_judge
-
-        config, progress = self.plan.config, self.services.progress
-        judge = choose_judge(config, self.plan.revision, progress)
+        config = self.plan.config
+        judge, engine = self._judge
         of_sample: dict[str, list[Row]] = defaultdict(list)
         for subject in subjects:
             of_sample[subject.row["sample_id"]].append(subject.row)
 
-        def requests() -> Iterator[list[Request]]:
+        def requests() -> Iterator[Chunk]:
             for batch in sample_batches(self.shard):
                 built = (
-                    build_rating(row, images, config, judge.revision)
-                    for sample_id, images in batch
-                    for row in of_sample.get(sample_id, ())
+                    build_rating(row, config, judge.revision) for sample_id in batch.ids for row in of_sample.get(sample_id, ())
                 )
-                yield list({request.id: request for request in built}.values())
+                yield list({request.id: request for request in built}.values()), batch
 
         def read(journal: Journal) -> None:
             for subject in subjects:
                 subject.scores |= read_rating(subject.row, config, judge.revision, journal)
 
-        with open_engine(lambda: judge) as engine:
-            self._ask("judge", requests(), len(subjects), read, engine)
+        self._ask("judge", requests(), len(subjects), read, engine)
         self._warn_of_unread(sum(subject.scores["form"] is None for subject in subjects), len(subjects), "texts", "unrated")
 
     def _warn_of_unread(self, count: int, total: int, what: str, how: str) -> None:
@@ -255,7 +277,7 @@ class Asking:
     def _ask(
         self,
         name: str,
-        requests: Iterator[list[Request]],
+        requests: Iterator[Chunk],
         total: int,
         read: Callable[[Journal], T],
         engine: Callable[[], Engine] | None = None,
@@ -269,8 +291,10 @@ class Asking:
             return read(journal)
 
 
-def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
-    return iter(lambda: list(islice(requests, CHUNK_REQUESTS)), [])
+def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
+    """Yield requests that show no image in chunks."""
+    for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
+        yield chunk, NO_SAMPLES
 
 
 def _has_false_claim(subject: Subject) -> bool:

@@ -21,6 +21,7 @@ from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
+AT_ONCE_ROWS = 50_000  # annotations whose checks are in memory, at some kilobytes each
 ALIGNMENT = pa.field("alignment", FLOAT64)
 CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), ALIGNMENT, *VERIFIED, pa.field("unrepaired_text", STRING)])
 JUDGED = pa.schema(
@@ -67,13 +68,22 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 
 def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
     """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
-    rows = [row for table in read_batches(path, COLUMNS) for row in table.to_pylist()]
-    subjects = Asking(shard, plan, services).ask_all_checks(rows)
-    first = 0
-    for table in read_batches(path):
-        end = first + table.num_rows
-        yield add_results(table, subjects[first:end])
-        first = end
+    with Asking(shard, plan, services) as asking:
+        for table in _whole_samples(read_batches(path)):
+            yield add_results(table, asking.ask_all_checks(table.select(COLUMNS).to_pylist()))
+
+
+def _whole_samples(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield rows in tables of about AT_ONCE_ROWS that have all rows of their samples, which are adjacent."""
+    held = next(tables)
+    for table in tables:
+        if held.num_rows >= AT_ONCE_ROWS:
+            last = pc.index(held["sample_id"], held["sample_id"][-1]).as_py()  # more of its rows may follow
+            if last:
+                yield held.slice(0, last)
+                held = held.slice(last)
+        held = pa.concat_tables([held, table])
+    yield held
 
 
 def add_results(table: pa.Table, subjects: Sequence[Subject]) -> pa.Table:

@@ -16,7 +16,7 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.types import SampleInfo
 from tests.hostile import bounded_memory, part_of
 from tests.hostile.http import BODIES, Send, chat_answer, response, running_raw, well_behaved
-from tests.scene_data import scene_samples
+from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(2)
 MEMORY_BYTES = 100_000_000
@@ -39,7 +39,7 @@ def ask(folder: Path, url: str, **server: Any) -> list[str | None]:
     config = resolve(
         source="scenes", base_url=[url], tasks=["caption"], generate={"caption_styles": ["brief"]}, server=settings
     )
-    chunk = [(sample.id, sample.images) for sample in SAMPLES]
+    chunk = batch_of(SAMPLES)
     path = folder / "journal" / "local.sqlite"
     with Journal(path) as journal:
         with Client("model", "r", config) as engine:

@@ -20,7 +20,7 @@ from tests.hostile import LONG
 
 CONFIG = resolve(source="scenes", tasks=["caption", "qa"], generate={"caption_styles": ["brief"]})
 SAMPLE = "0" * 64
-REQUESTS: list[Request] = list(build_requests(SAMPLE, (b"image",), CONFIG, "r"))
+REQUESTS: list[Request] = list(build_requests(SAMPLE, CONFIG, "r"))
 CASES = 10_000 if LONG else 400
 
 numbers = st.one_of(

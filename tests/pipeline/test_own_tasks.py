@@ -100,7 +100,7 @@ def test_a_field_of_a_result_wins_over_a_method_of_that_name() -> None:
     config = resolve(source="folder:x", own_tasks=[cart, say])
     check_prompts(config)
     result = {"cart": '{"items": "a bell", "keys": "of brass", "copy": null}'}
-    (request,) = build_requests("0" * 64, (), config, "r", results=result, asked=[("say", "")])
+    (request,) = build_requests("0" * 64, config, "r", results=result, asked=[("say", "")])
     assert request.text.splitlines()[0] == "a bell of brass None"
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_knows_the_language_of_its_task() -> None:
     for language, words in (("de", "German"), ("any", ""), (None, "French")):
         task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}
         config = resolve(source="folder:x", own_tasks=[task], filter={"language": "fr"})
-        (request,) = build_requests("0" * 64, (), config, "r")
+        (request,) = build_requests("0" * 64, config, "r")
         assert request.text.startswith(f"Write in [{words}].")
 
 

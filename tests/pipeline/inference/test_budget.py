@@ -11,9 +11,9 @@ from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, Circu
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about
-from pipeline.types import Reply
+from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.scene_data import scene_samples
+from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(20)
 
@@ -21,7 +21,7 @@ SAMPLES = scene_samples(20)
 def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
     config = resolve(source="scenes", base_url=[chat.url], model="model", server=server)
     stats = RequestStats()
-    chunks = [[(sample.id, sample.images) for sample in SAMPLES[n : n + 5]] for n in range(0, len(SAMPLES), 5)]
+    chunks = [batch_of(SAMPLES[n : n + 5]) for n in range(0, len(SAMPLES), 5)]
     with Journal(path) as journal, Client("model", "r", config) as engine:
         for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, stats):
             pass
@@ -97,7 +97,7 @@ def test_a_server_that_lies_after_its_probe_is_noticed_after_a_hundred_replies(t
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = resolve(source="scenes", base_url=[chat.url], model="model")
         samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(200)]
-        chunks = [samples[n : n + 50] for n in range(0, 200, 50)]
+        chunks = [SampleBatch.of(samples[n : n + 50]) for n in range(0, 200, 50)]
         with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
             with pytest.raises(EngineError, match=r"100 of the last 100 replies cannot be used \(100 not json\).*Sure!"):
                 for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, RequestStats()):

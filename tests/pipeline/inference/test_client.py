@@ -25,7 +25,7 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
-from tests.scene_data import scene_samples
+from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(12)
 ASKED = len(SAMPLES) * 3
@@ -45,7 +45,7 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
     config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
-        chunks = iter([[(sample.id, sample.images) for sample in samples[n : n + 4]] for n in range(0, len(samples), 4)])
+        chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
         for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, "r", journal)
@@ -402,7 +402,7 @@ def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
             lost.append(len(chat.bodies) - self.totals()["replies"])  # requests that a crash at this point would lose
             super().keep(answered)
 
-    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    chunks = iter([batch_of(scene_samples(30))])
     with running_chat(chat):
         config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
         with Watched(tmp_path / "j") as journal, Client("model", "r", config) as client:
@@ -414,7 +414,7 @@ def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
 
 def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     config = resolve(source="scenes", model="model", server={"concurrency": 2})
-    chunks = iter([[(sample.id, sample.images) for sample in scene_samples(30)]])
+    chunks = iter([batch_of(scene_samples(30))])
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
         with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
@@ -446,7 +446,7 @@ def test_a_server_that_is_busy_with_everything_is_reported_again_and_again(
 
     chat = ChatServer(lambda times, body: Act(status=503) if len(warnings) < 2 else None)
     config = resolve(source="scenes", model="model", tasks=["caption"])
-    samples = [(sample.id, sample.images) for sample in scene_samples(2)]
+    samples = batch_of(scene_samples(2))
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
         chat = stack.enter_context(running_chat(chat))
         config = config.model_copy(update={"base_url": (chat.url,)})
@@ -466,7 +466,7 @@ def test_replies_say_how_long_they_took_and_what_they_cost(tmp_path: Path) -> No
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.1))))
         config = config.model_copy(update={"base_url": (chat.url,)})
         asked = stack.enter_context(Client("model", "r", config))
-        samples = [(sample.id, sample.images) for sample in scene_samples(2)]
+        samples = batch_of(scene_samples(2))
         for _ in ask_about(iter([samples]), config, "r", lambda: asked, journal, stats):
             pass
     assert stats.seconds and len(stats.seconds) == 4 and min(stats.seconds.values()) >= 0.1
@@ -528,7 +528,7 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
                 signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(Client, "_done", interrupt)
-        chunks = iter([[(sample.id, sample.images) for sample in SAMPLES]])
+        chunks = iter([batch_of(SAMPLES)])
         with pytest.raises(KeyboardInterrupt):
             for _ in ask_about(chunks, config, "r", lambda: asking, journal, RequestStats()):
                 pass

@@ -16,7 +16,7 @@ from pipeline.inference.requests import build_requests
 from pipeline.storage.files import translate_disk_errors
 from pipeline.types import UNANSWERED, Reply, Request
 
-REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
+REQUESTS = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
 
 
 def reply_to(number: int) -> Reply:

@@ -21,7 +21,7 @@ from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.notes import Notes
-from tests.scene_data import scene_samples
+from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(10)
 LEFT_OUT = {
@@ -48,7 +48,7 @@ def ask(path: Path, chat: ChatServer, **server: Any) -> tuple[list[str | None], 
     config = resolve(source="scenes", base_url=[chat.url], model="model", server={"concurrency": 4, **server})
     name, revision = find_model(config)
     with Journal(path) as journal, ExitStack() as stack:
-        chunks = iter([[(sample.id, sample.images) for sample in SAMPLES]])
+        chunks = iter([batch_of(SAMPLES)])
         engine = lambda: stack.enter_context(Client(name, revision, config, progress=notes))  # noqa: E731
         for _ in ask_about(chunks, config, revision, engine, journal, RequestStats()):
             pass
@@ -179,7 +179,7 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
             "endpoints": {f"{second.url}/": own},
         }
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
-        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        chunks = iter([batch_of(scene_samples(60))])
         with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
             for _ in ask_about(chunks, config, "r", lambda: engine, journal, RequestStats()):
                 pass
@@ -199,7 +199,7 @@ def test_a_server_with_a_pace_gets_what_it_may_answer_and_holds_up_nobody(tmp_pa
     with running_chat(ChatServer(slow)) as paced, running_chat(ChatServer(slow)) as free:
         server = {"concurrency": 16, "endpoints": {paced.url: {"requests_per_minute": 60}}}
         config = resolve(source="scenes", base_url=[paced.url, free.url], model="model", server=server)
-        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        chunks = iter([batch_of(scene_samples(60))])
         with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
             for _ in ask_about(chunks, config, "r", lambda: engine, journal, RequestStats()):
                 pass
@@ -317,7 +317,7 @@ def test_a_server_that_was_down_at_first_is_learned_when_it_comes(tmp_path: Path
     config = resolve(source="scenes", base_url=[second.url], model="model", server={"concurrency": 4})
     with running_chat(first), ExitStack() as stack, Journal(tmp_path / "j") as journal:
         config = config.model_copy(update={"base_url": (first.url, second.url)})
-        chunks = iter([[(sample.id, sample.images) for sample in scene_samples(60)]])
+        chunks = iter([batch_of(scene_samples(60))])
         started = False
         engine = lambda: stack.enter_context(Client("model", "r", config))  # noqa: E731
         for _ in ask_about(chunks, config, "r", engine, journal, RequestStats()):

@@ -8,15 +8,19 @@ import pytest
 from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import groups
 from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
+from tests.scene_data import requests_to_send
 
-IMAGES: SampleBatch = [(f"{n:064x}", (b"image",)) for n in range(6)]
+IDS = [f"{n:064x}" for n in range(6)]
 REPLIES = {
     "caption": '{"caption":"A ring."}',
     "qa": '{"qa":[{"answer_type":"number","question":"How many?","answer":"1"}]}',
 }
+
+
+def batch(ids: list[str]) -> SampleBatch:
+    return SampleBatch.of((name, (b"image",)) for name in ids)
 
 
 class Scripted:
@@ -26,6 +30,7 @@ class Scripted:
 
     def __init__(self, die_after: int | None = None, bad: tuple[str, ...] = ()) -> None:
         self.batches: list[list[tuple[str, int]]] = []
+        self.images: dict[str, tuple[bytes, ...]] = {}  # by sample
         self.die_after = die_after
         self.bad = bad
 
@@ -44,6 +49,7 @@ class Scripted:
                 work.sending(requests)
                 if len(self.batches) == self.die_after:
                     raise KeyboardInterrupt
+                self.images |= {request.sample_id: request.images for request in requests}
                 self.batches.append([(request.id, request.attempt) for request in requests])
                 yield [
                     Reply(
@@ -62,9 +68,9 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Req
     """Run the queue over two chunks of three images; return its statistics and the ids of all annotations."""
     counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
-        for _ in ask_about(iter([IMAGES[:3], IMAGES[3:]]), settings, "1", lambda: engine, journal, counts):
+        for _ in ask_about(map(batch, (IDS[:3], IDS[3:])), settings, "1", lambda: engine, journal, counts):
             pass
-        tables = list(read_annotations([[SampleInfo(name, 1) for name, _ in IMAGES]], settings, "1", journal))
+        tables = list(read_annotations([[SampleInfo(name, 1) for name in IDS]], settings, "1", journal))
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 
@@ -88,6 +94,29 @@ def test_a_prompt_that_is_the_same_for_two_styles_is_asked_once(tmp_path: Path) 
     assert sum(map(len, engine.batches)) == 6
 
 
+def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def noted(ids: list[str]) -> SampleBatch:
+        def images() -> list[tuple[bytes, ...]]:
+            read.extend(ids)
+            return [(name.encode(),) for name in ids]
+
+        return SampleBatch(ids, images)
+
+    def ask(engine: Scripted, *batches: SampleBatch) -> None:
+        read.clear()
+        with Journal(tmp_path / "j") as journal:
+            list(ask_about(iter(batches), resolve(source="scenes"), "1", lambda: engine, journal, RequestStats()))
+
+    ask(Scripted(), noted(IDS[:2]))
+    assert read == IDS[:2]
+    sees = Scripted()
+    ask(sees, noted(IDS[:2]), noted(IDS[2:4]), noted(IDS[:1]))
+    assert read == IDS[2:4]
+    assert sees.images == {name: (name.encode(),) for name in IDS[2:4]}
+
+
 def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
     run(tmp_path / "j", Scripted())
 
@@ -95,10 +124,10 @@ def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:
         raise AssertionError("an engine was made")
 
     with Journal(tmp_path / "j") as journal:
-        list(ask_about(iter([IMAGES]), resolve(source="scenes"), "1", refuse, journal, RequestStats()))
+        list(ask_about(iter([batch(IDS)]), resolve(source="scenes"), "1", refuse, journal, RequestStats()))
 
 
-@pytest.mark.parametrize("bad", [(), (IMAGES[1][0], IMAGES[2][0], IMAGES[5][0])], ids=["all good", "some bad"])
+@pytest.mark.parametrize("bad", [(), (IDS[1], IDS[2], IDS[5])], ids=["all good", "some bad"])
 def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_path: Path, bad: tuple[str, ...]) -> None:
     whole = Scripted(bad=bad)
     run(tmp_path / "whole", whole)
@@ -115,7 +144,7 @@ def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_pa
 
 
 def test_a_reply_that_is_of_no_use_is_asked_for_again_after_its_chunk(tmp_path: Path) -> None:
-    engine = Scripted(bad=(IMAGES[0][0],))
+    engine = Scripted(bad=(IDS[0],))
     counts, _ = run(tmp_path / "j", engine)
     assert [max(attempt for _, attempt in group) for group in engine.batches] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
     assert counts.attempts == {1: 15, 3: 3}
@@ -131,7 +160,7 @@ def test_another_prompt_or_task_is_asked_and_the_rest_is_not(tmp_path: Path) -> 
 
 def test_a_group_holds_one_prompt_and_no_more_than_asked() -> None:
     config = resolve(source="scenes")
-    requests = [r for sample_id, image in IMAGES for r in build_requests(sample_id, image, config, "r")]
+    requests = requests_to_send(batch(IDS), config, "r")
     batches = list(groups(requests, 4))
     assert [len(group) for group in batches] == [4, 2] * 3
     assert all(len({request.text for request in group}) == 1 for group in batches)

@@ -12,11 +12,11 @@ SAMPLE = "a" * 64
 
 def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
     config = resolve(source="scenes", **settings)
-    return [request.id for request in build_requests(sample_id, (), config, revision)]
+    return [request.id for request in build_requests(sample_id, config, revision)]
 
 
 def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
-    requests = list(build_requests(SAMPLE, (), resolve(source="scenes"), "r"))
+    requests = list(build_requests(SAMPLE, resolve(source="scenes"), "r"))
     assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
     assert len({r.id for r in requests}) == 3
 
@@ -36,7 +36,7 @@ def test_what_changes_the_reply_changes_every_id(changed: dict[str, Any]) -> Non
 
 def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_the_same() -> None:
     config = resolve(source="scenes", generate={"samples": 3})
-    requests = list(build_requests(SAMPLE, (), config, "r"))
+    requests = list(build_requests(SAMPLE, config, "r"))
     assert [(r.style, r.sampling.temperature) for r in requests] == [
         *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
     ]  # fmt: skip

@@ -10,14 +10,13 @@ from pipeline.config import GenerateConfig, resolve
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
-from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import EmbeddedEngine
 from pipeline.scenes.score import AnswerScore, CaptionScore
 from pipeline.sources.scenes import draw_deck
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
-from tests.scene_data import scene_samples, score_annotations, score_decks
+from tests.scene_data import batch_of, requests_to_send, scene_samples, score_annotations, score_decks
 
 SEED = 8001  # no training set holds these scenes
 SCENES = 60
@@ -31,7 +30,7 @@ def engine() -> Engine:
 def requests(count: int, seed: int = SEED) -> list[Request]:
     config = resolve(source="scenes")
     revision = choose_engine(config).revision
-    return [r for s in scene_samples(count, seed) for r in build_requests(s.id, s.images, config, revision)]
+    return requests_to_send(batch_of(scene_samples(count, seed)), config, revision)
 
 
 class Once:
@@ -88,7 +87,7 @@ def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -
     choice = choose_engine(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
     decks = [draw_deck(SEED, index) for index in range(24)]
-    batch = [r for deck in decks for r in build_requests(deck.id, deck.images, config, choice.revision)]
+    batch = requests_to_send(batch_of(decks), config, choice.revision)
     reply_of = replies(choice.make(), batch)
     rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
     scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})

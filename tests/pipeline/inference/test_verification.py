@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
+from pipeline.inference.requests import with_images
 from pipeline.inference.verification import (
     Check,
     build_all,
@@ -22,7 +23,7 @@ from pipeline.inference.verification import (
 )
 from pipeline.scenes.claims import Claim
 from pipeline.tables import RUBRIC
-from pipeline.types import Reply
+from pipeline.types import Reply, SampleBatch
 
 PAGES = (b"one", b"two", b"three")
 ROW = {
@@ -48,7 +49,7 @@ def test_nothing_is_asked_unless_a_check_is_named() -> None:
 def test_each_check_shows_what_it_is_about() -> None:
     settings = config("round_trip", "blind", "evidence", "claims")
     checks = checks_of(ROW, settings.verify)
-    requests = [build_check(check, "s", PAGES, settings, "r") for check in checks]
+    requests = with_images([build_check(check, "s", settings, "r") for check in checks], SampleBatch.of([("s", PAGES)]))
     assert [(request.style, request.images) for request in requests] == [
         ("round_trip", PAGES),
         ("blind", ()),
@@ -94,10 +95,10 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
 def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
     settings = config("covers")
     (check,) = coverage_checks("Two dogs.", settings.verify, [("How many dogs?", "2")])
-    request, other = (build_check(check, sample_id, PAGES, settings, "r") for sample_id in "st")
+    request, other = (build_check(check, sample_id, settings, "r") for sample_id in "st")
     assert (request.images, request.id) == ((), other.id)  # equal captions are asked about once
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
-    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", PAGES, settings, "r").id
+    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", settings, "r").id
     assert coverage_checks("Two dogs.", config("claims").verify, [("How many dogs?", "2")]) == []
     assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
 
@@ -115,8 +116,9 @@ def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
 
 def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: Path) -> None:
     settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
-    pair, caption = (build_rating({**ROW, **texts, **more}, PAGES, settings, "r") for more in ({}, {"clean_text": "Two dogs."}))
-    assert pair.images == PAGES and pair.text.endswith("Question: How many? Answer: 2")
+    pair, caption = (build_rating({**ROW, **texts, **more}, settings, "r") for more in ({}, {"clean_text": "Two dogs."}))
+    assert with_images([pair], SampleBatch.of([("s", PAGES)]))[0].images == PAGES
+    assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
     marks = dict.fromkeys(RUBRIC, "4")
     numbers = {"flaw": "", **dict.fromkeys(RUBRIC, 4)}  # as a server writes them that enforces no schema
@@ -134,24 +136,24 @@ def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
 def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
     settings = config("round_trip")
     check = Check("round_trip", "How many?", "2")
-    request_id = build_check(check, "s", (), settings, "r").id
-    assert request_id == build_check(check, "s", PAGES, settings, "r").id
-    assert request_id == build_check(Check("claims", "How many?", "3"), "s", PAGES, settings, "r").id  # the same question
+    request_id = build_check(check, "s", settings, "r").id
+    assert request_id == build_check(check, "s", settings, "r").id
+    assert request_id == build_check(Check("claims", "How many?", "3"), "s", settings, "r").id  # the same question
     changed = [
-        build_check(Check("round_trip", "How much?", "2"), "s", (), settings, "r"),
-        build_check(check, "t", (), settings, "r"),
-        build_check(check, "s", (), settings, "other"),
-        build_check(Check("sufficient", "How many?", "2", (1,)), "s", (), settings, "r"),
-        build_check(check, "s", (), config("round_trip", generate={"max_tokens": 9}), "r"),
+        build_check(Check("round_trip", "How much?", "2"), "s", settings, "r"),
+        build_check(check, "t", settings, "r"),
+        build_check(check, "s", settings, "other"),
+        build_check(Check("sufficient", "How many?", "2", (1,)), "s", settings, "r"),
+        build_check(check, "s", config("round_trip", generate={"max_tokens": 9}), "r"),
     ]
     assert request_id not in {request.id for request in changed}
 
 
 def test_a_blind_question_is_asked_once_for_all_images() -> None:
     check = Check("blind", "How many?", "2", ())
-    chunks = [[("s", (b"1",)), ("t", (b"2",))], [("u", (b"3",))]]
-    requests = [r for chunk in build_all(chunks, {name: [check] for name in "stu"}, config(), "r") for r in chunk]
-    assert [request.images for request in requests] == [()]
+    batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
+    built = [with_images(*chunk) for chunk in build_all(batches, {name: [check] for name in "stu"}, config(), "r")]
+    assert [[request.images for request in requests] for requests in built] == [[()], []]
 
 
 def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp
     texts = ['{"answer":"2"}', "{]"]
     with Journal(tmp_path / "j.sqlite") as journal:
         for check, text in zip(checks, texts, strict=True):
-            request = build_check(check, "s", PAGES, settings, "r")
+            request = build_check(check, "s", settings, "r")
             reply = Reply(request_id=request.id, attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
             journal.keep([(request, reply, None)])
         results = read_checks("s", checks, settings, "r", journal)

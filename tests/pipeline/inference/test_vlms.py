@@ -13,11 +13,11 @@ from PIL import Image
 from pipeline.config import GenerateConfig, resolve
 from pipeline.errors import EngineError
 from pipeline.inference import families
-from pipeline.inference.requests import build_requests
 from pipeline.inference.transformers_engine import EmbeddedEngine
 from pipeline.tasks import TASKS
-from pipeline.types import Request
+from pipeline.types import Request, SampleBatch
 from tests.pipeline.inference.tiny_vlms import FAMILIES, save
+from tests.scene_data import requests_to_send
 
 UNTRIED = {"Qwen2.5-VL", "Gemma 4"}  # the first is the teachers'; tiny models of the other were not built
 
@@ -32,7 +32,7 @@ def requests(count: int = 3, max_tokens: int = 120) -> list[Request]:
     config = resolve(source="scenes", generate={"max_tokens": max_tokens, "caption_styles": ["brief"]}, tasks=["caption"])
     colors, sizes = ("red", "blue", "green"), ((40, 30), (30, 50), (64, 64))
     images = [png(color, size) for color, size in zip(colors, sizes, strict=True)][:count]
-    return [one for n, image in enumerate(images) for one in build_requests(f"{n:064x}", (image,), config, "r")]
+    return requests_to_send(SampleBatch.of((f"{n:064x}", (image,)) for n, image in enumerate(images)), config, "r")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -11,7 +11,7 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.replies import find_flaw, parse_reply, read_fields
 from pipeline.types import Reply, Request
 
-BRIEF, _, QA = build_requests("a" * 64, (), resolve(source="scenes"), "r")
+BRIEF, _, QA = build_requests("a" * 64, resolve(source="scenes"), "r")
 
 
 def reply(text: str) -> Reply:

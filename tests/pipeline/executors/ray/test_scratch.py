@@ -24,7 +24,7 @@ from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.stage_runs import plan_of
 
-REQUESTS = list(build_requests("a" * 64, (b"pixels",), resolve(source="scenes"), "r"))
+REQUESTS = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
 
 
 @pytest.fixture
