@@ -1,10 +1,12 @@
 """Join distributed training processes and sum their gradients."""
 
 import os
+from datetime import timedelta
 
 import torch.distributed
 from torch import Tensor, nn
 
+WAIT = timedelta(hours=6)  # for the first process, which scores all of validation; NCCL's own limit is ten minutes
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
 
 
@@ -61,5 +63,5 @@ def join_processes() -> tuple[int, int]:
     if processes == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
     return torch.distributed.get_rank(), processes

@@ -35,5 +35,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has units for products of bfloat16 matrices: any GPU here, and a CPU with AMX."""
-    return device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    """Return whether a device has units for products of bfloat16 matrices: a GPU from Ampere on, or a CPU with AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -15,6 +15,7 @@ import torch.distributed
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from pipeline.dataset.card import language_of
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import TrainError
@@ -74,6 +75,8 @@ def train(
     device = best_device(rank)
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
     sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
@@ -114,11 +117,10 @@ def train(
             (out / LAST).mkdir(exist_ok=True)
             with trainer.averaged():
                 checkpoint.save(out / LAST)
-        metrics = _test(trainer, out, sets["test"]) if rank == 0 else {}
-        if processes > 1:
+        if processes > 1:  # before the test, for which nobody has to wait
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    return metrics
+        return _test(trainer, out, sets["test"]) if rank == 0 else {}
 
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
@@ -238,6 +240,7 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
             "digest": version.manifest["digest"],
             "source": version.manifest["source"],
             "texts": config.text_source,
+            "language": language_of(version.manifest),
             **({"repo": version.repo} if version.repo else {}),
         },
     )

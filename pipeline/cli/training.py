@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, Checkpoint, DataName, Images, NumBeams, Style, read_names
+from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, Images, NumBeams, Style, read_names
 from pipeline.cli.output import last_dataset, note_previews, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
@@ -172,7 +172,7 @@ def package_space(package: "Package", folder: Path, repo: str, revision: str) ->
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
     data: DataName = None,
     images: Images = None,
     split: Annotated[str, Option(help="train, validation or test.")] = "test",
@@ -195,7 +195,9 @@ def evaluate(
     if split not in SPLITS:
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     from trainer.config import require_checkpoint
+    from trainer.hub import find_captioner
 
+    checkpoint = find_captioner(captioner)
     require_checkpoint(checkpoint)
     version = open_data(data, images)
 

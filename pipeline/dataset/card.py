@@ -74,8 +74,9 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None, mad
         link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
     answers = any(not style for _, style in about["config"]["prompts"])
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
+    language = data.get("language", "en")  # earlier releases did not keep it
     header = {
-        "language": ["en"],
+        **({"language": [language]} if language else {}),
         "license": "other",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -152,7 +153,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest), manifest.get("license_link")),
-        **({"language": [language]} if (language := _language(manifest)) else {}),
+        **({"language": [language]} if (language := language_of(manifest)) else {}),
         "task_categories": _categories(manifest),
         "size_categories": [next(name for bound, name in _SIZES if total < bound)],
         "annotations_creators": _CREATORS[writers],
@@ -232,7 +233,7 @@ def card_licenses(manifest: dict[str, Any]) -> list[str]:
     return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licences"]})
 
 
-def _language(manifest: dict[str, Any]) -> str | None:
+def language_of(manifest: dict[str, Any]) -> str | None:
     """Return the language of the texts, in ISO 639; None if it is not known."""
     language: str | None = manifest.get("language") or manifest["config"].get("filter", {"language": "en"})["language"]
     return language

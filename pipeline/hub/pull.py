@@ -24,9 +24,10 @@ from pipeline.dataset.version import (
 from pipeline.errors import StoreError, one_line
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
+from pipeline.tables import SPLITS
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, "*.parquet"]
+DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, *(f"{split}-*.parquet" for split in SPLITS)]  # no exports
 
 
 def is_hub_name(text: str) -> bool:

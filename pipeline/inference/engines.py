@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config import NO_MODEL, TINY, Config, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.gpus import group_gpus, visible_gpus
+from pipeline.inference.gpus import group_gpus, has_bfloat16, visible_gpus
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
 from pipeline.inference.vllm_server import run_servers
 from pipeline.install import install_command
@@ -254,9 +254,10 @@ def plan_servers(path: str, revision: str, config: Config, log: Path) -> list[Vl
     groups = group_gpus(visible_gpus(), config.server.flags)
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups)
     cores = max(1, len(os.sched_getaffinity(0)) // len(groups))
+    dtype = "bfloat16" if has_bfloat16() else "half"
     logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
     commands = [
-        plan_vllm_command(python, path, revision, config, file, gpus=gpus, cores=cores, memory_gib=memory_gib)
+        plan_vllm_command(python, path, revision, config, file, gpus=gpus, cores=cores, memory_gib=memory_gib, dtype=dtype)
         for gpus, file in zip(groups, logs, strict=True)
     ]
     return [replace(command, api_key=commands[0].api_key) for command in commands]

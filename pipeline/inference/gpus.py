@@ -10,6 +10,7 @@ from itertools import pairwise
 
 # Of `nvidia-smi -L`: a GPU, or an instance of one that is split (MIG), which stands below it.
 _LISTED = re.compile(r"^(?:GPU \d+|\s+MIG \S+\s+Device\s+\d+): ?.*?\(UUID: ((?:GPU|MIG)-[^)]+)\)", re.MULTILINE)
+BFLOAT16_CAPABILITY = 8.0  # NVIDIA's compute capability, from Ampere on; a T4 has 7.5
 _KINDS = ("GPU-", "MIG-")
 _PARALLEL = {  # flags of vLLM by which one server uses several GPUs
     "--tensor-parallel-size": "tensor", "-tp": "tensor",
@@ -28,6 +29,22 @@ def visible_gpus() -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return select_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether all GPUs of this machine multiply in bfloat16; vLLM refuses it on others. True where nobody can tell."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return all(float(line) >= BFLOAT16_CAPABILITY for line in done.stdout.split())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return True
 
 
 def select_gpus(listing: str, visible: str | None) -> tuple[str, ...]:

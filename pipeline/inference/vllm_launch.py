@@ -42,12 +42,21 @@ class VllmCommand:
 
 
 def plan_vllm_command(
-    python: str, model: str, revision: str, config: Config, log: Path, *, gpus: Sequence[str], cores: int, memory_gib: float
+    python: str,
+    model: str,
+    revision: str,
+    config: Config,
+    log: Path,
+    *,
+    gpus: Sequence[str],
+    cores: int,
+    memory_gib: float,
+    dtype: str = "bfloat16",
 ) -> VllmCommand:
     """Choose flags for a model (a folder or a Hub id) on this machine; the user's flags come last and override these.
 
     `gpus` are those of this server, as CUDA_VISIBLE_DEVICES names them; none for a server on CPUs. `cores` and `memory_gib` are
-    its share of the machine's.
+    its share of the machine's. `dtype` is that of its products.
     """
     server = config.server
     decks = holds_decks(config)
@@ -56,7 +65,7 @@ def plan_vllm_command(
     seqs = 256 if gpus else 32
     options: dict[str, str] = {
         "--served-model-name": name,
-        "--dtype": "bfloat16",
+        "--dtype": dtype,
         "--max-model-len": str(length),
         "--max-num-seqs": str(seqs),
         "--limit-mm-per-prompt": json.dumps({"image": MAX_PAGES if decks else 1, "video": 0}, separators=(",", ":")),

@@ -29,7 +29,7 @@ from pipeline.sources.captions import CAPTION_COLUMNS, SPLIT, decode_text, read_
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import OF_EVERY_IMAGE
-from pipeline.sources.parquet import split_of_path
+from pipeline.sources.parquet import describe_held_out, split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
@@ -258,6 +258,11 @@ def open_archives(
     if archives.is_local and part == ALL:
         with archives.translate_errors():
             messages = tuple(_describe_texts(names[0], index_of(names[0])))
+    if not split:
+        by_split: dict[str | None, list[str]] = {}
+        for name in names:
+            by_split.setdefault(split_of_path(_without_suffix(name)), []).append(name)
+        messages = (*messages, *describe_held_out(by_split))
     return Source(
         name="archive",
         revision=archives.revision if part == ALL else "",

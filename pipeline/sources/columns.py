@@ -21,7 +21,7 @@ from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import CAPTION_COLUMNS, read_question
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
-from pipeline.sources.parquet import SPLITS, Tables, embedded_bytes, group_by_split, is_list, is_text
+from pipeline.sources.parquet import SPLITS, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
@@ -98,6 +98,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         todo = jobs(first_row(split_column, start) if split_column and split else start)
         return check_samples(fetch_ahead(todo, _do, at_once) if config.allow_urls else map(_do, todo), config.context)
 
+    held_out = [] if split or split_column else describe_held_out(tables.files)
     return Source(
         name=name,
         revision=tables.revision,
@@ -106,7 +107,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         decks="pages" in columns,
         is_partial=tables.is_partial,
         licence=tables.licence,
-        messages=(PARTIAL_MESSAGE.format(name=tables.name),) if tables.is_partial else (),
+        messages=(*([PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []), *held_out),
     )
 
 

@@ -5,7 +5,7 @@ A path in a row is never opened; a URL is fetched only if the user allows it (so
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -189,6 +189,14 @@ def split_of_path(path: str) -> str | None:
     """Return the split that the last possible word of a path names, as `val` in default/val/0000.parquet; else None."""
     words = reversed(_WORD.findall(path.lower().removesuffix(".parquet")))
     return next((split for word in words if (split := SPLITS.get(word) or SPLITS.get(_VARIANT.sub(r"\1", word)))), None)
+
+
+def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
+    """Return what a user should know of files by split of which nothing may be learned."""
+    (split, names), *others = files.items()
+    if others or split in (None, "train"):
+        return []
+    return [f"all rows are of the split {split}, as the name of {names[0]} says: rename it if they are to be learned from"]
 
 
 def is_text(kind: pa.DataType) -> bool:

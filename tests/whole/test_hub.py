@@ -185,6 +185,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["me/scenes"]
     assert DatasetDir(maker.folder / "data" / "scenes").version().manifest["digest"] in card
     header = yaml.safe_load(card.split("---")[1])
+    assert header["language"] == ["en"]
     assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "image-text-to-text")
     loaded: dict[str, Any] = ModelCard(card).data.to_dict()  # type: ignore[no-untyped-call]  # as the Hub's own client reads it
     (entry,) = loaded["model-index"]
@@ -209,6 +210,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.strip().splitlines()[-1])
     caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
+    assert maker.json("evaluate", "me/captioner")["images"] > 0
     assert json.loads(caption)["caption"] in told[0] and json.loads(caption)["caption"] in told[1]
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr

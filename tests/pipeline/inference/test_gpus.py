@@ -85,3 +85,21 @@ def test_a_machine_without_a_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) 
     gpus.visible_gpus.cache_clear()
     assert gpus.visible_gpus() == ()
     gpus.visible_gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"), [("8.0\n9.0\n", "bfloat16"), ("7.5\n", "half"), ("8.6\n7.0\n", "half"), ("[N/A]\n", "bfloat16")]
+)
+def test_a_gpu_without_bfloat16_is_served_in_half_precision(
+    said: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(engines, "visible_gpus", lambda: ("0",))
+    monkeypatch.setattr(engines, "vllm_python", lambda: "python")
+    gpus.has_bfloat16.cache_clear()
+    (command,) = plan_servers(str(TINY_WEIGHTS), "r", resolve(source="scenes"), tmp_path / "vllm.log")
+    assert command.arguments[command.arguments.index("--dtype") + 1] == dtype
+    gpus.has_bfloat16.cache_clear()

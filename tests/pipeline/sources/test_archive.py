@@ -574,3 +574,15 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
     assert sum(read) < whole / 4
     with pytest.raises(SourceError, match="nothing is found at"):
         open_source(resolve(source="archive:s3://archives/other/"))
+
+
+def test_archives_of_which_nothing_may_be_learned_say_so(tmp_path: Path) -> None:
+    def told() -> bool:
+        messages = open_source(resolve(source=f"archive:{tmp_path}")).messages
+        what = "all rows are of the split test, as the name of shop-test.tar says: rename it if they are to be learned from"
+        return what in messages
+
+    (tmp_path / "shop-test.tar").write_bytes(tar_of({"a.jpg": photo(1)}))
+    assert told()
+    (tmp_path / "shop-train.tar").write_bytes(tar_of({"b.jpg": photo(2)}))
+    assert not told()
