@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_throughput import QWEN3, encoder_config, vars_of
 
+from trainer.allocation import keep_freed_memory
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
@@ -223,6 +224,8 @@ def main() -> None:
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here: --cpu measures a little on the CPU")
     device = torch.device("cpu" if arguments.cpu else "cuda")
+    if arguments.cpu:
+        keep_freed_memory()  # as trainer.train does
     images = arguments.images or (8 if arguments.cpu else 64)
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
     on_cpu = ("fp32", "bf16") if multiplies_bfloat16(device) else ("fp32",)

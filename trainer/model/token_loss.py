@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCORES_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}  # float32; more on a GPU, which reads all words again for each part
+# In a part, whose products read all words once: so many scores (float32), but of no fewer tokens.
+SCORES_AT_ONCE, MIN_TOKENS = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 
 def token_loss(
@@ -54,7 +55,7 @@ class _TokenLoss(torch.autograd.Function):
         grad_VD = torch.zeros_like(table_VD) if of_table else None
         grad_V = torch.zeros_like(bias_V) if of_bias and bias_V is not None else None
         total = torch.zeros((), device=states_KD.device)
-        size = max(1, SCORES_AT_ONCE.get(device, SCORES_AT_ONCE["cpu"]) // V)
+        size = max(MIN_TOKENS, SCORES_AT_ONCE.get(device, SCORES_AT_ONCE["cpu"]) // V)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels_K), size):
                 part = slice(start, start + size)
@@ -76,7 +77,9 @@ class _TokenLoss(torch.autograd.Function):
                 error_KV = error_KV.to(dtype)
                 if grad_KD is not None:
                     grad_KD[part] = error_KV @ cast_VD
-                if grad_VD is not None:
+                if grad_VD is not None and grad_VD.dtype == dtype:
+                    grad_VD.addmm_(error_KV.T, cast_KD[part])
+                elif grad_VD is not None:
                     grad_VD += error_KV.T @ cast_KD[part]
                 if grad_V is not None:
                     grad_V += error_KV.sum(0)
@@ -86,5 +89,6 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if gradient is None else gradient * grads[0] for gradient in ctx.saved_tensors)
+        # In place, since that of the words may be large: a second time is an error of autograd.
+        scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
         return (*scaled, None, None, None, None)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.token_loss import SCORES_AT_ONCE, token_loss
+from trainer.model import token_loss
 
 TOKENS, WIDTH, VOCABULARY = 7, 4, 11
 Words = nn.Embedding | nn.Linear
@@ -27,20 +27,22 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 def test_loss_and_gradients_are_those_of_cross_entropy(
     kind: str, label_smoothing: float, weights: Tensor | None, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", scores_at_once)
+    monkeypatch.setitem(token_loss.SCORES_AT_ONCE, "cpu", scores_at_once)
+    monkeypatch.setattr(token_loss, "MIN_TOKENS", 1)
     of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))
     bias = getattr(of, "bias", None)
     scores = functional.linear(states, of.weight, bias)
     losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
     expected = (losses if weights is None else losses * weights).sum()
-    loss = token_loss(states, of, labels, label_smoothing, weights)
+    loss = token_loss.token_loss(states, of, labels, label_smoothing, weights)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
 
 
 def test_no_more_scores_than_allowed_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", 3 * VOCABULARY)
+    monkeypatch.setitem(token_loss.SCORES_AT_ONCE, "cpu", 3 * VOCABULARY)
+    monkeypatch.setattr(token_loss, "MIN_TOKENS", 1)
     rows, linear = [], functional.linear
 
     def counted(states: Tensor, *others: Tensor | None) -> Tensor:
@@ -49,7 +51,7 @@ def test_no_more_scores_than_allowed_are_computed_at_once(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(functional, "linear", counted)
     of = words("embedding")
-    token_loss(torch.randn(TOKENS, WIDTH, requires_grad=True), of, torch.zeros(TOKENS, dtype=torch.long)).backward()
+    token_loss.token_loss(torch.randn(TOKENS, WIDTH, requires_grad=True), of, torch.zeros(TOKENS, dtype=torch.long)).backward()
     assert rows == [3, 3, 1]  # and none again for the gradient
 
 
@@ -59,19 +61,19 @@ def test_frozen_words_get_no_gradient_and_no_gradient_is_computed_where_none_is_
         torch.randn(TOKENS, WIDTH),
         torch.zeros(TOKENS, dtype=torch.long),
     )
-    token_loss(states.requires_grad_(), of, labels).backward()
+    token_loss.token_loss(states.requires_grad_(), of, labels).backward()
     assert of.weight.grad is None
     assert states.grad is not None
     with torch.no_grad():
-        assert token_loss(states, of, labels).grad_fn is None
-    assert token_loss(states.detach(), of, labels).grad_fn is None
+        assert token_loss.token_loss(states, of, labels).grad_fn is None
+    assert token_loss.token_loss(states.detach(), of, labels).grad_fn is None
 
 
 def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     of, states, labels = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
-    exact = token_loss(states, of, labels)
+    exact = token_loss.token_loss(states, of, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = token_loss(states, of, labels)
+        rounded = token_loss.token_loss(states, of, labels)
         expected = functional.cross_entropy(of(states).float(), labels, reduction="sum")
     assert rounded.dtype == torch.float32
     assert rounded != exact
@@ -81,9 +83,16 @@ def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     torch.testing.assert_close(rough, gradients(exact, states, of.weight), rtol=0.05, atol=0.02)
 
 
+def test_a_gradient_that_is_taken_twice_is_an_error_and_not_another_gradient() -> None:
+    loss = token_loss.token_loss(torch.randn(2, WIDTH, requires_grad=True), words("linear"), torch.zeros(2, dtype=torch.long))
+    (loss / 3).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss / 3).backward()
+
+
 def test_the_loss_of_an_improbable_token_is_finite() -> None:
     of = nn.Embedding.from_pretrained(torch.eye(2) * 1e4, freeze=False)
-    loss = token_loss(torch.tensor([[1.0, 0.0]], requires_grad=True), of, torch.tensor([1]))
+    loss = token_loss.token_loss(torch.tensor([[1.0, 0.0]], requires_grad=True), of, torch.tensor([1]))
     assert loss.item() == 1e4
     loss.backward()
     assert of.weight.grad is not None
