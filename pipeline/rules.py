@@ -289,23 +289,15 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
         clean_question, question_redactions = _clean(question)
         clean_answer, answer_redactions = _clean(answer)
         words, measures = measure(clean_text or clean_question or "", config.language)
-        answer_words = len(clean_answer.split()) if clean_answer else 0
-        redactions = text_redactions + question_redactions + answer_redactions
-        repeats, distinct, hedges, name, certainty, non_latin = measures
         scores = Scores(
-            clean_text,
-            clean_question,
-            clean_answer,
-            None,
-            count_words(clean_text or clean_question or "", words),
-            answer_words,
-            repeats,
-            distinct,
-            hedges,
-            redactions,
-            name,
-            certainty,
-            non_latin,
+            clean_text=clean_text,
+            clean_question=clean_question,
+            clean_answer=clean_answer,
+            clean_record=None,
+            word_count=count_words(clean_text or clean_question or "", words),
+            answer_word_count=len(clean_answer.split()) if clean_answer else 0,
+            redaction_count=text_redactions + question_redactions + answer_redactions,
+            **measures,
         )
         texts: tuple[tuple[str, Words], ...] = ((clean_text or clean_question or "", words),)
         if clean_answer:
@@ -317,17 +309,23 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
 
 
 def _judge_record(
-    record: str, measure: Callable[..., tuple[Words, Any]], config: FilterConfig, prompt_grams: Grams
+    record: str, measure: Callable[..., tuple[Words, dict[str, Any]]], config: FilterConfig, prompt_grams: Grams
 ) -> tuple[Scores, str | None]:
     """Return the scores of a value of a user's own task (JSON), with its texts redacted, and why it is rejected."""
     clean, redactions = _redact_within(json.loads(record))
     parts = list(texts_in(clean))
     joined = " ".join(parts)
     words, measures = measure(joined, config.language)
-    clean_record = json.dumps(clean, ensure_ascii=False) if redactions else record
-    repeats, distinct, hedges, name, certainty, non_latin = measures
-    count = count_words(joined, words)
-    scores = Scores(None, None, None, clean_record, count, 0, repeats, distinct, hedges, redactions, name, certainty, non_latin)
+    scores = Scores(
+        clean_text=None,
+        clean_question=None,
+        clean_answer=None,
+        clean_record=json.dumps(clean, ensure_ascii=False) if redactions else record,
+        word_count=count_words(joined, words),
+        answer_word_count=0,
+        redaction_count=redactions,
+        **measures,
+    )
     subject = Subject(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
     rules = {} if record == NOTHING else RECORD_RULES
     return scores, next((name for name, rejects in rules.items() if rejects(subject)), None)
@@ -354,19 +352,19 @@ def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
     return artifacts.prompt_grams([*texts, NOTES])
 
 
-def _measure(text: str, language_code: str | None) -> tuple[Words, tuple[float, float, int, str | None, float, float]]:
+def _measure(text: str, language_code: str | None) -> tuple[Words, dict[str, Any]]:
     """Return the words of a caption or a question, and the scores that depend on it alone."""
     words = words_of(text)
     is_long = len(words) >= MIN_WORDS_FOR_REPETITION
     name, certainty = language.detect_language(text, words) if language_code else (None, 0.0)
-    measures = (
-        _duplicate_trigram_frac(words) if is_long else 0.0,
-        len(set(words)) / len(words) if is_long else 1.0,
-        0 if _HEDGE_WORDS.isdisjoint(words) else len(_HEDGE.findall(text)),
-        name,
-        certainty,
-        language.non_latin_frac(text),
-    )
+    measures = {
+        "duplicate_trigram_frac": _duplicate_trigram_frac(words) if is_long else 0.0,
+        "distinct_word_frac": len(set(words)) / len(words) if is_long else 1.0,
+        "hedge_count": 0 if _HEDGE_WORDS.isdisjoint(words) else len(_HEDGE.findall(text)),
+        "language": name,
+        "language_score": certainty,
+        "non_latin_frac": language.non_latin_frac(text),
+    }
     return words, measures
 
 

@@ -61,32 +61,15 @@ def evaluate(
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, texts = _references(examples, style)
-    prompt, quiz = TargetText(source, "", style=style), Quiz.of(checkpoint, examples) if options.questions else None
+    quiz = Quiz.of(checkpoint, examples) if options.questions else None
     probing = Probing.of(checkpoint, examples, texts) if options.thorough else None
-    hypotheses: list[str] = []
-    for start in range(0, len(examples), HELD_IMAGES):
-        part = examples[start : start + HELD_IMAGES]
-        held = hold_features(features, part)
-        batches = (held(part[index : index + BATCH_IMAGES]) for index in range(0, len(part), BATCH_IMAGES))
-        hypotheses += write_captions(checkpoint, batches, prompt, options.search)
-        if quiz:
-            quiz.ask(checkpoint, held, part)
-        if probing:
-            probing.ask(checkpoint, held, part)
+    hypotheses = _write(checkpoint, examples, options, features, [part for part in (quiz, probing) if part])
     (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     order = derangement(len(examples))
-    shuffled = [tokens[index] for index in order]
+    others, shuffled = [hypotheses[index] for index in order], [tokens[index] for index in order]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
-    shown_scores = own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]}
-    per_image: list[dict[str, Any]] = [
-        {"sample_id": example.sample_id, "caption": hypotheses[index], "references": [" ".join(r) for r in references[index]]}
-        | {name: round(shown_scores[name][index], 4) for name in ("cider_d", "shuffled_cider_d", "rouge_l")}
-        for index, example in enumerate(examples)
-    ]
-    ranked = sorted(per_image, key=lambda row: -row["cider_d"])
-    shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]  # the best, then the worst
-    lengths = [len(words) for words in tokens]
+    each = _rows(examples, hypotheses, references, own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]})
     result: dict[str, Any] = {
         "images": len(examples),
         "style": style,
@@ -97,20 +80,15 @@ def evaluate(
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
         "gain": bootstrap(_gains(own_scores, shuffled_scores)) if options.questions else {},
-        "words": {
-            "mean": round(statistics.fmean(lengths), 2),
-            "different": len({word for words in tokens for word in words}),
-            "of_references": round(statistics.fmean(len(r) for items in references for r in items), 2),
-        },
-        "shown": [row | {"references": row["references"][:5]} for row in shown],
-        "each": per_image,
+        "words": _count_words(tokens, references),
+        "shown": _best_and_worst(each),
+        "each": each,
     }
     if has_java:
         try:
             _add_scores(result, "meteor", meteor([tokens, shuffled], references))
         except TrainError as error:  # a Java that fails costs its own score alone
             log.warning("METEOR is left out: %s", error)
-    others = [hypotheses[index] for index in order]
     if options.thorough:
         result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
         if (people := chair_of_people(texts)) and against == BY_PEOPLE:
@@ -124,9 +102,54 @@ def evaluate(
         _add_scores(result, "clip_score", map(statistics.fmean, scored))
     if quiz:
         result["questions"] = quiz.scores()
-        for row, items in zip(per_image, quiz.rows(), strict=True):
+        for row, items in zip(each, quiz.rows(), strict=True):
             row["questions"] = items
     return result
+
+
+def _write(
+    checkpoint: Checkpoint,
+    examples: list[Example],
+    options: EvalOptions,
+    features: FeatureSource,
+    asking: Sequence[Quiz | Probing],
+) -> list[str]:
+    """Return the caption of each example; what else is asked about them is asked while their states are in memory."""
+    source, style = options.prompt
+    prompt, captions = TargetText(source, "", style=style), list[str]()
+    for start in range(0, len(examples), HELD_IMAGES):
+        part = examples[start : start + HELD_IMAGES]
+        held = hold_features(features, part)
+        batches = (held(part[index : index + BATCH_IMAGES]) for index in range(0, len(part), BATCH_IMAGES))
+        captions += write_captions(checkpoint, batches, prompt, options.search)
+        for questions in asking:
+            questions.ask(checkpoint, held, part)
+    return captions
+
+
+def _rows(
+    examples: list[Example], captions: list[str], references: list[list[list[str]]], scores: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    """Return the caption, references and scores of each image; references are given by their words."""
+    return [
+        {"sample_id": example.sample_id, "caption": captions[index], "references": [" ".join(r) for r in references[index]]}
+        | {name: round(scores[name][index], 4) for name in ("cider_d", "shuffled_cider_d", "rouge_l")}
+        for index, example in enumerate(examples)
+    ]
+
+
+def _best_and_worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ranked = sorted(rows, key=lambda row: -row["cider_d"])
+    shown = [*ranked[: SHOWN // 2], *ranked[SHOWN // 2 :][-(SHOWN // 2) :]]
+    return [row | {"references": row["references"][:5]} for row in shown]
+
+
+def _count_words(captions: list[list[str]], references: list[list[list[str]]]) -> dict[str, float]:
+    return {
+        "mean": round(statistics.fmean(map(len, captions)), 2),
+        "different": len({word for words in captions for word in words}),
+        "of_references": round(statistics.fmean(len(words) for of_one in references for words in of_one), 2),
+    }
 
 
 def _add_scores(result: dict[str, Any], name: str, values: Iterable[float]) -> None:

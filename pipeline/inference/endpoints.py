@@ -158,7 +158,7 @@ class Endpoints(list[Endpoint]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.pace.delay() > 0:
-            # One that may be asked now, else the one that may be asked first: what waits for its pace, nobody else can take.
+            # Prefer one whose pace lets it answer now: a request that waits for a server cannot move to another.
             endpoint = min(up, key=lambda one: (max(0.0, one.pace.delay()), (one.outstanding + 1) / one.weight))
             self._of_sample[sample_id] = endpoint
             if len(self._of_sample) > remembered:

@@ -49,38 +49,18 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         return sum(names.get(str(value)) == split for value in tables.values(split_column))
 
     def jobs(start: int) -> Iterator[Rejected | partial[RawSample | Rejected]]:
-        """Yield what is to be done for each row: an image that is named by its address is still to be fetched.
-
-        The rows of other splits are left out, where a column says it.
-        """
+        """Yield what is to be done for each row; the rows of other splits are left out, where a column says it."""
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split, start):
             if isinstance(row, Rejected):
                 yield row
                 continue
             row_split = names.get(str(row[split_column])) if split_column else file_split
-            images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
             if row_split is None and split_column:
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
-            elif split not in (None, row_split):
-                continue
-            elif "pages" not in columns and len(images) > 1:
-                yield Rejected(source_row=row_name, reason="several_images", detail="map the column as pages, for a deck")
-            else:
-                texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
-                references = tuple(text for text in texts if isinstance(text, str) and text.strip())
-                stored, allow_urls = stored_split(row_split, split), config.allow_urls
-                context = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
-                asked: dict[str, Any] = {}
-                if "question" in columns:
-                    questions, answers = _paired(row, columns)
-                    if len(questions) != len(answers):
-                        detail = f"{len(questions)} questions, and {len(answers)} answers"
-                        yield Rejected(source_row=row_name, reason="unpaired_answers", detail=detail)
-                        continue
-                    asked["reference_qa"] = _questions(questions, answers)
-                more: dict[str, Any] = {"references": references, "context": context, **asked}
-                yield partial(build_sample, row_name, images, tables.licence, stored, allow_urls=allow_urls, **more)
+            elif split in (None, row_split):
+                fields = {"licence": tables.licence, "split": stored_split(row_split, split)}
+                yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
 
     def first_row(column: str, start: int) -> int:
         """Return which row of the tables follows the first `start` rows of the split; images are not read for it."""
@@ -155,6 +135,25 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
+
+
+def _read_row(
+    name: str, row: dict[str, Any], columns: Columns, *, allow_urls: bool, **fields: Any
+) -> Rejected | partial[RawSample | Rejected]:
+    """Return what is to be done for a row, since an image that it names by address is still to be fetched."""
+    images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
+    if "pages" not in columns and len(images) > 1:
+        return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
+    texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
+    fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
+    if "question" in columns:
+        questions, answers = _paired(row, columns)
+        if len(questions) != len(answers):
+            detail = f"{len(questions)} questions, and {len(answers)} answers"
+            return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
+        fields["reference_qa"] = _questions(questions, answers)
+    return partial(build_sample, name, images, allow_urls=allow_urls, **fields)
 
 
 def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
