@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pipeline.config import Config, current_settings
@@ -286,6 +288,19 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
 
     for group in range(file.num_row_groups):
         yield SampleBatch(read("sample_id", group), partial(read_images, group))
+
+
+def page_counts(shard: DatasetDir) -> Iterator[int]:
+    """Yield the number of images of each sample; images are read only of row groups where a sample has several."""
+    file = open_table(shard.stage("source"))
+    name = old_name("images", file.schema_arrow.names)
+    leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index(name)
+    for group in range(file.num_row_groups):
+        described = file.metadata.row_group(group)
+        if described.column(leaf).num_values == described.num_rows:  # each sample has at least one
+            yield from repeat(1, described.num_rows)
+        else:
+            yield from pc.list_value_length(file.read_row_group(group, [name]).column(0)).to_pylist()
 
 
 def require_file(path: Path) -> Path:

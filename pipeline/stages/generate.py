@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
+from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import count_replies, count_requests, requests_about, requests_per_sample, rounds
@@ -106,10 +106,9 @@ def count_asked(shard: DatasetDir, config: Config) -> int:
 
 def _sample_infos(shard: DatasetDir, config: Config) -> Iterator[list[SampleInfo]]:
     texts = ["references", "reference_qa"] if config.keeps_human_texts else []
-    for batch in read_samples(shard, ["sample_id", "images", "split", "width_px", "height_px", *texts]):
-        pages = pc.list_value_length(batch["images"]).to_pylist()
-        rows = batch.drop_columns(["images"]).to_pylist()
-        yield [sample_info(row, count, config) for row, count in zip(rows, pages, strict=True)]
+    pages = page_counts(shard)
+    for batch in read_samples(shard, ["sample_id", "split", "width_px", "height_px", *texts]):
+        yield [sample_info(row, next(pages), config) for row in batch.to_pylist()]
 
 
 def sample_info(row: Mapping[str, Any], pages: int, config: Config) -> SampleInfo:

@@ -111,8 +111,10 @@ class SourceReader:
         """End the reading: the next run may take the files as they are. Parts are not needed any more."""
         self.close()
         if self._intake is not None:
-            files = {path.name: file_digest(path) for path in sorted(self._path.parent.glob("*.parquet"))}
-            write_json(self._path, self._state() | {"result": self._result, "files": files})
+            paths = sorted(self._path.parent.glob("*.parquet"))
+            files = {path.name: file_digest(path) for path in paths}
+            states = {path.name: _state_of(path) for path in paths}
+            write_json(self._path, self._state() | {"result": self._result, "files": files, "states": states})
             self._parts.forget()
 
     def close(self) -> None:
@@ -126,14 +128,14 @@ class SourceReader:
         try:
             found = read_json(self._path)
             is_whole = found["key"] == self._key and not any(one["unread"] for one in found["exclusions"])
-            is_there = is_whole and self._is_unchanged(found["excluded_sha256"], "exclusions.parquet")
+            is_there = is_whole and self._is_unchanged("exclusions.parquet", found["excluded_sha256"])
             return found if is_there else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
             return {}
 
     def _find_result(self, limit: int | None) -> dict[str, Any] | None:
         """Return what an earlier run read, if its files are as they were, and reading now would give no others."""
-        if limit not in self._results:  # it takes a second for each gigabyte
+        if limit not in self._results:
             self._results[limit] = self._look_for_result(limit)
         return self._results[limit]
 
@@ -143,15 +145,19 @@ class SourceReader:
             is_all = not result["has_more"] and (result["limit"] is None or result["images"] < result["limit"])
             if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
                 return None
-            if not all(self._is_unchanged(sha256, name) for name, sha256 in self._earlier["files"].items()):
+            states = self._earlier.get("states", {})  # earlier releases kept none
+            files = self._earlier["files"]
+            if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
                 return None
             reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
             return dict(result) if PASSING_REASONS.isdisjoint(reasons.to_pylist()) else None
         except (OSError, LookupError, TypeError, AttributeError):
             return None
 
-    def _is_unchanged(self, sha256: str, name: str) -> bool:
-        return file_digest(self._path.with_name(Path(name).name)) == sha256
+    def _is_unchanged(self, name: str, sha256: str, state: list[int] | None = None) -> bool:
+        """Return whether a file of the stage has these bytes; it is not read where its size and times are what they were."""
+        path = self._path.with_name(Path(name).name)
+        return _state_of(path) == state or file_digest(path) == sha256
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
@@ -260,3 +266,9 @@ class SourceReader:
             hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
             problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
             raise SourceError(problem, hint=hint)
+
+
+def _state_of(path: Path) -> list[int]:
+    """Return what changes with the bytes of a file: its place on the disk, its size, and its times in nanoseconds."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -16,10 +16,11 @@ import pytest
 
 from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import file_digest
 from pipeline.errors import SourceError
 from pipeline.executors.local import reading_settings
 from pipeline.sources import open_source
-from pipeline.stages import source_parts
+from pipeline.stages import source_parts, source_reader
 from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
 from pipeline.storage.files import read_table
 from pipeline.types import Rejected, Sample, Source
@@ -157,6 +158,23 @@ def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
     assert again.notes.texts[0] == "source: 33 images were read by an earlier run, and are not read again"
     assert contents(tmp_path / "d") == before
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
+
+
+def test_files_of_the_stage_are_read_for_their_digest_only_where_their_times_have_changed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Reading(tmp_path / "d", settings(photos))
+    read: list[str] = []
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(source_reader, "file_digest", noted)
+    samples = DatasetDir(tmp_path / "d").stage("source")
+    assert Reading(tmp_path / "d", settings(photos)).starts == [] and samples.name not in read
+    samples.write_bytes(samples.read_bytes())  # as a copy of the folder has them
+    assert Reading(tmp_path / "d", settings(photos)).starts == [] and samples.name in read
 
 
 @pytest.mark.parametrize(
