@@ -661,7 +661,8 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown key says more than one that is missing, which may be the same with a letter lost.
+        first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
         key, known = ".".join(str(part) for part in first["loc"]), _keys(section)
         every_key = f"known keys: {', '.join(known)}"
         if first["type"] == "extra_forbidden":

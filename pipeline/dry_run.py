@@ -197,7 +197,7 @@ def _predict(
         "requests": round(first_attempts * scale),
         "verify_requests": round((stats.total - first_attempts) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * of_remaining),
-        "hours": stats.asking_s * of_remaining / 3600,  # the stages take microseconds a row
+        "hours": round(stats.asking_s * of_remaining / 3600, 4),  # the stages take microseconds a row
         "prompt_tokens": prompt_tokens,
         "reply_tokens": reply_tokens,
         "cost": config.server.price(prompt_tokens, reply_tokens),

@@ -214,6 +214,7 @@ LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
 OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
+REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ def generate(
     """
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
-    from pipeline.executors.base import ClusterOptions, describe_losses
+    from pipeline.executors.base import ClusterOptions
+    from pipeline.executors.losses import describe_run
     from pipeline.run import STAGES, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
@@ -90,7 +91,8 @@ def generate(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
     remember_dataset(out)
-    print_run_result(result, list(describe_losses(STAGES, result.funnel)), settings.config.server, as_json=as_json)
+    warnings = describe_run(STAGES, result.version, result.funnel, settings.config)
+    print_run_result(result, warnings, settings.config.server, as_json=as_json)
 
 
 @with_import_settings
@@ -112,7 +114,7 @@ def import_(
     `synth generate --only-missing` then asks a model about the images that have none.
     """
     from pipeline.dataset.directory import remember_dataset
-    from pipeline.executors.base import describe_losses
+    from pipeline.executors.losses import describe_run
     from pipeline.run import STAGES, generate_dataset
 
     if settings.config.asks_model:
@@ -123,7 +125,7 @@ def import_(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, progress=progress)
     remember_dataset(out)
-    print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
+    print_run_result(result, describe_run(STAGES, result.version, result.funnel, settings.config), as_json=as_json)
 
 
 @with_run_settings

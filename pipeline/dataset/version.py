@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import find_rows, flush_folder, move, open_parquet, read_json, remove, temporary_path
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
-from pipeline.tables import OPTIONAL, PIXELS, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
+from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
 
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
@@ -158,9 +158,12 @@ def extras_of(manifest: dict[str, Any]) -> Extras:
 
 
 def require_values(rows: pa.Table | pa.RecordBatch) -> None:
-    """Raise ValueError if rows lack what each row of a version has: an id, lists of texts, and bytes in each image."""
+    """Raise ValueError if rows lack what each row of a version has: an id, lists of texts, and bytes in each image.
+
+    Columns of a user's own tasks may be null.
+    """
     for name in rows.schema.names:
-        if name not in OPTIONAL and rows[name].null_count:
+        if name in REQUIRED and rows[name].null_count:
             raise ValueError(f"a row has no {name}")
     if "image" in rows.schema.names and pc.struct_field(rows["image"], "bytes").null_count > rows["image"].null_count:
         raise ValueError("an image has no bytes")

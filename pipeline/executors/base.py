@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
+from pipeline.executors.losses import describe_losses, describe_unanswered
 from pipeline.inference.engines import EngineChoice
 from pipeline.inference.families import find_family
 from pipeline.inference.queue import RequestStats
@@ -36,7 +37,6 @@ from pipeline.stages.base import (
 )
 from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import count_asked, count_wanted
-from pipeline.stages.source import ADVICE
 from pipeline.stages.version import WrittenRows, publish_shards, summarize_version, write_rows
 from pipeline.storage.files import read_json, remove, scratch_folder
 from pipeline.storage.object_store import is_remote
@@ -201,8 +201,9 @@ def publish(
         hint = "name a file of them: --captions FILE, or a column: --columns references=COLUMN; --tasks caption asks a model"
         raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
-        losses = "; ".join(describe_losses(stages, funnel)) or "every stage rejected some"
-        hint = "change that, then run the same command; stages/*/rejected.parquet hold every row, review/ people's marks"
+        told = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]
+        losses = "; ".join(told) or "every stage rejected some"
+        hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
         raise TableError(f"no row is left to make a version of: {losses}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
@@ -217,21 +218,6 @@ def publish(
     if finished is not None:
         finished.add_version(names[-1], version)
     return version, is_new, funnel
-
-
-def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary]) -> Iterator[str]:
-    """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change."""
-    advice = {"source": ADVICE} | {stage.name: stage.advice for stage in stages}
-    choices = {stage.name for stage in stages if stage.is_choice}
-    for summary in funnel:
-        if summary.stage in choices:
-            continue
-        lost = sum(summary.rejected.values())
-        if 2 * lost > summary.input:
-            reason, count = max(summary.rejected.items(), key=lambda item: item[1])
-            hint = advice.get(summary.stage, {}).get(reason, "`synth report` shows them")
-            share = f"{lost:,} of {summary.input:,} {summary.unit}"
-            yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
 def summarize_shards(executor: Executor, stages: Sequence[Stage], plan: RunPlan) -> list[StageSummary]:

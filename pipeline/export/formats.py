@@ -18,13 +18,15 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
@@ -34,6 +36,7 @@ from pipeline.install import install_command
 from pipeline.tables import IMAGE, STRING, fields
 from pipeline.tasks.boxes import BOX_FIELDS
 
+DRAFT, LINES_AT_ONCE = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
 
 
@@ -92,7 +95,7 @@ class _Format:
 
 
 class ImageFolder(_Format):
-    """A folder a split, with metadata.jsonl."""
+    """A folder a split, with metadata.parquet: in lines of JSON, `datasets` takes an empty list for one of another type."""
 
     def add(self, item: Item) -> bool:
         """See Format."""
@@ -101,8 +104,31 @@ class ImageFolder(_Format):
         questions = [{"question": question, "answer": answer} for question, answer in item.questions]
         texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
         about = {"file_name": item.file_name, **texts, **item.values, "license": item.license, "source_row": item.source_row}
-        self.line(f"{item.split}/metadata.jsonl", about)
+        self.line(f"{item.split}/{DRAFT}", about)
         return True
+
+    def close(self) -> None:
+        """See Format."""
+        super().close()
+        drafts = sorted(self.folder.glob(f"*/{DRAFT}"))
+        schemas = (table.schema for path in drafts for table in _tables(path))
+        schema = pa.unify_schemas([*schemas], promote_options="permissive")
+        for path in drafts:
+            with pq.ParquetWriter(path.with_name("metadata.parquet"), schema) as writer:
+                for rows in _lines(path):
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            path.unlink()
+
+
+def _lines(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the lines of a file of JSON, some at a time."""
+    with path.open(encoding="utf-8") as file:
+        yield from iter(lambda: list(map(json.loads, islice(file, LINES_AT_ONCE))), [])
+
+
+def _tables(path: Path) -> Iterator[pa.Table]:
+    """Yield the lines of a file of JSON as tables, whose schema has what they have."""
+    yield from map(pa.Table.from_pylist, _lines(path))
 
 
 class Sidecar(_Format):

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
-from pipeline.images.decode import open_image
+from pipeline.images.decode import open_image, upright_file
 from pipeline.tables import SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
@@ -67,8 +67,8 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     sample_id = row["sample_id"]
     # A version may be a stranger's, and its ids anything, even a path.
     name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
-    image = row["image"]["bytes"]
     try:
+        image = upright_file(row["image"]["bytes"])  # many readers know nothing of EXIF
         with open_image(image, is_decoded=False) as header:
             kind = header.format or ""
     except ImageError as error:

@@ -34,6 +34,7 @@ MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten
 _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 BAND_PX = 512  # rows that are laid over white at once
+UPRIGHT_QUALITY = 95  # of a JPEG that is encoded anew, since it was turned
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
 MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
@@ -126,6 +127,25 @@ def _has_usual_sampling(image: Image.Image) -> bool:
     layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # number, rows, columns, and table of each
     rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
     return all(max(of_side) % one == 0 for of_side in (rows, columns) for one in of_side)
+
+
+def upright_file(data: bytes) -> bytes:
+    """Return the file of an image whose pixels stand upright: the same, or another of its format, as JPEG of UPRIGHT_QUALITY.
+
+    Raise ImageError as `check_image` does.
+    """
+    with open_image(data, is_decoded=False) as header:
+        if header.getexif().get(ORIENTATION, 1) not in range(2, 9) or header.format == "TIFF":
+            return data
+    with open_image(data) as image:
+        kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
+        file = io.BytesIO()
+        upright = ImageOps.exif_transpose(image)
+        options = (
+            {"quality": UPRIGHT_QUALITY, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+        )
+        upright.save(file, kind, icc_profile=profile, exif=b"", **options)
+        return file.getvalue()
 
 
 def prepare_opened(image: Image.Image) -> Image.Image:

@@ -373,7 +373,7 @@ class Client:
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         if answer.status in BUSY_STATUSES:
-            self._busy.start(answer.status)
+            self._busy.start(answer.status, text)
             raise ServerBusyError(retry_seconds(answer.headers.get("Retry-After", "")))
         self._busy.end()
         if answer.status >= 500:

@@ -64,11 +64,13 @@ class BusyTime:
 
     since: float | None = None
     status: int = 0
+    message: str = ""  # what the last one said
     _warned: float = 0.0
 
-    def start(self, status: int) -> None:
+    def start(self, status: int, answer: bytes) -> None:
         """Note that a server is busy."""
         self.since, self.status = self.since or time.monotonic(), status
+        self.message = chat_api.error_message(answer)[:MAX_SHOWN_CHARACTERS]
 
     def end(self) -> None:
         """Note that a server has answered."""
@@ -81,8 +83,9 @@ class BusyTime:
             return None
         self._warned = now
         return (
-            f"{urls} has answered {self.status} to every request for {now - self.since:.0f} s: it is overloaded, still "
-            "loads its model, or a quota is used up. Look at its log or your limits; synth tries on, and Ctrl-C loses nothing"
+            f"{urls} has answered {self.status} to every request for {now - self.since:.0f} s ({self.message}): it is "
+            "overloaded, still loads its model, or a quota is used up. Look at its log or your limits; synth tries on, and "
+            "Ctrl-C loses nothing"
         )
 
 
@@ -279,10 +282,21 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
         if answer.status in (404, 405, 501):
             return None
         raise_for_access(answer, endpoint, text)
-        models = [model for model in parse_json(text)["data"] if isinstance(model["id"], str)]
-        return {model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model)) for model in models}
-    except (*CONNECTION_ERRORS, ValueError, LookupError, TypeError, AttributeError) as error:
+        if answer.status == 200:
+            return _models_in(text)
+        raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
+    except CONNECTION_ERRORS as error:
         raise ServerFaultError(one_line(error)) from None
+
+
+def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
+    """Return the models in a list of them, which Together sends without an object around it; None for anything else."""
+    try:
+        value = parse_json(answer)
+        models = [model for model in (value if isinstance(value, list) else value["data"]) if isinstance(model["id"], str)]
+        return {model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model)) for model in models}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _context_tokens(model: dict[str, Any]) -> int | None:
@@ -318,7 +332,10 @@ def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answe
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in (401, 403):
         wants = "wants another key" if "Authorization" in endpoint.headers else "wants a key, and none is set"
-        raise EngineError(f"{endpoint.url} {wants}", hint=f"put it into the environment: {endpoint.key_name}=...")
+        raise EngineError(
+            f"{endpoint.url} {wants}: {chat_api.error_message(answer)}",
+            hint=f"put it into the environment: {endpoint.key_name}=...",
+        )
     if status == 404:
         raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
 

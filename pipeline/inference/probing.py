@@ -93,7 +93,7 @@ async def _probe(
                     busy.end()
                     return answer.status, text
             refusals += 1
-            busy.start(answer.status)
+            busy.start(answer.status, text)
             if warning := busy.warning(endpoint.url):
                 progress.warn(warning)
             if loop.time() > busy_until:

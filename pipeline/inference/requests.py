@@ -181,9 +181,8 @@ def check_needs(config: Config) -> None:
         for need in build_task(task).needs:
             if need not in given:
                 names = sorted(given - {task.name})
-                hint = (
-                    did_you_mean(need, names) or f"there are {', '.join(names)}; built-in ones are asked with --tasks caption"
-                )
+                asked = f"asked are {', '.join(names)}; " if names else ""
+                hint = did_you_mean(need, names) or f"{asked}built-in ones are asked with --tasks caption"
                 raise ConfigError(f"the task {task.name} needs {need}, which is not asked", hint=hint)
     rounds(config)
 

@@ -101,13 +101,24 @@ def _rows(text: str) -> Iterator[Row]:
     if start == "{":
         try:
             value = json.loads(text)
-        except ValueError:  # one object a line; other line ends may be in a string
-            return (_object_row(json.loads(line)) for line in text.split("\n") if line.strip())
+        except ValueError:
+            return _rows_of_lines(text)
         return _rows_of_object(value)
     lines = text.split("\n")  # other line ends may be in a text
     if _TOKEN.fullmatch(lines[0].rstrip("\r")):
         return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
     return (_row({name.lower(): value for name, value in row.items()}) for row in read_table(text))
+
+
+def _rows_of_lines(text: str) -> Iterator[Row]:
+    """Yield the rows of JSON lines. Raise ValueError for a line that is none."""
+    for number, line in enumerate(text.split("\n"), start=1):  # other line ends may be in a string
+        try:
+            value = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}") from None
+        if value is not None:
+            yield _object_row(value)
 
 
 def read_table(text: str) -> Iterator[dict[str, Any]]:

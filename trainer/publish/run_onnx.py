@@ -5,6 +5,7 @@ This file lies beside the exported captioner, in the folder that holds `onnx/`.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,14 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="take the parts with weights of 8 bits")
     arguments = parser.parse_args()
     captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
+    unread = 0
     for image in arguments.images:
-        print(f"{image}: {captioner.caption([image], arguments.text)[0]}")
+        try:
+            print(f"{image}: {captioner.caption([image], arguments.text)[0]}")
+        except OSError as error:
+            print(f"{image} cannot be read: {error}", file=sys.stderr)
+            unread += 1
+    sys.exit(unread > 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -396,3 +397,45 @@ def test_a_row_of_a_stranger_leads_nowhere_else(row: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigError):
         write_beside(version, tmp_path / "photos")
     assert not [*tmp_path.glob("*.txt"), *tmp_path.glob("photos/*.txt")]
+
+
+def test_an_imagefolder_is_loaded_where_a_split_has_none_of_some_texts(tmp_path: Path) -> None:
+    first, *others = scene_samples(12)
+    without = [replace(sample, references=()) for sample in others]
+    version, _ = make_version(tmp_path / "d", [replace(first, references=("A ring.",)), *without])
+    export_version(version, "imagefolder", tmp_path / "out")
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    references = {split: sorted(row["references"] for row in part)[-1] for split, part in loaded.items()}
+    assert sorted(references.values()) == [[], ["A ring."]]
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_is_turned_by_exif_is_exported_upright(kind: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    with Image.open(io.BytesIO(scene_samples(1)[0].images[0])) as image:
+        lying = image.convert("RGB").resize((60, 40))
+        lying.save(
+            data, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {})
+        )
+    sample = replace(scene_samples(1)[0], images=(data.getvalue(),), width_px=40, height_px=60, split="train")
+    (item,) = read_items(make_version(tmp_path / "d", [sample])[0])
+    with Image.open(io.BytesIO(item.image)) as exported:
+        assert (exported.format, exported.size, exported.getexif().get(0x0112, 1)) == (kind, (40, 60), 1)
+        difference = np.asarray(exported.convert("RGB"), dtype=int) - np.asarray(
+            lying.transpose(Image.Transpose.ROTATE_270), dtype=int
+        )
+    assert np.abs(difference).mean() < (3 if kind == "JPEG" else 0.1)
+
+
+def test_a_task_of_ones_own_may_have_said_nothing_of_some_images(samples: list[Sample], tmp_path: Path) -> None:
+    texts = [
+        {**row, "record": None, "annotation_id": f"{n:064x}"} for n, row in enumerate(true_captions(samples[:4]).to_pylist())
+    ]
+    texts.append({**texts[-1], "task": "note", "text": None, "record": '"A note"', "annotation_id": "f" * 64})
+    table = pa.table({name: pa.array([row.get(name) for row in texts], STRING) for name in texts[0]})
+    batches = sample_table(samples[:4]).to_batches()
+    version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=Extras(own=(NOTE,)))
+    assert sorted(item.values["note"] or "" for item in read_items(version)) == ["", "", "", "A note"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, EngineError
@@ -398,5 +399,19 @@ def test_a_model_that_thinks_on_and_on_is_refused_for_that(tmp_path: Path) -> No
 @pytest.mark.parametrize("reason", ["eos", "eos_token", "end_turn", "STOP"])
 def test_a_reply_that_has_ended_is_one_however_a_server_says_so(tmp_path: Path, reason: str) -> None:
     with running_chat(ChatServer(lambda times, body: Act(finish_reason=reason))) as chat:
+        errors, *_ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None}
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [b'[{"id": "model", "context_length": 4096}]', b'{"data": [{"id": "model"}]}', b"<html>models</html>", b"[1]", b""],
+)
+def test_a_list_of_models_may_be_bare_or_no_list_at_all(tmp_path: Path, listed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def models(self: ChatServer, request: web.Request) -> web.Response:
+        return web.Response(body=listed)
+
+    monkeypatch.setattr(ChatServer, "_models", models)
+    with running_chat(ChatServer()) as chat:
         errors, *_ = ask(tmp_path / "j", chat)
     assert set(errors) == {None}

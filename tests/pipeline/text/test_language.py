@@ -38,6 +38,20 @@ def test_other_languages_are_detected(text: str, expected: str) -> None:
     assert language(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # their words are English words, too
+        ("Zwei Kinder spielen am Strand mit einem roten Ball.", "de"),
+        ("Een man in een park met een hond.", "nl"),
+        ("Un cane in un parco con la palla.", "it"),
+        ("A white van parked by the road", "en"),
+        ("The Tour de France passes an old church.", "en"),
+    ],
+)
+def test_words_that_are_frequent_elsewhere_are_left_to_the_detector(text: str, expected: str) -> None:
+    assert language(text) == expected
+
+
 def test_a_few_words_have_no_language() -> None:
     assert detect_language("Ein roter Drache", ["ein", "roter", "drache"]) == (None, 0.0)
 

@@ -1,0 +1,95 @@
+"""What a user should know of a run that lost rows: where, why, and what to change."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.errors import one_line
+from pipeline.inference.requests import requests_per_sample
+from pipeline.stages.base import Stage
+from pipeline.stages.source import ADVICE
+from pipeline.storage.files import read_table
+from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
+
+REPORTED = "`synth report` shows them"
+AGAIN = "the same command asks again"
+_UNANSWERED = {
+    SERVER_ERROR: f"requests got nothing but errors from the server: {AGAIN}",
+    REFUSED_BY_SERVER: f"requests were refused by the server: {AGAIN}; if images are too large, set generate.max_pixels",
+}
+
+
+def describe_run(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
+    """Return warnings about stages that rejected most rows, texts of which none is left, and requests without answer."""
+    missing = describe_missing(stages, version, config) if config.asks_model else ()
+    return [
+        *describe_losses(stages, funnel),
+        *missing,
+        *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
+    ]
+
+
+def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], shown: str = REPORTED) -> Iterator[str]:
+    """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change.
+
+    `shown` says where they are, if nothing is known that could be changed.
+    """
+    advice = _advice(stages)
+    choices = {stage.name for stage in stages if stage.is_choice}
+    for summary in funnel:
+        if summary.stage in choices:
+            continue
+        lost = sum(summary.rejected.values())
+        if 2 * lost > summary.input:
+            reason, count = max(summary.rejected.items(), key=lambda item: item[1])
+            hint = advice.get(summary.stage, {}).get(reason, shown)
+            share = f"{lost:,} of {summary.input:,} {summary.unit}"
+            yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
+
+
+def describe_missing(stages: Sequence[Stage], version: Version, config: Config) -> Iterator[str]:
+    """Yield a warning for each style of captions, and for questions, that were asked for and of which none is left."""
+    measured = version.manifest["measured"]
+    missing: list[tuple[str, str]] = []
+    if not measured.get("answers"):
+        missing += [(name, "questions") for name in ("qa", "deck_qa") if name in config.tasks]
+    styles = {style for task, style in requests_per_sample(config) if task == "caption"}
+    if styles and styles.isdisjoint(measured.get("captions", {})):
+        missing.append(("caption", "captions"))
+    if not missing:
+        return
+    ledger = pq.read_table(version.path / LEDGER_FILE, columns=["stage", "reason", "task"])
+    for task, name in missing:
+        lost = ledger.filter(pc.equal(ledger["task"], task))
+        reasons = Counter(zip(lost["stage"].to_pylist(), lost["reason"].to_pylist(), strict=True))
+        if reasons:
+            (stage, reason), count = reasons.most_common(1)[0]
+            hint = _advice(stages).get(stage, {}).get(reason, REPORTED)
+            yield f"none of the {name} is left: {stage} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
+
+
+def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StageSummary]) -> Iterator[str]:
+    """Yield a warning for requests that the server refused, or did not answer, with what it said of one of them."""
+    rejected = next((summary.rejected for summary in funnel if summary.stage == "validate"), {})
+    for reason, what in _UNANSWERED.items():
+        if count := rejected.get(reason):
+            yield f"{count:,} {what}{_words_of_server(dataset, reason)}"
+
+
+def _words_of_server(dataset: DatasetDir, reason: str) -> str:
+    for path in dataset.stage_files("validate", "rejected"):
+        table = read_table(path, ["reason", "reply_text"])
+        said = table.filter(pc.equal(table["reason"], reason))["reply_text"].drop_null()
+        if len(said):
+            return f'; it said "{one_line(said[0].as_py(), 200)}"'
+    return ""
+
+
+def _advice(stages: Sequence[Stage]) -> dict[str, Mapping[str, str]]:
+    return {"source": ADVICE} | {stage.name: stage.advice for stage in stages}

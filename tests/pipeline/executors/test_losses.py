@@ -1,0 +1,62 @@
+"""A user is told what a run has lost, why, and what to change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import TableError
+from pipeline.executors.base import RunResult
+from pipeline.executors.losses import describe_losses, describe_run, describe_unanswered
+from pipeline.run import STAGES, generate_dataset
+from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+
+REFUSAL = Act(text=json.dumps({"caption": "I'm sorry, but I can't help with that request."}))
+
+
+def run(folder: Path, script: Script) -> tuple[RunResult, Config]:
+    with running_chat(ChatServer(script)) as chat:
+        config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server={"max_failure_frac": 1.0})
+        return generate_dataset(config, folder), config
+
+
+def test_captions_of_which_none_is_left_are_told_with_the_reason(tmp_path: Path) -> None:
+    result, config = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
+    told = describe_run(STAGES, result.version, result.funnel, config)
+    assert any("none of the captions is left: validate rejected 24 for refusal" in text for text in told), told
+    assert not any("questions" in text for text in told)
+
+
+def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_BACKOFF_SECONDS", "LONGEST_BACKOFF_SECONDS"):
+        monkeypatch.setattr(f"pipeline.inference.client.{name}", 0.01)
+    answered: set[str] = set()
+
+    def script(times: int, body: dict[str, object]) -> Act | None:
+        if task_of(body) == "Task: qa":
+            return Act(status=500)
+        answered.add(str(body))
+        return Act(status=413) if len(answered) > 20 else None
+
+    result, config = run(tmp_path, script)
+    told = [text for text in describe_run(STAGES, result.version, result.funnel, config) if "server" in text]
+    assert any(text.startswith("12 requests got nothing but errors") and "scripted 500" in text for text in told), told
+    assert any("refused by the server" in text and "scripted 413" in text for text in told), told
+
+
+def test_where_no_row_is_left_the_server_is_quoted_and_nobody_is_sent_to_a_report(tmp_path: Path) -> None:
+    answered: list[int] = []
+
+    def script(times: int, body: dict[str, object]) -> Act:
+        answered.append(1)
+        return REFUSAL if len(answered) == 1 else Act(status=400)
+
+    with pytest.raises(TableError) as caught:
+        run(tmp_path, script)
+    assert 'it said "scripted 400"' in str(caught.value) and "synth report" not in str(caught.value)
+    assert f"{tmp_path}/stages" in caught.value.hint
+    assert not [*describe_losses(STAGES, [])] and not [*describe_unanswered(DatasetDir(tmp_path), [])]
