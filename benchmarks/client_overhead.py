@@ -24,10 +24,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pipeline.types import SampleBatch
 
 HERE = Path(__file__).parent
 CONCURRENCY = 256
@@ -110,7 +106,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     from pipeline.inference.journal import Journal
     from pipeline.inference.queue import RequestStats, ask_about, read_annotations
     from pipeline.stages.validate import validate_annotations
-    from pipeline.types import SampleInfo, SourceTexts
+    from pipeline.types import SampleBatch, SampleInfo, SourceTexts
 
     config = resolve(
         source="folder:bench",

@@ -228,8 +228,9 @@ def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None
     """Write captions beside an image, one a line; appended are those that are not there."""
     target = image.with_suffix(".txt")
     lines = _lines(target) if existing == "append" and target.exists() else []
-    note_own_lines(target, texts)
-    write_text(target, "\n".join([*lines, *(text for text in texts if text not in lines)]) + "\n")
+    new = [text for text in texts if text not in lines]
+    note_own_lines(target, new)
+    write_text(target, "\n".join([*lines, *new]) + "\n")
 
 
 def _lines(path: Path) -> list[str]:

@@ -90,7 +90,7 @@ def write_beside(
     captions = list(_own_images(version, folder, style))
     if not captions:
         raise _nothing_to_write(version, style, "sidecar")
-    counts = Counter(path for path, _ in captions)
+    counts = Counter(path for path, _, _ in captions)
     if twice := [path for path, count in counts.items() if count > 1]:
         raise ConfigError(f"two images would have the text file {twice[0]}", hint="give one of them another name")
     there = [path for path in counts if path.exists()]
@@ -98,21 +98,22 @@ def write_beside(
         hint = "say what becomes of them: --skip-existing, --append or --overwrite"
         raise ConfigError(f"{len(there)} of {len(captions)} text files are there already, such as {there[0]}", hint=hint)
     written = 0
-    for number, (path, caption) in enumerate(captions, start=1):
-        text = caption
+    for number, (path, caption, by_model) in enumerate(captions, start=1):
+        text, own = caption, caption.splitlines() if by_model else []
         if existing == "append" and path.exists():
             before = read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES).decode("utf-8")
+            own = [line for line in own if line not in before.splitlines()]
             text = before if text in before.splitlines() else f"{before.rstrip()}\n{text}".lstrip()
         if existing != "skip" or not path.exists():
-            note_own_lines(path, caption.splitlines())
+            note_own_lines(path, own)
             write_text(path, text.rstrip() + "\n")
             written += 1
         report("export", number, len(captions))
     return Exported(folder, written, version.num_rows - len(captions))
 
 
-def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str]]:
-    """Yield the text file beside each image of the user's folder, with its caption."""
+def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
+    """Yield the text file beside each image of the user's folder, with its caption, and whether a model wrote that."""
     for item in read_items(version):
         text = item.caption(style)
         if text is None:
@@ -127,7 +128,7 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
         if path.suffix == ".txt":
             raise ConfigError(f"{path} is an image, and has the name of its text file", hint="give it another name")
-        yield path.with_suffix(".txt"), text
+        yield path.with_suffix(".txt"), text, text not in item.of_people
 
 
 def _go_on(draft: Path, about: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
-from pipeline.tables import SPLITS
+from pipeline.tables import HUMAN, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -31,6 +31,7 @@ class Item:
     source_row: str
     sample_id: str
     captions: Sequence[tuple[str, str]]  # style and text
+    of_people: frozenset[str]  # those captions that people wrote
     questions: Sequence[tuple[str, str]]  # and their answers
     references: Sequence[str]
     values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
@@ -86,6 +87,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         source_row=row["source_row"],
         sample_id=sample_id,
         captions=[(caption["style"] or "", caption["text"]) for caption in row.get("captions") or ()],
+        of_people=frozenset(one["text"] for one in row.get("captions") or () if one["prompt_id"] == HUMAN),
         questions=[(pair["question"], pair["answer"]) for pair in row.get("qa") or ()],
         references=row.get("references") or (),
         values={task: row[task] for task in own},

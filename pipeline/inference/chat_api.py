@@ -28,7 +28,7 @@ MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an esc
 MAX_REASON_CHARACTERS = 100
 STOPPED = frozenset({"eos", "eos_token", "end_turn", "stop_sequence", "STOP"})  # "stop", as some servers say it
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
-PROBE_TOKENS = (256, 4096)  # the second for a model that thinks first, and longer than that
+PROBE_TOKENS = 256
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
 
@@ -145,7 +145,7 @@ def error_message(answer: bytes) -> str:
     return " ".join(str(message).split())[:500] or "no message"
 
 
-def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS[0]) -> bytes:
+def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -> bytes:
     """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives.
 
     It has the optional fields of a request too, so that a server refuses here what it does not know.

@@ -104,7 +104,7 @@ class Client:
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._name = launches[0].name if launches else model
-        self._answered = self._refused = self._retried = 0
+        self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._suspects = asyncio.Lock()
         self._busy = BusyTime()
@@ -388,7 +388,7 @@ class Client:
         except chat_api.BadAnswerError as bad:
             self._refuse(request, endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
-        self._answered += 1
+        endpoint.answered += 1
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         return replace(reply, seconds=time.monotonic() - sent)
@@ -400,7 +400,8 @@ class Client:
                 server = self._config.server
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
                     await self._check_server(endpoint)
-                await learn_dialect(endpoint, self._session_of(endpoint), self._name, server, self._progress, self._busy)
+                session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
+                await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress, self._busy)
                 endpoint.is_learned = True
 
     def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
@@ -413,8 +414,9 @@ class Client:
 
     def _refuse(self, request: Request, endpoint: Endpoint, message: str, in_flight: InFlight) -> Reply:
         """Return the reply of a server that gives none. Raises EngineError if it has refused all requests so far."""
-        self._refused += 1
-        if self._refused >= MAX_REFUSALS_BEFORE_REPLY and not self._answered and not in_flight.work.answered():
+        endpoint.refused += 1
+        is_useless = endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered
+        if is_useless and (len(self._endpoints) > 1 or not in_flight.work.answered()):
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
         return request.reply(message, REFUSED_BY_SERVER)
 

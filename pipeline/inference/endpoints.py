@@ -1,6 +1,7 @@
 """Model servers: the models they serve, their health and load, and the choice of a server for each request."""
 
 import asyncio
+import ipaddress
 import logging
 import math
 import os
@@ -26,11 +27,11 @@ from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.pace import Pace
 from pipeline.inference.vllm_server import status_of
+from pipeline.text.escape import without_passwords
 
 KEY = "SYNTH_API_KEY"  # environment variables
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
 OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BUSY_STATUSES = (429, 503)
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 REFUSED_STATUSES = (400, 422)  # for something in the request
@@ -107,6 +108,8 @@ class Endpoint:
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
     outstanding: int = 0
+    answered: int = 0
+    refused: int = 0
     waiting: float = 0
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
@@ -119,7 +122,7 @@ class Endpoint:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
             status = await status_of(page, self.headers, socket_path=self.socket_path, proxy=self.proxy)
-            if status not in NO_SUCH_PAGE:
+            if status is None or status >= 500 or status < 300:
                 return status is not None and status < 300
         return True
 
@@ -341,11 +344,21 @@ def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answe
 
 
 def proxy_for(url: str) -> str | None:
-    """Return the proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY); none for one of this machine."""
+    """Return the proxy that the environment names for an address (HTTPS_PROXY, HTTP_PROXY, and NO_PROXY for exceptions).
+
+    Servers of this machine and of a private network, and hosts without a dot in their name, are asked directly.
+    """
     parts = urlsplit(url)
-    if parts.hostname in LOOPBACK or proxy_bypass(parts.netloc.rpartition("@")[2]):
+    host = parts.hostname or ""
+    try:
+        is_near = not ipaddress.ip_address(host).is_global
+    except ValueError:
+        is_near = "." not in host
+    exceptions = [entry.strip().lstrip("*") for entry in getproxies().get("no", "").split(",")]
+    if is_near or any(entry and host.endswith(entry) for entry in exceptions) or proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
-    return getproxies().get(parts.scheme)
+    proxy = getproxies().get(parts.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def retry_seconds(header: str) -> float | None:
@@ -362,7 +375,10 @@ def retry_seconds(header: str) -> float | None:
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error that no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
-    return EngineError(f"no server answers at {urls}", hint="start it (`synth serve`), then run the same command again")
+    hint = "start it (`synth serve`), then run the same command again"
+    if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
+        urls, hint = f"{urls} through the proxy {without_passwords(proxy)}", "name hosts that need no proxy in NO_PROXY"
+    return EngineError(f"no server answers at {urls}", hint=hint)
 
 
 def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:

@@ -25,21 +25,29 @@ LONGEST_BACKOFF_SECONDS = 30.0
 
 
 async def learn_dialect(
-    endpoint: Endpoint, session: aiohttp.ClientSession, model: str, server: ServerConfig, progress: Progress, busy: BusyTime
+    endpoint: Endpoint,
+    session: aiohttp.ClientSession,
+    model: str,
+    server: ServerConfig,
+    reply_tokens: int,
+    progress: Progress,
+    busy: BusyTime,
 ) -> None:
     """Set the dialect of a server: send `chat_api.probe` without what it refuses, until it answers.
 
+    A model that thinks first gets as many tokens for that as each reply of the run may have, `reply_tokens`.
+
     Raises EngineError if it answers nothing, or does not enforce schemas and must.
     """
-    max_tokens = chat_api.PROBE_TOKENS[0]
+    max_tokens = chat_api.PROBE_TOKENS
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
         status, answer = await _probe(endpoint, session, probe, server, progress, busy)
         if status == 200 and chat_api.is_cut_before_text(answer):
-            if max_tokens == chat_api.PROBE_TOKENS[-1]:
-                hint = "turn its thinking off where it is served, or serve a model that answers at once"
+            if max_tokens >= reply_tokens:
+                hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
                 raise EngineError(f"{endpoint.url} thinks for more than {max_tokens:,} tokens before it says a word", hint=hint)
-            max_tokens = chat_api.PROBE_TOKENS[-1]
+            max_tokens = reply_tokens
             continue
         is_enforcing = endpoint.dialect.format == "json_schema"
         if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):

@@ -121,15 +121,17 @@ def _rows_of_lines(text: str) -> Iterator[Row]:
             yield _object_row(value)
 
 
-def read_table(text: str) -> Iterator[dict[str, Any]]:
+def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a CSV with commas, semicolons, tabs or bars, by names of columns.
+
+    Behind tabs and bars a quote is the text's own, unless the table `is_quoted`.
 
     Raise ValueError for a row with more values than names, and at the end if a quote took all that follows into a text.
     """
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    if delimiter in "\t|":  # where a quote at the beginning of a text is the text's own
+    if delimiter in "\t|" and not is_quoted:
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
@@ -144,7 +146,7 @@ def read_table(text: str) -> Iterator[dict[str, Any]]:
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
     """Return a row of a table by the names of its columns. Raise ValueError if it has more values than names."""
-    if None in row:
+    if any(row.pop(None, None) or ()):  # other than commas at the end of a line
         raise ValueError(f"line {line} has more columns than the first line: put texts with commas in quotes")
     return {str(name).strip(): value for name, value in row.items()}
 

@@ -317,7 +317,7 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
         text = decode_text(read_regular(file, bound, max_bytes=MAX_METADATA_BYTES))
         if file.suffix == ".csv":
-            rows = list(read_table(text))
+            rows = list(read_table(text, is_quoted=True))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # other line ends may be in a string
         if not all(row["file_name"] for row in rows):

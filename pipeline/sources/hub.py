@@ -112,13 +112,19 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
     """
     declared: dict[str, Files] = {}
     for config in configs if isinstance(configs, list) else ():
-        data_files = config.get("data_files") if isinstance(config, dict) else None
+        if not isinstance(config, dict):
+            continue
+        folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
+        data_files = config.get("data_files", f"{folder}/*" if folder else None)
         entries = data_files if isinstance(data_files, list) else [data_files]
         files: Files = {}
         for entry in entries:
             split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
             for path in paths:
-                if any(fnmatch(path, str(one)) for one in (patterns if isinstance(patterns, list) else [patterns])):
+                if any(
+                    fnmatch(path, str(one).removeprefix("./"))
+                    for one in (patterns if isinstance(patterns, list) else [patterns])
+                ):
                     files.setdefault(split_of_path(str(split) if split else path), []).append(path)
         if files and isinstance(config.get("config_name"), str):
             declared[config["config_name"]] = files

@@ -70,7 +70,9 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
     """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
     with Asking(shard, plan, services) as asking:
         for table in _whole_samples(read_batches(path)):
-            yield add_results(table, asking.ask_all_checks(table.select(COLUMNS).to_pylist()))
+            columns = [name for name in COLUMNS if name in table.column_names]  # earlier releases wrote fewer
+            rows = [dict.fromkeys(COLUMNS) | row for row in table.select(columns).to_pylist()]
+            yield add_results(table, asking.ask_all_checks(rows))
 
 
 def _whole_samples(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -16,6 +16,8 @@ MAX_OWN_LINES_BYTES = 1_000_000_000
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
     """Note lines that are about to be written to a text file. Raise OSError if that cannot be noted beside it."""
+    if not (lines := list(lines)):
+        return
     notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)  # begins anew behind a line that a kill has cut off
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(file.with_name(OWN_LINES), flags, 0o666), "w", encoding="ascii") as written:

@@ -338,6 +338,28 @@ def test_captions_that_were_written_beside_images_are_no_captions_of_people(phot
     assert not any("not read" in message for message in source.messages)
 
 
+def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_images(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    sample = replace(scene_samples(1)[0], source_row="a.png", references=("A ring.",))
+    (folder / "a.png").write_bytes(sample.images[0])
+    (folder / "a.txt").write_text("A ring.\n")
+    text = {
+        "sample_id": sample.id,
+        "task": "caption",
+        "style": "human",
+        "text": "A ring.",
+        "prompt_id": "human",
+        "split": "train",
+    }
+    table = pa.table({name: pa.array([value], STRING) for name, value in (text | {"annotation_id": "a" * 64}).items()})
+    version, _ = publish_rows(tmp_path / "d", [table], sample_table([sample]).to_batches(), rows=Rows())
+    for existing in ("append", "overwrite"):
+        write_beside(version, folder, existing=existing)
+        (row,) = open_folder(folder).rows
+        assert isinstance(row, Sample) and row.references == ("A ring.",)
+
+
 def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:
     folder, _ = photos
     image = (folder / "my photo 0.png").read_bytes()

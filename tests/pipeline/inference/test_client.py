@@ -1,5 +1,6 @@
 """Client against a scripted server over real sockets: whatever the server does, each request ends in one stored reply."""
 
+import asyncio
 import json
 import signal
 import threading
@@ -563,7 +564,7 @@ def test_a_server_of_another_model_that_comes_later_is_left_out(tmp_path: Path) 
         after_first_requests(first, lambda: start(late, port, stack))
         _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
         assert errors == {None: 180}
-        assert any("User-Agent" in headers for headers in late.headers)  # it was asked for its models
+        assert late.headers and not any("Content-Length" in headers for headers in late.headers)  # asked for its models alone
     assert not late.bodies
 
 
@@ -590,5 +591,67 @@ def test_the_proxy_of_the_environment_is_used_for_other_machines_alone(tmp_path:
         with pytest.raises(EngineError, match="no server answers"):
             run(tmp_path / "k", "http://model.invalid:8000/v1")
         assert not chat.headers
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.setenv("HTTP_PROXY", "http://me:secret@127.0.0.1:9")
+        with pytest.raises(EngineError, match="through the proxy http://") as caught:
+            run(tmp_path / "m", "http://model.invalid:8000/v1")
+        assert "NO_PROXY" in caught.value.hint and "secret" not in str(caught.value)
     with running_chat(ChatServer()) as here:  # and that proxy is gone
         run(tmp_path / "l", here.url)
+
+
+@pytest.mark.parametrize(
+    ("health", "models", "is_healthy"),
+    [
+        (200, None, True),
+        (503, 200, False),
+        (None, 200, False),
+        (404, 200, True),
+        (404, 503, False),
+        (401, 404, True),
+        (302, 404, True),
+    ],
+)
+def test_a_server_is_healthy_by_its_page_its_models_or_any_answer(
+    health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def status_of(url: str, *_: object, **__: object) -> int | None:
+        return health if url.endswith("/health") else models
+
+    monkeypatch.setattr(endpoints, "status_of", status_of)
+    assert asyncio.run(endpoints.Endpoint("http://127.0.0.1:9/v1", {}).is_healthy()) == is_healthy
+
+
+def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answers(tmp_path: Path) -> None:
+    answers, refuses = ChatServer(lambda times, body: Act(seconds=0.01)), ChatServer(lambda times, body: Act(status=400))
+    with running_chat(answers), running_chat(refuses):
+        _, errors = run(tmp_path / "j", answers.url, refuses.url, samples=scene_samples(60), server={"concurrency": 4})
+    refused = errors.pop("refused_by_server")
+    assert errors == {None: 180 - refused}
+    assert refused < client.MAX_REFUSALS_BEFORE_REPLY + 4
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "proxy"),
+    [
+        ("https://api.example.com/v1", "", "http://proxy:3128"),
+        ("https://api.example.com/v1", "*.example.com", None),
+        ("https://api.example.com/v1", "example.com,other.org", None),
+        ("https://8.8.8.8/v1", "", "http://proxy:3128"),
+        ("https://10.1.2.3:8000/v1", "", None),
+        ("https://127.0.1.1/v1", "", None),
+        ("https://0.0.0.0:8000/v1", "", None),
+        ("https://[::1]:8000/v1", "", None),
+        ("https://localhost:8000/v1", "", None),
+        ("https://vllm-7:8000/v1", "", None),
+        ("http://api.example.com/v1", "", None),  # for which there is none
+    ],
+)
+def test_servers_nearby_are_asked_without_a_proxy(
+    url: str, no_proxy: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert endpoints.proxy_for(url) == proxy

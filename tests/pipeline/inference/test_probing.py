@@ -373,8 +373,7 @@ def thinking(tokens: int) -> ServerKind:
     """Return a kind of server whose model thinks for so many tokens before it says a word."""
 
     def think(body: dict[str, Any]) -> tuple[int, Any] | None:
-        is_probe = body.get("response_format", {}).get("json_schema", {}).get("name") == "probe"
-        if not is_probe or body["max_tokens"] > tokens:
+        if body["max_tokens"] > tokens:
             return None
         message = {"role": "assistant", "content": None, "reasoning": "The user says hello. So"}
         return 200, {"choices": [{"message": message, "finish_reason": "length"}]}
@@ -382,18 +381,24 @@ def thinking(tokens: int) -> ServerKind:
     return ServerKind(name="thinks", model_fields={}, extra=think)
 
 
-def test_a_model_that_thinks_first_gets_the_tokens_for_it(tmp_path: Path) -> None:
-    with running_chat(ChatServer(kind=thinking(1000))) as chat:
-        errors, *_ = ask(tmp_path / "j", chat)
-    assert set(errors) == {None}
+def test_a_model_that_thinks_first_is_taken_if_replies_have_the_tokens_for_it(tmp_path: Path) -> None:
+    config = resolve(source="scenes", model="model", generate={"max_tokens": 4000}, tasks=["caption"])
+    with running_chat(ChatServer(kind=thinking(1000))) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
+        asked = config.model_copy(update={"base_url": (chat.url,)})
+        engine = stack.enter_context(Client("model", "r", asked))
+        for _ in ask_about(iter([batch_of(SAMPLES)]), asked, "r", lambda: engine, journal, RequestStats()):
+            pass
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], asked, "r", journal)
+    assert set(table["reply_error"].to_pylist()) == {None}
 
 
-def test_a_model_that_thinks_on_and_on_is_refused_for_that(tmp_path: Path) -> None:
+def test_a_model_that_thinks_longer_than_a_reply_may_be_is_refused_for_that(tmp_path: Path) -> None:
     with (
-        running_chat(ChatServer(kind=thinking(100_000))) as chat,
-        pytest.raises(EngineError, match="thinks for more than 4,096"),
+        running_chat(ChatServer(kind=thinking(1000))) as chat,
+        pytest.raises(EngineError, match="thinks for more than") as caught,
     ):
         ask(tmp_path / "j", chat)
+    assert "max_tokens" in caught.value.hint and not chat.bodies
 
 
 @pytest.mark.parametrize("reason", ["eos", "eos_token", "end_turn", "STOP"])

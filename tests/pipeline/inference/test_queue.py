@@ -1,6 +1,7 @@
 """Request queue: missing requests are sent in the same batches every time, and replies are stored as they come."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.requests import build_requests, with_images
 from pipeline.inference.transformers_engine import groups
 from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
 from tests.scene_data import requests_to_send
@@ -115,6 +117,14 @@ def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> N
     ask(sees, noted(IDS[:2]), noted(IDS[2:4]), noted(IDS[:1]))
     assert read == IDS[2:4]
     assert sees.images == {name: (name.encode(),) for name in IDS[2:4]}
+
+
+def test_no_image_is_read_for_requests_that_show_none() -> None:
+    def refuse() -> list[tuple[bytes, ...]]:
+        raise AssertionError("images were read")
+
+    requests = [replace(request, pages=()) for request in build_requests(IDS[0], resolve(source="scenes"), "1")]
+    assert with_images(requests, SampleBatch(IDS, refuse)) == requests
 
 
 def test_no_engine_is_made_when_there_is_nothing_to_ask(tmp_path: Path) -> None:

@@ -291,3 +291,11 @@ def test_metadata_may_be_in_the_encodings_of_spreadsheets(tmp_path: Path, encodi
     (tmp_path / "metadata.csv").write_text("file_name\talt_text\na.JPG\tEin grüner Käfer\n", encoding=encoding)
     rows = list(open_folder(tmp_path).rows)
     assert [row.references for row in rows if isinstance(row, Sample) and row.references] == [("Ein grüner Käfer",)]
+
+
+def test_a_table_of_metadata_may_have_quotes_and_commas_at_the_ends_of_lines(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name\ttext\na.JPG\t"A ""big"" dog"\n')
+    (tmp_path / "b" / "c" / "metadata.csv").write_text("file_name,text\nz.png,A cat,\n")
+    references = {row.source_row: row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
+    assert references == {"a.JPG": ('A "big" dog',), "b/c/z.png": ("A cat",)}

@@ -330,6 +330,10 @@ def test_of_configs_as_push_to_hub_declares_them_one_is_read(hub: RunningHub) ->
     assert [row.images for row in read("hub:me/several:aokvqa", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
     hub.hub.storage.seed("dataset", "me/flagged", {**files, "README.md": declared(aokvqa="  default: true\n")})
     assert [row.images for row in read("hub:me/flagged", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
+    folders = b"---\nconfigs:\n- config_name: a\n  data_dir: ./chartqa\n- config_name: b\n  data_files: ./aokvqa/*\n---\n"
+    hub.hub.storage.seed("dataset", "me/folders", {**files, "README.md": folders})
+    assert [row.images for row in read("hub:me/folders:a", columns={"image": "photo"})[0]] == [(datasets.photo(0),)]
+    assert [row.images for row in read("hub:me/folders:b", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
     only = b"---\nconfigs:\n- config_name: mine\n  data_files:\n  - {split: testA, path: chartqa/*}\n---\n"
     hub.hub.storage.seed("dataset", "me/only", {**files, "README.md": only})  # with other files, which are none of it
     rows, _ = read("hub:me/only", columns={"image": "photo"})

@@ -55,6 +55,15 @@ def test_no_more_scores_than_allowed_are_computed_at_once(monkeypatch: pytest.Mo
     assert rows == [3, 3, 1]  # and none again for the gradient
 
 
+def test_no_gradient_is_computed_for_a_loss_that_is_only_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("memory was taken for a gradient")
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    with torch.no_grad():
+        token_loss.token_loss(torch.randn(2, WIDTH), words("linear"), torch.zeros(2, dtype=torch.long))
+
+
 def test_frozen_words_get_no_gradient_and_no_gradient_is_computed_where_none_is_wanted() -> None:
     of, states, labels = (
         words("linear").requires_grad_(False),
