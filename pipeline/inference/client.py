@@ -218,12 +218,10 @@ class Client:
         Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
         """
         models = await list_models(self._session_of(endpoint), endpoint)
-        endpoint.is_checked = True
-        if models is None:
-            return None
-        if self._name not in models:
+        if models is not None and self._name not in models:
             raise not_served(endpoint, self._name, models)
-        return models[self._name].max_model_len
+        endpoint.is_checked = True
+        return models[self._name].max_model_len if models is not None else None
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -396,7 +394,7 @@ class Client:
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""
         async with endpoint.learning:
-            if not endpoint.is_learned:
+            if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
                 server = self._config.server
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
                     await self._check_server(endpoint)
