@@ -20,7 +20,7 @@ OF_IMPORT = (  # keys of the settings that concern no model
     "source", "source_split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
     "limit", "rows", "frame_seconds", "license", "filter.language", "split.group_by", "seed", "title",
 )  # fmt: skip
-VLLM_FLAGS, AFTER_DASHES = "server.flags", "what stands after --"
+FLAGS_KEY, AFTER_DASHES = "server.flags", "what stands after --"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def read_settings(context: Context, file: Path | None, given: Mapping[RunOption,
     from pipeline.config import resolve
 
     settings: dict[str, Any] = {}
-    told: dict[str, str] = {}
+    origins: dict[str, str] = {}
 
     def put(key: str, value: Any, option: str) -> None:
         section, dot, name = key.partition(".")
@@ -193,14 +193,14 @@ def read_settings(context: Context, file: Path | None, given: Mapping[RunOption,
             settings.setdefault(section, {})[name] = value
         else:
             settings[key] = value
-        told[key] = option
+        origins[key] = option
 
     if flags := vllm_flags(context):
-        put(VLLM_FLAGS, flags["flags"], AFTER_DASHES)
+        put(FLAGS_KEY, flags["flags"], AFTER_DASHES)
     for option, value in given.items():
         if value not in (None, "", []):
             put(option.key, option.read(value), option.flag)
-    return RunSettings(resolve(file, **settings), file, told)
+    return RunSettings(resolve(file, **settings), file, origins)
 
 
 Command = Callable[..., None]

@@ -201,10 +201,9 @@ def publish(
         hint = "name a file of them: --captions FILE, or a column: --columns references=COLUMN; --tasks caption asks a model"
         raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
-        told = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]
-        losses = "; ".join(told) or "every stage rejected some"
+        losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]
         hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
-        raise TableError(f"no row is left to make a version of: {losses}", hint=hint)
+        raise TableError(f"no row is left to make a version of: {'; '.join(losses) or 'every stage rejected some'}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
     if finished is not None and (found := finished.find_version(names[-1])):

@@ -354,10 +354,12 @@ def proxy_for(url: str) -> str | None:
         is_near = not ipaddress.ip_address(host).is_global
     except ValueError:
         is_near = "." not in host
-    exceptions = [entry.strip().lstrip("*") for entry in getproxies().get("no", "").split(",")]
-    if is_near or any(entry and host.endswith(entry) for entry in exceptions) or proxy_bypass(parts.netloc.rpartition("@")[2]):
+    proxies = getproxies()
+    # *.example.com, which `proxy_bypass` does not know, as many write .example.com.
+    subdomains = tuple(entry.strip()[1:] for entry in proxies.get("no", "").split(",") if entry.strip().startswith("*."))
+    if is_near or host.endswith(subdomains) or proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
-    proxy = getproxies().get(parts.scheme)
+    proxy = proxies.get(parts.scheme)
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 

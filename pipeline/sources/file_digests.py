@@ -62,12 +62,12 @@ class FileDigests:
         """Return the sha256 of a file, which is opened only if it is not known. Raises what `opened` raises."""
         self.count += 1
         self.progress("files of the source", self.count, None)
-        state = _state_of(path.stat()) if self.known else b""
+        state = state_of(path.stat()) if self.known else b""
         if (sha256 := self.known.get(state)) is None:
             with opened() as file:
                 status = os.fstat(file.fileno())  # a change from now on leads to another state
                 is_fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - FRESH_NS
-                state, sha256 = _state_of(status), _sha256(file)
+                state, sha256 = state_of(status), _sha256(file)
             if is_fresh:
                 return sha256.hex()
         self.used[state] = sha256
@@ -96,7 +96,8 @@ def digest_of_file(path: Path, opened: Callable[[], BufferedReader]) -> str:
     return "" if digests is None else digests.digest(path, opened)
 
 
-def _state_of(status: os.stat_result) -> bytes:
+def state_of(status: os.stat_result) -> bytes:
+    """Return what changes with the bytes of a file: its place on the disk, its size, and its times."""
     return _STATE.pack(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 

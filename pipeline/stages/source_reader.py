@@ -24,6 +24,7 @@ from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samp
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, files_of_source, find_source
 from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.sources.file_digests import state_of
 from pipeline.stages.base import require_stage
 from pipeline.stages.source import (
     ADVICE,
@@ -113,7 +114,7 @@ class SourceReader:
         if self._intake is not None:
             paths = sorted(self._path.parent.glob("*.parquet"))
             files = {path.name: file_digest(path) for path in paths}
-            states = {path.name: _state_of(path) for path in paths}
+            states = {path.name: state_of(path.stat()).hex() for path in paths}
             write_json(self._path, self._state() | {"result": self._result, "files": files, "states": states})
             self._parts.forget()
 
@@ -154,10 +155,10 @@ class SourceReader:
         except (OSError, LookupError, TypeError, AttributeError):
             return None
 
-    def _is_unchanged(self, name: str, sha256: str, state: list[int] | None = None) -> bool:
+    def _is_unchanged(self, name: str, sha256: str, state: str | None = None) -> bool:
         """Return whether a file of the stage has these bytes; it is not read where its size and times are what they were."""
         path = self._path.with_name(Path(name).name)
-        return _state_of(path) == state or file_digest(path) == sha256
+        return state_of(path.stat()).hex() == state or file_digest(path) == sha256
 
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
@@ -266,9 +267,3 @@ class SourceReader:
             hint = ADVICE.get(max(rejected, key=lambda reason: rejected[reason], default=""), files)
             problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
             raise SourceError(problem, hint=hint)
-
-
-def _state_of(path: Path) -> list[int]:
-    """Return what changes with the bytes of a file: its place on the disk, its size, and its times in nanoseconds."""
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -639,6 +639,7 @@ def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answer
         ("https://api.example.com/v1", "", "http://proxy:3128"),
         ("https://api.example.com/v1", "*.example.com", None),
         ("https://api.example.com/v1", "example.com,other.org", None),
+        ("https://api.notexample.com/v1", "*.example.com,example.com,ample.com", "http://proxy:3128"),
         ("https://8.8.8.8/v1", "", "http://proxy:3128"),
         ("https://10.1.2.3:8000/v1", "", None),
         ("https://127.0.1.1/v1", "", None),
