@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
@@ -54,7 +53,7 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
 
 
 def describe_missing(stages: Sequence[Stage], version: Version, config: Config) -> Iterator[str]:
-    """Yield a warning for each style of captions, and for questions, that were asked for and of which none is left."""
+    """Yield a warning for captions, and one for questions, that were asked for and of which none is left."""
     measured = version.manifest["measured"]
     missing: list[tuple[str, str]] = []
     if not measured.get("answers"):
@@ -64,7 +63,7 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
         missing.append(("caption", "captions"))
     if not missing:
         return
-    ledger = pq.read_table(version.path / LEDGER_FILE, columns=["stage", "reason", "task"])
+    ledger = read_table(version.path / LEDGER_FILE, ["stage", "reason", "task"])  # which may be in an object store
     for task, name in missing:
         lost = ledger.filter(pc.equal(ledger["task"], task))
         reasons = Counter(zip(lost["stage"].to_pylist(), lost["reason"].to_pylist(), strict=True))

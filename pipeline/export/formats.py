@@ -111,6 +111,8 @@ class ImageFolder(_Format):
         """See Format."""
         super().close()
         drafts = sorted(self.folder.glob(f"*/{DRAFT}"))
+        if not drafts:  # of splits without a row
+            return
         schemas = (table.schema for path in drafts for table in _tables(path))
         schema = pa.unify_schemas([*schemas], promote_options="permissive")
         for path in drafts:

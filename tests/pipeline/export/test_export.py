@@ -461,3 +461,12 @@ def test_a_task_of_ones_own_may_have_said_nothing_of_some_images(samples: list[S
     batches = sample_table(samples[:4]).to_batches()
     version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=Extras(own=(NOTE,)))
     assert sorted(item.values["note"] or "" for item in read_items(version)) == ["", "", "", "A note"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_export_of_a_split_without_rows_is_one_error(kind: str, tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "d", scene_samples(3))
+    empty = next(split for split, rows in version.manifest["rows"].items() if not rows)
+    with pytest.raises(ConfigError):
+        export_version(version, kind, tmp_path / "out", splits=(empty,))
+    assert not (tmp_path / "out").exists()
