@@ -21,6 +21,7 @@ from pydantic import (
 
 from pipeline.errors import ConfigError, did_you_mean, one_line
 from pipeline.text.escape import without_passwords
+from pipeline.text.language_codes import RECOGNISED
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -80,6 +81,16 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _recognised(code: str) -> str:
+    if code not in RECOGNISED:
+        raise ValueError("no language in which a text can be recognised; with `any`, texts of all languages are kept")
+    return code
+
+
+# YAML reads the code of Norwegian as false.
+Language = Annotated[
+    str, BeforeValidator(lambda code: "no" if code is False else code), Field(pattern=LANGUAGE), AfterValidator(_recognised)
+]
 Item = TypeVar("Item")
 Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
 
@@ -154,9 +165,7 @@ class TaskConfig(Section):
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: generate.max_tokens
     min_words: Annotated[int, Field(ge=1)] | None = None  # of a caption, a question or a text
     max_words: Annotated[int, Field(ge=1)] | None = None
-    language: Annotated[str, Field(pattern=LANGUAGE)] | None = (
-        None  # of its texts; any; None: that of `filter`, if there is one
-    )
+    language: Literal["any"] | Language | None = None  # of its texts; None: that of `filter`, if there is one
     coordinates: BoxUnit = "pixels"  # of boxes, as the model writes them
 
 
@@ -265,7 +274,7 @@ class FilterConfig(Section):
     max_answer_words: int = Field(default=10, ge=1)
     max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
-    language: Annotated[str, Field(pattern=LANGUAGE)] | None = "en"  # ISO 639; None: any
+    language: Annotated[Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)] = "en"
     min_language_score: float = Field(default=0.6, ge=0, le=1)  # confidence of the detector that rejects another language
     max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)  # of letters outside of quotes, if the language is Latin
 

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES
+from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.storage.files import atomic_write, write_text
 from pipeline.storage.own_lines import note_own_lines
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.storage.untrusted import UnsafeFileError, is_hidden, read_regular
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SIDECARS = Path("txt")  # as the name of an output: a text file beside each image
@@ -42,8 +42,8 @@ def find_images(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            below = (one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
-            images = sorted(one for one in below if not one.name.startswith(APPLE_DOUBLE))
+            below = (one for one in path.rglob("*") if not is_hidden(one.relative_to(path)))
+            images = sorted(one for one in below if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
             if not images:
                 raise ConfigError(f"no image in {name}", hint=f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read")
         elif path.is_file():

@@ -15,7 +15,7 @@ import torch.distributed
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from pipeline.dataset.card import language_of
+from pipeline.dataset.card import has_unknown_license, language_of
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import TrainError
@@ -241,6 +241,7 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
             "source": version.manifest["source"],
             "texts": config.text_source,
             "language": language_of(version.manifest),
+            "has_unknown_license": has_unknown_license(version.manifest),
             **({"repo": version.repo} if version.repo else {}),
         },
     )

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -13,7 +13,7 @@ from typer import Argument, BadParameter, Option
 from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, NumBeams, Style
 from pipeline.cli.output import echo, say, show
 from pipeline.cli.training import open_data
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ def caption(
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
     require_checkpoint(folder)
-    given = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
-    if not given:
+    paths = find_images(name for name in images if name != "-")
+    if "-" in images:
+        paths = list(dict.fromkeys([*paths, *_images_named_on_stdin()]))
+    if not paths:
         raise BadParameter("no image was named", param_hint="IMAGES")
-    paths = find_images(given)
 
     from trainer.caption_images import Job, caption_images
     from trainer.captioning import Captioner  # see train
@@ -78,6 +79,17 @@ def caption(
         say(f"cannot read {path}: {error}", WARNING)
     if len(unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
+
+
+def _images_named_on_stdin() -> Iterator[Path]:
+    """Yield the images that lines of the standard input name. A line that names none is a warning: lists grow old."""
+    from trainer.caption_files import find_images
+
+    for line in filter(None, sys.stdin.read().splitlines()):
+        try:
+            yield from find_images([line])
+        except ConfigError as error:
+            say(f"cannot read: {error}", WARNING)
 
 
 def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool) -> None:

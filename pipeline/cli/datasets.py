@@ -354,8 +354,9 @@ def send(
     """
     from pipeline.hub.push import push_package
 
-    sizes, is_unknown = package.bytes(), package.has_unknown_license()
-    reason = "" if private is not None or not is_unknown else ", as the license of the images is not known (--license)"
+    sizes, is_unknown = package.bytes(), package.has_unknown_license
+    option = "--license" if package.kind == "dataset" else "--public"
+    reason = f", as the license of the images is not known ({option})" if private is None and is_unknown else ""
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")

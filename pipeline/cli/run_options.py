@@ -63,10 +63,6 @@ def _columns(text: str) -> dict[str, str]:
     return read_pairs(text, "--columns")
 
 
-def _language(code: str) -> str | None:
-    return None if code == "any" else code
-
-
 def _always(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
@@ -110,7 +106,7 @@ OPTIONS = (
         help="Take captions and questions that people wrote into the dataset."),
     RunOption("human_texts", "--only-missing", bool, TEXTS, read=_always("fill"),
         help="The same, and ask only for what an image has none of."),
-    RunOption("filter.language", "--language", str, TEXTS, metavar="CODE", show_default="en", read=_language,
+    RunOption("filter.language", "--language", str, TEXTS, metavar="CODE", show_default="en",
         help="The language of the texts; others are rejected; `any` keeps all."),
     RunOption("split.group_by", "--group-by", str, IMAGES, metavar="folder|prefix",
         help="Keep images of one folder, or of one name but for its last number, in one split."),

@@ -233,6 +233,13 @@ def card_licenses(manifest: dict[str, Any]) -> list[str]:
     return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licences"]})
 
 
+def has_unknown_license(manifest: dict[str, Any]) -> bool:
+    """Return whether there is an image of which nobody has stated a license, or one by a name that the Hub does not know."""
+    stated = (manifest.get("license") or UNKNOWN).lower()
+    doubtful = {UNKNOWN} if stated in KNOWN_LICENSES else {UNKNOWN, stated}
+    return not doubtful.isdisjoint(card_licenses(manifest))
+
+
 def language_of(manifest: dict[str, Any]) -> str | None:
     """Return the language of the texts, in ISO 639; None if it is not known."""
     language: str | None = manifest.get("language") or manifest["config"].get("filter", {"language": "en"})["language"]

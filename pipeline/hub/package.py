@@ -13,11 +13,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.card import CARD_SAMPLES, card_licenses, render_card, render_model_card
+from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
-from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN, non_redistributable
+from pipeline.dataset.licenses import non_redistributable
 from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest
 from pipeline.errors import PushError
@@ -35,7 +35,8 @@ class Package:
     """A version of a dataset, a model, or a page for a model, to upload.
 
     `name` is its tag, `title` the message of its commit; `manifest` is the uploaded manifest, with the digest and size of
-    each file; `files` maps each path in the repository to a local file or to its content.
+    each file; `files` maps each path in the repository to a local file or to its content. `has_unknown_license`: it holds,
+    tells of or has learned from images whose license is not known.
     """
 
     kind: Literal["dataset", "model", "space"]
@@ -43,19 +44,11 @@ class Package:
     title: str
     manifest: dict[str, Any]
     files: dict[str, Path | bytes]
+    has_unknown_license: bool
 
     def bytes(self) -> dict[str, int]:
         """Return the size of each file."""
         return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
-
-    def has_unknown_license(self) -> bool:
-        """Return whether it holds images, or texts and file names of images, whose license is not known.
-
-        That is: nobody has stated one, or what was stated is no license that the Hub knows.
-        """
-        stated = self.manifest.get("license", "").lower()
-        doubtful = {UNKNOWN, *([stated] if stated not in KNOWN_LICENSES else [])}
-        return self.kind == "dataset" and not doubtful.isdisjoint(card_licenses(self.manifest))
 
 
 def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +168,7 @@ def _pack(
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": _json(manifest),
         },
+        has_unknown_license=has_unknown_license(manifest),
     )
 
 
@@ -201,7 +195,8 @@ def build_checkpoint_package(
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    dataset = data.get("repo") or _pushed_as(folder, data)
+    made_of, pushed_as = _version_of(folder, data)
+    dataset = data.get("repo") or pushed_as
     named = [str(saved["train"][part]) for part in ("encoder", "decoder")]
     card = render_model_card(saved | {"digest": content_digest}, repo, dataset, [hub_ids.get(name, name) for name in named])
     return Package(
@@ -215,6 +210,7 @@ def build_checkpoint_package(
             "README.md": card.encode(),
             "manifest.json": _json(manifest),
         },
+        has_unknown_license=data.get("has_unknown_license", made_of is None or has_unknown_license(made_of.manifest)),
     )
 
 
@@ -223,14 +219,15 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
     entries = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
     manifest = {"version": model.name, "digest": content_digest, "files": entries}
-    return Package("space", model.name, f"A page for {model.name}", manifest, {**files, "manifest.json": _json(manifest)})
+    title, files = f"A page for {model.name}", {**files, "manifest.json": _json(manifest)}
+    return Package("space", model.name, title, manifest, dict(files), model.has_unknown_license)
 
 
-def _pushed_as(folder: Path, data: dict[str, Any]) -> str | None:
-    """Return the repository that a checkpoint's data was pushed to, if the checkpoint lies in the dataset's folder."""
+def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
+    """Return the version that a checkpoint has learned from and where it was pushed, if it lies in the dataset's folder."""
     home = DatasetDir(folder.resolve().parent.parent)
     version = next((v for v in home.versions() if v.manifest["digest"] == data["digest"]), None)
-    return next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)
+    return version, next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -24,7 +24,6 @@ HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
 )
-APPLE_DOUBLE = "._"  # before the name of a file: attributes of the file, written by a Mac
 ORIENTATION = 0x0112  # a tag of EXIF
 SIDEWAYS = (5, 6, 7, 8)  # its values of images that are turned by a quarter
 MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table

@@ -167,7 +167,7 @@ def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -
 def proves_schemas(answer: bytes) -> bool:
     """Return whether the answer to `probe` is the only one that its schema allows."""
     try:
-        return bool(parse_json(parse_json(answer)["choices"][0]["message"]["content"]) == {"word": _PROOF})
+        return bool(parse_json(_text_of(parse_json(answer)["choices"][0]["message"])) == {"word": _PROOF})
     except (ValueError, LookupError, TypeError):
         return False
 

@@ -370,13 +370,13 @@ class Client:
                 log.warning("no more files can be opened for connections: %s", error)
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
+        raise_for_access(answer, endpoint, text)
         if answer.status in BUSY_STATUSES:
             self._busy.start(answer.status, text)
             raise ServerBusyError(retry_seconds(answer.headers.get("Retry-After", "")))
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
-        raise_for_access(answer, endpoint, text)
         if answer.status in REFUSED_STATUSES:
             self._adapt(endpoint, dialect, chat_api.error_message(text))
         if answer.status >= 400:

@@ -39,6 +39,8 @@ BUSY_WARNING_SECONDS = 30.0
 MODELS_SECONDS = 30.0
 UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+PAYMENT_REQUIRED = 402
+_OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
 MAX_CONTEXT_TOKENS = 100_000_000
 SHOWN_MODELS = 8
 MAX_SHOWN_CHARACTERS = 200
@@ -326,9 +328,13 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
 def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes) -> None:
     """Raise EngineError for answers that every request would get.
 
-    The key is refused, the address does not exist, or it sends requests on to another one, which would get the images.
+    The key is refused or has no credit left, the address does not exist, or it sends requests on to another one, which would
+    get the images.
     """
     status = response.status
+    if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
+        hint = "add credit there, then run the same command: it goes on where it stopped"
+        raise EngineError(f"{endpoint.url} has no credit left for this key: {chat_api.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
         location = response.headers.get("Location", "")[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"

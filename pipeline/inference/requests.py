@@ -15,7 +15,7 @@ from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS
 from pipeline.tasks.base import Task
 from pipeline.tasks.own import build_task
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
-from pipeline.text.language import language_name
+from pipeline.text.language_codes import language_name
 from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
 
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})

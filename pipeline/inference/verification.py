@@ -18,7 +18,7 @@ from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_broken_rule
 from pipeline.tasks.replies import parse_reply, read_fields
-from pipeline.text.language import YES_OR_NO
+from pipeline.text.language_codes import YES_OR_NO
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import Reply, Request, SampleBatch
 

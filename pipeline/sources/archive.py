@@ -21,7 +21,6 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
-from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
@@ -30,7 +29,7 @@ from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import OF_EVERY_IMAGE
 from pipeline.sources.parquet import describe_held_out, split_of_path
-from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
+from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -178,14 +177,13 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
         from pipeline.sources.remote import find_files, translate_errors  # fsspec is imported only when needed
 
         files = find_files(path, SUFFIXES)
-        names = sorted(name for name in files.paths if not posixpath.basename(name).startswith(APPLE_DOUBLE))
+        names = sorted(files.paths)
         if not names:
             raise missing
         return Archives(names, files.revision, files.open, partial(translate_errors, path))
     root = Path(path).expanduser()
-    candidates = [root] if root.is_file() else sorted(root.rglob("*"))
-    paths = [file for file in candidates if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(APPLE_DOUBLE)]
-    paths = [file for file in paths if file.is_file()]
+    found = [root] if root.is_file() else sorted(path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+    paths = [path for path in found if path.name.lower().endswith(SUFFIXES) and path.is_file()]
     if not paths:
         raise missing
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)

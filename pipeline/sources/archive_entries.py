@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.errors import SourceError, one_line
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.folder import UNREAD_SUFFIXES
+from pipeline.storage.untrusted import is_hidden
 
 TEXT_SUFFIXES = (".txt", ".json")
 MAX_TEXT_BYTES = 1_000_000  # of a file beside an image
@@ -232,8 +233,8 @@ def _damage_error(name: str, error: Exception) -> SourceError:
 
 
 def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
-    base = posixpath.basename(_as_text(name))
-    return not base.startswith(APPLE_DOUBLE) and posixpath.splitext(base)[1].lower() in suffixes
+    text = _as_text(name)
+    return not is_hidden(text) and posixpath.splitext(text)[1].lower() in suffixes
 
 
 def is_text(name: str) -> bool:

@@ -18,11 +18,11 @@ from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import CAPTION_COLUMNS, read_question
+from pipeline.sources.captions import CAPTION_COLUMNS, FILE_NAMES, read_question
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
-from pipeline.storage.untrusted import UnsafeFileError, open_regular, require_regular
+from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
@@ -96,7 +96,8 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
 
     A link to the outside of the folder is such an error, unless `follow_links` is set.
     """
-    paths = [path] if path.is_file() else sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    below = (file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path)) and file.is_file())
+    paths = [path] if path.is_file() else sorted(below)
     if not paths:
         raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
     root = path.parent if path.is_file() else path
@@ -185,17 +186,21 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
 def _guess_images(schema: pa.Schema) -> Columns:
     images = [field.name for field in schema if _is_image(field.type)]
     lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
-    plain = [name for name in _IMAGE_NAMES if name in schema.names and _is_bytes(schema.field(name).type)]
+    plain = [field.name for field in schema if _is_bytes(field.type) and field.name.rstrip("_0123456789") in _IMAGE_NAMES]
     if len(images) > 1 and all(re.fullmatch(r"page_\d+", name) for name in images):
         return {"pages": named_columns(schema, "pages", "page_*")}
     if len(images) == 1 or "image" in images:
         return {"image": ["image" if "image" in images else images[0]]}
     if not images and len(lists) == 1:
         return {"pages": lists}
-    if not images and plain:
-        return {"image": plain[:1]}
-    message = f"several columns hold images: {', '.join([*images, *lists])}" if images or lists else "no column holds images"
-    raise SourceError(f"{message} (columns: {', '.join(schema.names)})", hint=_MAPPING_HINT)
+    if not images and (len(plain) == 1 or "image" in plain):
+        return {"image": ["image" if "image" in plain else plain[0]]}
+    found, hint = [*images, *lists] or plain, _MAPPING_HINT
+    texts = [name for name in (*_IMAGE_NAMES, *FILE_NAMES, "url") if name in schema.names and is_text(schema.field(name).type)]
+    if not found and texts:
+        hint = f"addresses: --columns image={texts[0]} --allow-urls; names of files: a list of them, --source list:FILE.csv"
+    message = f"several columns hold images: {', '.join(found)}" if found else "no column holds images"
+    raise SourceError(f"{message} (columns: {', '.join(schema.names)})", hint=hint)
 
 
 def _is_image(kind: pa.DataType) -> bool:

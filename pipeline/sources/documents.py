@@ -17,7 +17,6 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
-from pipeline.images.decode import APPLE_DOUBLE
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
@@ -28,6 +27,7 @@ from pipeline.sources.folder import (
     FolderContent,
     count_by_suffix,
     describe_folders,
+    describe_hidden,
     describe_links,
     list_files,
     row_name,
@@ -80,8 +80,7 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     content, others = FolderContent(), list[Path]()
     if root.is_dir():
         content = list_files(root)
-        found = [path for path in content.others if path.suffix.lower() in suffixes]
-        files = [path for path in found if not path.name.startswith(APPLE_DOUBLE)]
+        files = [path for path in content.others if path.suffix.lower() in suffixes]
         others = [path for path in content.others if path not in {*files}] + content.images
     else:
         files, root = [root] if root.suffix.lower() in suffixes and root.exists() else [], root.parent
@@ -94,7 +93,7 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     revision = digest([[row_name(path, root), _digest_of(path, bound)] for path in own] + renderer) if part == ALL else ""
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
-    messages = [*describe_folders(content), *describe_links(content)]
+    messages = [*describe_folders(content), *describe_links(content), *describe_hidden(content)]
     messages += [f"not read: {count_by_suffix(others)}"] if others else []
     count = partial(_count_rows, kind, own, bound, every_s, MAX_PAGES if decks else 1)
     return Source(

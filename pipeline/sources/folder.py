@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
-from pipeline.images.decode import APPLE_DOUBLE, IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import (
     MAX_METADATA_BYTES,
@@ -42,7 +42,7 @@ from pipeline.sources.captions import (
 )
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
@@ -71,6 +71,7 @@ class FolderContent:
     rejected: list[Rejected] = field(default_factory=list)  # images in other formats, and folders that cannot be listed
     others: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)  # to folders, which are not entered
+    hidden: list[Path] = field(default_factory=list)  # files and folders that systems and programs keep there for themselves
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ def open_folder(
     if not content.images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         hint = f"files that end in {suffixes} are read, in subfolders too"
-        raise SourceError("; ".join([f"no image in {root}", *describe_folders(content)]), hint=hint)
+        raise SourceError("; ".join([f"no image in {root}", *describe_folders(content), *describe_hidden(content)]), hint=hint)
     rows: dict[str, Path | Rejected] = {row_name(path, root): path for path in content.images}
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
@@ -192,11 +193,14 @@ def list_files(root: Path) -> FolderContent:
             continue
         for entry in entries:
             path = folder / entry.name
+            if is_hidden(entry.name):
+                content.hidden.append(path)
+                continue
             is_link = entry.is_symlink()
             if path.is_dir() if is_link else entry.is_dir():  # a link to itself is an error for an entry, and none for a path
                 (content.links if is_link else waiting).append(path)
                 continue
-            suffix = "" if path.name.startswith(APPLE_DOUBLE) else path.suffix.lower()
+            suffix = path.suffix.lower()
             if suffix in UNREAD_SUFFIXES:
                 detail = f"{suffix} files are not read: convert them to JPEG or PNG"
                 content.rejected.append(Rejected(source_row=row_name(path, root), reason="unsupported_format", detail=detail))
@@ -218,6 +222,7 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
         yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
     yield from references.messages
     yield from describe_links(content)
+    yield from describe_hidden(content)
     files = {path.resolve() for path in references.files}
     if unread := [path for path in content.others if path.resolve() not in files]:
         yield f"not read: {count_by_suffix(unread)}"
@@ -227,8 +232,7 @@ def count_by_suffix(paths: Iterable[Path]) -> str:
     """Return how many files there are of each suffix, with the first names: `2 .mp4 (a.mp4, b.mp4), 1 .txt (notes.txt)`."""
     names: dict[str, list[str]] = {}
     for path in paths:
-        suffix = f"{APPLE_DOUBLE}*" if path.name.startswith(APPLE_DOUBLE) else path.suffix.lower() or "without a suffix"
-        names.setdefault(suffix, []).append(path.name)
+        names.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
     most_first = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))
     return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
 
@@ -243,6 +247,12 @@ def describe_links(content: FolderContent) -> list[str]:
     """Return which links to folders are not entered."""
     names = sorted(path.name for path in content.links)
     return [f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"] if names else []
+
+
+def describe_hidden(content: FolderContent) -> list[str]:
+    """Return which hidden files and folders are not read, but for the notes of synth itself."""
+    names = sorted(path.name for path in content.hidden if path.name != OWN_LINES)
+    return [f"hidden, and not read: {len(names):,} ({first_names(names)})"] if names else []
 
 
 def read_references(

@@ -19,6 +19,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
 from pipeline.sources.parquet import BUFFER_BYTES, Tables, group_by_split
+from pipeline.storage.untrusted import is_hidden
 
 # Keys under which stores list a digest or a time of a file. Without any of them, the end of the file is hashed: it holds a
 # Parquet file's sizes and statistics.
@@ -47,7 +48,8 @@ def find_files(url: str, suffixes: tuple[str, ...]) -> RemoteFiles:
             infos = store.find(root, detail=True)
         folder = _without_key(root) if is_folder else _without_key(root).rpartition("/")[0]
         named_paths = sorted((_without_key(path), path) for path, info in infos.items() if info["type"] == "file")
-        paths = {name.removeprefix(folder).lstrip("/"): path for name, path in named_paths if name.lower().endswith(suffixes)}
+        names = {name.removeprefix(folder).lstrip("/"): path for name, path in named_paths if name.lower().endswith(suffixes)}
+        paths = {name: path for name, path in names.items() if not (is_folder and is_hidden(name))}
         contents = [[name, _content_of(store, path, infos[path])] for name, path in paths.items()]
 
     def open_file(name: str) -> BinaryIO:

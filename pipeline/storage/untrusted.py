@@ -7,7 +7,7 @@ the only way from such a folder to a row, a published file or a model.
 import io
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pipeline.errors import SynthError
 
@@ -26,6 +26,11 @@ class UnsafeFileError(SynthError):
     def __reduce__(self) -> tuple[type["UnsafeFileError"], tuple[str, str]]:
         """Let it cross processes: an exception is pickled as its message alone."""
         return UnsafeFileError, (self.reason, str(self))
+
+
+def is_hidden(name: str | PurePath) -> bool:
+    """Return whether a file, or a folder of its path, is one that systems and programs keep for themselves: `.git/a.png`."""
+    return any(part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
 
 
 def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:

@@ -12,7 +12,7 @@ from pipeline.digests import digest
 from pipeline.tables import HUMAN
 from pipeline.tasks.base import QUESTION_MARKS, tidy_texts
 from pipeline.tasks.qa import tidy_pair
-from pipeline.text.language import YES_OR_NO
+from pipeline.text.language_codes import YES_OR_NO
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
 _KINDS = {"qa": ("yes/no", "number", "other"), "deck_qa": ("span", "number", "arithmetic")}

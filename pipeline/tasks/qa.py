@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, Task, check_question, tidy_texts
-from pipeline.text.language import YES_OR_NO
+from pipeline.text.language_codes import YES_OR_NO
 
 AnswerType = Literal["yes/no", "number", "other"]
 

@@ -1,4 +1,4 @@
-"""Languages: their names for prompts, their words for yes and no, in which one a text is, and letters that it lacks."""
+"""In which language a text is, how many words it has, and which of its letters are of other scripts."""
 
 import re
 from functools import lru_cache
@@ -21,38 +21,6 @@ _OF_OTHERS = frozenset(
         "det", "og", "af", "er", "cu", "pe", "egy", "bir", "ve", "dan", "yang", "amb",
     )
 )  # fmt: skip
-# By ISO 639 code: the English name, and the words for yes and no.
-LANGUAGES = {
-    "en": ("English", "yes", "no"),
-    "de": ("German", "ja", "nein"),
-    "fr": ("French", "oui", "non"),
-    "es": ("Spanish", "sí", "no"),
-    "it": ("Italian", "sì", "no"),
-    "pt": ("Portuguese", "sim", "não"),
-    "nl": ("Dutch", "ja", "nee"),
-    "sv": ("Swedish", "ja", "nej"),
-    "da": ("Danish", "ja", "nej"),
-    "no": ("Norwegian", "ja", "nei"),
-    "fi": ("Finnish", "kyllä", "ei"),
-    "pl": ("Polish", "tak", "nie"),
-    "cs": ("Czech", "ano", "ne"),
-    "ro": ("Romanian", "da", "nu"),
-    "hu": ("Hungarian", "igen", "nem"),
-    "tr": ("Turkish", "evet", "hay\u0131r"),
-    "id": ("Indonesian", "ya", "tidak"),
-    "vi": ("Vietnamese", "có", "không"),
-    "ca": ("Catalan", "sí", "no"),
-    "ru": ("Russian", "да", "нет"),
-    "uk": ("Ukrainian", "так", "ні"),
-    "zh": ("Chinese", "是", "否"),
-    "ja": ("Japanese", "はい", "いいえ"),
-    "ko": ("Korean", "예", "아니요"),
-    "ar": ("Arabic", "نعم", "لا"),
-    "hi": ("Hindi", "हाँ", "नहीं"),
-}
-YES_OR_NO = {  # by the word in any of them: the English one
-    word: english for _, *words in reversed(LANGUAGES.values()) for word, english in zip(words, ("yes", "no"), strict=True)
-}
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
@@ -113,8 +81,3 @@ def non_latin_frac(text: str) -> float:
 
 def _is_latin(letter: str) -> bool:
     return letter <= "\u024f" or "\u1e00" <= letter <= "\u1eff" or letter in "\u02bb\u02bc\u212a\u212b"
-
-
-def language_name(code: str | None) -> str:
-    """Return the English name of a language; the code itself where it is not known, and "" for English and for any language."""
-    return "" if code in (None, "en") else LANGUAGES[code][0] if code in LANGUAGES else str(code)

@@ -28,6 +28,7 @@ class ServerKind:
     model_prefix: str = ""
     model_fields: dict[str, Any]
     extra: Callable[[dict[str, Any]], Refusal | None] = lambda body: None
+    in_parts: bool = False  # whether the text of a reply is a list, in which a thought comes first
     wrap: Callable[[str], str] = lambda text: text  # what is around the JSON of a reply
 
     def refusal_of(self, body: dict[str, Any]) -> Refusal | None:

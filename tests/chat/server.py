@@ -108,7 +108,7 @@ class ChatServer:
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
-            return web.json_response(answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
+            return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)
         name = _name(body)
         times = self.times[name]
@@ -121,10 +121,19 @@ class ChatServer:
         finally:
             self.in_flight -= 1
 
+    def _answer(self, text: str, finish_reason: str = "stop") -> dict[str, Any]:
+        value = answer(text, finish_reason)
+        if self.kind.in_parts:
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": "A ring?"}]}
+            value["choices"][0]["message"]["content"] = [thought, {"type": "text", "text": text}]
+        return value
+
     async def _act(self, request: web.Request, act: Act, valid_text: str) -> web.StreamResponse:
         await asyncio.sleep(act.seconds)
         transport = request.transport
-        body = json.dumps(answer(self.kind.wrap(valid_text if act.text is None else act.text), act.finish_reason)).encode()
+        body = json.dumps(
+            self._answer(self.kind.wrap(valid_text if act.text is None else act.text), act.finish_reason)
+        ).encode()
         if act.status != 200:
             body = json.dumps({"error": {"message": f"scripted {act.status}"}}).encode()
         body = body if act.raw is None else act.raw

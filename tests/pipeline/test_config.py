@@ -87,6 +87,19 @@ def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> Non
         resolve(file)
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("de", "de"), ("any", None), ("null", None), ("no", "no"), ("gsw", ""), ("xx", "")]
+)
+def test_a_language_is_one_that_can_be_recognised_or_any(written: str, read: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"source: scenes\nfilter:\n  language: {written}\n")
+    if read == "":
+        with pytest.raises(ConfigError, match=f"filter.language: no language in which .* with `any`.*'{written}'"):
+            resolve(file)
+    else:
+        assert resolve(file).filter.language == read
+
+
 def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     file = tmp_path / "manifest.json"
     values = {"source": "scenes", "limit": 2, "tasks": ["caption"]} | settings

@@ -259,6 +259,9 @@ def test_files_that_are_no_images_are_listed_and_stop_nothing(model: Path, photo
 def test_names_mean_files_folders_and_patterns(photos: Path, tmp_path: Path) -> None:
     (photos / "notes.md").write_text("x")
     everything = sorted(photos.rglob("*.png"))
+    for hidden in (photos / ".thumbnails" / "0.png", photos / "._0.png"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(b"of a program")
     assert find_images([str(photos)]) == everything
     assert find_images([f"{photos}/**/*.png", str(photos / "0.png")]) == everything
     assert find_images([str(photos / "notes.md")]) == [photos / "notes.md"]  # who names a file means it

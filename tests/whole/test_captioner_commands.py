@@ -5,14 +5,16 @@ import json
 import signal
 import socket
 import subprocess
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from typer import BadParameter
 
 import trainer.loop
-from pipeline.cli.captioners import compare, look
+from pipeline.cli.captioners import caption, compare, look
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.training import train
 from pipeline.dataset.version import Version
@@ -120,6 +122,21 @@ def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: p
     with Image.open(tmp_path / "look.webp") as picture:
         assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(printed["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
     assert printed["text"] and printed["alternatives"][0]["text"]
+
+
+def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioner, image = str(save_captioner(tmp_path / "c")), tmp_path / "photo.png"
+    photo(3).save(image)
+    monkeypatch.setattr("sys.stdin", StringIO(f"{image}\n\n{tmp_path}/gone.png\n{image}\n"))
+    caption(captioner, ["-"], as_json=True)
+    printed = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in printed.out.splitlines()] == [str(image)]
+    assert f"cannot read: {tmp_path}/gone.png does not exist" in printed.err.replace("\n", " ")
+    monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
+    with pytest.raises(BadParameter, match="no image was named"):
+        caption(captioner, ["-"])
 
 
 def test_captioners_are_compared_on_named_images_and_on_a_version(

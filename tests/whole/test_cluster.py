@@ -185,8 +185,10 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     workers = descendants_with(driver.pid, "ray::MapWorker")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
-    before = sum(chat.times.values())
-    wait_for(lambda: sum(chat.times.values()) > before + 100)
+    last = sum(chat.times.values()) + 100
+    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
+    chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
+    wait_for(lambda: sum(chat.times.values()) > last)
     alive = descendants_with(driver.pid, "ray::MapWorker")
     assert driver.poll() is None
     os.kill(driver.pid, signal.SIGKILL)

@@ -108,9 +108,9 @@ def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Pa
         for license_name, is_unknown in stated.items():
             fields = describe_data(license_name, None, None)
             with build_package(version, REPO, images=images, stated=fields) as package:
-                assert package.has_unknown_license() == is_unknown
+                assert package.has_unknown_license == is_unknown
     with build_package(free, REPO) as package:
-        assert not package.has_unknown_license()
+        assert not package.has_unknown_license
 
 
 def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -538,7 +538,9 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
         assert journal.totals()["replies"] >= 3
 
 
-@pytest.mark.parametrize("act", [Act(status=404), Act(status=401), Act(status=307, headers={"Location": "http://elsewhere/"})])
+@pytest.mark.parametrize(
+    "act", [Act(status=404), Act(status=401), Act(status=402), Act(status=307, headers={"Location": "http://elsewhere/"})]
+)
 def test_a_server_that_refuses_what_every_request_asks_is_left_out_where_there_is_another(tmp_path: Path, act: Act) -> None:
     stays = ChatServer(lambda times, body: Act(seconds=0.02))
     with running_chat(stays) as first, running_chat(ChatServer()) as leaves:
@@ -546,6 +548,18 @@ def test_a_server_that_refuses_what_every_request_asks_is_left_out_where_there_i
         _, errors = run(tmp_path / "j", first.url, leaves.url, samples=scene_samples(40), server={"concurrency": 4})
     assert errors == {None: 120}
     assert 3 < len(leaves.bodies) < 12
+
+
+@pytest.mark.parametrize(("status", "code"), [(402, None), (429, "insufficient_quota"), (400, "budget_exceeded")])
+def test_credit_that_is_used_up_ends_the_run_and_the_next_one_goes_on(tmp_path: Path, status: int, code: str | None) -> None:
+    spent = Act(status=status, raw=json.dumps({"error": {"message": "Look at your billing.", "code": code}}).encode())
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: spent if len(chat.bodies) > 5 else None
+        with pytest.raises(EngineError, match="has no credit left for this key: Look at your billing"):
+            run(tmp_path / "j", chat.url, server={"concurrency": 1})
+        chat.script = lambda times, body: None
+        counts, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED} and counts.asked == ASKED - 5
 
 
 def test_the_refusal_of_the_last_server_is_the_error(tmp_path: Path) -> None:

@@ -361,6 +361,12 @@ def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path)
     assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # a refusal is asked for again twice, and then it is one
 
 
+def test_texts_in_parts_prove_schemas_and_are_replies_without_the_thought(tmp_path: Path) -> None:
+    with running_chat(ChatServer(kind=ServerKind(name="a server that thinks", model_fields={}, in_parts=True))) as chat:
+        errors, texts, _ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None} and not any("schema" in text for text in texts)
+
+
 def test_an_address_may_name_the_whole_path_and_a_key_may_end_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "mine\r\n")
     with running_chat(ChatServer()) as chat:

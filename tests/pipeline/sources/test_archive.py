@@ -361,10 +361,13 @@ def test_large_files_of_another_kind_are_no_bomb(tmp_path: Path, monkeypatch: py
         assert len(samples(tmp_path / name)) == 1
 
 
-def test_names_with_colons_are_names_and_files_of_a_mac_are_left_out(tmp_path: Path) -> None:
+def test_names_with_colons_are_names_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     files = {"2024-01-01T10:30.jpg": photo(0), "sub\\1.jpg": photo(1), "__MACOSX/._0.jpg": b"x", "raw.cr2": b"x"}
+    files |= {".git/2.jpg": photo(2)}
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     (tmp_path / "._p.zip").write_bytes(b"attributes of a Mac")
+    (tmp_path / ".trash").mkdir()
+    (tmp_path / ".trash" / "old.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
     outcomes = reasons(tmp_path)
     assert outcomes == {
         "p.zip/2024-01-01T10:30.jpg": None,

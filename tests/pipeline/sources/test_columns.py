@@ -1,14 +1,18 @@
 """Columns: rows of tables whose images are named by their addresses."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import resolve
+from pipeline.errors import SourceError
 from pipeline.sources import image_urls, open_source, parquet
+from pipeline.sources.columns import read_mapping
 from pipeline.types import Rejected, Sample
 from tests.pipeline.sources.test_listing import Together, serve
 
@@ -46,3 +50,23 @@ def test_a_limit_is_not_fetched_beyond_by_many(tmp_path: Path, monkeypatch: pyte
     source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", allow_urls=True, limit=2))
     next(source.rows)
     assert len(fetched) < 10
+
+
+@pytest.mark.parametrize(
+    ("columns", "image", "problem"),
+    [
+        ({"img": b"", "sha": b""}, "img", ""),
+        ({"image2": b"", "image": b""}, "image", ""),
+        ({"img": b"", "img_2": b""}, "", "several columns hold images: img, img_2 .* --columns image=COLUMN"),
+        ({"sha": b""}, "", "no column holds images .* --columns image=COLUMN"),
+        ({"file_name": "a.jpg"}, "", "no column holds images .* --columns image=file_name --allow-urls; .* list:FILE"),
+    ],
+)
+def test_the_column_of_images_is_guessed_where_there_is_one(columns: dict[str, Any], image: str, problem: str) -> None:
+    schema = pa.table({name: [value] for name, value in columns.items()}).schema
+    if image:
+        assert read_mapping(schema, {})["image"] == [image]
+    else:
+        with pytest.raises(SourceError) as caught:
+            read_mapping(schema, {})
+        assert re.search(problem, f"{caught.value} {caught.value.hint}")

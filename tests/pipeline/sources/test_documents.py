@@ -50,7 +50,9 @@ def test_documents_are_decks_and_long_ones_several(files: Path) -> None:
         "talks/long.PDF/0041-0045": 5,
     }
     assert source.decks and source.name == "pdf"
-    assert "1 .m3u8 (list.m3u8)" in source.messages[0] and ".txt" in source.messages[0]
+    hidden, others = source.messages
+    assert hidden == "hidden, and not read: 1 (._short.pdf)"
+    assert "1 .m3u8 (list.m3u8)" in others and ".txt" in others
 
 
 def test_pages_may_be_images_of_their_own(files: Path) -> None:

@@ -52,20 +52,34 @@ def test_the_revision_changes_with_the_content(tmp_path: Path) -> None:
 def test_a_folder_without_images_and_no_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no image in"):
         open_folder(tmp_path)
+    Image.new("RGB", (8, 6), "red").save(tmp_path / ".a.png")
+    with pytest.raises(SourceError, match=r"no image in .*; hidden, and not read: 1 \(.a.png\)"):
+        open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")
 
 
 def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
     fill(tmp_path)
-    for name in ("x.jp2", "b/y.CR2", "clip.mp4", "b/other.mp4", "._a.JPG"):
+    (tmp_path / ".thumbnails").mkdir()
+    for name in (
+        "x.jp2",
+        "b/y.CR2",
+        "clip.mp4",
+        "b/other.mp4",
+        "._a.JPG",
+        ".thumbnails/a.png",
+        "b/.DS_Store",
+        ".synth-captions",
+    ):
         (tmp_path / name).write_bytes(b"x")
     source = open_folder(tmp_path)
     rejected = {row.source_row: row.reason for row in source.rows if isinstance(row, Rejected)}
     assert rejected == {"x.jp2": "unsupported_format", "b/y.CR2": "unsupported_format", "b/broken.png": "unreadable_image"}
     assert source.messages == (
         "links to folders, which are not entered: 1 (loop)",
-        "not read: 2 .mp4 (other.mp4, clip.mp4), 1 ._* (._a.JPG), 1 .txt (notes.txt)",
+        "hidden, and not read: 3 (.DS_Store, ._a.JPG, .thumbnails)",
+        "not read: 2 .mp4 (other.mp4, clip.mp4), 1 .txt (notes.txt)",
     )
 
 

@@ -37,6 +37,7 @@ def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         rows = [{"photo": datasets.cell(number)} for number in range(start, start + 3)]
         client.put_object(Bucket="photos", Key=f"mine/{split}/0.parquet", Body=datasets.parquet(rows, PLAIN))
     client.put_object(Bucket="photos", Key="mine/README.md", Body=b"hello")
+    client.put_object(Bucket="photos", Key="mine/.cache/0.parquet", Body=b"hidden")
     yield
     client.delete_object(Bucket="photos", Key="mine/test/0.parquet")
 

