@@ -33,8 +33,8 @@ FILES = {
     "pipeline/storage": "__init__ database files lock object_store own_lines untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",
-    "pipeline/text": "__init__ artifacts content_keys escape function_words language normalize objects pii questions "
-    "reasons refusals spelling values vqa_answers",
+    "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "
+    "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ allocation augmentation averaging caption_files caption_images captioning chair checkpoint config
         data distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics
@@ -43,7 +43,8 @@ FILES = {
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",
     "trainer/serving": "__init__ batching protocol server",
-    "trainer/model": "__init__ captioner decoder decoding encoder hf_config language_model lora packing states token_loss",
+    "trainer/model": """
+        __init__ captioner decoder decoding dropout encoder hf_config language_model lora packing states token_loss""",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, write
+from trainer.model.dropout import Dropout
 from trainer.model.packing import pack, visible
 from trainer.model.token_loss import token_loss
 from trainer.tokenizer import TextBatch
@@ -78,7 +79,7 @@ class ScratchDecoder(nn.Module):
         blocks = [Block(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.apply(_initialise)
         # Each block adds three branches to the residual stream: initialise them small, as GPT-2 does.
         for block in blocks:
@@ -185,7 +186,7 @@ class Block(nn.Module):
         self.norm_words, self.norm_image, self.norm_mlp = (nn.RMSNorm(config.width) for _ in range(3))
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
