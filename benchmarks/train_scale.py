@@ -6,7 +6,7 @@
 Memory: a version of 30,000 images of 100 kB (a small photograph with random bytes behind its end, which decoders skip) is
 trained for some steps with an encoder that is not frozen. The private memory of the process is limited (RLIMIT_DATA); pages of
 the mapped files do not count, since the system can reclaim them. The baseline reads all images into memory under the same
-limit, as most data sets do.
+limit, as most datasets do.
 """
 
 import argparse

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import TINY, Config
-from pipeline.errors import ConfigError, SynthError, one_line
+from pipeline.errors import ConfigError, SynthError
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 from pipeline.inference.families import find_family
 from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
@@ -129,16 +130,10 @@ def weights_bytes(name: str) -> int:
     if folder.is_dir():
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     else:
-        import httpx2
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        try:
+        with translate_hub_errors(name, "model", ConfigError, "check the network", or_folder=True):
             files = HfApi().model_info(name, files_metadata=True).siblings or []
-        except (HfHubHTTPError, HFValidationError) as error:
-            raise ConfigError(f"no such model: {one_line(error)}") from None
-        except httpx2.TransportError as error:
-            raise ConfigError(f"the Hub does not answer: {one_line(error)}") from None
         sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
     for suffix in (".safetensors", ".bin"):  # a repository may hold the same weights as both
         if of_kind := [size for file, size in sizes.items() if file.endswith(suffix)]:

@@ -84,7 +84,7 @@ MISTAKES = (
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
         "2 image not embedded", "--allow-urls", add_urls,
     ),
-    Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "cannot reach http://127.0.0.1:9", "--base-url"),
+    Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer", "--base-url"),
     Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),
     Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address without a query", "base_url"),
     Mistake("no key", f"{PHOTOS} --base-url {{server}}", "wants a key, and none is set", "SYNTH_API_KEY="),

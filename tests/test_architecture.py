@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "pipeline": """__init__ __main__ check config digests doctor dry_run errors install logs preview progress project rules
-        run tables types""",
+    "pipeline": """__init__ __main__ check config digests doctor dry_run errors hub_errors install logs preview progress project
+        rules run tables types""",
     "pipeline/cli": "__init__ __main__ captioners datasets features generate options output run_options training versions",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
         rejections removal reviews schema shards statistics version""",
@@ -63,13 +63,14 @@ LAYERS = (
     ("pipeline.digests",),
     ("pipeline.config", "pipeline.tables"),
     ("pipeline.progress", "pipeline.logs"),
-    ("pipeline.text", "pipeline.types", "pipeline.install"),
+    ("pipeline.text", "pipeline.types", "pipeline.install", "pipeline.hub_errors"),
     ("pipeline.errors",),
 )
 TRAINER_IMPORTS = (
     "dataset",
     "digests",
     "errors",
+    "hub_errors",
     "images",
     "install",
     "logs",

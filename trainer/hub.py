@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import snapshot_download
 
-from pipeline.errors import TrainError, one_line
+from pipeline.errors import TrainError
+from pipeline.hub_errors import translate_hub_errors
 from trainer.config import CAPTIONER_FILES
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
@@ -22,18 +22,8 @@ def find_captioner(name: str | Path) -> Path:
     if not match or Path(name).exists():
         return Path(name).expanduser()
     repo, revision = match[1], match[2]
-    try:
+    with translate_hub_errors(str(name), "model", TrainError, "check the name and the network, then try again", or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
-    except errors.GatedRepoError:
-        raise TrainError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise TrainError(f"{repo} has no revision {revision}", hint="leave @REVISION out for the newest one") from None
-    except errors.RepositoryNotFoundError:
-        hint = "check the name; a private one needs `hf auth login`"
-        raise TrainError(f"no folder and no model of the Hub: {name}", hint=hint) from None
-    except (OSError, httpx2.TransportError, errors.HFValidationError) as error:
-        problem = f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}"
-        raise TrainError(problem, hint="check the name and the network, then try again") from None
     if missing := [file for file in CAPTIONER_FILES if not (folder / file).is_file()]:
         raise TrainError(f"{repo} is no captioner of synth: it lacks {missing[0]}", hint="name another repository")
     return folder

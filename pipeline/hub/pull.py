@@ -21,7 +21,8 @@ from pipeline.dataset.version import (
     publish,
     read_version,
 )
-from pipeline.errors import StoreError, one_line
+from pipeline.errors import StoreError
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
@@ -44,25 +45,17 @@ def pull_version(name: str) -> Version:
     if not (match := _NAME.fullmatch(name)):
         raise StoreError(f"not a dataset of the Hub: {name}", hint="it looks like ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
-    try:
+    offline = "check the network, then try again; what was fetched is kept"
+    with translate_hub_errors(name, "dataset", StoreError, offline, or_folder=True):
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
             hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
             raise StoreError(f"{repo} is no folder here, and no version of it is known", hint=hint)
-        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
-    except errors.GatedRepoError:
-        raise StoreError(f"{repo} is gated", hint="accept its terms on its page, and log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        versions = ", ".join(_tags(repo)) or "none"
-        raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
-    except errors.RepositoryNotFoundError:
-        hint = "check the name; a private one needs `hf auth login`"
-        raise StoreError(f"no folder and no dataset of the Hub: {name}", hint=hint) from None
-    except errors.HFValidationError as error:
-        raise StoreError(f"not a dataset of the Hub: {name} ({error})", hint="it looks like ORG/NAME@v1.0.0") from None
-    except (OSError, httpx2.TransportError) as error:  # all errors of huggingface_hub are OSErrors
-        problem = f"{name} is no folder here and not in the cache, and the Hub does not answer: {one_line(error)}"
-        raise StoreError(problem, hint="check the network, then try again; what was fetched is kept") from None
+        try:
+            folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
+        except errors.RevisionNotFoundError:
+            versions = ", ".join(_tags(repo)) or "none"
+            raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
     version = read_version(Path(folder))
     _check(version, name, f"fetch it again: remove {version.path}")
     return Version(version.path, version.manifest, repo)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config, ServerConfig
 from pipeline.digests import digest, weights_revision
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.gpus import group_gpus, has_bfloat16, visible_gpus
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
 from pipeline.inference.vllm_server import run_servers
@@ -176,18 +177,11 @@ def _revision(model: str, path: str) -> str:
 
 
 def _hub_revision(model: str) -> str:
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    api = HfApi()
-    try:
-        return str(api.model_info(model).sha)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise EngineError(f"no model {model}: {one_line(error)}", hint=HOW_TO_CHOOSE) from None
-    except (OSError, httpx2.TransportError) as error:
-        hint = f"check the network, or name a model folder: --model FOLDER; a server: --base-url{'' if has_gpu() else NO_GPU}"
-        raise EngineError(f"cannot reach {api.endpoint} for the model {model}: {one_line(error)}", hint=hint) from None
+    offline = f"check the network, or name a model folder: --model FOLDER; a server: --base-url{'' if has_gpu() else NO_GPU}"
+    with translate_hub_errors(model, "model", EngineError, offline, or_folder=True):
+        return str(HfApi().model_info(model).sha)
 
 
 def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:

@@ -1,4 +1,4 @@
-"""Decontamination: find images and texts of other data sets, such as the test set of a benchmark.
+"""Decontamination: find images and texts of other datasets, such as the test set of a benchmark.
 
 Images are matched by their bytes or by their PDQ hashes: those of the whole image and of its middle square, as models cut it
 out, mirrored or not. An equal text about another image is not a leak by itself, and is only
@@ -28,7 +28,7 @@ CROPS = (1.0, 224 / 256)  # of the shorter side: the middle square, and what is 
 
 
 def exclusion_rows(name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos") -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a data set; the row of a deck's first page holds its texts.
+    """Yield one row (tables.EXCLUSIONS) for each image of a dataset; the row of a deck's first page holds its texts.
 
     `kind` is that of the images that are looked for in it: only photographs are cut as models cut them.
     """
@@ -63,9 +63,9 @@ def _crop_hashes(data: bytes) -> list[bytes]:
 class ExclusionIndex:
     """Images that must not be trained on (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
 
-    ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the data set that holds it
+    ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the dataset that holds it
     hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
-    names: list[str] = field(default_factory=list)  # of the data set of each hash
+    names: list[str] = field(default_factory=list)  # of the dataset of each hash
     kind: ImageKind | None = None  # of the images to look up
 
     @classmethod
@@ -82,7 +82,7 @@ class ExclusionIndex:
         return cls({row["image_id"]: row["name"] for row in rows}, hashes, [name for _, name in hashed], kind)
 
     def find(self, sample: Sample) -> str | None:
-        """Return the data set that has an image of this sample or a near-duplicate of it; None if no data set has."""
+        """Return the dataset that has an image of this sample or a near-duplicate of it; None if no dataset has."""
         for image in sample.images if self.ids else ():
             if name := self.ids.get(image_id(image)):
                 return name
@@ -98,9 +98,9 @@ class ExclusionIndex:
 class TextIndex:
     """Texts that must not be trained on (tables.EXCLUSIONS), by content words and by 5-grams of words."""
 
-    names: list[str] = field(default_factory=list)  # the data set of each text
+    names: list[str] = field(default_factory=list)  # the dataset of each text
     ngram_counts: list[int] = field(default_factory=list)  # of each text
-    whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> data set
+    whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> dataset
     ngrams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
 
     @classmethod
@@ -118,7 +118,7 @@ class TextIndex:
         return index
 
     def find(self, text: str) -> str | None:
-        """Return the data set that has a text, or a part of it, or has it as a part; else None.
+        """Return the dataset that has a text, or a part of it, or has it as a part; else None.
 
         Two texts are equal by their content words, or share MIN_SHARE of the 5-grams of the shorter one.
         """

@@ -1,11 +1,9 @@
-"""Source: data sets of the Hugging Face Hub, pinned to a commit: their Parquet files, or the Hub's conversion to Parquet.
+"""Source: datasets of the Hugging Face Hub, pinned to a commit: their Parquet files, or the Hub's conversion to Parquet.
 
 The Hub converts script-based repositories on a separate branch. Scripts are never run.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
 from pipeline.dataset.version import LEDGER_FILE
-from pipeline.errors import SourceError, did_you_mean, one_line
+from pipeline.errors import SourceError, did_you_mean
+from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.parquet import Tables, group_by_split, split_of_path
@@ -23,6 +22,7 @@ from pipeline.types import Source, SourceSlice
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
 DEFAULT = "default"  # the name of a config, on a card and as a folder
 CONVERSION_BRANCH = "refs/convert/parquet"
 PARTIAL = re.compile(r"(^|/)partial-")  # of a split, of which the Hub has converted the first 5 GB
@@ -38,7 +38,8 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
 
     repo, config, revision = parse_name(name)
     api = HfApi()
-    with translate_errors(repo, api.endpoint):
+    translate = partial(translate_hub_errors, f"{repo}@{revision}" if revision else repo, "dataset", SourceError, OFFLINE)
+    with translate():
         info = api.dataset_info(repo, revision=revision)
         commit, paths = str(info.sha), _parquet(api, repo, str(info.sha))
         is_converted = not paths and not revision
@@ -52,7 +53,7 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
     files = _of_config(repo, config, declared, paths) if config is not None else _one_config(repo, files, declared)
     is_partial = any(PARTIAL.search(path) for of_split in files.values() for path in of_split)
     if is_partial and not allow_partial:
-        hint = "--allow-partial takes what is there; all of it: download the data set, and use folder:PATH or parquet:PATH"
+        hint = "--allow-partial takes what is there; all of it: download the dataset, and use folder:PATH or parquet:PATH"
         raise SourceError(f"the Hub has converted only a first part of {repo} to Parquet", hint=hint)
     card_license = info.card_data.get("license") if info.card_data else None
     licence = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
@@ -63,8 +64,7 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
         name = f"datasets/{repo}@{commit}/{path}"
         return cast(BinaryIO, filesystem.open(name, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
 
-    where = partial(translate_errors, repo, api.endpoint)
-    return Tables(repo, commit, licence, files, open_file, where, is_partial=is_partial)
+    return Tables(repo, commit, licence, files, open_file, translate, is_partial=is_partial)
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
@@ -72,34 +72,6 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
     before, _, revision = name.partition("@")
     repo, _, config = before.partition(":")
     return repo, config or None, revision or None
-
-
-@contextmanager
-def translate_errors(repo: str, endpoint: str) -> Iterator[None]:
-    """Turn errors of the Hub's client into SourceError, one line with a hint."""
-    import httpx2
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        yield
-        return
-    except GatedRepoError:
-        problem = f"{repo} is gated: its owner wants you to accept terms first"
-        hint = f"accept them at {endpoint}/datasets/{repo}, then `hf auth login` with the same account"
-    except RepositoryNotFoundError:
-        problem, hint = (
-            f"no data set {repo} at {endpoint}, or no access to it",
-            "check the name; `hf auth login` if it is private",
-        )
-    except HFValidationError:
-        problem, hint = f"not the name of a data set: {repo}", "it looks like ORG/NAME"
-    except HfHubHTTPError as error:
-        problem = f"the Hub refused {repo} ({error.response.status_code}): {error.server_message or 'no message'}"
-        hint = "check the name and the revision, or try again later"
-    except (OSError, httpx2.TransportError) as error:
-        problem = f"cannot reach the Hub at {endpoint}: {one_line(error)}"
-        hint = "check the network; without one, --source scenes and folder:PATH work"
-    raise SourceError(problem, hint=hint)
 
 
 Files = dict[str | None, list[str]]  # paths by split
@@ -192,7 +164,7 @@ def _open(config: Config, repo: str, part: SourceSlice) -> Source:
 
 SPEC = SourceSpec(
     name="hub:ORG/NAME",
-    what="any data set of the Hub that is Parquet, or that the Hub has converted; ORG/NAME:CONFIG; @REVISION pins a commit",
+    what="any dataset of the Hub that is Parquet, or that the Hub has converted; ORG/NAME:CONFIG; @REVISION pins a commit",
     splits="as upstream files them",
     size="streamed: --limit downloads little",
     license="as its card says",

@@ -48,7 +48,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """A line of a list: its name in the data set, a path or an address, what people wrote, and what prompts may use."""
+    """A line of a list: its name in the dataset, a path or an address, what people wrote, and what prompts may use."""
 
     name: str
     address: str

@@ -37,7 +37,7 @@ _VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefC
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Parquet files of one data set, by split; `revision` identifies their exact content."""
+    """Parquet files of one dataset, by split; `revision` identifies their exact content."""
 
     name: str
     revision: str
@@ -126,7 +126,7 @@ class Tables:
         """Return the schema. Raise SourceError if one of these columns is missing."""
         schema = self.schema
         if missing := [column for column in columns if column not in schema.names]:
-            hint = "use --source hub:ORG/NAME with --columns for a data set of another layout"
+            hint = "use --source hub:ORG/NAME with --columns for a dataset of another layout"
             raise SourceError(f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}", hint=hint)
         return schema
 

@@ -14,7 +14,7 @@ from pipeline.storage.files import read_batches
 
 
 def find_contaminated(_: DatasetDir, path: Path, plan: RunPlan, __: Services) -> Iterator[pa.Table]:
-    """Yield the rows of a shard with `contaminated_by`: the excluded data set that has their text. None is rejected."""
+    """Yield the rows of a shard with `contaminated_by`: the excluded dataset that has their text. None is rejected."""
     index = TextIndex.of(read_exclusions(plan.dataset))
     for table in read_batches(path):
         texts = pc.coalesce(table["text"], table["question"]).to_pylist()

@@ -37,7 +37,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "unknown_split": "leave split= out of --columns",
     "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
     "near_held_out_image": "dedupe.images: none keeps images that look alike",
-    "banned_image": "they are in a data set of --exclude",
+    "banned_image": "they are in a dataset of --exclude",
     "url_unreachable": "check the network, and run the same command again",
     "unreadable_folder": "change the permissions of the folders",
 }

@@ -5,7 +5,7 @@ IN_WORDS = {
     "duplicate_image": "the same image as another",
     "near_duplicate_image": "looks like another image",
     "near_held_out_image": "looks like an image of a held-out split",
-    "banned_image": "in a data set that must be left out",
+    "banned_image": "in a dataset that must be left out",
     "unreadable_image": "the image cannot be read",
     "too_many_pixels": "the image has too many pixels",
     # replies, and validate

@@ -77,7 +77,7 @@ def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "empty").mkdir()
     assert examine(str(tmp_path / "empty"))[0].found.endswith("has no weights")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for name, told in (("no name", "no such model"), ("ORG/NAME", "the Hub does not answer")):
+    for name, told in (("no name", "not the name of a model"), ("ORG/NAME", "does not answer")):
         finding = examine(name)[0]
         assert not finding.ok and told in finding.found and finding.hint
 

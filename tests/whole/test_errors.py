@@ -46,7 +46,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         (["review", "apply", "a.jsonl", "--data", "empty"], "is no folder that synth generate has written"),
         (["versions"], "no dataset under data/"),
         (["versions", "nowhere"], "no dataset at nowhere"),
-        (["generate", "--source", "folder:pictures"], "cannot reach https://huggingface.co for the model Qwen/"),
+        (["generate", "--source", "folder:pictures"], "the Hub at https://huggingface.co does not answer, and Qwen/"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

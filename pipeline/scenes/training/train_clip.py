@@ -29,7 +29,7 @@ from pipeline.scenes.facts import BACKGROUNDS, PLACES, VALUES, Scene, sample_sce
 from pipeline.scenes.text import STYLES, caption
 from pipeline.scenes.training import common
 
-SEED = "clip"  # sources seed scenes with a number, so these are never in a data set
+SEED = "clip"  # sources seed scenes with a number, so these are never in a dataset
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100

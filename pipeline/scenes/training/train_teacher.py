@@ -43,7 +43,7 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # sources seed scenes with a number, so these are never in a data set
+SEED = "teacher"  # sources seed scenes with a number, so these are never in a dataset
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: 
     num_requests = len(hub.hub.log)
     named, newest, uncached = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert (named["rows"], newest["name"]) == (20, "v1.1.0")
-    assert "is no folder here and not in the cache, and the Hub does not answer" in uncached["error"]
+    assert "does not answer, and me/texts@v1.0.0 is not in the cache" in uncached["error"]
     assert len(hub.hub.log) == num_requests
 
 
@@ -98,7 +98,7 @@ def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: 
     hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
     tag, repo, foreign = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
     assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
-    assert "no folder and no dataset of the Hub: me/nothing@v1.0.0" in repo["error"]
+    assert "me/nothing@v1.0.0 is no folder here; no dataset me/nothing at" in repo["error"]
     assert "not a version" in foreign["error"]
 
 
@@ -109,7 +109,7 @@ def test_a_gated_dataset_says_how_to_get_in(hub: RunningHub, tmp_path: Path) -> 
         (refused,) = pull(hub, tmp_path / "home", "me/texts@v1.0.0")
     finally:
         repo.gated = False
-    assert refused["error"] == "me/texts is gated"
+    assert "me/texts is gated" in refused["error"] and "/datasets/me/texts, then `hf auth login`" in refused["hint"]
 
 
 def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Decontamination: images of excluded data sets are recognized, their texts are marked, and clean texts pass."""
+"""Decontamination: images of excluded datasets are recognized, their texts are marked, and clean texts pass."""
 
 import io
 import itertools

@@ -213,7 +213,7 @@ def test_a_gated_data_set_says_how_to_get_in(hub: RunningHub, monkeypatch: pytes
     assert "hf auth login" in caught.value.hint
 
 
-# --- any data set
+# --- any dataset
 
 
 PLAIN = pa.schema([("photo", datasets.IMAGE), ("alt_text", pa.string()), ("other", datasets.IMAGE)])
@@ -426,10 +426,10 @@ def test_a_limit_downloads_little(hub: RunningHub) -> None:
 @pytest.mark.parametrize(
     ("source", "what"),
     [
-        ("hub:me/nothing", "no data set me/nothing"),
-        ("hub:a/b/c", "not the name of a data set"),
+        ("hub:me/nothing", "no dataset me/nothing"),
+        ("hub:a/b/c", "not the name of a dataset"),
         ("hub:me/empty", "holds no Parquet files"),
-        ("hub:me/plain@nowhere", "the Hub refused me/plain"),
+        ("hub:me/plain@nowhere", "me/plain has no revision nowhere"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_a_hint(hub: RunningHub, source: str, what: str) -> None:
@@ -442,7 +442,7 @@ def test_what_is_not_there_is_one_line_and_a_hint(hub: RunningHub, source: str, 
 
 def test_without_a_hub_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     point_at("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(SourceError, match=r"cannot reach the Hub at http://127.0.0.1:9") as caught:
+    with pytest.raises(SourceError, match=r"the Hub at http://127.0.0.1:9 does not answer") as caught:
         opened("flickr30k")
     assert "--source scenes" in caught.value.hint
 
