@@ -571,28 +571,28 @@ def test_the_refusal_of_the_last_server_is_the_error(tmp_path: Path) -> None:
         run(tmp_path / "j", one.url, other.url)
 
 
-def test_a_server_of_another_model_that_comes_later_is_left_out(tmp_path: Path) -> None:
-    first, late = ChatServer(lambda times, body: Act(seconds=0.05)), ChatServer(model="another")
-    late.has_health = False  # nor does it matter that it has no such page
-    with running_chat(late):
-        port = int(late.url.split(":")[2].split("/")[0])
-    with running_chat(first), ExitStack() as stack:
-        after_first_requests(first, lambda: start(late, port, stack))
-        _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
-        assert errors == {None: 180}
-        assert late.headers and not any("Content-Length" in headers for headers in late.headers)  # asked for its models alone
-    assert not late.bodies
-
-
-def test_a_server_without_a_health_page_that_comes_later_is_used(tmp_path: Path) -> None:
-    first, late = ChatServer(lambda times, body: Act(seconds=0.05)), ChatServer()
+def run_beside_a_late_server(path: Path, late: ChatServer) -> None:
+    """Run on a server and on one that comes up once the first has got a few requests, and has no page for its health."""
+    first = ChatServer(lambda times, body: Act(seconds=0.05))
     late.has_health = False
     with running_chat(late):
         port = int(late.url.split(":")[2].split("/")[0])
     with running_chat(first), ExitStack() as stack:
         after_first_requests(first, lambda: start(late, port, stack))
-        _, errors = run(tmp_path / "j", first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
+        _, errors = run(path, first.url, late.url, samples=scene_samples(60), server={"concurrency": 4})
     assert errors == {None: 180}
+
+
+def test_a_server_of_another_model_that_comes_later_is_left_out(tmp_path: Path) -> None:
+    late = ChatServer(model="another")
+    run_beside_a_late_server(tmp_path / "j", late)
+    assert late.headers and not any("Content-Length" in headers for headers in late.headers)  # asked for its models alone
+    assert not late.bodies
+
+
+def test_a_server_without_a_health_page_that_comes_later_is_used(tmp_path: Path) -> None:
+    late = ChatServer()
+    run_beside_a_late_server(tmp_path / "j", late)
     assert late.bodies
 
 
