@@ -33,7 +33,7 @@ MAX_SHOWN_CHARACTERS = 80
 CONTEXT = "context"  # the role of columns that prompts may use
 AT_SERVER = "@http"  # between the name of a judge and its address
 ANY_LANGUAGE = "any"
-JUDGE = r"^[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
+JUDGE = r"^/?[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
 LANGUAGE = r"^[a-z]{2,3}$"
 FIELD = r"^[A-Za-z][A-Za-z0-9_]*$"
 NEED = r"^[a-z][a-z0-9_-]*$"
@@ -233,7 +233,7 @@ class ServerConfig(Section):
     headers: Headers = {}  # of each request; $NAME is of the environment
     endpoints: dict[BaseUrl, EndpointConfig] = {}  # by address, as in base_url
     enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
-    price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; for the display only
+    price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; max_cost counts by it
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
     max_requests: Annotated[int, Field(ge=1)] | None = None  # that all runs in the dataset folder may send
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None  # that they may read and write
@@ -326,7 +326,7 @@ class SelectConfig(Section):
 class DedupeConfig(Section):
     """Which images and captions count as duplicates."""
 
-    images: Literal["auto", "photos", "graphics", "none"] = "auto"  # auto: decks are graphics, drawn scenes none, others photos
+    images: Literal["auto", "photos", "graphics", "none"] = "auto"  # auto: decks and pages are graphics, drawn scenes none
     max_images_per_caption: int = Field(default=5, ge=1)  # of captions that say the same about different images
 
 
@@ -744,7 +744,9 @@ def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:
     if isinstance(values.get("config"), dict) and "version" in values:
         return current_settings(values["config"]), True
     if file.name == "manifest.json":  # cards print a command that names it: it must not be any other file of settings
-        raise ConfigError(f"{file} is no manifest of a version", hint="a file of settings has another name, such as synth.yaml")
+        raise ConfigError(
+            f"{file} is not a manifest of a version", hint="a file of settings has another name, such as synth.yaml"
+        )
     return values, False
 
 

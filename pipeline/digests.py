@@ -46,5 +46,9 @@ def weights_revision(folder: Path) -> str:
 
 def public_name(model: str) -> str:
     """Return the publishable name of a model: without a path, and without the revision that a server appends to it."""
-    name = model.rpartition("@")[0] or model
+    return without_folders(model.rpartition("@")[0] or model)
+
+
+def without_folders(name: str) -> str:
+    """Return the last part of a local path; the name of anything else. The path need not be of this machine."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import TableError
 from pipeline.executors.base import describe_start, summarize_shards
 from pipeline.executors.local import LocalExecutor, run_locally
@@ -214,14 +214,3 @@ def _predict(
         },
         "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),
     }
-
-
-def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share (E. B. Wilson, 1927); [0, 1] if there are no trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = hits / trials
-    center = share + z * z / (2 * trials)
-    half = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

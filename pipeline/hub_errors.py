@@ -20,10 +20,11 @@ def translate_hub_errors(
     except SynthError:
         raise
     except Exception as error:
-        if (told := _explain(error, name, kind)) is None:
+        problem_and_hint = _explain(error, name, kind)
+        if problem_and_hint is None:
             raise
-        problem, hint = told
-        before = f"{name} is no folder here; " if or_folder else ""
+        problem, hint = problem_and_hint
+        before = f"{name} is not a folder here; " if or_folder else ""
         raise error_type(f"{before}{problem}", hint=hint or offline) from None
 
 

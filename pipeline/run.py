@@ -165,7 +165,7 @@ def _without_bounds(own_tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _settings_of(dataset: DatasetDir) -> Config:
     """Return the settings of the last run in a dataset folder."""
     if not dataset.run_file.exists():
-        raise ConfigError(f"{dataset.path} is no folder that synth generate has written", hint="name one: --data DIR")
+        raise ConfigError(f"{dataset.path} is not a folder that synth generate has written", hint="name one: --data DIR")
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):

@@ -30,7 +30,7 @@ FILES = {
         flickr30k folder hub image_urls listing parquet questions remote scenes slidevqa vqav2""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_parts
         source_reader split trim validate verify version""",
-    "pipeline/storage": "__init__ database files lock object_store own_lines untrusted",
+    "pipeline/storage": "__init__ database file_lock files lock object_store own_lines sidecars untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "

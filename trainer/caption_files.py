@@ -5,32 +5,28 @@ text file beside each image.
 """
 
 import csv
-import errno
-import fcntl
 import glob
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.images.decode import IMAGE_SUFFIXES
+from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import atomic_write, write_text
-from pipeline.storage.own_lines import note_own_lines
-from pipeline.storage.untrusted import UnsafeFileError, is_hidden, read_regular
+from pipeline.storage.sidecars import Existing
+from pipeline.storage.untrusted import is_hidden, read_regular
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SIDECARS = Path("txt")  # as the name of an output: a text file beside each image
 MAX_TEXT_BYTES = 8_000_000_000  # of a file of captions
-MAX_SIDECAR_BYTES = 10_000_000
-Existing = Literal["refuse", "skip", "append", "overwrite"]  # what becomes of files that are there
 
 
 def find_images(names: Iterable[str]) -> list[Path]:
@@ -67,7 +63,7 @@ class CaptionFile:
     def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
         if path.suffix not in SUFFIXES:
             raise ConfigError(
-                f"{path} is no kind of file for captions", hint=f"--out takes a name in {', '.join(SUFFIXES)}, or txt"
+                f"{path} is not a kind of file for captions", hint=f"--out takes a name in {', '.join(SUFFIXES)}, or txt"
             )
         if path.is_dir():
             raise ConfigError(f"{path} is a folder", hint="choose another --out")
@@ -145,18 +141,11 @@ def _checked(rows: list[Any]) -> list[dict[str, Any]]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file, and remove it at the end. Raises ConfigError if another process holds it, or it is a link."""
-    hint = "wait for it, or choose another --out"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ConfigError(f"{path} is a link, which nothing here has made", hint="remove it") from None
-    with os.fdopen(handle) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is writing {path.name[1:-5]}", hint=hint) from None
+
+    def refuse() -> None:
+        raise ConfigError(f"another process is writing {path.name[1:-5]}", hint="wait for it, or choose another --out")
+
+    with lock_file(path, refuse, ConfigError):
         try:
             yield
         finally:
@@ -178,7 +167,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else list(map(json.loads, lines))
         return _checked(rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
-        raise ConfigError(f"{path} is no file of captions: {error}", hint="choose another --out, or --overwrite") from None
+        raise ConfigError(f"{path} is not a file of captions: {error}", hint="choose another --out, or --overwrite") from None
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -195,49 +184,3 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(rows)
-
-
-def without_sidecars(images: Sequence[Path], existing: Existing) -> list[Path]:
-    """Return the images whose text file is to be written.
-
-    Raises ConfigError if some are there and `existing` is refuse, an image has the name of its text file, or two share one.
-    """
-    targets: dict[Path, Path] = {}
-    for image in images:
-        target = image.with_suffix(".txt")
-        if target == image or target in targets:
-            problem = (
-                f"{image} has the name of its text file" if target == image else f"two images would have the text file {target}"
-            )
-            raise ConfigError(problem, hint="give one of them another name, or choose a file: --out captions.jsonl")
-        targets[target] = image
-    there = [target for target in targets if os.path.lexists(target)]
-    if existing == "append" and (links := [target for target in there if target.is_symlink()]):
-        raise ConfigError(f"{links[0]} is a link, and would be written to", hint="remove it, or --overwrite replaces it")
-    if there and existing == "refuse":
-        hint = "say what becomes of them: --skip-existing, --append or --overwrite"
-        raise ConfigError(f"{len(there)} of {len(targets)} text files are there already, such as {there[0]}", hint=hint)
-    if folders := [target for target in there if target.is_dir()]:
-        raise ConfigError(f"{folders[0]} is a folder", hint="give it another name")
-    for target in there if existing == "append" else ():
-        _lines(target)
-    return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
-
-
-def write_sidecar(image: Path, texts: Sequence[str], existing: Existing) -> None:
-    """Write captions beside an image, one a line; appended are those that are not there."""
-    target = image.with_suffix(".txt")
-    lines = _lines(target) if existing == "append" and target.exists() else []
-    new = [text for text in texts if text not in lines]
-    note_own_lines(target, new)
-    write_text(target, "\n".join([*lines, *new]) + "\n")
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file. Raises ConfigError if it is no text."""
-    try:
-        return read_regular(path, max_bytes=MAX_SIDECAR_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(
-            f"cannot add to {path}: {error}", hint="save it in UTF-8, or say --skip-existing or --overwrite"
-        ) from None

@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ImageError
 from pipeline.progress import Progress
-from trainer.caption_files import SIDECARS, CaptionFile, Existing, without_sidecars, write_sidecar
+from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
+from trainer.caption_files import SIDECARS, CaptionFile
 from trainer.captioning import Captioner
 
 Unread = list[tuple[Path, ImageError]]  # images that could not be read
@@ -86,7 +87,7 @@ def _keys(job: Job, path: Path) -> list[tuple[str, str, str]]:
 
 def _write_sidecars(job: Job, existing: Existing, progress: Progress) -> Unread:
     unread: Unread = []
-    images = without_sidecars(job.images, existing)
+    images = images_to_write(job.images, existing)
     for count, (path, texts) in enumerate(job.texts(images), start=1):
         if isinstance(texts, ImageError):
             unread.append((path, texts))

@@ -203,5 +203,5 @@ def _from_array(values: np.ndarray[Any, Any] | Tensor) -> Image.Image:
         or array.ndim not in (GRAY, COLOR)
         or (array.ndim == COLOR and array.shape[2] not in (3, 4))
     ):
-        raise ImageError("unreadable_image", f"an array of {array.dtype} and shape {array.shape} is no image")
+        raise ImageError("unreadable_image", f"an array of {array.dtype} and shape {array.shape} is not an image")
     return Image.fromarray(np.ascontiguousarray(array))

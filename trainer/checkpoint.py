@@ -8,7 +8,6 @@ before their shapes are those that the config asks for.
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
@@ -25,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
-from pipeline.storage.files import atomic_write, read_json, remove, write_text
+from pipeline.storage.files import atomic_write, flush_file, flush_folder, read_json, remove, scratch_folder, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, MAX_LAYERS, no_captioner, require_checkpoint
 from trainer.distributed import best_device
@@ -50,11 +49,13 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
-        with tempfile.TemporaryDirectory(dir=folder) as draft:
+        with scratch_folder(folder) as draft:
             self.captioner.without_adapters().save_pretrained(draft)
-            self.words.tokenizer.save(str(Path(draft) / "tokenizer.json"))
+            self.words.tokenizer.save(str(draft / "tokenizer.json"))
             for name in CAPTIONER_FILES:
-                (Path(draft) / name).replace(folder / name)
+                flush_file(draft / name)
+                (draft / name).replace(folder / name)
+            flush_folder(folder)
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
@@ -78,7 +79,7 @@ def describe_checkpoint(folder: Path) -> str:
         return f"an unfinished training at step {_read_resume(folder / 'resume.pt')['step']:,}, without a captioner so far"
     captioner = load_checkpoint(folder, torch.device("cpu")).captioner
     if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights).all()]:
-        raise no_captioner(folder, f"{odd[0]} has weights that are no numbers")
+        raise no_captioner(folder, f"{odd[0]} has weights that are not numbers")
     steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
     parts = [
         f"a captioner of {sum(weights.numel() for weights in captioner.parameters()):,} weights",

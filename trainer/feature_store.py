@@ -4,7 +4,6 @@ A store only grows: `states.bin` has a record for each image, and `ids.bin` the 
 record has reached the disk. A build that was cut off goes on after its last batch, and a training reads while another one adds.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -14,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
+from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import read_json, remove, write_json
 
 FEATURES = "features"  # the folder of a dataset's stores
@@ -46,21 +46,17 @@ class FeatureStore:
             os.utime(self.path / ABOUT)  # the store is in use
             yield
 
-    def _locked(self, progress: Progress) -> IO[str]:
-        """Return the lock file of the store, locked: that of a store which was removed meanwhile locks nothing."""
+    def _locked(self, progress: Progress) -> BinaryIO:
+        """Return the lock file of the store, locked. A store that is removed meanwhile is made anew."""
+
+        def on_busy() -> None:
+            progress.message(f"another training adds to {self.path}: waiting for it")
+
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             require_no_links(self.path)
-            lock_file = _open_lock(self.path)
-            try:
-                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress.message(f"another training adds to {self.path}: waiting for it")
-                fcntl.flock(lock_file, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock_file.fileno()), (self.path / LOCK).stat()):
-                    return lock_file
-            lock_file.close()
+                return lock_file(self.path / LOCK, on_busy, TrainError)
 
     def rows(self) -> dict[bytes, int]:
         """Return the row of each image, by the digest of its id.
@@ -129,10 +125,8 @@ def require_no_links(path: Path) -> None:
             raise TrainError(f"{file} is a link, which nothing here has made", hint="remove it")
 
 
-def _open_lock(path: Path) -> IO[str]:
-    """Open the lock file of a store; not through a link, and a pipe is not waited for."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.fdopen(os.open(path / LOCK, flags, 0o666), "r+")
+def _raise_busy() -> None:
+    raise BlockingIOError
 
 
 def id_digest(sample_id: str) -> bytes:
@@ -167,11 +161,11 @@ def prune_stores(folder: Path, unused_days: float) -> tuple[int, int]:
     removed = num_bytes = 0
     for about in folder.glob(f"*/{ABOUT}"):
         require_no_links(about.parent)
-        with _open_lock(about.parent) as lock_file:
-            try:
-                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        try:
+            lock = lock_file(about.parent / LOCK, _raise_busy, TrainError)
+        except BlockingIOError:
+            continue
+        with lock:
             if time.time() - about.stat().st_mtime >= unused_days * 86_400:
                 num_bytes += sum(file.stat().st_size for file in about.parent.iterdir())
                 remove(about.parent)

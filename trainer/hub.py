@@ -25,5 +25,5 @@ def find_captioner(name: str | Path) -> Path:
     with translate_hub_errors(str(name), "model", TrainError, "check the name and the network, then try again", or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
     if missing := [file for file in CAPTIONER_FILES if not (folder / file).is_file()]:
-        raise TrainError(f"{repo} is no captioner of synth: it lacks {missing[0]}", hint="name another repository")
+        raise TrainError(f"{repo} is not a captioner of synth: it lacks {missing[0]}", hint="name another repository")
     return folder

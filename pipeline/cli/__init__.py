@@ -77,7 +77,7 @@ class ListByDefault(Group):
         word = args[0] if args else ""
         if word in self.commands or word in ctx.help_option_names:
             return super().parse_args(ctx, args)
-        # Beside a second word, one that is no folder is a command that was mistyped.
+        # Beside a second word, one that is not a folder is a command that was mistyped.
         others = [argument for argument in args[1:] if not argument.startswith("-")]
         is_list = not word or word.startswith("-") or "/" in word or Path(word).exists() or not others
         return super().parse_args(ctx, ["list", *args] if is_list else args)

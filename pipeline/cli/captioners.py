@@ -18,7 +18,7 @@ from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
-    from trainer.caption_files import Existing
+    from pipeline.storage.sidecars import Existing
     from trainer.side_by_side import Shown
 
 PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

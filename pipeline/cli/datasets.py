@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
-    from pipeline.export.export import Existing
     from pipeline.hub.package import Package
     from pipeline.hub.push import PushResult
+    from pipeline.storage.sidecars import Existing
 
 
 def check(
@@ -194,7 +194,7 @@ def push(
     if space:
         raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
     if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
-        raise BadParameter(f"{license_link!r} is no address such as https://example.org/terms", param_hint="--license-link")
+        raise BadParameter(f"{license_link!r} is not an address such as https://example.org/terms", param_hint="--license-link")
     for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
         if value is not None and not re.fullmatch(pattern, value):
             raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)

@@ -5,10 +5,7 @@ not rewritten, so that a second run of the same command changes nothing. The fol
 object store (storage/object_store.py): files are then written to a disk and uploaded.
 """
 
-import errno
-import fcntl
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, dataset_dir_of, read_version
 from pipeline.errors import ConfigError, StoreError
+from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
@@ -156,20 +154,12 @@ class DatasetDir:
                 yield check
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        # Not opened through a link: a folder from elsewhere may hold one to any file.
-        lock_file = self.path / ".lock"
-        try:
-            handle = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise StoreError(f"{lock_file} is a link, which nothing here has made", hint="remove it") from None
-        with os.fdopen(handle, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                hint = "wait for it, or choose another --out"
-                raise StoreError(f"another process is writing to {self.path}", hint=hint) from None
+
+        def on_busy() -> None:
+            if not wait:
+                raise StoreError(f"another process is writing to {self.path}", hint="wait for it, or choose another --out")
+
+        with lock_file(self.path / ".lock", on_busy, StoreError):
             yield lambda: None
 
 

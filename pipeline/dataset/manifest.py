@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import AT_SERVER, LOCAL_SOURCES, NO_MODEL, Config
-from pipeline.digests import file_digest, public_name
+from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.images.metadata import REMOVED
 from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
@@ -113,5 +113,5 @@ def publishable_settings(config: Config, source: str, model: str) -> dict[str, A
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
-    settings["verify"]["judge"] = config.verify.judge and config.verify.judge.partition(AT_SERVER)[0]
+    settings["verify"]["judge"] = config.verify.judge and without_folders(config.verify.judge.partition(AT_SERVER)[0])
     return settings

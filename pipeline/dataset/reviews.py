@@ -87,7 +87,7 @@ def read_reviews(path: Path) -> list[Review]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            problem = f"{path}, line {number} is no mark: {f'{where}: ' if where else ''}{first['msg']}"
+            problem = f"{path}, line {number} is not a mark: {f'{where}: ' if where else ''}{first['msg']}"
             raise ConfigError(problem, hint="each line is one mark as a report exports it") from None
     return reviews
 

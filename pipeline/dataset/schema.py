@@ -101,7 +101,7 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _names_only_what_a_version_has(self) -> "Manifest":
         if strange := [name for name in self.files if not _SHARD.fullmatch(name)]:
-            raise ValueError(f"names files that are no shards: {strange[0]!r}")  # nothing else may be read or published
+            raise ValueError(f"names files that are not shards: {strange[0]!r}")  # nothing else may be read or published
         if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
             raise ValueError(f"has a feature that is none: {strange[0]!r}")
         if strange := [name for name in self.own_columns if name in (*ROW.names, "split") or name not in self.features]:

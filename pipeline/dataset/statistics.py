@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import sqrt
 from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
@@ -154,3 +155,13 @@ def _shared(words: Counter[str], references: list[Counter[str]]) -> float:
     for reference in references:
         max_counts |= reference
     return (words & max_counts).total() / max(1, words.total())
+
+
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share (E. B. Wilson, 1927), which holds for small counts; (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = hits / trials, 1.96**2 / trials
+    center = (share + spread / 2) / (1 + spread)
+    half = 1.96 / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, center - half), min(1.0, center + half)

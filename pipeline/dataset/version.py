@@ -19,7 +19,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import find_rows, flush_folder, move, open_parquet, read_json, remove, temporary_path
+from pipeline.storage.files import find_rows, flush_file, flush_folder, move, open_parquet, read_json, remove, temporary_path
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
@@ -270,7 +270,6 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
         if entry.is_dir():
             remove(entry)
             continue
-        with entry.open("rb") as handle:
-            os.fsync(handle.fileno())
+        flush_file(entry)
     draft.rename(final)
     flush_folder(final.parent)

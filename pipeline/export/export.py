@@ -5,11 +5,10 @@ goes on.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
@@ -19,13 +18,12 @@ from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
-from pipeline.storage.own_lines import note_own_lines
+from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
 MARKER = ".export.json"  # in an unfinished export: what it is of
-Existing = Literal["refuse", "skip", "overwrite", "append"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +88,17 @@ def write_beside(
     captions = list(_own_images(version, folder, style))
     if not captions:
         raise _nothing_to_write(version, style, "sidecar")
-    counts = Counter(path for path, _, _ in captions)
-    if twice := [path for path, count in counts.items() if count > 1]:
-        raise ConfigError(f"two images would have the text file {twice[0]}", hint="give one of them another name")
-    there = [path for path in counts if path.exists()]
-    if there and existing == "refuse":
-        hint = "say what becomes of them: --skip-existing, --append or --overwrite"
-        raise ConfigError(f"{len(there)} of {len(captions)} text files are there already, such as {there[0]}", hint=hint)
-    written = 0
-    for number, (path, caption, by_model) in enumerate(captions, start=1):
-        text, own = caption, caption.splitlines() if by_model else []
-        if existing == "append" and path.exists():
-            before = read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES).decode("utf-8")
-            own = [line for line in own if line not in before.splitlines()]
-            text = before if text in before.splitlines() else f"{before.rstrip()}\n{text}".lstrip()
-        if existing != "skip" or not path.exists():
-            note_own_lines(path, own)
-            write_text(path, text.rstrip() + "\n")
-            written += 1
+    to_write = set(images_to_write([image for image, _, _ in captions], existing))
+    for number, (image, caption, by_model) in enumerate(captions, start=1):
+        if image in to_write:
+            lines = caption.splitlines()
+            write_sidecar(image, lines, existing, own=lines if by_model else ())
         report("export", number, len(captions))
-    return Exported(folder, written, version.num_rows - len(captions))
+    return Exported(folder, len(to_write), version.num_rows - len(captions))
 
 
 def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
-    """Yield the text file beside each image of the user's folder, with its caption, and whether a model wrote that."""
+    """Yield each image of the user's folder with its caption, and whether a model wrote that."""
     for item in read_items(version):
         text = item.caption(style)
         if text is None:
@@ -126,9 +111,7 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
             raise ConfigError(f"{path} is not there: {error}", hint=hint) from None
         if not is_same:
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
-        if path.suffix == ".txt":
-            raise ConfigError(f"{path} is an image, and has the name of its text file", hint="give it another name")
-        yield path.with_suffix(".txt"), text, text not in item.of_people
+        yield path, text, text not in item.of_people
 
 
 def _go_on(draft: Path, about: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ class Format(Protocol):
         """Finish all files, after the last image."""
 
     def abandon(self) -> None:
-        """Close what is open; what is not finished is not kept for the next time. Nothing, after `close`."""
+        """Close what is open; what is not finished is not kept for the next time. Does nothing after `close`."""
 
 
 class _Format:
@@ -94,6 +94,11 @@ class _Format:
         self._stack.close()
 
 
+def _with_values(about: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a format says of an image with the values of own tasks; a name that the format uses gets an underscore."""
+    return about | {f"{name}_" if name in about else name: value for name, value in values.items()}
+
+
 class ImageFolder(_Format):
     """A folder a split, with metadata.parquet: in lines of JSON, `datasets` takes an empty list for one of another type."""
 
@@ -103,8 +108,8 @@ class ImageFolder(_Format):
         captions = [{"style": style, "text": text} for style, text in self.captions(item)]
         questions = [{"question": question, "answer": answer} for question, answer in item.questions]
         texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
-        about = {"file_name": item.file_name, **texts, **item.values, "license": item.license, "source_row": item.source_row}
-        self.line(f"{item.split}/{DRAFT}", about)
+        about = {"file_name": item.file_name, **texts, "license": item.license, "source_row": item.source_row}
+        self.line(f"{item.split}/{DRAFT}", _with_values(about, item.values))
         return True
 
     def close(self) -> None:
@@ -163,12 +168,11 @@ class WebDataset(_Format):
         about = {
             "captions": [{"style": style, "text": text} for style, text in self.captions(item)],
             "qa": [{"question": question, "answer": answer} for question, answer in item.questions],
-            **item.values,
             "width": item.width_px,
             "height": item.height_px,
             "license": item.license,
         }
-        members = {item.suffix: item.image, "json": _json(about).encode()}
+        members = {item.suffix: item.image, "json": _json(_with_values(about, item.values)).encode()}
         text = item.caption(self.style)
         members |= {"txt": text.encode()} if text is not None else {}
         for suffix, data in members.items():

@@ -19,7 +19,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import non_redistributable
 from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows, schema_of
-from pipeline.digests import digest
+from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import open_parquet, read_json, writer_options
@@ -182,12 +182,12 @@ def build_checkpoint_package(
     Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
-        raise PushError(f"{folder} is no finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
+        raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
-        saved["train"][part] = Path(saved["train"][part]).name if Path(saved["train"][part]).is_dir() else saved["train"][part]
+        saved["train"][part] = without_folders(saved["train"][part])
     written = {"train.json": _json(saved["train"]), **more(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}

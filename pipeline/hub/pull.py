@@ -32,7 +32,7 @@ DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, *(f"{split}-*.parquet" fo
 
 
 def is_hub_name(text: str) -> bool:
-    """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is no local path."""
+    """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is not a local path."""
     return bool(_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
 
 
@@ -50,7 +50,7 @@ def pull_version(name: str) -> Version:
         revision = requested or next(reversed(_tags(repo)), None)
         if revision is None:
             hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
-            raise StoreError(f"{repo} is no folder here, and no version of it is known", hint=hint)
+            raise StoreError(f"{repo} is not a folder here, and no version of it is known", hint=hint)
         try:
             folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
         except errors.RevisionNotFoundError:

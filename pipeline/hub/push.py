@@ -72,7 +72,7 @@ def bound_memory() -> None:
 
 
 def check_repo_name(repo: str) -> None:
-    """Raise PushError if this is no name of a repository."""
+    """Raise PushError if this is not a name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -181,17 +181,16 @@ def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about every odd tag
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=formats) as image:
-                _check_size(image)
-                if is_decoded and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
-                    raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
-                if image.mode in ("I", "F"):
-                    raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
-                yield image
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        # Pillow warns about every odd tag. `catch_warnings` would set what threads share, and images are read in several.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            _check_size(image)
+            if is_decoded and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+                raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
+            if image.mode in ("I", "F"):
+                raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
+            yield image
+    except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
     except ImageError:
         raise

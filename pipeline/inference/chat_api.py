@@ -168,7 +168,7 @@ def proves_schemas(answer: bytes) -> bool:
     """Return whether the answer to `probe` is the only one that its schema allows."""
     try:
         return bool(parse_json(_text_of(parse_json(answer)["choices"][0]["message"])) == {"word": _PROOF})
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

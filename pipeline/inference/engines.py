@@ -1,7 +1,6 @@
 """Choose the engine and its model before anything is loaded: the model's revision is part of every request id."""
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.gpus import group_gpus, has_bfloat16, visible_gpus
-from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
+from pipeline.inference.vllm_launch import VllmCommand, model_settings, plan_vllm_command
 from pipeline.inference.vllm_server import run_servers
 from pipeline.install import install_command
 from pipeline.progress import Progress
@@ -126,11 +125,12 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
     if not Path(path).is_dir():
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path, revision=revision, allow_patterns=names)
+        with translate_hub_errors(path, "model", EngineError, "check the network, then run the same command"):
+            path = snapshot_download(path, revision=revision, allow_patterns=names)
     for name in names:
         file = Path(path) / name
         if file.exists():
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = model_settings(file)
             settings = settings.get("image_processor", settings)
             size = settings.get("size")
             side = size.get("longest_edge") if isinstance(size, dict) else None

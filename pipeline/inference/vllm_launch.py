@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
+from pipeline.errors import EngineError, one_line
 from pipeline.inference.gpus import split_flag
 from pipeline.sources import holds_decks
 from pipeline.tasks.base import MAX_PAGES
@@ -116,9 +118,20 @@ def _context_length(model: str) -> int:
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = model_settings(file)
     settings = settings.get("text_config") or settings
     return int(settings.get("max_position_embeddings") or MIN_TOKENS)
+
+
+def model_settings(file: Path) -> dict[str, Any]:
+    """Return a file of settings of a model. Raises EngineError if it is not an object in JSON."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"cannot read {file}: {one_line(error)}", hint="copy the model again") from None
+    if not isinstance(settings, dict):
+        raise EngineError(f"{file} holds no settings", hint="copy the model again")
+    return settings
 
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:

@@ -288,10 +288,10 @@ def make_media_folder() -> Path:
     for old in home.glob(f"{MEDIA_PREFIX}*"):
         if _is_abandoned(old):
             remove(old)
-    folder = Path(tempfile.mkdtemp(prefix=MEDIA_PREFIX, dir=home))
-    handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=home))  # others look at it once it has its lock, and its name
+    handle = os.open(draft / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
-    return folder
+    return draft.rename(draft.with_name(draft.name[1:]))
 
 
 def _is_abandoned(folder: Path) -> bool:
@@ -299,7 +299,7 @@ def _is_abandoned(folder: Path) -> bool:
     try:
         handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False  # of another user, or being made just now
+        return False  # of another user
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -5,6 +5,7 @@ The page makes no network requests. Model text is untrusted: the template escape
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,15 +15,15 @@ from functools import cached_property
 from heapq import nsmallest
 from importlib.resources import files
 from itertools import chain
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import REASONS
+from pipeline.dataset.statistics import wilson_interval
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import clusters_of, distributions_of, error_interval, funnel_of, images_of, stages_match
+from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, stages_match
 from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
 from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
@@ -54,7 +55,7 @@ def write_report(version: Version, folder: Path, checkpoint: Path | None = None,
     one_file, home = folder / "report.html", folder / "report"
     for page in (one_file, home / "index.html"):
         if page.exists() and not _is_ours(page):
-            raise ConfigError(f"{page} is no report of synth", hint="move it away: a report is written there")
+            raise ConfigError(f"{page} is not a report of synth", hint="move it away: a report is written there")
     if report.shown <= ONE_FILE_ROWS:
         report.write_file(one_file)
         _remove(home, _own_files(home))
@@ -140,7 +141,7 @@ class _Report:
         if self.shown < self.version.num_rows:
             batches = (batch["sample_id"].to_pylist() for _, batch in self.version.batches(["sample_id"]))
             chosen_ids = set(nsmallest(self.shown, chain.from_iterable(batches)))
-        with ThreadPoolExecutor(cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for rows in read_rows(self.version, tuple(reversed(SPLITS)), chosen_ids, AT_ONCE):  # held-out splits first
                 yield list(pool.map(lambda row: _pictured(row, max_bytes, place), rows))
 
@@ -172,7 +173,7 @@ class _Report:
             in_words=in_words,
             scores=manifest.get("scores", []),
             scores_in_words=SCORES_IN_WORDS,
-            error_interval=error_interval,
+            wilson_interval=wilson_interval,
             of_stages=of_stages,
             distributions=distributions_of(self.folder) if of_stages else [],
             clusters=clusters,

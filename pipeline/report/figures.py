@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,6 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         steps.append(step | {"adds_up": whole and follows})
         kept_before[step["unit"]] = step["kept"]
     return steps
-
-
-def error_interval(wrong: int, seen: int) -> tuple[float, float]:
-    """Return between which shares the texts that are wrong lie, if `wrong` of `seen` were: 19 times of 20 for a random sample.
-
-    The score interval of E. B. Wilson (1927), which holds for small counts as well.
-    """
-    share, spread = wrong / seen, 1.96**2 / seen
-    center = (share + spread / 2) / (1 + spread)
-    half = 1.96 / (1 + spread) * sqrt(share * (1 - share) / seen + spread / (4 * seen))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def stages_match(folder: Path, manifest: dict[str, Any]) -> bool:

@@ -81,7 +81,9 @@ def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None =
         styles = (*usual, *(name for name in own if name not in usual))
     elif unused := [name for name in own if name not in styles]:
         hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
-        raise ConfigError(f"generate.style_prompts has a prompt of {unused[0]}, which is no style that is asked for", hint=hint)
+        raise ConfigError(
+            f"generate.style_prompts has a prompt of {unused[0]}, which is not a style that is asked for", hint=hint
+        )
     if spec.usual_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.usual_grouping})
     changes["generate"] = config.generate.model_copy(update={"prompt_version": version, "caption_styles": styles})

@@ -103,7 +103,7 @@ def key_of(name: str) -> str:
 
 
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
-    """Return the captions of the files beside an image, and the values of the JSON among them; what is no text is left out."""
+    """Return the captions of the files beside an image, and the values of the JSON among them; what is not text is left out."""
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
@@ -182,8 +182,8 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
             raise missing
         return Archives(names, files.revision, files.open, partial(translate_errors, path))
     root = Path(path).expanduser()
-    found = [root] if root.is_file() else sorted(path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
-    paths = [path for path in found if path.name.lower().endswith(SUFFIXES) and path.is_file()]
+    candidates = [root] if root.is_file() else sorted(path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+    paths = [path for path in candidates if path.name.lower().endswith(SUFFIXES) and path.is_file()]
     if not paths:
         raise missing
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)

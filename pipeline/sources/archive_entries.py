@@ -93,7 +93,7 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a stranger: long names are bounded, maps of sparse files are not read, and damage is no end.
+    """A header of a stranger: long names are bounded, maps of sparse files are not read, and a damaged one raises.
 
     tarfile reads names and maps into memory, however long they are, and takes a damaged header for the end of the archive.
     """
@@ -207,6 +207,10 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
         return _read_entry(info.filename, info.file_size, read)
     except _DAMAGES:
         return Entry(_as_text(info.filename), None, "unreadable_entry")
+    except OSError as error:
+        if error.errno is None:  # of bz2, for damaged data; else the disk fails
+            return Entry(_as_text(info.filename), None, "unreadable_entry")
+        raise
 
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:

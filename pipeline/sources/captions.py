@@ -172,7 +172,7 @@ def _token_row(line: str) -> Row:
 
 def _object_row(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"a row is no object with names and values, but {json.dumps(value)[:80]}")
+        raise ValueError(f"a row is not an object with names and values, but {json.dumps(value)[:80]}")
     return _row(value)
 
 
@@ -192,7 +192,7 @@ def read_split(value: Any) -> str | None:
     """Return the split of a word such as `val`. Raise ValueError for an unknown one, whose images could land anywhere."""
     word = str(value).strip().casefold() if value else ""
     if word and word not in SPLITS:
-        raise ValueError(f"{value!r} is no split: it may be train, validation, test, or a usual word for one of them")
+        raise ValueError(f"{value!r} is not a split: it may be train, validation, test, or a usual word for one of them")
     return SPLITS.get(word)
 
 

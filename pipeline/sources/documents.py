@@ -20,7 +20,6 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, SourceSpec, check_samples
-from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import (
     REFUSALS,
     UNREADABLE_FOLDER,
@@ -29,6 +28,7 @@ from pipeline.sources.folder import (
     describe_folders,
     describe_hidden,
     describe_links,
+    digest_or_fault,
     list_files,
     row_name,
 )
@@ -39,7 +39,7 @@ from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 FRAME_SECONDS = 5.0  # between frames, unless the settings say otherwise
 MAX_PDF_BYTES = 500_000_000  # it is held in memory
 Row = tuple[str, tuple[bytes, ...], str]  # what is added to the name of the file, its images, and why it cannot be used, if so
-Split = Callable[[Iterator[Rendered]], Iterator[Row]]  # of the images of a file into rows
+RowMaker = Callable[[Iterator[Rendered]], Iterator[Row]]  # of the images of a file into rows
 
 
 def split_into_decks(pages: Iterator[Rendered]) -> Iterator[Row]:
@@ -69,7 +69,9 @@ def name_frames(frames: Iterator[Rendered]) -> Iterator[Row]:
     yield from ((f"/{frame.place / 1000:09.3f}s", (frame.data,), frame.fault) for frame in frames)
 
 
-def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: Config, *, decks: bool = False) -> Source:
+def open_files(
+    kind: Kind, root: Path, part: SourceSlice, make_rows: RowMaker, config: Config, *, decks: bool = False
+) -> Source:
     """Return the images of a file, or of all files of a kind below a folder, sorted by path.
 
     Raise SourceError if there is none, ConfigError if the package is missing that renders them.
@@ -81,7 +83,7 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     if root.is_dir():
         content = list_files(root)
         files = [path for path in content.others if path.suffix.lower() in suffixes]
-        others = [path for path in content.others if path not in {*files}] + content.images
+        others = [path for path in content.others if path.suffix.lower() not in suffixes] + content.images
     else:
         files, root = [root] if root.suffix.lower() in suffixes and root.exists() else [], root.parent
     if not files:
@@ -89,9 +91,13 @@ def open_files(kind: Kind, root: Path, part: SourceSlice, split: Split, config: 
     every_s = config.frame_seconds or FRAME_SECONDS
     bound = None if config.follow_links else root
     own = files[part.number :: part.of]
-    read = partial(_read, kind, root=root, bound=bound, split=split, licence=config.license or UNKNOWN, every_s=every_s)
+    read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, licence=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
-    revision = digest([[row_name(path, root), _digest_of(path, bound)] for path in own] + renderer) if part == ALL else ""
+    revision = (
+        digest([[row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own] + renderer)
+        if part == ALL
+        else ""
+    )
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
     messages = [*describe_folders(content), *describe_links(content), *describe_hidden(content)]
     messages += [f"not read: {count_by_suffix(others)}"] if others else []
@@ -119,13 +125,13 @@ def _count_rows(kind: Kind, files: Sequence[Path], bound: Path | None, every_s: 
 
 
 def _read(
-    kind: Kind, path: Path, *, root: Path, bound: Path | None, split: Split, licence: str, every_s: float
+    kind: Kind, path: Path, *, root: Path, bound: Path | None, make_rows: RowMaker, licence: str, every_s: float
 ) -> Iterator[RawSample | Rejected]:
     """Yield the rows of a file; its fault comes after the images that could be rendered."""
     name = row_name(path, root)
     try:
         with open_regular(path, bound, MAX_PDF_BYTES if kind == "pdf" else None) as file:
-            for of_row, images, fault in split(render(kind, file, path.suffix.lower(), every_s)):
+            for of_row, images, fault in make_rows(render(kind, file, path.suffix.lower(), every_s)):
                 if fault:
                     yield Rejected(source_row=name + of_row, reason="unreadable_image", detail=fault)
                 else:
@@ -139,15 +145,8 @@ def _read(
         yield Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
 
 
-def _digest_of(path: Path, bound: Path | None) -> str:
-    try:
-        return digest_of_file(path, partial(open_regular, path, bound))
-    except (OSError, ValueError, UnsafeFileError):
-        return "unreadable"
-
-
-def _open(kind: Kind, split: Split, config: Config, path: str, part: SourceSlice, *, decks: bool = False) -> Source:
-    return open_files(kind, Path(path).expanduser(), part, split, config, decks=decks)
+def _open(kind: Kind, make_rows: RowMaker, config: Config, path: str, part: SourceSlice, *, decks: bool = False) -> Source:
+    return open_files(kind, Path(path).expanduser(), part, make_rows, config, decks=decks)
 
 
 _OPTIONS = frozenset({"split.group_by", "license", "follow_links"})

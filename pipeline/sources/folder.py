@@ -125,7 +125,7 @@ def open_folder(
     contents = (
         [
             name,
-            digest_of_image(row, bound),
+            digest_or_fault(row, bound),
             references.captions.get(row, ()),
             *([contexts[row]] if contexts else []),
             *_more(references, row),
@@ -351,10 +351,10 @@ def row_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
-def digest_of_image(path: Path, bound: Path | None) -> str:
-    """Return the sha256 of an image file, or that it cannot be read."""
+def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES) -> str:
+    """Return the sha256 of a file, or that it cannot be read."""
     try:
-        return digest_of_file(path, partial(open_regular, path, bound, MAX_IMAGE_BYTES))
+        return digest_of_file(path, partial(open_regular, path, bound, max_bytes))
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 

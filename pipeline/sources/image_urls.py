@@ -12,9 +12,10 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -150,7 +151,7 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
     addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not all(allowed(ipaddress.ip_address(address)) for address in addresses):
         raise ImageError("url_refused", f"{host} is not on the public network")
-    raw = socket.create_connection((str(addresses[0]), port), timeout=_left(deadline))
+    raw = _connect([str(address) for address in addresses], port, deadline)
     # A timer cuts the connection at the deadline: the socket's timeout starts again with every byte.
     timer = threading.Timer(_left(deadline), _cut, (raw.dup(),))
     timer.daemon = True
@@ -158,7 +159,7 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
     connection = http.client.HTTPConnection(host, port)
     try:
         secure = parts.scheme == "https"
-        connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+        connection.sock = _tls_context().wrap_socket(raw, server_hostname=host) if secure else raw
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {
             "Accept": "image/*",
@@ -172,6 +173,19 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
         raw.close()
 
 
+def _connect(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
+    """Return a connection to the first address that takes one. Raise OSError, that of the last, if none does."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout=_left(deadline) / len(addresses))
+    return socket.create_connection((addresses[-1], port), timeout=_left(deadline))
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()  # reads all certificates of the machine
+
+
 def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
     if response.status in _REDIRECTS and response.headers["Location"]:
         return response.headers["Location"], b""
@@ -183,6 +197,8 @@ def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tup
         if len(data) > MAX_BYTES:
             raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
     _left(deadline)  # a response cut at the deadline looks complete
+    if response.length:
+        raise ImageError("url_unreachable", f"{host} ended {response.length:,} bytes before the end")
     return None, bytes(data)
 
 

@@ -34,7 +34,7 @@ from pipeline.sources.captions import (
     read_texts,
 )
 from pipeline.sources.columns import stored_split
-from pipeline.sources.folder import REFUSALS, digest_of_image
+from pipeline.sources.folder import REFUSALS, digest_or_fault
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -173,7 +173,7 @@ def open_list(
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
         return fetch_ahead(images, read) if any(image.is_url for image in images) else map(read, images)
 
-    file_digest = cache(partial(digest_of_image, bound=bound))  # a list of questions names a file again and again
+    file_digest = cache(partial(digest_or_fault, bound=bound))  # a list of questions names a file again and again
     return Source(
         name="list",
         revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from pipeline.config import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
-from pipeline.stages.base import ROW, AllRows, Comparison, Stage
+from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_comparison
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
@@ -351,7 +351,7 @@ def _automaton(entries: tuple[str, ...]) -> Any:
 
 STAGE = Stage(
     "balance",
-    judge=lambda table, plan: table,
+    judge=judge_by_comparison,
     compare=balance,
     adds=ADDS,
     reads=lambda plan: [path] if (path := plan.config.balance.entries) else (),

@@ -36,8 +36,8 @@ class FinishedStages:
 
     def has(self, stage: Stage, before: str) -> bool:
         """Return whether the files of a stage are those that it would write from the rows which `before` kept."""
-        found = self._read(stage.name)
-        return bool(found) and found == self._describe(stage, before)
+        record = self._read(stage.name)
+        return bool(record) and record == self._describe(stage, before)
 
     def add(self, stage: Stage, before: str) -> None:
         """Write down that a stage has written its files."""
@@ -45,8 +45,8 @@ class FinishedStages:
 
     def has_annotations(self) -> bool:
         """Return whether the annotations are those that the journal would give; of a user's own tasks, nobody knows."""
-        found = self._read(GENERATE)
-        return bool(found) and not self.plan.config.own_tasks and found == self._describe_annotations()
+        record = self._read(GENERATE)
+        return bool(record) and not self.plan.config.own_tasks and record == self._describe_annotations()
 
     def add_annotations(self) -> None:
         """Write down that the annotations are those of the journal."""
@@ -54,10 +54,10 @@ class FinishedStages:
 
     def find_version(self, last: str) -> Version | None:
         """Return the newest version if it was made of what the stage `last` kept and all stages rejected, else None."""
-        if not (found := self._read(VERSION)):
+        if not (record := self._read(VERSION)):
             return None
         newest = self.dataset.versions()[-1:]
-        return newest[0] if newest and found == self._describe_version(last, newest[0]) else None
+        return newest[0] if newest and record == self._describe_version(last, newest[0]) else None
 
     def add_version(self, last: str, version: Version) -> None:
         """Write down which version was made of what the stages kept and rejected."""

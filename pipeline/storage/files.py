@@ -34,7 +34,7 @@ _DISK_ERRORS = {
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
     errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
-    errno.ENOTEMPTY: ("a folder is in the way that is no version", "move it away, then run the same command"),
+    errno.ENOTEMPTY: ("a folder is in the way that is not a version", "move it away, then run the same command"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),
     errno.EIO: ("the disk fails to read or write", "look at its log (`dmesg`), and copy the folder to another disk"),
     errno.ESTALE: ("the network file system has lost the file", "mount it again, then run the same command"),
@@ -73,10 +73,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)  # of a killed run, or a link that leads elsewhere
     try:
         yield temporary
+        filecmp.clear_cache()  # which knows files by size and time: two may be written within one tick of the clock
         if path.exists() and not path.is_symlink() and filecmp.cmp(path, temporary, shallow=False):
             return
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_file(temporary)
         temporary.replace(path)
         flush_folder(path.parent)
     finally:
@@ -226,6 +226,12 @@ def move(files: list[tuple[Path, Path]]) -> None:
         return
     for old, new in files:
         old.rename(new)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:

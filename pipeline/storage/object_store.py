@@ -49,7 +49,7 @@ def parse_dataset_path(name: str) -> Path:
 def parse_local_path(name: str) -> Path:
     """Return a local path. Raise ConfigError for a URL, or for a URL that has lost a slash."""
     if _URL.match(name):
-        raise ConfigError(f"{name} is no path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
+        raise ConfigError(f"{name} is not a path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
     return Path(name)
 
 

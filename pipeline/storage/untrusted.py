@@ -72,7 +72,7 @@ def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> byt
     """Return the content of a regular file, as `open_regular` opens it, also if the file grows meanwhile."""
     with open_regular(path, root, max_bytes) as file:
         size = min(os.fstat(file.fileno()).st_size, max_bytes)
-        data = file.read(size + 1)  # `read` takes the memory first that it is told
+        data = file.read(size + 1)  # `read(n)` allocates n bytes at once
         if len(data) > size:  # it grows, or its size is not known
             data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:

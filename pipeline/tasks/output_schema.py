@@ -109,7 +109,7 @@ def _close(schema: Any, place: _Place) -> Schema:
     where = place.where
     place.nodes[0] += 1
     if not isinstance(schema, dict):
-        raise UnusableSchemaError(f"{where} is no schema: {str(schema)[:80]!r}")
+        raise UnusableSchemaError(f"{where} is not a schema: {str(schema)[:80]!r}")
     if place.depth > MAX_DEPTH or place.nodes[0] > MAX_NODES:
         raise UnusableSchemaError(
             f"{where} is nested more than {MAX_DEPTH} deep, or the schema has more than {MAX_NODES} parts"
@@ -131,7 +131,7 @@ def _close(schema: Any, place: _Place) -> Schema:
         raise UnusableSchemaError(f"{where} has {unknown[0]}, which a {kind} cannot have here")
     closed = {"type": kind} | {key: schema[key] for key in schema if key in _KEYWORDS[kind]}
     if wrong := [key for key in closed if key in _NUMBERS and not _is_number(closed[key])]:
-        raise UnusableSchemaError(f"{where} has a {wrong[0]} that is no number")
+        raise UnusableSchemaError(f"{where} has a {wrong[0]} that is not a number")
     if "const" in closed:
         closed["enum"] = [closed.pop("const")]
     if kind == "object":
@@ -143,7 +143,7 @@ def _close(schema: Any, place: _Place) -> Schema:
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
         raise UnusableSchemaError(f"{where} allows one value twice")
     if "pattern" in closed and not isinstance(closed["pattern"], str):
-        raise UnusableSchemaError(f"{where} has a pattern that is no text")
+        raise UnusableSchemaError(f"{where} has a pattern that is not text")
     return closed
 
 
@@ -156,11 +156,11 @@ def _close_object(schema: Schema, place: _Place) -> Schema:
     if not isinstance(properties, dict) or not properties or schema.get("additionalProperties"):
         raise UnusableSchemaError(f"{place.where} must name its fields (properties), and have no others: a table has columns")
     if not isinstance(required, list):
-        raise UnusableSchemaError(f"{place.where} has a `required` that is no list of fields")
+        raise UnusableSchemaError(f"{place.where} has a `required` that is not a list of fields")
     if odd := [name for name in properties if name == "_type" or not _NAME.fullmatch(str(name))]:
         raise UnusableSchemaError(f"{place.where} has a field {str(odd[0])[:40]!r}, which no column can be named")
     if unknown := [name for name in required if name not in properties]:
-        raise UnusableSchemaError(f"{place.where} requires {unknown[0]!r}, which is no field of it")
+        raise UnusableSchemaError(f"{place.where} requires {unknown[0]!r}, which is not a field of it")
     closed = {str(name): _close(inner, place.within(f".{name}")) for name, inner in properties.items()}
     return {
         "type": "object",
@@ -171,7 +171,7 @@ def _close_object(schema: Schema, place: _Place) -> Schema:
 
 
 def _without_null(schema: Schema, where: str) -> tuple[Schema, bool]:
-    """Return what a schema allows beside null, and whether it allows null; the schema itself if it is no choice."""
+    """Return what a schema allows beside null, and whether it allows null; the schema itself if it is not a choice."""
     values = schema.get("enum")
     if isinstance(values, list) and None in values:
         return _without_null(schema | {"enum": [value for value in values if value is not None]}, where)[0], True

@@ -320,7 +320,7 @@ def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
     options = [field.annotation, *get_args(field.annotation)]  # a list, or a list and None
     listed = next((option for option in options if get_origin(option) in (list, tuple, Sequence)), None)
     if listed is None:
-        raise UnusableSchemaError(f"{rows} of {model.__name__} is no list")
+        raise UnusableSchemaError(f"{rows} of {model.__name__} is not a list")
     return TypeAdapter(get_args(listed)[0])
 
 

@@ -200,12 +200,6 @@ def prompt_name(task: Task, folder: Path | None, version: int) -> str:
     return own[0] if own else wanted
 
 
-def prompt_id(task: Task, folder: Path | None = None, version: int = 1) -> str:
-    """Return the name of a task's prompt with a digest of all it is rendered from: its template and the system text."""
-    name = prompt_name(task, folder, version)
-    return _with_digest(name, template(name, folder), folder)
-
-
 def _with_digest(name: str, source: str, folder: Path | None) -> str:
     content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{source}".encode()).hexdigest()
     return f"{name}@{content[:12]}"

@@ -150,7 +150,7 @@ DAMAGES: dict[str, Damage] = {
     "tensors that are not numbers": tensors(lambda w: w.update({n: t * float("nan") for n, t in w.items()})),
     "a tokenizer of other tokens": file("tokenizer.json", TOKENIZER.encode()),
     "a tokenizer that is none": file("tokenizer.json", b"{}"),
-    "a tokenizer that is no text": file("tokenizer.json", b"\xff\xfe"),
+    "a tokenizer that is not text": file("tokenizer.json", b"\xff\xfe"),
     "a tokenizer that is a pipe": pipe("tokenizer.json"),
     "a tokenizer that is a list": file("tokenizer.json", b"[" * 5000 + b"]" * 5000),
 }

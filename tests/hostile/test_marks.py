@@ -56,7 +56,7 @@ BAD: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_holds_no_marks_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "marks.jsonl").write_bytes(BAD[name])
-    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is no mark|cannot read"):
+    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a mark|cannot read"):
         read_reviews(tmp_path / "marks.jsonl")
 
 

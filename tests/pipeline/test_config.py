@@ -126,6 +126,7 @@ def test_a_manifest_of_a_stranger_cannot_name_the_server_of_a_judge(tmp_path: Pa
         "model@0123abcd@https://host/api/v1/",
         "model",
         "llava:7b",
+        "/models/Qwen2.5-VL@http://host:8000/v1",
     ],  # the second as `synth serve` names it
 )
 def test_a_judge_is_a_model_and_the_address_of_its_server(judge: str) -> None:
@@ -240,7 +241,7 @@ def test_a_manifest_of_an_earlier_release_means_its_prompts(tmp_path: Path) -> N
 def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
-    with pytest.raises(ConfigError, match="is no manifest of a version"):
+    with pytest.raises(ConfigError, match="is not a manifest of a version"):
         resolve(file)
 
 

@@ -45,7 +45,7 @@ def test_what_the_client_raises_is_one_line_and_a_hint(error: Exception, told: s
     assert told in str(caught.value) and hint in caught.value.hint
     with pytest.raises(StoreError) as other, translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True):
         raise error
-    assert str(other.value).startswith("me/cats@v2 is no folder here; ")
+    assert str(other.value).startswith("me/cats@v2 is not a folder here; ")
 
 
 @pytest.mark.parametrize("error", [StoreError("ours"), ZeroDivisionError()])

@@ -13,11 +13,12 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.progress import NullProgress
 from pipeline.sources.folder import open_folder
+from pipeline.storage.sidecars import Existing, images_to_write
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.caption_files import CaptionFile, Existing, find_images, without_sidecars
+from trainer.caption_files import CaptionFile, find_images
 from trainer.caption_images import Job, Unread, caption_images
 
 COUNT = 10
@@ -121,10 +122,10 @@ def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, phot
     _, _, seen = run(model, [str(photos / "sub")], out, "overwrite")
     assert len(seen) == len(before) and read(out) == before
     (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(ConfigError, match="is no file of captions"):
+    with pytest.raises(ConfigError, match="is not a file of captions"):
         run(model, [str(photos)], tmp_path / "other.jsonl", "append")
     assert (tmp_path / "other.jsonl").read_text() == '{"text": "mine"}\n'
-    with pytest.raises(ConfigError, match="is no kind of file for captions"):
+    with pytest.raises(ConfigError, match="is not a kind of file for captions"):
         run(model, [str(photos)], tmp_path / "c.xlsx")
 
 
@@ -244,7 +245,7 @@ def test_nothing_is_written_where_no_image_can_be_read(model: Path, photos: Path
 
 def test_thousands_of_images_are_looked_through_at_once(tmp_path: Path) -> None:
     images = [tmp_path / f"{number}.png" for number in range(50_000)]
-    assert without_sidecars(images, "refuse") == images  # minutes, where each image is compared with each
+    assert images_to_write(images, "refuse") == images  # minutes, where each image is compared with each
 
 
 def test_files_that_are_no_images_are_listed_and_stop_nothing(model: Path, photos: Path, tmp_path: Path) -> None:

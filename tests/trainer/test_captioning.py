@@ -145,7 +145,7 @@ def test_a_captioner_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        TrainError, match=r"me/nope is no folder here; the Hub .* does not answer, and me/nope is not in the cache"
+        TrainError, match=r"me/nope is not a folder here; the Hub .* does not answer, and me/nope is not in the cache"
     ):
         Captioner.from_pretrained("me/nope")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

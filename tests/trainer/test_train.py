@@ -523,7 +523,7 @@ def test_a_checkpoint_folder_is_described_after_all_of_it_was_read(version: Vers
     weights = load_file(out / "model.safetensors")
     name = next(name for name, tensor in weights.items() if name.startswith("connector") and tensor.is_floating_point())
     save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, out / "model.safetensors")
-    with pytest.raises(TrainError, match="weights that are no numbers"):
+    with pytest.raises(TrainError, match="weights that are not numbers"):
         describe_checkpoint(out)
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(TrainError, match="no captioner in"):

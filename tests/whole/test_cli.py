@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.cli.options import OLD_OPTIONS
 from pipeline.config import Check
+from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
 from pipeline.tasks import CHECKING, TASKS
 from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
@@ -107,6 +108,8 @@ def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> No
     assert ", ".join(ORDER) in help_text
     assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)};" in help_text
     assert f"What to check: {', '.join(get_args(Check))}." in help_text
+    help_text = " ".join(word for word in synth("export", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.split())
+    assert f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}." in help_text
 
 
 def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth: Run, tmp_path: Path) -> None:

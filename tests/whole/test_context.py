@@ -144,7 +144,7 @@ def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: 
     assert run_synth(*again, cwd=shop, timeout=120).returncode == 0
     assert len(server.bodies) == count  # a manifest has the words, too
     refused = generate(shop, server, *arguments)  # --styles plain
-    assert refused.returncode == 1 and "has a prompt of product, which is no style" in refused.stderr, refused.stderr
+    assert refused.returncode == 1 and "has a prompt of product, which is not a style" in refused.stderr, refused.stderr
 
 
 def test_a_column_may_have_any_name_and_any_letters(shop: Path, server: ChatServer) -> None:

@@ -43,7 +43,7 @@ from tests.whole.conftest import SYNTH, Run, read_failure
         (["caption", "nowhere", "a.png"], "no captioner in nowhere"),
         (["report", "nowhere"], "no dataset at nowhere"),
         (["review", "apply", "a.jsonl"], "no dataset under data/"),
-        (["review", "apply", "a.jsonl", "--data", "empty"], "is no folder that synth generate has written"),
+        (["review", "apply", "a.jsonl", "--data", "empty"], "is not a folder that synth generate has written"),
         (["versions"], "no dataset under data/"),
         (["versions", "nowhere"], "no dataset at nowhere"),
         (["generate", "--source", "folder:pictures"], "the Hub at https://huggingface.co does not answer, and Qwen/"),

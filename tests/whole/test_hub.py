@@ -198,7 +198,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
         "rouge": round(saved["rouge_l"], 4),
         "cider": round(saved["cider_d"], 4),
     }
-    assert header["metrics"] == [*scores] and "base_model" not in header  # a shipped encoder is no model of the Hub
+    assert header["metrics"] == [*scores] and "base_model" not in header  # a shipped encoder is not a model of the Hub
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
     told = []
     for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
@@ -231,7 +231,9 @@ def test_a_captioner_is_not_overwritten_by_one_of_other_settings(maker: User) ->
 def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:
     (maker.folder / "half").mkdir()
     (maker.folder / "half" / "train.json").write_text("{}")
-    assert "is no finished training: it lacks config.json" in maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
+    assert (
+        "is not a finished training: it lacks config.json" in maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
+    )
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def children(pid: int) -> list[int]:
 
 def descendants(pid: int) -> list[int]:
     return [descendant for child in children(pid) for descendant in (child, *descendants(child))]
+
+
+def command_of(pid: int) -> str:
+    """Return the command line of a process; nothing once it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
 
 
 def wait_until(condition: Any, what: str, seconds: float = START_SECONDS) -> None:
@@ -238,9 +246,9 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    wait_until(lambda: children(process.pid), "a server process", 60)
-    time.sleep(5)
+    wait_until(lambda: any("vllm" in command_of(pid) for pid in descendants(process.pid)), "a server process", 120)
     family = descendants(process.pid)
+    assert any(map(is_alive, family))
     process.kill()
     process.wait()
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone", 30)

@@ -165,7 +165,7 @@ def _require_states(encoder: Encoder) -> Encoder:
 
 
 def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
-    """Return the class that settings name. Raises TrainError if it is no image processor: a checkpoint may be a stranger's."""
+    """Return the class that settings name. Raises TrainError if it is not an image processor: it may be a stranger's."""
     name = settings.get("image_processor_type")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):

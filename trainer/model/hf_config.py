@@ -38,7 +38,7 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of these settings, without those that name code. Raises ValueError for an unknown or a giant model."""
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or FETCHES.search(model_type):
-        raise ValueError(f"{model_type!r} is no model of transformers")
+        raise ValueError(f"{model_type!r} is not a model of transformers")
     methods = {name for name in dir(CONFIG_MAPPING[model_type]) if callable(getattr(CONFIG_MAPPING[model_type], name, None))}
     config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: v for n, v in settings.items() if n not in methods}))
     return config

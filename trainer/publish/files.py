@@ -41,7 +41,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         pad_id, pad_token = (0, tokenizer["added_tokens"][0]["content"]) if is_scratch else (config["eos_id"], eos_token)
         processor = config["encoder"]["processor"]
     except (KeyError, TypeError, StopIteration, ValueError) as error:
-        raise TrainError(f"{folder} is no captioner: {error!r}", hint="train one: `synth train`") from None
+        raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
     classes = {"AutoConfig": "SynthCaptionerConfig", "AutoModelForImageTextToText": "SynthCaptioner"}
     values: dict[str, dict[str, Any]] = {
         "config.json": {

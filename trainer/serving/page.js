@@ -27,7 +27,7 @@ function read(file) {
 
 async function add(files) {
   for (const file of files) {
-    if (!file.type.startsWith("image/")) say(`${file.name} is no image`, true);
+    if (!file.type.startsWith("image/")) say(`${file.name} is not an image`, true);
     else if (file.size > MAX_BYTES) say(`${file.name} has more than ${MAX_BYTES / 1e6} MB`, true);
     else {
       const card = at("card").content.firstElementChild.cloneNode(true);

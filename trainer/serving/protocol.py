@@ -184,7 +184,7 @@ def read_image(value: Any) -> bytes:
     try:
         return base64.b64decode("".join(url[head.end() :].split()), validate=True)
     except (binascii.Error, ValueError):
-        raise RefusedError("the image is no base64") from None
+        raise RefusedError("the image is not base64") from None
 
 
 def _question(text: str) -> str:
@@ -222,10 +222,10 @@ def _field(form: Any) -> tuple[str | None, str | None]:
         ((name, kind),) = schema["properties"].items()
         values = [kind["const"]] if "const" in kind else kind.get("enum")
         if kind.get("type", "string") != "string" or not isinstance(name, str) or (values and len(values) > 1):
-            raise ValueError("it is no text")
+            raise ValueError("it is not text")
         only = values[0] if values else None
         if only is not None and not isinstance(only, str):
-            raise ValueError("it is no text")
+            raise ValueError("it is not text")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise RefusedError("the schema must be an object with one property, a string: a captioner writes one text") from None
     return name, only

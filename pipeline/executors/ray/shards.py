@@ -1,6 +1,7 @@
 """A run over shards: the settings of every worker, the paths of shards, and exclusive work on a shard."""
 
 import os
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def scratch_root(root: Path) -> Path:
         return root
     folder = Path(gettempdir()) / f"synth-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    status = folder.lstat()  # of the folder itself: another user may have put a link there
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ClusterError(f"{folder} belongs to another user", hint="set TMPDIR to a folder of your own")
     return folder / digest(str(root))[:16]
 

@@ -62,7 +62,7 @@ def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_mark_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
     (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
-    with pytest.raises(ConfigError, match="line 2 is no mark") as caught:
+    with pytest.raises(ConfigError, match="line 2 is not a mark") as caught:
         read_reviews(tmp_path / "m.jsonl")
     assert what in str(caught.value)
 

@@ -7,7 +7,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lance
 import numpy as np
@@ -85,6 +85,22 @@ def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tm
     assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
     assert row["things"] == item.values["things"] and row["note"] == item.values["note"]
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1]}]
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_values_of_own_tasks_take_the_place_of_nothing_that_a_format_says(kind: str, version: Version, tmp_path: Path) -> None:
+    item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})
+    writer = FORMATS[kind](tmp_path, None)
+    assert writer.add(item)
+    writer.close()
+    if kind == "imagefolder":
+        (said,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
+        assert (said["text"], said["text_"]) == (item.caption(None), "EXIT")
+    else:
+        with tarfile.open(next(tmp_path.glob("*.tar"))) as tar:
+            said = json.loads(next(cast(Any, tar.extractfile(one)).read() for one in tar if one.name.endswith(".json")))
+        assert said["text"] == "EXIT"  # which this format says in a file of its own
+    assert (said["license"], said["license_"], said["note"]) == (item.license, "plate", "x")
 
 
 def test_sidecars_stand_beside_their_images(version: Version, tmp_path: Path) -> None:
@@ -358,6 +374,21 @@ def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_image
         write_beside(version, folder, existing=existing)
         (row,) = open_folder(folder).rows
         assert isinstance(row, Sample) and row.references == ("A ring.",)
+
+
+def test_captions_are_added_to_text_files_that_can_be_read_or_to_none(photos: tuple[Path, Version]) -> None:
+    folder, version = photos
+    images = sorted(folder.rglob("*.png"))
+    (images[0].with_suffix(".txt")).write_bytes(b"\xef\xbb\xbfA bowl.\r\n")
+    write_beside(version, folder, existing="append")
+    write_beside(version, folder, existing="append")  # nothing is added twice
+    first, *more = images[0].with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    assert first == "A bowl." and len(more) == len(set(more)) > 0
+    images[1].with_suffix(".txt").unlink()
+    images[2].with_suffix(".txt").write_bytes("Caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"cannot add to .*codec") as caught:
+        write_beside(version, folder, existing="append")
+    assert "UTF-8" in caught.value.hint and not images[1].with_suffix(".txt").exists()
 
 
 def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:

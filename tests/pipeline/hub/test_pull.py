@@ -98,7 +98,7 @@ def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: 
     hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
     tag, repo, foreign = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
     assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
-    assert "me/nothing@v1.0.0 is no folder here; no dataset me/nothing at" in repo["error"]
+    assert "me/nothing@v1.0.0 is not a folder here; no dataset me/nothing at" in repo["error"]
     assert "not a version" in foreign["error"]
 
 

@@ -21,7 +21,7 @@ TEXT = {
     "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Idefics3 and SmolVLM walk over the parts of every message: a text that is no list of parts is left out without a word.
+# Idefics3 and SmolVLM walk over the parts of every message: a text that is not a list of parts is left out without a word.
 PARTS_ALONE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
@@ -36,7 +36,7 @@ WITH_BOS = (
     "{{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}{% endif %}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-# Pixtral takes a system text that is no list of parts; a list it cannot add to a text.
+# Pixtral takes a system text that is not a list of parts; a list it cannot add to a text.
 TEXT_ALONE = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set rest = messages %}{% endif %}{% for message in rest %}{% if message['role'] == 'user' %}[INST]"

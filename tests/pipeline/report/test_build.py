@@ -92,7 +92,7 @@ def test_what_others_have_put_there_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert notes.read_text() == "let mine;"
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["notes.js"]  # the larger report is gone
     (tmp_path / "report.html").write_text("<h1>my report</h1>")
-    with pytest.raises(ConfigError, match=r"report\.html is no report of synth"):
+    with pytest.raises(ConfigError, match=r"report\.html is not a report of synth"):
         write_report(version, tmp_path)
 
 

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import StoreError
 from pipeline.report.figures import (
     MAX_CLUSTERS,
     MAX_MEMBERS,
     clusters_of,
     distributions_of,
-    error_interval,
     funnel_of,
     images_of,
     stages_match,
@@ -158,7 +158,7 @@ def test_images_of_samples_that_are_in_no_version_are_found_at_the_source(tmp_pa
 
 
 def test_the_share_of_errors_is_an_interval_that_narrows_with_what_was_looked_at() -> None:
-    assert error_interval(7, 93) == pytest.approx((0.037, 0.147), abs=0.001)
-    assert error_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
-    assert error_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)
-    assert error_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)
+    assert wilson_interval(7, 93) == pytest.approx((0.037, 0.147), abs=0.001)
+    assert wilson_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)
+    assert wilson_interval(20, 20) == pytest.approx((0.839, 1), abs=0.001)

@@ -589,3 +589,15 @@ def test_archives_of_which_nothing_may_be_learned_say_so(tmp_path: Path) -> None
     assert told()
     (tmp_path / "shop-train.tar").write_bytes(tar_of({"b.jpg": photo(2)}))
     assert not told()
+
+
+def test_a_damaged_entry_of_bzip2_is_rejected_alone(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_BZIP2) as archive:
+        for number in range(2):
+            archive.writestr(f"{number}.jpg", photo(number))
+    data = bytearray(packed.getvalue())
+    start = data.index(b"BZh")
+    data[start : start + 12] = bytes(12)
+    (tmp_path / "p.zip").write_bytes(data)
+    assert reasons(tmp_path) == {"p.zip/0.jpg": "unreadable_entry", "p.zip/1.jpg": None}

@@ -90,7 +90,7 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
         (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "KeyError"),
-        (b'["a", "b"]', "a row is no object"),
+        (b'["a", "b"]', "a row is not an object"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
         (b"caption\nA dog.\n", "a row names no image"),
         (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
@@ -209,7 +209,7 @@ def test_a_split_is_read_in_any_case_and_an_unknown_one_is_an_error(tmp_path: Pa
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert read_captions(tmp_path / "a.json")["a"].split == "test"  # of two the one that is held out more
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
-    with pytest.raises(SourceError, match="'private' is no split"):
+    with pytest.raises(SourceError, match="'private' is not a split"):
         read_captions(tmp_path / "a.json")
 
 

@@ -30,6 +30,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(404 if kind == "gone" else 200)
+        if kind == "cut":
+            self.send_header("Content-Length", str(2 * len(photo(1))))
         self.end_headers()
         try:
             for _ in range(40 if kind == "large" else 1):
@@ -184,3 +186,24 @@ def test_a_second_of_several_attempts_at_once_counts_once(monkeypatch: pytest.Mo
     now[0] = 12.0
     cost.add(9.0, is_useful=True)
     assert (cost.wasted_seconds, cost.useful_seconds) == (10.0, 2.0)
+
+
+def test_a_response_that_ends_early_is_unreachable_and_may_be_fetched_later(server: str) -> None:
+    assert refused(f"{server}/cut", anywhere) == "url_unreachable"
+
+
+def test_each_address_of_a_host_is_tried(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(server.rpartition(":")[2])
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.9.9.9", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: addresses)
+    tried, connect = [], socket.create_connection
+
+    def connect_to(address: tuple[str, int], timeout: float) -> socket.socket:
+        tried.append(address[0])
+        if address[0] == "127.9.9.9":
+            raise ConnectionRefusedError
+        return connect(address, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", connect_to)
+    assert fetch_image(f"{server}/image", anywhere) == photo(1)
+    assert tried == ["127.9.9.9", "127.0.0.1"]

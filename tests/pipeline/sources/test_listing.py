@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
-from pipeline.sources.folder import digest_of_image
+from pipeline.sources.folder import digest_or_fault
 from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
 from tests.hub.datasets import photo
 
@@ -191,9 +191,9 @@ def test_a_file_is_hashed_once_however_often_it_is_named(home: Path, monkeypatch
 
     def note(path: Path, bound: Path | None) -> str:
         hashed.append(path)
-        return digest_of_image(path, bound)
+        return digest_or_fault(path, bound)
 
-    monkeypatch.setattr(listing, "digest_of_image", note)
+    monkeypatch.setattr(listing, "digest_or_fault", note)
     opened(home / "list.txt", "0.jpg\n1.jpg\n" * 50)
     assert len(hashed) == 2
 

@@ -142,7 +142,7 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the fi
     "a record of a version that is none": (
         lambda dataset: write_json(dataset.stage("version").with_name("finished.json"), {}), "version"
     ),
-    "a record of a version that is no object": (
+    "a record of a version that is not an object": (
         lambda dataset: dataset.stage("version").with_name("finished.json").write_text("[1]"), "version"
     ),
     "a pipe in the place of a file": (lambda dataset: put_pipe(dataset.stage("filter", "rejected")), "filter"),

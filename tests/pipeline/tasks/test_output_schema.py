@@ -113,7 +113,7 @@ def test_the_form_is_shown_in_a_prompt() -> None:
 @pytest.mark.parametrize(
     ("schema", "flaw"),
     [
-        ("text", "output is no schema"),
+        ("text", "output is not a schema"),
         ({"type": "object"}, "must name its fields"),
         (
             {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}},

@@ -214,5 +214,5 @@ def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
         transformers_files(tmp_path)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(TrainError, match="is no captioner"):
+    with pytest.raises(TrainError, match="is not a captioner"):
         transformers_files(tmp_path)

@@ -106,5 +106,5 @@ def test_several_photos_are_asked_about_in_turn_and_bad_files_are_named(
     expect(page.locator(".photo .text.bad")).to_contain_text("broken.png: cannot read the image")
     page.get_by_role("button", name="Remove broken.png").click()
     page.locator("#files").set_input_files(tmp_path / "notes.txt")
-    expect(page.locator("#status")).to_have_text("notes.txt is no image")
+    expect(page.locator("#status")).to_have_text("notes.txt is not an image")
     expect(page.locator(".photo")).to_have_count(2)

@@ -94,7 +94,7 @@ BAD: dict[str, bytes] = {
     "an image without an address": json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).encode(),
     "several answers": asks(n=2),
     "a temperature that is none": asks(temperature="hot"),
-    "a temperature that is no number": asks(temperature=float("nan")),
+    "a temperature that is not a number": asks(temperature=float("nan")),
     "a temperature below 0": asks(temperature=-1),
     "no tokens": asks(max_tokens=0),
     "tokens without end": asks(max_tokens=float("inf")),

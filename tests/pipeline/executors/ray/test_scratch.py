@@ -2,9 +2,11 @@
 
 import errno
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -138,13 +140,27 @@ def test_a_worker_that_was_given_up_takes_nothing_away(
     assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # journals that were merged into it are removed
 
 
-def test_a_journal_that_has_not_grown_is_not_copied_again(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+class Ticks:
+    """An event that is set after so many waits."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def wait(self, seconds: float) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_journal_that_has_not_grown_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
     monkeypatch.setattr(scratch, "upload", lambda file, path: copied.append(1))
-    with scratch_shard(run, 2) as folder:
-        keep(folder, 0)
-        time.sleep(0.6)
-        assert 1 <= len(copied) <= 2
+    shard, counts = DatasetDir(tmp_path / "shard"), []
+    keep(shard, 0)
+    for ticks in (1, 10):
+        copied.clear()
+        scratch._keep_saving(shard, tmp_path / "saved", cast(threading.Event, Ticks(ticks)))
+        counts.append(len(copied))
+    assert counts[0] == counts[1] > 0
 
 
 def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,40 @@
+"""A lock on a file: held by one, waited for or refused by others, and never one that was removed meanwhile."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StoreError
+from pipeline.storage.file_lock import lock_file
+
+
+def refuse() -> None:
+    raise StoreError("busy")
+
+
+def test_a_second_holder_is_told_and_gets_the_lock_after_the_first(tmp_path: Path) -> None:
+    with lock_file(tmp_path / "lock", refuse, StoreError), pytest.raises(StoreError, match="busy"):
+        lock_file(tmp_path / "lock", refuse, StoreError)
+    lock_file(tmp_path / "lock", refuse, StoreError).close()
+
+
+def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first = lock_file(path, refuse, StoreError)
+
+    def on_busy() -> None:  # as when the holder ends while another one has opened the file
+        path.unlink()
+        first.close()
+
+    with lock_file(path, on_busy, StoreError) as second, path.open("rb") as there:
+        assert not second.closed
+        with pytest.raises(BlockingIOError):  # the lock is that of the file which others find
+            fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(StoreError, match="is a link, which nothing here has made"):
+        lock_file(tmp_path / "lock", refuse, StoreError)
+    assert not (tmp_path / "other").exists()
