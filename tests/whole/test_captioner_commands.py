@@ -16,9 +16,9 @@ from typer import BadParameter
 import trainer.loop
 from pipeline.cli.captioners import caption, compare, look
 from pipeline.cli.features import features_list, features_prune
-from pipeline.cli.training import train
+from pipeline.cli.training import evaluate, train
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, TrainError
+from pipeline.errors import ConfigError, StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
@@ -137,6 +137,15 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
     with pytest.raises(BadParameter, match="no image was named"):
         caption(captioner, ["-"])
+
+
+def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.evaluate.evaluate_version", lambda *arguments, **options: pytest.fail("it was computed"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="a file is where a folder should be"):
+        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "file" / "c.jsonl")
 
 
 def test_captioners_are_compared_on_named_images_and_on_a_version(

@@ -95,3 +95,16 @@ def test_a_server_and_a_model_in_this_process_exclude_each_other() -> None:
 def test_the_pixel_bound_is_the_processors_own(tmp_path: Path, name: str, content: object, pixels: int | None) -> None:
     (tmp_path / name).write_text(json.dumps(content))
     assert max_pixels(str(tmp_path)) == pixels
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_settings_of_a_model_that_cannot_be_read_are_one_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(EngineError, match=r"preprocessor_config\.json"):
+        max_pixels(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EngineError, match="does not answer, and me/none is not in the cache"):
+        max_pixels("me/none")

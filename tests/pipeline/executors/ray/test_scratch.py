@@ -1,6 +1,7 @@
 """Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost with the node."""
 
 import errno
+import os
 import shutil
 import threading
 import time
@@ -14,10 +15,10 @@ import pytest
 from pipeline.config import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
-from pipeline.errors import EngineError, StoreError
+from pipeline.errors import ClusterError, EngineError, StoreError
 from pipeline.executors.ray import scratch
 from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_stages
-from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively
+from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
@@ -201,3 +202,14 @@ def test_each_filling_leaves_a_folder_of_its_own(run: ShardedRun, tmp_path: Path
     assert len(set(names)) == 2
     for name in names:
         assert DatasetDir(run.root / "shards" / name).provenance("source").exists()
+
+
+def test_a_folder_that_another_user_has_put_there_as_a_link_is_refused(
+    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / f"synth-{os.getuid()}").symlink_to(tmp_path / "mine")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(ClusterError, match="belongs to another user"):
+        scratch_root(run.plan.dataset.path)

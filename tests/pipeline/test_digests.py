@@ -1,0 +1,28 @@
+"""Names that are published: of models, without a place on anybody's disk."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.digests import public_name, without_folders
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("tiny-vit", "tiny-vit"),
+        ("/scratch/somebody/clip-ft", "clip-ft"),  # of another machine
+        ("~/models/clip-ft", "clip-ft"),
+        ("./clip-ft", "clip-ft"),
+    ],
+)
+def test_a_path_loses_its_folders_wherever_it_was(name: str, published: str) -> None:
+    assert without_folders(name) == published == public_name(f"{name}@0123abcd")
+
+
+def test_a_folder_of_this_machine_loses_the_ones_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert without_folders("models/mine") == "mine"
+    assert without_folders("models/theirs") == "models/theirs"  # which may be of the Hub
