@@ -32,6 +32,7 @@ class LineProgress:
         self.stage = ""
         self.started = self.last = time.monotonic()
         self.first = 0
+        self.warnings: list[str] = []  # that were shown
 
     def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """Print how far a stage is, with metrics by name, at most once in LINE_SECONDS."""
@@ -54,7 +55,8 @@ class LineProgress:
             self.line(text)
 
     def warn(self, text: str) -> None:
-        """Show a warning."""
+        """Show a warning, and keep it."""
+        self.warnings.append(text)
         self.line(f"warning: {text}", WARNING)
 
     def line(self, text: str, style: str = "") -> None:

@@ -15,6 +15,7 @@ from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.tables import HUMAN, PIXELS, REVIEWED
+from pipeline.text.vqa_answers import kind_of_answer
 from trainer.augmentation import view_of
 from trainer.config import Mixture, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
@@ -127,7 +128,11 @@ def _example(
         texts += [TargetText("human", reference, style=REFERENCE_STYLE) for reference in row["references"]]
         answered = [(question, answers) for question, answers, _ in human if questions and answers]
         texts += [TargetText("human", most_common(answers), question=question) for question, answers in answered]
-    asked = tuple(Question(question, answers, kind or "other") for question, answers, kind in human or synthetic if answers)
+    asked = tuple(
+        Question(question, answers, kind or kind_of_answer(most_common(answers)))
+        for question, answers, kind in human or synthetic
+        if answers
+    )
     return Example(row["sample_id"], image, tuple(texts), tuple(row["references"]), asked)
 
 

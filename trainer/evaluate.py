@@ -55,7 +55,8 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
-    `tokens` says how texts were cut into words. A thorough evaluation has `things` (chair.py, probing.py).
+    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation has
+    `things` (chair.py, probing.py).
     """
     has_java = options.thorough and has_java_scores()  # before anything takes long
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
@@ -76,6 +77,7 @@ def evaluate(
         "source": source,
         "against": against,
         "tokens": kind,
+        "num_beams": options.search.beams,
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
@@ -163,12 +165,14 @@ def evaluate_version(
     version: Version,
     split: str,
     style: str | None = None,
-    beams: int = 1,
+    beams: int | None = None,
     clip: str | None = None,
     *,
     with_spice: bool = False,
 ) -> dict[str, Any]:
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
+
+    Without `beams`, there are as many as when it was scored after its training; 1 if it does not say.
 
     Raises TrainError if the CLIP is the captioner's own encoder or SPICE cannot be run, EngineError if there is no such CLIP.
     """
@@ -179,7 +183,8 @@ def evaluate_version(
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    search, prompt = DecodingConfig(beams=beams), scored_prompt(config.prompts, style)
+    search = DecodingConfig(beams=beams or config.data.get("num_beams", 1))
+    prompt = scored_prompt(config.prompts, style)
     options = EvalOptions(prompt, search, questions=True, thorough=True, spice=with_spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
 

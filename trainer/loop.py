@@ -41,6 +41,7 @@ from trainer.tokenizer import EncodedText, TextBatch, collate
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
 SPIKE_STEPS = 64  # steps in the median
+MOST_SPIKES = 3  # skipped in a row: then the norms have changed for good, as when a captioner knows its texts by heart
 GIVE_UP = 10  # skipped steps in a row
 
 
@@ -171,11 +172,12 @@ class Trainer:
         return collate([self.encoded[example.sample_id] for example in examples])
 
     def should_step(self, loss: float, norm: float) -> bool:
-        """Return whether to apply a step: loss and gradient norm are finite, and the norm is no spike. Records the norm."""
+        """Return whether to apply a step: loss and gradient norm are finite, and the norm is not a spike. Records the norm."""
         median = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
-        is_good = math.isfinite(loss) and math.isfinite(norm) and norm <= SPIKE * median
+        is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), norm > SPIKE * median
+        is_good = is_finite and (not is_spike or self.skipped_steps >= MOST_SPIKES)
         if is_good:
-            self.norms = [*self.norms[1 - SPIKE_STEPS :], norm]
+            self.norms = [norm] if is_spike else [*self.norms[1 - SPIKE_STEPS :], norm]
         self.skipped_steps = 0 if is_good else self.skipped_steps + 1
         return is_good
 

@@ -68,6 +68,7 @@ def compare_captioners(
         "captioners": [{"name": name} for name in folders],
         "differences": [],
         "images": rows,
+        "scored_images": 0,
         "unread": unread,
     }
     _add_words(result)

@@ -242,6 +242,7 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
             "texts": config.text_source,
             "language": language_of(version.manifest),
             "has_unknown_license": has_unknown_license(version.manifest),
+            "num_beams": config.num_beams,
             **({"repo": version.repo} if version.repo else {}),
         },
     )

@@ -331,7 +331,7 @@ def review_apply(
 
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or last_dataset()), marks, progress)
-    print_run_result(result, list(describe_losses(STAGES, result.funnel)), as_json=as_json)
+    print_run_result(result, list(describe_losses(STAGES, result.funnel)), shown=progress.warnings, as_json=as_json)
 
 
 def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool) -> None:

@@ -92,7 +92,7 @@ def generate(
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
     remember_dataset(out)
     warnings = describe_run(STAGES, result.version, result.funnel, settings.config)
-    print_run_result(result, warnings, settings.config.server, as_json=as_json)
+    print_run_result(result, warnings, settings.config.server, shown=progress.warnings, as_json=as_json)
 
 
 @with_import_settings
@@ -125,7 +125,8 @@ def import_(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, progress=progress)
     remember_dataset(out)
-    print_run_result(result, describe_run(STAGES, result.version, result.funnel, settings.config), as_json=as_json)
+    warnings = describe_run(STAGES, result.version, result.funnel, settings.config)
+    print_run_result(result, warnings, shown=progress.warnings, as_json=as_json)
 
 
 @with_run_settings

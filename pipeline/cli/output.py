@@ -125,7 +125,9 @@ def show_picture(image: bytes) -> None:
 def print_scores(metrics: dict[str, Any]) -> None:
     """Print scores on own images beside those on shuffled images."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
-    say(f"  scores of captions cut into {metrics['tokens']}")
+    beams = metrics["num_beams"]
+    search = "greedily" if beams == 1 else f"with {beams} beams"
+    say(f"  scores of captions that were written {search}, and cut into {metrics['tokens']}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""
@@ -175,9 +177,17 @@ def say(text: str, style: str = "") -> None:
 
 
 def print_run_result(
-    result: "RunResult", warnings: Sequence[str] = (), server: "ServerConfig | None" = None, *, as_json: bool
+    result: "RunResult",
+    warnings: Sequence[str] = (),
+    server: "ServerConfig | None" = None,
+    *,
+    shown: Sequence[str] = (),
+    as_json: bool,
 ) -> None:
-    """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout."""
+    """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout.
+
+    In JSON, the warnings that were `shown` before stand before the others.
+    """
     from pipeline.config import NO_MODEL
     from pipeline.run import STAGES
 
@@ -210,7 +220,7 @@ def print_run_result(
     described = {"version": version.name, "path": str(version.path), "digest": version.manifest["digest"]}
     requests = {"asked": counts.asked, "total": counts.total, "flaws": dict(counts.flaws)}
     show(
-        {**described, "is_new": result.is_new, "stages": stages, "requests": requests, "warnings": list(warnings)},
+        {**described, "is_new": result.is_new, "stages": stages, "requests": requests, "warnings": [*shown, *warnings]},
         as_json,
         "path",
     )

@@ -27,6 +27,7 @@ from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, Own
 LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
+AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 SplitBatch = tuple[str, pa.RecordBatch]  # rows, and the split that they are in
@@ -118,7 +119,10 @@ class Version:
         """Read the rows of a split, of all columns of the manifest or of some. Raises StoreError if the split is empty."""
         shards = self.shards(split)
         if not shards:
-            raise StoreError(f"{self.name} has no rows in its {split} split", hint="use more images, or raise split.test_frac")
+            change = "lower" if split == "train" else "raise"
+            raise StoreError(
+                f"{self.name} has no rows in its {split} split", hint=f"use more images, or {change} split.test_frac"
+            )
         try:
             table = pa.concat_tables([self.open_shard(shard).read(columns or self.manifest["columns"]) for shard in shards])
             require_values(table)
@@ -142,7 +146,7 @@ class Version:
 
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
-        return StoreError(f"{self.path} is damaged: {error}", hint="a version never changes: generate it again")
+        return StoreError(f"{self.path} is damaged: {error}", hint=AGAIN)
 
 
 def schema_of(manifest: dict[str, Any]) -> pa.Schema:

@@ -18,6 +18,7 @@ from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
+from pipeline.storage.own_lines import OWN_LINES
 from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
@@ -69,7 +70,8 @@ def export_version(
         remove(draft)
         raise _nothing_to_write(version, style, kind)
     (draft / MARKER).unlink()
-    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    # Notes of an export that went on may be there twice.
+    files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
     sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
     write_text(draft / CHECKSUMS, sums)
     draft.rename(out)

@@ -33,6 +33,7 @@ from pipeline.dataset.shards import SplitWriter
 from pipeline.errors import ConfigError
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
+from pipeline.storage.own_lines import note_own_lines
 from pipeline.tables import IMAGE, STRING, fields
 from pipeline.tasks.boxes import BOX_FIELDS
 
@@ -147,7 +148,9 @@ class Sidecar(_Format):
         if text is None:
             return False
         self.put_image(item, item.split)
-        (self.folder / item.split / f"{item.name}.txt").write_text(text + "\n", encoding="utf-8")
+        file = self.folder / item.split / f"{item.name}.txt"
+        note_own_lines(file, text.splitlines() if text not in item.of_people else ())
+        file.write_text(text + "\n", encoding="utf-8")
         return True
 
 

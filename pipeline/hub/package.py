@@ -18,7 +18,7 @@ from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.licenses import non_redistributable
-from pipeline.dataset.version import LEDGER_FILE, Version, file_entry, first_rows, schema_of
+from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
@@ -78,7 +78,7 @@ def build_package(
     includes pixels that may not be redistributed, or exports would; StoreError if a file is damaged.
     """
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
-        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint="a version never changes: generate it again")
+        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licences"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]

@@ -96,7 +96,7 @@ class Budget:
 class CircuitBreaker:
     """Stops a run when more than `max_failure_frac` of the last WINDOW_REPLIES first replies to requests are unusable.
 
-    Replies to retries do not count: only difficult requests have them.
+    Replies to retries do not count, which only difficult requests have, but for the first of a run that goes on.
     """
 
     max_failure_frac: float

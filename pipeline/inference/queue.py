@@ -84,6 +84,7 @@ class RequestQueue:
         self._breaker = CircuitBreaker(config.server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
+        self._resumed: set[str] = set()  # requests that an earlier run had an unusable reply to, and this one none yet
         self._open: dict[str, Request] = {}  # taken, without a final reply
         self._answered = False
 
@@ -138,7 +139,8 @@ class RequestQueue:
             self._counts.add_reply(reply)
             if self._budget:
                 self._budget.add(reply)
-            if request.attempt == 0:
+            if request.attempt == 0 or request.id in self._resumed:
+                self._resumed.discard(request.id)
                 self._breaker.add(reply, flaw)
             self._answered = self._answered or reply.finish_reason not in UNANSWERED
             if flaw:
@@ -171,6 +173,7 @@ class RequestQueue:
         reply, flaw = last
         if flaw and reply.attempt + 1 < self._attempts:
             self._retries.append(build_retry(request, reply, flaw))
+            self._resumed.add(request.id)
         else:
             self._counts.done += 1
 

@@ -33,6 +33,7 @@ from pipeline.types import ReferenceQA
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be
 CAPTIONS = (*CAPTION_COLUMNS, "comment", "references", "title")  # in a file that a user calls one of captions
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
@@ -211,7 +212,7 @@ def _texts(value: Any, text_of: Callable[[Any], str] = lambda item: item if isin
     if isinstance(value, list):
         return [text for item in value for text in _texts(item, text_of)]
     if isinstance(value, dict):
-        return _texts(next((value[key] for key in ("raw", "caption", "text", "answer") if key in value), None), text_of)
+        return _texts(next((value[key] for key in TEXT_KEYS if key in value), None), text_of)
     text = _encodable(text_of(value)).strip()
     return [text] if text else []
 

@@ -18,7 +18,7 @@ from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import CAPTION_COLUMNS, FILE_NAMES, read_question
+from pipeline.sources.captions import CAPTION_COLUMNS, FILE_NAMES, TEXT_KEYS, read_question, read_texts
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLITS, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
@@ -55,9 +55,10 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
             if isinstance(row, Rejected):
                 yield row
                 continue
-            row_split = names.get(str(row[split_column])) if split_column else file_split
+            row_split = names.get(str(row[split_column]).strip().casefold()) if split_column else file_split
             if row_split is None and split_column:
-                yield Rejected(source_row=row_name, reason="unknown_split", detail=f"the row is in none of {', '.join(SPLITS)}")
+                detail = f"{row[split_column]!r} is none of {', '.join(SPLITS)}"
+                yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"licence": tables.licence, "split": stored_split(row_split, split)}
                 yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
@@ -112,7 +113,9 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
     except UnsafeFileError as error:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     revision = digest(digests) if part == ALL else ""
-    return Tables(path.name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part)
+    return Tables(
+        path.resolve().name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part
+    )
 
 
 def check_split(tables: Tables, split: str | None) -> None:
@@ -129,8 +132,11 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if "image" not in columns and "pages" not in columns:
         columns |= _guess_images(schema)
     if "references" not in mapping:
-        texts = [name for name in CAPTION_COLUMNS if name in schema.names and _is_text(schema.field(name).type)]
+        names = ("references",) if _is_own_version(schema) else CAPTION_COLUMNS
+        texts = [name for name in names if name in schema.names and _holds_texts(schema.field(name).type)]
         columns["references"] = texts[:1]
+    elif not _holds_texts(kind := schema.field(columns["references"][0]).type):
+        raise SourceError(f"the column {mapping['references']} holds {kind}, and no captions", hint=_MAPPING_HINT)
     if ("question" in columns) != ("answer" in columns):
         raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
@@ -146,6 +152,7 @@ def _read_row(
     if "pages" not in columns and len(images) > 1:
         return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
     texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
+    texts = [text for item in texts for text in (read_texts({"": item}, ("",)) if isinstance(item, dict) else [item])]
     fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
     fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
     if "question" in columns:
@@ -208,11 +215,23 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_bytes(kind.value_type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return is_text(kind) or (is_list(kind) and is_text(kind.value_type))
+def _holds_texts(kind: pa.DataType) -> bool:
+    """Return whether a column has texts, lists of them, or objects with one, such as the `raw` of Karpathy's sentences."""
+    if is_list(kind):
+        return _holds_texts(kind.value_type)
+    return is_text(kind) or (pa.types.is_struct(kind) and any(kind.get_field_index(name) >= 0 for name in TEXT_KEYS))
+
+
+def _is_own_version(schema: pa.Schema) -> bool:
+    """Return whether a table is of a version: its captions may be a model's, and `references` has those of people."""
+    kind = schema.field("captions").type if "captions" in schema.names else None
+    kind = kind.value_type if kind is not None and is_list(kind) else None
+    return bool(kind is not None and pa.types.is_struct(kind) and kind.get_field_index("prompt_id") >= 0)
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:

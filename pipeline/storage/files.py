@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command: it goes on where it stopped"),
+    errno.EFBIG: ("a file may not grow this large here", "raise the limit (`ulimit -f`), then run the same command"),
     errno.EROFS: ("the folder cannot be written: the file system is read-only", "choose another folder: --out DIR"),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
@@ -44,7 +45,7 @@ _DISK_ERRORS = {
     errno.ENAMETOOLONG: ("the name is too long", "choose another folder: --out DIR"),
     errno.ELOOP: ("a link leads to itself", "remove it"),
 }
-_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # that no object store raises
+_DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # that no object store raises
 _SQLITE_ERRORS = {  # by primary result code
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.ENOSPC,  # raised on a full disk if the shared-memory file cannot grow
@@ -277,4 +278,5 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             if error.errno not in _DISK_ERRORS or not is_disk_error:
                 raise
             problem, hint = _DISK_ERRORS[error.errno]
-            raise StoreError(f"{error.filename or folder}: {problem}", hint=hint) from None
+            in_the_way = error.filename2 if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None  # the target of a move
+            raise StoreError(f"{in_the_way or error.filename or folder}: {problem}", hint=hint) from None

@@ -3,7 +3,6 @@
 They take the way of a model's texts through all stages. Their `prompt_id` is `human`, and so is the style of the captions.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +11,8 @@ from pipeline.digests import digest
 from pipeline.tables import HUMAN
 from pipeline.tasks.base import QUESTION_MARKS, tidy_texts
 from pipeline.tasks.qa import tidy_pair
-from pipeline.text.language_codes import YES_OR_NO
+from pipeline.text.vqa_answers import kind_of_answer
 
-_NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
 _KINDS = {"qa": ("yes/no", "number", "other"), "deck_qa": ("span", "number", "arithmetic")}
 
 
@@ -74,9 +72,9 @@ def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str,
 
 def _kind_of(pair: dict[str, Any], answer: str, task: str) -> str:
     """Return the type of a question: that of the source, if it is one of ours that the answer fits, else by the answer."""
-    given, is_yes_or_no = pair["answer_type"], answer.rstrip(".!").casefold() in YES_OR_NO
+    given, is_yes_or_no = pair["answer_type"], kind_of_answer(answer) == "yes/no"
     if given in _KINDS[task] and (given == "yes/no") == (is_yes_or_no and task == "qa"):
         return str(given)
     if task == "deck_qa":
-        return "arithmetic" if pair["expression"] else "number" if _NUMBER.fullmatch(answer) else "span"
-    return "yes/no" if is_yes_or_no else "number" if _NUMBER.fullmatch(answer) else "other"
+        return "arithmetic" if pair["expression"] else "number" if kind_of_answer(answer) == "number" else "span"
+    return kind_of_answer(answer)

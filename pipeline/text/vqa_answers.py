@@ -5,6 +5,9 @@ Lower case, number words as digits, no articles, contractions with their apostro
 
 import re
 
+from pipeline.text.language_codes import YES_OR_NO
+
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
@@ -52,3 +55,10 @@ def _without_punctuation(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_space or _NUMBER_WITH_COMMA.search(text) else " ")
     return _PERIOD.sub("", out, count=_PERIODS_TAKEN)
+
+
+def kind_of_answer(answer: str) -> str:
+    """Return the type of a question that has this answer, where nobody says it: yes/no, number or other."""
+    if answer.rstrip(".!").casefold() in YES_OR_NO:
+        return "yes/no"
+    return "number" if _NUMBER.fullmatch(answer) else "other"

@@ -257,6 +257,21 @@ def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Pat
     assert judged == [True] * 20 + [False] + [True] * 3
 
 
+def test_gradients_that_stay_larger_are_the_new_usual(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captioner that knows its texts by heart has small gradients; once it is thrown off, larger ones bring it back."""
+    judge, judged = Trainer.should_step, list[bool]()
+
+    def judge_larger(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(Trainer, "should_step", judge_larger)
+    train(version, replace(steps=40, evaluate_every=40), tmp_path)
+    assert judged == [True] * 20 + [False] * 3 + [True] * 17
+
+
 def test_what_is_usual_begins_anew_with_the_second_stage(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:

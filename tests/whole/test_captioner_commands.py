@@ -148,6 +148,20 @@ def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
         evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "file" / "c.jsonl")
 
 
+def test_an_evaluation_searches_as_the_one_after_the_training_did(
+    version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings_file = tmp_path / "c.json"
+    settings_file.write_text(json.dumps(SMALL | {"num_beams": 2}))
+    train(data=str(version.path), encoder=models["encoder"], steps=1, config=settings_file, out=tmp_path / "c")
+    capsys.readouterr()
+    for asked, beams in ((None, 2), (1, 1)):
+        evaluate(str(tmp_path / "c"), str(version.path), num_beams=asked, as_json=True)
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["num_beams"] == beams
+        assert ("with 2 beams" if beams == 2 else "greedily") in printed.err
+
+
 def test_captioners_are_compared_on_named_images_and_on_a_version(
     version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +176,8 @@ def test_captioners_are_compared_on_named_images_and_on_a_version(
     assert [one["name"] for one in printed["captioners"]] == ["one", "other"]
     assert printed["scored_images"] == 2
     assert {Path(row["image"]).name: row["references"] for row in printed["images"]}["2.png"] == ["A cat.", "A black cat."]
+    compare(captioners, images=images, out=tmp_path / "c.html", as_json=True)  # of which nobody has said anything
+    assert json.loads(capsys.readouterr().out)["scored_images"] == 0 and "<html" in (tmp_path / "c.html").read_text()
     compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["images"]) == 4 == printed["scored_images"]

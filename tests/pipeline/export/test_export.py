@@ -111,6 +111,8 @@ def test_sidecars_stand_beside_their_images(version: Version, tmp_path: Path) ->
     for path in images:
         assert path.read_bytes() == items[path.stem].image
         assert path.with_suffix(".txt").read_text() == items[path.stem].caption("detailed") + "\n"
+    rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
+    assert rows and not any(row.references for row in rows)  # no text of a model comes back as one of people
 
 
 def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

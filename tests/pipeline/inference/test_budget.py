@@ -106,6 +106,23 @@ def test_a_server_that_lies_after_its_probe_is_noticed_after_a_hundred_replies(t
     assert len(chat.bodies) <= 2 * WINDOW_REPLIES
 
 
+def test_a_run_that_goes_on_after_unusable_replies_stops_again_if_they_stay_so(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
+        config = resolve(source="scenes", base_url=[chat.url], model="model", tasks=["caption"])
+        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)]  # two captions each
+
+        def run() -> None:
+            with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
+                for _ in ask_about(iter([SampleBatch.of(samples)]), config, "r", lambda: engine, journal, RequestStats()):
+                    pass
+
+        for _ in range(2):
+            with pytest.raises(EngineError, match="100 of the last 100 replies cannot be used"):
+                run()
+        chat.script = lambda times, body: None  # the server was mended
+        run()
+
+
 def test_a_page_in_place_of_every_answer_is_noticed_at_once(tmp_path: Path) -> None:
     refused = pytest.raises(EngineError, match="refuses every request: not an answer of the chat protocol: <html>Please")
     with running_chat(ChatServer(lambda times, body: Act(raw=b"<html>Please log in</html>"))) as chat, refused:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from pipeline.errors import SourceError
 from pipeline.sources import image_urls, open_source, parquet
 from pipeline.sources.columns import read_mapping
 from pipeline.types import Rejected, Sample
+from tests.hub.datasets import photo
 from tests.pipeline.sources.test_listing import Together, serve
+from tests.scene_data import make_version, scene_samples, true_captions
 
 NAMES = (*map(str, range(8)), "gone")
 
@@ -70,3 +73,33 @@ def test_the_column_of_images_is_guessed_where_there_is_one(columns: dict[str, A
         with pytest.raises(SourceError) as caught:
             read_mapping(schema, {})
         assert re.search(problem, f"{caught.value} {caught.value.hint}")
+
+
+SENTENCES = [[{"raw": "A dog runs.", "tokens": ["a"]}, {"raw": "A brown dog."}]]
+
+
+@pytest.mark.parametrize("columns", [{}, {"references": "sentences"}])
+def test_captions_in_objects_are_read_as_karpathy_writes_them(columns: dict[str, str], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [photo(1)], "sentences": SENTENCES, "split": ["TEST "]}), tmp_path / "a.parquet")
+    (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows
+    assert isinstance(row, Sample)
+    assert (row.references, row.split) == (("A dog runs.", "A brown dog."), "test")
+
+
+def test_a_named_column_without_texts_is_one_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="the column stars holds int64, and no captions"):
+        open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))
+
+
+def test_captions_of_a_version_are_those_of_people_alone(tmp_path: Path) -> None:
+    samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
+    version, _ = make_version(tmp_path / "d", samples, true_captions(samples))
+    rows = open_source(resolve(source=f"parquet:{version.path}")).rows
+    assert {row.references for row in rows if isinstance(row, Sample)} == {("A ring of people.",)}
+
+
+def test_images_behind_a_dictionary_are_found(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([photo(1)]).dictionary_encode()}), tmp_path / "a.parquet")
+    (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet")).rows
+    assert isinstance(row, Sample)
