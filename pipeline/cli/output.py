@@ -125,9 +125,9 @@ def show_picture(image: bytes) -> None:
 def print_scores(metrics: dict[str, Any]) -> None:
     """Print scores on own images beside those on shuffled images."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
-    beams = metrics["num_beams"]
-    search = "greedily" if beams == 1 else f"with {beams} beams"
-    say(f"  scores of captions that were written {search}, and cut into {metrics['tokens']}")
+    beams = metrics.get("num_beams")  # earlier releases did not say it
+    search = f"written {'greedily' if beams == 1 else f'with {beams} beams'} and " if beams else ""
+    say(f"  scores of captions {search}cut into {metrics['tokens']}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""

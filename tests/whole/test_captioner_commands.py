@@ -159,7 +159,7 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
         evaluate(str(tmp_path / "c"), str(version.path), num_beams=asked, as_json=True)
         printed = capsys.readouterr()
         assert json.loads(printed.out)["num_beams"] == beams
-        assert ("with 2 beams" if beams == 2 else "greedily") in printed.err
+        assert ("written with 2 beams" if beams == 2 else "written greedily") in printed.err
 
 
 def test_captioners_are_compared_on_named_images_and_on_a_version(
