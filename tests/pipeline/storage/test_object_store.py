@@ -56,7 +56,7 @@ def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
         ("s3://bucket//x", "not a place in a store"),
         ("s3://bucket/x[1]", "not a place in a store"),
         ("s3://bucket/../x", "not a place in a store"),
-        ("s3:/bucket/x", "no path on this machine"),
+        ("s3:/bucket/x", "not a path on this machine"),
         ("nowhere://x", "nowhere"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
