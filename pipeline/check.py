@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, has_row_digest
-from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import SynthError, one_line
 from pipeline.inference.journal import check_journal, repair_journal
 from pipeline.storage.files import open_parquet, read_json
@@ -47,6 +47,8 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     for path in sorted((dataset.path / "versions").glob("v*"), key=str):
         if (path / MANIFEST).exists():
             yield check_version_folder(path, dataset)
+        elif VERSION_NAME.fullmatch(path.name):
+            yield Checked(str(path), f"it has no {MANIFEST}", False, f"move {path} away and run `synth generate` again")
 
 
 def check_version_folder(path: Path, dataset: DatasetDir | None = None) -> Checked:

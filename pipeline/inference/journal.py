@@ -6,6 +6,7 @@ none: a rotten bit would change a dataset without a word.
 """
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
@@ -166,7 +167,9 @@ def check_journal(path: Path) -> JournalState:
     replies = unchecked = 0
     damaged: list[str] = []
     problem = ""
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+    # Even to read a journal, SQLite writes a file beside it, which a read-only disk does not take.
+    options = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)) as db:
         db.text_factory = _damaged_text
         try:
             if error := _format_error(db, path):

@@ -74,6 +74,8 @@ def read_captions(path: Path) -> dict[str, Written]:
         csv.Error,
     ) as error:
         problem = f"{error!r}" if isinstance(error, LookupError | AttributeError | TypeError) else str(error)
+        if isinstance(error, KeyError):
+            problem = f"an object in it has no {error}"
         raise SourceError(f"cannot read {path}: {problem}", hint=HINT) from None
     written: defaultdict[str, Written] = defaultdict(Written)
     for name, captions, question, split in rows:

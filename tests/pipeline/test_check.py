@@ -12,6 +12,7 @@ import pytest
 from pipeline.check import check_dataset
 from pipeline.config import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import StoreError
 from pipeline.run import generate_dataset
 
 
@@ -113,3 +114,24 @@ def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
     before = contents()
     list(check_dataset(dataset))
     assert contents() == before
+
+
+def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset: DatasetDir) -> None:
+    version = dataset.version()
+    (version.path / "manifest.json").unlink()
+    (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
+    assert (bad.what, bad.found) == (str(version.path), "it has no manifest.json")
+    with pytest.raises(StoreError, match=r"v1\.0\.0: a folder is in the way"):
+        generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
+    version.path.rename(dataset.path / "away")
+    made = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path).version
+    assert made.manifest["digest"] == version.manifest["digest"]
+
+
+def test_a_journal_on_a_disk_that_takes_no_file_is_read(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in dataset.journal.parent.glob("*-*"):  # of a run that has ended
+        path.unlink()
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    results = {Path(result.what).name: result for result in check_dataset(dataset)}
+    assert results["local.sqlite"].is_ok and results["local.sqlite"].found == "16 replies"
+    assert [path.name for path in dataset.journal.parent.iterdir()] == ["local.sqlite"]  # nothing was written beside it

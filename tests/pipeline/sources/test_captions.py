@@ -89,7 +89,7 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"", "has no caption and no question"),
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
-        (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "KeyError"),
+        (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "an object in it has no 'file_name'"),
         (b'["a", "b"]', "a row is not an object"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
         (b"caption\nA dog.\n", "a row names no image"),
