@@ -82,7 +82,7 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _recognised(code: str) -> str:
-    if code not in RECOGNISED:
+    if code not in {*RECOGNISED, ANY_LANGUAGE}:
         raise ValueError("no language in which a text can be recognised; with `any`, texts of all languages are kept")
     return code
 
@@ -165,7 +165,7 @@ class TaskConfig(Section):
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: generate.max_tokens
     min_words: Annotated[int, Field(ge=1)] | None = None  # of a caption, a question or a text
     max_words: Annotated[int, Field(ge=1)] | None = None
-    language: Literal["any"] | Language | None = None  # of its texts; None: that of `filter`, if there is one
+    language: Language | None = None  # of its texts; None: that of `filter`, if there is one
     coordinates: BoxUnit = "pixels"  # of boxes, as the model writes them
 
 

@@ -17,8 +17,6 @@ def translate_hub_errors(
     """
     try:
         yield
-    except SynthError:
-        raise
     except Exception as error:
         problem_and_hint = _explain(error, name, kind)
         if problem_and_hint is None:
@@ -49,9 +47,8 @@ def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
         case errors.LocalEntryNotFoundError() | httpx2.TransportError() | ConnectionError() | TimeoutError():
             return f"the Hub at {constants.ENDPOINT} does not answer, and {name} is not in the cache: {one_line(error)}", ""
         case errors.HfHubHTTPError():
-            said = error.server_message or "no message"
-            hint = "check the name and the revision, or try again later"
-            return f"the Hub refused {name} ({error.response.status_code}): {said}", hint
+            answer = f"{error.response.status_code}): {error.server_message or 'no message'}"
+            return f"the Hub refused {name} ({answer}", "check the name and the revision, or try again later"
         case OSError():
             return f"cannot fetch {name}: {one_line(error)}", "see that the disk has room and may be written to, then try again"
     return None

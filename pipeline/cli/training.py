@@ -192,7 +192,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a captioner, on its images and on shuffled ones."""
-    from pipeline.storage.files import translate_disk_errors, write_text
+    from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
     if split not in SPLITS:
@@ -210,12 +210,14 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    with translate_disk_errors(captions or Path()):
-        if captions:
-            write_text(captions, "")  # before minutes of scoring
-        metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, with_spice=spice)
-        image_results = metrics.pop("each")
-        if captions:
+    if captions:
+        with translate_disk_errors(captions):  # before minutes of scoring, and without a change to what is there
+            captions.parent.mkdir(parents=True, exist_ok=True)
+            captions.open("a").close()
+    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, with_spice=spice)
+    image_results = metrics.pop("each")
+    if captions:
+        with translate_disk_errors(captions):
             write_captions(captions, image_results)
     print_scores(metrics)
     show(metrics, as_json, "scores")

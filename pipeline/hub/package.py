@@ -219,8 +219,14 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
     entries = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
     manifest = {"version": model.name, "digest": content_digest, "files": entries}
-    title, files = f"A page for {model.name}", {**files, "manifest.json": _json(manifest)}
-    return Package("space", model.name, title, manifest, dict(files), model.has_unknown_license)
+    return Package(
+        kind="space",
+        name=model.name,
+        title=f"A page for {model.name}",
+        manifest=manifest,
+        files={**files, "manifest.json": _json(manifest)},
+        has_unknown_license=model.has_unknown_license,
+    )
 
 
 def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:

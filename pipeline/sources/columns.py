@@ -202,11 +202,11 @@ def _guess_images(schema: pa.Schema) -> Columns:
         return {"pages": lists}
     if not images and (len(plain) == 1 or "image" in plain):
         return {"image": ["image" if "image" in plain else plain[0]]}
-    found, hint = [*images, *lists] or plain, _MAPPING_HINT
+    candidates, hint = [*images, *lists] or plain, _MAPPING_HINT
     texts = [name for name in (*_IMAGE_NAMES, *FILE_NAMES, "url") if name in schema.names and is_text(schema.field(name).type)]
-    if not found and texts:
+    if not candidates and texts:
         hint = f"addresses: --columns image={texts[0]} --allow-urls; names of files: a list of them, --source list:FILE.csv"
-    message = f"several columns hold images: {', '.join(found)}" if found else "no column holds images"
+    message = f"several columns hold images: {', '.join(candidates)}" if candidates else "no column holds images"
     raise SourceError(f"{message} (columns: {', '.join(schema.names)})", hint=hint)
 
 

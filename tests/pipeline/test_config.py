@@ -100,6 +100,14 @@ def test_a_language_is_one_that_can_be_recognised_or_any(written: str, read: str
         assert resolve(file).filter.language == read
 
 
+def test_a_task_in_a_language_that_is_not_recognised_is_one_error() -> None:
+    task = {"name": "notes", "kind": "text", "prompt": "Take notes."}
+    assert resolve(source="scenes", own_tasks=[task | {"language": "any"}]).own_tasks[0].language == "any"
+    with pytest.raises(ConfigError, match="no language in which a text can be recognised") as caught:
+        resolve(source="scenes", own_tasks=[task | {"language": "xx"}])
+    assert str(caught.value).count("language:") == 1
+
+
 def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     file = tmp_path / "manifest.json"
     values = {"source": "scenes", "limit": 2, "tasks": ["caption"]} | settings

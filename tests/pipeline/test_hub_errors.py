@@ -20,7 +20,7 @@ NAME = "me/cats@v2"
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "hint"),
+    ("error", "problem", "hint"),
     [
         (errors.GatedRepoError("x", response=answer(403)), "me/cats is gated", "/datasets/me/cats, then `hf auth login`"),
         (errors.RevisionNotFoundError("x", response=answer(404)), "me/cats has no revision v2", "a branch"),
@@ -39,10 +39,10 @@ NAME = "me/cats@v2"
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_the_client_raises_is_one_line_and_a_hint(error: Exception, told: str, hint: str) -> None:
+def test_what_the_client_raises_is_one_line_and_a_hint(error: Exception, problem: str, hint: str) -> None:
     with pytest.raises(SourceError) as caught, translate_hub_errors(NAME, "dataset", SourceError, OFFLINE):
         raise error
-    assert told in str(caught.value) and hint in caught.value.hint
+    assert problem in str(caught.value) and hint in caught.value.hint
     with pytest.raises(StoreError) as other, translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True):
         raise error
     assert str(other.value).startswith("me/cats@v2 is not a folder here; ")

@@ -257,17 +257,23 @@ def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Pat
     assert judged == [True] * 20 + [False] + [True] * 3
 
 
+def enlarge_norms(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> list[bool]:
+    """Multiply the norms of all gradients by 1000 after so many steps; return a list that gets whether each step is applied."""
+    judge, judged = Trainer.should_step, list[bool]()
+
+    def judge_larger(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1000 if len(judged) >= after_steps else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(Trainer, "should_step", judge_larger)
+    return judged
+
+
 def test_gradients_that_stay_larger_are_the_new_usual(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A captioner that knows its texts by heart has small gradients; once it is thrown off, larger ones bring it back."""
-    judge, judged = Trainer.should_step, list[bool]()
-
-    def judge_larger(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(Trainer, "should_step", judge_larger)
+    judged = enlarge_norms(monkeypatch, after_steps=20)
     train(version, replace(steps=40, evaluate_every=40), tmp_path)
     assert judged == [True] * 20 + [False] * 3 + [True] * 17
 
@@ -276,13 +282,7 @@ def test_what_is_usual_begins_anew_with_the_second_stage(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """Gradients of a whole language model are many times those of a connector, which is not a spike."""
-    judge, judged = Trainer.should_step, list[bool]()
-
-    def judge_larger(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1000 if len(judged) >= 20 else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(Trainer, "should_step", judge_larger)
+    judged = enlarge_norms(monkeypatch, after_steps=20)
     train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
     assert judged == [True] * 32
 

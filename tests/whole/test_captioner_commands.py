@@ -148,6 +148,19 @@ def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
         evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "file" / "c.jsonl")
 
 
+def test_an_evaluation_that_fails_leaves_the_captions_of_the_last_one(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise TrainError("out of memory")
+
+    monkeypatch.setattr("trainer.evaluate.evaluate_version", fail)
+    (tmp_path / "c.jsonl").write_text("before\n")
+    with pytest.raises(TrainError, match="out of memory"):
+        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "c.jsonl")
+    assert (tmp_path / "c.jsonl").read_text() == "before\n"
+
+
 def test_an_evaluation_searches_as_the_one_after_the_training_did(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

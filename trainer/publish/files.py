@@ -13,9 +13,8 @@ from trainer.config import require_checkpoint
 
 HERE = Path(__file__).parent
 MODULE = "modeling_synth_captioner"
-DEFINITIONS: dict[
-    str, dict[str, tuple[str, ...]]
-] = {  # by module of trainer/model: what takes the place of the line that imports from it, by module
+# By module of trainer/model that modeling.py imports from: what takes the place of that line, by module again.
+DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "decoder": {
         "dropout": ("LEVELS", "Dropout", "scaled_mask"),
         "decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
@@ -108,14 +107,14 @@ def modeling_source() -> str:
     text = text.replace("from typing import Any\n", f"{IMPORTS}from typing import Any\n", 1)
     for module, names_of in DEFINITIONS.items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"from trainer.model.{module} import")]
-        defined = "\n\n\n".join(_source_of(source, name) for source, names in names_of.items() for name in names)
+        sources = {of: (HERE.parent / "model" / f"{of}.py").read_text(encoding="utf-8") for of in names_of}
+        defined = "\n\n\n".join(_source_of(sources[of], name) for of, names in names_of.items() for name in names)
         text = text.replace(line, f"functional = nn.functional\n\n\n{defined}\n" if module == "decoder" else f"\n{defined}\n")
     return HEADER + text
 
 
-def _source_of(module: str, name: str) -> str:
-    """Return the source of a class, a function or a constant of a module of trainer/model, with its decorators."""
-    text = (HERE.parent / "model" / f"{module}.py").read_text(encoding="utf-8")
+def _source_of(text: str, name: str) -> str:
+    """Return the source of a class, a function or a constant of a module, with its decorators."""
     (node,) = [node for node in ast.parse(text).body if name in _defined(node)]
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
     return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
