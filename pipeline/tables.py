@@ -167,6 +167,8 @@ BALANCED = pa.schema(
 # review: a person's review of an annotation (dataset/reviews.py), and the final fields
 REVIEWED = "review"  # the prompt_id of text that a person wrote in a review
 HUMAN = "human"  # the prompt_id of text that people wrote before, and the style of such captions
+OF_PEOPLE = (HUMAN, REVIEWED)
+WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"  # what exports say of each text, and sources read
 EVIDENCE = pa.field("evidence_pages", PAGES)
 REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
 FINAL = pa.schema(

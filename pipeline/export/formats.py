@@ -34,7 +34,7 @@ from pipeline.errors import ConfigError
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
 from pipeline.storage.own_lines import note_own_lines
-from pipeline.tables import IMAGE, STRING, fields
+from pipeline.tables import BY_MODEL, IMAGE, STRING, WRITTEN_BY, fields
 from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, LINES_AT_ONCE = ".metadata.jsonl", 10_000
@@ -66,6 +66,10 @@ class _Format:
         """Return the captions that are wanted: all, or those of a style."""
         return [(style, text) for style, text in item.captions if self.style in (None, style)]
 
+    def caption_entries(self, item: Item) -> list[dict[str, str]]:
+        """Return the captions that are wanted as objects, which say who wrote each."""
+        return [{"style": style, "text": text, WRITTEN_BY: item.writer(text)} for style, text in self.captions(item)]
+
     def put_image(self, item: Item, folder: str) -> str:
         """Write the file of an image, unless an interrupted export has; return its path within the export."""
         path = self.folder / folder / item.file_name
@@ -95,8 +99,17 @@ class _Format:
         self._stack.close()
 
 
+def _question_entries(item: Item) -> list[dict[str, str]]:
+    """Return the questions of an image as objects, which say who wrote each."""
+    return [{"question": question, "answer": answer, WRITTEN_BY: item.writer(question)} for question, answer in item.questions]
+
+
 def _with_values(about: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return what a format says of an image with the values of own tasks; a name that the format uses gets an underscore."""
+    """Return what a format says of an image with the values of own tasks; a name that the format uses gets an underscore.
+
+    All of it is a model's, but for the objects in lists that say otherwise, and the references.
+    """
+    about = about | {WRITTEN_BY: BY_MODEL}
     return about | {f"{name}_" if name in about else name: value for name, value in values.items()}
 
 
@@ -106,8 +119,8 @@ class ImageFolder(_Format):
     def add(self, item: Item) -> bool:
         """See Format."""
         self.put_image(item, item.split)
-        captions = [{"style": style, "text": text} for style, text in self.captions(item)]
-        questions = [{"question": question, "answer": answer} for question, answer in item.questions]
+        captions = self.caption_entries(item)
+        questions = _question_entries(item)
         texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
         about = {"file_name": item.file_name, **texts, "license": item.license, "source_row": item.source_row}
         self.line(f"{item.split}/{DRAFT}", _with_values(about, item.values))
@@ -169,8 +182,9 @@ class WebDataset(_Format):
         if item.split != self._split or self._bytes >= self.shard_bytes:
             self._next_shard(item.split)
         about = {
-            "captions": [{"style": style, "text": text} for style, text in self.captions(item)],
-            "qa": [{"question": question, "answer": answer} for question, answer in item.questions],
+            "captions": self.caption_entries(item),
+            "qa": _question_entries(item),
+            "references": [*item.references],
             "width": item.width_px,
             "height": item.height_px,
             "license": item.license,
@@ -275,7 +289,8 @@ class Coco(_Format):
         sizes = {"width": item.width_px, "height": item.height_px, "license": license_id}
         part["images"].append({"id": self._images, "file_name": item.file_name, **sizes})
         for _, text in captions:
-            part["captions"].append({"id": len(part["captions"]) + 1, "image_id": self._images, "caption": text})
+            entry = {"id": len(part["captions"]) + 1, "image_id": self._images, "caption": text}
+            part["captions"].append(entry | {WRITTEN_BY: item.writer(text)})
         for box in item.boxes:
             left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
             label = str(box.get("label") or "object")
@@ -309,8 +324,8 @@ class Csv(_Format):
         file, path = self.file(f"{item.split}.csv"), self.put_image(item, "images")
         writer = csv.writer(file)
         if file.tell() == 0:
-            writer.writerow(["filepath", "title", "style"])
-        writer.writerows([path, text, style] for style, text in captions)
+            writer.writerow(["filepath", "title", "style", WRITTEN_BY])
+        writer.writerows([path, text, style, item.writer(text)] for style, text in captions)
         return True
 
 
@@ -413,8 +428,8 @@ class Lance(_Format):
             pa.field("image", pa.binary()),
             *fields(pa.int32(), "width", "height"),
             pa.field("text", STRING),
-            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text")))),
-            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer")))),
+            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
+            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
             pa.field("references", pa.list_(STRING)),
             *fields(STRING, "values", "license", "source_row"),  # values of own tasks are JSON
         ]
@@ -433,8 +448,8 @@ class Lance(_Format):
         if item.split != self._split or len(self._rows) >= ROWS_AT_ONCE:
             self._write()
             self._split = item.split
-        captions = [{"style": style, "text": text} for style, text in self.captions(item)]
-        questions = [{"question": question, "answer": answer} for question, answer in item.questions]
+        captions = self.caption_entries(item)
+        questions = _question_entries(item)
         texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
         about = {"license": item.license, "source_row": item.source_row, "values": _json(item.values)}
         sizes = {"width": item.width_px, "height": item.height_px}

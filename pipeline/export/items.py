@@ -10,7 +10,7 @@ from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
-from pipeline.tables import HUMAN, SPLITS
+from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +31,7 @@ class Item:
     source_row: str
     sample_id: str
     captions: Sequence[tuple[str, str]]  # style and text
-    of_people: frozenset[str]  # those captions that people wrote
+    of_people: frozenset[str]  # those captions and questions that people wrote
     questions: Sequence[tuple[str, str]]  # and their answers
     references: Sequence[str]
     values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
@@ -42,6 +42,10 @@ class Item:
     def file_name(self) -> str:
         """The name of its file."""
         return f"{self.name}.{self.suffix}"
+
+    def writer(self, text: str) -> str:
+        """Return who wrote a caption or a question: BY_MODEL or BY_PEOPLE."""
+        return BY_PEOPLE if text in self.of_people else BY_MODEL
 
     def caption(self, style: str | None) -> str | None:
         """Return the caption of a style, or without one the preferred caption; None if there is none."""
@@ -66,6 +70,7 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
 
 def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     sample_id = row["sample_id"]
+    captions, questions = row.get("captions") or (), row.get("qa") or ()
     # A version may be a stranger's, and its ids anything, even a path.
     name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
@@ -86,11 +91,13 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         license=row["licence"],
         source_row=row["source_row"],
         sample_id=sample_id,
-        captions=[(caption["style"] or "", caption["text"]) for caption in row.get("captions") or ()],
-        of_people=frozenset(one["text"] for one in row.get("captions") or () if one["prompt_id"] == HUMAN),
-        questions=[(pair["question"], pair["answer"]) for pair in row.get("qa") or ()],
+        captions=[(caption["style"] or "", caption["text"]) for caption in captions],
+        of_people=frozenset(
+            one.get("text") or one["question"] for one in (*captions, *questions) if one["prompt_id"] in OF_PEOPLE
+        ),
+        questions=[(pair["question"], pair["answer"]) for pair in questions],
         references=row.get("references") or (),
         values={task: row[task] for task in own},
-        pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in row.get("captions") or () if one.get("rejected")],
+        pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
         boxes=[box for task, kind in own.items() if kind == "boxes" for box in row[task] or ()],
     )

@@ -24,16 +24,23 @@ from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.captions import CAPTION_COLUMNS, SPLIT, decode_text, read_question, read_split, read_texts
+from pipeline.sources.captions import (
+    SPLIT,
+    captions_of_people,
+    decode_text,
+    describe_by_model,
+    questions_of_people,
+    read_split,
+    texts_by_model,
+)
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.folder import OF_EVERY_IMAGE
 from pipeline.sources.parquet import describe_held_out, split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
-from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Source, SourceSlice
+from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
-QA = "qa"  # a list of questions in a JSON file
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
@@ -103,16 +110,20 @@ def key_of(name: str) -> str:
 
 
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
-    """Return the captions of the files beside an image, and the values of the JSON among them; what is not text is left out."""
+    """Return the captions of people beside an image, and the values of the JSON there; what is not text is left out.
+
+    A line of a text is none of people if the JSON says that a model wrote it.
+    """
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
         if entry.name.lower().endswith(".txt"):
-            captions += read_texts({"text": _decode(entry.data or b"").splitlines()}, ["text"])
+            captions += [line for text in _decode(entry.data or b"").splitlines() if (line := text.strip())]
         elif row := _read_json(entry):
             values |= row
-            captions += read_texts(row, CAPTION_COLUMNS)
-    return list(dict.fromkeys(captions)), values
+            captions += captions_of_people(row)
+    by_model = {line.strip() for text in texts_by_model(values) for line in text.splitlines()}
+    return [text for text in dict.fromkeys(captions) if text not in by_model], values
 
 
 def _read_json(entry: Entry) -> dict[str, Any] | None:
@@ -124,20 +135,13 @@ def _read_json(entry: Entry) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _questions_in(values: dict[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a JSON file: its own, with their answers, and those of a list `qa`."""
-    listed = values.get(QA)
-    rows = [values, *(row for row in listed if isinstance(row, dict))] if isinstance(listed, list) else [values]
-    return tuple(question for row in rows if (question := read_question(row)))
-
-
 def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
     """Yield what a user should know of the texts of an archive: captions beside images, and what is used for nothing."""
     beside = {key: texts for key, texts in index.texts.items() if index.images[key]}
-    captions = [len(_read_beside(texts)[0]) for texts in beside.values()]
-    if any(captions):
-        images = sum(index.images.values())
-        yield f"captions of people in {archive}: {sum(captions):,}, and {images:,} images"
+    read = [_read_beside(texts) for texts in beside.values()]
+    if captions := sum(len(of_people) for of_people, _ in read):
+        yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
+    yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
     if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
     if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
@@ -153,9 +157,9 @@ def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf)
     if archives.is_local:
         with archives.translate_errors():
             texts = list(index_of(names[0]).texts.values())
-        return any(_questions_in(_read_beside(of_key)[1]) for of_key in texts)
+        return any(questions_of_people(_read_beside(of_key)[1]) for of_key in texts)
     with closing(_read_images(archives, names[0], index_of)) as images:
-        return any(_questions_in(_read_beside(texts)[1]) for _, texts in islice(images, 1))
+        return any(questions_of_people(_read_beside(texts)[1]) for _, texts in islice(images, 1))
 
 
 def _decode(data: bytes) -> str:
@@ -316,7 +320,7 @@ def _row(
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
     context = tuple((column, as_text(values.get(column))) for column in columns)
     fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
-    fields |= {"reference_qa": _questions_in(values)} if has_questions else {}
+    fields |= {"reference_qa": questions_of_people(values)} if has_questions else {}
     return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)
 
 

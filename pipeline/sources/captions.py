@@ -27,14 +27,15 @@ from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
 from pipeline.sources.parquet import SPLITS
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import SPLIT_RANK
+from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
 from pipeline.types import ReferenceQA
 
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be
-CAPTIONS = (*CAPTION_COLUMNS, "comment", "references", "title")  # in a file that a user calls one of captions
+REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
+CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
@@ -48,6 +49,7 @@ class Written:
     captions: list[str] = field(default_factory=list)
     questions: list[ReferenceQA] = field(default_factory=list)
     split: str | None = None
+    num_by_model: int = 0  # captions and questions that are left out, since a model wrote them
 
 
 def read_captions(path: Path) -> dict[str, Written]:
@@ -78,12 +80,16 @@ def read_captions(path: Path) -> dict[str, Written]:
             problem = f"an object in it has no {error}"
         raise SourceError(f"cannot read {path}: {problem}", hint=HINT) from None
     written: defaultdict[str, Written] = defaultdict(Written)
-    for name, captions, question, split in rows:
+    for name, captions, question, split, num_by_model in rows:
         about = written[name]
         about.captions += captions
         about.questions += [question] if question else []
         about.split = most_held_out(split, about.split)
+        about.num_by_model += num_by_model
     if not any(about.captions or about.questions for about in written.values()):
+        if any(about.num_by_model for about in written.values()):
+            hint = f"people's are wanted here; without the values {WRITTEN_BY!r} they are taken for those"
+            raise SourceError(f"a model wrote all that is in {path}", hint=hint)
         raise SourceError(f"{path} has no caption and no question", hint=HINT)
     return dict(written)
 
@@ -94,7 +100,7 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if utf_16 else "utf-8-sig")  # spreadsheets put a mark first
 
 
-Row = tuple[str, list[str], ReferenceQA | None, str | None]  # name, captions, a question, the split
+Row = tuple[str, list[str], ReferenceQA | None, str | None, int]  # name, captions, a question, the split, texts of a model
 
 
 def _rows(text: str) -> Iterator[Row]:
@@ -163,14 +169,14 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
     if any(name in value for name in NAMES):
         return iter([_row(value)])  # JSON lines with a single one
-    return ((str(name), _texts(captions), None, None) for name, captions in value.items())
+    return ((str(name), _texts(captions), None, None, 0) for name, captions in value.items())
 
 
 def _token_row(line: str) -> Row:
     match = _TOKEN.fullmatch(line)
     if not match:
         raise ValueError(f"a line is not of the form NAME#0<tab>CAPTION: {line[:80]!r}")
-    return match[1], _texts(match[2]), None, None
+    return match[1], _texts(match[2]), None, None, 0
 
 
 def _object_row(value: Any) -> Row:
@@ -183,12 +189,48 @@ def _row(row: Mapping[str, Any]) -> Row:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
         raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
-    return str(name).strip(), read_texts(row, CAPTIONS), read_question(row), read_split(row.get(SPLIT))
+    captions = read_texts(row, CAPTIONS)
+    return str(name).strip(), captions, read_question(row), read_split(row.get(SPLIT)), len(texts_by_model(row))
 
 
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the captions of a row: the texts in the first of these columns that has a value."""
-    return next((_texts(row[name]) for name in names if row.get(name)), [])
+    """Return the captions of a row: the texts in the first of these columns that has a value, if people wrote them.
+
+    Of a row that is a model's, they are those in lists of objects, each of which says by itself who wrote it.
+    """
+    value = next((row[name] for name in names if row.get(name)), None)
+    if _is_by_model(row):
+        value = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else None
+    return _texts(value)
+
+
+def captions_of_people(row: Mapping[str, Any]) -> list[str]:
+    """Return the captions of a row, and those in a column `references`, each once."""
+    return list(dict.fromkeys([*read_texts(row, CAPTION_COLUMNS), *_texts(row.get(REFERENCES))]))
+
+
+def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
+    """Return the questions of a row: its own, and those of a list `qa`."""
+    listed = row.get(QA)
+    rows = [row, *(one for one in listed if isinstance(one, dict))] if isinstance(listed, list) else [row]
+    return tuple(question for one in rows if (question := read_question(one)))
+
+
+def texts_by_model(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of which a row, or an object in a list of it, says that a model wrote them, each once."""
+    listed = (one for name in (*CAPTIONS, QA) if isinstance(row.get(name), list) for one in row[name])
+    by_model = [one for one in (row, *listed) if isinstance(one, Mapping) and _is_by_model(one)]
+    texts = (one.get(name) for one in by_model for name in (*CAPTIONS, QUESTION))
+    return [text for text in dict.fromkeys(text for text in texts if isinstance(text, str)) if text]
+
+
+def describe_by_model(count: int, place: str = "") -> list[str]:
+    """Return what a user should know of texts that are left out, since a model wrote them."""
+    return [f"texts that a model wrote, which are none of people{place}: {count:,}"] if count else []
+
+
+def _is_by_model(row: Mapping[str, Any]) -> bool:
+    return row.get(WRITTEN_BY) == BY_MODEL
 
 
 def read_split(value: Any) -> str | None:
@@ -200,7 +242,9 @@ def read_split(value: Any) -> str | None:
 
 
 def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
-    """Return the question of a row with a column `question` and one of `answers` or `answer`; None if it has none."""
+    """Return the question of a row with a column `question` and one of `answers` or `answer`; None if people wrote none."""
+    if _is_by_model(row):
+        return None
     question = row.get(QUESTION)
     answers = next((_texts(row[key], _answer) for key in ANSWERS if row.get(key) not in (None, "", [])), [])
     if not isinstance(question, str) or not question.strip() or not answers:
@@ -214,6 +258,8 @@ def _texts(value: Any, text_of: Callable[[Any], str] = lambda item: item if isin
     if isinstance(value, list):
         return [text for item in value for text in _texts(item, text_of)]
     if isinstance(value, dict):
+        if _is_by_model(value):
+            return []
         return _texts(next((value[key] for key in TEXT_KEYS if key in value), None), text_of)
     text = _encodable(text_of(value)).strip()
     return [text] if text else []
@@ -258,6 +304,7 @@ def _only_ones(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, 
 def _merge(known: Written, more: Written) -> None:
     known.captions += more.captions
     known.questions += more.questions
+    known.num_by_model += more.num_by_model
     known.split = most_held_out(more.split, known.split)
 
 

@@ -1,8 +1,8 @@
 """Source: a local folder of images, read in an order that does not depend on the disk.
 
-Captions beside the images become references: `picture.txt` with one caption a line, or `metadata.jsonl` or `metadata.csv` with
-a column `file_name`, as in the imagefolder format of `datasets`. Other columns of these files may be named as the context of
-prompts, and so may `folder` and `file_name`, which every image has.
+Captions beside the images become references: `picture.txt` with one caption a line, or `metadata.jsonl`, `.csv` or
+`.parquet` with a column `file_name`, as in the imagefolder format of `datasets`. Other columns of these files may be named as
+the context of prompts, and so may `folder` and `file_name`, which every image has.
 """
 
 import csv
@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
@@ -31,14 +34,16 @@ from pipeline.sources.base import (
 from pipeline.sources.captions import (
     CAPTION_COLUMNS,
     QUESTION,
+    captions_of_people,
     decode_text,
+    describe_by_model,
     describe_unknown,
     match_images,
     most_held_out,
+    questions_of_people,
     read_captions,
-    read_question,
     read_table,
-    read_texts,
+    texts_by_model,
 )
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
@@ -53,7 +58,7 @@ UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
     )
 )  # fmt: skip
 MAX_CAPTION_FILE_BYTES = 1_000_000
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
 UNREADABLE_FOLDER = "unreadable_folder"
 REFUSALS = {  # by reason, without a path of this machine
@@ -84,6 +89,7 @@ class References:
     values: dict[Path, dict[str, str]] = field(default_factory=dict)  # of columns of metadata files that were asked for
     columns: set[str] = field(default_factory=set)  # of all metadata files
     files: set[Path] = field(default_factory=set)  # that they were read from
+    num_by_model: int = 0  # texts that are left out
     messages: list[str] = field(default_factory=list)
 
 
@@ -175,6 +181,7 @@ def _add_caption_files(references: References, files: Sequence[Path], root: Path
             references.questions[path] = (*references.questions.get(path, ()), *about.questions)
             if split := most_held_out(about.split, references.splits.get(path)):
                 references.splits[path] = split
+            references.num_by_model += about.num_by_model
     if not any(references.questions.values()):
         references.questions.clear()
 
@@ -220,6 +227,7 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
     if references.questions:
         asked = [references.questions[path] for path in content.images if references.questions.get(path)]
         yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
+    yield from describe_by_model(references.num_by_model)
     yield from references.messages
     yield from describe_links(content)
     yield from describe_hidden(content)
@@ -282,9 +290,10 @@ def read_references(
                     references.values.setdefault(folder / str(row["file_name"]), {}).update(own)
                 references.messages += _add_captions(file, rows, captions, images)
                 for row in rows:
-                    if (question := read_question(row)) and (path := folder / str(row["file_name"])) in images:
-                        references.questions[path] = (*references.questions.get(path, ()), question)
-    own_lines, own_count = dict[Path, frozenset[str]](), 0
+                    if (questions := questions_of_people(row)) and (path := folder / str(row["file_name"])) in images:
+                        references.questions[path] = (*references.questions.get(path, ()), *questions)
+                    references.num_by_model += len(texts_by_model(row))
+    own_lines = dict[Path, frozenset[str]]()
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
             references.files.add(caption_file)
@@ -299,9 +308,7 @@ def read_references(
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             of_people = [line for line in lines if not is_own_line(caption_file, line, own_lines[path.parent])]
             captions.setdefault(path, []).extend(of_people)
-            own_count += len(lines) - len(of_people)
-    if own_count:
-        references.messages.append(f"captions that synth wrote, which are none of people: {own_count:,}")
+            references.num_by_model += len(lines) - len(of_people)
     if unread:
         references.messages.append(f"captions that are not read: {len(unread):,} ({first_names(unread)})")
     references.captions = {path: tuple(captions[path]) for path in paths if captions.get(path)}
@@ -315,7 +322,7 @@ def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, l
         path = file.parent / str(row["file_name"])
         if path not in images:
             missing.append(str(row["file_name"]))
-        captions.setdefault(path, []).extend(read_texts(row, CAPTION_COLUMNS))
+        captions.setdefault(path, []).extend(captions_of_people(row))
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
     if rows and not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
         columns = ", ".join(str(name) for name in rows[0])
@@ -325,19 +332,32 @@ def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, l
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
-        text = decode_text(read_regular(file, bound, max_bytes=MAX_METADATA_BYTES))
-        if file.suffix == ".csv":
-            rows = list(read_table(text, is_quoted=True))
+        data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
+        if file.suffix == ".parquet":
+            rows = _read_parquet(data)
+        elif file.suffix == ".csv":
+            rows = list(read_table(decode_text(data), is_quoted=True))
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # other line ends may be in a string
+            lines = decode_text(data).split("\n")  # other line ends may be in a string
+            rows = [json.loads(line) for line in lines if line.strip()]
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
         problem = "no column file_name" if isinstance(error, KeyError) else str(error)
         hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
         raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
+    return rows
+
+
+def _read_parquet(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a table. Raise ValueError if it is larger than its file may be."""
+    table = pq.ParquetFile(pa.BufferReader(data))
+    groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+    if sum(group.total_byte_size for group in groups) > MAX_METADATA_BYTES:
+        raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
+    rows: list[dict[str, Any]] = table.read().to_pylist()
     return rows
 
 

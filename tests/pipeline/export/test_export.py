@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pipeline.config import resolve
 from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError
 from pipeline.export.export import CHECKSUMS, export_version, write_beside
 from pipeline.export.formats import FORMATS, WebDataset
 from pipeline.export.items import read_items
@@ -84,7 +84,7 @@ def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tm
     assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
     assert [(caption["style"], caption["text"]) for caption in row["captions"]] == item.captions
     assert row["things"] == item.values["things"] and row["note"] == item.values["note"]
-    assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1]}]
+    assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
@@ -129,16 +129,56 @@ def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypat
     assert seen == version.manifest["rows"]["train"]
 
 
-def test_an_archive_that_was_exported_comes_back_with_captions_and_questions(version: Version, tmp_path: Path) -> None:
+SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {  # a format, the source that reads it, and its file of captions
+    "imagefolder": ("folder:{}/train", ""),
+    "webdataset": ("archive:{}", ""),
+    "coco": ("folder:{}/images/train", "{}/annotations/captions_train.json"),
+    "csv": ("folder:{}/images", "{}/train.csv"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES_OF_EXPORTS)
+def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
+    kind: str, version: Version, tmp_path: Path
+) -> None:
+    writer = FORMATS[kind](tmp_path, None)
+    items = {}
+    for number, item in enumerate(read_items(version, ["train"])):
+        by_people = {item.captions[0][1], *(question for question, _ in item.questions)} if number % 2 else set()
+        references = ["Of the source."] if number % 2 else []
+        own = {"description": "By a model."}
+        items[item.name] = replace(item, of_people=frozenset(by_people), references=references, values=own)
+        assert writer.add(items[item.name])
+    writer.close()
+    source, captions = (text.format(tmp_path) for text in SOURCES_OF_EXPORTS[kind])
+    opened = open_source(resolve(source=source, captions=[captions] if captions else []))
+    rows = [row for row in opened.rows if isinstance(row, Sample)]
+    assert {row.id for row in rows} == {*items} and len(rows) > 10
+    keeps_all = kind in ("imagefolder", "webdataset")
+    for row in rows:
+        item = items[row.id]
+        of_source = item.references if keeps_all else ()
+        assert {*row.references} == {text for _, text in item.captions if text in item.of_people} | {*of_source}
+        questions = [pair for pair in item.questions if pair[0] in item.of_people and keeps_all]
+        assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
+        assert row.split == (item.split if kind == "webdataset" else None)
+    said = [message for message in opened.messages if message.startswith("texts that a model wrote, which are none of people")]
+    assert len(said) == 1 and not said[0].endswith(" 0")
+
+
+def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_path: Path) -> None:
+    export_version(version, "coco", tmp_path / "out")
+    captions = [str(tmp_path / "out/annotations/captions_train.json")]
+    with pytest.raises(SourceError, match="a model wrote all that is in") as refused:
+        open_source(resolve(source=f"folder:{tmp_path / 'out/images/train'}", captions=captions))
+    assert "'written_by'" in refused.value.hint
+
+
+def test_an_archive_keeps_the_splits_of_its_shards(version: Version, tmp_path: Path) -> None:
     export_version(version, "webdataset", tmp_path / "out")
     items = by_id(version)
     rows = [row for row in open_source(resolve(source=f"archive:{tmp_path / 'out'}")).rows if isinstance(row, Sample)]
-    assert {row.id for row in rows} == {*items}
-    for row in rows:
-        item = items[row.id]
-        assert {*row.references} == {text for _, text in item.captions}
-        assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == item.questions
-        assert row.split == item.split
+    assert {row.id: row.split for row in rows} == {name: item.split for name, item in items.items()}
 
 
 def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_path: Path) -> None:
@@ -352,7 +392,7 @@ def test_captions_that_were_written_beside_images_are_no_captions_of_people(phot
     references = {row.references for row in source.rows if isinstance(row, Sample)}
     assert references == {(), ("By hand.",), ("One more.",)}
     assert "captions of people: 2 for 2 of 4 images" in source.messages
-    assert "captions that synth wrote, which are none of people: 3" in source.messages
+    assert "texts that a model wrote, which are none of people: 3" in source.messages
     assert not any("not read" in message for message in source.messages)
 
 

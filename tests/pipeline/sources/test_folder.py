@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -313,3 +315,22 @@ def test_a_table_of_metadata_may_have_quotes_and_commas_at_the_ends_of_lines(tmp
     (tmp_path / "b" / "c" / "metadata.csv").write_text("file_name,text\nz.png,A cat,\n")
     references = {row.source_row: row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
     assert references == {"a.JPG": ('A "big" dog',), "b/c/z.png": ("A cat",)}
+
+
+def test_metadata_may_be_a_table_of_parquet(tmp_path: Path) -> None:
+    fill(tmp_path)
+    pq.write_table(pa.table({"file_name": ["a.JPG"], "text": ["A dog."], "title": ["Rex"]}), tmp_path / "metadata.parquet")
+    row = next(row for row in open_folder(tmp_path, columns=["title"]).rows if isinstance(row, Sample) and row.references)
+    assert (row.references, row.context) == (("A dog.",), (("title", "Rex"),))
+
+
+def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    path = tmp_path / "metadata.parquet"
+    pq.write_table(pa.table({"file_name": ["a.JPG"] * 500, "text": [f"A dog {number}." for number in range(500)]}), path)
+    monkeypatch.setattr("pipeline.sources.folder.MAX_METADATA_BYTES", 5000)
+    with pytest.raises(SourceError, match="unpacks to more than"):
+        open_folder(tmp_path)
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(SourceError, match="cannot read .*metadata.parquet"):
+        open_folder(tmp_path)
