@@ -332,5 +332,5 @@ def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: P
     with pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)
     path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(SourceError, match="cannot read .*metadata.parquet"):
+    with pytest.raises(SourceError, match=r"cannot read .*metadata\.parquet"):
         open_folder(tmp_path)
