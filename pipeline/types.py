@@ -180,6 +180,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
+    max_pixels: int | None = None  # to which images were scaled down before they were sent; None: as the settings say
     seconds: float = field(default=0.0, compare=False)  # from sending the request to the reply; not in the journal
 
 

@@ -389,7 +389,8 @@ class Client:
         endpoint.answered += 1
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
-        return replace(reply, seconds=time.monotonic() - sent)
+        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
+        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""

@@ -19,26 +19,29 @@ from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.types import UNANSWERED, Reply, Request
 
-FORMAT = 3  # raise when a table changes
-WITHOUT_CHECKSUMS = 2  # the format of earlier releases, which is extended when it is opened
+FORMAT = 4  # raise when a table changes
+ADDED_COLUMNS = {2: ("checksum", "max_pixels"), 3: ("max_pixels",)}  # since the format of an earlier release, by that format
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
     text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
-    checksum INTEGER,
+    checksum INTEGER, max_pixels INTEGER,
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """
 _COLUMNS = (
-    "request_id, attempt, sample_id, task, style, prompt_id, text, finish_reason, flaw, prompt_tokens, reply_tokens, checksum"
+    "request_id, attempt, sample_id, task, style, prompt_id, text, finish_reason, flaw, prompt_tokens, reply_tokens, "
+    "max_pixels, checksum"
 )
 _KEEP = (
-    "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO UPDATE SET "
+    f"INSERT INTO replies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "  # noqa: S608
+    "ON CONFLICT (request_id, attempt) DO UPDATE SET "
     "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
-    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens, checksum = excluded.checksum "
-    "WHERE replies.finish_reason IN ('refused_by_server', 'server_error')"  # types.UNANSWERED
+    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens, "
+    "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
+    f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
@@ -61,9 +64,9 @@ class Journal:
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
-        if tables and _format_of(self._db) == WITHOUT_CHECKSUMS:
-            script = f"BEGIN; ALTER TABLE replies ADD COLUMN checksum INTEGER; PRAGMA user_version = {FORMAT}; COMMIT;"
-            self._db.executescript(script)
+        if tables and (missing := ADDED_COLUMNS.get(_format_of(self._db))):
+            add = " ".join(f"ALTER TABLE replies ADD COLUMN {name} INTEGER;" for name in missing)
+            self._db.executescript(f"BEGIN; {add} PRAGMA user_version = {FORMAT}; COMMIT;")
         if not tables:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
 
@@ -85,8 +88,8 @@ class Journal:
             return None
         if not _is_intact(row):
             raise _damage_error(self._path, f"the reply to {request_id[:12]} has another checksum")
-        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, _ = row
-        return Reply(request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens), flaw
+        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, max_pixels, _ = row
+        return Reply(request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens, max_pixels), flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
@@ -105,7 +108,7 @@ class Journal:
         for request, reply, flaw in answered:
             about = (request.sample_id, request.task, request.style, request.prompt_id)
             text = (reply.text, reply.finish_reason, flaw)
-            row = (request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens)
+            row = (request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens, reply.max_pixels)
             rows.append((*row, _checksum(row)))
         with self._db:
             self._db.executemany(_KEEP, rows)
@@ -223,14 +226,17 @@ def _damaged_text(data: bytes) -> str:
 
 
 def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:
-    columns = _COLUMNS if _format_of(db) == FORMAT else _COLUMNS.replace("checksum", "NULL")
+    columns = _COLUMNS
+    for name in ADDED_COLUMNS.get(_format_of(db), ()):
+        columns = columns.replace(name, "NULL")
     return db.execute(f"SELECT {columns} FROM replies {condition}", values)  # noqa: S608
 
 
 def _checksum(row: Sequence[Any]) -> int:
     """Return a checksum of the other columns, as SQLite can hold it: 64 bits with a sign."""
+    *first, max_pixels = row
     try:
-        content = canonical(list(row))
+        content = canonical(first if max_pixels is None else [*row])  # earlier releases had no max_pixels
     except (TypeError, ValueError):  # a damaged value of another type
         return 0
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
@@ -257,6 +263,6 @@ def _format_of(db: sqlite3.Connection) -> int:
 
 
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
-    if _format_of(db) in (FORMAT, WITHOUT_CHECKSUMS):
+    if _format_of(db) in (FORMAT, *ADDED_COLUMNS):
         return None
     return StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")

@@ -160,8 +160,9 @@ class RequestQueue:
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
         if not self._own_tasks:
             return find_flaw(request, reply)
-        has_boxes = find_task(request.task, self._own_tasks).box_field is not None
-        return find_flaw(request, reply, self._own_tasks, _frame_of(request, self._max_pixels) if has_boxes else None)
+        has_boxes = find_task(request.task, self._own_tasks).box_field is not None and len(request.images) == 1
+        frame = Frame(*upright_size(request.images[0]), reply.max_pixels or self._max_pixels) if has_boxes else None
+        return find_flaw(request, reply, self._own_tasks, frame)
 
     def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
@@ -176,11 +177,6 @@ class RequestQueue:
             self._resumed.add(request.id)
         else:
             self._counts.done += 1
-
-
-def _frame_of(request: Request, max_pixels: int | None) -> Frame | None:
-    """Return the frame of the boxes in a reply, from the image of its request."""
-    return Frame(*upright_size(request.images[0]), max_pixels) if len(request.images) == 1 else None
 
 
 def ask_about(
@@ -244,14 +240,15 @@ def read_annotations(
         for sample_id, pages, split, width_px, height_px, human in chunk:
             of_source = texts.get(sample_id, SourceTexts())
             results = read_results(sample_id, config, revision, journal, of_source.context)
-            frame = Frame(width_px, height_px, config.generate.max_pixels)
             asked = requests_about(config, of_source)
             requests = list(build_requests(sample_id, config, revision, of_source.context, results, asked))
             rows += [row | {"pages": pages, "source_split": split} for row in human]
             for request in requests:
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
-                parsed = parse_reply(request, last[0], config.own_tasks, frame)
+                reply, _ = last
+                frame = Frame(width_px, height_px, reply.max_pixels or config.generate.max_pixels)
+                parsed = parse_reply(request, reply, config.own_tasks, frame)
                 rows += [row | {"pages": pages, "source_split": split} for row in parsed]
             rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, asked, requests)]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)

@@ -57,9 +57,13 @@ class RequestImages:
                 self._drop(next(iter(self._encoded)))
         return await asyncio.shield(future)
 
+    def max_pixels(self, num_images: int) -> int | None:
+        """Return the pixels to which each image of a request is scaled down; None if no image is."""
+        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
+        return min((limit for limit in bounds if limit), default=None)
+
     async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> bytes:
-        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, len(images))]
-        bound = min((limit for limit in bounds if limit), default=None)
+        bound = self.max_pixels(len(images))
         parts = user_content([await self._part(image, bound, shown) for image in images], "", pages)[:-1]
         joined = b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
         self._encoded_count += 1

@@ -1,6 +1,8 @@
 """Own tasks: from a file of YAML to a pushed dataset with the right columns; what is asked again, and what is refused."""
 
+import base64
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 from datasets import List, Value, load_dataset
+from PIL import Image
 
+from tests.chat.kinds import VLLM
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.hub.server import running_hub
 from tests.pipeline.images.test_similarity import photo
@@ -126,6 +130,26 @@ def tasks(*names: str) -> list[str]:
 def rows_of(folder: Path, version: str = "v1.0.0") -> Any:
     files = [str(path) for path in sorted((folder / f"d/versions/{version}").glob("*-*.parquet"))]
     return load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+
+
+def test_boxes_on_a_large_photo_are_where_they_are_on_the_image_that_the_model_saw(tmp_path: Path, model: Model) -> None:
+    (tmp_path / "photos").mkdir()
+    photo(1).resize((3000, 2000)).save(tmp_path / "photos/large.jpg")
+    seen = []
+
+    def reply(times: int, body: dict[str, Any]) -> Act:
+        (image,) = (part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url")
+        with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as sent:
+            seen.append(sent.size)
+        right, bottom = (round(side / 28) * 28 for side in seen[-1])  # of the patches that the model reads
+        return Act(json.dumps({"boxes": [{"bbox_2d": [0, 0, right // 2, bottom], "label": "dog"}]}))
+
+    with running_chat(ChatServer(reply, kind=VLLM)) as chat:
+        generate(tmp_path, chat, *tasks("boxes"))
+    assert len(seen) == 1 and seen[0][0] < 2500
+    (row,) = rows_of(tmp_path)
+    (box,) = row["boxes"]
+    assert box["bbox_2d"] == pytest.approx([0, 0, 1500, 2000], abs=2)
 
 
 def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:

@@ -78,10 +78,11 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_image_bytes_are_not_stored(tmp_path: Path) -> None:
+    shown = [replace(request, images=(b"bytes of an image",)) for request in REQUESTS]
     with Journal(tmp_path / "j.sqlite") as journal:
-        journal.record_sent(REQUESTS)
-        journal.keep([(REQUESTS[0], reply_to(0), None)])
-    assert all(b"pixels" not in path.read_bytes() for path in tmp_path.iterdir())
+        journal.record_sent(shown)
+        journal.keep([(shown[0], reply_to(0), None)])
+    assert all(b"bytes of an image" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_opening_without_writing_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -176,23 +177,39 @@ def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -
     assert path.read_bytes() == before
 
 
-def test_a_journal_of_an_earlier_release_is_extended_and_its_replies_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("release", "columns"), [(2, ("checksum", "max_pixels")), (3, ("max_pixels",))])
+def test_a_journal_of_an_earlier_release_is_extended_and_its_replies_stay(
+    release: int, columns: tuple[str, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "j.sqlite"
     requests = filled(path, 3)
+    unchecked = 3 if "checksum" in columns else 0
     with closing(sqlite3.connect(path)) as db:
-        db.executescript("ALTER TABLE replies DROP COLUMN checksum; PRAGMA user_version = 2;")
+        db.executescript("".join(f"ALTER TABLE replies DROP COLUMN {name};" for name in columns))
+        db.executescript(f"PRAGMA user_version = {release}")
     other = tmp_path / "other.sqlite"
     with Journal(other) as journal:
         journal.import_replies(path, "", "g")  # which is not changed
         assert journal.last(requests[0].id)
-    assert check_journal(path) == JournalState(3, 3, ())
+    assert check_journal(path) == JournalState(3, unchecked, ())
     with Journal(path) as journal:
         last = journal.last(requests[0].id)
         assert last is not None
         assert last[0].prompt_tokens == 5
         new = replace(REQUESTS[0], id="f" * 64)
         journal.keep([(new, new.reply("new", "stop"), None)])
-    assert check_journal(path) == JournalState(4, 3, ())
+    assert check_journal(path) == JournalState(4, unchecked, ())
+
+
+def test_a_reply_keeps_the_size_to_which_its_image_was_scaled(tmp_path: Path) -> None:
+    scaled = replace(reply_to(0), max_pixels=5_600_000)
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.keep([(REQUESTS[0], scaled, None)])
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.last(REQUESTS[0].id) == (scaled, None)
+    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as db, db:
+        db.execute("UPDATE replies SET max_pixels = 5600001")
+    assert len(check_journal(tmp_path / "j.sqlite").damaged) == 1
 
 
 @pytest.mark.parametrize("seed", range(12))
