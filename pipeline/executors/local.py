@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +69,19 @@ def run_locally(
     asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
-        progress.message(describe_start(config, choose(), dataset))  # before anything is written
+        progress.message(describe_start(config, choose(), dataset))
+    if source is None:
+        _require_same_comparison(dataset, config)
+    revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
     limit = config.limit if config.rows is None else config.rows
     reader = SourceReader(dataset, config, source, progress) if source is not None else None
     is_read = reader is not None and reader.has_read(limit)
+    # Nothing is refused from here on: what an earlier run left is still there after a refusal.
     _forget_other_settings(dataset, config, order, order[1:] if is_read else order[position:])
-    if (
-        source is None
-        and _was_compared(dataset, config)
-        and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config)
-    ):
-        raise ConfigError("dedupe.images has changed since the source was read", hint="run without --from-stage")
-    revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
     plan = RunPlan(dataset, config, revision, choose_image_kind(config))
     stats = stats or RequestStats()
     todo = [stage for stage in stages if order.index(stage.name) >= position]
-    comparing = next((n for n, stage in enumerate(todo) if stage.compare), len(todo))
+    judged = sum(1 for _ in takewhile(lambda stage: not stage.compare, todo))  # stages that see each row by itself come first
     before = order[max(position, 2) - 1]
     executor = LocalExecutor(dataset)
     with ExitStack() as stack:
@@ -96,17 +94,11 @@ def run_locally(
                 reader.finish()
             finished = FinishedStages(plan)
             if asks:
-                import_shard_replies(dataset)
-                ask_about_shard(dataset, plan, services)
-                if not finished.has_annotations():
-                    write_annotations(dataset, plan)
-                    finished.add_annotations()
-                write_json(dataset.provenance("generate"), {"name": public_name(choose().model), "revision": revision})
+                _ask(dataset, plan, services, choose(), finished)
             judge_rows(dataset, todo, before, plan, services, finished)
             if config.rows is None:
                 stack.close()  # what follows needs the memory, and no model
-            judged = todo[comparing - 1].name if comparing else before
-            compare_rows(executor, todo[comparing:], judged, plan, progress, finished)
+            compare_rows(executor, todo[judged:], todo[judged - 1].name if judged else before, plan, progress, finished)
             if config.rows is None or limit is None:
                 break
             if reader is None:
@@ -119,6 +111,16 @@ def run_locally(
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
     return RunResult(version, is_new, stats, funnel)
+
+
+def _ask(dataset: DatasetDir, plan: RunPlan, services: Services, engine: EngineChoice, finished: FinishedStages) -> None:
+    """Ask about all samples, and write the annotations that follow from the replies."""
+    import_shard_replies(dataset)
+    ask_about_shard(dataset, plan, services)
+    if not finished.has_annotations():
+        write_annotations(dataset, plan)
+        finished.add_annotations()
+    write_json(dataset.provenance("generate"), {"name": public_name(engine.model), "revision": plan.revision})
 
 
 def reading_settings(config: Config) -> Config:
@@ -181,9 +183,11 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[
     write_json(dataset.run_file, settings)
 
 
-def _was_compared(dataset: DatasetDir, config: Config) -> bool:
-    """Return whether the stage source has compared its images: with excluded ones, or with each other."""
-    return bool(config.exclude) or dataset.stage("source", IMAGE_GROUPS_FILE).exists()
+def _require_same_comparison(dataset: DatasetDir, config: Config) -> None:
+    """Raise ConfigError if an earlier run compared images (excluded ones, or with each other) as those of another kind."""
+    was_compared = bool(config.exclude) or dataset.stage("source", IMAGE_GROUPS_FILE).exists()
+    if was_compared and _read_provenance(dataset, "source").get("compared_as") != choose_image_kind(config):
+        raise ConfigError("dedupe.images has changed since the source was read", hint="run without --from-stage")
 
 
 def _read_provenance(dataset: DatasetDir, stage: str) -> dict[str, Any]:

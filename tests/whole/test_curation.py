@@ -129,6 +129,10 @@ def test_a_list_of_entries_that_is_not_there_is_an_error_before_anything_is_touc
     assert not (tmp_path / "d").exists()
 
 
+def files_under(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
 def test_the_image_similarity_of_exclusions_cannot_change_in_the_middle(tmp_path: Path) -> None:
     for name in ("photos", "test"):
         (tmp_path / name).mkdir()
@@ -137,8 +141,10 @@ def test_the_image_similarity_of_exclusions_cannot_change_in_the_middle(tmp_path
     common = ("generate", "--source", "folder:photos", "--exclude", "folder:test", *tiny)
     assert run(*common, cwd=tmp_path).returncode in (0, 1)
     (tmp_path / "c.yaml").write_text("dedupe: {images: none}\n")
+    before = files_under(tmp_path / "d")
     done = run(*common, "--from-stage", "dedupe", "--config", "c.yaml", cwd=tmp_path)
     assert done.returncode == 1 and "dedupe.images has changed" in done.stderr
+    assert files_under(tmp_path / "d") == before
     (tmp_path / "test" / "1.png").write_bytes(b"broken")
     done = run(*common, cwd=tmp_path)
     assert done.returncode == 1 and "no image of folder:test could be read" in done.stderr
