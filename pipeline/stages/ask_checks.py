@@ -194,7 +194,7 @@ class Asking:
 
         once = {request.id: request for request in requests}
         texts = self._ask("repair", _chunks(iter(once.values())), len(once), read)
-        rewritten = self._filter([text or "" for text in texts])
+        rewritten = self._filter(subjects, [text or "" for text in texts])
         drafts = [
             (subject, Subject(subject.row | fields, rewritten=fields | {"prompt_id": request.prompt_id}))
             for subject, request, text, fields in zip(subjects, requests, texts, rewritten, strict=True)
@@ -208,12 +208,13 @@ class Asking:
                 repaired += 1
         self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
 
-    def _filter(self, texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the stage filter for captions; None for one that it would reject."""
-        none = pa.nulls(len(texts), STRING)
-        table = pa.table({"text": pa.array(texts, STRING), "question": none, "answer": none})
+    def _filter(self, subjects: Sequence[Subject], texts: Sequence[str]) -> list[Row | None]:
+        """Return the columns of the stage filter for new texts of captions; None for one that it would reject."""
+        tasks, none = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
+        given = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
+        table = pa.table(given | dict.fromkeys(("question", "answer", "record"), none))
         grams = own_prompt_grams((*self.plan.config.tasks, REPAIR.name))
-        rows = filter_annotations(table, self.plan.config.filter, grams).to_pylist()
+        rows = filter_annotations(table, self.plan.config.filter, grams, self.plan.config.own_tasks).to_pylist()
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 
     # --- scores

@@ -193,6 +193,19 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     assert "- `precision`: share of the caption" in card
 
 
+def test_a_repaired_caption_of_an_own_task_has_the_bounds_and_the_language_of_its_task(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
+    words = len(f"A {' '.join(caption_of(0))} stands all day long.".split())
+    task = f"name: line\nkind: caption\nprompt: Say in one line what is there.\nmin_words: {words}\nlanguage: any\n"
+    (tmp_path / "line.yaml").write_text(task)
+    (tmp_path / "synth.yaml").write_text("filter: {language: de}\n")  # which English captions of this task are not
+    options = ("--source", "folder:photos", "--out", "d", "--config", "synth.yaml", "--task", "line.yaml")
+    generate(tmp_path, server, *options, "--verify", "claims", "--repair")
+    repaired = [one for one in captions_of(tmp_path, model).values() if one["prompt_id"].startswith("repair/v1@")]
+    assert repaired and {len(one["text"].split()) for one in repaired} == {words}  # a wrong thing is called a thing
+
+
 def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
     names = sorted(path.name for path in (tmp_path / "photos").glob("*.png"))
     lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
