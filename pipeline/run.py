@@ -23,6 +23,7 @@ from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows, Stage, step_order
 from pipeline.stages.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
+from pipeline.storage.object_store import is_remote
 
 STAGES = (
     validate.STAGE,
@@ -53,6 +54,9 @@ def generate_dataset(
     """
     progress = progress or NullProgress()
     dataset = DatasetDir(out or dataset_folder(config.source))
+    if is_remote(dataset.path) and cluster is None:
+        hint = "pass a folder of this disk, or a cluster: --executor ray"
+        raise ConfigError(f"a run in one process cannot write to {dataset.path}", hint=hint)
     with translate_disk_errors(dataset.path):
         config = with_source_defaults(config, dataset.prompt_version())
     stages = stages_of(config)

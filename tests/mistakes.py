@@ -105,6 +105,12 @@ MISTAKES = (
         add_file("c.yaml", "limit: many"),
     ),
     Mistake("no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml", "YAML"),
+    Mistake(
+        "import into a store", "import --source folder:photos --out memory://d", "memory://d is not a path on this machine", "s3://",
+    ),
+    Mistake(
+        "preview into a store", "preview --source folder:photos --out memory://d", "memory://d is not a path on this machine", "s3://",
+    ),
     Mistake("stage misspelled", f"{PHOTOS} --from-stage fliter", "unknown stage: fliter", "did you mean filter?"),
     Mistake("task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?"),
     Mistake("option misspelled", f"{PHOTOS} --limt 3", "No such option: --limt", "--limit", code=2),

@@ -101,7 +101,7 @@ def import_(
     out: Annotated[
         Path | None,
         Option(
-            **DATASET_PATH,
+            **LOCAL_PATH,
             help="Dataset folder; run again to continue it.",
             show_default="data/SOURCE",
             rich_help_panel=DATASET,
@@ -138,7 +138,7 @@ def preview(
     ] = None,
     out: Annotated[
         Path | None,
-        Option(**DATASET_PATH, help="Dataset folder that keeps the replies for `synth generate`.", show_default="data/SOURCE"),
+        Option(**LOCAL_PATH, help="Dataset folder that keeps the replies for `synth generate`.", show_default="data/SOURCE"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
