@@ -20,7 +20,7 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ export formats items",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity",
+    "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity upright",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus journal queue
         judge pace probing request_images requests transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import ImageError, TrainError, one_line
-from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image, prepare_opened
+from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image
+from pipeline.images.upright import upright_rgb
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.hub import find_captioner
@@ -171,9 +172,9 @@ def _read(picture: Picture) -> Image.Image | ImageError:
     """Return an image upright in RGB, or why it cannot be read."""
     try:
         if isinstance(picture, Image.Image):
-            return prepare_opened(picture)
+            return upright_rgb(picture)
         if isinstance(picture, np.ndarray | Tensor):
-            return prepare_opened(_from_array(picture))
+            return upright_rgb(_from_array(picture))
         if isinstance(picture, str | PathLike):
             picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
         return prepare_image(picture)

@@ -1,23 +1,71 @@
-"""Choose what a captioner is prompted with, among what it has learned."""
+"""The prompts of a captioner: which of those that it has learned is chosen, and of what a prompt is made.
+
+A prompt names a source, human or synthetic, and a style of captions or a question. `prompts` are the pairs of source and style
+that a captioner has learned; the style of answers is "". What a published captioner does without this package is copied from
+here (trainer/publish/files.py).
+"""
 
 from pipeline.errors import TrainError
 
+ANSWER = "<answer>"  # the token behind a question
+Prompts = list[tuple[str, str]]
 
-def scored_prompt(prompts: list[tuple[str, str]], style: str | None = None) -> tuple[str, str]:
+
+def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
+    """Return the usual style of captions: brief, or the first that was learned; None if only answers were."""
+    styles = [style for _, style in prompts if style]
+    return "brief" if "brief" in styles else next(iter(styles), None)
+
+
+def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
+    """Return the source to name with a style: human if it was learned with it; None if the style was not learned."""
+    sources = [source for source, learned in prompts if learned == style]
+    return "human" if "human" in sources else next(iter(sources), None)
+
+
+def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
+    """Return the source, style and question of a prompt for nothing (the usual style), the name of a style, or a question.
+
+    Raises ValueError for what was not learned.
+    """
+    styles = list(dict.fromkeys(style for _, style in prompts if style))
+    question = text if text and text not in styles else ""
+    style = "" if question else text or preferred_style(prompts)
+    source = None if style is None else preferred_source(prompts, style)
+    if style is None:
+        raise ValueError("this captioner has learned answers alone: ask it a question")
+    if source is None:
+        raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
+    return source, style, question
+
+
+def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tuple[str, bool]]:
+    """Return the parts of a prompt in order, each with whether it is the name of a token, and not a text.
+
+    `kind` is "pretrained" for a language model, which reads words, and "scratch" for a decoder with tokens of its own.
+    """
+    if kind == "pretrained":
+        return [(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):", False)]
+    if question:
+        return [(f"<{source}>", True), (question, False), (ANSWER, True)]
+    return [(f"<{source}>", True), (f"<{style}>", True)]
+
+
+def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:
     """Return the (source, style) to prompt with: `style` or brief, human if learned. Raises TrainError if it is not learned."""
-    styles = list(dict.fromkeys(learned for _, learned in prompts if learned))
-    if not styles:
+    chosen = style or preferred_style(prompts)
+    if chosen is None or not any(learned for _, learned in prompts):
         raise TrainError("the captioner has learned answers alone", hint="ask it something: --question")
-    chosen = style or ("brief" if "brief" in styles else styles[0])
-    sources = [source for source, learned in prompts if learned == chosen]
-    if not sources:
+    source = preferred_source(prompts, chosen)
+    if source is None:
+        styles = dict.fromkeys(learned for _, learned in prompts if learned)
         raise TrainError(f"the captioner knows no style {chosen}", hint=f"it was trained on: {', '.join(styles)}")
-    return ("human" if "human" in sources else sources[0]), chosen
+    return source, chosen
 
 
-def answering_prompt(prompts: list[tuple[str, str]]) -> tuple[str, str]:
+def answering_prompt(prompts: Prompts) -> tuple[str, str]:
     """Return the source of answers, with an empty style. Raises TrainError if no answers were learned."""
-    sources = [source for source, style in prompts if not style]
-    if not sources:
+    source = preferred_source(prompts, "")
+    if source is None:
         raise TrainError("the captioner has learned no answers", hint="train on a version with questions")
-    return ("human" if "human" in sources else sources[0]), ""
+    return source, ""

@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
+from trainer.prompts import ANSWER, prompt_parts
+
+PAD, EOS = "<pad>", "<eos>"
 COUNTED_TEXTS = 10_000  # encoded at once
 PAD_ID, EOS_ID = 0, 1  # fixed in every tokenizer that is trained here
 
@@ -81,12 +83,8 @@ class CaptionTokenizer:
 
     def prompt(self, text: TargetText) -> list[int]:
         """Return the token ids of the prompt."""
-        if self.kind == "pretrained":
-            prompt = f" Question: {text.question} Answer:" if text.question else f" A {text.style} caption ({text.source}):"
-            return self._ids(prompt)
-        if text.question:
-            return [self._special(text.source), *self._ids(text.question), self._special(None)]
-        return [self._special(text.source), self._special(text.style)]
+        parts = prompt_parts(self.kind, text.source, text.style, text.question)
+        return [token for part, is_token in parts for token in ([self._special(part)] if is_token else self._ids(part))]
 
     def target(self, text: TargetText) -> list[int]:
         """Return the token ids of the text, and EOS."""
@@ -112,9 +110,9 @@ class CaptionTokenizer:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _special(self, name: str | None) -> int:
-        token_id = self.tokenizer.token_to_id(_token(name))
-        assert token_id is not None, f"the tokenizer was not trained on {name}"
+    def _special(self, token: str) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        assert token_id is not None, f"the tokenizer was not trained on {token}"
         return int(token_id)
 
 
@@ -141,13 +139,9 @@ def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionToke
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = [PAD, EOS, ANSWER, *map(_token, names)], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = [PAD, EOS, ANSWER, *(f"<{name}>" for name in names)], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((part for text in texts for part in (text.question, text.text) if part), trainer)
     tokenizer.encode_special_tokens = True  # the text "<eos>" in a caption is not the EOS token
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
-
-
-def _token(name: str | None) -> str:
-    return ANSWER if name is None else f"<{name}>"

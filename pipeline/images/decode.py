@@ -18,6 +18,7 @@ import pdqhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import ImageError, one_line
+from pipeline.images.upright import over_white
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
@@ -32,7 +33,6 @@ MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
 MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten
 _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
-BAND_PX = 512  # rows that are laid over white at once
 UPRIGHT_QUALITY = 95  # of a JPEG that is encoded anew, since it was turned
 HASH_SIDE_PX = 64
 MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
@@ -117,7 +117,7 @@ def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
         is_luma = for_hash and image.format in _JPEG_FORMATS and image.mode == "L"
-        upright = image if is_luma else _over_white(image)
+        upright = image if is_luma else over_white(image)
         return upright, upright_px if is_reduced else upright.size
 
 
@@ -145,11 +145,6 @@ def upright_file(data: bytes) -> bytes:
         )
         upright.save(file, kind, icc_profile=profile, exif=b"", **options)
         return file.getvalue()
-
-
-def prepare_opened(image: Image.Image) -> Image.Image:
-    """Return an image that Pillow has opened, upright in RGB over white."""
-    return _over_white(ImageOps.exif_transpose(image))
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
@@ -226,15 +221,3 @@ def _check_size(image: Image.Image) -> None:
         raise ImageError("too_many_pixels", f"{width_px} x {height_px} px is more than {MAX_PIXELS:,} pixels")
     if max(width_px, height_px) > MAX_ASPECT * min(width_px, height_px):
         raise ImageError("too_narrow", f"{width_px} x {height_px} px: one side is over {MAX_ASPECT} times the other")
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgb = Image.new("RGB", image.size)
-        for top in range(0, image.height, BAND_PX):  # an image of 50 megapixels takes 0.44 GB this way, not 0.8
-            band = image.crop((0, top, image.width, min(top + BAND_PX, image.height))).convert("RGBA")
-            rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
-        return rgb
-    if image.mode.startswith("I;16"):
-        return image.convert("I").point(lambda level: level / 257).convert("L").convert("RGB")
-    return image.convert("RGB")

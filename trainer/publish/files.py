@@ -12,16 +12,25 @@ from pipeline.storage.files import read_json
 from trainer.config import require_checkpoint
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]  # of the project's packages
 MODULE = "modeling_synth_captioner"
-# By module of trainer/model that modeling.py imports from: what takes the place of that line, by module again.
+# By module of this project that a published file imports from: what takes the place of that line, by module again.
 DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "decoder": {
-        "dropout": ("LEVELS", "Dropout", "scaled_mask"),
-        "decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
+    "pipeline.images.upright": {"pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white")},
+    "trainer.model.decoder": {
+        "trainer.model.dropout": ("LEVELS", "Dropout", "scaled_mask"),
+        "trainer.model.decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
     },
-    "states": {"states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
+    "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
+    "trainer.prompts": {"trainer.prompts": ("ANSWER", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts")},
 }
-IMPORTS = "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
+NEEDED_IMPORTS = {  # of the definitions of a module
+    "pipeline.images.upright": "from PIL import Image, ImageOps\n",
+    "trainer.model.decoder": (
+        "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
+        "from torch.nn import functional\n"
+    ),
+}
 GRADIO = "6.31.0"  # that the page was tested with; a Space installs this one
 SPACE_REQUIREMENTS = ("torch", "transformers>=5.17", "pillow")
 HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
@@ -72,7 +81,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         },
     }
     files = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in values.items()}
-    return files | {f"{MODULE}.py": modeling_source().encode()}
+    return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
 
 
 def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
@@ -101,16 +110,17 @@ def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
     }
 
 
-def modeling_source() -> str:
-    """Return the module of the model, in which definitions of this package stand in place of their import."""
-    text = (HERE / "modeling.py").read_text(encoding="utf-8")
-    text = text.replace("from typing import Any\n", f"{IMPORTS}from typing import Any\n", 1)
+def standalone_source(name: str) -> str:
+    """Return a module of this package in which definitions stand in place of their import from the project."""
+    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    needed = ""
     for module, names_of in DEFINITIONS.items():
-        (line,) = [line for line in text.splitlines() if line.startswith(f"from trainer.model.{module} import")]
-        sources = {of: (HERE.parent / "model" / f"{of}.py").read_text(encoding="utf-8") for of in names_of}
-        defined = "\n\n\n".join(_source_of(sources[of], name) for of, names in names_of.items() for name in names)
-        text = text.replace(line, f"functional = nn.functional\n\n\n{defined}\n" if module == "decoder" else f"\n{defined}\n")
-    return HEADER + text
+        for line in [line for line in text.splitlines() if line.startswith(f"from {module} import")]:
+            sources = {of: (ROOT / f"{of.replace('.', '/')}.py").read_text(encoding="utf-8") for of in names_of}
+            defined = "\n\n\n".join(_source_of(sources[of], name) for of, names in names_of.items() for name in names)
+            text = text.replace(line, f"\n{defined}\n")
+            needed += NEEDED_IMPORTS.get(module, "")
+    return text.replace("from typing import Any\n", f"{needed}from typing import Any\n", 1)
 
 
 def _source_of(text: str, name: str) -> str:

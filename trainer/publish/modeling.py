@@ -14,7 +14,7 @@ Shapes: B images (and texts), N image states, T new tokens, S tokens so far, P p
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,10 +30,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import Block, DecoderConfig, rope_table
 from trainer.model.states import choose_states, layer_states
-
-ANSWER = "<answer>"
+from trainer.prompts import choose_prompt, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
@@ -321,25 +321,16 @@ class SynthCaptionerProcessor(ProcessorMixin):
         longest = max(map(len, prompts))
         padded = [[self.tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        pixels = self.image_processor(images=[upright_rgb(image) for image in images], return_tensors=return_tensors)
+        pixels = self.image_processor(images=[read_image(image) for image in images], return_tensors=return_tensors)
         return BatchFeature(
             {"pixel_values": pixels["pixel_values"], "input_ids": padded, "attention_mask": mask}, tensor_type=return_tensors
         )
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""
-        styles = list(dict.fromkeys(style for _, style in self.prompts if style))
-        question = text if text and text not in styles else ""
-        style = "" if question else text or ("brief" if "brief" in styles else styles[0])
-        sources = [source for source, learned in self.prompts if learned == style]
-        if not sources:
-            raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
-        source = "human" if "human" in sources else sources[0]
-        if self.kind == "pretrained":
-            return self._ids(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):")
-        name = self.tokenizer.convert_tokens_to_ids
-        last = name(ANSWER if question else f"<{style}>")
-        return [name(f"<{source}>"), *(self._ids(question) if question else []), last]
+        token_id = self.tokenizer.convert_tokens_to_ids
+        parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
+        return [token for part, is_token in parts for token in ([token_id(part)] if is_token else self._ids(part))]
 
     def batch_decode(self, *given: Any, **options: Any) -> list[str]:
         """Return the texts of token ids, without the space before the first word."""
@@ -356,21 +347,15 @@ class SynthCaptionerProcessor(ProcessorMixin):
         return ids
 
 
-def upright_rgb(given: Any) -> Image.Image:
-    """Return an image (PIL, a path, a URL, an array or tensor of 0 to 255 or 0 to 1) upright, in RGB, over white."""
+def read_image(given: Any) -> Image.Image:
+    """Return an image (PIL, a path, a URL, an array or tensor of levels 0 to 255, or of 0 to 1) upright, in RGB, over white."""
     if hasattr(given, "numpy"):  # a tensor
         given = given.numpy()
     if hasattr(given, "ndim"):
         channels_first = given.ndim == 3 and given.shape[0] in (1, 3)
         array = given.transpose(1, 2, 0) if channels_first else given
         array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
-        given = Image.fromarray(array if array.dtype == "uint8" else (array.clip(0, 1) * 255).round().astype("uint8"))
+        levels = array if array.dtype.kind in "iu" or array.max(initial=0) > 1 else array * 255
+        given = Image.fromarray(levels.clip(0, 255).round().astype("uint8"))
     is_url = str(given).startswith(("http://", "https://"))
-    opened = given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given)
-    image = ImageOps.exif_transpose(opened)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda level: level / 257).convert("L")
-    return image.convert("RGB")
+    return upright_rgb(given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given))

@@ -33,7 +33,7 @@ from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES
 from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import scored_prompt
-from trainer.publish.files import transformers_files
+from trainer.publish.files import standalone_source, transformers_files
 from trainer.publish.onnx_merge import merge_steps
 from trainer.publish.run_onnx import prepare
 from trainer.tokenizer import TargetText
@@ -178,7 +178,7 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         files["generation_config.json"] = _as_json(json.loads(files["generation_config.json"]) | _start(loaded))
         files["preprocessor_config.json"] = _as_json(_pixel_settings(captioner))
         files["tokenizer.json"] = (checkpoint / "tokenizer.json").read_bytes()
-        files[RUNNER] = Path(__file__).with_name("run_onnx.py").read_bytes()
+        files[RUNNER] = standalone_source("run_onnx").encode()
         files[JS_RUNNER] = Path(__file__).with_name("run_onnx.mjs").read_bytes()
         for name, data in files.items():
             (draft / name).write_bytes(data)

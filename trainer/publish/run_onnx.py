@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
-ANSWER = "<answer>"
+from pipeline.images.upright import upright_rgb
+from trainer.prompts import choose_prompt, prompt_parts
+
 Array = np.ndarray[Any, Any]
 
 
@@ -64,18 +66,8 @@ class OnnxCaptioner:
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt. Raises ValueError for a question to a captioner that answers none."""
-        styles = list(dict.fromkeys(style for _, style in self.prompts if style))
-        question = text if text and text not in styles else ""
-        style = "" if question else text or ("brief" if "brief" in styles else styles[0])
-        sources = [source for source, learned in self.prompts if learned == style]
-        if not sources:
-            raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
-        source = "human" if "human" in sources else sources[0]
-        if self.kind == "pretrained":
-            return self._ids(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):")
-        if not question:
-            return [self._special(f"<{source}>"), self._special(f"<{style}>")]
-        return [self._special(f"<{source}>"), *self._ids(question), self._special(ANSWER)]
+        parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
+        return [token for part, is_token in parts for token in ([self._special(part)] if is_token else self._ids(part))]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -94,11 +86,7 @@ class OnnxCaptioner:
 def prepare(given: Any, settings: dict[str, Any]) -> Array:
     """Return an image (PIL, or a path) upright, resized, cropped and normalized: (3, H, W)."""
     with Image.open(given) if not isinstance(given, Image.Image) else given as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        image = image.convert("RGB")
+        image = upright_rgb(opened)
     if settings["do_resize"]:
         image = image.resize(_size(image, settings["size"]), Image.Resampling(settings["resample"]))
     if settings["do_center_crop"]:

@@ -14,7 +14,6 @@ from PIL import Image
 from pipeline.errors import ImageError
 from pipeline.images import decode
 from pipeline.images.decode import (
-    BAND_PX,
     MAX_SCANS,
     check_image,
     decode_for_hash,
@@ -48,22 +47,6 @@ def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
 
 def test_what_is_transparent_lies_on_white() -> None:
     assert prepare_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_a_transparent_image_of_several_bands_looks_like_one_that_is_laid_over_white_at_once(mode: str) -> None:
-    noise = Image.effect_noise((40, 2 * BAND_PX + 7), 90)
-    options: dict[str, Any] = {}
-    if mode in ("P", "RGB"):
-        image = Image.merge("RGB", [noise, noise.rotate(180), noise]).convert(mode)
-        options["transparency"] = image.getpixel((3, BAND_PX + 3))
-    else:
-        image = Image.merge(mode, [noise.rotate(90 * n, expand=False) for n in range(len(mode))])
-    data = encoded(image, **options)
-    with Image.open(io.BytesIO(data)) as stored:
-        at_once = Image.alpha_composite(Image.new("RGBA", stored.size, "white"), stored.convert("RGBA")).convert("RGB")
-    assert prepare_image(data).tobytes() == at_once.tobytes()
-    assert at_once.getpixel((3, BAND_PX + 3)) == (255, 255, 255) or mode in ("RGBA", "LA")
 
 
 def test_an_image_that_takes_all_memory_is_refused_in_process_too(monkeypatch: pytest.MonkeyPatch) -> None:

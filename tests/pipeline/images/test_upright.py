@@ -1,0 +1,70 @@
+"""Images stand upright and over white, here and in the files of a published captioner."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.images.decode import ORIENTATION, prepare_image
+from pipeline.images.upright import BAND_PX, upright_rgb
+from trainer.publish.files import standalone_source
+
+PUBLISHED = {"modeling.py": standalone_source("modeling"), "caption.py": standalone_source("run_onnx")}
+
+
+def noise(mode: str, height_px: int = 30, **options: Any) -> bytes:
+    """Return a PNG of noise; with `transparent`, the level or color of one of its pixels is the transparent one."""
+    gray = Image.effect_noise((40, height_px), 90)
+    bands = [gray.rotate(90 * number, expand=False) for number in range(len(Image.new(mode, (1, 1)).getbands()))]
+    if mode == "I;16":
+        image = gray.convert("I").point(lambda level: level * 257).convert("I;16")
+    elif mode == "P":
+        image = Image.merge("RGB", [gray, gray.rotate(180), gray]).convert("P")
+    else:
+        image = Image.merge(mode, bands) if len(bands) > 1 else gray.convert(mode)
+    if options.pop("transparent", False):
+        options["transparency"] = image.getpixel((3, height_px // 2))
+    out = io.BytesIO()
+    image.save(out, "PNG", **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "transparent"), [("RGBA", False), ("LA", False), ("P", True), ("RGB", True)])
+def test_a_transparent_image_of_several_bands_looks_like_one_that_is_laid_over_white_at_once(
+    mode: str,
+    transparent: bool,  # noqa: FBT001
+) -> None:
+    data = noise(mode, 2 * BAND_PX + 7, transparent=transparent)
+    with Image.open(io.BytesIO(data)) as stored:
+        at_once = Image.alpha_composite(Image.new("RGBA", stored.size, "white"), stored.convert("RGBA")).convert("RGB")
+    assert prepare_image(data).tobytes() == at_once.tobytes()
+    assert not transparent or at_once.getpixel((3, BAND_PX + 3)) == (255, 255, 255)
+
+
+def test_16_bits_of_gray_become_8() -> None:
+    with Image.open(io.BytesIO(noise("I;16"))) as image:
+        assert image.mode == "I;16"
+        levels = np.asarray(image)
+        assert np.array_equal(np.asarray(upright_rgb(image))[..., 0], levels // 257)
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "1"])
+def test_a_published_captioner_sees_the_same_pixels(mode: str, published: str) -> None:
+    names: dict[str, Any] = {"__name__": published}
+    exec(compile(PUBLISHED[published], published, "exec"), names)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        data = noise(mode, exif=exif.tobytes(), transparent=mode in ("RGB", "P"))
+        with Image.open(io.BytesIO(data)) as image:
+            assert names["upright_rgb"](image).tobytes() == prepare_image(data).tobytes()
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_files_need_nothing_of_this_project(published: str) -> None:
+    assert not any(
+        line.startswith(("from trainer", "from pipeline", "import trainer")) for line in PUBLISHED[published].splitlines()
+    )
