@@ -149,6 +149,12 @@ def test_imports_run_from_top_to_bottom() -> None:
     assert list(forbidden_imports(parts)) == []
 
 
+def test_the_page_shows_the_layers_that_are_checked() -> None:
+    rows = re.findall(r"^\| \d+ \| (`.*`) \|$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = [tuple(re.findall("`([^`]+)`", row)) for row in rows]
+    assert shown == [tuple(part.removeprefix("pipeline.") for part in layer) for layer in LAYERS]
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert import_cycles(GRAPH) == []
 
