@@ -42,13 +42,13 @@ def save_captioner(folder: Path) -> None:
     sizes: Any = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=32)).save_pretrained(folder / "encoder")
     CLIPImageProcessor().save_pretrained(folder / "encoder")
-    words = train_tokenizer([TargetText("human", f"A dog, number {n}.", style="brief") for n in range(2000)], 4096)
-    decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=192, depth=3, heads=6)
+    tokenizer = train_tokenizer([TargetText("human", f"A dog, number {n}.", style="brief") for n in range(2000)], 4096)
+    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=192, depth=3, heads=6)
     encoder = load_encoder(str(folder / "encoder"))
     prompts = [("human", "brief")]
-    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=words.eos_id, max_caption_tokens=12, data={})
+    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=12, data={})
     (folder / "captioner").mkdir()
-    Checkpoint(captioner, words).save(folder / "captioner")
+    Checkpoint(captioner, tokenizer).save(folder / "captioner")
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -69,7 +69,7 @@ def caption_bare(model: Path, photos: Path) -> float:
     from trainer.tokenizer import TargetText
 
     loaded = load_checkpoint(model, torch.device("cpu"))
-    prompt_T = torch.tensor(loaded.words.prompt(TargetText("human", "", style="brief")))
+    prompt_T = torch.tensor(loaded.tokenizer.prompt(TargetText("human", "", style="brief")))
     paths = sorted(photos.iterdir())
     start = time.monotonic()
     for first in range(0, len(paths), BATCH):
@@ -77,7 +77,7 @@ def caption_bare(model: Path, photos: Path) -> float:
         with torch.inference_mode():
             states = loaded.captioner.encoder(loaded.captioner.encoder.pixels(images))
         for ids in loaded.captioner.generate(states, prompt_T.expand(len(images), -1), GREEDY):
-            loaded.words.decode(ids)
+            loaded.tokenizer.decode(ids)
     return len(paths) / (time.monotonic() - start)
 
 
@@ -86,12 +86,12 @@ def caption_folder(model: Path, photos: Path) -> float:
     from pipeline.progress import NullProgress
     from trainer import Captioner
     from trainer.caption_files import find_images
-    from trainer.caption_images import Job, caption_images
+    from trainer.caption_images import CaptionTask, caption_images
 
     captioner = Captioner.from_pretrained(model, device="cpu")
     start = time.monotonic()
     images = find_images([str(photos)])
-    job = Job(captioner, images, ("brief",), batch_size=BATCH)
+    job = CaptionTask(captioner, images, ("brief",), batch_size=BATCH)
     out = photos.parent / "captions.jsonl"
     caption_images(job, out, "overwrite", model, NullProgress(), lambda row: None)
     return len(images) / (time.monotonic() - start)

@@ -44,7 +44,7 @@ def captioner(layers: int, width: int, depth: int, heads: int) -> Checkpoint:
     """Return a captioner with random weights: `layers` of a ViT-B/16, and a decoder of these sizes."""
     encoder = EncoderConfig(settings_of(ViTConfig(num_hidden_layers=layers)), ViTImageProcessor().to_dict(), -1, True)
     tokenizer = train_tokenizer([TargetText(PROMPT[0], "a red ring", style=PROMPT[1])], 300)
-    size = {"vocab_size": tokenizer.tokenizer.get_vocab_size(), "width": width, "depth": depth, "heads": heads}
+    size = {"vocab_size": tokenizer.backend.get_vocab_size(), "width": width, "depth": depth, "heads": heads}
     fields: dict[str, Any] = {"prompts": [PROMPT], "eos_id": tokenizer.eos_id, "max_caption_tokens": 4}
     return Checkpoint(build_captioner(Encoder(encoder), DecoderConfig(**size), **fields), tokenizer)
 

@@ -174,14 +174,14 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def captions_per_s(name: str, images: int, rounds: int, search: DecodingConfig, device: torch.device) -> tuple[float, float]:
+def captions_per_s(name: str, images: int, rounds: int, decoding: DecodingConfig, device: torch.device) -> tuple[float, float]:
     """Return captions of 20 tokens a second, and how many times the floor they take."""
     captioner = build(name, device).eval()
     memory_BND = captioner.connector(torch.randn(images, STATES, WIDTH, device=device))
     prompt_BT = torch.full((images, 2), 2, device=device)
 
     def write() -> None:
-        captioner.decoder.generate(memory_BND, prompt_BT, search, 20, VOCABULARY * 2 if name in SCRATCH else 1)
+        captioner.decoder.generate(memory_BND, prompt_BT, decoding, 20, VOCABULARY * 2 if name in SCRATCH else 1)
         _wait(device)
 
     seconds = []
@@ -240,9 +240,9 @@ def main() -> None:
                 figures = "  ".join(f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str))
                 print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
     written = {
-        f"{name}, {search.beams} beams": captions_per_s(name, images, arguments.rounds, search, device)
+        f"{name}, {decoding.num_beams} beams": captions_per_s(name, images, arguments.rounds, decoding, device)
         for name in names
-        for search in (GREEDY, DecodingConfig(beams=3))
+        for decoding in (GREEDY, DecodingConfig(num_beams=3))
     }
     for name, (value, of_the_floor) in written.items():
         print(f"captions/s, {name}: {value:,.1f}, {of_the_floor:.1f} times the floor")

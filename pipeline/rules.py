@@ -88,7 +88,7 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class RuleInput:
     """An annotation as the rules see it."""
 
     scores: Scores
@@ -113,54 +113,54 @@ class Subject:
         return self.scores.clean_question is not None
 
 
-def is_refusal(of: Subject) -> bool:
+def is_refusal(of: RuleInput) -> bool:
     """Return True if the model declined to answer."""
     answer = of.scores.clean_answer
     return any(says_refusal(text, words, is_answer=text is answer) for text, words in of.texts)
 
 
-def is_junk(of: Subject) -> bool:
+def is_junk(of: RuleInput) -> bool:
     """Return True if a text holds markup, tokens of a template, code or coordinates."""
     return any(artifacts.has_markup(text) for text, _ in of.texts)
 
 
-def is_placeholder(of: Subject) -> bool:
+def is_placeholder(of: RuleInput) -> bool:
     """Return True if a text is a word that stands for a text, such as "caption" or "..."."""
     return artifacts.is_placeholder(of.main)
 
 
-def is_labelled(of: Subject) -> bool:
+def is_labelled(of: RuleInput) -> bool:
     """Return True if the model says what it is about to say, or speaks to its reader."""
     return any(artifacts.has_label(text) for text, _ in of.texts)
 
 
-def is_prompt_echo(of: Subject) -> bool:
+def is_prompt_echo(of: RuleInput) -> bool:
     """Return True if a text has a run of words from the prompt."""
     return artifacts.echoes_prompt(of.words, of.prompt_grams)
 
 
-def is_unanswerable(of: Subject) -> bool:
+def is_unanswerable(of: RuleInput) -> bool:
     """Return True if the answer says that the question cannot be answered."""
     return of.scores.clean_answer is not None and says_nothing(of.scores.clean_answer)
 
 
-def is_personal(of: Subject) -> bool:
+def is_personal(of: RuleInput) -> bool:
     """Return True if nothing is left of an answer but the name of the personal data that it was."""
     return of.scores.redaction_count > 0 and of.scores.clean_answer in PERSONAL
 
 
-def is_too_short(of: Subject) -> bool:
+def is_too_short(of: RuleInput) -> bool:
     """Return True if a caption or a question has too few words."""
     return of.scores.word_count < (of.config.min_question_words if of.is_question else of.config.min_caption_words)
 
 
-def is_too_long(of: Subject) -> bool:
+def is_too_long(of: RuleInput) -> bool:
     """Return True if a caption, a question or an answer has too many words; usually a repetition loop."""
     most = of.config.max_question_words if of.is_question else of.config.max_caption_words
     return of.scores.word_count > most or of.scores.answer_word_count > of.config.max_answer_words
 
 
-def is_repetitive(of: Subject) -> bool:
+def is_repetitive(of: RuleInput) -> bool:
     """Return True if words, sentences or characters repeat too often."""
     scores, config = of.scores, of.config
     if (
@@ -171,7 +171,7 @@ def is_repetitive(of: Subject) -> bool:
     return artifacts.has_run(of.main) or (len(of.words) >= MIN_WORDS_FOR_REPETITION and _repeats_parts(of.main))
 
 
-def is_other_language(of: Subject) -> bool:
+def is_other_language(of: RuleInput) -> bool:
     """Return True if a text is clearly not in the configured language."""
     scores, config = of.scores, of.config
     if config.language is None:
@@ -183,32 +183,32 @@ def is_other_language(of: Subject) -> bool:
     return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
 
 
-def is_cut_off(of: Subject) -> bool:
+def is_cut_off(of: RuleInput) -> bool:
     """Return True if a caption ends where no sentence can."""
     return of.is_caption and artifacts.is_cut_off(of.main)
 
 
-def is_too_general(of: Subject) -> bool:
+def is_too_general(of: RuleInput) -> bool:
     """Return True if a caption would be true of nearly any image."""
     return of.is_caption and artifacts.is_too_general(of.words)
 
 
-def is_no_question(of: Subject) -> bool:
+def is_no_question(of: RuleInput) -> bool:
     """Return True if a question is several, or offers choices by letter."""
     return not of.is_caption and not is_one_question(of.main)
 
 
-def contains_answer(of: Subject) -> bool:
+def contains_answer(of: RuleInput) -> bool:
     """Return True if the question contains the answer."""
     return not of.is_caption and gives_answer_away(of.main, of.scores.clean_answer or "")
 
 
-def refers_to_missing_context(of: Subject) -> bool:
+def refers_to_missing_context(of: RuleInput) -> bool:
     """Return True if a text refers to another text or image."""
     return any(not _ELSEWHERE_WORDS.isdisjoint(words) and _ELSEWHERE.search(text) for text, words in of.texts)
 
 
-RULES: dict[str, Callable[[Subject], bool]] = {
+RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": is_junk,
     "placeholder": is_placeholder,
@@ -302,7 +302,7 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
         texts: tuple[tuple[str, Words], ...] = ((clean_text or clean_question or "", words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
-        subject = Subject(scores, words, config, prompt_grams, texts)
+        subject = RuleInput(scores, words, config, prompt_grams, texts)
         return scores, next((name for name, rejects in RULES.items() if rejects(subject)), None)
 
     return judge
@@ -326,7 +326,7 @@ def _judge_record(
         redaction_count=redactions,
         **measures,
     )
-    subject = Subject(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
+    subject = RuleInput(scores, words, config, prompt_grams, tuple((part, words_of(part)) for part in parts))
     rules = {} if record == NOTHING else RECORD_RULES
     return scores, next((name for name, rejects in rules.items() if rejects(subject)), None)
 

@@ -17,7 +17,7 @@ Unread = list[tuple[Path, ImageError]]  # images that could not be read
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CaptionTask:
     """Which images are captioned, and how."""
 
     captioner: Captioner
@@ -45,7 +45,12 @@ def shown_path(path: Path) -> str:
 
 
 def caption_images(
-    job: Job, out: Path | None, existing: Existing, checkpoint: Path, progress: Progress, show: Callable[[dict[str, Any]], None]
+    job: CaptionTask,
+    out: Path | None,
+    existing: Existing,
+    checkpoint: Path,
+    progress: Progress,
+    show: Callable[[dict[str, Any]], None],
 ) -> Unread:
     """Write captions to a file, beside the images, or by `show`; return the images that could not be read.
 
@@ -66,7 +71,9 @@ def caption_images(
         return _write_rows(job, file.done, file.add, progress)
 
 
-def _write_rows(job: Job, done: set[tuple[str, str, str]], add: Callable[[dict[str, Any]], None], progress: Progress) -> Unread:
+def _write_rows(
+    job: CaptionTask, done: set[tuple[str, str, str]], add: Callable[[dict[str, Any]], None], progress: Progress
+) -> Unread:
     unread: Unread = []
     left = [path for path in job.images if any(key not in done for key in _keys(job, path))]
     for count, (path, texts) in enumerate(job.texts(left), start=len(job.images) - len(left) + 1):
@@ -80,12 +87,12 @@ def _write_rows(job: Job, done: set[tuple[str, str, str]], add: Callable[[dict[s
     return unread
 
 
-def _keys(job: Job, path: Path) -> list[tuple[str, str, str]]:
+def _keys(job: CaptionTask, path: Path) -> list[tuple[str, str, str]]:
     """Return the keys of the rows of an image, as a file of captions has them."""
     return [(shown_path(path), style, job.question) for style in job.styles]
 
 
-def _write_sidecars(job: Job, existing: Existing, progress: Progress) -> Unread:
+def _write_sidecars(job: CaptionTask, existing: Existing, progress: Progress) -> Unread:
     unread: Unread = []
     images = images_to_write(job.images, existing)
     for count, (path, texts) in enumerate(job.texts(images), start=1):

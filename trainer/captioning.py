@@ -103,12 +103,12 @@ class Captioner:
         if batch_size < 1 or num_beams < 1:
             raise TrainError("batch_size and num_beams are 1 or more", hint="leave them out")
         prompts = [self.prompt(style, question) for style in styles]
-        search = DecodingConfig(beams=num_beams)
+        decoding = DecodingConfig(num_beams=num_beams)
         with ThreadPoolExecutor(READERS) as pool:
             for batch in self._ahead(pool, images, batch_size):
                 read = [(key, pixels.result()) for key, pixels in batch]
                 usable = [pixels for _, pixels in read if not isinstance(pixels, ImageError)]
-                texts = iter(self._describe(torch.stack(usable), prompts, search) if usable else ())
+                texts = iter(self._describe(torch.stack(usable), prompts, decoding) if usable else ())
                 for key, pixels in read:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
@@ -116,12 +116,14 @@ class Captioner:
         """Return the tokens of the prompt of a caption, or of an answer. Raises TrainError if it has not learned such."""
         prompts = self.checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
-        return self.checkpoint.words.prompt(TargetText(source, "", style=chosen, question=question))
+        return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=chosen, question=question))
 
-    def write(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], search: DecodingConfig = GREEDY) -> list[list[int]]:
+    def write(
+        self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig = GREEDY
+    ) -> list[list[int]]:
         """Return the tokens of a text about each prepared image, after prompts of one length."""
         captioner = self.checkpoint.captioner
-        return captioner.generate(self._states(pixels_BCHW), torch.tensor(prompts), search)
+        return captioner.generate(self._states(pixels_BCHW), torch.tensor(prompts), decoding)
 
     def _states(self, pixels_BCHW: Tensor) -> Tensor:
         encoder = self.checkpoint.captioner.encoder
@@ -129,11 +131,11 @@ class Captioner:
             states_BNV: Tensor = encoder(pixels_BCHW.to(next(encoder.parameters()).device))
         return states_BNV
 
-    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], search: DecodingConfig) -> list[list[str]]:
-        captioner, words, states_BNV = self.checkpoint.captioner, self.checkpoint.words, self._states(pixels_BCHW)
+    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig) -> list[list[str]]:
+        captioner, tokenizer, states_BNV = self.checkpoint.captioner, self.checkpoint.tokenizer, self._states(pixels_BCHW)
         B = len(pixels_BCHW)
-        by_style = [captioner.generate(states_BNV, torch.tensor(prompt).expand(B, -1), search) for prompt in prompts]
-        return [[words.decode(ids) for ids in of_image] for of_image in zip(*by_style, strict=True)]
+        by_style = [captioner.generate(states_BNV, torch.tensor(prompt).expand(B, -1), decoding) for prompt in prompts]
+        return [[tokenizer.decode(ids) for ids in of_image] for of_image in zip(*by_style, strict=True)]
 
     def _ahead(
         self, pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int

@@ -45,13 +45,13 @@ class Checkpoint:
     """A trained captioner with its tokenizer."""
 
     captioner: CaptionerModel
-    words: CaptionTokenizer
+    tokenizer: CaptionTokenizer
 
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
         with scratch_folder(folder) as draft:
             self.captioner.without_adapters().save_pretrained(draft)
-            self.words.tokenizer.save(str(draft / "tokenizer.json"))
+            self.tokenizer.backend.save(str(draft / "tokenizer.json"))
             for name in CAPTIONER_FILES:
                 flush_file(draft / name)
                 (draft / name).replace(folder / name)
@@ -158,16 +158,16 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
 
 def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
-    tokenizer = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
+    backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    largest = max(backend.get_vocab().values(), default=-1)
     if not 0 <= config.eos_id < vocab_size or largest >= vocab_size:
         raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
-    words = CaptionTokenizer(tokenizer, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
-    tokenizer.encode_special_tokens = True  # the name of a token in a text is not the token
+    tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
+    backend.encode_special_tokens = True  # the name of a token in a text is not the token
     for source, style in config.prompts:
-        words.prompt(TargetText(source, "", style=style, question="" if style else "?"))
-    return words
+        tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+    return tokenizer
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Example:
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
-    """Return the examples of a split, images in memory-mapped files (`read_examples`). Raises StoreError for an empty split."""
+    """Return the examples of a split, images in memory-mapped files. Raises StoreError for an empty split."""
     options |= {"keeps_human": keeps_human_texts(version.manifest)}
     columns = [name for name in version.manifest["columns"] if name not in PIXELS]
     images = map_images(version, split) if "image" in version.manifest["columns"] else None

@@ -19,15 +19,15 @@ from trainer.chair import chair, chair_of_people
 from trainer.checkpoint import Checkpoint
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
-from trainer.generate import write_captions
+from trainer.generate import generate_captions
 from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.presets import ENCODERS
-from trainer.probing import Probing
+from trainer.probing import PopeEvaluation
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
-from trainer.vqa import Quiz
+from trainer.vqa import VqaEvaluation
 
 log = logging.getLogger(__name__)
 BY_PEOPLE = "references of the source"
@@ -41,7 +41,7 @@ class EvalOptions:
     """Options of an evaluation: the prompt (source, style), the decoding, and what else to measure."""
 
     prompt: tuple[str, str]
-    search: DecodingConfig = GREEDY
+    decoding: DecodingConfig = GREEDY
     questions: bool = False  # also score answers and compute intervals
     thorough: bool = False  # also what takes seconds: things that are not there; tokens of COCO and METEOR, if Java is here
     spice: bool = False  # also SPICE, which takes minutes
@@ -62,8 +62,8 @@ def evaluate(
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, texts = _references(examples, style)
-    quiz = Quiz.of(checkpoint, examples) if options.questions else None
-    probing = Probing.of(checkpoint, examples, texts) if options.thorough else None
+    quiz = VqaEvaluation.of(checkpoint, examples) if options.questions else None
+    probing = PopeEvaluation.of(checkpoint, examples, texts) if options.thorough else None
     hypotheses = _write(checkpoint, examples, options, features, [part for part in (quiz, probing) if part])
     (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
@@ -77,7 +77,7 @@ def evaluate(
         "source": source,
         "against": against,
         "tokens": kind,
-        "num_beams": options.search.beams,
+        "num_beams": options.decoding.num_beams,
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
         "intervals": bootstrap(own_scores) if options.questions else {},
@@ -114,7 +114,7 @@ def _write(
     examples: list[Example],
     options: EvalOptions,
     features: FeatureSource,
-    asking: Sequence[Quiz | Probing],
+    asking: Sequence[VqaEvaluation | PopeEvaluation],
 ) -> list[str]:
     """Return the caption of each example; what else is asked about them is asked while their states are in memory."""
     source, style = options.prompt
@@ -123,7 +123,7 @@ def _write(
         part = examples[start : start + HELD_IMAGES]
         held = hold_features(features, part)
         batches = (held(part[index : index + BATCH_IMAGES]) for index in range(0, len(part), BATCH_IMAGES))
-        captions += write_captions(checkpoint, batches, prompt, options.search)
+        captions += generate_captions(checkpoint, batches, prompt, options.decoding)
         for questions in asking:
             questions.ask(checkpoint, held, part)
     return captions
@@ -183,9 +183,9 @@ def evaluate_version(
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    search = DecodingConfig(beams=beams or config.data.get("num_beams", 1))
+    decoding = DecodingConfig(num_beams=beams or config.data.get("num_beams", 1))
     prompt = scored_prompt(config.prompts, style)
-    options = EvalOptions(prompt, search, questions=True, thorough=True, spice=with_spice)
+    options = EvalOptions(prompt, decoding, questions=True, thorough=True, spice=with_spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
 
 

@@ -44,7 +44,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
-    steps, size = config.total_steps, min(config.batch_size, len(trainer.train))
+    steps, size = config.total_steps, min(config.batch_size, len(trainer.train_examples))
     adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
     if trainer.device.type == "cpu" and adam_mb > free_mb:
         progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
@@ -64,7 +64,7 @@ def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     taken = f"{forecast.seconds / 60:.0f} min" if is_long else f"{forecast.seconds:.0f} s"
     return (
         f"{preset}{forecast.weights / 1e6:.1f} million weights, {forecast.learning / 1e6:.1f} million of them learn; at most "
-        f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.train):.1f} epochs), "
+        f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.train_examples):.1f} epochs), "
         f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without the final test"
     )
 
@@ -105,8 +105,8 @@ def _try_steps(trainer: Trainer, size: int) -> float:
     alone = replace(trainer, rank=0, processes=1, average=None)
     average = [weights.detach().clone() for weights in captioner.parameters() if trainer.average and weights.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in captioner.named_buffers()}  # such as means of a normalization
-    longest = sorted(trainer.train, key=_characters, reverse=True)[:size]
-    tried = [longest, longest, trainer.train[:size]]
+    longest = sorted(trainer.train_examples, key=_characters, reverse=True)[:size]
+    tried = [longest, longest, trainer.train_examples[:size]]
     if trainer.device.type == "cpu" and trainer.config.total_steps < FEW_STEPS:
         tried = tried[:1]
     started = time.monotonic()
@@ -135,24 +135,24 @@ def _tokens_written(trainer: Trainer, size: int) -> float:
     """Return the tokens of captions for evaluations, the first of which have no end, and of those drawn for rewards."""
     config = trainer.config
     evaluations = -(-config.total_steps // config.evaluate_every)
-    evaluated = len(trainer.validation) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
+    evaluated = len(trainer.validation_examples) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
     return evaluated + config.scst_steps * size * config.scst_samples * _caption_tokens(trainer)
 
 
 def _caption_tokens(trainer: Trainer) -> float:
     """Return the mean tokens of captions that are learned."""
-    words = trainer.checkpoint.words
-    captions = [text for example in trainer.train[:CAPTIONED_IMAGES] for text in example.texts if text.style]
-    return statistics.fmean(len(words.target(text)) for text in captions) if captions else 0.0
+    tokenizer = trainer.checkpoint.tokenizer
+    captions = [text for example in trainer.train_examples[:CAPTIONED_IMAGES] for text in example.texts if text.style]
+    return statistics.fmean(len(tokenizer.target(text)) for text in captions) if captions else 0.0
 
 
 @torch.inference_mode()
 def _seconds_of_token(trainer: Trainer) -> float:
     """Return the seconds of a token of a greedy caption, in a batch of a few images."""
-    captioner, words = trainer.checkpoint.captioner.eval(), trainer.checkpoint.words
-    examples, tokens = trainer.train[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
+    captioner, tokenizer = trainer.checkpoint.captioner.eval(), trainer.checkpoint.tokenizer
+    examples, tokens = trainer.train_examples[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
     source, style = scored_prompt(captioner.config.prompts)
-    prompt_T = torch.tensor(words.prompt(TargetText(source, "", style=style)), device=trainer.device)
+    prompt_T = torch.tensor(tokenizer.prompt(TargetText(source, "", style=style)), device=trainer.device)
     _wait(trainer.device)
     started = time.monotonic()
     memory_BND = captioner.connector(trainer.features(examples).to(trainer.device))

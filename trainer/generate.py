@@ -12,18 +12,20 @@ from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.tokenizer import TargetText
 
 
-def write_captions(checkpoint: Checkpoint, states: Iterable[Tensor], prompt: TargetText, search: DecodingConfig) -> list[str]:
+def generate_captions(
+    checkpoint: Checkpoint, states: Iterable[Tensor], prompt: TargetText, decoding: DecodingConfig
+) -> list[str]:
     """Generate one text per image after a shared prompt, for batches of hidden states (B, N, V), in order."""
-    captioner, prompt_T = checkpoint.captioner.eval(), torch.tensor(checkpoint.words.prompt(prompt))
-    batches = [captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), search) for states_BNV in states]
-    return [checkpoint.words.decode(ids) for batch in batches for ids in batch]
+    captioner, prompt_T = checkpoint.captioner.eval(), torch.tensor(checkpoint.tokenizer.prompt(prompt))
+    batches = [captioner.generate(states_BNV, prompt_T.expand(len(states_BNV), -1), decoding) for states_BNV in states]
+    return [checkpoint.tokenizer.decode(ids) for batch in batches for ids in batch]
 
 
 def answer_questions(
     checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
 ) -> list[str]:
     """Answer one question per example, in order; prompts of the same length are batched together."""
-    prompts = [checkpoint.words.prompt(TargetText(source, "", question=question)) for _, question in pairs]
+    prompts = [checkpoint.tokenizer.prompt(TargetText(source, "", question=question)) for _, question in pairs]
     answers = [""] * len(pairs)
     for length in sorted({len(prompt) for prompt in prompts}):
         indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
@@ -33,5 +35,5 @@ def answer_questions(
                 states_BNV = features([pairs[index][0] for index in batch])
             prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
             for index, ids in zip(batch, checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY), strict=True):
-                answers[index] = checkpoint.words.decode(ids)
+                answers[index] = checkpoint.tokenizer.decode(ids)
     return answers

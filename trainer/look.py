@@ -60,7 +60,7 @@ def look(captioner: Captioner, picture: Picture, style: str | None = None, quest
     pixels_CHW = captioner.prepare(picture)
     if isinstance(pixels_CHW, ImageError):
         raise TrainError(f"cannot read the image: {pixels_CHW}", hint="pass an image file")
-    model, tokenizer = captioner.checkpoint.captioner, captioner.checkpoint.words
+    model, tokenizer = captioner.checkpoint.captioner, captioner.checkpoint.tokenizer
     device = next(model.connector.parameters()).device
     memory_1ND = model.connector(model.encoder(pixels_CHW[None].to(device)))
     prompt = captioner.prompt(style, question)
@@ -85,7 +85,7 @@ def spans(tokenizer: CaptionTokenizer, ids: list[int]) -> list[tuple[str, int, i
     words: list[tuple[str, int, int]] = []
     before, begin = "", 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.tokenizer.decode(ids[:end]).lstrip()
+        text = tokenizer.backend.decode(ids[:end]).lstrip()
         if text.endswith(PART_OF_CHARACTER) and end < len(ids):
             continue  # the next token has the rest
         piece, before = text[len(before) :], text

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,22 @@ MOST_SPIKES = 3  # skipped in a row: then the norms have changed for good, as wh
 GIVE_UP = 10  # skipped steps in a row
 
 
+class MicroBatch(NamedTuple):
+    """Images that are computed at once, with their texts."""
+
+    loaded: Tensor  # what the features load of the images (trainer/features.py)
+    texts: TextBatch
+    examples: list[Example]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The images of a step in micro-batches: those of this process, and the target tokens and the number of all processes."""
+    """The images of a step: the micro-batches of this process, and counts of all processes."""
 
-    parts: list[tuple[Tensor, TextBatch, list[Example]]]  # what the features load (trainer/features.py), and the texts
-    tokens: int
-    part_count: int
-    images: int
+    micro_batches: list[MicroBatch]
+    num_tokens: int  # of targets
+    num_micro_batches: int
+    num_images: int
 
 
 @dataclass(slots=True)
@@ -61,8 +69,8 @@ class Trainer:
 
     checkpoint: Checkpoint
     config: TrainConfig
-    train: list[Example]
-    validation: list[Example]
+    train_examples: list[Example]
+    validation_examples: list[Example]
     features: LoadedFeatures
     device: torch.device
     frozen_key: str = ""  # a digest of the weights that no step changes
@@ -71,12 +79,12 @@ class Trainer:
     micro_batches: int = 1  # of each process in a step
     average: WeightAverage | None = None
     critic: SelfCritic | None = None  # of the last stage
-    norms: list[float] = field(default_factory=list)  # of recent gradients
+    gradient_norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
-    best: float = -math.inf  # score of the saved captioner
+    best_score: float = -math.inf  # of the saved captioner
     best_loss: float = math.inf  # its validation loss, which decides between equal scores
     rewards: list[float] = field(default_factory=list)  # of the captions that the last step has drawn
-    unimproved: int = 0  # evaluations in a row without a better score
+    evaluations_without_gain: int = 0  # in a row, of the score
     validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # texts by sample id, once an image was seen
 
@@ -84,7 +92,7 @@ class Trainer:
         """Train one step; return its stage, loss, gradient norm and rate. Raises TrainError if it diverges."""
         captioner = self.checkpoint.captioner.train()
         if step in (self.config.align_steps, self.config.align_steps + self.config.steps):
-            self.norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
+            self.gradient_norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
             if self.average and step == self.config.align_steps:
                 self.average.clear()  # the weights of these parts are the first ones still
         # Dropout depends on seed, step and rank only: no generator state is saved.
@@ -106,14 +114,14 @@ class Trainer:
     def forward_backward(self, batch: Batch) -> float:
         """Accumulate gradients; return the mean loss per token of the step, over all micro-batches and processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
-        for loaded, texts, _ in batch.parts:
+        for loaded, texts, _ in batch.micro_batches:
             with products_in(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.features.states(loaded, self.device)
-                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.tokens
+                    loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.num_tokens
                     total += loss.detach()
                     if self.config.contrastive_weight:  # within one micro-batch: more parts, fewer negatives
-                        contrast = captioner.contrast_loss(states_BNV, texts) / batch.part_count
+                        contrast = captioner.contrast_loss(states_BNV, texts) / batch.num_micro_batches
                         loss = loss + self.config.contrastive_weight * contrast
                 loss.backward()
         mean = total.item()
@@ -124,13 +132,13 @@ class Trainer:
         assert self.critic
         captioner, total = self.checkpoint.captioner, 0.0
         self.rewards = []
-        for loaded, _, examples in batch.parts:
+        for loaded, _, examples in batch.micro_batches:
             with products_in(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.features.states(loaded, self.device)
                     drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
                     loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
-                    loss = loss / (batch.images * self.critic.samples)
+                    loss = loss / (batch.num_images * self.critic.samples)
                 loss.backward()
             total += loss.item()
             self.rewards += drawn.rewards
@@ -143,12 +151,12 @@ class Trainer:
         parts = [part for first in range(count) if (part := examples[first::count])]  # fewer, of few images
         texts = [self.collate(part) for part in parts]
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
-        loaded = [(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
+        loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
 
     def example(self, index: int, epoch: int) -> Example:
         """Return an example as it is shown in an epoch: its image, or a view of it."""
-        example, views = self.train[index], self.config.augment_views
+        example, views = self.train_examples[index], self.config.augment_views
         return replace(example, view=view_in_epoch(example.sample_id, epoch, views)) if views else example
 
     def load_ahead(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]:
@@ -165,19 +173,19 @@ class Trainer:
 
     def collate(self, examples: list[Example]) -> TextBatch:
         """Return one batch of all texts of the examples."""
-        words, most = self.checkpoint.words, self.config.max_caption_tokens
+        tokenizer, most = self.checkpoint.tokenizer, self.config.max_caption_tokens
         for example in examples:
             if example.sample_id not in self.encoded:
-                self.encoded[example.sample_id] = [words.encode(text, most) for text in example.texts]
+                self.encoded[example.sample_id] = [tokenizer.encode(text, most) for text in example.texts]
         return collate([self.encoded[example.sample_id] for example in examples])
 
     def should_step(self, loss: float, norm: float) -> bool:
         """Return whether to apply a step: loss and gradient norm are finite, and the norm is not a spike. Records the norm."""
-        median = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf
+        median = statistics.median(self.gradient_norms) if len(self.gradient_norms) >= SPIKE_STEPS // 4 else math.inf
         is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), norm > SPIKE * median
         is_good = is_finite and (not is_spike or self.skipped_steps >= MOST_SPIKES)
         if is_good:
-            self.norms = [norm] if is_spike else [*self.norms[1 - SPIKE_STEPS :], norm]
+            self.gradient_norms = [norm] if is_spike else [*self.gradient_norms[1 - SPIKE_STEPS :], norm]
         self.skipped_steps = 0 if is_good else self.skipped_steps + 1
         return is_good
 
@@ -185,7 +193,7 @@ class Trainer:
     def validation_loss(self) -> float:
         """Return the mean loss per token over the validation images that are used while training."""
         captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
-        examples = [example for example in self.validation if example.texts]
+        examples = [example for example in self.validation_examples if example.texts]
         for start in range(0, len(examples), self.config.batch_size):
             part = examples[start : start + self.config.batch_size]
             texts = self.collate(part)
@@ -201,7 +209,7 @@ class Trainer:
         """Score the validation split, and save the captioner if it is the best so far."""
         with self.averaged():
             options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
-            scored = evaluate(self.checkpoint, self.validation, options, self.features)
+            scored = evaluate(self.checkpoint, self.validation_examples, options, self.features)
             cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
             loss = self.validation_loss()
             log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
@@ -209,16 +217,16 @@ class Trainer:
             self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}
             # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
             quality = (cider_d if scored["images"] > 1 else -loss, -loss)  # at first all captions may score 0
-            if quality > (self.best, -self.best_loss):
+            if quality > (self.best_score, -self.best_loss):
                 self.checkpoint.save(out)
-                (self.best, _), self.best_loss, self.unimproved = quality, loss, 0
+                (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, loss, 0
             elif done > self.config.align_steps:  # the first stage is not to end the second
-                self.unimproved += 1
+                self.evaluations_without_gain += 1
 
     @property
     def is_over(self) -> bool:
         """Whether the score has not improved for too long."""
-        return 0 < self.config.patience <= self.unimproved
+        return 0 < self.config.patience <= self.evaluations_without_gain
 
     def frozen_names(self) -> frozenset[str]:
         """Return the names of the weights that no step changes: they are pretrained, and not saved to resume."""
@@ -236,10 +244,10 @@ class Trainer:
             "captioner": learned,
             "optimizer": optimizer.state_dict(),
             "step": done,
-            "best": self.best,
+            "best": self.best_score,
             "best_loss": self.best_loss,
-            "norms": self.norms,
-            "unimproved": self.unimproved,
+            "norms": self.gradient_norms,
+            "unimproved": self.evaluations_without_gain,
             "processes": self.processes,
             "frozen": self.frozen_key,
             **({"average": self.average.state()} if self.average else {}),
@@ -255,7 +263,11 @@ class Trainer:
             if wrong := [*unexpected, *sorted(set(missing) - self.frozen_names())]:
                 raise ValueError(f"it has other weights than this captioner: {wrong[0]}")
             optimizer.load_state_dict(state["optimizer"])
-            self.best, self.norms, self.unimproved = state["best"], state["norms"], state.get("unimproved", 0)
+            self.best_score, self.gradient_norms, self.evaluations_without_gain = (
+                state["best"],
+                state["norms"],
+                state.get("unimproved", 0),
+            )
             self.best_loss = state.get("best_loss", math.inf)  # earlier releases did not keep it
             if self.average and "average" in state:
                 self.average.restore(state["average"], self.device)
@@ -276,8 +288,8 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
     total, started, images, tokens = config.total_steps, time.monotonic(), 0, 0
     if trainer.is_over:
         return
-    size = min(config.batch_size, len(trainer.train))
-    order = islice(batches(len(trainer.train), size, config.seed, first_step), total - first_step)
+    size = min(config.batch_size, len(trainer.train_examples))
+    order = islice(batches(len(trainer.train_examples), size, config.seed, first_step), total - first_step)
     saved = time.monotonic()
     stage_ends = (config.align_steps, config.align_steps + config.steps, total)
     with signals_noted() as interrupted:
@@ -286,7 +298,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
             done = step + 1
             is_scored = done % config.evaluate_every == 0 or done in stage_ends
             if log is not None:
-                images, tokens, seconds = images + batch.images, tokens + batch.tokens, time.monotonic() - started
+                images, tokens, seconds = images + batch.num_images, tokens + batch.num_tokens, time.monotonic() - started
                 speed = {
                     "seconds": seconds,
                     "seconds_left": seconds / (done - first_step) * (total - done),

@@ -36,7 +36,7 @@ class Probe:
 
 
 @dataclass(slots=True)
-class Probing:
+class PopeEvaluation:
     """The probes of some images, and what was answered."""
 
     probes: dict[str, list[Probe]]  # by sample id
@@ -44,7 +44,9 @@ class Probing:
     answers: dict[Probe, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, examples: Sequence[Example], references: Sequence[Sequence[str]]) -> "Probing | None":
+    def of(
+        cls, checkpoint: Checkpoint, examples: Sequence[Example], references: Sequence[Sequence[str]]
+    ) -> "PopeEvaluation | None":
         """Return what to ask about the first images; None if the captioner has learned no answers, or nothing can be asked."""
         prompts = checkpoint.captioner.config.prompts
         if all(style for _, style in prompts):

@@ -24,7 +24,7 @@ DRAWN = DecodingConfig(temperature=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampledCaptions:
     """Captions that were drawn: as texts to learn, with what each is worth above the others of its image, and all rewards."""
 
     texts: TextBatch
@@ -39,7 +39,7 @@ class SelfCritic:
         config = checkpoint.captioner.config
         self.checkpoint, self.samples = checkpoint, samples
         source, style = scored_prompt(config.prompts)
-        self.prompt = checkpoint.words.prompt(TargetText(source, "", style=style))
+        self.prompt = checkpoint.tokenizer.prompt(TargetText(source, "", style=style))
         self.references = {
             example.sample_id: [
                 [*tokenize(text.text), EOS] for text in example.texts if (text.source, text.style) == (source, style)
@@ -48,22 +48,22 @@ class SelfCritic:
         }
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
-    def draw(self, states_BNV: Tensor, examples: Sequence[Example]) -> Drawn:
+    def draw(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:
         """Draw captions of each image; those of an image without a text of this style are worth nothing."""
-        captioner, words = self.checkpoint.captioner.eval(), self.checkpoint.words
+        captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.samples, -1)
         ids = captioner.generate(states_BNV.repeat_interleave(self.samples, 0), prompt_CT, DRAWN)
         most, eos_id = captioner.config.max_caption_tokens, captioner.config.eos_id
         has_ended = [len(one) < most for one in ids]
         hypotheses: list[Tokens] = [
-            [*tokenize(words.decode(one)), *([EOS] if ended else [])] for one, ended in zip(ids, has_ended, strict=True)
+            [*tokenize(tokenizer.decode(one)), *([EOS] if ended else [])] for one, ended in zip(ids, has_ended, strict=True)
         ]
         references = [self.references[example.sample_id] for example in examples for _ in range(self.samples)]
         rewards = cider_d(hypotheses, references, rarity=self.rarity)
         targets = [[*one, eos_id] if ended else one for one, ended in zip(ids, has_ended, strict=True)]
         texts = [EncodedText.of(self.prompt, target, is_caption=True) for target in targets]
         by_image = [texts[first : first + self.samples] for first in range(0, len(texts), self.samples)]
-        return Drawn(collate(by_image), torch.tensor(_advantages(rewards, self.samples)), rewards)
+        return SampledCaptions(collate(by_image), torch.tensor(_advantages(rewards, self.samples)), rewards)
 
 
 def _advantages(rewards: Sequence[float], samples: int) -> list[float]:

@@ -77,7 +77,7 @@ class TextBatch:
 class CaptionTokenizer:
     """Tokenizer of a decoder: our own with special tokens for sources and styles, or that of a language model."""
 
-    tokenizer: Tokenizer
+    backend: Tokenizer
     kind: Literal["scratch", "pretrained"]
     eos_id: int
 
@@ -99,19 +99,19 @@ class CaptionTokenizer:
         space, cut = " " if self.kind == "pretrained" else "", 0
         for start in range(0, len(texts), COUNTED_TEXTS):
             part = [f"{space}{text.text}" for text in texts[start : start + COUNTED_TEXTS]]
-            cut += sum(len(one.ids) + 1 > max_tokens for one in self.tokenizer.encode_batch(part, add_special_tokens=False))
+            cut += sum(len(one.ids) + 1 > max_tokens for one in self.backend.encode_batch(part, add_special_tokens=False))
         return cut
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
-        return str(self.tokenizer.decode(list(ids))).strip()
+        return str(self.backend.decode(list(ids))).strip()
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def _special(self, token: str) -> int:
-        token_id = self.tokenizer.token_to_id(token)
+        token_id = self.backend.token_to_id(token)
         assert token_id is not None, f"the tokenizer was not trained on {token}"
         return int(token_id)
 

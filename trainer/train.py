@@ -78,7 +78,7 @@ def train(
     else:
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
-    sets = {split: read_examples(version, split, config, only) for split in ("train", "validation", "test")}
+    sets = {split: read_split_examples(version, split, config, only) for split in ("train", "validation", "test")}
     train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
     config = config.with_defaults(len(train_set))
     if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
@@ -113,7 +113,7 @@ def train(
             if not state:
                 log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
         run_steps(trainer, out, run_of(processes), log, report, state)
-        if rank == 0 and trainer.unimproved:
+        if rank == 0 and trainer.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
             with trainer.averaged():
                 checkpoint.save(out / LAST)
@@ -125,7 +125,7 @@ def train(
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
     """Say which texts lose their end, and whether they take longer than usual."""
-    if cut := checkpoint.words.count_cut(texts, config.max_caption_tokens):
+    if cut := checkpoint.tokenizer.count_cut(texts, config.max_caption_tokens):
         share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
     decoder = checkpoint.captioner.decoder
@@ -161,13 +161,13 @@ def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any
     captioner = chosen.captioner
     if not captioner.encoder.config.frozen or trainer.config.feature_storage == "int8":  # whose states nobody else will have
         features = OnlineFeatures(captioner.encoder, trainer.device)
-    search = DecodingConfig(beams=trainer.config.num_beams)
-    options = EvalOptions(scored_prompt(captioner.config.prompts), search, questions=True)
+    decoding = DecodingConfig(num_beams=trainer.config.num_beams)
+    options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)
     metrics: dict[str, Any] = {
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(weights.numel() for weights in chosen.captioner.parameters()),
-        "best_validation": trainer.best,
+        "best_validation": trainer.best_score,
         **evaluate(chosen, examples, options, features),
     }
     write_captions(out / "captions.jsonl", metrics.pop("each"))
@@ -176,7 +176,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any
     return metrics
 
 
-def read_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
+def read_split_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
     """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
     options = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
     examples = examples_in(version, split, config.text_source, **options)
@@ -220,7 +220,7 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
         decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
     elif config.is_scratch:
         tokenizer = train_tokenizer(texts, config.vocab_size)
-        vocab_size = tokenizer.tokenizer.get_vocab_size()
+        vocab_size = tokenizer.backend.get_vocab_size()
         decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
     else:
         decoder, tokenizer = load_decoder(config.decoder)

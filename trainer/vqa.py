@@ -16,7 +16,7 @@ from trainer.prompts import answering_prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Quiz:
+class VqaEvaluation:
     """The questions about some examples, each asked about its own image and about another one."""
 
     examples: Sequence[Example]
@@ -26,7 +26,7 @@ class Quiz:
     answers: dict[tuple[int, int, bool], str] = field(default_factory=dict)  # by example, question, and whether shuffled
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, examples: Sequence[Example]) -> "Quiz | None":
+    def of(cls, checkpoint: Checkpoint, examples: Sequence[Example]) -> "VqaEvaluation | None":
         """Return the questions; None if the captioner learned no answers."""
         prompts = checkpoint.captioner.config.prompts
         if all(style for _, style in prompts):

@@ -64,12 +64,12 @@ def caption(
     if not paths:
         raise BadParameter("no image was named", param_hint="IMAGES")
 
-    from trainer.caption_images import Job, caption_images
+    from trainer.caption_images import CaptionTask, caption_images
     from trainer.captioning import Captioner  # see train
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
-    job = Job(loaded, paths, styles, question, num_beams, batch_size)
+    job = CaptionTask(loaded, paths, styles, question, num_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         existing = cast("Existing", chosen[0] if chosen else "refuse")
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))

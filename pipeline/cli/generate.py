@@ -72,7 +72,7 @@ def generate(
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
-    from pipeline.executors.losses import describe_run
+    from pipeline.executors.losses import describe_warnings
     from pipeline.run import STAGES, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
@@ -91,7 +91,7 @@ def generate(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, from_stage, progress, cluster)
     remember_dataset(out)
-    warnings = describe_run(STAGES, result.version, result.funnel, settings.config)
+    warnings = describe_warnings(STAGES, result.version, result.funnel, settings.config)
     print_run_result(result, warnings, settings.config.server, shown=progress.warnings, as_json=as_json)
 
 
@@ -114,7 +114,7 @@ def import_(
     `synth generate --only-missing` then asks a model about the images that have none.
     """
     from pipeline.dataset.directory import remember_dataset
-    from pipeline.executors.losses import describe_run
+    from pipeline.executors.losses import describe_warnings
     from pipeline.run import STAGES, generate_dataset
 
     if settings.config.asks_model:
@@ -125,7 +125,7 @@ def import_(
     with show_progress() as progress:
         result = generate_dataset(settings.config, out, progress=progress)
     remember_dataset(out)
-    warnings = describe_run(STAGES, result.version, result.funnel, settings.config)
+    warnings = describe_warnings(STAGES, result.version, result.funnel, settings.config)
     print_run_result(result, warnings, shown=progress.warnings, as_json=as_json)
 
 

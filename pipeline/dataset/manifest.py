@@ -55,7 +55,7 @@ def row_extras(config: Config) -> Extras:
     return Extras(tuple(added_fields(config)), config.published_context, tuple(own_columns(config.own_tasks)))
 
 
-def describe_run(
+def describe_provenance(
     config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the fields of a manifest about the run that made the version."""

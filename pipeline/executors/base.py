@@ -206,8 +206,8 @@ def publish(
         raise TableError(f"no row is left to make a version of: {'; '.join(losses) or 'every stage rejected some'}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))
-    if finished is not None and (found := finished.find_version(names[-1])):
-        return found, False, [*funnel, summarize_version(found.num_rows, funnel[0].kept - found.num_rows)]
+    if finished is not None and (earlier := finished.find_version(names[-1])):
+        return earlier, False, [*funnel, summarize_version(earlier.num_rows, funnel[0].kept - earlier.num_rows)]
     check()
     with scratch_folder(plan.dataset.path / "versions") as draft:
         config = plan.config

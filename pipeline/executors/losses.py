@@ -24,7 +24,7 @@ _UNANSWERED = {
 }
 
 
-def describe_run(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
+def describe_warnings(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
     """Return warnings about stages that rejected most rows, texts of which none is left, and requests without answer."""
     missing = describe_missing(stages, version, config) if config.asks_model else ()
     return [

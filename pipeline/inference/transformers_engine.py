@@ -58,7 +58,7 @@ class EmbeddedEngine:
         while requests := work.take():
             # A batch of decks has at most as many images as a batch of single images.
             size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
-            for group in groups(requests, max(1, size)):
+            for group in batch_requests(requests, max(1, size)):
                 work.sending(group)
                 started = time.monotonic()
                 yield [replace(reply, seconds=time.monotonic() - started) for reply in self._answer(group)]
@@ -173,7 +173,7 @@ def _without_system(messages: Messages) -> Messages:
     return [{**first, "content": [*system["content"], *first["content"]]}, *others]
 
 
-def groups(requests: list[Request], size: int) -> Iterator[list[Request]]:
+def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:
     """Cut requests into batches of one task, style and attempt: prompts of similar length need little padding."""
     kind = attrgetter("task", "style", "attempt")
     for _, same in groupby(sorted(requests, key=kind), key=kind):  # a stable sort: samples stay in order

@@ -78,7 +78,7 @@ _current: ContextVar[FileDigests | None] = ContextVar("file_digests")
 
 
 @contextmanager
-def using(digests: T) -> Iterator[T]:
+def use_file_digests(digests: T) -> Iterator[T]:
     """Take the digests of files from these, and add to them, while a source is opened.
 
     With None, no file is read for one: digests and the revision of the source say nothing, to a command that needs neither.

@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Subject:
+class CheckedAnnotation:
     """An annotation with what is known of it."""
 
     row: Row  # COLUMNS
@@ -71,14 +71,14 @@ class Subject:
         return text
 
 
-class Asking:
+class AnnotationChecker:
     """Asks about annotations of a shard. As a context it keeps the judge and the CLIP that it has loaded."""
 
     def __init__(self, shard: DatasetDir, plan: RunPlan, services: Services) -> None:
         self.shard, self.plan, self.services = shard, plan, services
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Asking":
+    def __enter__(self) -> "AnnotationChecker":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -99,13 +99,13 @@ class Asking:
         usual = TINY_CLIP if find_source(self.plan.config.source).is_drawn else "clip"
         return ClipScorer(usual if name == "auto" else name)
 
-    def ask_all_checks(self, rows: Sequence[Row]) -> list[Subject]:
+    def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
         """Return annotations with their checks and scores, in order; values of own tasks that are no text have none.
 
         They are all that there are of their samples.
         """
-        config, every = self.plan.config.verify, [Subject(row) for row in rows]
-        subjects = [subject for subject in every if subject.row["clean_record"] is None]
+        config, annotations = self.plan.config.verify, [CheckedAnnotation(row) for row in rows]
+        subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
         self._check_against_images(subjects)
         if config.repair:
             by_model = (one for one in subjects if one.caption is not None and one.row["prompt_id"] != HUMAN)
@@ -117,9 +117,9 @@ class Asking:
             self._compare_with_references([subject for subject in subjects if subject.caption is not None])
         if config.judge:
             self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
-        return every
+        return annotations
 
-    def _is_contradicted(self, subject: Subject) -> bool:
+    def _is_contradicted(self, subject: CheckedAnnotation) -> bool:
         """Return whether the model, asked again, has said otherwise."""
         if subject.caption is None:
             return share_confirmed(subject.checks, "round_trip") == 0
@@ -128,7 +128,7 @@ class Asking:
 
     # --- checks that the model answers
 
-    def _check_against_images(self, subjects: Sequence[Subject]) -> None:
+    def _check_against_images(self, subjects: Sequence[CheckedAnnotation]) -> None:
         config = self.plan.config
         captions = {s.caption: s.row["sample_id"] for s in subjects if s.caption is not None}
         claims = self._split(captions) if config.splits_claims else {}
@@ -147,7 +147,7 @@ class Asking:
         self._warn_of_unread(sum(not of_caption for of_caption in claims.values()), len(captions), "captions", "unchecked")
         return claims
 
-    def _check_coverage(self, subjects: Sequence[Subject]) -> None:
+    def _check_coverage(self, subjects: Sequence[CheckedAnnotation]) -> None:
         questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # of each sample, each once
         for subject in subjects:
             if subject.caption is None and not self._is_contradicted(subject):
@@ -155,7 +155,7 @@ class Asking:
         verify = self.plan.config.verify
         self._answer(subjects, [coverage_checks(s.caption, verify, questions.get(s.row["sample_id"], ())) for s in subjects])
 
-    def _answer(self, subjects: Sequence[Subject], checks: Sequence[list[Check]]) -> None:
+    def _answer(self, subjects: Sequence[CheckedAnnotation], checks: Sequence[list[Check]]) -> None:
         """Ask the checks of each subject, and add them with their answers."""
         wanted = Counter(check.kind for of_one in checks for check in of_one)
         if not wanted:
@@ -175,7 +175,7 @@ class Asking:
 
     # --- repair
 
-    def _repair(self, subjects: Sequence[Subject]) -> None:
+    def _repair(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Have captions with false claims written again, and keep those of which no claim is false then."""
         config, revision = self.plan.config, self.plan.revision
         requests = [
@@ -196,7 +196,7 @@ class Asking:
         texts = self._ask("repair", _chunks(iter(once.values())), len(once), read)
         rewritten = self._filter(subjects, [text or "" for text in texts])
         drafts = [
-            (subject, Subject(subject.row | fields, rewritten=fields | {"prompt_id": request.prompt_id}))
+            (subject, CheckedAnnotation(subject.row | fields, rewritten=fields | {"prompt_id": request.prompt_id}))
             for subject, request, text, fields in zip(subjects, requests, texts, rewritten, strict=True)
             if text and fields and fields["clean_text"] != subject.caption
         ]
@@ -208,7 +208,7 @@ class Asking:
                 repaired += 1
         self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
 
-    def _filter(self, subjects: Sequence[Subject], texts: Sequence[str]) -> list[Row | None]:
+    def _filter(self, subjects: Sequence[CheckedAnnotation], texts: Sequence[str]) -> list[Row | None]:
         """Return the columns of the stage filter for new texts of captions; None for one that it would reject."""
         tasks, none = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         given = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
@@ -219,9 +219,9 @@ class Asking:
 
     # --- scores
 
-    def _align(self, subjects: Sequence[Subject]) -> None:
+    def _align(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Score captions by the cosine of CLIP with their images."""
-        of_sample: dict[str, list[Subject]] = defaultdict(list)
+        of_sample: dict[str, list[CheckedAnnotation]] = defaultdict(list)
         for subject in subjects:
             of_sample[subject.row["sample_id"]].append(subject)
         done = 0
@@ -237,7 +237,7 @@ class Asking:
             done += len(images)
             self.services.progress("align", done, len(of_sample))
 
-    def _compare_with_references(self, subjects: Sequence[Subject]) -> None:
+    def _compare_with_references(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Score captions by the share of their content words that some caption of the source has, where there is one."""
         of_sample: dict[str, set[str]] = {}
         wanted = {subject.row["sample_id"] for subject in subjects}
@@ -249,7 +249,7 @@ class Asking:
             words, known = _facts(subject.row["clean_text"]), of_sample[subject.row["sample_id"]]
             subject.scores["shared_words"] = len(words & known) / len(words) if words and known else None
 
-    def _rate(self, subjects: Sequence[Subject]) -> None:
+    def _rate(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Have a judge rate annotations by its rubric."""
         config = self.plan.config
         judge, engine = self._judge
@@ -298,7 +298,7 @@ def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
         yield chunk, NO_SAMPLES
 
 
-def _has_false_claim(subject: Subject) -> bool:
+def _has_false_claim(subject: CheckedAnnotation) -> bool:
     share = share_confirmed(subject.checks, "claims")
     return share is not None and share < 1
 

@@ -191,7 +191,7 @@ def describe_source(
 
 
 @dataclass(slots=True)
-class Intake:
+class SampleDeduplicator:
     """Takes the rows of a source; of several copies of an image one is kept, of an excluded one none."""
 
     excluded: ExclusionIndex
@@ -265,7 +265,7 @@ def write_source(
     merges_texts: bool = False,
 ) -> None:
     """Write rows of a source, kept and rejected; `merges_texts` gives an image the captions and questions of all its copies."""
-    intake = Intake(excluded, DuplicateImages(merges_texts))
+    intake = SampleDeduplicator(excluded, DuplicateImages(merges_texts))
     rejected: list[dict[str, str]] = []
 
     def tables() -> Iterator[pa.Table]:

@@ -32,7 +32,7 @@ from pipeline.stages.source import (
     READING_FILE,
     DuplicateImages,
     Exclusion,
-    Intake,
+    SampleDeduplicator,
     describe_rejected,
     describe_source,
     forget_near_duplicates,
@@ -86,7 +86,7 @@ class SourceReader:
         self._key = reading_key(config, source, self._exclusions)
         self._path = dataset.provenance("source").with_name(READING_FILE)
         self._results: dict[int | None, dict[str, Any] | None] = {}
-        self._intake: Intake | None = None
+        self._intake: SampleDeduplicator | None = None
         self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts, without their pixels
         self._opened: Iterator[Sample | Rejected] = iter(())
         self._rows = self._opened  # behind the parts
@@ -127,10 +127,10 @@ class SourceReader:
     def _earlier(self) -> dict[str, Any]:
         """What an earlier run wrote down, if it read the same source; nothing if excluded images could not all be read."""
         try:
-            found = read_json(self._path)
-            is_whole = found["key"] == self._key and not any(one["unread"] for one in found["exclusions"])
-            is_there = is_whole and self._is_unchanged("exclusions.parquet", found["excluded_sha256"])
-            return found if is_there else {}
+            record = read_json(self._path)
+            is_whole = record["key"] == self._key and not any(one["unread"] for one in record["exclusions"])
+            is_there = is_whole and self._is_unchanged("exclusions.parquet", record["excluded_sha256"])
+            return record if is_there else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
             return {}
 
@@ -194,7 +194,7 @@ class SourceReader:
         self._result = {"limit": limit, "images": len(intake.images.kept), "has_more": has_more}
         return self._result
 
-    def _begin(self) -> Intake:
+    def _begin(self) -> SampleDeduplicator:
         """Open the source behind what lies in the parts, if its last row is still at its place."""
         state = self._state()
         write_json(self._path, state)
@@ -211,9 +211,9 @@ class SourceReader:
         self._rows = self._opened
         self._written = (row for table in parts.tables(WITHOUT_PIXELS) for row in table.drop_columns([IS_COPY]).to_pylist())
         index = ExclusionIndex.of(read_exclusions(self.dataset), choose_image_kind(self.config))
-        return Intake(index, DuplicateImages(self.config.keeps_human_texts))
+        return SampleDeduplicator(index, DuplicateImages(self.config.keeps_human_texts))
 
-    def _write_stage(self, intake: Intake) -> None:
+    def _write_stage(self, intake: SampleDeduplicator) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""
         forget_near_duplicates(self.dataset)
         kind = choose_image_kind(self.config)
@@ -245,7 +245,7 @@ class SourceReader:
         rejected = [row for position, row in self._parts.rejected if position < intake.num_rows]
         write_rejected(self.dataset, [*rejected, *intake.copies, *near_rows])
 
-    def _compare(self, intake: Intake, kind: ImageKind) -> pa.Table:
+    def _compare(self, intake: SampleDeduplicator, kind: ImageKind) -> pa.Table:
         """Return the groups of samples that look alike, which dedupe and split read (tables.IMAGE_GROUPS)."""
         columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
         tables = [PART.empty_table().select(columns), *self._parts.tables(columns)]

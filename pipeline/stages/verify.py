@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.verification import share_confirmed
-from pipeline.stages.ask_checks import COLUMNS, Asking, Subject
+from pipeline.stages.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Services, Stage
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
@@ -68,27 +68,27 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 
 def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
     """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
-    with Asking(shard, plan, services) as asking:
+    with AnnotationChecker(shard, plan, services) as checker:
         for table in _whole_samples(read_batches(path)):
             columns = [name for name in COLUMNS if name in table.column_names]  # earlier releases wrote fewer
             rows = [dict.fromkeys(COLUMNS) | row for row in table.select(columns).to_pylist()]
-            yield add_results(table, asking.ask_all_checks(rows))
+            yield add_results(table, checker.ask_all_checks(rows))
 
 
 def _whole_samples(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Yield rows in tables of about AT_ONCE_ROWS that have all rows of their samples, which are adjacent."""
-    held = next(tables)
+    gathered = next(tables)
     for table in tables:
-        if held.num_rows >= AT_ONCE_ROWS:
-            last = pc.index(held["sample_id"], held["sample_id"][-1]).as_py()  # more of its rows may follow
+        if gathered.num_rows >= AT_ONCE_ROWS:
+            last = pc.index(gathered["sample_id"], gathered["sample_id"][-1]).as_py()  # more of its rows may follow
             if last:
-                yield held.slice(0, last)
-                held = held.slice(last)
-        held = pa.concat_tables([held, table])
-    yield held
+                yield gathered.slice(0, last)
+                gathered = gathered.slice(last)
+        gathered = pa.concat_tables([gathered, table])
+    yield gathered
 
 
-def add_results(table: pa.Table, subjects: Sequence[Subject]) -> pa.Table:
+def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Table:
     """Append the columns of CHECKED; a caption that was repaired takes the place of the one before."""
     results = [
         {

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import DatasetDir, read_samples
-from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_run, row_extras
+from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
@@ -112,7 +112,7 @@ def publish_shards(
         load(db, "digests", (part for shard in shards for part in read_batches(shard.stage(NAME, "digests"))), DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
     contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
-    provenance = describe_run(plan.config, source, model, funnel, statistics.result()) | {
+    provenance = describe_provenance(plan.config, source, model, funnel, statistics.result()) | {
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
     }

@@ -164,7 +164,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     good.mkdir()
     texts = [TargetText("synthetic", f"A red ring number {n}.", style="brief") for n in range(50)]
     tokenizer = train_tokenizer(texts, 300)
-    decoder = DecoderConfig(vocab_size=tokenizer.tokenizer.get_vocab_size(), width=32, depth=1, heads=2)
+    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=1, heads=2)
     encoder = load_encoder(save_vit(tmp_path_factory.mktemp("vit")))
     fields: dict[str, Any] = {"prompts": [("synthetic", "brief")], "eos_id": tokenizer.eos_id, "max_caption_tokens": 8}
     Checkpoint(build_captioner(encoder, decoder, **fields), tokenizer).save(good)

@@ -19,7 +19,7 @@ from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.caption_files import CaptionFile, find_images
-from trainer.caption_images import Job, Unread, caption_images
+from trainer.caption_images import CaptionTask, Unread, caption_images
 
 COUNT = 10
 
@@ -64,7 +64,7 @@ def run(
 
     captioner.stream = watched  # type: ignore[assignment, method-assign]
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | options
-    job = Job(captioner, find_images(names), **settings)
+    job = CaptionTask(captioner, find_images(names), **settings)
     try:
         unread = caption_images(job, out, existing, model, Stop(stop), rows.append)
     except KeyboardInterrupt:

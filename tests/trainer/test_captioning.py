@@ -28,14 +28,14 @@ PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 def save_captioner(folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed: int = 4, **encoder_options: Any) -> Path:
     """Save a captioner with random weights, strong enough for its texts to differ from image to image."""
     texts = [TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in prompts if style]
-    words = train_tokenizer([*texts, TargetText("synthetic", "two", question="How many?")], 400)
-    decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
+    tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question="How many?")], 400)
+    decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=2, heads=4)
     encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")), **encoder_options)
     torch.manual_seed(seed)  # saving the encoder has set another
-    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=words.eos_id, max_caption_tokens=8, data={})
+    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=8, data={})
     strengthen(captioner, 6)
     folder.mkdir()
-    Checkpoint(captioner, words).save(folder)
+    Checkpoint(captioner, tokenizer).save(folder)
     return folder
 
 

@@ -60,7 +60,7 @@ def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: py
     assert (took.steps, trainer.micro_batches) == (10, 1)
     assert took.seconds == 10 * 7 + 3 * (64 + 10) * 2
     assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
-    epochs = 10 * 8 / len(trainer.train)
+    epochs = 10 * 8 / len(trainer.train_examples)
     assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in shown.messages[0]
 
 
@@ -78,11 +78,11 @@ def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, mon
     judged = Trainer.forward_backward
 
     def forward_backward(self: Trainer, batch: Batch) -> float:
-        tried.append(batch.tokens)
+        tried.append(batch.num_tokens)
         return judged(self, batch)
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
-    trainer.train = sorted(trainer.train, key=lambda example: sum(len(text.text) for text in example.texts))
+    trainer.train_examples = sorted(trainer.train_examples, key=lambda example: sum(len(text.text) for text in example.texts))
     fit_and_forecast(trainer, NullProgress())
     assert tried[0] == tried[1] > tried[2]
 
@@ -91,7 +91,7 @@ def test_a_training_of_few_steps_tries_one(trainer: Trainer, monkeypatch: pytest
     steps: list[int] = []
 
     def forward_backward(self: Trainer, batch: Batch) -> float:
-        steps.append(batch.tokens)
+        steps.append(batch.num_tokens)
         return 1.0
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
@@ -119,7 +119,7 @@ def test_trying_a_step_changes_nothing(trainer: Trainer) -> None:
     fit_and_forecast(trainer, NullProgress())
     assert all(torch.equal(weights, before[name]) for name, weights in trainer.checkpoint.captioner.state_dict().items())
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
-    assert (trainer.norms, trainer.rank, trainer.processes) == ([], 0, 1)
+    assert (trainer.gradient_norms, trainer.rank, trainer.processes) == ([], 0, 1)
 
 
 def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
@@ -127,7 +127,7 @@ def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
     tried: list[list[int]] = []
 
     def forward_backward(self: Trainer, batch: Batch) -> float:
-        tried.append([len(loaded) for loaded, *_ in batch.parts])
+        tried.append([len(loaded) for loaded, *_ in batch.micro_batches])
         if max(tried[-1]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 1.0

@@ -27,9 +27,9 @@ def captioner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("models")
     if request.param == "scratch":
         return Captioner.from_pretrained(save_captioner(root / "c"), device="cpu")
-    decoder, words = load_decoder(save_language_model(root / "lm", request.param))
-    fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": words.eos_id, "max_caption_tokens": 6}
-    return Captioner(Checkpoint(build_captioner(load_encoder(save_clip(root / "clip")), decoder, **fields).eval(), words))
+    decoder, tokenizer = load_decoder(save_language_model(root / "lm", request.param))
+    fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": tokenizer.eos_id, "max_caption_tokens": 6}
+    return Captioner(Checkpoint(build_captioner(load_encoder(save_clip(root / "clip")), decoder, **fields).eval(), tokenizer))
 
 
 def test_each_word_has_its_shares_of_the_image(captioner: Captioner) -> None:
@@ -52,7 +52,7 @@ def test_a_word_has_the_attention_with_which_it_was_chosen(captioner: Captioner)
     with torch.inference_mode():
         memory = model.connector(model.encoder(captioner.prepare(photo(3))[None]))  # type: ignore[index]
         shares = model.decoder.attention_to_image(torch.tensor([[*prompt, *written]]), memory)
-    _, _, last = spans(captioner.checkpoint.words, written)[0]
+    _, _, last = spans(captioner.checkpoint.tokenizer, written)[0]
     expected = shares[len(prompt) - 1 : len(prompt) - 1 + last].mean(0)[1:].view(PATCHES, PATCHES)
     np.testing.assert_allclose(seen.words[0].shares, expected.numpy(), rtol=1e-4)
 
@@ -100,19 +100,19 @@ def test_the_picture_has_a_tile_for_each_word() -> None:
 
 
 def test_words_are_made_of_their_tokens(captioner: Captioner) -> None:
-    words = captioner.checkpoint.words
-    ids = words.tokenizer.encode(" A dog, two dogs.", add_special_tokens=False).ids
-    parts = spans(words, ids)
+    tokenizer = captioner.checkpoint.tokenizer
+    ids = tokenizer.backend.encode(" A dog, two dogs.", add_special_tokens=False).ids
+    parts = spans(tokenizer, ids)
     assert [word for word, *_ in parts] == ["A", "dog,", "two", "dogs."]
     assert [first for _, first, _ in parts][1:] == [last for *_, last in parts][:-1]
     assert (parts[0][1], parts[-1][2]) == (0, len(ids))
-    assert spans(words, []) == []
+    assert spans(tokenizer, []) == []
 
 
 def test_a_character_of_several_tokens_stays_whole(captioner: Captioner) -> None:
-    words = captioner.checkpoint.words
-    ids = words.tokenizer.encode(" Ein schöner Käse 🧀 da", add_special_tokens=False).ids
-    parts = spans(words, ids)
+    tokenizer = captioner.checkpoint.tokenizer
+    ids = tokenizer.backend.encode(" Ein schöner Käse 🧀 da", add_special_tokens=False).ids
+    parts = spans(tokenizer, ids)
     assert [word for word, *_ in parts] == ["Ein", "schöner", "Käse", "🧀", "da"]
     assert [first for _, first, _ in parts][1:] == [last for *_, last in parts][:-1]
 

@@ -1,7 +1,7 @@
 """Questions for things that are in an image, and for as many that are not."""
 
 from pipeline.text.objects import is_kind_of, named_things
-from trainer.probing import ABSENT_KINDS, MAX_PROBES, Probe, Probing, make_probes
+from trainer.probing import ABSENT_KINDS, MAX_PROBES, PopeEvaluation, Probe, make_probes
 
 REFERENCES = [
     ["A dog sits on a couch.", "A puppy lies on a sofa beside a lamp."],
@@ -35,7 +35,7 @@ def test_popular_things_are_the_frequent_ones_and_adversarial_ones_go_along() ->
 
 def test_scores_are_of_yes_and_an_answer_of_another_kind_is_wrong() -> None:
     probes = [Probe("x", f"Is there a {word} in the image?", word in "ab", ("random",)) for word in "abcd"]
-    probing = Probing({"x": probes}, "any", dict(zip(probes, ["Yes.", "no", "yes, there is", "maybe"], strict=True)))
+    probing = PopeEvaluation({"x": probes}, "any", dict(zip(probes, ["Yes.", "no", "yes, there is", "maybe"], strict=True)))
     scores = probing.scores()["random"]
     assert scores == {"count": 4, "accuracy": 0.25, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes": 0.5}
     assert probing.scores()["popular"]["count"] == 0

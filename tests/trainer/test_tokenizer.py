@@ -17,67 +17,67 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def words() -> CaptionTokenizer:
+def tokenizer() -> CaptionTokenizer:
     return train_tokenizer(TEXTS, 400)
 
 
-def batch_of(words: CaptionTokenizer, texts: list[list[TargetText]], max_tokens: int) -> TextBatch:
-    return collate([[words.encode(text, max_tokens) for text in of_image] for of_image in texts])
+def batch_of(tokenizer: CaptionTokenizer, texts: list[list[TargetText]], max_tokens: int) -> TextBatch:
+    return collate([[tokenizer.encode(text, max_tokens) for text in of_image] for of_image in texts])
 
 
-def test_a_prompt_names_whose_words_are_wanted_and_what_for(words: CaptionTokenizer) -> None:
-    token = words.tokenizer.token_to_id
-    assert words.prompt(TEXTS[0]) == [token("<synthetic>"), token("<brief>")]
-    assert words.prompt(TEXTS[1]) == [token("<human>"), token("<brief>")]
-    prompt = words.prompt(TEXTS[2])
+def test_a_prompt_names_whose_words_are_wanted_and_what_for(tokenizer: CaptionTokenizer) -> None:
+    token = tokenizer.backend.token_to_id
+    assert tokenizer.prompt(TEXTS[0]) == [token("<synthetic>"), token("<brief>")]
+    assert tokenizer.prompt(TEXTS[1]) == [token("<human>"), token("<brief>")]
+    prompt = tokenizer.prompt(TEXTS[2])
     assert (prompt[0], prompt[-1]) == (token("<synthetic>"), token("<answer>"))
-    assert words.decode(prompt[1:-1]) == "Is there a red circle?"
+    assert tokenizer.decode(prompt[1:-1]) == "Is there a red circle?"
 
 
-def test_a_target_survives_its_tokens_and_ends_with_eos(words: CaptionTokenizer) -> None:
-    ids = words.target(TargetText("human", 'A "red" <eos> Kreis é.', style="brief"))
+def test_a_target_survives_its_tokens_and_ends_with_eos(tokenizer: CaptionTokenizer) -> None:
+    ids = tokenizer.target(TargetText("human", 'A "red" <eos> Kreis é.', style="brief"))
     assert ids[-1] == EOS_ID
     assert EOS_ID not in ids[:-1]
-    assert words.decode(ids[:-1]) == 'A "red" <eos> Kreis é.'
+    assert tokenizer.decode(ids[:-1]) == 'A "red" <eos> Kreis é.'
 
 
-def test_only_targets_are_learned_and_texts_know_their_image(words: CaptionTokenizer) -> None:
-    batch = batch_of(words, [[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
+def test_only_targets_are_learned_and_texts_know_their_image(tokenizer: CaptionTokenizer) -> None:
+    batch = batch_of(tokenizer, [[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
     assert batch.image_of_C.tolist() == [0, 0, 2]
     for c, text in enumerate((TEXTS[0], TEXTS[2], TEXTS[1])):
         learned = batch.ids_CT[c, 1:][batch.learned_CT[c]].tolist()
-        assert learned == words.target(text)
+        assert learned == tokenizer.target(text)
     ends = batch.length_C.tolist()
     assert all(batch.ids_CT[c, end:].eq(PAD_ID).all() for c, end in enumerate(ends))
 
 
-def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(words: CaptionTokenizer) -> None:
-    batch = batch_of(words, [[TEXTS[0]]], max_tokens=3)
+def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(tokenizer: CaptionTokenizer) -> None:
+    batch = batch_of(tokenizer, [[TEXTS[0]]], max_tokens=3)
     learned = batch.ids_CT[0, 1:][batch.learned_CT[0]].tolist()
-    assert learned == words.target(TEXTS[0])[:3]
+    assert learned == tokenizer.target(TEXTS[0])[:3]
     assert EOS_ID not in learned
 
 
-def test_a_batch_moves_as_a_whole(words: CaptionTokenizer) -> None:
-    moved = batch_of(words, [TEXTS], max_tokens=9).to(torch.device("meta"))
+def test_a_batch_moves_as_a_whole(tokenizer: CaptionTokenizer) -> None:
+    moved = batch_of(tokenizer, [TEXTS], max_tokens=9).to(torch.device("meta"))
     assert {moved.image_of_C.device.type, moved.ids_CT.device.type, moved.caption_C.device.type} == {"meta"}
 
 
-def test_answers_are_no_captions_and_some_can_be_taken(words: CaptionTokenizer) -> None:
-    batch = batch_of(words, [TEXTS], max_tokens=64)
+def test_answers_are_no_captions_and_some_can_be_taken(tokenizer: CaptionTokenizer) -> None:
+    batch = batch_of(tokenizer, [TEXTS], max_tokens=64)
     assert batch.caption_C.tolist() == [True, True, False]
     captions = batch.only(batch.caption_C)
     assert captions.length_C.tolist() == batch.length_C.tolist()[:2]
 
 
-def test_targets_that_lose_their_end_are_counted(words: CaptionTokenizer) -> None:
-    lengths = [len(words.target(text)) for text in TEXTS]
+def test_targets_that_lose_their_end_are_counted(tokenizer: CaptionTokenizer) -> None:
+    lengths = [len(tokenizer.target(text)) for text in TEXTS]
     for most in range(1, max(lengths) + 1):
-        assert words.count_cut(TEXTS, most) == sum(length > most for length in lengths)
+        assert tokenizer.count_cut(TEXTS, most) == sum(length > most for length in lengths)
 
 
 def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_path: Path) -> None:
-    _, words = load_decoder(save_language_model(tmp_path, "qwen3"))
-    ids = words.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
-    assert (ids.count(words.eos_id), ids[-1]) == (1, words.eos_id)
-    assert words.decode(ids[:-1]) == "A sign that says <end> and <pad>."
+    _, tokenizer = load_decoder(save_language_model(tmp_path, "qwen3"))
+    ids = tokenizer.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
+    assert (ids.count(tokenizer.eos_id), ids[-1]) == (1, tokenizer.eos_id)
+    assert tokenizer.decode(ids[:-1]) == "A sign that says <end> and <pad>."

@@ -291,7 +291,7 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
     config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
     checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
-    texts = collate([[checkpoint.words.encode(text, 64) for text in example.texts] for example in examples])
+    texts = collate([[checkpoint.tokenizer.encode(text, 64) for text in example.texts] for example in examples])
     states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
     with torch.inference_mode():
         learned = checkpoint.captioner.contrast_loss(states, texts).item()
@@ -704,9 +704,9 @@ def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) ->
     order = [[0, 1], [5, 2], [7]]
     ahead = list(trained.load_ahead([[(index, 0) for index in indices] for indices in order]))
     for indices, batch in zip(order, ahead, strict=True):
-        (own,) = trained.load([examples[index] for index in indices]).parts
-        assert torch.equal(batch.parts[0][0], own[0])
-        assert torch.equal(batch.parts[0][1].ids_CT, own[1].ids_CT)
-        assert (batch.images, batch.tokens) == (len(indices), int(own[1].learned_CT.sum()))
+        (own,) = trained.load([examples[index] for index in indices]).micro_batches
+        assert torch.equal(batch.micro_batches[0][0], own[0])
+        assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
+        assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
     with pytest.raises(IndexError):
         list(trained.load_ahead([[(0, 0)], [(9999, 0)]]))

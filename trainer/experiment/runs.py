@@ -22,7 +22,7 @@ from pipeline.storage.files import write_json
 from trainer.config import TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images
 from trainer.experiment.grid import FACTORS, Cell, Experiment
-from trainer.train import read_examples, train
+from trainer.train import read_split_examples, train
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")
@@ -91,7 +91,7 @@ def plan(
 def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
     """Return the examples of a split without their pixels. Raises TrainError that names the kind of data."""
     try:
-        return [replace(example, image=b"") for example in read_examples(version, split, config)]
+        return [replace(example, image=b"") for example in read_split_examples(version, split, config)]
     except SynthError as error:
         raise TrainError(f"data {name}: {error}", hint="see `data` and `settings.styles` of the experiment file") from None
 

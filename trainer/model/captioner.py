@@ -90,7 +90,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         return loss
 
     @torch.inference_mode()
-    def generate(self, states_BNV: Tensor, prompt_BT: Tensor, search: DecodingConfig) -> list[list[int]]:
+    def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image after its prompt (all of one length), until EOS or `max_caption_tokens`.
 
         Returns token ids without the prompt and without EOS. Stops as soon as every text has ended.
@@ -98,7 +98,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         device = next(self.connector.parameters()).device  # cached features are on the CPU
         states_BNV, prompt_BT = states_BNV.to(device), prompt_BT.to(device)
         config, memory_BND = self.config, self.connector(states_BNV)
-        return self.decoder.generate(memory_BND, prompt_BT, search, config.max_caption_tokens, config.eos_id)
+        return self.decoder.generate(memory_BND, prompt_BT, decoding, config.max_caption_tokens, config.eos_id)
 
 
 def prefix_connector(V: int, D: int) -> nn.Sequential:

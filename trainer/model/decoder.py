@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, write
+from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, decode
 from trainer.model.dropout import Dropout
 from trainer.model.packing import pack, visible
 from trainer.model.token_loss import token_loss
@@ -105,13 +105,13 @@ class ScratchDecoder(nn.Module):
         return list(self.blocks)
 
     def generate(
-        self, memory_BND: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+        self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image; see CaptionerModel.generate."""
         step, cache = self._next_scores(memory_BND)
-        if search.beams > 1:
-            return beam_search(step, cache.reorder, cache.keep_images, prompt_BT, search, max_tokens, eos_id)
-        return write(step, cache.keep, prompt_BT, search, max_tokens, eos_id)
+        if decoding.num_beams > 1:
+            return beam_search(step, cache.reorder, cache.keep_images, prompt_BT, decoding, max_tokens, eos_id)
+        return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def _next_scores(self, memory_BND: Tensor) -> tuple[Step, Cache]:
         """Return a function from new tokens to the logits of the next, and the cache that it keeps."""
@@ -127,8 +127,8 @@ class ScratchDecoder(nn.Module):
     ) -> list[tuple[float, list[int]]]:
         """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
         step, cache = self._next_scores(memory_1ND)
-        search = DecodingConfig(beams=beams)
-        return beam_texts(step, cache.reorder, cache.keep_images, prompt_1T, search, max_tokens, eos_id)[0]
+        decoding = DecodingConfig(num_beams=beams)
+        return beam_texts(step, cache.reorder, cache.keep_images, prompt_1T, decoding, max_tokens, eos_id)[0]
 
     def attention_to_image(self, ids_1T: Tensor, memory_1ND: Tensor) -> Tensor:
         """Return the share of each state of the image in what each token attends to, a mean over blocks and heads: (T, N)."""

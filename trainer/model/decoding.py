@@ -11,13 +11,18 @@ from torch import Tensor
 class DecodingConfig:
     """One beam at temperature 0 is greedy. `top_p` limits sampling to the likeliest tokens with this total probability."""
 
-    beams: int = 1
+    num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beams < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or (self.beams > 1 and self.temperature > 0):
-            raise ValueError(f"cannot search so: {self}")
+        if (
+            self.num_beams < 1
+            or self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or (self.num_beams > 1 and self.temperature > 0)
+        ):
+            raise ValueError(f"cannot decode so: {self}")
 
 
 GREEDY = DecodingConfig()
@@ -27,13 +32,15 @@ Reorder = Callable[[Tensor], None]  # for each row, the index of the row that it
 Keep = Callable[[Tensor], None]  # the indices of the rows, or groups of beams, that go on
 
 
-def write(step: Step, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int) -> list[list[int]]:
+def decode(
+    step: Step, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
+) -> list[list[int]]:
     """Decode greedily or by sampling; return ids without EOS. Rows that have ended are left out, a few at a time."""
     written: list[list[int]] = [[] for _ in prompt_BT]
     rows, new_RT = list(range(len(written))), prompt_BT  # the row of the prompt that each computed row goes on with
     ended = [False] * len(rows)
     for _ in range(max_tokens):
-        next_R = choose(step(new_RT), search)
+        next_R = sample_token(step(new_RT), decoding)
         for index, token in enumerate(next_R.tolist()):
             ended[index] |= token == eos_id
             if not ended[index]:
@@ -50,21 +57,21 @@ def write(step: Step, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max
     return written
 
 
-def choose(scores_BV: Tensor, search: DecodingConfig) -> Tensor:
+def sample_token(scores_BV: Tensor, decoding: DecodingConfig) -> Tensor:
     """Return one token per row: the likeliest, or a top-p sample (Holtzman et al., 2020)."""
-    if search.temperature == 0:
+    if decoding.temperature == 0:
         return scores_BV.argmax(-1)
-    sorted_BV, order_BV = (scores_BV.float() / search.temperature).softmax(-1).sort(descending=True)
+    sorted_BV, order_BV = (scores_BV.float() / decoding.temperature).softmax(-1).sort(descending=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all likelier tokens
-    drawn_B1 = sorted_BV.masked_fill(before_BV >= search.top_p, 0.0).multinomial(1)
+    drawn_B1 = sorted_BV.masked_fill(before_BV >= decoding.top_p, 0.0).multinomial(1)
     return order_BV.gather(1, drawn_B1)[:, 0]
 
 
 def beam_search(
-    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability."""
-    finished = beam_texts(step, reorder, keep, prompt_BT, search, max_tokens, eos_id)
+    finished = beam_texts(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
     return [texts[0][1] if texts else [] for texts in finished]
 
 
@@ -78,14 +85,14 @@ class _Finished:
 
 
 def beam_texts(
-    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
 ) -> list[list[tuple[float, list[int]]]]:
     """Return the finished texts of each row with their mean log-probabilities, best first, until none can be better.
 
     `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first, and after it
     `keep` with the groups that go on, where some do not. Besides what `step` does, the device is waited for once a step.
     """
-    K, device = search.beams, prompt_BT.device
+    K, device = decoding.num_beams, prompt_BT.device
     rows = list(range(len(prompt_BT)))  # of the prompt, that are still searched
     total_BK = torch.full((len(rows), K), -torch.inf, device=device)
     total_BK[:, 0] = 0.0  # all beams are the same at first: only one of them counts

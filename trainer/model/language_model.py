@@ -160,11 +160,13 @@ class PretrainedDecoder(nn.Module):
         return texts.last_token(output.last_hidden_state)
 
     def generate(
-        self, prefix_BPD: Tensor, prompt_BT: Tensor, search: DecodingConfig, max_tokens: int, eos_id: int
+        self, prefix_BPD: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
     ) -> list[list[int]]:
         """Generate one text per image; see CaptionerModel.generate."""
-        sampling = {"temperature": search.temperature, "top_p": search.top_p, "top_k": 0} if search.temperature > 0 else {}
-        options = {"num_beams": search.beams, "do_sample": search.temperature > 0, **sampling}
+        sampling = (
+            {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature > 0 else {}
+        )
+        options = {"num_beams": decoding.num_beams, "do_sample": decoding.temperature > 0, **sampling}
         return _without_eos(self._generate(prefix_BPD, prompt_BT, max_tokens, eos_id, **options), eos_id)
 
     def alternatives(
@@ -213,15 +215,17 @@ def _without_eos(ids_BT: Tensor, eos_id: int) -> list[list[int]]:
     return [row[: row.index(eos_id)] if eos_id in row else row for row in ids_BT.tolist()]
 
 
-def new_decoder(words: CaptionTokenizer, *, width: int, depth: int, heads: int) -> tuple[PretrainedDecoder, CaptionTokenizer]:
+def new_decoder(
+    tokenizer: CaptionTokenizer, *, width: int, depth: int, heads: int
+) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     """Return a language model of Qwen3's kind with random weights, for the tokens of a tokenizer that was trained here."""
     sizes: dict[str, Any] = {
         "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "head_dim": width // heads,
         "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True,
-        "vocab_size": words.tokenizer.get_vocab_size(), "eos_token_id": words.eos_id,
+        "vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id,
     }  # fmt: skip
     config = Qwen3Config(**sizes)
-    tokenizer = CaptionTokenizer(words.tokenizer, "pretrained", words.eos_id)
+    tokenizer = CaptionTokenizer(tokenizer.backend, "pretrained", tokenizer.eos_id)
     return PretrainedDecoder(settings_of(config), Qwen3ForCausalLM(config)), tokenizer
 
 

@@ -231,7 +231,7 @@ def _start(loaded: Checkpoint) -> dict[str, int]:
     if not any(style for _, style in prompts):
         return {}
     source, style = scored_prompt(prompts)
-    prompt = loaded.words.prompt(TargetText(source, "", style=style))
+    prompt = loaded.tokenizer.prompt(TargetText(source, "", style=style))
     if len(prompt) != 2:
         return {}
     longest = loaded.captioner.config.max_caption_tokens + 1  # the second token of the prompt is counted

@@ -14,20 +14,20 @@ FILL_S, POLL_S = 0.1, 0.002  # for which a batch waits for jobs that are being p
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class GenerationRequest:
     """One text to write: a prepared image (3, H, W), the tokens of its prompt, and how to write it."""
 
     pixels_CHW: Tensor
     prompt: Sequence[int]
-    search: DecodingConfig
+    decoding: DecodingConfig
 
     @property
     def group(self) -> tuple[int, DecodingConfig]:
         """Jobs of one group may be written at once."""
-        return len(self.prompt), self.search
+        return len(self.prompt), self.decoding
 
 
-Write = Callable[[list[Job]], list[list[int]]]
+Write = Callable[[list[GenerationRequest]], list[list[int]]]
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Batcher:
     thread: ThreadPoolExecutor  # of one worker, the only one that runs the model
     coming: int = 0  # jobs whose images are being prepared
     batches: int = 0  # so far
-    _waiting: deque[tuple[Job, asyncio.Future[list[int]]]] = field(default_factory=deque)
+    _waiting: deque[tuple[GenerationRequest, asyncio.Future[list[int]]]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -47,7 +47,7 @@ class Batcher:
         """The number of jobs that wait."""
         return len(self._waiting)
 
-    async def submit(self, job: Job) -> list[int]:
+    async def submit(self, job: GenerationRequest) -> list[int]:
         """Return the tokens of the text of a job. Raises what `write` raises."""
         done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, done))
@@ -79,9 +79,9 @@ class Batcher:
                     if not done.done():
                         done.set_result(text)
 
-    def _next_batch(self) -> list[tuple[Job, asyncio.Future[list[int]]]]:
-        batch: list[tuple[Job, asyncio.Future[list[int]]]] = []
-        others: deque[tuple[Job, asyncio.Future[list[int]]]] = deque()
+    def _next_batch(self) -> list[tuple[GenerationRequest, asyncio.Future[list[int]]]]:
+        batch: list[tuple[GenerationRequest, asyncio.Future[list[int]]]] = []
+        others: deque[tuple[GenerationRequest, asyncio.Future[list[int]]]] = deque()
         while self._waiting and len(batch) < self.batch_size:
             job, done = self._waiting.popleft()
             if done.done():  # whoever asked has gone

@@ -30,7 +30,7 @@ from pipeline.errors import ImageError, TrainError
 from trainer.captioning import READERS, Captioner
 from trainer.look import look
 from trainer.model.decoding import DecodingConfig
-from trainer.serving.batching import Batcher, Job
+from trainer.serving.batching import Batcher, GenerationRequest
 from trainer.serving.protocol import (
     MAX_QUESTION_CHARACTERS,
     RefusedError,
@@ -182,11 +182,13 @@ class CaptionServer:
                 raise RefusedError("this captioner has not learned to answer questions")
             prompt = self._prompt(asked.style, asked.question)
             beams = 1 if asked.temperature else self.num_beams
-            job = Job(await self._pixels(asked.image), prompt, DecodingConfig(beams, asked.temperature, asked.top_p))
+            job = GenerationRequest(
+                await self._pixels(asked.image), prompt, DecodingConfig(beams, asked.temperature, asked.top_p)
+            )
             ids = await self.batcher.submit(job)
             kept = ids[: asked.max_tokens]
             is_cut = len(kept) < len(ids) or len(ids) == self.captioner.checkpoint.captioner.config.max_caption_tokens
-            text, has_stopped = until(asked, self.captioner.checkpoint.words.decode(kept))
+            text, has_stopped = until(asked, self.captioner.checkpoint.tokenizer.decode(kept))
             is_cut = is_cut and not has_stopped
             tokens = (len(prompt), len(kept))
             self.texts += 1
@@ -267,10 +269,10 @@ class CaptionServer:
             raise RefusedError(f"the image cannot be read: {pixels_CHW}")
         return pixels_CHW
 
-    def _write(self, jobs: list[Job]) -> list[list[int]]:
+    def _write(self, jobs: list[GenerationRequest]) -> list[list[int]]:
         """Write the texts of jobs of one group."""
         pixels_BCHW = torch.stack([job.pixels_CHW for job in jobs])
-        return self.captioner.write(pixels_BCHW, [job.prompt for job in jobs], jobs[0].search)
+        return self.captioner.write(pixels_BCHW, [job.prompt for job in jobs], jobs[0].decoding)
 
 
 def is_loopback(host: str) -> bool:

@@ -145,7 +145,7 @@ def _finish(
 def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progress: Progress) -> tuple[RequestStats, ShardedRun]:
     """Read the source and fill every shard; return request counts, and the run with the folders of its shards."""
     for old in (run.root / "exchange").glob("*"):
-        if old != run.exchange:
+        if old != run.shuffle_root:
             remove(old)
     worker = ShardWorker(run, stages)
     if not all(read_fill_result(run, index, worker.last_stage) for index in range(run.shard_count)):

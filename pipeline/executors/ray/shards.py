@@ -25,7 +25,7 @@ from pipeline.storage.object_store import is_remote
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
-MAX_DEATHS = 3  # of workers at one shard, before it is abandoned
+MAX_DEATHS = 3  # of workers at one shard; it is abandoned after one more
 HEX_DIGITS = 8  # first digits of an id, which decide its shard
 _KNOWN_FILES = set[str]()  # digests of named files that this process has checked
 
@@ -95,13 +95,13 @@ class ShardedRun:
         return f"{first:0{HEX_DIGITS}x}", f"{end:0{HEX_DIGITS}x}" if index + 1 < self.shard_count else "g"
 
     @property
-    def exchange(self) -> Path:
+    def shuffle_root(self) -> Path:
         """The folder of the shuffle's files."""
         return self.root / "exchange" / self.inputs[:16]
 
     def shuffle(self, name: str) -> Shuffle:
         """Return the files that carry rows from all readers to all shards."""
-        return Shuffle(self.exchange / name, self.shard_count)
+        return Shuffle(self.shuffle_root / name, self.shard_count)
 
     @property
     def attempts(self) -> Path:
@@ -170,12 +170,12 @@ def run_exclusively(
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):
         grown = growth(shard)
         record = read_json(attempts) if attempts.exists() else {"tried": 0, "got_on": grown}
-        tried = record["tried"] if record["got_on"] == grown else 0
-        if tried > MAX_DEATHS:
+        deaths = record["tried"] if record["got_on"] == grown else 0
+        if deaths > MAX_DEATHS:
             raise ClusterError(
-                f"{attempts.stem} has ended {tried} workers", hint="was memory short? the same command goes on with the rest"
+                f"{attempts.stem} has ended {deaths} workers", hint="was memory short? the same command goes on with the rest"
             )
-        write_json(attempts, {"tried": tried + 1, "got_on": grown})
+        write_json(attempts, {"tried": deaths + 1, "got_on": grown})
         result = work()
         attempts.unlink(missing_ok=True)
         return result

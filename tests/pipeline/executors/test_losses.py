@@ -9,7 +9,7 @@ from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult
-from pipeline.executors.losses import describe_losses, describe_run, describe_unanswered
+from pipeline.executors.losses import describe_losses, describe_unanswered, describe_warnings
 from pipeline.run import STAGES, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 
@@ -24,7 +24,7 @@ def run(folder: Path, script: Script) -> tuple[RunResult, Config]:
 
 def test_captions_of_which_none_is_left_are_told_with_the_reason(tmp_path: Path) -> None:
     result, config = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
-    told = describe_run(STAGES, result.version, result.funnel, config)
+    told = describe_warnings(STAGES, result.version, result.funnel, config)
     assert any("none of the captions is left: validate rejected 24 for refusal" in text for text in told), told
     assert not any("questions" in text for text in told)
 
@@ -33,7 +33,7 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIRST_BACKOFF_SECONDS", "LONGEST_BACKOFF_SECONDS"):
-        monkeypatch.setattr(f"pipeline.inference.client.{name}", 0.01)
+        monkeypatch.setattr(f"pipeline.inference.retry.{name}", 0.01)
     answered: set[str] = set()
 
     def script(times: int, body: dict[str, object]) -> Act | None:
@@ -43,7 +43,7 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
         return Act(status=413) if len(answered) > 20 else None
 
     result, config = run(tmp_path, script)
-    told = [text for text in describe_run(STAGES, result.version, result.funnel, config) if "server" in text]
+    told = [text for text in describe_warnings(STAGES, result.version, result.funnel, config) if "server" in text]
     assert any(text.startswith("12 requests got nothing but errors") and "scripted 500" in text for text in told), told
     assert any("refused by the server" in text and "scripted 413" in text for text in told), told
 

@@ -10,7 +10,7 @@ from pipeline.config import Config, resolve
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.inference.transformers_engine import groups
+from pipeline.inference.transformers_engine import batch_requests
 from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
 from tests.scene_data import requests_to_send
 
@@ -47,7 +47,7 @@ class Scripted:
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
         while taken := work.take():
-            for requests in groups(taken, 3):
+            for requests in batch_requests(taken, 3):
                 work.sending(requests)
                 if len(self.batches) == self.die_after:
                     raise KeyboardInterrupt
@@ -171,7 +171,7 @@ def test_another_prompt_or_task_is_asked_and_the_rest_is_not(tmp_path: Path) -> 
 def test_a_group_holds_one_prompt_and_no_more_than_asked() -> None:
     config = resolve(source="scenes")
     requests = requests_to_send(batch(IDS), config, "r")
-    batches = list(groups(requests, 4))
+    batches = list(batch_requests(requests, 4))
     assert [len(group) for group in batches] == [4, 2] * 3
     assert all(len({request.text for request in group}) == 1 for group in batches)
     assert sorted(r.id for group in batches for r in group) == sorted(r.id for r in requests)

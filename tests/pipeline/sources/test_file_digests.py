@@ -20,7 +20,7 @@ from pipeline.preview import preview_run
 from pipeline.progress import NullProgress
 from pipeline.run import generate_dataset
 from pipeline.sources import file_digests
-from pipeline.sources.file_digests import FileDigests, digest_of_file, using
+from pipeline.sources.file_digests import FileDigests, digest_of_file, use_file_digests
 from tests.chat.server import ChatServer, running_chat
 from tests.pipeline.images.test_decode import encoded
 from tests.pipeline.images.test_similarity import photo
@@ -43,7 +43,7 @@ class Folder:
         """Return the digest of each file, with the digests of an earlier call."""
         self.opened.clear()
         known = FileDigests.read(saved, NullProgress())
-        with using(known):
+        with use_file_digests(known):
             found = {path.name: digest_of_file(path, partial(self._open, path)) for path in sorted(self.path.iterdir())}
         known.save(saved)
         return found
@@ -140,7 +140,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
 def test_digests_are_held_no_longer_than_a_source_is_opened(folder: Folder, tmp_path: Path) -> None:
     folder.digests(tmp_path / "saved")
     known = FileDigests.read(tmp_path / "saved", NullProgress())
-    with using(known):
+    with use_file_digests(known):
         digest_of_file(folder.path / "a", (folder.path / "a").open("rb").__enter__)
     known.save(tmp_path / "saved")
     assert (known.known, known.used) == ({}, {})
@@ -170,7 +170,7 @@ def test_it_is_shown_how_many_files_were_looked_at(folder: Folder) -> None:
         def __call__(self, stage: str, done: int, total: int | None, metrics: object = None) -> None:
             shown.append(done)
 
-    with using(FileDigests(progress=Counting())):
+    with use_file_digests(FileDigests(progress=Counting())):
         for path in folder.path.iterdir():
             digest_of_file(path, path.open("rb").__enter__)
     assert shown == [1, 2, 3]

@@ -20,7 +20,7 @@ from trainer.data import count_words, limit_captions, limit_images
 from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, run_cells
-from trainer.train import read_examples
+from trainer.train import read_split_examples
 
 SAMPLES = scene_samples(60)
 SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
@@ -51,7 +51,7 @@ def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) 
 
 
 def images_of(run: Run, split: str) -> list[str]:
-    return [example.sample_id for example in read_examples(run.version, split, run.config, run.only)]
+    return [example.sample_id for example in read_split_examples(run.version, split, run.config, run.only)]
 
 
 def test_all_kinds_of_data_have_the_same_images(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_all_kinds_of_data_have_about_as_many_words(versions: dict[str, Version]
 
 def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
-        examples = limit_images(read_examples(run.version, "train", run.config, run.only), run.config.train_images)
+        examples = limit_images(read_split_examples(run.version, "train", run.config, run.only), run.config.train_images)
         learned = limit_captions(examples, run.config.caption_word_budget)
         assert len(learned) == run.train_images
         assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_words

@@ -33,8 +33,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if kind != "scratch":
             if not (root / kind).exists():
                 save_language_model(root / kind, kind)
-            decoder, words = load_decoder(str(root / kind))
-            eos = words.eos_id
+            decoder, tokenizer = load_decoder(str(root / kind))
+            eos = tokenizer.eos_id
         options: dict[str, Any] = {
             "contrast_width": 8,
             "prompts": [("synthetic", "brief")],
@@ -148,7 +148,7 @@ def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Buil
 def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     prompt = torch.tensor([[2, 3]] * 2)
-    greedy, beams = (captioner.generate(states, prompt, search) for search in (GREEDY, DecodingConfig(beams=3)))
+    greedy, beams = (captioner.generate(states, prompt, decoding) for decoding in (GREEDY, DecodingConfig(num_beams=3)))
 
     def mean_nll(row: int, ids: list[int]) -> float:
         whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.model.decoding import DecodingConfig, beam_search, choose, write
+from trainer.model.decoding import DecodingConfig, beam_search, decode, sample_token
 
 EOS, WORDS = 0, 4
 PROMPT = torch.zeros(1, 1, dtype=torch.long)
@@ -39,7 +39,7 @@ TRAP = [[0.01, 0.5, 0.45, 0.04], [0.1, 0.3, 0.3, 0.3], [0.97, 0.01, 0.01, 0.01],
 
 def test_greedy_takes_the_likeliest_word_and_stops_at_eos() -> None:
     chain = Chain([[0.1, 0.1, 0.8, 0.0], [0.7, 0.1, 0.1, 0.1], [0.1, 0.8, 0.05, 0.05], [0.25] * 4])
-    assert write(chain.step, all_go_on, PROMPT, DecodingConfig(), 9, EOS) == [[2, 1]]
+    assert decode(chain.step, all_go_on, PROMPT, DecodingConfig(), 9, EOS) == [[2, 1]]
     assert chain.calls == 3
 
 
@@ -59,22 +59,22 @@ def test_rows_that_have_ended_are_no_longer_computed() -> None:
         kept.append(rows.tolist())
         lengths = lengths[rows]
 
-    assert write(step, keep, PROMPT.expand(5, 1), DecodingConfig(), 9, EOS) == [[1] * 4, [], [1] * 2, [1], [1] * 3]
+    assert decode(step, keep, PROMPT.expand(5, 1), DecodingConfig(), 9, EOS) == [[1] * 4, [], [1] * 2, [1], [1] * 3]
     assert computed == [5, 5, 3, 2, 1]  # one of five is not worth it
     assert kept == [[0, 2, 4], [0, 2], [0]]
 
 
 def test_a_text_without_end_is_cut_at_the_longest() -> None:
     chain = Chain([[0.0, 1.0, 0.0, 0.0]] * WORDS)
-    assert write(chain.step, all_go_on, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
-    assert beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(beams=2), 5, EOS) == [[1] * 5]
+    assert decode(chain.step, all_go_on, PROMPT, DecodingConfig(), 5, EOS) == [[1] * 5]
+    assert beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(num_beams=2), 5, EOS) == [[1] * 5]
 
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int) -> None:
     chain = Chain(TRAP)
-    (greedy,) = write(chain.step, all_go_on, PROMPT, DecodingConfig(), 4, EOS)
-    (best,) = beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(beams=beams), 4, EOS)
+    (greedy,) = decode(chain.step, all_go_on, PROMPT, DecodingConfig(), 4, EOS)
+    (best,) = beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, DecodingConfig(num_beams=beams), 4, EOS)
     candidates = [list(text) for n in range(1, 4) for text in itertools.product(range(1, WORDS), repeat=n)]
     assert best == [2] == max(candidates, key=chain.mean_log)
     assert greedy[0] == 1
@@ -92,7 +92,7 @@ def test_beams_go_on_from_where_they_came() -> None:
     def reorder(rows: Tensor) -> None:
         history.append([list(history[-1][row]) for row in rows.tolist()])
 
-    beam_search(step, reorder, all_go_on, PROMPT, DecodingConfig(beams=2), 3, EOS)
+    beam_search(step, reorder, all_go_on, PROMPT, DecodingConfig(num_beams=2), 3, EOS)
     assert all(len(row) == len(history[-1][0]) for row in history[-1])
     assert len({tuple(row) for row in history[-1]}) == 2
 
@@ -125,7 +125,7 @@ def test_beams_of_a_batch_find_what_each_row_finds_alone_and_rows_that_are_over_
             chains = chains[groups]
 
         prompt = torch.zeros(len(rows), 1, dtype=torch.long)
-        return beam_search(step, reorder, keep, prompt, DecodingConfig(beams=beams), longest, EOS), computed
+        return beam_search(step, reorder, keep, prompt, DecodingConfig(num_beams=beams), longest, EOS), computed
 
     together, computed = search(list(range(count)))
     assert together == [search([row])[0][0] for row in range(count)]
@@ -136,13 +136,13 @@ def test_beams_of_a_batch_find_what_each_row_finds_alone_and_rows_that_are_over_
 def test_sampling_keeps_to_the_words_that_hold_the_probability() -> None:
     torch.manual_seed(0)
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
-    counts = torch.bincount(choose(scores, DecodingConfig(temperature=1.0, top_p=0.7)), minlength=4) / 4000
+    counts = torch.bincount(sample_token(scores, DecodingConfig(temperature=1.0, top_p=0.7)), minlength=4) / 4000
     assert counts[2:].tolist() == [0.0, 0.0]
     assert counts[0].item() == pytest.approx(0.5 / 0.8, abs=0.03)
 
 
-@pytest.mark.parametrize("bad", [{"beams": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"beams": 2, "temperature": 1.0}])
+@pytest.mark.parametrize("bad", [{"num_beams": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"num_beams": 2, "temperature": 1.0}])
 def test_what_cannot_be_searched_is_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="cannot search so"):
+    with pytest.raises(ValueError, match="cannot decode so"):
         DecodingConfig(**bad)  # type: ignore[arg-type]
     assert math.isfinite(DecodingConfig().top_p)

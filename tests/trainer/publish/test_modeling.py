@@ -102,22 +102,22 @@ def save_captioner(name: str, root: Path) -> Path:
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
         ]
-        words = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
-        decoder = DecoderConfig(vocab_size=words.tokenizer.get_vocab_size(), width=32, depth=2, heads=4)
+        tokenizer = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
+        decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=2, heads=4)
         encoder = load_encoder(save_vit(root / "vit"))
         if name == "prefix":
-            decoder, words = new_decoder(words, width=32, depth=2, heads=4)
+            decoder, tokenizer = new_decoder(tokenizer, width=32, depth=2, heads=4)
     else:
-        decoder, words = load_decoder(save_language_model(root / "lm", name))
+        decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
         is_pooled = name == "llama"
         chosen: dict[str, Any] = {"layer": (-1, -2), "states": "2x2"} if is_pooled else {"layer": -2}
         encoder = load_encoder(save_clip(root / "clip"), **chosen)
     captioner = build_captioner(
-        encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=12, contrast_width=8, data={}
+        encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, max_caption_tokens=12, contrast_width=8, data={}
     )
     strengthen(captioner, 8)
     (root / "checkpoint").mkdir()
-    Checkpoint(captioner, words).save(root / "checkpoint")
+    Checkpoint(captioner, tokenizer).save(root / "checkpoint")
     return root / "checkpoint"
 
 
@@ -134,8 +134,8 @@ def ours(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int 
     encoder = loaded.captioner.encoder
     with torch.inference_mode():
         states = encoder(encoder.pixels([prepare_image(path.read_bytes()) for path in photos]))
-    ids = torch.tensor(loaded.words.prompt(prompt)).expand(len(photos), -1)
-    return loaded.captioner.generate(states, ids, DecodingConfig(beams=beams))
+    ids = torch.tensor(loaded.tokenizer.prompt(prompt)).expand(len(photos), -1)
+    return loaded.captioner.generate(states, ids, DecodingConfig(num_beams=beams))
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_a_published_captioner_writes_the_same_tokens_without_this_package(
     asked = [TargetText("synthetic", "", question=question) for question in QUESTIONS]
     assert written["questions"] == [ours(loaded, photos[:8], question) for question in asked]
     assert written["padded"] == [ours(loaded, [path], one)[0] for path, one in zip(photos, asked, strict=False)]
-    texts = [loaded.words.decode(ids) for ids in ours(loaded, photos[:3], brief)]
+    texts = [loaded.tokenizer.decode(ids) for ids in ours(loaded, photos[:3], brief)]
     assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
-    assert written["answer"].strip() == loaded.words.decode(ours(loaded, photos[:1], asked[0])[0])
+    assert written["answer"].strip() == loaded.tokenizer.decode(ours(loaded, photos[:1], asked[0])[0])
     assert written["sampled"] == 2
 
 

@@ -166,7 +166,7 @@ def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], di
         with torch.inference_mode():
             images = [prepare_image(path.read_bytes()) for path in photos[:count]]
             states = loaded.captioner.encoder(loaded.captioner.encoder.pixels(images))
-        return loaded.captioner.generate(states, torch.tensor(loaded.words.prompt(prompt)).expand(count, -1), GREEDY)
+        return loaded.captioner.generate(states, torch.tensor(loaded.tokenizer.prompt(prompt)).expand(count, -1), GREEDY)
 
     source = "human" if ("human", "brief") in [tuple(prompt) for prompt in loaded.captioner.config.prompts] else "synthetic"
     assert found["heavy"] == []
@@ -174,7 +174,7 @@ def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], di
     assert len({tuple(row) for row in found["tokens"]}) >= different
     assert found["detailed"] == ours("detailed", 8)
     assert found["answers"] == ours("", 8, QUESTION)
-    assert found["texts"] == [loaded.words.decode(ids) for ids in ours("brief", 3, source=source)]
+    assert found["texts"] == [loaded.tokenizer.decode(ids) for ids in ours("brief", 3, source=source)]
 
 
 def test_the_tokens_of_100_images_are_those_of_pytorch_and_torch_is_not_needed(
@@ -260,13 +260,13 @@ def test_the_merged_steps_share_their_weights(exported: Path) -> None:
     assert weights("decoder_model_merged_quantized.onnx") < 1.1 * weights("decoder_model_quantized.onnx")
 
 
-def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, words: CaptionTokenizer) -> Path:
+def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: CaptionTokenizer) -> Path:
     """Save a captioner whose images are a prefix of a language model with random weights."""
     encoder = load_encoder(save_vit(root / "vit"))
-    captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=words.eos_id, max_caption_tokens=8, data={})
+    captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, max_caption_tokens=8, data={})
     strengthen(captioner, 8)
     (root / "c").mkdir()
-    Checkpoint(captioner, words).save(root / "c")
+    Checkpoint(captioner, tokenizer).save(root / "c")
     return root / "c"
 
 
@@ -281,11 +281,11 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
         ]
-        words = train_tokenizer([*texts, TargetText("synthetic", "two", question=QUESTION)], 400)
-        decoder, words = new_decoder(words, width=32, depth=2, heads=4)
+        tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question=QUESTION)], 400)
+        decoder, tokenizer = new_decoder(tokenizer, width=32, depth=2, heads=4)
     else:
-        decoder, words = load_decoder(save_language_model(tmp_path / "lm", name))
-    checkpoint = save_prefix_captioner(tmp_path, decoder, words)
+        decoder, tokenizer = load_decoder(save_language_model(tmp_path / "lm", name))
+    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
     files = export_onnx(checkpoint, tmp_path / "out", NullProgress(), int8=name == "qwen3")
     assert ("onnx/decoder_model.onnx.data" in files) == (name == "qwen3")
     found = run_exported(tmp_path / "out", photos[:40], int8="onnx/encoder_model_quantized.onnx" in files)
@@ -303,8 +303,8 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
 def test_a_language_model_is_exported_or_refused_with_one_error(family: str, photos: list[Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], "vocab_size": 258})
-    _, words = load_decoder(save_language_model(tmp_path / "lm", "llama"))
-    checkpoint = save_prefix_captioner(tmp_path, decoder, words)
+    _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
+    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
     if family in REFUSED:
         with pytest.raises(TrainError, match="is not exported"):
             export_onnx(checkpoint, tmp_path / "out", NullProgress())

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.serving.batching import Batcher, Job
+from trainer.serving.batching import Batcher, GenerationRequest
 
 THREAD = ThreadPoolExecutor(1)
 
 
-def job(number: int, length: int = 2, search: DecodingConfig = GREEDY) -> Job:
-    return Job(torch.full((3, 2, 2), float(number)), [number] * length, search)
+def job(number: int, length: int = 2, decoding: DecodingConfig = GREEDY) -> GenerationRequest:
+    return GenerationRequest(torch.full((3, 2, 2), float(number)), [number] * length, decoding)
 
 
 def run(steps: Coroutine[Any, Any, None]) -> None:
@@ -24,14 +24,14 @@ def run(steps: Coroutine[Any, Any, None]) -> None:
 def test_what_waits_and_fits_together_is_written_at_once() -> None:
     batches: list[list[int]] = []
 
-    def write(jobs: list[Job]) -> list[list[int]]:
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
         batches.append([one.prompt[0] for one in jobs])
         return [[one.prompt[0]] for one in jobs]
 
     async def steps() -> None:
         batcher = Batcher(write, batch_size=3, thread=THREAD)
-        beams = DecodingConfig(beams=2)
-        kinds = [job(0), job(1, 3), job(2), job(3), job(4, search=beams), job(5), job(6, 3)]
+        beams = DecodingConfig(num_beams=2)
+        kinds = [job(0), job(1, 3), job(2), job(3), job(4, decoding=beams), job(5), job(6, 3)]
         waiting = [asyncio.create_task(batcher.submit(one)) for one in kinds]
         await asyncio.sleep(0)
         assert batcher.waiting == 7
@@ -44,7 +44,7 @@ def test_what_waits_and_fits_together_is_written_at_once() -> None:
 
 
 def test_a_batch_that_fails_fails_alone() -> None:
-    def write(jobs: list[Job]) -> list[list[int]]:
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
         if jobs[0].prompt[0] == 1:
             raise RuntimeError("no memory")
         return [[9] for _ in jobs]
@@ -62,7 +62,7 @@ def test_a_batch_that_fails_fails_alone() -> None:
 def test_who_has_left_is_not_written_for() -> None:
     written: list[int] = []
 
-    def write(jobs: list[Job]) -> list[list[int]]:
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
         written.extend(one.prompt[0] for one in jobs)
         return [[] for _ in jobs]
 
@@ -83,7 +83,7 @@ def test_who_has_left_is_not_written_for() -> None:
 def test_a_batch_waits_for_jobs_whose_images_are_being_prepared() -> None:
     batches: list[int] = []
 
-    def write(jobs: list[Job]) -> list[list[int]]:
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
         batches.append(len(jobs))
         return [[] for _ in jobs]
 

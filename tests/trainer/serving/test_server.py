@@ -266,26 +266,26 @@ def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("asked", "search"),
+    ("asked", "decoding"),
     [
-        ({}, DecodingConfig(beams=3)),
+        ({}, DecodingConfig(num_beams=3)),
         ({"temperature": 0.7, "top_p": 0.5}, DecodingConfig(temperature=0.7, top_p=0.5)),
-        ({"temperature": 1e-40}, DecodingConfig(beams=3)),
+        ({"temperature": 1e-40}, DecodingConfig(num_beams=3)),
     ],
 )
 def test_texts_are_written_as_asked(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], search: DecodingConfig
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], decoding: DecodingConfig
 ) -> None:
-    searches: list[DecodingConfig] = []
+    seen: list[DecodingConfig] = []
 
-    def note(_: Captioner, pixels_BCHW: Any, prompts: Any, search: DecodingConfig) -> list[list[int]]:
-        searches.append(search)
+    def note(_: Captioner, pixels_BCHW: Any, prompts: Any, decoding: DecodingConfig) -> list[list[int]]:
+        seen.append(decoding)
         return [[5] for _ in prompts]
 
     monkeypatch.setattr(Captioner, "write", note)
     with running(CaptionServer(captioner, NAME, num_beams=3)) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), **asked)))[0] == 200
-    assert searches == [search]
+    assert seen == [decoding]
 
 
 def test_a_schema_with_one_answer_gets_it_also_about_an_image(url: str) -> None:
