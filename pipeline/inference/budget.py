@@ -116,7 +116,10 @@ class CircuitBreaker:
             return
         reasons = ", ".join(f"{count} {flaw.replace('_', ' ')}" for flaw, count in flaws.most_common(3))
         sample = " ".join(self._last.split())[:SHOWN_CHARACTERS]
+        hint = "`synth preview` shows what it says; check --model and the prompts. --max-failures 1 goes on regardless"
+        if sum(flaws[reason] for reason in UNANSWERED) > flaws.total() / 2:
+            hint = "no model said that: look at the server, then run the same command, which asks for these again"
         raise EngineError(
             f"{flaws.total()} of the last {WINDOW_REPLIES} replies cannot be used ({reasons}); the last one: {sample!r}",
-            hint="`synth preview` shows what it says; check --model and the prompts. --max-failures 1 goes on regardless",
+            hint=hint,
         )

@@ -8,6 +8,7 @@ Servers differ in what they take (`Dialect`). All of it is sent at first; what a
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -133,8 +134,8 @@ def _tokens(usage: Any, name: str) -> int:
     return count if type(count) is int and 0 <= count <= MAX_COUNTED_TOKENS else 0  # True is an int, too
 
 
-def error_message(answer: bytes) -> str:
-    """Return the message in the body of an error, on one line of at most 500 characters."""
+def error_message(answer: bytes, secrets: Sequence[str] = ()) -> str:
+    """Return the message in the body of an error, on one line of at most 500 characters, without what must not be told."""
     try:
         value = parse_json(answer)
         value = value[0] if isinstance(value, list) and value else value  # as Gemini wraps it
@@ -142,7 +143,10 @@ def error_message(answer: bytes) -> str:
         message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.decode(errors="replace")
-    return " ".join(str(message).split())[:500] or "no message"
+    told = str(message)
+    for secret in secrets:
+        told = told.replace(secret, "[key]")
+    return " ".join(told.split())[:500] or "no message"
 
 
 def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -> bytes:

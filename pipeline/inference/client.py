@@ -9,10 +9,9 @@ import contextlib
 import errno
 import logging
 import os
-import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from pipeline.inference import chat_api
 from pipeline.inference.bodies import read_body
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
 from pipeline.inference.endpoints import (
-    BUSY_STATUSES,
     CONNECTION_ERRORS,
     REFUSED_STATUSES,
     BusyTime,
@@ -42,10 +40,10 @@ from pipeline.inference.endpoints import (
     not_served,
     raise_for_access,
     request_headers,
-    retry_seconds,
 )
-from pipeline.inference.probing import FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS, MAX_FAULTS, learn_dialect
+from pipeline.inference.probing import learn_dialect
 from pipeline.inference.request_images import RequestImages
+from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, RetryState, stated_wait
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress
@@ -55,7 +53,9 @@ GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replie
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
-MAX_CRASHES = 2
+FINISH_SECONDS = 60.0  # after an error that ends the run, for requests in flight, which are paid for
+LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
+MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
@@ -74,7 +74,8 @@ class InFlight:
     resting: int = 0  # running tasks that wait before a retry; they take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None
+    error: BaseException | None = None  # ends the run; nothing more is sent
+    ends_at: float | None = None  # when requests in flight are no longer waited for, since there is an error
 
 
 class Client:
@@ -203,7 +204,8 @@ class Client:
         for endpoint in self._endpoints:
             try:
                 lengths.append(await self._check_server(endpoint))
-            except ServerFaultError:
+            except ServerFaultError as fault:
+                endpoint.fault = str(fault)
                 endpoint.is_up.clear()
         if not lengths:
             raise no_server(self._endpoints)
@@ -240,7 +242,9 @@ class Client:
         """Keep requests in flight until a group of replies is complete; return it, or an empty list when all is done."""
         loop = asyncio.get_running_loop()
         self._fill(in_flight)
-        while len(in_flight.replies) < self._group_size() and in_flight.running and not in_flight.error:
+        while len(in_flight.replies) < self._group_size() and in_flight.running:
+            if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
+                break
             in_flight.wake.clear()
             timer = loop.call_later(GROUP_SECONDS, in_flight.wake.set)
             await in_flight.wake.wait()
@@ -290,18 +294,19 @@ class Client:
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
             in_flight.error = in_flight.error or error
-        if len(in_flight.replies) >= self._group_size() or not in_flight.running or in_flight.error:
+            in_flight.ends_at = in_flight.ends_at or asyncio.get_running_loop().time() + FINISH_SECONDS
+        if len(in_flight.replies) >= self._group_size() or not in_flight.running:
             in_flight.wake.set()
 
     # --- one request
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
-        faults = busy = deaths = 0
-        busy_until: float | None = None  # from the first refusal on
+        failures = RetryState(self._config.server.request_timeout_s)
         while True:
-            # A request in flight during two server crashes is retried alone, and abandoned after a third.
-            async with self._suspects if deaths >= MAX_CRASHES else contextlib.nullcontext():
+            if in_flight.error:
+                raise in_flight.error
+            async with self._suspects if failures.is_suspect else contextlib.nullcontext():
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
@@ -317,34 +322,33 @@ class Client:
                     self._retire(endpoint, refusal)
                     continue
                 except ServerBusyError as complaint:
-                    busy_until = busy_until or time.monotonic() + self._config.server.request_timeout_s
-                    if time.monotonic() > busy_until:
+                    pause = failures.after_busy(complaint.args[0])
+                    if pause is None:
                         return request.reply("the server is too busy", SERVER_ERROR)
-                    self._concurrency.slow_down()
-                    self._keep_images()
-                    busy += 1
-                    pause = min(FIRST_BACKOFF_SECONDS * 2 ** min(busy, 6), LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
-                    if stated := complaint.args[0]:
-                        pause = min(stated, self._config.server.request_timeout_s) * random.uniform(1.0, 1.2)
+                    self._slow_down(endpoint, pause)
                 except ServerFaultError as fault:
                     if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
                         self._mark_down(endpoint)
-                        deaths += 1
-                        if deaths > MAX_CRASHES:
+                        if failures.after_death():
                             return request.reply(f"the server died each time: {fault}", SERVER_ERROR)
                         continue
-                    faults += 1
-                    if faults == MAX_FAULTS:
+                    pause = failures.after_fault()
+                    if pause is None:
                         return request.reply(str(fault), SERVER_ERROR)
                     log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
-                    # Another request's error may have closed the connection: retry at once on a new one.
-                    pause = 0.0 if faults == 1 else min(FIRST_BACKOFF_SECONDS * 2 ** (faults - 2), LONGEST_BACKOFF_SECONDS)
-                    pause *= random.uniform(0.5, 1.5)
                 finally:
                     endpoint.outstanding -= 1
             self._retried += 1
             if pause:
                 await self._rest(pause, in_flight)
+
+    def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
+        """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
+        self._concurrency.slow_down()
+        self._keep_images()
+        if pause_s >= LONG_WAIT_SECONDS and not endpoint.has_asked_for_long:
+            endpoint.has_asked_for_long = True
+            self._progress.warn(f"{endpoint.url} asks to wait for {pause_s:,.0f} s before a request is sent again")
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         try:
@@ -370,27 +374,41 @@ class Client:
                 log.warning("no more files can be opened for connections: %s", error)
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
-        raise_for_access(answer, endpoint, text)
-        if answer.status in BUSY_STATUSES:
-            self._busy.start(answer.status, text)
-            raise ServerBusyError(retry_seconds(answer.headers.get("Retry-After", "")))
+        tolerated = self._statuses_of_one_request(endpoint)
+        raise_for_access(answer, endpoint, text, tolerated)
+        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
+        message = endpoint.error_message(text) if answer.status >= 400 else ""
+        # A gateway speaks for a server that is away: if that is dead, the request waits for it, without a limit of its own.
+        if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
+            self._busy.start(answer.status, message)
+            raise ServerBusyError(stated_wait(answer.headers))
         self._busy.end()
         if answer.status >= 500:
-            raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
+            raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status in REFUSED_STATUSES:
-            self._adapt(endpoint, dialect, chat_api.error_message(text))
+            self._adapt(endpoint, dialect, message)
         if answer.status >= 400:
-            return self._refuse(request, endpoint, chat_api.error_message(text), in_flight)
+            self._count_refusal(endpoint, message, in_flight)
+            return request.reply(message, REFUSED_BY_SERVER)
         try:
             reply = chat_api.read_reply(request, text)
         except chat_api.BadAnswerError as bad:
-            self._refuse(request, endpoint, str(bad), in_flight)
+            self._count_refusal(endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
         endpoint.answered += 1
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
+
+    def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
+        """Return the statuses that a server may answer for the image of one request: not before others, nor to all of them.
+
+        Where there is another server, one that is not found is left out, and its request goes there.
+        """
+        if not endpoint.answered or endpoint.denied >= MAX_DENIED:
+            return ()
+        return (403,) if len(self._endpoints) > 1 else (403, 404)
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""
@@ -411,13 +429,12 @@ class Client:
         if endpoint.dialect != dialect:
             raise OtherDialectError
 
-    def _refuse(self, request: Request, endpoint: Endpoint, message: str, in_flight: InFlight) -> Reply:
-        """Return the reply of a server that gives none. Raises EngineError if it has refused all requests so far."""
+    def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a request that a server does not answer. Raises EngineError if it has answered none so far."""
         endpoint.refused += 1
         is_useless = endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered
         if is_useless and (len(self._endpoints) > 1 or not in_flight.work.answered()):
             raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
-        return request.reply(message, REFUSED_BY_SERVER)
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
         in_flight.resting += 1

@@ -7,10 +7,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,11 +30,12 @@ from pipeline.text.escape import without_passwords
 KEY = "SYNTH_API_KEY"  # environment variables
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
 OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
-BUSY_STATUSES = (429, 503)
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 REFUSED_STATUSES = (400, 422)  # for something in the request
 BUSY_WARNING_SECONDS = 30.0
 MODELS_SECONDS = 30.0
+USUAL_HEADERS = frozenset({"Content-Type", "Accept-Encoding"})  # of every request; others hold keys
+LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
 PAYMENT_REQUIRED = 402
@@ -70,10 +69,10 @@ class BusyTime:
     message: str = ""  # what the last one said
     _warned: float = 0.0
 
-    def start(self, status: int, answer: bytes) -> None:
-        """Note that a server is busy."""
+    def start(self, status: int, message: str) -> None:
+        """Note that a server is busy, and what it said."""
         self.since, self.status = self.since or time.monotonic(), status
-        self.message = chat_api.error_message(answer)[:MAX_SHOWN_CHARACTERS]
+        self.message = message[:MAX_SHOWN_CHARACTERS]
 
     def end(self) -> None:
         """Note that a server has answered."""
@@ -112,6 +111,9 @@ class Endpoint:
     outstanding: int = 0
     answered: int = 0
     refused: int = 0
+    denied: int = 0  # answers in a row that say 403 or 404, after others that did not
+    has_asked_for_long: bool = False  # to wait for LONG_WAIT_SECONDS, of which the user was told
+    fault: str = ""  # why it did not answer when the run began
     waiting: float = 0
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
@@ -119,6 +121,16 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self.proxy = proxy_for(self.url)
+
+    @property
+    def secrets(self) -> list[str]:
+        """The keys in its headers, which a server may repeat in a message: those are printed, logged and kept."""
+        values = [value for name, value in self.headers.items() if name not in USUAL_HEADERS]
+        return [part for value in values for part in (value, value.rpartition(" ")[2]) if len(part) >= LEAST_KEY_CHARACTERS]
+
+    def error_message(self, answer: bytes) -> str:
+        """Return the message in the body of an error, on one line, without our keys."""
+        return chat_api.error_message(answer, self.secrets)
 
     async def is_healthy(self) -> bool:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
@@ -257,7 +269,8 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
         for endpoint in endpoints:
             try:
                 models = await list_models(session, endpoint)
-            except ServerFaultError:
+            except ServerFaultError as fault:
+                endpoint.fault = str(fault)
                 continue
             if models is None:
                 if wanted is None:
@@ -289,7 +302,7 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
         raise_for_access(answer, endpoint, text)
         if answer.status == 200:
             return _models_in(text)
-        raise ServerFaultError(f"{answer.status}: {chat_api.error_message(text)}")
+        raise ServerFaultError(f"{answer.status}: {endpoint.error_message(text)}")
     except CONNECTION_ERRORS as error:
         raise ServerFaultError(one_line(error)) from None
 
@@ -325,28 +338,32 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
 
 
-def raise_for_access(response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes) -> None:
+def raise_for_access(
+    response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
+) -> None:
     """Raise EngineError for answers that every request would get.
 
     The key is refused or has no credit left, the address does not exist, or it sends requests on to another one, which would
-    get the images.
+    get the images. `tolerated`: statuses that here may be about the image of one request.
     """
     status = response.status
     if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
         hint = "add credit there, then run the same command: it goes on where it stopped"
-        raise EngineError(f"{endpoint.url} has no credit left for this key: {chat_api.error_message(answer)}", hint=hint)
+        raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
         location = response.headers.get("Location", "")[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
+    if status in tolerated:
+        return
     if status in (401, 403):
-        wants = "wants another key" if "Authorization" in endpoint.headers else "wants a key, and none is set"
+        wants = "wants another key" if endpoint.headers.keys() - USUAL_HEADERS else "wants a key, and none is set"
         raise EngineError(
-            f"{endpoint.url} {wants}: {chat_api.error_message(answer)}",
+            f"{endpoint.url} {wants}: {endpoint.error_message(answer)}",
             hint=f"put it into the environment: {endpoint.key_name}=...",
         )
     if status == 404:
-        raise EngineError(f"{endpoint.url}: {chat_api.error_message(answer)}", hint="check --base-url and --model")
+        raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")
 
 
 def proxy_for(url: str) -> str | None:
@@ -369,24 +386,16 @@ def proxy_for(url: str) -> str | None:
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
-def retry_seconds(header: str) -> float | None:
-    """Return the seconds that a Retry-After header asks for, in seconds or as a date; None if it says neither."""
-    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header):
-        return float(header)
-    try:
-        at = parsedate_to_datetime(header)
-        return max(0.0, (at - datetime.now(at.tzinfo)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error that no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
     hint = "start it (`synth serve`), then run the same command again"
     if proxy := next((endpoint.proxy for endpoint in endpoints if endpoint.proxy), None):
         urls, hint = f"{urls} through the proxy {without_passwords(proxy)}", "name hosts that need no proxy in NO_PROXY"
-    return EngineError(f"no server answers at {urls}", hint=hint)
+    faults = dict.fromkeys(endpoint.fault.replace(" ssl:default", "") for endpoint in endpoints if endpoint.fault)
+    if any("[SSL" in fault for fault in faults):
+        hint = "check http:// or https://; name your own certificates in SSL_CERT_FILE"
+    return EngineError(f"no server answers at {urls}{': ' if faults else ''}{'; '.join(faults)}", hint=hint)
 
 
 def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:

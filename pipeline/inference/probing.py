@@ -10,18 +10,14 @@ from pipeline.errors import EngineError
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
 from pipeline.inference.endpoints import (
-    BUSY_STATUSES,
     CONNECTION_ERRORS,
     REFUSED_STATUSES,
     BusyTime,
     Endpoint,
     raise_for_access,
 )
+from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
 from pipeline.progress import Progress
-
-MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 30.0
 
 
 async def learn_dialect(
@@ -52,7 +48,7 @@ async def learn_dialect(
         is_enforcing = endpoint.dialect.format == "json_schema"
         if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):
             break
-        message = chat_api.error_message(answer) if status != 200 else ""
+        message = endpoint.error_message(answer) if status != 200 else ""
         better = endpoint.dialect.after_refusal(message) if status in REFUSED_STATUSES else None
         if better is None and message and not re.search("response_format|schema|json_object", message):
             raise EngineError(f"{endpoint.url} refuses the first request: {message}", hint="check --base-url and --model")
@@ -97,11 +93,11 @@ async def _probe(
             ) as answer:
                 text = await read_body(answer, MAX_BODY_BYTES)
                 raise_for_access(answer, endpoint, text)
-                if answer.status not in BUSY_STATUSES:
+                if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
                     busy.end()
                     return answer.status, text
             refusals += 1
-            busy.start(answer.status, text)
+            busy.start(answer.status, endpoint.error_message(text))
             if warning := busy.warning(endpoint.url):
                 progress.warn(warning)
             if loop.time() > busy_until:
@@ -111,4 +107,4 @@ async def _probe(
             faults += 1
             if faults == MAX_FAULTS:
                 raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
-        await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (faults + min(refusals, 3)), LONGEST_BACKOFF_SECONDS))
+        await asyncio.sleep(backoff_seconds(faults + min(refusals, 3)))

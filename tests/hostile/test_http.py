@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, concurrency, endpoints, probing
+from pipeline.inference import client, concurrency, endpoints, retry
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
@@ -25,9 +25,8 @@ JOURNAL_BYTES = 2_000_000
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (client, probing):
-        monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.01)
-        monkeypatch.setattr(module, "LONGEST_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.05)
     for module in (client, concurrency, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(endpoints, "MODELS_SECONDS", 2.0)

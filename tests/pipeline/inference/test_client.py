@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, concurrency, endpoints
+from pipeline.inference import client, concurrency, endpoints, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import find_model
@@ -34,8 +35,8 @@ ASKED = len(SAMPLES) * 3
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(client, "LONGEST_BACKOFF_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.1)
     for module in (client, concurrency, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
@@ -55,6 +56,31 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
     assert stored >= counts.total
     assert len(table["request_id"].unique()) == counts.total
     return counts, Counter(table["reply_error"].to_pylist())
+
+
+class ToldProgress(NullProgress):
+    """Keeps what a user is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.told.append(text)
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+
+def ask(chat: ChatServer, journal_path: Path, progress: ToldProgress, **settings: Any) -> str:
+    """Send requests for the samples; return the error that ends the run, or nothing."""
+    config = resolve(source="scenes", base_url=[chat.url], model="model", server=settings)
+    with Journal(journal_path) as journal, Client("model", "r", config, progress=progress) as engine:
+        try:
+            for _ in ask_about(iter([batch_of(SAMPLES)]), config, "r", lambda: engine, journal, RequestStats()):
+                pass
+        except EngineError as error:
+            return str(error)
+    return ""
 
 
 def once(act: Act, task: str = "Task: qa") -> Script:
@@ -91,6 +117,10 @@ def test_a_message_is_system_text_then_image_then_task(tmp_path: Path) -> None:
         Act(status=500, close=True),
         Act(status=500),
         Act(status=503),
+        Act(status=408),
+        Act(status=425),
+        Act(status=502),
+        Act(status=529, headers={"Retry-After": "0"}),
         Act(status=503, headers={"Retry-After": "0"}),
         Act(status=429),
         Act(cut=True),
@@ -287,6 +317,69 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
         assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
+@pytest.mark.parametrize("status", [502, 504, 522, 529])
+def test_a_gateway_whose_server_is_away_for_a_while_costs_no_request(tmp_path: Path, status: int) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: Act(status=status) if 5 < len(chat.bodies) < 80 else None
+        counts, errors = run(tmp_path / "j", chat.url, server={"concurrency": 4})
+    assert errors == {None: ASKED} and counts.attempts == {1: ASKED}
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_server_that_denies_one_request_is_asked_the_others(tmp_path: Path, status: int) -> None:
+    denied = SAMPLES[-1].id
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: Act(status=status) if uuid_of(body) == denied else None
+        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 1})
+        assert errors == {None: ASKED - 3, "refused_by_server": 3}
+        chat.script = lambda times, body: Act(status=status) if len(chat.bodies) > ASKED + 5 else None
+        with pytest.raises(EngineError, match=f"scripted {status}"):  # to all, from then on
+            run(tmp_path / "k", chat.url, samples=scene_samples(20), server={"concurrency": 1})
+        assert len(chat.bodies) <= ASKED + 6 + client.MAX_DENIED
+
+
+def test_requests_in_flight_are_kept_when_a_run_ends_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: Act(status=401) if len(chat.bodies) == 20 else Act(seconds=0.3)
+        with pytest.raises(EngineError, match="scripted 401"):
+            run(path, chat.url, samples=scene_samples(20), server={"concurrency": 16})
+        asked = len(chat.bodies)
+    with Journal(path) as journal:
+        assert journal.totals()["replies"] == asked - 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 429, 500])
+def test_a_key_that_a_server_repeats_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("SYNTH_API_KEY", key)
+    progress = ToldProgress()
+
+    def refuse(times: int, body: dict[str, Any]) -> Act | None:
+        echo = json.dumps({"error": {"message": f"bad header Authorization: Bearer {key} in it"}}).encode()
+        return Act(status=status, raw=echo) if len(chat.bodies) > 5 and (status != 429 or times == 0) else None
+
+    with running_chat(ChatServer(refuse)) as chat, caplog.at_level(logging.DEBUG):
+        told = ask(chat, tmp_path / "j", progress, concurrency=2, max_failure_frac=1.0)
+    kept = (tmp_path / "j").read_bytes() + b"".join(path.read_bytes() for path in tmp_path.glob("j-*"))
+    assert key.encode() not in kept
+    assert key not in told + caplog.text + " ".join(progress.told)
+    if status in (400, 500):
+        assert b"Authorization: [key] in it" in kept
+
+
+def test_a_server_that_asks_to_wait_for_long_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LONG_WAIT_SECONDS", 0.05)
+    progress = ToldProgress()
+    with running_chat(ChatServer(once(Act(status=429, headers={"retry-after-ms": "100"})))) as chat:
+        assert not ask(chat, tmp_path / "j", progress)
+    assert [told for told in progress.told if "asks to wait for 0 s" in told] == [
+        f"{chat.url} asks to wait for 0 s before a request is sent again"
+    ]
+
+
 def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = ChatServer()
     chat.key = "sesame-7"
@@ -301,7 +394,10 @@ def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest
 def test_an_unreachable_server_is_an_error_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no server answers") as caught:
         run(tmp_path / "j", "http://127.0.0.1:9/v1")
-    assert "synth serve" in caught.value.hint
+    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
+    with running_chat(ChatServer()) as chat, pytest.raises(EngineError, match=r"no server answers at https.*\[SSL") as caught:
+        run(tmp_path / "j", chat.url.replace("http:", "https:"))
+    assert "SSL_CERT_FILE" in caught.value.hint
 
 
 def test_work_goes_to_the_server_with_the_least_to_do_and_an_image_stays_where_it_is(tmp_path: Path) -> None:

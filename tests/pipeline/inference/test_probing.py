@@ -12,9 +12,9 @@ from aiohttp import web
 
 from pipeline.config import resolve
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference import client, endpoints, judge, probing
+from pipeline.inference import client, endpoints, judge, retry
 from pipeline.inference.client import Client
-from pipeline.inference.endpoints import find_model, named_endpoints, retry_seconds
+from pipeline.inference.endpoints import find_model, named_endpoints
 from pipeline.inference.journal import Journal
 from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
@@ -37,8 +37,7 @@ EVERYTHING = {"repetition_detection", "temperature", "top_p", "max_tokens", "res
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (client, probing):
-        monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
     yield
 
@@ -276,14 +275,6 @@ def test_what_a_file_says_of_servers_that_are_not_used_now_is_passed_over(tmp_pa
     assert resolve(file).endpoint("http://b:1/v1/").weight == 3
     config = resolve(file, base_url=["http://a:1/v1"])
     assert [*config.server.endpoints] == ["http://a:1"] and config.endpoint("http://a:1/v1").weight == 2
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("7", 7.0), ("1.5", 1.5), ("", None), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("-3", None)],
-)
-def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
-    assert retry_seconds(header) == seconds
 
 
 def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

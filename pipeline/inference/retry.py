@@ -1,0 +1,102 @@
+"""When a request is sent again: which answers ask to wait, for how long, and after how many failures it is given up."""
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from time import monotonic
+
+BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
+GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
+MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
+MAX_DEATHS = 2  # of servers at one request, after which it is sent alone, and abandoned at the next
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+_DURATION = re.compile(
+    r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m(?!s))?(?:([0-9]{1,6}(?:\.[0-9]{1,9})?)s)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)ms)?"
+)
+_RATE_LIMITS = ("requests", "tokens")
+
+
+def backoff_seconds(failures: int) -> float:
+    """Return how long to wait after so many failures in a row: twice as long each time, up to LONGEST_BACKOFF_SECONDS."""
+    return min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 8), LONGEST_BACKOFF_SECONDS)
+
+
+@dataclass(slots=True)
+class RetryState:
+    """How one request has failed so far."""
+
+    patience_s: float  # from the first answer that asks to wait
+    faults: int = 0  # of healthy servers
+    deaths: int = 0  # of servers that it was sent to
+    busy: int = 0
+    _busy_until: float | None = field(default=None)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the request may be what its servers die of: it is sent alone then."""
+        return self.deaths >= MAX_DEATHS
+
+    def after_busy(self, stated_s: float | None) -> float | None:
+        """Return the seconds to wait after an answer that asks for it, by its own word if it has one; None to give up."""
+        self._busy_until = self._busy_until or monotonic() + self.patience_s
+        if monotonic() > self._busy_until:
+            return None
+        self.busy += 1
+        if stated_s:
+            return min(stated_s, self.patience_s) * random.uniform(1.0, 1.2)
+        return backoff_seconds(self.busy) * random.uniform(0.5, 1.5)
+
+    def after_fault(self) -> float | None:
+        """Return the seconds to wait after a failure of a healthy server; None to give up."""
+        self.faults += 1
+        if self.faults == MAX_FAULTS:
+            return None
+        # Another request's error may have closed the connection: the first retry goes out at once, on a new one.
+        return 0.0 if self.faults == 1 else backoff_seconds(self.faults - 2) * random.uniform(0.5, 1.5)
+
+    def after_death(self) -> bool:
+        """Count a server that died with the request in flight; return whether to give up."""
+        self.deaths += 1
+        return self.deaths > MAX_DEATHS
+
+
+def stated_wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an answer asks to wait for; None if it does not say.
+
+    They are in Retry-After (seconds, or a date), retry-after-ms, or, where a rate limit has nothing left, in the time until it
+    is full again, as OpenAI and others write it: 6m0s, 20ms.
+    """
+    if _SECONDS.fullmatch(of_ms := headers.get("retry-after-ms", "")):
+        return float(of_ms) / 1000
+    if (stated := retry_seconds(headers.get("Retry-After", ""))) is not None:
+        return stated
+    spent = [kind for kind in _RATE_LIMITS if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]
+    waits = [_seconds_of(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in spent]
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def retry_seconds(header: str) -> float | None:
+    """Return the seconds that a Retry-After header asks for, in seconds or as a date; None if it says neither."""
+    if _SECONDS.fullmatch(header):
+        return float(header)
+    try:
+        at = parsedate_to_datetime(header)
+        return max(0.0, (at - datetime.now(at.tzinfo)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _seconds_of(duration: str) -> float | None:
+    """Return the seconds of a duration such as 1m30s or 20ms, or of plain seconds; None for anything else."""
+    if _SECONDS.fullmatch(duration):
+        return float(duration)
+    match = _DURATION.fullmatch(duration) if duration else None
+    if not match:
+        return None
+    hours, minutes, seconds, ms = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds + ms / 1000

@@ -1,0 +1,69 @@
+"""Retries: how long to wait, by the word of a server or without it, and when a request is given up."""
+
+import pytest
+
+from pipeline.inference import retry
+from pipeline.inference.retry import (
+    LONGEST_BACKOFF_SECONDS,
+    MAX_DEATHS,
+    MAX_FAULTS,
+    RetryState,
+    backoff_seconds,
+    retry_seconds,
+    stated_wait,
+)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("1.5", 1.5), ("", None), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("-3", None)],
+)
+def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
+    assert retry_seconds(header) == seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7", "retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "soon", "Retry-After": "7"}, 7.0),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30s"}, 90.0),
+        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "1m30s"}, None),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "2h0m1.5s"}, 7201.5),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "12"}, 12.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "later"}, None),
+        ({"x-ratelimit-remaining-tokens": "0"}, None),
+    ],
+)
+def test_an_answer_says_how_long_to_wait_in_the_headers_that_servers_use(
+    headers: dict[str, str], seconds: float | None
+) -> None:
+    assert stated_wait(headers) == seconds
+
+
+def test_each_wait_is_twice_as_long_up_to_a_bound() -> None:
+    waits = [backoff_seconds(failures) for failures in range(12)]
+    assert waits[:3] == [0.5, 1.0, 2.0] and max(waits) == waits[-1] == LONGEST_BACKOFF_SECONDS
+
+
+def test_a_request_is_given_up_after_its_faults_or_its_deaths_and_is_suspect_before() -> None:
+    state = RetryState(patience_s=10)
+    assert state.after_fault() == 0.0  # at once
+    assert all(state.after_fault() for _ in range(MAX_FAULTS - 2)) and state.after_fault() is None
+    assert not state.is_suspect
+    assert [state.after_death() for _ in range(MAX_DEATHS)] == [False] * MAX_DEATHS
+    assert state.is_suspect and state.after_death()
+
+
+def test_a_busy_server_is_waited_for_as_long_as_a_request_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(retry, "monotonic", lambda: now[0])
+    state = RetryState(patience_s=10)
+    assert 10 <= (state.after_busy(3600.0) or 0) <= 12  # no longer than that, whatever it says
+    now[0] += 10
+    assert state.after_busy(None) is not None
+    now[0] += 0.1
+    assert state.after_busy(None) is None
