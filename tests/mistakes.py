@@ -67,6 +67,10 @@ EMBEDDED = "--engine embedded --model tiny"
 PHOTOS = "generate --source folder:photos"
 MISTAKES = (
     Mistake("no source", "generate", "no source given", "--source scenes"),
+    Mistake(
+        "two sources", "generate --source folder:photos --source scenes",
+        "one source, and 2 are given: folder:photos, scenes", "--out",
+    ),
     Mistake("folder without folder:", "generate --source photos", "unknown source: photos", "did you mean folder:photos?"),
     Mistake("source misspelled", "generate --source flickr30", "unknown source: flickr30", "did you mean flickr30k?"),
     Mistake("folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Context, Option
 
 from pipeline.cli.options import read_names, read_pairs, vllm_flags
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -63,12 +64,20 @@ def _columns(text: str) -> dict[str, str]:
     return read_pairs(text, "--columns")
 
 
+def _only_source(names: list[str]) -> str:
+    """Return the one source that was given. Raise ConfigError for several, of which all but the last would be lost."""
+    if len(names) > 1:
+        hint = "run once for each, with an --out of its own; or put the images under one folder, or name them in a list"
+        raise ConfigError(f"a dataset has one source, and {len(names)} are given: {', '.join(names)}", hint=hint)
+    return names[0]
+
+
 def _always(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
 
 OPTIONS = (
-    RunOption("source", "--source", str, IMAGES, metavar="NAME",
+    RunOption("source", "--source", list[str], IMAGES, metavar="NAME", read=_only_source,
         help="Where the images come from; `synth sources` lists the names."),
     RunOption("source_split", "--split", str, IMAGES, metavar="SPLIT",
         help="Read this split of the source only: train, validation or test."),
@@ -194,7 +203,7 @@ def read_settings(context: Context, file: Path | None, given: Mapping[RunOption,
     if flags := vllm_flags(context):
         put(FLAGS_KEY, flags["flags"], AFTER_DASHES)
     for option, value in given.items():
-        if value not in (None, "", []):
+        if value not in (None, "", [], [""]):
             put(option.key, option.read(value), option.flag)
     return RunSettings(resolve(file, **settings), file, origins)
 

@@ -42,6 +42,7 @@ from pipeline.tables import (
     row_schema,
 )
 from pipeline.tasks.own import NOTHING
+from pipeline.text.pii import MAY_HOLD, redact
 
 FIRST = "v1.0.0"
 NO_ANNOTATION = "no_annotation_left"
@@ -145,6 +146,7 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     first_of_sample = np.full(count, -1)
     first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]
     computed = {
+        "references": _masked(final_column(samples, "references", schema.field("references").type)),
         "image": first_pages,
         "pages": pc.if_else(pa.array(is_deck), pages, None),
         "source": pa.array([source] * count, pa.string()),
@@ -170,6 +172,14 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
         else:  # an empty one says that nothing was found; null, that no reply could be used
             values[index] = (values[index] or []) + ([] if record == NOTHING else [json.loads(record)])
     return pa.array(values, column.type)
+
+
+def _masked(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """Return lists of texts that people wrote without personal data, as the stage filter does with all others."""
+    if not pc.any(pc.match_substring_regex(pc.list_flatten(texts), MAY_HOLD, ignore_case=True)).as_py():
+        return texts
+    masked = [of_one and [redact(text)[0] for text in of_one] for of_one in texts.to_pylist()]
+    return pa.array(masked, texts.type)
 
 
 def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:

@@ -27,6 +27,7 @@ MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any nu
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
 MAX_REASON_CHARACTERS = 100
+CUT = frozenset({"max_tokens", "MAX_TOKENS", "model_length"})  # "length", as some servers say it
 STOPPED = frozenset({"eos", "eos_token", "end_turn", "stop_sequence", "STOP"})  # "stop", as some servers say it
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
@@ -109,7 +110,7 @@ def read_reply(request: Request, answer: bytes) -> Reply:
         text, finish_reason = _text_of(choice["message"]), choice.get("finish_reason") or "stop"
         if not text and choice["message"].get("refusal"):
             text, finish_reason = choice["message"]["refusal"], REFUSED
-        finish_reason = "stop" if finish_reason in STOPPED else finish_reason
+        finish_reason = _usual_reason(finish_reason)
         usage = value.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
@@ -132,6 +133,12 @@ def _tokens(usage: Any, name: str) -> int:
     """Return a count of tokens; 0 where a server says none, or none that can be."""
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if type(count) is int and 0 <= count <= MAX_COUNTED_TOKENS else 0  # True is an int, too
+
+
+def _usual_reason(reason: Any) -> Any:
+    """Return why a reply ended in the words of the protocol."""
+    is_text = isinstance(reason, str)
+    return "stop" if is_text and reason in STOPPED else "length" if is_text and reason in CUT else reason
 
 
 def error_message(answer: bytes, secrets: Sequence[str] = ()) -> str:
@@ -180,7 +187,7 @@ def is_cut_before_text(answer: bytes) -> bool:
     """Return whether all tokens went to something before the text of an answer: a model thinks first."""
     try:
         choice = parse_json(answer)["choices"][0]
-        return choice.get("finish_reason") == "length" and not _text_of(choice["message"]).strip()
+        return _usual_reason(choice.get("finish_reason")) == "length" and not _text_of(choice["message"]).strip()
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -171,7 +171,7 @@ class _Report:
             shown=self.shown,
             funnel=funnel_of(manifest),
             in_words=in_words,
-            scores=manifest.get("scores", []),
+            scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],  # texts are listed there, too
             scores_in_words=SCORES_IN_WORDS,
             wilson_interval=wilson_interval,
             of_stages=of_stages,

@@ -38,6 +38,7 @@ REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
 CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
+_PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]+")  # of what a model wrote
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
 _NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
 
@@ -133,14 +134,14 @@ def _rows_of_lines(text: str) -> Iterator[Row]:
 def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a CSV with commas, semicolons, tabs or bars, by names of columns.
 
-    Behind tabs and bars a quote is the text's own, unless the table `is_quoted`.
+    Behind tabs and bars a quote is the text's own, unless the table `is_quoted`, or all quotes are as a program writes them.
 
     Raise ValueError for a row with more values than names, and at the end if a quote took all that follows into a text.
     """
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    if delimiter in "\t|" and not is_quoted:
+    if delimiter in "\t|" and not is_quoted and not _has_quoted_values(text, delimiter):
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
@@ -151,6 +152,15 @@ def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]
             yield last
     if text.count('"') % 2 and any("\n" in str(value) for value in last.values()):
         raise ValueError(f"a quote before line {table.line_num} is not closed")
+
+
+def _has_quoted_values(text: str, delimiter: str) -> bool:
+    """Return whether quotes stand around values, those within are doubled, and each row so has as many values as the first."""
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        return len({len(row) for row in table if row}) == 1
+    except csv.Error:
+        return False
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
@@ -164,6 +174,9 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
     images = value.get("images")
     if isinstance(images, list) and "annotations" in value:
         names = {image["id"]: image["file_name"] for image in images}
+        if len(names) < len(images):
+            ids = Counter(image["id"] for image in images)
+            raise ValueError(f"two of its images have the id {ids.most_common(1)[0][0]}")
         return (_row({**one, "file_name": names.get(one["image_id"], one["image_id"])}) for one in value["annotations"])
     if isinstance(images, list):
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
@@ -230,7 +243,9 @@ def describe_by_model(count: int, place: str = "") -> list[str]:
 
 
 def _is_by_model(row: Mapping[str, Any]) -> bool:
-    return row.get(WRITTEN_BY) == BY_MODEL
+    prompt_id = row.get("prompt_id")  # of a caption in a version; that of an own file says nothing here
+    is_of_version = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
+    return row.get(WRITTEN_BY) == BY_MODEL or is_of_version
 
 
 def read_split(value: Any) -> str | None:

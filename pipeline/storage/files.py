@@ -34,6 +34,7 @@ _DISK_ERRORS = {
     errno.EROFS: ("the folder cannot be written: the file system is read-only", "choose another folder: --out DIR"),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
+    errno.ENOENT: ("it is not there, and cannot be made", "choose another folder, or bring back what was removed"),
     errno.ENOTDIR: ("a file is where a folder should be", "choose another folder: --out DIR"),
     errno.ENOTEMPTY: ("a folder is in the way that is not a version", "move it away, then run the same command"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder: --out DIR"),

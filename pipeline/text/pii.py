@@ -39,7 +39,8 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "card": (re.compile(r"(?<![\d+])\d(?:[ -]?\d){12,18}\b"), _luhn),
 }
 # Every kind has an at sign, a scheme, "www." or two digits beside each other or with one mark between them.
-_MAY_HOLD = re.compile(r"@|://|www\.|\d[ -]?\d", re.IGNORECASE)
+MAY_HOLD = r"@|://|www\.|\d[ -]?\d"
+_MAY_HOLD = re.compile(MAY_HOLD, re.IGNORECASE)
 
 
 def redact(text: str) -> tuple[str, int]:

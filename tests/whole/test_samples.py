@@ -156,3 +156,8 @@ def test_a_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
     predicted = json.loads(done.stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3
+
+
+def test_a_version_with_pairs_has_a_report(folder: Path, chosen: tuple[Version, dict[str, Any]]) -> None:
+    done = run_synth("report", str(chosen[0].path.parents[1]), cwd=folder, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -54,6 +54,19 @@ def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
     assert sum(version.manifest["rows"].values()) == 19
 
 
+def test_personal_data_is_masked_in_the_captions_of_the_source_too(tmp_path: Path) -> None:
+    first, *others = scene_samples(6)
+    told = ("Call +49 30 123456 or mail@example.org.", "Six red rings.")
+    version, _ = make_version(tmp_path, [replace(first, references=told), *others], true_captions([first, *others]))
+    rows = {
+        row["sample_id"]: row["references"]
+        for _, batch in version.batches(["sample_id", "references"])
+        for row in batch.to_pylist()
+    }
+    assert rows[first.id] == ["Call [phone] or [email].", "Six red rings."]
+    assert all(rows[sample.id] == list(sample.references) for sample in others)
+
+
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no row is left"):
         make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))

@@ -172,6 +172,8 @@ def test_a_request_that_is_refused_is_not_sent_again_in_the_same_run(tmp_path: P
         (Act(text=""), "not_json"),
         (Act(text="\n" * 400, finish_reason="length"), "cut_short"),
         (Act(text='{"qa":[', finish_reason="length"), "cut_short"),
+        (Act(text='{"qa":[', finish_reason="MAX_TOKENS"), "cut_short"),
+        (Act(text='{"qa":[', finish_reason="model_length"), "cut_short"),
         (Act(text='{"qa":[', finish_reason="repetition"), "repeats_itself"),
         (Act(text='{"qa":[]}'), "off_schema"),
         (Act(text='{"qa":[{"answer_type":"other","question":"What?","answer":"I\'m sorry, I cannot say."}]}'), "refusal"),

@@ -1,5 +1,6 @@
 """Files of captions that people wrote: each common form is read, names find their images, and bad files are one error."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -90,6 +91,10 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
         (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "an object in it has no 'file_name'"),
+        (
+            b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}], "annotations": []}',
+            "two of its images have the id 1",
+        ),
         (b'["a", "b"]', "a row is not an object"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
         (b"caption\nA dog.\n", "a row names no image"),
@@ -228,3 +233,12 @@ def test_an_annotation_of_an_image_that_the_file_does_not_list_is_about_its_numb
     part = {**COCO, "images": COCO["images"][:1]}  # type: ignore[index]
     (tmp_path / "a.json").write_text(json.dumps(part))
     assert [*read_captions(tmp_path / "a.json")] == ["000009.jpg", "12"]
+
+
+def test_quotes_that_a_program_wrote_around_values_between_tabs_are_no_part_of_them(tmp_path: Path) -> None:
+    rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat."), ("c.jpg", "It's 6\" long")]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("file_name", "caption"), *rows])
+    assert {name: one.captions for name, one in read_captions(tmp_path / "a.tsv").items()} == {n: [text] for n, text in rows}
+    (tmp_path / "b.tsv").write_text('file_name\tcaption\na.jpg\t"Stop" says a sign.\nb.jpg\t"Go"\n')
+    assert read_captions(tmp_path / "b.tsv")["b.jpg"].captions == ['"Go"']
