@@ -37,7 +37,7 @@ FILES = {
     "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ allocation augmentation averaging caption_files caption_images captioning chair checkpoint config
-        data distributed evaluate feature_store features forecast generate hub image_index java_scores look loop metrics
+        data distributed evaluate feature_store features forecast generate hub image_index java_scores launch look loop metrics
         optimizer precision presets probing prompts self_critical
         side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",

@@ -76,54 +76,24 @@ def train(
     Prints first how many weights learn, and how long and how much memory it will take.
     """
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.dataset.paths import slugify
     from pipeline.storage.files import translate_disk_errors
-    from trainer.config import has_other_settings, resolve, usual_texts
-    from trainer.presets import choose_preset, usual_precision
+    from trainer.config import resolve
+    from trainer.launch import plan_training
 
-    flags: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
-    flags |= {"encoder_layer": read_names(encoder_layer), "text_source": text_source}
-    flags |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
-    flags |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
+    options: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
+    options |= {"encoder_layer": read_names(encoder_layer), "text_source": text_source}
+    options |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
+    options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
     if not resume:
-        resolve(config, **flags)  # a mistake is an error before data is fetched
+        resolve(config, **options)  # a mistake is an error before data is fetched
     version = open_data(data, images)
-    if resume and out is None and encoder == decoder == "auto":
-        out = _interrupted(version)
-    if resume and config is None and out and (out / "train.json").exists():
-        config = out / "train.json"  # with the settings that it began with
-    settings = resolve(config, **flags)
-    is_drawn = "facts" in version.manifest["columns"]
-    if settings.preset == "auto" or (settings.preset is None and config is None):
-        rows = version.manifest["rows"]["train"]
-        flags["preset"] = choose_preset(is_drawn=is_drawn, images=rows, decoder=settings.decoder)
-        settings = resolve(config, **flags)
+    planned = plan_training(version, options, config, out, say, resume=resume)
+    settings, folder = planned.config, planned.folder
 
-    # What imports torch takes seconds: only once paths and settings are right.
-    from trainer.distributed import best_device
-    from trainer.precision import multiplies_bfloat16
-    from trainer.train import choose_encoder
-    from trainer.train import train as train_captioner
+    from trainer.train import train as train_captioner  # torch takes seconds: only once paths and settings are right
 
-    if "encoder" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"encoder": choose_encoder(say, is_drawn=is_drawn)})
-    if settings.preset and "precision" not in settings.model_fields_set:
-        device = best_device()
-        usual = usual_precision(settings.preset, on_gpu=device.type == "cuda", has_bfloat16=multiplies_bfloat16(device))
-        settings = settings.model_copy(update={"precision": usual})
-    if "text_source" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"text_source": usual_texts(version.manifest)})
-    name = slugify(f"{version.name}-{Path(settings.encoder).name}-{Path(settings.decoder).name}")
-    folder = out or version.dataset_dir / "checkpoints" / name
-    if resume and config is None and (folder / "train.json").exists():
-        settings = resolve(folder / "train.json", **flags | {"preset": preset})
     texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
     say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
-    if not resume and has_other_settings(folder, settings):
-        raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
-    if not resume and (folder / "resume.pt").exists():
-        hint = f"go on with it: --resume; to start anew, remove {folder / 'resume.pt'}"
-        raise ConfigError(f"{folder} holds a training that was interrupted", hint=hint)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
     lock = DatasetDir(folder).lock() if is_first else nullcontext()
     with show_progress() as progress, translate_disk_errors(folder), lock:
@@ -131,15 +101,6 @@ def train(
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
-
-
-def _interrupted(version: "Version") -> Path | None:
-    """Return the folder of the only training of a dataset that was interrupted. Raises ConfigError if there are several."""
-    folders = sorted(state.parent for state in (version.dataset_dir / "checkpoints").glob("*/resume.pt"))
-    if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        raise ConfigError(f"several trainings were interrupted: {names}", hint=f"name one: --out {folders[0]}")
-    return folders[0] if folders else None
 
 
 def check_checkpoint(folder: Path) -> "Checked":

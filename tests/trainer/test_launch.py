@@ -1,0 +1,72 @@
+"""A training is planned before it begins: what nobody names follows from the data, and nothing is written over."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError
+from pipeline.progress import NullProgress
+from pipeline.storage.files import write_json
+from tests.scene_data import make_version, scene_samples, true_captions
+from trainer.config import TrainConfig, resolve
+from trainer.launch import PlannedTraining, find_interrupted, plan_training
+
+OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    samples = scene_samples(30)
+    return make_version(tmp_path_factory.mktemp("data"), samples, true_captions(samples))[0]
+
+
+def plan(version: Version, out: Path | None = None, *, resume: bool = False, **options: object) -> PlannedTraining:
+    return plan_training(version, OPTIONS | options, None, out, NullProgress().message, resume=resume)
+
+
+def interrupt(folder: Path, config: TrainConfig) -> None:
+    write_json(folder / "train.json", config.model_dump(mode="json"))
+    (folder / "resume.pt").write_bytes(b"state")
+
+
+def test_what_nobody_names_follows_from_the_data(version: Version) -> None:
+    planned = plan(version)
+    assert (planned.config.preset, planned.config.text_source) == ("scenes", "synthetic")
+    assert planned.folder == version.dataset_dir / "checkpoints" / "v1.0.0-tiny-vit-scratch"
+    assert plan(version, text_source="human").config.text_source == "human"
+
+
+def test_a_folder_that_holds_another_captioner_is_not_written_over(version: Version, tmp_path: Path) -> None:
+    config = plan(version).config
+    write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
+    write_json(tmp_path / "metrics.json", {})
+    with pytest.raises(ConfigError, match="holds a captioner of other settings"):
+        plan(version, tmp_path)
+    assert plan(version, tmp_path, seed=7).folder == tmp_path  # it is trained already
+
+
+def test_an_interrupted_training_goes_on_with_its_own_settings_and_only_if_that_is_said(
+    version: Version, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
+    with pytest.raises(ConfigError, match="holds a training that was interrupted") as refused:
+        plan(version, tmp_path)
+    assert "--resume" in refused.value.hint
+    assert plan(version, tmp_path, resume=True).config.seed == 9
+    assert plan(version, tmp_path, resume=True, steps=5).config.steps == 5
+
+
+def test_the_only_interrupted_training_is_found_and_several_are_an_error(tmp_path: Path) -> None:
+    samples = scene_samples(30)
+    version, _ = make_version(tmp_path, samples, true_captions(samples))
+    assert find_interrupted(version) is None
+    first, second = (version.dataset_dir / "checkpoints" / name for name in ("a", "b"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    interrupt(first, resolve(None, **OPTIONS, seed=3))
+    assert find_interrupted(version) == first
+    assert plan(version, resume=True, encoder="auto", decoder="auto").config.seed == 3
+    interrupt(second, resolve(None, **OPTIONS))
+    with pytest.raises(ConfigError, match="several trainings were interrupted: a, b"):
+        plan(version, resume=True, encoder="auto", decoder="auto")
