@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from huggingface_hub import constants
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers.initialization import no_init_weights
 
@@ -50,7 +50,13 @@ class Checkpoint:
     def save(self, folder: Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
         with scratch_folder(folder) as draft:
-            self.captioner.without_adapters().save_pretrained(draft)
+            try:
+                self.captioner.without_adapters().save_pretrained(draft)
+            except SafetensorError as error:  # as it says that the disk is full, too
+                raise TrainError(
+                    f"cannot write the weights to {folder}: {error}", hint="free some space, and go on: --resume"
+                ) from None
+            (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)  # others may read the other files
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
             for name in CAPTIONER_FILES:
                 flush_file(draft / name)
@@ -183,7 +189,9 @@ def load_resume(folder: Path, run_of: Callable[[int], str], processes: int) -> d
     """
     path = folder / "resume.pt"
     if not path.exists():
-        raise TrainError(f"nothing to resume in {folder}", hint="leave --resume out to start anew")
+        raise TrainError(
+            f"nothing to resume in {folder}", hint="leave --resume out: a new training begins, or a finished one is shown"
+        )
     state = _read_resume(path)
     if state["run"] != run_of(state.get("processes", processes)):
         hint = f"use the same, name another folder (--out DIR), or remove {path} to start anew without --resume"

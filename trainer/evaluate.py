@@ -58,7 +58,8 @@ def evaluate(
     `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation has
     `things` (chair.py, probing.py).
     """
-    has_java = options.thorough and has_java_scores()  # before anything takes long
+    is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")  # as the programs in Java expect
+    has_java = options.thorough and is_english and has_java_scores()  # before anything takes long
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, texts = _references(examples, style)

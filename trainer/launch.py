@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
@@ -92,5 +93,7 @@ def require_free(folder: Path, config: TrainConfig) -> None:
     if has_other_settings(folder, config):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     if (folder / "resume.pt").exists():
+        with DatasetDir(folder).lock():  # a training that goes on holds it, and says so
+            pass
         hint = f"go on with it: --resume; to start anew, remove {folder / 'resume.pt'}"
         raise ConfigError(f"{folder} holds a training that was interrupted", hint=hint)

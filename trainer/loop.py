@@ -212,6 +212,9 @@ class Trainer:
             scored = evaluate(self.checkpoint, self.validation_examples, options, self.features)
             cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
             loss = self.validation_loss()
+            if not math.isfinite(loss):
+                hint = "lower the rates (--lr), or train with --precision fp32"
+                raise TrainError(f"the loss of the validation split is {loss} at step {done}", hint=hint)
             log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
             shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
             self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}

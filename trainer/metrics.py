@@ -8,16 +8,35 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
+
+from pipeline.text.normalize import combining_marks, has_marks
 
 Tokens = Sequence[str]
 NgramCounts = Counter[tuple[str, ...]]
 MAX_N = 4
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 
 
 def tokenize(text: str) -> list[str]:
-    """Return lower-case words and numbers without punctuation, as captions are scored on COCO."""
-    return _WORD.findall(text.lower())
+    """Return lower-case words and numbers without punctuation, as captions are scored on COCO.
+
+    Of scripts without spaces between words each character is a token, as sacreBLEU (Post, 2018) cuts Chinese; marks such as
+    vowel signs belong to their letter.
+    """
+    if text.isascii() or not (has_marks(text) or _HAS_UNSPACED.search(text)):
+        return _WORD.findall(text.lower())
+    return _any_word().findall(text.lower())
+
+
+@cache
+def _any_word() -> re.Pattern[str]:
+    marks = combining_marks()
+    letter = rf"(?:(?![_{_UNSPACED}])[\w{marks}])"
+    return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['\u2019-]{letter}+)*")
 
 
 def score_each(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, list[float]]:

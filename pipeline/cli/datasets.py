@@ -2,11 +2,12 @@
 
 import json
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, BadParameter, Exit, Option
 
@@ -16,8 +17,6 @@ from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pipeline.check import Checked
     from pipeline.dataset.version import Version
     from pipeline.hub.package import Package
@@ -165,15 +164,9 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
-    from pipeline.config import LANGUAGE, LICENSE, PATTERNS
-    from pipeline.dataset.card import card_licenses
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
-    from pipeline.dataset.licenses import non_redistributable
     from pipeline.dataset.manifest import describe_data
-    from pipeline.export.export import export_version
-    from pipeline.export.formats import OF_FEW_FILES
-    from pipeline.hub.package import build_package
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import DamagedPushError, check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -187,57 +180,85 @@ def push(
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
-    formats = read_names(also) or []
-    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
-        where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
-        raise BadParameter(f"{unknown[0]}{where}", param_hint="--also")
     if space:
         raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
-    if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
-        raise BadParameter(f"{license_link!r} is not an address such as https://example.org/terms", param_hint="--license-link")
-    for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
-        if value is not None and not re.fullmatch(pattern, value):
-            raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
+    formats = read_names(also) or []
+    _require_small_formats(formats)
+    _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data or only_made(), version, previews=False)
     if version is None:
         note_previews(chosen_version, data)
-    stated = describe_data(license_, title, language, license_link)
+    choices = {
+        "images": images,
+        "acknowledged": acknowledge or (),
+        "stated": describe_data(license_, title, language, license_link),
+    }
 
-    def push_version(version: "Version") -> "PushResult | None":
-        restricted = non_redistributable(version.manifest["licences"])
-        with ExitStack() as stack:
-            exports = {}
-            if formats:
-                folder = Path(stack.enter_context(TemporaryDirectory()))
-                progress = stack.enter_context(show_progress())
-                exports = {name: export_version(version, name, folder / name, progress=progress).folder for name in formats}
-            package = stack.enter_context(
-                build_package(version, repo, images=images, acknowledged=acknowledge or (), stated=stated, exports=exports)
-            )
-            rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
-            say(f"dataset: {version.dataset_dir}")
-            say(f"version: {version.name}, {rows}")
-            say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
-            if package.manifest.get("acknowledged"):
-                say(f"note: pixels under {', '.join(restricted)} are pushed; the card says that you acknowledged their terms")
-            elif restricted and images is None:
-                say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
+    def send_version(version: "Version") -> "PushResult | None":
+        with _packed(version, repo, formats, choices) as package:
             return send(package, repo, private=private, dry_run=dry_run, as_json=as_json)
 
     try:
-        pushed = push_version(chosen_version)
+        pushed = send_version(chosen_version)
     except DamagedPushError as damage:
         if not repair:
             raise
         chosen_version = make_repaired_version(chosen_version, damage.files)
         say(f"{damage}; {chosen_version.name} has the same rows, and names the damage")
-        pushed = push_version(chosen_version)
+        pushed = send_version(chosen_version)
     if pushed:
         record_dir = data if data and is_remote(data) and data.parent.name != "versions" else chosen_version.dataset_dir
         with translate_disk_errors(record_dir):
             DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
         say("load it with:\n  from datasets import load_dataset")
         say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
+
+
+def _require_small_formats(formats: Sequence[str]) -> None:
+    """Raise BadParameter for a format of which a repository of the Hub cannot hold all files."""
+    from pipeline.export.formats import OF_FEW_FILES
+
+    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
+        where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
+        raise BadParameter(f"{unknown[0]}{where}", param_hint="--also")
+
+
+def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:
+    """Raise BadParameter for what cannot stand in a card."""
+    from pipeline.config import LANGUAGE, LICENSE, PATTERNS
+
+    if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
+        raise BadParameter(f"{license_link!r} is not an address such as https://example.org/terms", param_hint="--license-link")
+    for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
+        if value is not None and not re.fullmatch(pattern, value):
+            raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
+
+
+@contextmanager
+def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]) -> Iterator["Package"]:
+    """Yield what to push of a version, with its exports in other formats; say what it is, and what becomes of its pixels."""
+    from pipeline.dataset.card import card_licenses
+    from pipeline.dataset.licenses import non_redistributable
+    from pipeline.export.export import export_version
+    from pipeline.hub.package import build_package
+
+    restricted = non_redistributable(version.manifest["licences"])
+    with ExitStack() as stack:
+        exports = {}
+        if formats:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            progress = stack.enter_context(show_progress())
+            exports = {name: export_version(version, name, folder / name, progress=progress).folder for name in formats}
+        package = stack.enter_context(build_package(version, repo, exports=exports, **choices))
+        rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
+        say(f"dataset: {version.dataset_dir}")
+        say(f"version: {version.name}, {rows}")
+        say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
+        if package.manifest.get("acknowledged"):
+            say(f"note: pixels under {', '.join(restricted)} are pushed; the card says that you acknowledged their terms")
+        elif restricted and choices["images"] is None:
+            say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
+        yield package
 
 
 def export(

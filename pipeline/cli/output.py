@@ -227,8 +227,9 @@ def print_run_result(
 
 
 def show(values: dict[str, Any], as_json: bool, key: str) -> None:
-    """Print data to stdout: all of it as JSON, or the one value that a script would want."""
-    echo(json.dumps(values) if as_json else values[key])
+    """Print data to stdout: all of it as JSON, or the one value that a script would want (several are JSON, too)."""
+    value = values if as_json else values[key]
+    echo(value if isinstance(value, str) else json.dumps(value))
 
 
 def echo(text: object) -> None:

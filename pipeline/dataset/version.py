@@ -119,9 +119,9 @@ class Version:
         """Read the rows of a split, of all columns of the manifest or of some. Raises StoreError if the split is empty."""
         shards = self.shards(split)
         if not shards:
-            change = "lower" if split == "train" else "raise"
+            share = "lower split.test_frac" if split == "train" else f"raise split.{split}_frac"
             raise StoreError(
-                f"{self.name} has no rows in its {split} split", hint=f"use more images, or {change} split.test_frac"
+                f"{self.name} has no rows in its {split} split", hint=f"use more images, {share}, or another --seed"
             )
         try:
             table = pa.concat_tables([self.open_shard(shard).read(columns or self.manifest["columns"]) for shard in shards])

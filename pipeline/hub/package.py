@@ -186,8 +186,11 @@ def build_checkpoint_package(
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
+    made_of_models = []
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
-        saved["train"][part] = without_folders(saved["train"][part])
+        given = str(saved["train"][part])
+        saved["train"][part] = shown = without_folders(given)
+        made_of_models += [hub_ids.get(given, given)] if shown == given else []  # a folder may have the name of a model
     written = {"train.json": _json(saved["train"]), **more(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}
@@ -197,8 +200,7 @@ def build_checkpoint_package(
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
     made_of, pushed_as = _version_of(folder, data)
     dataset = data.get("repo") or pushed_as
-    named = [str(saved["train"][part]) for part in ("encoder", "decoder")]
-    card = render_model_card(saved | {"digest": content_digest}, repo, dataset, [hub_ids.get(name, name) for name in named])
+    card = render_model_card(saved | {"digest": content_digest}, repo, dataset, made_of_models)
     return Package(
         kind="model",
         name=name,

@@ -42,6 +42,10 @@ class ClipScorer:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
+        context_tokens = self._model.config.text_config.max_position_embeddings
+        self._truncation = {"truncation": True, "max_length": context_tokens}
+        if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:
+            raise EngineError(f"no CLIP {name}: it lacks its tokenizer, so it could read no text", hint=hint)
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -67,7 +71,7 @@ class ClipScorer:
         projected: list[Any] = []
         for start in range(0, len(texts), BATCH):
             batch = list(texts[start : start + BATCH])
-            inputs = self._processor(text=batch, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
+            inputs = self._processor(text=batch, padding=True, **self._truncation, return_tensors="pt").to(self._model.device)
             with self._torch.inference_mode():
                 output = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
                 projected += self._model.text_projection(output.pooler_output)

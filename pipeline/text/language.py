@@ -26,6 +26,7 @@ _QUOTED = re.compile(
 )
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+_UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # of Thai, Lao, Burmese and Khmer
 _SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")  # a single letter of Greek
 
 
@@ -56,11 +57,12 @@ def _is_english(word: str) -> bool:
 
 
 def count_words(text: str, words: list[str]) -> int:
-    """Return the number of words; of Chinese and Japanese, which have no spaces, one for two characters."""
+    """Return the number of words; without spaces, one for two characters (Chinese, Japanese) or three letters (Thai)."""
     if text.isascii():
         return len(words)
-    characters = len(_IDEOGRAPHS.findall(text))
-    return sum(not _IDEOGRAPHS.search(word) for word in words) + -(-characters // 2)
+    characters, letters = len(_IDEOGRAPHS.findall(text)), len(_UNSPACED_LETTERS.findall(text))
+    with_spaces = sum(not _IDEOGRAPHS.search(word) and not _UNSPACED_LETTERS.search(word) for word in words)
+    return with_spaces + -(-characters // 2) + -(-letters // 3)
 
 
 def unquoted(text: str) -> str:

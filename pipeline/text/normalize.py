@@ -6,7 +6,10 @@ string and say different things. Only their content words in order are compared 
 
 import html
 import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,11 @@ Indices = npt.NDArray[np.int64]
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")  # spaces without width, marks of direction, soft hyphens
 _NOISE = re.compile(r"[\W_]+")
+# Where scripts have their marks (vowel signs, tones): for texts without them the faster patterns above are the same.
+_MAY_HAVE_MARKS = re.compile(
+    "[\u0300-\u036f\u0483-\u0489\u0591-\u1cff\u1dc0-\u1dff\u20d0-\u20ff\u2cef-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\ua6f1\ua800-\uabff\ufb1e"
+    "\ufe20-\ufe2f\U000101fd-\U0001e9ff]"
+)
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
 # Openings about the image itself: "The image shows", "In this photo, we can see", "This is a picture of".
@@ -42,12 +50,41 @@ def contains_any(text: str, parts: Iterable[str]) -> bool:
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.casefold())
+    return (_marked_word() if has_marks(text) else _WORD).findall(text.casefold())
 
 
 def text_key(text: str) -> str:
     """Return a text in lower case, with a space for each run of punctuation and spacing."""
-    return _NOISE.sub(" ", text.casefold()).strip()
+    return (_marked_noise() if has_marks(text) else _NOISE).sub(" ", text.casefold()).strip()
+
+
+def has_marks(text: str) -> bool:
+    """Return whether a text may have combining marks, which `\\w` does not match, though words in Hindi or Thai need them."""
+    return not text.isascii() and _MAY_HAVE_MARKS.search(text) is not None
+
+
+@cache
+def combining_marks() -> str:
+    """Return all combining marks (Mn and Mc of Unicode) as ranges for a set of a pattern; it takes 0.1 s, once."""
+    ranges: list[list[int]] = []
+    for code in range(0x300, sys.maxunicode + 1):
+        if unicodedata.category(chr(code)) in ("Mn", "Mc"):
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+
+
+@cache
+def _marked_word() -> re.Pattern[str]:
+    letter = rf"[\w{combining_marks()}]"
+    return re.compile(rf"{letter}+(?:['\u2019]{letter}+)*")
+
+
+@cache
+def _marked_noise() -> re.Pattern[str]:
+    return re.compile(rf"(?:[^\w{combining_marks()}]|_)+")
 
 
 def strip_opening(text: str) -> str:

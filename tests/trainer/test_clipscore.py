@@ -8,10 +8,12 @@ import torch
 from transformers import CLIPModel
 
 from pipeline.errors import EngineError
+from pipeline.images.clip import ClipScorer
 from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
 from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
+from tests.trainer.tiny_models import save_clip
 from trainer.evaluate import clip_scores, is_same
 
 SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
@@ -55,3 +57,9 @@ def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
 def test_a_folder_without_a_clip_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no CLIP"):
         clip_scores(str(tmp_path), [], [])
+
+
+def test_a_clip_without_its_tokenizer_is_refused_and_texts_are_cut_to_its_context(clip: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="it lacks its tokenizer"):
+        ClipScorer(save_clip(tmp_path / "clip"))
+    assert len(ClipScorer(clip).text_states(["word " * 500])) == 1

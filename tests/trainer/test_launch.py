@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -53,6 +54,8 @@ def test_an_interrupted_training_goes_on_with_its_own_settings_and_only_if_that_
     with pytest.raises(ConfigError, match="holds a training that was interrupted") as refused:
         plan(version, tmp_path)
     assert "--resume" in refused.value.hint
+    with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process is writing to"):
+        plan(version, tmp_path)  # which is no interrupted training, and must not be removed
     assert plan(version, tmp_path, resume=True).config.seed == 9
     assert plan(version, tmp_path, resume=True, steps=5).config.steps == 5
 

@@ -53,3 +53,18 @@ def test_a_corpus_that_cannot_be_scored_is_refused(hypotheses: list[list[str]], 
 
 def test_tokens_are_lower_case_words_without_punctuation() -> None:
     assert tokenize("A man's T-shirt, 3.5 m (red)!") == ["a", "man's", "t-shirt", "3.5", "m", "red"]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("लड़की सड़क पर खेल रही है।", ["लड़की", "सड़क", "पर", "खेल", "रही", "है"]),
+        ("一只狗在草地上。", ["一", "只", "狗", "在", "草", "地", "上"]),
+        ("รถสี", ["ร", "ถ", "สี"]),
+        ("كَلْبٌ يَجْرِي", ["كَلْبٌ", "يَجْرِي"]),
+        ("Two 狗 run 3.5 m_x", ["two", "狗", "run", "3.5", "m", "x"]),
+        ("Zwei Hunde, ein Café", ["zwei", "hunde", "ein", "café"]),
+    ],
+)
+def test_marks_belong_to_their_letter_and_scripts_without_spaces_are_cut_into_characters(text: str, tokens: list[str]) -> None:
+    assert tokenize(text) == tokens

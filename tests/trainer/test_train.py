@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -241,7 +242,7 @@ def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version:
 
 def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
-    with pytest.raises(TrainError, match="the loss is"):
+    with pytest.raises(TrainError, match="the loss "):
         train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
@@ -710,3 +711,28 @@ def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) ->
         assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
     with pytest.raises(IndexError):
         list(trained.load_ahead([[(0, 0)], [(9999, 0)]]))
+
+
+def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: float("nan"))
+    with pytest.raises(TrainError, match="the loss of the validation split is nan") as ended:
+        train(version, replace(steps=2, evaluate_every=2), tmp_path)
+    assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_one_error(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(version, replace(steps=1, evaluate_every=1), tmp_path / "a")
+    modes = {name: (tmp_path / "a" / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert len(set(modes.values())) == 1, modes
+
+    def fill_disk(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trainer.model.captioner.CaptionerModel.save_pretrained", fill_disk)
+    with pytest.raises(TrainError, match=r"cannot write the weights to .*No space left on device"):
+        train(version, replace(steps=1, evaluate_every=1), tmp_path / "b")

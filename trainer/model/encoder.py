@@ -135,29 +135,45 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
         with silence_transformers():
             options = {"config": model_config, "dtype": torch.float32, **_tower_options(model_config)}
             tower = tower_class.from_pretrained(model_id, **options)
-        shown = name if name in ENCODERS else Path(model_id).name if Path(model_id).exists() else model_id
+        shown = name if name in ENCODERS else _folder_name(Path(model_id)) if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         settings = settings_of(model_config)
         encoder = Encoder(EncoderConfig(settings, processor, chosen, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
+        if Path(model_id).is_dir() and not (Path(model_id) / "preprocessor_config.json").exists():
+            reason = "its folder has no preprocessor_config.json, which says how images are prepared"
+        elif isinstance(error, AttributeError):
+            reason = f"it is no vision transformer: {reason}"
         raise TrainError(f"no encoder {name}: {reason}", hint=f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder") from None
     return _require_states(encoder)
 
 
+def _folder_name(folder: Path) -> str:
+    """Return the name of an encoder that lies in a folder, which is not the one that is known by that name."""
+    return f"{folder.name}/" if folder.name in ENCODERS else folder.name
+
+
 def _require_states(encoder: Encoder) -> Encoder:
-    """Return an encoder that gives the states which its config names, of a blank image. Raises TrainError if it does not."""
+    """Return an encoder that gives the states which its config names, of an image. Raises TrainError if it does not."""
     config, name = encoder.config, encoder.config.made_from["name"]
     if missing := [layer for layer in config.layers if not -encoder.depth - 1 <= layer <= encoder.depth]:
         hint = f"layers are 0 (the embeddings) to {encoder.depth}, or -1 for the last"
         raise TrainError(f"{name} has no layer {missing[0]}", hint=hint)
     try:
         with torch.inference_mode():
-            shape = encoder(encoder.pixels([Image.new("RGB", (64, 64))])).shape
+            pixels = encoder.pixels([Image.linear_gradient("L").convert("RGB")])
+            is_training = encoder.training
+            states_1NV, again_1NV = encoder.eval()(pixels), encoder(pixels)
+            encoder.train(is_training)
+            shape = states_1NV.shape
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = "choose one of plain pixels, such as vit, clip, siglip2 or dinov2"
+        hint = "choose one of plain pixels and of one size, such as vit, clip, dinov2 or google/siglip2-base-patch16-224"
         raise TrainError(f"{name} cannot be an encoder here: {one_line(error)}", hint=hint) from None
+    if shape != again_1NV.shape or not torch.allclose(states_1NV, again_1NV, atol=1e-3, rtol=1e-3):
+        hint = "choose one that sees all of an image each time, such as vit, clip, siglip2 or dinov2"
+        raise TrainError(f"{name} gives other states of the same image each time", hint=hint)
     if len(shape) != 3 or shape[2] != encoder.width:
         hint = "choose one that gives a state for each patch, such as vit, clip, siglip2 or dinov2"
         raise TrainError(f"{name} gives states of the shape {[*shape]}, and not (1, states, {encoder.width})", hint=hint)

@@ -42,6 +42,7 @@ class PretrainedDecoder(nn.Module):
         self.width: int = self.model.config.hidden_size
         # In layers with a window a token sees so many before it: packed texts would take the place of their image.
         self._window: float = getattr(self.model.config, "sliding_window", None) or math.inf
+        self._max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         self._packing: Packing | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
@@ -77,6 +78,7 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
     ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
+        self._require_positions(prefix_BPD.shape[1], texts.ids_CT.shape[1])
         packed = pack(texts, len(prefix_BPD)) if self.packing != "apart" else None
         if packed is None or self._window < prefix_BPD.shape[1] + packed.ids_BS.shape[1]:
             texts = texts.to(prefix_BPD.device)
@@ -91,6 +93,15 @@ class PretrainedDecoder(nn.Module):
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)  # as that of each language model of transformers
         return token_loss(states_KD, head, labels_K, label_smoothing, weight_K)
+
+    def _require_positions(self, num_states: int, num_tokens: int) -> None:
+        """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
+        if num_states + num_tokens > self._max_positions:
+            problem = (
+                f"an image of {num_states} states and a text of {num_tokens} tokens need {num_states + num_tokens} positions"
+            )
+            hint = "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
+            raise TrainError(f"{problem}, and the language model has {self._max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
         """Return the states (B, S, D) of packed texts."""
@@ -180,6 +191,7 @@ class PretrainedDecoder(nn.Module):
 
     def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
         """Return what `generate` of transformers does for a prompt behind images."""
+        self._require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + max_tokens)
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
         return self.model.generate(
@@ -201,7 +213,8 @@ class PretrainedDecoder(nn.Module):
         try:
             self.model.set_attn_implementation("eager")  # the others do not tell
             embeds_1LD = torch.cat([prefix_1PD.to(words_1TD.dtype), words_1TD], 1)
-            layers = self.model.get_decoder()(inputs_embeds=embeds_1LD, use_cache=False, output_attentions=True).attentions
+            output = self.model.get_decoder()(inputs_embeds=embeds_1LD, use_cache=False, output_attentions=True)
+            layers = getattr(output, "attentions", None)  # recurrent models have none
         finally:
             self.model.set_attn_implementation(usual)
         shares_by_layer = [layer_1HLL[0, :, P:, :P].mean(0) for layer_1HLL in layers or () if layer_1HLL is not None]
@@ -236,6 +249,8 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         with silence_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model_id)
+            if tokenizer.eos_token_id is None:
+                raise ValueError("its tokenizer has no token that ends a text (eos_token in tokenizer_config.json)")
             backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
             caption_tokenizer = CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))

@@ -1,12 +1,15 @@
 """Text normalization: which texts share a content key, and which must not."""
 
 import random
+import re
+import sys
+import unicodedata
 
 import pyarrow as pa
 import pytest
 
 from pipeline.text.content_keys import content_key, content_keys
-from pipeline.text.normalize import strip_opening, text_key, tidy
+from pipeline.text.normalize import combining_marks, has_marks, strip_opening, text_key, tidy, words_of
 from pipeline.text.spelling import equal_but_for_spelling, one_edit_apart
 
 
@@ -174,3 +177,27 @@ def test_keys_of_a_slice_and_of_nothing() -> None:
         part = texts.slice(start, count)
         assert content_keys(part).to_pylist() == list(map(content_key, part.to_pylist()))
     assert content_keys(pa.array([], pa.string())).to_pylist() == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("लड़का सड़क पर खेल रहा है", "लड़की सड़क पर खेल रही है"), ("คนเดินข้ามถนน", "คนเดนขามถนน"), ("كَلْب", "كُلْب")],
+)
+def test_vowel_signs_and_tones_are_parts_of_words(one: str, other: str) -> None:
+    assert words_of(one) != words_of(other) and text_key(one) != text_key(other) and content_key(one) != content_key(other)
+    assert [len(words_of(text)) for text in (one, other)] == [len(one.split())] * 2
+    assert text_key(f"  {one}, {one}! ") == f"{one} {one}".casefold()
+
+
+def test_marks_are_all_those_of_unicode() -> None:
+    mark = re.compile(f"[{combining_marks()}]")
+    assert mark.match("\u0301") and mark.match("\u093f") and mark.match("\u0e35") and mark.match("\U0001e94a")
+    assert not any(mark.match(letter) for letter in "aéक狗1 ")
+    beyond = [chr(code) for code in range(sys.maxunicode + 1) if mark.match(chr(code)) and not has_marks(chr(code))]
+    assert {unicodedata.name(one).partition(" ")[0] for one in beyond} <= {
+        "VARIATION",
+        "COMBINING",
+        "MUSICAL",
+        "SIGNWRITING",
+        "MONGOLIAN",
+    }

@@ -12,11 +12,15 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPVisionModel,
+    ResNetConfig,
+    ResNetModel,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
     ViTConfig,
     ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -136,3 +140,26 @@ def test_the_tower_of_a_siglip_is_loaded_with_its_weights(tmp_path: Path) -> Non
     pixels = encoder.pixels([Image.new("RGB", (40, 30), "green")])
     with torch.no_grad():
         assert torch.equal(encoder(pixels), whole.eval().vision_model(pixels).last_hidden_state)
+
+
+def test_an_encoder_that_hides_patches_at_random_is_refused(tmp_path: Path) -> None:
+    ViTMAEModel(ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
+    with pytest.raises(TrainError, match="gives other states of the same image each time"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_folder_with_the_name_of_a_known_model_is_not_that_model(tmp_path: Path) -> None:
+    assert load_encoder(save_clip(tmp_path / "clip")).config.made_from["name"] == "clip/"
+    assert load_encoder(save_clip(tmp_path / "mine")).config.made_from["name"] == "mine"
+
+
+def test_what_is_no_encoder_is_refused_with_its_reason(tmp_path: Path) -> None:
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(TrainError, match=r"no encoder .*resnet: it is no vision transformer"):
+        load_encoder(str(tmp_path / "resnet"))
+    save_vit(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(TrainError, match=r"its folder has no preprocessor_config\.json"):
+        load_encoder(str(tmp_path / "vit"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainError
+from trainer.model.decoding import GREEDY
 from trainer.model.language_model import PretrainedDecoder
 from trainer.tokenizer import TextBatch
 
@@ -107,3 +108,21 @@ def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(decoder.model, "get_decoder", lambda: refuse)
     with pytest.raises(TrainError, match="cannot write behind an image: this model takes ids"):
         _ = decoder.packing
+
+
+def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -> None:
+    decoder = PretrainedDecoder(
+        {"model_type": "gpt2", "vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
+    )
+    prefix = torch.zeros(1, 4, 32)
+    assert decoder.loss(prefix, batch((8,), (0,)))
+    with pytest.raises(TrainError, match="an image of 4 states and a text of 9 tokens need 13 positions") as refused:
+        decoder.loss(prefix, batch((9,), (0,)))
+    assert "--encoder-states" in refused.value.hint
+    with pytest.raises(TrainError, match="need 13 positions, and the language model has 12"):
+        decoder.generate(prefix, torch.zeros(1, 2, dtype=torch.long), GREEDY, 7, 1)
+
+
+def test_a_recurrent_model_tells_no_attention() -> None:
+    with pytest.raises(TrainError, match="does not tell its attention"):
+        decoder_of("mamba").attention_to_image(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 4, 32))
