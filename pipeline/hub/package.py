@@ -186,11 +186,9 @@ def build_checkpoint_package(
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
-    made_of_models = []
+    made_of_models = base_models(saved["train"], hub_ids)
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
-        given = str(saved["train"][part])
-        saved["train"][part] = shown = without_folders(given)
-        made_of_models += [hub_ids.get(given, given)] if shown == given else []  # a folder may have the name of a model
+        saved["train"][part] = without_folders(str(saved["train"][part]))
     written = {"train.json": _json(saved["train"]), **more(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}
@@ -214,6 +212,12 @@ def build_checkpoint_package(
         },
         has_unknown_license=data.get("has_unknown_license", made_of is None or has_unknown_license(made_of.manifest)),
     )
+
+
+def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
+    """Return the ids of the models on the Hub that a captioner was made of; a folder is none, whatever its name is."""
+    given = [str(train[part]) for part in ("encoder", "decoder")]
+    return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
 
 
 def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:

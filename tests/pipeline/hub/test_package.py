@@ -12,7 +12,7 @@ from pipeline.dataset.manifest import describe_data
 from pipeline.dataset.version import LEDGER_FILE, Version, read_version
 from pipeline.digests import file_digest
 from pipeline.errors import PushError, StoreError
-from pipeline.hub.package import CHECKPOINT_FILES, build_checkpoint_package, build_package
+from pipeline.hub.package import CHECKPOINT_FILES, base_models, build_checkpoint_package, build_package
 from pipeline.images.metadata import strip_metadata
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import Extras
@@ -142,3 +142,12 @@ def test_a_file_of_a_checkpoint_that_is_a_link_to_the_outside_is_not_sent(name: 
     (folder / name).symlink_to("../secret")
     with pytest.raises(UnsafeFileError, match="a link to a file outside"):
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
+
+
+def test_a_folder_with_the_name_of_a_model_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "enc" / "vit").mkdir(parents=True)
+    ids = {"vit": "google/vit", "qwen3": "Qwen/Qwen3"}
+    assert base_models({"encoder": "enc/vit", "decoder": "qwen3"}, ids) == ["Qwen/Qwen3"]
+    assert base_models({"encoder": "vit", "decoder": "me/own"}, ids) == ["google/vit", "me/own"]
+    assert base_models({"encoder": "/gone/vit", "decoder": "~/qwen3"}, ids) == []
