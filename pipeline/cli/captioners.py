@@ -30,7 +30,7 @@ def caption(
     style: Annotated[
         str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief")
     ] = None,
-    question: Annotated[str, Option(help="Answer this about each image instead.")] = "",
+    question: Annotated[str | None, Option(help="Answer this about each image instead.")] = None,
     num_beams: NumBeams = 1,
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
     out: Annotated[
@@ -54,6 +54,8 @@ def caption(
     chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
     if len(chosen) > 1 or (chosen and out is None):
         raise BadParameter("--skip-existing, --append and --overwrite go with --out, and not with each other")
+    if question is not None and not question.strip():
+        raise BadParameter("ask something, or leave it out for a caption", param_hint="--question")
     if style and question:
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
@@ -69,7 +71,7 @@ def caption(
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
-    job = CaptionTask(loaded, paths, styles, question, num_beams, batch_size)
+    job = CaptionTask(loaded, paths, styles, question or "", num_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         existing = cast("Existing", chosen[0] if chosen else "refuse")
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))

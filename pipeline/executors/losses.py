@@ -16,6 +16,7 @@ from pipeline.stages.source import ADVICE
 from pipeline.storage.files import read_table
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
+ENOUGH_ROWS = 30  # of which usually some are in each split
 REPORTED = "`synth report` shows them"
 AGAIN = "the same command asks again"
 _UNANSWERED = {
@@ -25,11 +26,12 @@ _UNANSWERED = {
 
 
 def describe_warnings(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
-    """Return warnings about stages that rejected most rows, texts of which none is left, and requests without answer."""
+    """Return warnings about stages that rejected most rows, texts and splits of which none is left, and unanswered requests."""
     missing = describe_missing(stages, version, config) if config.asks_model else ()
     return [
         *describe_losses(stages, funnel),
         *missing,
+        *describe_empty_splits(version, config),
         *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
     ]
 
@@ -71,6 +73,15 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
             (stage, reason), count = reasons.most_common(1)[0]
             hint = _advice(stages).get(stage, {}).get(reason, REPORTED)
             yield f"none of the {name} is left: {stage} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
+
+
+def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
+    """Yield a warning for splits that were to have images and have none, in a version of enough images for each."""
+    shares = {"validation": config.split.validation_frac, "test": config.split.test_frac}
+    empty = [split for split, share in shares.items() if share and not version.manifest["rows"].get(split)]
+    if empty and version.num_rows >= ENOUGH_ROWS:
+        groups = ", or group them by less (--group-by)" if config.split.group_by else ""
+        yield f"no image is in the {' and the '.join(empty)} split, which `synth train` needs: try another --seed{groups}"
 
 
 def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StageSummary]) -> Iterator[str]:

@@ -137,6 +137,8 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
     with pytest.raises(BadParameter, match="no image was named"):
         caption(captioner, ["-"])
+    with pytest.raises(BadParameter, match="ask something"):
+        caption(captioner, [str(image)], question=" ")
 
 
 def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(

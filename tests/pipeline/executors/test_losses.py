@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult
-from pipeline.executors.losses import describe_losses, describe_unanswered, describe_warnings
+from pipeline.executors.losses import describe_empty_splits, describe_losses, describe_unanswered, describe_warnings
 from pipeline.run import STAGES, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+from tests.scene_data import make_version, scene_samples, true_captions
 
 REFUSAL = Act(text=json.dumps({"caption": "I'm sorry, but I can't help with that request."}))
 
@@ -60,3 +62,22 @@ def test_where_no_row_is_left_the_server_is_quoted_and_nobody_is_sent_to_a_repor
     assert 'it said "scripted 400"' in str(caught.value) and "synth report" not in str(caught.value)
     assert f"{tmp_path}/stages" in caught.value.hint
     assert not [*describe_losses(STAGES, [])] and not [*describe_unanswered(DatasetDir(tmp_path), [])]
+
+
+def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each(tmp_path: Path) -> None:
+    samples = scene_samples(40)
+    held_out = {sample.id: "train" for sample in samples}
+    texts = true_captions(samples)
+    in_train = texts.set_column(
+        texts.schema.get_field_index("split"), "split", pa.array([held_out[i] for i in texts["sample_id"].to_pylist()])
+    )
+    version, _ = make_version(tmp_path / "d", samples, in_train)
+    (told,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
+    assert told == (
+        "no image is in the validation and the test split, which `synth train` needs: try another --seed, "
+        "or group them by less (--group-by)"
+    )
+    (told,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))
+    assert "the validation split" in told
+    whole, _ = make_version(tmp_path / "e", samples, texts)
+    assert not list(describe_empty_splits(whole, resolve(source="scenes")))
