@@ -14,6 +14,7 @@ from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
 from pipeline.stages.source import ADVICE
 from pipeline.storage.files import read_table
+from pipeline.tasks import tasks_making
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
 ENOUGH_ROWS = 30  # of which usually some are in each split
@@ -59,10 +60,11 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
     measured = version.manifest["measured"]
     missing: list[tuple[str, str]] = []
     if not measured.get("answers"):
-        missing += [(name, "questions") for name in ("qa", "deck_qa") if name in config.tasks]
-    styles = {style for task, style in requests_per_sample(config) if task == "caption"}
-    if styles and styles.isdisjoint(measured.get("captions", {})):
-        missing.append(("caption", "captions"))
+        missing += [(name, "questions") for name in config.tasks if name in tasks_making("questions")]
+    for name in tasks_making("captions").intersection(config.tasks):
+        styles = {style for task, style in requests_per_sample(config) if task == name}
+        if styles.isdisjoint(measured.get("captions", {})):
+            missing.append((name, "captions"))
     if not missing:
         return
     ledger = read_table(version.path / LEDGER_FILE, ["stage", "reason", "task"])  # which may be in an object store

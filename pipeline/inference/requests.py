@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import ANY_LANGUAGE, Config, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, wire_schema
+from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, tasks_making, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.own import build_task
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
@@ -132,8 +132,8 @@ def requests_about(config: Config, texts: SourceTexts) -> tuple[tuple[str, str],
     if config.human_texts != "fill":
         return asked
     needed = {need for task in config.own_tasks for need in task.needs}
-    done = {"caption"} if texts.has_captions else set[str]()
-    done |= {"qa", "deck_qa"} if texts.has_questions else set()
+    done = tasks_making("captions") if texts.has_captions else frozenset[str]()
+    done |= tasks_making("questions") if texts.has_questions else frozenset()
     return tuple(pair for pair in asked if pair[0] not in done or result_name(*pair) in needed)
 
 

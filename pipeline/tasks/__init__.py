@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -28,6 +28,15 @@ def find_task(name: str, own: OwnTasks = ()) -> Task:
         hint = did_you_mean(name, known) or f"known tasks: {', '.join(known)}; one of your own: --task FILE"
         raise ConfigError(f"unknown task: {name}", hint=hint)
     return TASKS[name]
+
+
+@cache
+def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
+    """Return the names of the built-in tasks whose annotations are captions, or questions with their answers."""
+    asked_for = [task for task in TASKS.values() if task not in CHECKING]
+    if kind == "captions":
+        return frozenset(task.name for task in asked_for if task.text_field is not None)
+    return frozenset(task.name for task in asked_for if "question" in task.row.model_fields)
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:

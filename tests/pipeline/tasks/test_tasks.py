@@ -7,7 +7,7 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import ValidationError
 
-from pipeline.tasks import TASKS, find_broken_rule, wire_schema
+from pipeline.tasks import TASKS, find_broken_rule, tasks_making, wire_schema
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
 from pipeline.tasks.qa import QAPair, QASet
@@ -99,3 +99,7 @@ SUM = DECK_PAIR | {"answer_type": "arithmetic", "evidence_pages": [1, 3], "expre
 )
 def test_a_question_about_a_deck_has_its_rules(fields: dict[str, Any], reason: str | None) -> None:
     assert find_broken_rule(TASKS["deck_qa"], fields, pages=4) == reason
+
+
+def test_tasks_are_known_by_what_they_make() -> None:
+    assert tasks_making("captions") == {"caption"} and tasks_making("questions") == {"qa", "deck_qa"}
