@@ -27,7 +27,7 @@ from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, find_source, open_source, with_source_defaults
 from pipeline.sources.file_digests import use_file_digests
 from pipeline.stages.base import RunPlan
-from pipeline.stages.generate import as_row, source_texts
+from pipeline.stages.generate import source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
 from pipeline.text.values import in_short
@@ -130,7 +130,7 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
             rows.append(row)
             continue
         ids.add(row.id)
-        if not requests_about(config, source_texts(as_row(row), config)):
+        if not requests_about(config, source_texts(row.to_row(), config)):
             complete += 1
             rows.append(row)
         elif _is_answered(row, config, revision, journal):
@@ -147,7 +147,7 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
 def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
     """Return whether the journal has replies to all that can be asked about a sample by the results that are there."""
     results = read_results(sample.id, config, revision, journal, sample.context)
-    asked = requests_about(config, source_texts(as_row(sample), config))
+    asked = requests_about(config, source_texts(sample.to_row(), config))
     requests = build_requests(sample.id, config, revision, sample.context, results, asked)
     return all(journal.last(request.id) for request in requests)
 

@@ -23,7 +23,7 @@ from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.sources import open_source, with_source_defaults
 from pipeline.sources.file_digests import use_file_digests
-from pipeline.stages.generate import as_row, sample_info, source_texts
+from pipeline.stages.generate import sample_info, source_texts
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tables import HUMAN
@@ -132,7 +132,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         open_engine(lambda: choice) as start,
     ):
         chunk = SampleBatch.of((sample.id, sample.images) for sample in samples.values())
-        texts = {sample.id: source_texts(as_row(sample), config) for sample in samples.values()}
+        texts = {sample.id: source_texts(sample.to_row(), config) for sample in samples.values()}
         for round_number in range(len(rounds(config))):
             for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, texts, round_number):
                 progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
@@ -149,7 +149,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
 
 def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
-    row = as_row(sample)
+    row = sample.to_row()
     info = sample_info(row, len(sample.images), config)
     (table,) = read_annotations([[info]], config, revision, journal, {sample.id: source_texts(row, config)})
     texts = dict(_judged_texts(table, config))
@@ -174,7 +174,7 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
 
 def _requests_of(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Request]:
     results = read_results(sample.id, config, revision, journal, sample.context)
-    asked = requests_about(config, source_texts(as_row(sample), config))
+    asked = requests_about(config, source_texts(sample.to_row(), config))
     return list(build_requests(sample.id, config, revision, sample.context, results, asked))
 
 

@@ -1,7 +1,7 @@
 """The types that sources, engines and executors exchange."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 Context = tuple[tuple[str, str], ...]  # names of columns of the source, with their values of one row
@@ -38,6 +38,17 @@ class Sample:
     reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
     facts: dict[str, Any] | None = None  # the facts of a drawn scene; no model sees them
     page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the sample as a row of tables.SAMPLE."""
+        values = asdict(self)
+        return {"sample_id": values.pop("id"), **values}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Sample":
+        """Return the sample of a row of tables.SAMPLE."""
+        values = dict(row)
+        return cls(id=values.pop("sample_id"), **values)
 
 
 @dataclass(frozen=True, slots=True)

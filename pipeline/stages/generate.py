@@ -1,7 +1,6 @@
 """Stage: generate. Ask a model about every sample of a shard, and write its replies as annotations."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks import find_task
 from pipeline.tasks.human import has_texts, human_annotations
-from pipeline.types import Engine, Sample, SampleInfo, SourceTexts
+from pipeline.types import Engine, SampleInfo, SourceTexts
 
 
 def generate_annotations(shard: DatasetDir, plan: RunPlan, services: Services) -> None:
@@ -53,11 +52,6 @@ def write_annotations(shard: DatasetDir, plan: RunPlan) -> None:
     with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, plan.config), plan.config, plan.revision, journal, texts)
         write_table(shard.stage("generate"), annotations, ANNOTATION)
-
-
-def as_row(sample: Sample) -> dict[str, Any]:
-    """Return a sample as a row of tables.SAMPLE."""
-    return {"sample_id": sample.id, **asdict(sample)}
 
 
 def source_texts(row: Mapping[str, Any], config: Config) -> SourceTexts:

@@ -210,7 +210,7 @@ class SampleDeduplicator:
             if isinstance(row, Rejected):
                 batch.rejected.append((self.num_rows, asdict(row)))
             else:
-                batch.add(self.add({"sample_id": row.id, **asdict(row), POSITION: self.num_rows}))
+                batch.add(self.add(row.to_row() | {POSITION: self.num_rows}))
             self.num_rows += 1
             batch.num_rows, batch.last_row = batch.num_rows + 1, row.source_row
             if batch.is_full:
@@ -265,20 +265,20 @@ def write_source(
     merges_texts: bool = False,
 ) -> None:
     """Write rows of a source, kept and rejected; `merges_texts` gives an image the captions and questions of all its copies."""
-    intake = SampleDeduplicator(excluded, DuplicateImages(merges_texts))
+    deduplicator = SampleDeduplicator(excluded, DuplicateImages(merges_texts))
     rejected: list[dict[str, str]] = []
 
     def tables() -> Iterator[pa.Table]:
-        for batch in intake.batches(rows, limit):
+        for batch in deduplicator.batches(rows, limit):
             rejected.extend(row for _, row in batch.rejected)
-            progress("source", len(intake.images.kept), limit)
+            progress("source", len(deduplicator.images.kept), limit)
             yield without_copies(batch.samples)
 
     write_table(shard.stage("source"), tables(), SAMPLE)
-    if intake.images.changes or intake.images.texts:
+    if deduplicator.images.changes or deduplicator.images.texts:
         batches = map(pa.Table.from_batches, ([batch] for batch in read_samples(shard)))
-        write_table(shard.stage("source"), map(intake.images.apply, batches), SAMPLE)
-    write_rejected(shard, [*rejected, *intake.copies])
+        write_table(shard.stage("source"), map(deduplicator.images.apply, batches), SAMPLE)
+    write_rejected(shard, [*rejected, *deduplicator.copies])
 
 
 def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:

@@ -86,7 +86,7 @@ class SourceReader:
         self._key = reading_key(config, source, self._exclusions)
         self._path = dataset.provenance("source").with_name(READING_FILE)
         self._results: dict[int | None, dict[str, Any] | None] = {}
-        self._intake: SampleDeduplicator | None = None
+        self._deduplicator: SampleDeduplicator | None = None
         self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts, without their pixels
         self._opened: Iterator[Sample | Rejected] = iter(())
         self._rows = self._opened  # behind the parts
@@ -111,7 +111,7 @@ class SourceReader:
     def finish(self) -> None:
         """End the reading: the next run may take the files as they are. Parts are not needed any more."""
         self.close()
-        if self._intake is not None:
+        if self._deduplicator is not None:
             paths = sorted(self._path.parent.glob("*.parquet"))
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
@@ -174,24 +174,24 @@ class SourceReader:
 
     def _read_on(self, limit: int | None) -> dict[str, Any]:
         """Read behind what was read, write the files of the stage, and return what was read."""
-        intake = self._intake = self._intake or self._begin()
-        while (limit is None or len(intake.images.kept) < limit) and (row := next(self._written, None)) is not None:
-            intake.add(row | {"images": []})
-            intake.num_rows = row[POSITION] + 1
-        if limit is None or len(intake.images.kept) < limit:
-            intake.num_rows = self._parts.num_rows
+        deduplicator = self._deduplicator = self._deduplicator or self._begin()
+        while (limit is None or len(deduplicator.images.kept) < limit) and (row := next(self._written, None)) is not None:
+            deduplicator.add(row | {"images": []})
+            deduplicator.num_rows = row[POSITION] + 1
+        if limit is None or len(deduplicator.images.kept) < limit:
+            deduplicator.num_rows = self._parts.num_rows
         try:
-            for batch in intake.batches(self._rows, limit):
+            for batch in deduplicator.batches(self._rows, limit):
                 self._parts.add(batch)
-                self.progress("source", len(intake.images.kept), limit)
+                self.progress("source", len(deduplicator.images.kept), limit)
         finally:
             self._parts.write()
-        has_more = intake.num_rows < self._parts.num_rows
+        has_more = deduplicator.num_rows < self._parts.num_rows
         if not has_more and (following := next(self._rows, None)) is not None:
             has_more, self._rows = True, chain([following], self._rows)
-        self.progress("source", len(intake.images.kept), limit and len(intake.images.kept))
-        self._write_stage(intake)
-        self._result = {"limit": limit, "images": len(intake.images.kept), "has_more": has_more}
+        self.progress("source", len(deduplicator.images.kept), limit and len(deduplicator.images.kept))
+        self._write_stage(deduplicator)
+        self._result = {"limit": limit, "images": len(deduplicator.images.kept), "has_more": has_more}
         return self._result
 
     def _begin(self) -> SampleDeduplicator:
@@ -213,17 +213,17 @@ class SourceReader:
         index = ExclusionIndex.of(read_exclusions(self.dataset), choose_image_kind(self.config))
         return SampleDeduplicator(index, DuplicateImages(self.config.keeps_human_texts))
 
-    def _write_stage(self, intake: SampleDeduplicator) -> None:
+    def _write_stage(self, deduplicator: SampleDeduplicator) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""
         forget_near_duplicates(self.dataset)
         kind = choose_image_kind(self.config)
-        groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(intake, kind)
+        groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(deduplicator, kind)
         of_near = {row["sample_id"]: row for row in groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()}
         ids, near_rows = pa.array(of_near, pa.string()), list[dict[str, str]]()
 
         def near_duplicates() -> Iterator[pa.Table]:
             for samples in self._parts.tables(holding=of_near):
-                samples = intake.images.apply(without_copies(samples, intake.num_rows))
+                samples = deduplicator.images.apply(without_copies(samples, deduplicator.num_rows))
                 samples = samples.filter(pc.is_in(samples["sample_id"], ids))
                 rows = [row | of_near[row["sample_id"]] for row in samples.to_pylist()]
                 near_rows.extend(
@@ -234,23 +234,23 @@ class SourceReader:
 
         def kept() -> Iterator[pa.Table]:
             for samples in self._parts.tables():
-                samples = without_copies(samples, intake.num_rows)
+                samples = without_copies(samples, deduplicator.num_rows)
                 samples = samples.filter(pc.invert(pc.is_in(samples["sample_id"], ids)))
                 if samples.num_rows:
-                    yield intake.images.apply(samples)
+                    yield deduplicator.images.apply(samples)
 
         if of_near:
             write_table(self.dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
         write_table(self.dataset.stage("source"), kept(), SAMPLE)
-        rejected = [row for position, row in self._parts.rejected if position < intake.num_rows]
-        write_rejected(self.dataset, [*rejected, *intake.copies, *near_rows])
+        rejected = [row for position, row in self._parts.rejected if position < deduplicator.num_rows]
+        write_rejected(self.dataset, [*rejected, *deduplicator.copies, *near_rows])
 
-    def _compare(self, intake: SampleDeduplicator, kind: ImageKind) -> pa.Table:
+    def _compare(self, deduplicator: SampleDeduplicator, kind: ImageKind) -> pa.Table:
         """Return the groups of samples that look alike, which dedupe and split read (tables.IMAGE_GROUPS)."""
         columns = [*COMPARED_COLUMNS, POSITION, IS_COPY]
         tables = [PART.empty_table().select(columns), *self._parts.tables(columns)]
-        samples = pa.concat_tables([without_copies(table, intake.num_rows) for table in tables])
-        splits = pa.array([intake.images.kept[name][1] for name in samples["sample_id"].to_pylist()], pa.string())
+        samples = pa.concat_tables([without_copies(table, deduplicator.num_rows) for table in tables])
+        splits = pa.array([deduplicator.images.kept[name][1] for name in samples["sample_id"].to_pylist()], pa.string())
         samples = samples.set_column(samples.schema.get_field_index("split"), "split", splits)
         groups = compare_samples(samples, kind)
         write_table(self.dataset.stage("source", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)

@@ -76,7 +76,7 @@ def _read(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterat
         if isinstance(row, Rejected):
             rejected.append(asdict(row))
             continue
-        batch.append({"sample_id": row.id, **asdict(row)})
+        batch.append(row.to_row())
         batch_bytes += sum(map(len, row.images))
         if len(batch) == BATCH_SAMPLES or batch_bytes >= BATCH_BYTES:
             yield pa.Table.from_pylist(batch, schema=SAMPLE)
@@ -178,7 +178,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         run = self.run
         for batch in run.shuffle("samples").read(index, run.readers):
             for row in batch.to_pylist():
-                yield Sample(id=row.pop("sample_id"), **row)
+                yield Sample.from_row(row)
         for batch in run.shuffle("unread").read(index, run.readers):
             yield from (Rejected(**row) for row in batch.to_pylist())
 

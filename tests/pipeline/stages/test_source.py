@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.generate import as_row
 from pipeline.stages.source import DuplicateImages
 from pipeline.tables import SAMPLE
 from pipeline.types import Sample
@@ -24,7 +23,7 @@ COPIES = (
 
 def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[str, str]]]:
     copies = DuplicateImages()
-    rows = list(map(as_row, samples))
+    rows = [sample.to_row() for sample in samples]
     rejections = [copies.add(row) for row in rows]
     kept_rows = [row for row, rejection in zip(rows, rejections, strict=True) if rejection is None]
     rows = copies.apply(pa.Table.from_pylist(kept_rows, schema=SAMPLE)).to_pylist()
@@ -44,6 +43,6 @@ def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sampl
 
 def test_without_copies_nothing_changes() -> None:
     copies = DuplicateImages()
-    assert copies.add(as_row(COPIED)) is None
-    assert copies.add(as_row(SINGLE)) is None
+    assert copies.add(COPIED.to_row()) is None
+    assert copies.add(SINGLE.to_row()) is None
     assert copies.changes == {}
