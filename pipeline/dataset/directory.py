@@ -34,6 +34,7 @@ from pipeline.types import SampleBatch
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
 MAX_REMEMBERED = 20
+OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir, require_file
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, describe_start, forget_other_stages, judge_rows, publish
@@ -178,7 +178,7 @@ def _forget_other_settings(dataset: DatasetDir, config: Config, order: Sequence[
     settings = config.recorded()
     if not dataset.run_file.exists() or dataset.settings() != settings:
         for name in later:
-            for which in ("kept", "rejected"):
+            for which in OUTPUTS:
                 dataset.stage(name, which).unlink(missing_ok=True)
     write_json(dataset.run_file, settings)
 

@@ -1,7 +1,6 @@
 """Build the package that a push uploads: the files of a version or a model, with their manifest and card."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, fi
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
-from pipeline.storage.files import open_parquet, read_json, writer_options
+from pipeline.storage.files import json_text, open_parquet, read_json, writer_options
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 
@@ -166,7 +165,7 @@ def _pack(
             **{f"{name}/{file}": path for name, files in exported.items() for file, path in files.items()},
             LEDGER_FILE: version.path / LEDGER_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
-            "manifest.json": _json(manifest),
+            "manifest.json": json_text(manifest).encode(),
         },
         has_unknown_license=has_unknown_license(manifest),
     )
@@ -189,7 +188,7 @@ def build_checkpoint_package(
     made_of_models = base_models(saved["train"], hub_ids)
     for part in ("encoder", "decoder"):  # local paths are removed before settings are published
         saved["train"][part] = without_folders(str(saved["train"][part]))
-    written = {"train.json": _json(saved["train"]), **more(folder)}
+    written = {"train.json": json_text(saved["train"]).encode(), **more(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
     files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}
     content_digest = digest([files[name]["sha256"] for name in (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))])
@@ -208,7 +207,7 @@ def build_checkpoint_package(
             **{name: folder / name for name in CHECKPOINT_FILES},
             **written,
             "README.md": card.encode(),
-            "manifest.json": _json(manifest),
+            "manifest.json": json_text(manifest).encode(),
         },
         has_unknown_license=data.get("has_unknown_license", made_of is None or has_unknown_license(made_of.manifest)),
     )
@@ -230,7 +229,7 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
         name=model.name,
         title=f"A page for {model.name}",
         manifest=manifest,
-        files={**files, "manifest.json": _json(manifest)},
+        files={**files, "manifest.json": json_text(manifest).encode()},
         has_unknown_license=model.has_unknown_license,
     )
 
@@ -240,7 +239,3 @@ def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str
     home = DatasetDir(folder.resolve().parent.parent)
     version = next((v for v in home.versions() if v.manifest["digest"] == data["digest"]), None)
     return version, next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, OUTPUTS, DatasetDir
 from pipeline.report.rows import to_pylist
 from pipeline.storage.files import find_rows, open_table
 from pipeline.tables import ADDED_COLUMNS
@@ -57,7 +57,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     texts a share is counted, drawn by lot, and `are` says so. A version that was made elsewhere has no stage files here,
     and so no tables.
     """
-    kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in ("kept", "rejected"))
+    kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in OUTPUTS)
     if not kept:
         return []
     every = max(1, ceil(sum(open_table(path).metadata.num_rows for path in (*kept, *rejected)) / MAX_COUNTED_TEXTS))
@@ -87,7 +87,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     For each kind, `found` is the number of clusters and `shown` lists the largest. Each member of a cluster has the `id` of
     its sample, its text (`said`), and whether it was `kept`.
     """
-    kept_files, rejected_files = (DatasetDir(folder).stage_files("dedupe", which) for which in ("kept", "rejected"))
+    kept_files, rejected_files = (DatasetDir(folder).stage_files("dedupe", which) for which in OUTPUTS)
     if not kept_files:
         return {}
     rejected = list(_read(rejected_files, [*_DEDUPED, "reason"]))

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.directory import OUTPUTS
 from pipeline.dataset.version import Version
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SynthError
@@ -20,7 +21,6 @@ from pipeline.tasks import find_task
 from pipeline.tasks.prompts import prompt_texts
 
 FINISHED_FILE = "finished.json"
-OUTPUTS = ("kept", "rejected")
 CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # the folders of what stages run, and the files there
 GENERATE, VERSION = "generate", "version"
 

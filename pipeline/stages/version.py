@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.directory import DatasetDir, read_samples
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.statistics import DatasetStatistics, merge
@@ -138,7 +138,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
     """Return how many annotations were reviewed, by mark; nothing where none was."""
     counts: Counter[str] = Counter()
     for shard in shards:
-        for which in ("kept", "rejected"):
+        for which in OUTPUTS:
             for table in read_batches(shard.stage("review", which), ["review"]):
                 if table["review"].null_count < table.num_rows:
                     counts.update(review["mark"] for review in table["review"].to_pylist() if review)

@@ -1,14 +1,13 @@
 """The files with which a captioner loads in transformers, beside its weights and its tokenizer."""
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.errors import TrainError
-from pipeline.storage.files import read_json
+from pipeline.storage.files import json_text, read_json
 from trainer.config import require_checkpoint
 
 HERE = Path(__file__).parent
@@ -80,7 +79,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
             "clean_up_tokenization_spaces": False,
         },
     }
-    files = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in values.items()}
+    files = {name: json_text(value).encode() for name, value in values.items()}
     return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
 
 
@@ -105,7 +104,7 @@ def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
     return {
         "app.py": (HERE / "space.py").read_bytes(),
         "requirements.txt": "".join(f"{name}\n" for name in SPACE_REQUIREMENTS).encode(),
-        "space.json": (json.dumps(about, indent=2) + "\n").encode(),
+        "space.json": json_text(about).encode(),
         "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{text}".encode(),
     }
 

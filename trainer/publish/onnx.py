@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.progress import Progress
+from pipeline.storage.files import json_text
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
@@ -174,9 +175,9 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         for done, name in enumerate(_write_parts(captioner, parts, int8=int8), start=1):
             progress("export", done, 8 if int8 else 4, {"last": name})
         files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
-        files["config.json"] = _as_json(_config(captioner, json.loads(files["processor_config.json"])))
-        files["generation_config.json"] = _as_json(json.loads(files["generation_config.json"]) | _start(loaded))
-        files["preprocessor_config.json"] = _as_json(_pixel_settings(captioner))
+        files["config.json"] = json_text(_config(captioner, json.loads(files["processor_config.json"]))).encode()
+        files["generation_config.json"] = json_text(json.loads(files["generation_config.json"]) | _start(loaded)).encode()
+        files["preprocessor_config.json"] = json_text(_pixel_settings(captioner)).encode()
         files["tokenizer.json"] = (checkpoint / "tokenizer.json").read_bytes()
         files[RUNNER] = standalone_source("run_onnx").encode()
         files[JS_RUNNER] = Path(__file__).with_name("run_onnx.mjs").read_bytes()
@@ -197,10 +198,6 @@ def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
         if not first.with_name(f"{first.name}.data").exists():  # no page loads so large a one
             merge_steps(first, following, folder / f"{BOTH}{suffix}.onnx")
         yield f"{BOTH}{suffix}"
-
-
-def _as_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _config(captioner: CaptionerModel, processor: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.digests import digest, file_digest, public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, describe_start, forget_other_stages, publish
@@ -203,7 +203,7 @@ def _name_of(work: Callable[..., Any]) -> str:
 def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
     """Remove the stage files of an earlier run in one process; its journal is only read."""
     for name in stages:
-        for which in ("kept", "rejected"):
+        for which in OUTPUTS:
             dataset.stage(name, which).unlink(missing_ok=True)
     forget_near_duplicates(dataset)
     forget_reading(dataset)
@@ -254,8 +254,6 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any
     """Return the digest of everything that decides the content of filled shards."""
     config = run.config
     later = {"base_url", "engine", "model", "server", "select", "dedupe", "balance", "split", "title"}
-    earlier = {"license": None, "captions": (), "human_texts": "compare", "allow_partial": False}  # releases had none of these
-    later |= {name for name, value in earlier.items() if getattr(config, name) == value}
     settings = config.model_dump(mode="json", exclude=later)
     files = named_files(config)
     del files["entries"]  # of balance
