@@ -16,8 +16,9 @@ from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import TableError
-from pipeline.executors.base import describe_start, summarize_shards
+from pipeline.executors.base import summarize_shards
 from pipeline.executors.local import LocalExecutor, run_locally
+from pipeline.executors.messages import describe_start
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_results

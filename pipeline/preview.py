@@ -13,7 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.paths import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import SourceError
-from pipeline.executors.base import describe_engine
+from pipeline.executors.messages import describe_engine
 from pipeline.inference.engines import choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results

@@ -198,7 +198,7 @@ def require_checkpoint(folder: Path) -> None:
 
 
 def has_other_settings(folder: Path, config: TrainConfig) -> bool:
-    """Whether a checkpoint folder holds a finished captioner that was trained with other settings."""
+    """Return whether a checkpoint folder holds a finished captioner that was trained with other settings."""
     if not (folder / "metrics.json").exists():
         return False
     try:

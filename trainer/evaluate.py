@@ -180,7 +180,7 @@ def evaluate_version(
     if with_spice:
         require_spice()
     config = checkpoint.captioner.config
-    if clip and is_same(clip, config.encoder["made_from"]):
+    if clip and is_own_encoder(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
     examples = examples_in(version, split, config.data.get("texts", "synthetic"))
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
@@ -198,8 +198,8 @@ def clip_scores(name: str, images: Iterable[Image.Image], captions: Sequence[str
     return [[CLIPSCORE_WEIGHT * max(cosine, 0.0) for cosine in order_cosines] for order_cosines in cosines]
 
 
-def is_same(name: str, made_from: dict[str, str]) -> bool:
-    """Whether a CLIP is the captioner's own encoder, whose score would be biased."""
+def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
+    """Return whether a CLIP is the captioner's own encoder, whose score would be biased."""
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
     return ENCODERS.get(own_name, own_name) in (model_id, Path(name).name if Path(name).is_dir() else model_id)
 

@@ -347,7 +347,7 @@ def review_apply(
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.executors.losses import describe_losses
+    from pipeline.executors.messages import describe_losses
     from pipeline.run import STAGES, apply_reviews
 
     with show_progress() as progress:

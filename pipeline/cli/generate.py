@@ -72,7 +72,7 @@ def generate(
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
-    from pipeline.executors.losses import describe_warnings
+    from pipeline.executors.messages import describe_warnings
     from pipeline.run import STAGES, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
@@ -114,7 +114,7 @@ def import_(
     `synth generate --only-missing` then asks a model about the images that have none.
     """
     from pipeline.dataset.directory import remember_dataset
-    from pipeline.executors.losses import describe_warnings
+    from pipeline.executors.messages import describe_warnings
     from pipeline.run import STAGES, generate_dataset
 
     if settings.config.asks_model:

@@ -98,7 +98,7 @@ class DatasetDir:
         return self.path / "shards" / "finished.json"
 
     def provenance(self, stage: str) -> Path:
-        """The source or model of a stage; a run that starts at a later stage must use the same one."""
+        """Return where the source or model of a stage is told: a run that starts at a later stage must use the same one."""
         return self.path / "stages" / stage / "made_by.json"
 
     @property

@@ -4,24 +4,19 @@ An executor fills shards (it reads the source, asks the model, and judges rows o
 Stages that compare rows run in the process of the command, over the shards' files.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
-from pipeline.digests import public_name
 from pipeline.errors import ConfigError, TableError
-from pipeline.executors.losses import describe_losses, describe_unanswered
-from pipeline.inference.engines import EngineChoice
-from pipeline.inference.families import find_family
+from pipeline.executors.messages import describe_losses, describe_unanswered
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.stages.base import (
@@ -40,8 +35,6 @@ from pipeline.stages.generate import count_asked, count_wanted
 from pipeline.stages.version import WrittenRows, publish_shards, summarize_version, write_rows
 from pipeline.storage.files import read_json, remove, scratch_folder
 from pipeline.storage.object_store import is_remote
-from pipeline.tasks import find_task
-from pipeline.tasks.prompts import describe_prompts
 
 T = TypeVar("T")
 UNITS = {"source": "images", "generate": "requests"}  # of all other stages: annotations
@@ -78,48 +71,6 @@ class Executor(Protocol):
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
         """Apply a function to every shard and a new empty folder, whose files end up below `draft`."""
-
-
-def describe_engine(config: Config, choice: EngineChoice) -> str:
-    """Return where the model is: the addresses of its servers, or how it runs here."""
-    return ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url) or {"vllm": "vLLM, started here"}.get(
-        choice.name, "in this process"
-    )
-
-
-def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
-    """Return the opening line of a run: what is asked of which model, with which prompts, what people wrote, where it goes.
-
-    Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
-    """
-    kept = "keeps the captions and questions that people wrote"
-    if choice.model == NO_MODEL:
-        return f"{config.source} to {dataset.path}: {kept}; asks no model"
-    what = ", ".join(config.tasks) or "checks"
-    asked = f"{what} of {public_name(choice.model)} ({describe_engine(config, choice)})"
-    people = f"{kept}, and " if config.keeps_human_texts else ""
-    missing = " what is missing:" if config.human_texts == "fill" else ""
-    generate = config.generate
-    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-    prompts = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
-    rated = ""
-    if config.verify.judge:
-        from pipeline.inference.judge import choose_judge
-
-        rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
-    about_boxes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
-    return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}{about_boxes}"
-
-
-def describe_boxes(config: Config, model: str) -> Iterator[str]:
-    """Yield a note for each task whose boxes are read in another unit than the model is known to write."""
-    family = find_family(model)
-    for task in config.own_tasks if family and family.boxes else ():
-        if task.kind == "boxes" and family and task.coordinates != family.boxes:
-            yield (
-                f"{family.name} writes boxes in {family.boxes}, and the task {task.name} reads them as {task.coordinates}: "
-                "set its coordinates"
-            )
 
 
 def forget_other_stages(shard: DatasetDir, order: Sequence[str]) -> None:

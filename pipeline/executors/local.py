@@ -12,7 +12,8 @@ from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import RunResult, T, compare_rows, describe_start, forget_other_stages, judge_rows, publish
+from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish
+from pipeline.executors.messages import describe_start
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats

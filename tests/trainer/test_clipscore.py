@@ -14,7 +14,7 @@ from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
 from tests.trainer.tiny_models import save_clip
-from trainer.evaluate import clip_scores, is_same
+from trainer.evaluate import clip_scores, is_own_encoder
 
 SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
 TEXTS = [caption(scene, "detailed") for scene in SCENES]
@@ -48,10 +48,10 @@ def test_a_score_is_two_and_a_half_times_the_cosine_clipped_at_zero(clip: str) -
 
 
 def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
-    assert is_same("clip", {"name": "clip"})
-    assert is_same("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
-    assert is_same(clip, {"name": Path(clip).name})
-    assert not is_same("metaclip", {"name": "clip"})
+    assert is_own_encoder("clip", {"name": "clip"})
+    assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
+    assert is_own_encoder(clip, {"name": Path(clip).name})
+    assert not is_own_encoder("metaclip", {"name": "clip"})
 
 
 def test_a_folder_without_a_clip_is_an_error(tmp_path: Path) -> None:

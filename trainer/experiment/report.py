@@ -76,7 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _words_differ(runs: Sequence[Run]) -> bool:
-    """Whether runs with the same number of images differ clearly in caption words."""
+    """Return whether runs with the same number of images differ clearly in caption words."""
     counts = [[run.train_words for run in runs if run.train_images == images] for images in {run.train_images for run in runs}]
     return any(max(words) > (1 + UNMATCHED) * min(words) for words in counts)
 

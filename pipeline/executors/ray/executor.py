@@ -15,7 +15,8 @@ from pipeline.config import Config
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.digests import digest, file_digest, public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, describe_start, forget_other_stages, publish
+from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, forget_other_stages, publish
+from pipeline.executors.messages import describe_start
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results

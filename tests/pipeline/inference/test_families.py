@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
 
 from pipeline.config import resolve
-from pipeline.executors.base import describe_boxes
+from pipeline.executors.messages import describe_boxes
 from pipeline.inference.families import FAMILIES, PHOTO_PX, find_family
 
 WIDTH, HEIGHT = PHOTO_PX

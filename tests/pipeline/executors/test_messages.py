@@ -10,7 +10,7 @@ from pipeline.config import Config, resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult
-from pipeline.executors.losses import describe_empty_splits, describe_losses, describe_unanswered, describe_warnings
+from pipeline.executors.messages import describe_empty_splits, describe_losses, describe_unanswered, describe_warnings
 from pipeline.run import STAGES, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions

@@ -1,20 +1,25 @@
-"""What a user should know of a run that lost rows: where, why, and what to change."""
+"""What a user is told of a run: what it is about to do, and where it lost rows, why, and what to change."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow.compute as pc
 
-from pipeline.config import Config
+from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.digests import public_name
 from pipeline.errors import one_line
+from pipeline.inference.engines import EngineChoice
+from pipeline.inference.families import find_family
 from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
 from pipeline.stages.source import ADVICE
 from pipeline.storage.files import read_table
-from pipeline.tasks import tasks_making
+from pipeline.tasks import find_task, tasks_making
+from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
 ENOUGH_ROWS = 30  # of which usually some are in each split
@@ -24,6 +29,48 @@ _UNANSWERED = {
     SERVER_ERROR: f"requests got nothing but errors from the server: {AGAIN}",
     REFUSED_BY_SERVER: f"requests were refused by the server: {AGAIN}; if images are too large, set generate.max_pixels",
 }
+
+
+def describe_engine(config: Config, choice: EngineChoice) -> str:
+    """Return where the model is: the addresses of its servers, or how it runs here."""
+    return ", ".join(re.sub("//[^/@]*@", "//", url) for url in config.base_url) or {"vllm": "vLLM, started here"}.get(
+        choice.name, "in this process"
+    )
+
+
+def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
+    """Return the opening line of a run: what is asked of which model, with which prompts, what people wrote, where it goes.
+
+    Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
+    """
+    kept = "keeps the captions and questions that people wrote"
+    if choice.model == NO_MODEL:
+        return f"{config.source} to {dataset.path}: {kept}; asks no model"
+    what = ", ".join(config.tasks) or "checks"
+    asked = f"{what} of {public_name(choice.model)} ({describe_engine(config, choice)})"
+    people = f"{kept}, and " if config.keeps_human_texts else ""
+    missing = " what is missing:" if config.human_texts == "fill" else ""
+    generate = config.generate
+    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
+    prompts = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+    rated = ""
+    if config.verify.judge:
+        from pipeline.inference.judge import choose_judge
+
+        rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
+    about_boxes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
+    return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}{about_boxes}"
+
+
+def describe_boxes(config: Config, model: str) -> Iterator[str]:
+    """Yield a note for each task whose boxes are read in another unit than the model is known to write."""
+    family = find_family(model)
+    for task in config.own_tasks if family and family.boxes else ():
+        if task.kind == "boxes" and family and task.coordinates != family.boxes:
+            yield (
+                f"{family.name} writes boxes in {family.boxes}, and the task {task.name} reads them as {task.coordinates}: "
+                "set its coordinates"
+            )
 
 
 def describe_warnings(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
