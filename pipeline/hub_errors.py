@@ -1,10 +1,13 @@
 """Errors of the Hub's client in words of this project: what became of a repository, and what to do next."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from pipeline.errors import SynthError, one_line
+
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")  # ORG/NAME, or ORG/NAME@REVISION
 
 
 @contextmanager

@@ -1,15 +1,12 @@
 """Find a captioner by name: a folder, or a repository of the Hub, whose files are downloaded once."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from pipeline.errors import TrainError
-from pipeline.hub_errors import translate_hub_errors
+from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from trainer.config import CAPTIONER_FILES
-
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
 
 def find_captioner(name: str | Path) -> Path:
@@ -18,7 +15,7 @@ def find_captioner(name: str | Path) -> Path:
     Only the settings, the tokenizer and the weights are fetched, and no code. Raises TrainError if there is no such
     repository, it holds no captioner, or the Hub does not answer and nothing is cached.
     """
-    match = _NAME.fullmatch(str(name))
+    match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
         return Path(name).expanduser()
     repo, revision = match[1], match[2]

@@ -1,6 +1,5 @@
 """Download a version from the Hub or an object store once, check it against its manifest, and open it."""
 
-import re
 from pathlib import Path
 
 import httpx2
@@ -22,18 +21,17 @@ from pipeline.dataset.version import (
     read_version,
 )
 from pipeline.errors import StoreError
-from pipeline.hub_errors import translate_hub_errors
+from pipeline.hub_errors import HUB_NAME, translate_hub_errors
 from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, *(f"{split}-*.parquet" for split in SPLITS)]  # no exports
 
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text names a dataset of the Hub, ORG/NAME or ORG/NAME@VERSION, and is not a local path."""
-    return bool(_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
+    return bool(HUB_NAME.fullmatch(text)) and not split_version(Path(text))[0].exists()
 
 
 def pull_version(name: str) -> Version:
@@ -42,7 +40,7 @@ def pull_version(name: str) -> Version:
     VERSION is a tag, a branch or a commit; without one, the newest tag. Raise StoreError if the version does not exist, is
     damaged, was not made by synth, or is not cached and the Hub does not answer.
     """
-    if not (match := _NAME.fullmatch(name)):
+    if not (match := HUB_NAME.fullmatch(name)):
         raise StoreError(f"not a dataset of the Hub: {name}", hint="it looks like ORG/NAME@v1.0.0")
     repo, requested = match[1], match[2]
     offline = "check the network, then try again; what was fetched is kept"

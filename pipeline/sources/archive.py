@@ -58,7 +58,7 @@ class Archives:
 
 
 @dataclass(slots=True)
-class TextIndex:
+class TextsByKey:
     """The texts of an archive, or of neighboring entries, by key; and how many images have each key."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
@@ -77,13 +77,13 @@ class TextIndex:
         return [text for text in self.texts.get(key, ()) if text.stem == image.stem or self.images[key] == 1]
 
 
-IndexOf = Callable[[str], TextIndex]  # of an archive, by its name
+IndexOf = Callable[[str], TextsByKey]  # of an archive, by its name
 
 
 def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
     """Yield each image with the texts of its key beside it, as WebDataset groups them; a group that grows too large is cut."""
     for group in _group_neighbors(entries):
-        index = TextIndex()
+        index = TextsByKey()
         for entry in group:
             index.add(entry)
         yield from ((entry, index.of(entry)) for entry in group if not is_text(entry.name))
@@ -135,7 +135,7 @@ def _read_json(entry: Entry) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
+def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
     """Yield what a user should know of the texts of an archive: captions beside images, and what is used for nothing."""
     beside = {key: texts for key, texts in index.texts.items() if index.images[key]}
     read = [_read_beside(texts) for texts in beside.values()]
@@ -284,8 +284,8 @@ def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[
                 yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
 
 
-def _read_index(archives: Archives, name: str) -> TextIndex:
-    index, num_bytes = TextIndex(), 0
+def _read_index(archives: Archives, name: str) -> TextsByKey:
+    index, num_bytes = TextsByKey(), 0
     with archives.open(name) as file:
         for entry in read_entries(file, name, "texts"):
             num_bytes += len(entry.data or b"")

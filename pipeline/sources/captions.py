@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
-from pipeline.sources.parquet import SPLITS
+from pipeline.sources.parquet import SPLIT_OF_WORD
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
 from pipeline.types import ReferenceQA
@@ -251,9 +251,9 @@ def _is_by_model(row: Mapping[str, Any]) -> bool:
 def read_split(value: Any) -> str | None:
     """Return the split of a word such as `val`. Raise ValueError for an unknown one, whose images could land anywhere."""
     word = str(value).strip().casefold() if value else ""
-    if word and word not in SPLITS:
+    if word and word not in SPLIT_OF_WORD:
         raise ValueError(f"{value!r} is not a split: it may be train, validation, test, or a usual word for one of them")
-    return SPLITS.get(word)
+    return SPLIT_OF_WORD.get(word)
 
 
 def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:

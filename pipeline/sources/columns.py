@@ -21,7 +21,7 @@ from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import CAPTION_COLUMNS, FILE_NAMES, TEXT_KEYS, read_question, read_texts
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
-from pipeline.sources.parquet import SPLITS, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
+from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
@@ -33,7 +33,7 @@ PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet:
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
-def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, names: dict[str, str] = SPLITS) -> Source:
+def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, names: dict[str, str] = SPLIT_OF_WORD) -> Source:
     """Return the rows of one split, or of all, as the source `name`. Raise SourceError if the split does not exist.
 
     A row without a usable image is rejected. `names` maps the values of a split column to train, validation or test.
@@ -57,7 +57,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 continue
             row_split = names.get(str(row[split_column]).strip().casefold()) if split_column else file_split
             if row_split is None and split_column:
-                detail = f"{row[split_column]!r} is none of {', '.join(SPLITS)}"
+                detail = f"{row[split_column]!r} is none of {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"licence": tables.licence, "split": stored_split(row_split, split)}

@@ -14,7 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.hub import open_hub
-from pipeline.sources.parquet import SPLITS
+from pipeline.sources.parquet import SPLIT_OF_WORD
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.types import Source, SourceSlice
 
@@ -26,7 +26,7 @@ def read_split_list(path: Path) -> dict[str, str]:
     """Return the split of each file name, from Karpathy's JSON: {"images": [{"filename": ..., "split": ...}]}."""
     try:
         images = json.loads(read_regular(path, max_bytes=MAX_METADATA_BYTES))["images"]
-        return {image["filename"]: SPLITS[image["split"]] for image in images}
+        return {image["filename"]: SPLIT_OF_WORD[image["split"]] for image in images}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
         hint = 'it looks like {"images": [{"filename": ..., "split": ...}]}'
         raise SourceError(f"cannot read the list {path}: {error!r}", hint=hint) from None
@@ -41,7 +41,7 @@ def _open(config: Config, repo: str, part: SourceSlice) -> Source:
         files = ", ".join(map(str, tables.files))
         hint = f"use {REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE"
         raise SourceError(f"{tables.name} has lost which images are for testing: all are filed under {files}", hint=hint)
-    names = read_split_list(split_list) if split_list else SPLITS
+    names = read_split_list(split_list) if split_list else SPLIT_OF_WORD
     return open_mapped(tables, columns, config, config.source.partition("@")[0], names)  # the name of another copy is kept
 
 

@@ -29,7 +29,7 @@ _SPLIT_WORDS = {
     "validation": "validation valid val dev",
     "test": "test testing testdev eval heldout holdout",
 }
-SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
+SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
 TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split of its file, values
 _VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefCOCO
@@ -188,7 +188,9 @@ def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
 def split_of_path(path: str) -> str | None:
     """Return the split that the last possible word of a path names, as `val` in default/val/0000.parquet; else None."""
     words = reversed(_WORD.findall(path.lower().removesuffix(".parquet")))
-    return next((split for word in words if (split := SPLITS.get(word) or SPLITS.get(_VARIANT.sub(r"\1", word)))), None)
+    return next(
+        (split for word in words if (split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)))), None
+    )
 
 
 def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
