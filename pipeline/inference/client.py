@@ -71,6 +71,7 @@ class InFlight:
     taken: deque[Request] = field(default_factory=deque)
     recorded: deque[Request] = field(default_factory=deque)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
+    sent: set["asyncio.Task[Any] | None"] = field(default_factory=set)  # those of running that a server is answering
     resting: int = 0  # running tasks that wait before a retry; they take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -285,6 +286,8 @@ class Client:
 
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
+        if not in_flight.running:
+            in_flight.wake.set()
         if task.cancelled():
             return
         try:
@@ -293,9 +296,12 @@ class Client:
             in_flight.replies.append(task.result())
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
-            in_flight.error = in_flight.error or error
-            in_flight.ends_at = in_flight.ends_at or asyncio.get_running_loop().time() + FINISH_SECONDS
-        if len(in_flight.replies) >= self._group_size() or not in_flight.running:
+            if not in_flight.error:
+                in_flight.error = error
+                in_flight.ends_at = asyncio.get_running_loop().time() + FINISH_SECONDS
+                for waiting in in_flight.running - in_flight.sent:
+                    waiting.cancel()
+        if len(in_flight.replies) >= self._group_size():
             in_flight.wake.set()
 
     # --- one request
@@ -360,6 +366,7 @@ class Client:
         dialect = endpoint.dialect
         body = chat_api.body(request, images, self._name, dialect)
         sent = time.monotonic()
+        in_flight.sent.add(asyncio.current_task())
         try:
             async with self._session_of(endpoint).post(
                 f"{endpoint.url}/chat/completions",
@@ -374,6 +381,8 @@ class Client:
                 log.warning("no more files can be opened for connections: %s", error)
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
+        finally:
+            in_flight.sent.discard(asyncio.current_task())
         tolerated = self._statuses_of_one_request(endpoint)
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
