@@ -18,13 +18,16 @@ import pyarrow.compute as pc
 from pipeline.config import SplitConfig
 from pipeline.digests import hash_to_unit
 from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
-from pipeline.storage.database import load
+from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
 from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
 from pipeline.text.normalize import map_distinct
 
 STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
 GROUPS = pa.schema({"image_group": STRING, "split_group": STRING})
+NAMES = pa.schema({"sample_id": STRING, "key": STRING})  # what names of the rows of the source have in common
+MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
+FIRST_KEYS = pa.schema({"key": STRING, "first_key": STRING})
 ADDS = pa.schema({"stated_split": STRING, "split_group": STRING})
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
@@ -43,7 +46,7 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     db = comparison.db
     load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
     load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS)
-    load(db, "named_groups", [_named_groups(comparison)], GROUPS)
+    _load_named_groups(comparison)
     return db.sql(
         """
         WITH grouped AS (
@@ -60,24 +63,40 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     )
 
 
-def _named_groups(comparison: Comparison) -> pa.Table:
-    """Return the group of each group of near-duplicates, if images are grouped by the names of their rows (GROUPS)."""
-    by = comparison.plan.config.split.group_by
+def _load_named_groups(comparison: Comparison) -> None:
+    """Make the table `named_groups`: the group of each group of near-duplicates, by the names of their rows in the source.
+
+    It is empty unless the settings group by names. Only groups whose members have different names are joined in memory.
+    """
+    db, by = comparison.db, comparison.plan.config.split.group_by
     if by is None:
-        return GROUPS.empty_table()
-    keys: dict[str, str] = {}
-    for shard in comparison.shards:
-        for table in read_batches(shard.stage("source"), ("sample_id", "source_row")):
-            keys |= zip(
-                table["sample_id"].to_pylist(), map(partial(name_key, by=by), table["source_row"].to_pylist()), strict=True
-            )
-    pairs = {
-        pair
-        for table in comparison.rows.batches("image_group", "sample_id")
-        for pair in zip(table["image_group"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
-    }
-    groups = join_groups((image_group, keys[sample_id]) for image_group, sample_id in pairs)
-    return pa.table([list(groups), list(groups.values())], schema=GROUPS)
+        load(db, "named_groups", [GROUPS.empty_table()], GROUPS)
+        return
+    key_of = partial(name_key, by=by)
+    sources = (
+        table for shard in comparison.shards for table in read_batches(shard.stage("source"), ("sample_id", "source_row"))
+    )
+    names = (pa.table([table["sample_id"], map_distinct(table["source_row"], key_of)], schema=NAMES) for table in sources)
+    load(db, "names", names, NAMES)
+    load(db, "members", comparison.rows.batches("image_group", "sample_id"), MEMBERS)
+    db.execute(
+        "CREATE TABLE pairs AS SELECT DISTINCT image_group, nullif(key, '') AS key FROM members JOIN names USING (sample_id)"
+    )
+    several = db.sql(
+        """
+        SELECT image_group, key FROM pairs WHERE key IS NOT NULL AND image_group IN (
+            SELECT image_group FROM pairs GROUP BY image_group HAVING count(key) > 1
+        )
+        """
+    )
+    first_keys = join_keys(pair for table in read(several) for pair in zip(*map(pa.ChunkedArray.to_pylist, table), strict=True))
+    load(db, "first_keys", [pa.table([list(first_keys), list(first_keys.values())], schema=FIRST_KEYS)], FIRST_KEYS)
+    db.execute(
+        """
+        CREATE TABLE named_groups AS SELECT image_group, coalesce(first_key, key, image_group) AS split_group
+        FROM (SELECT image_group, min(key) AS key FROM pairs GROUP BY image_group) LEFT JOIN first_keys USING (key)
+        """
+    )
 
 
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
@@ -94,28 +113,24 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     return f"{folder}/{prefix}" if prefix not in ("", name) else ""
 
 
-def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the name of the group of each first member: members with a second one, a key, in common are in one group.
+def join_keys(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the first key, in alphabetical order, of the group of each key: keys of one member (member, key) are one group.
 
-    The name is the first key of the group in alphabetical order: it is the same whichever members there are. A member whose key
-    is "" has its own name.
+    The first key is the same whichever members there are.
     """
     parent: dict[str, str] = {}
 
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
 
-    members: dict[str, str] = {}  # and one of their keys
+    known: dict[str, str] = {}  # one key of each member
     for member, key in pairs:
-        if not key or member not in members or not members[member]:
-            members[member] = members.get(member) or key
-        else:
-            a, b = sorted((root(members[member]), root(key)))
-            parent[b] = a
-    return {member: root(key) if key else member for member, key in members.items()}
+        a, b = sorted((root(known.setdefault(member, key)), root(key)))
+        parent[b] = a
+    return {key: root(key) for key in parent}
 
 
 def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:

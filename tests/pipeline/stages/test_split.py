@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import SplitConfig, resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.stages.split import STAGE, join_groups, name_key, split_of
+from pipeline.stages.split import STAGE, join_keys, name_key, split_of
 from pipeline.storage.files import write_table
 from tests.stage_runs import BEFORE, plan_of, rows_after, run_on, run_stage
 
@@ -93,11 +93,11 @@ def test_names_say_what_belongs_together(name: str, folder: str, prefix: str) ->
     assert (name_key(name, "folder"), name_key(name, "prefix")) == (folder, prefix)
 
 
-def test_groups_that_have_a_member_in_common_are_one() -> None:
-    pairs = [("c", "x"), ("b", "y"), ("c", "y"), ("d", ""), ("e", ""), ("a", "z"), ("f", "z")]
-    assert join_groups(pairs) == {"c": "x", "b": "x", "d": "d", "e": "e", "a": "z", "f": "z"}
-    assert join_groups(reversed(pairs)) == join_groups(pairs)
-    assert join_groups([*pairs, ("0", "x")])["b"] == "x"  # whoever else is there
+def test_keys_of_a_member_are_one_group_by_its_first_key() -> None:
+    pairs = [("c", "x"), ("b", "y"), ("c", "y"), ("a", "z"), ("b", "w"), ("d", "q"), ("d", "r")]
+    assert join_keys(pairs) == {"w": "w", "x": "w", "y": "w", "z": "z", "q": "q", "r": "q"}
+    assert join_keys(reversed(pairs)) == join_keys(pairs)
+    assert join_keys([*pairs, ("0", "x")])["y"] == "w"  # whoever else is there
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -117,3 +117,21 @@ def test_images_of_one_folder_are_in_one_split_if_it_is_asked_for(tmp_path: Path
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
     assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
     assert assigned[:3] == ["test"] * 3  # with the one that the source holds out
+
+
+def test_folders_that_near_duplicates_have_in_common_are_in_one_split(tmp_path: Path) -> None:
+    """Image 1 of each even day looks like image 0 of the day after it; images without a folder stand alone."""
+    ids = IDS[:200]
+    names = [f"day{n // 4:02}/{n}.jpg" if n < 160 else f"{n}.jpg" for n in range(200)]
+    groups = [ids[n - 3] if n < 160 and n % 8 == 4 else ids[n] for n in range(200)]
+    directory = DatasetDir(tmp_path / "shard")
+    rows = table(ids).set_column(2, "image_group", pa.array(groups))
+    write_table(directory.stage(BEFORE), [rows], rows.schema)
+    source = pa.table({"sample_id": ids, "source_row": names})
+    write_table(directory.stage("source"), [source], source.schema)
+    run_on(STAGE, [directory], plan_of(tmp_path, resolve(source="folder:x", split={"group_by": "folder"})), BEFORE)
+    assigned = rows_after(STAGE, [directory], rows["annotation_id"].to_pylist())["split"].to_pylist()
+    of_pairs = [{*assigned[first : first + 8]} for first in range(0, 160, 8)]
+    assert all(len(of_pair) == 1 for of_pair in of_pairs) and len(set.union(*of_pairs)) > 1
+    alone = plan_of(tmp_path, resolve(source="folder:x")).config
+    assert assigned[160:] == [split_of(name, alone.split, alone.seed) for name in ids[160:]]
