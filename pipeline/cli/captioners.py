@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, NumBeams, Style
-from pipeline.cli.output import echo, say, show
+from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.cli.training import open_data
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
@@ -60,6 +60,7 @@ def caption(
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
     require_checkpoint(folder)
+    note_unfinished(folder)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
         paths = list(dict.fromkeys([*paths, *_images_named_on_stdin()]))
@@ -118,6 +119,7 @@ def export_model(
 
     folder = find_captioner(captioner)
     require_checkpoint(folder)
+    note_unfinished(folder)
 
     from trainer.publish.onnx import RUNNER, export_onnx  # see train
 
@@ -154,6 +156,7 @@ def look(
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
     require_checkpoint(folder)
+    note_unfinished(folder)
 
     from trainer.captioning import Captioner  # see train
     from trainer.look import draw
@@ -200,6 +203,7 @@ def compare(
     folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
     for folder in folders.values():
         require_checkpoint(folder)
+        note_unfinished(folder)
     shown = _images_named(images, captions, limit) if images else _images_of(open_data(data, None), split, limit)
 
     from trainer.side_by_side import compare_captioners, write_page  # see train
@@ -303,6 +307,7 @@ def _serve(
 
     folder = find_captioner(captioner)
     require_checkpoint(folder)
+    note_unfinished(folder)
 
     from trainer.captioning import Captioner  # see train
     from trainer.serving.server import CaptionServer, is_loopback, serve

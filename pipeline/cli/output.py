@@ -34,6 +34,12 @@ def last_dataset() -> Path:
     return folder
 
 
+def note_unfinished(captioner: Path) -> None:
+    """Say that the training of a captioner was interrupted: what is used is the best of it so far."""
+    if (captioner / "resume.pt").exists():
+        say(f"note: the training of {captioner} has not ended; `synth train --resume` goes on with it", WARNING)
+
+
 def note_previews(version: "Version", path: Path | None = None) -> None:
     """Say that a version is a preview, or that a newer one is and was passed over, unless `path` names the version itself."""
     from pipeline.dataset.directory import DatasetDir, split_version

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, Images, Style, read_names
-from pipeline.cli.output import last_dataset, note_previews, print_scores, say, show
+from pipeline.cli.output import last_dataset, note_previews, note_unfinished, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import parse_dataset_path
@@ -163,6 +163,7 @@ def evaluate(
 
     checkpoint = find_captioner(captioner)
     require_checkpoint(checkpoint)
+    note_unfinished(checkpoint)
     version = open_data(data, images)
 
     from trainer.checkpoint import load_checkpoint, write_captions  # see train

@@ -181,7 +181,8 @@ def build_checkpoint_package(
     Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
-        raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint="pass what `synth train` printed")
+        hint = "go on with it: synth train --resume" if (folder / "resume.pt").exists() else "pass what `synth train` printed"
+        raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}

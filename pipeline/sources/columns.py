@@ -100,7 +100,10 @@ def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fa
     below = (file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path)) and file.is_file())
     paths = [path] if path.is_file() else sorted(below)
     if not paths:
-        raise SourceError(f"no Parquet file at {path}", hint="pass a file or a folder: --source parquet:PATH")
+        hint = "pass a file or a folder: --source parquet:PATH"
+        if any(path.rglob("*.arrow")):
+            hint = f"datasets.load_from_disk({str(path)!r}) reads it: write it with to_parquet first"
+        raise SourceError(f"no Parquet file at {path}", hint=hint)
     root = path.parent if path.is_file() else path
     names = [str(file.relative_to(root)) for file in paths]
     bound = None if follow_links or path.is_file() else root

@@ -114,6 +114,8 @@ def open_folder(
     if not content.images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         hint = f"files that end in {suffixes} are read, in subfolders too"
+        if any(path.suffix == ".arrow" for path in content.others):
+            hint = f"datasets.load_from_disk({str(root)!r}) reads it: write it with to_parquet, and read that with parquet:PATH"
         raise SourceError("; ".join([f"no image in {root}", *describe_folders(content), *describe_hidden(content)]), hint=hint)
     rows: dict[str, Path | Rejected] = {row_name(path, root): path for path in content.images}
     rows |= {row.source_row: row for row in content.rejected}

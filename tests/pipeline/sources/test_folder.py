@@ -8,10 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from PIL import Image
 
+from pipeline.config import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
+from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
 from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
@@ -334,3 +337,11 @@ def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: P
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(SourceError, match=r"cannot read .*metadata\.parquet"):
         open_folder(tmp_path)
+
+
+def test_a_dataset_that_was_saved_to_disk_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["A dog."]}).save_to_disk(tmp_path / "saved")
+    for source in ("folder", "parquet"):
+        with pytest.raises(SourceError) as refused:
+            open_source(resolve(source=f"{source}:{tmp_path / 'saved'}"))
+        assert "load_from_disk" in refused.value.hint and "to_parquet" in refused.value.hint
