@@ -678,13 +678,14 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
             hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
-        key = re.sub(r"\.\d+$", "", key)  # of an item of a list
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # of an item of a list, or one of several types
         if not key:  # a rule about several of them
             problem = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"{where}{problem}", hint="docs/settings.md explains each setting") from None
         if first["type"] == "missing":
             raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
-        hint = f"`synth config --all` shows all settings; docs/settings.md explains {key}" if section is Config else every_key
+        all_shown = "`synth config --all` shows all settings; " if section is Config else ""
+        hint = f"{all_shown}docs/settings.md explains {key}" if key in known else every_key
         raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None
 
 

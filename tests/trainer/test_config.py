@@ -43,3 +43,9 @@ def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> Non
         assert has_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
     (tmp_path / "train.json").write_text("?")
     assert has_other_settings(tmp_path, config)
+
+
+def test_a_bad_value_is_explained_by_its_setting_and_not_by_the_names_of_all() -> None:
+    with pytest.raises(ConfigError, match=r"^bad value for encoder_layer: ") as refused:
+        resolve(None, encoder_layer=["a"])
+    assert refused.value.hint == "docs/settings.md explains encoder_layer"
