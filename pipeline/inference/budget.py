@@ -14,8 +14,9 @@ from pipeline.types import UNANSWERED, Reply
 
 WINDOW_REPLIES = 100  # in a row, of which too many must be unusable
 ASSUMED_PROMPT_TOKENS = 1500  # of a reply whose server does not count: an image of a megapixel, and a prompt
+ASSUMED_REPLY_TOKENS = 100
 CHARACTERS_PER_TOKEN = 4
-FIRST_REQUESTS = 32  # sent before the mean size of a reply is known
+FIRST_REQUESTS = 32  # sent at most before the mean size of a reply is known
 SHOWN_CHARACTERS = 120
 
 
@@ -59,16 +60,18 @@ class Budget:
         """
         server = self.server
         rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
-        for limit, spent, of_run in (
-            (server.max_total_tokens, self.prompt_tokens + self.reply_tokens, self._tokens),
-            (server.max_cost, self.cost, self._cost),
+        assumed = ASSUMED_PROMPT_TOKENS, ASSUMED_REPLY_TOKENS
+        for limit, spent, of_run, of_one in (
+            (server.max_total_tokens, self.prompt_tokens + self.reply_tokens, self._tokens, sum(assumed)),
+            (server.max_cost, self.cost, self._cost, server.price(*assumed) or 0.0),
         ):
             if limit is None:
                 continue
             if spent >= limit:
                 rooms.append(0)
             elif not self._replies:
-                rooms.append(FIRST_REQUESTS - unanswered)
+                affordable = int((limit - spent) / of_one) if of_one else FIRST_REQUESTS
+                rooms.append(min(FIRST_REQUESTS, max(1, affordable)) - unanswered)
             elif of_run:
                 rooms.append(int((limit - spent) / (of_run / self._replies)) - unanswered)
         return max(0, min(rooms)) if rooms else None
@@ -80,10 +83,11 @@ class Budget:
 
     def error(self) -> BudgetError:
         """Return the error that the budget is used up."""
+        digits = 2 if (self.server.max_cost or 1) >= 1 else 6
         limits = (
             ("{:,} of {:,} requests", self.requests, self.server.max_requests),
             ("{:,} of {:,} tokens", self.prompt_tokens + self.reply_tokens, self.server.max_total_tokens),
-            ("{:,.2f} of {:,.2f} to pay", self.cost, self.server.max_cost),
+            (f"{{:,.{digits}f}} of {{:,.{digits}f}} to pay", self.cost, self.server.max_cost),
         )
         spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]
         hint = (

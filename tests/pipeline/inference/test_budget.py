@@ -145,3 +145,14 @@ def test_a_breaker_of_one_never_stops() -> None:
     for _ in range(2 * WINDOW_REPLIES):
         breaker.add(reply(), "not_json")
     breaker.check()
+
+
+def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        with pytest.raises(BudgetError, match=r"of 60 tokens"):
+            ask(tmp_path / "tokens", chat, max_total_tokens=60)
+        assert len(chat.bodies) == 1  # of 52 tokens: another one has no room
+        chat.bodies.clear()
+        with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
+            ask(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
+        assert len(chat.bodies) == 1
