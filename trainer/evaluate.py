@@ -23,6 +23,7 @@ from trainer.generate import generate_captions
 from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.encoder import folder_name
 from trainer.presets import ENCODERS
 from trainer.probing import PopeEvaluation
 from trainer.prompts import scored_prompt
@@ -201,7 +202,7 @@ def clip_scores(name: str, images: Iterable[Image.Image], captions: Sequence[str
 def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
     """Return whether a CLIP is the captioner's own encoder, whose score would be biased."""
     own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
-    return ENCODERS.get(own_name, own_name) in (model_id, Path(name).name if Path(name).is_dir() else model_id)
+    return ENCODERS.get(own_name, own_name) in (model_id, folder_name(Path(name)) if Path(name).is_dir() else model_id)
 
 
 def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:

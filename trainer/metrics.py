@@ -27,9 +27,9 @@ def tokenize(text: str) -> list[str]:
     Of scripts without spaces between words each character is a token, as sacreBLEU (Post, 2018) cuts Chinese; marks such as
     vowel signs belong to their letter.
     """
-    if text.isascii() or not (has_marks(text) or _HAS_UNSPACED.search(text)):
-        return _WORD.findall(text.lower())
-    return _any_word().findall(text.lower())
+    lower = text.lower()  # which may make marks
+    is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
+    return (_WORD if is_plain else _any_word()).findall(lower)
 
 
 @cache

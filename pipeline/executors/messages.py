@@ -126,11 +126,12 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
     """Yield a warning for splits that were to have images and have none, in a version of enough images for each."""
-    shares = {"validation": config.split.validation_frac, "test": config.split.test_frac}
+    shares = {"train": 1.0, "validation": config.split.validation_frac, "test": config.split.test_frac}
     empty = [split for split, share in shares.items() if share and not version.manifest["rows"].get(split)]
     if empty and version.num_rows >= ENOUGH_ROWS:
         groups = ", or group them by less (--group-by)" if config.split.group_by else ""
-        yield f"no image is in the {' and the '.join(empty)} split, which `synth train` needs: try another --seed{groups}"
+        hint = f"where the source states no splits, try another --seed{groups}"
+        yield f"no image is in the {' and the '.join(empty)} split, which `synth train` needs: {hint}"
 
 
 def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StageSummary]) -> Iterator[str]:

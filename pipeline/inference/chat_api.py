@@ -31,6 +31,7 @@ CUT = frozenset({"max_tokens", "MAX_TOKENS", "model_length"})  # "length", as so
 STOPPED = frozenset({"eos", "eos_token", "end_turn", "stop_sequence", "STOP"})  # "stop", as some servers say it
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
+MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before it is cut
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
 
@@ -99,7 +100,7 @@ def max_answer_bytes(request: Request) -> int:
     return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
-def read_reply(request: Request, answer: bytes) -> Reply:
+def read_reply(request: Request, answer: bytes, secrets: Sequence[str] = ()) -> Reply:
     """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice.
 
     A text that is longer than the requested tokens can be is cut, and counts as cut short.
@@ -113,7 +114,8 @@ def read_reply(request: Request, answer: bytes) -> Reply:
         finish_reason = _usual_reason(finish_reason)
         usage = value.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise BadAnswerError(f"not an answer of the chat protocol: {answer[:200].decode(errors='replace')}") from None
+        said = without(answer[:MAX_QUOTED_BYTES].decode(errors="replace"), secrets)[:200]
+        raise BadAnswerError(f"not an answer of the chat protocol: {said}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
     text, finish_reason = (str(part).encode("utf-8", "replace").decode() for part in (text, finish_reason))
     reply = request.reply(
@@ -150,10 +152,14 @@ def error_message(answer: bytes, secrets: Sequence[str] = ()) -> str:
         message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.decode(errors="replace")
-    told = str(message)
+    return " ".join(without(str(message), secrets).split())[:500] or "no message"
+
+
+def without(text: str, secrets: Sequence[str]) -> str:
+    """Return a text without what must not be told."""
     for secret in secrets:
-        told = told.replace(secret, "[key]")
-    return " ".join(told.split())[:500] or "no message"
+        text = text.replace(secret, "[key]")
+    return text
 
 
 def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -> bytes:

@@ -345,6 +345,8 @@ class Client:
                 finally:
                     endpoint.outstanding -= 1
             self._retried += 1
+            if in_flight.error:  # nobody waits for what no server answers
+                raise in_flight.error
             if pause:
                 await self._rest(pause, in_flight)
 
@@ -387,7 +389,7 @@ class Client:
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
         message = endpoint.error_message(text) if answer.status >= 400 else ""
-        # A gateway speaks for a server that is away: if that is dead, the request waits for it, without a limit of its own.
+        # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
         if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
             self._busy.start(answer.status, message)
             raise ServerBusyError(stated_wait(answer.headers))
@@ -400,7 +402,7 @@ class Client:
             self._count_refusal(endpoint, message, in_flight)
             return request.reply(message, REFUSED_BY_SERVER)
         try:
-            reply = chat_api.read_reply(request, text)
+            reply = chat_api.read_reply(request, text, endpoint.secrets)
         except chat_api.BadAnswerError as bad:
             self._count_refusal(endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
@@ -411,11 +413,12 @@ class Client:
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
 
     def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that a server may answer for the image of one request: not before others, nor to all of them.
+        """Return the statuses that a server may answer for the image of one request, and not to all of them.
 
-        Where there is another server, one that is not found is left out, and its request goes there.
+        It has answered before: the request by which its dialect was learned, for one. Where there is another server, one that
+        is not found is left out, and its request goes there.
         """
-        if not endpoint.answered or endpoint.denied >= MAX_DENIED:
+        if endpoint.denied >= MAX_DENIED:
             return ()
         return (403,) if len(self._endpoints) > 1 else (403, 404)
 

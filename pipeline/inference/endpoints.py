@@ -34,7 +34,7 @@ NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 REFUSED_STATUSES = (400, 422)  # for something in the request
 BUSY_WARNING_SECONDS = 30.0
 MODELS_SECONDS = 30.0
-USUAL_HEADERS = frozenset({"Content-Type", "Accept-Encoding"})  # of every request; others hold keys
+_HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
@@ -125,8 +125,12 @@ class Endpoint:
     @property
     def secrets(self) -> list[str]:
         """The keys in its headers, which a server may repeat in a message: those are printed, logged and kept."""
-        values = [value for name, value in self.headers.items() if name not in USUAL_HEADERS]
+        values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
         return [part for value in values for part in (value, value.rpartition(" ")[2]) if len(part) >= LEAST_KEY_CHARACTERS]
+
+    def without_keys(self, text: str) -> str:
+        """Return a text of the server without our keys."""
+        return chat_api.without(text, self.secrets)
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""
@@ -239,7 +243,7 @@ class Endpoints(list[Endpoint]):
             if self._failure():
                 break  # wakes the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
-        endpoint.cache = (0, 0)
+        endpoint.cache, endpoint.fault = (0, 0), ""
         if not endpoint.is_retired:
             endpoint.is_up.set()
 
@@ -351,13 +355,14 @@ def raise_for_access(
         hint = "add credit there, then run the same command: it goes on where it stopped"
         raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
-        location = response.headers.get("Location", "")[:MAX_SHOWN_CHARACTERS]
+        location = endpoint.without_keys(response.headers.get("Location", ""))[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in tolerated:
         return
     if status in (401, 403):
-        wants = "wants another key" if endpoint.headers.keys() - USUAL_HEADERS else "wants a key, and none is set"
+        has_key = any(map(_HOLDS_KEY.search, endpoint.headers))
+        wants = "wants another key" if has_key else "wants a key, and none is set"
         raise EngineError(
             f"{endpoint.url} {wants}: {endpoint.error_message(answer)}",
             hint=f"put it into the environment: {endpoint.key_name}=...",

@@ -38,7 +38,7 @@ REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
 CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
 QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
-_PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]+")  # of what a model wrote
+_PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")  # of what a model wrote
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
 _NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
 
@@ -158,9 +158,11 @@ def _has_quoted_values(text: str, delimiter: str) -> bool:
     """Return whether quotes stand around values, those within are doubled, and each row so has as many values as the first."""
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        return len({len(row) for row in table if row}) == 1
+        rows = [row for row in table if row]
     except csv.Error:
         return False
+    # A value with a line break and a tab may be several rows: the first begins with a quote, and the last ends with one.
+    return len({*map(len, rows)}) == 1 and not any("\n" in value and delimiter in value for row in rows for value in row)
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
@@ -174,9 +176,8 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
     images = value.get("images")
     if isinstance(images, list) and "annotations" in value:
         names = {image["id"]: image["file_name"] for image in images}
-        if len(names) < len(images):
-            ids = Counter(image["id"] for image in images)
-            raise ValueError(f"two of its images have the id {ids.most_common(1)[0][0]}")
+        if other := next((image for image in images if names[image["id"]] != image["file_name"]), None):
+            raise ValueError(f"two of its images have the id {other['id']}: {other['file_name']} and {names[other['id']]}")
         return (_row({**one, "file_name": names.get(one["image_id"], one["image_id"])}) for one in value["annotations"])
     if isinstance(images, list):
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
@@ -202,7 +203,7 @@ def _row(row: Mapping[str, Any]) -> Row:
     name = next((row[key] for key in NAMES if row.get(key) not in (None, "")), None)
     if name is None:
         raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
-    captions = read_texts(row, CAPTIONS)
+    captions = captions_of_people(row, CAPTIONS)
     return str(name).strip(), captions, read_question(row), read_split(row.get(SPLIT)), len(texts_by_model(row))
 
 
@@ -213,13 +214,14 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """
     value = next((row[name] for name in names if row.get(name)), None)
     if _is_by_model(row):
-        value = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else None
+        value = [one for one in value if isinstance(one, dict) and WRITTEN_BY in one] if isinstance(value, list) else None
     return _texts(value)
 
 
-def captions_of_people(row: Mapping[str, Any]) -> list[str]:
-    """Return the captions of a row, and those in a column `references`, each once."""
-    return list(dict.fromkeys([*read_texts(row, CAPTION_COLUMNS), *_texts(row.get(REFERENCES))]))
+def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
+    """Return the captions of a row; of an export of ours also those in its column `references`, each once."""
+    references = _texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
+    return [*dict.fromkeys([*read_texts(row, names), *references])] if references else read_texts(row, names)
 
 
 def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:

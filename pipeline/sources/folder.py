@@ -356,6 +356,8 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
 def _read_parquet(data: bytes) -> list[dict[str, Any]]:
     """Return the rows of a table. Raise ValueError if it is larger than its file may be."""
     table = pq.ParquetFile(pa.BufferReader(data))
+    if "file_name" not in table.schema_arrow.names:  # another program's table of that name
+        return []
     groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
     if sum(group.total_byte_size for group in groups) > MAX_METADATA_BYTES:
         raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")

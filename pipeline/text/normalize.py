@@ -50,12 +50,14 @@ def contains_any(text: str, parts: Iterable[str]) -> bool:
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
-    return (_marked_word() if has_marks(text) else _WORD).findall(text.casefold())
+    folded = text.casefold()  # which may make marks
+    return (_marked_word() if has_marks(folded) else _WORD).findall(folded)
 
 
 def text_key(text: str) -> str:
     """Return a text in lower case, with a space for each run of punctuation and spacing."""
-    return (_marked_noise() if has_marks(text) else _NOISE).sub(" ", text.casefold()).strip()
+    folded = text.casefold()
+    return (_marked_noise() if has_marks(folded) else _NOISE).sub(" ", folded).strip()
 
 
 def has_marks(text: str) -> bool:
@@ -65,10 +67,13 @@ def has_marks(text: str) -> bool:
 
 @cache
 def combining_marks() -> str:
-    """Return all combining marks (Mn and Mc of Unicode) as ranges for a set of a pattern; it takes 0.1 s, once."""
+    """Return all combining marks (Mn and Mc of Unicode) as ranges for a set of a pattern; it takes 0.1 s, once.
+
+    Variation selectors, which stand behind emoji, are none.
+    """
     ranges: list[list[int]] = []
     for code in range(0x300, sys.maxunicode + 1):
-        if unicodedata.category(chr(code)) in ("Mn", "Mc"):
+        if unicodedata.category(chr(code)) in ("Mn", "Mc") and not unicodedata.name(chr(code), "").startswith("VARIATION"):
             if ranges and ranges[-1][1] == code - 1:
                 ranges[-1][1] = code
             else:

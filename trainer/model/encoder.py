@@ -135,7 +135,7 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
         with silence_transformers():
             options = {"config": model_config, "dtype": torch.float32, **_tower_options(model_config)}
             tower = tower_class.from_pretrained(model_id, **options)
-        shown = name if name in ENCODERS else _folder_name(Path(model_id)) if Path(model_id).exists() else model_id
+        shown = name if name in ENCODERS else folder_name(Path(model_id)) if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         settings = settings_of(model_config)
         encoder = Encoder(EncoderConfig(settings, processor, chosen, frozen is not False, made_from, states))
@@ -150,7 +150,7 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
     return _require_states(encoder)
 
 
-def _folder_name(folder: Path) -> str:
+def folder_name(folder: Path) -> str:
     """Return the name of an encoder that lies in a folder, which is not the one that is known by that name."""
     return f"{folder.name}/" if folder.name in ENCODERS else folder.name
 

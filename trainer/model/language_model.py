@@ -191,7 +191,8 @@ class PretrainedDecoder(nn.Module):
 
     def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
         """Return what `generate` of transformers does for a prompt behind images."""
-        self._require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + max_tokens)
+        self._require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1)
+        max_tokens = int(min(max_tokens, self._max_positions - prefix_BPD.shape[1] - prompt_BT.shape[1]))
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
         return self.model.generate(

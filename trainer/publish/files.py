@@ -24,7 +24,7 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "trainer.prompts": {"trainer.prompts": ("ANSWER", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts")},
 }
 NEEDED_IMPORTS = {  # of the definitions of a module
-    "pipeline.images.upright": "from PIL import Image, ImageOps\n",
+    "pipeline.images.upright": "from PIL import ImageOps\n",
     "trainer.model.decoder": (
         "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
         "from torch.nn import functional\n"

@@ -74,7 +74,8 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
     version, _ = make_version(tmp_path / "d", samples, in_train)
     (told,) = describe_empty_splits(version, resolve(source="scenes", split={"group_by": "folder"}))
     assert told == (
-        "no image is in the validation and the test split, which `synth train` needs: try another --seed, "
+        "no image is in the validation and the test split, which `synth train` needs: where the source states no splits, "
+        "try another --seed, "
         "or group them by less (--group-by)"
     )
     (told,) = describe_empty_splits(version, resolve(source="scenes", split={"test_frac": 0}))

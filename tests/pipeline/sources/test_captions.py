@@ -240,5 +240,30 @@ def test_quotes_that_a_program_wrote_around_values_between_tabs_are_no_part_of_t
     with (tmp_path / "a.tsv").open("w", newline="") as file:
         csv.writer(file, delimiter="\t").writerows([("file_name", "caption"), *rows])
     assert {name: one.captions for name, one in read_captions(tmp_path / "a.tsv").items()} == {n: [text] for n, text in rows}
+    (tmp_path / "c.tsv").write_text('file_name\tcaption\n1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n')
+    assert [*read_captions(tmp_path / "c.tsv")] == ["1.jpg", "2.jpg", "3.jpg"]
     (tmp_path / "b.tsv").write_text('file_name\tcaption\na.jpg\t"Stop" says a sign.\nb.jpg\t"Go"\n')
     assert read_captions(tmp_path / "b.tsv")["b.jpg"].captions == ['"Go"']
+
+
+def test_an_image_that_a_file_of_coco_lists_twice_is_one(tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "a.jpg"}
+    written = {"images": [image, image], "annotations": [{"image_id": 1, "caption": "A dog."}]}
+    (tmp_path / "c.json").write_text(json.dumps(written))
+    assert read_captions(tmp_path / "c.json")["a.jpg"].captions == ["A dog."]
+
+
+def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "a", "written_by": "model", "caption": "m", "references": ["human one"]},
+        {
+            "file_name": "b",
+            "written_by": "model",
+            "captions": [{"text": "by model"}, {"text": "by hand", "written_by": "people"}],
+        },
+        {"file_name": "c", "prompt_id": "caption/brief@3", "caption": "mine"},
+        {"file_name": "d", "prompt_id": f"caption/v2@{'0f' * 32}", "caption": "of a version"},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    captions = {name: one.captions for name, one in read_captions(tmp_path / "c.jsonl").items()}
+    assert captions == {"a": ["human one"], "b": ["by hand"], "c": ["mine"], "d": []}

@@ -327,6 +327,15 @@ def test_metadata_may_be_a_table_of_parquet(tmp_path: Path) -> None:
     assert (row.references, row.context) == (("A dog.",), (("title", "Rex"),))
 
 
+def test_a_table_of_another_program_is_passed_over_and_references_of_others_are_no_captions(tmp_path: Path) -> None:
+    fill(tmp_path)
+    pq.write_table(pa.table({"image_name": ["a.JPG"], "prompt": ["a dog"]}), tmp_path / "metadata.parquet")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.JPG", "text": "A dog.", "references": ["https://example.org/1"]}\n'
+    )
+    assert [row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample) and row.references] == [("A dog.",)]
+
+
 def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
     path = tmp_path / "metadata.parquet"

@@ -189,6 +189,11 @@ def test_vowel_signs_and_tones_are_parts_of_words(one: str, other: str) -> None:
     assert text_key(f"  {one}, {one}! ") == f"{one} {one}".casefold()
 
 
+def test_a_mark_that_folding_makes_is_part_of_its_word_and_a_selector_of_an_emoji_is_no_word() -> None:
+    assert len(words_of("\u0130stanbul'da")) == 1 and len(words_of("Μαΐου")) == 1
+    assert len(words_of("हिन्दी में \u2764\ufe0f दिल")) == 3
+
+
 def test_marks_are_all_those_of_unicode() -> None:
     mark = re.compile(f"[{combining_marks()}]")
     assert mark.match("\u0301") and mark.match("\u093f") and mark.match("\u0e35") and mark.match("\U0001e94a")

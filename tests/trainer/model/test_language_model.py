@@ -119,8 +119,10 @@ def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -
     with pytest.raises(TrainError, match="an image of 4 states and a text of 9 tokens need 13 positions") as refused:
         decoder.loss(prefix, batch((9,), (0,)))
     assert "--encoder-states" in refused.value.hint
+    (written,) = decoder.generate(prefix, torch.zeros(1, 2, dtype=torch.long), GREEDY, 64, 127)
+    assert len(written) <= 6  # as many tokens as there are positions
     with pytest.raises(TrainError, match="need 13 positions, and the language model has 12"):
-        decoder.generate(prefix, torch.zeros(1, 2, dtype=torch.long), GREEDY, 7, 1)
+        decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
 
 
 def test_a_recurrent_model_tells_no_attention() -> None:
