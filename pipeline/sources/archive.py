@@ -114,16 +114,18 @@ def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
 
     A line of a text is none of people if the JSON says that a model wrote it.
     """
+    rows = {entry.name: _read_json(entry) or {} for entry in texts if not entry.name.lower().endswith(".txt")}
+    by_model = {line.strip() for row in rows.values() for text in texts_by_model(row) for line in text.splitlines()}
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
-        if entry.name.lower().endswith(".txt"):
-            captions += [line for text in _decode(entry.data or b"").splitlines() if (line := text.strip())]
-        elif row := _read_json(entry):
-            values |= row
-            captions += captions_of_people(row)
-    by_model = {line.strip() for text in texts_by_model(values) for line in text.splitlines()}
-    return [text for text in dict.fromkeys(captions) if text not in by_model], values
+        if entry.name in rows:
+            values |= rows[entry.name]
+            captions += captions_of_people(rows[entry.name])
+        else:
+            lines = (text.strip() for text in _decode(entry.data or b"").splitlines())
+            captions += [line for line in lines if line and line not in by_model]
+    return list(dict.fromkeys(captions)), values
 
 
 def _read_json(entry: Entry) -> dict[str, Any] | None:

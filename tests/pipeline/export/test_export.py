@@ -145,7 +145,7 @@ def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
         by_people = {item.captions[0][1], *(question for question, _ in item.questions)} if number % 2 else set()
-        references = ["Of the source."] if number % 2 else []
+        references = ["Of the source.", item.captions[1][1]] if number % 2 else []  # as the model says, too
         own = {"description": "By a model."}
         items[item.name] = replace(item, of_people=frozenset(by_people), references=references, values=own)
         assert writer.add(items[item.name])
