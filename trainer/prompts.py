@@ -5,6 +5,8 @@ that a captioner has learned; the style of answers is "". What a published capti
 here (trainer/publish/files.py).
 """
 
+from collections.abc import Callable
+
 from pipeline.errors import TrainError
 
 ANSWER = "<answer>"  # the token behind a question
@@ -49,6 +51,11 @@ def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tupl
     if question:
         return [(f"<{source}>", True), (question, False), (ANSWER, True)]
     return [(f"<{source}>", True), (f"<{style}>", True)]
+
+
+def prompt_ids(parts: list[tuple[str, bool]], token_id: Callable[[str], int], ids_of: Callable[[str], list[int]]) -> list[int]:
+    """Return the token ids of the parts of a prompt, by the id of a token's name and the ids of a text."""
+    return [token for part, is_token in parts for token in ([token_id(part)] if is_token else ids_of(part))]
 
 
 def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:

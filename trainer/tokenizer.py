@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from trainer.prompts import ANSWER, prompt_parts
+from trainer.prompts import ANSWER, prompt_ids, prompt_parts
 
 PAD, EOS = "<pad>", "<eos>"
 COUNTED_TEXTS = 10_000  # encoded at once
@@ -83,8 +83,7 @@ class CaptionTokenizer:
 
     def prompt(self, text: TargetText) -> list[int]:
         """Return the token ids of the prompt."""
-        parts = prompt_parts(self.kind, text.source, text.style, text.question)
-        return [token for part, is_token in parts for token in ([self._special(part)] if is_token else self._ids(part))]
+        return prompt_ids(prompt_parts(self.kind, text.source, text.style, text.question), self._special, self._ids)
 
     def target(self, text: TargetText) -> list[int]:
         """Return the token ids of the text, and EOS."""

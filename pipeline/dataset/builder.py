@@ -178,8 +178,7 @@ def _masked(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     """Return lists of texts that people wrote without personal data, as the stage filter does with all others."""
     if not pc.any(pc.match_substring_regex(pc.list_flatten(texts), MAY_HOLD, ignore_case=True)).as_py():
         return texts
-    masked = [of_one and [redact(text)[0] for text in of_one] for of_one in texts.to_pylist()]
-    return pa.array(masked, texts.type)
+    return pa.array([of_one and [redact(text)[0] for text in of_one] for of_one in texts.to_pylist()], texts.type)
 
 
 def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:

@@ -27,8 +27,11 @@ MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any nu
 # A token is some four characters. Of a reply with more than these, a server has not kept to the limit.
 MAX_TOKEN_CHARACTERS, MAX_TOKEN_BYTES = 64, 384  # 384: each character as an escape of six
 MAX_REASON_CHARACTERS = 100
-CUT = frozenset({"max_tokens", "MAX_TOKENS", "model_length"})  # "length", as some servers say it
-STOPPED = frozenset({"eos", "eos_token", "end_turn", "stop_sequence", "STOP"})  # "stop", as some servers say it
+# Why a reply ended, as some servers say it, by the word of the protocol.
+USUAL_REASONS = {
+    **dict.fromkeys(("max_tokens", "MAX_TOKENS", "model_length"), "length"),
+    **dict.fromkeys(("eos", "eos_token", "end_turn", "stop_sequence", "STOP"), "stop"),
+}
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
 MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before it is cut
@@ -100,7 +103,7 @@ def max_answer_bytes(request: Request) -> int:
     return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
-def read_reply(request: Request, answer: bytes, secrets: Sequence[str] = ()) -> Reply:
+def read_reply(request: Request, answer: bytes, keys: Sequence[str] = ()) -> Reply:
     """Parse the body of an answer. Raises BadAnswerError if it is truncated, not JSON, or holds no choice.
 
     A text that is longer than the requested tokens can be is cut, and counts as cut short.
@@ -114,7 +117,7 @@ def read_reply(request: Request, answer: bytes, secrets: Sequence[str] = ()) -> 
         finish_reason = _usual_reason(finish_reason)
         usage = value.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError):
-        said = without(answer[:MAX_QUOTED_BYTES].decode(errors="replace"), secrets)[:200]
+        said = without_keys(answer[:MAX_QUOTED_BYTES].decode(errors="replace"), keys)[:200]
         raise BadAnswerError(f"not an answer of the chat protocol: {said}") from None
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
     text, finish_reason = (str(part).encode("utf-8", "replace").decode() for part in (text, finish_reason))
@@ -139,12 +142,11 @@ def _tokens(usage: Any, name: str) -> int:
 
 def _usual_reason(reason: Any) -> Any:
     """Return why a reply ended in the words of the protocol."""
-    is_text = isinstance(reason, str)
-    return "stop" if is_text and reason in STOPPED else "length" if is_text and reason in CUT else reason
+    return USUAL_REASONS.get(reason, reason) if isinstance(reason, str) else reason
 
 
-def error_message(answer: bytes, secrets: Sequence[str] = ()) -> str:
-    """Return the message in the body of an error, on one line of at most 500 characters, without what must not be told."""
+def error_message(answer: bytes, keys: Sequence[str] = ()) -> str:
+    """Return the message in the body of an error, on one line of at most 500 characters, without `keys`."""
     try:
         value = parse_json(answer)
         value = value[0] if isinstance(value, list) and value else value  # as Gemini wraps it
@@ -152,13 +154,13 @@ def error_message(answer: bytes, secrets: Sequence[str] = ()) -> str:
         message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.decode(errors="replace")
-    return " ".join(without(str(message), secrets).split())[:500] or "no message"
+    return " ".join(without_keys(str(message), keys).split())[:500] or "no message"
 
 
-def without(text: str, secrets: Sequence[str]) -> str:
-    """Return a text without what must not be told."""
-    for secret in secrets:
-        text = text.replace(secret, "[key]")
+def without_keys(text: str, keys: Sequence[str]) -> str:
+    """Return a text of a server without our keys, which it may repeat."""
+    for key in keys:
+        text = text.replace(key, "[key]")
     return text
 
 

@@ -402,7 +402,7 @@ class Client:
             self._count_refusal(endpoint, message, in_flight)
             return request.reply(message, REFUSED_BY_SERVER)
         try:
-            reply = chat_api.read_reply(request, text, endpoint.secrets)
+            reply = chat_api.read_reply(request, text, endpoint.keys)
         except chat_api.BadAnswerError as bad:
             self._count_refusal(endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None

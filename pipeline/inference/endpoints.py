@@ -118,23 +118,17 @@ class Endpoint:
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
     proxy: str | None = field(init=False)
+    keys: list[str] = field(init=False, repr=False)  # in its headers; a server may repeat them in a message, which is kept
 
     def __post_init__(self) -> None:
         self.proxy = proxy_for(self.url)
-
-    @property
-    def secrets(self) -> list[str]:
-        """The keys in its headers, which a server may repeat in a message: those are printed, logged and kept."""
         values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
-        return [part for value in values for part in (value, value.rpartition(" ")[2]) if len(part) >= LEAST_KEY_CHARACTERS]
-
-    def without_keys(self, text: str) -> str:
-        """Return a text of the server without our keys."""
-        return chat_api.without(text, self.secrets)
+        parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
+        self.keys = [part for part in parts if len(part) >= LEAST_KEY_CHARACTERS]
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""
-        return chat_api.error_message(answer, self.secrets)
+        return chat_api.error_message(answer, self.keys)
 
     async def is_healthy(self) -> bool:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
@@ -355,7 +349,7 @@ def raise_for_access(
         hint = "add credit there, then run the same command: it goes on where it stopped"
         raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
-        location = endpoint.without_keys(response.headers.get("Location", ""))[:MAX_SHOWN_CHARACTERS]
+        location = chat_api.without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in tolerated:

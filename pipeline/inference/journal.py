@@ -20,7 +20,8 @@ from pipeline.errors import StoreError
 from pipeline.types import UNANSWERED, Reply, Request
 
 FORMAT = 4  # raise when a table changes
-ADDED_COLUMNS = {2: ("checksum", "max_pixels"), 3: ("max_pixels",)}  # since the format of an earlier release, by that format
+FIRST_READ = 2  # the oldest format that is read
+COLUMNS_SINCE = {"checksum": 3, "max_pixels": 4}  # the format that added a column
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
@@ -64,7 +65,7 @@ class Journal:
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
-        if tables and (missing := ADDED_COLUMNS.get(_format_of(self._db))):
+        if tables and (missing := _missing_columns(self._db)):
             add = " ".join(f"ALTER TABLE replies ADD COLUMN {name} INTEGER;" for name in missing)
             self._db.executescript(f"BEGIN; {add} PRAGMA user_version = {FORMAT}; COMMIT;")
         if not tables:
@@ -227,7 +228,7 @@ def _damaged_text(data: bytes) -> str:
 
 def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:
     columns = _COLUMNS
-    for name in ADDED_COLUMNS.get(_format_of(db), ()):
+    for name in _missing_columns(db):
         columns = columns.replace(name, "NULL")
     return db.execute(f"SELECT {columns} FROM replies {condition}", values)  # noqa: S608
 
@@ -262,7 +263,12 @@ def _format_of(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
+def _missing_columns(db: sqlite3.Connection) -> list[str]:
+    """Return the columns of replies that a journal of an earlier release lacks."""
+    return [name for name, since in COLUMNS_SINCE.items() if since > _format_of(db)]
+
+
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
-    if _format_of(db) in (FORMAT, *ADDED_COLUMNS):
+    if FIRST_READ <= _format_of(db) <= FORMAT:
         return None
     return StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")

@@ -157,12 +157,16 @@ def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]
 def _has_quoted_values(text: str, delimiter: str) -> bool:
     """Return whether quotes stand around values, those within are doubled, and each row so has as many values as the first."""
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    width = 0
     try:
-        rows = [row for row in table if row]
+        for row in filter(None, table):
+            width = width or len(row)
+            # A value with a line break and a tab may be several rows: the first begins with a quote, the last ends with one.
+            if len(row) != width or any("\n" in value and delimiter in value for value in row):
+                return False
     except csv.Error:
         return False
-    # A value with a line break and a tab may be several rows: the first begins with a quote, and the last ends with one.
-    return len({*map(len, rows)}) == 1 and not any("\n" in value and delimiter in value for row in rows for value in row)
+    return width > 0
 
 
 def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:

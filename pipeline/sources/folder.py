@@ -326,7 +326,9 @@ def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, l
             missing.append(str(row["file_name"]))
         captions.setdefault(path, []).extend(captions_of_people(row))
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
-    if rows and not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
+    if not rows:
+        messages.append(f"{file} is not used: no row of it has a file_name")
+    elif not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
         columns = ", ".join(str(name) for name in rows[0])
         messages.append(f"{file} gives no captions: they stand in {', '.join(CAPTION_COLUMNS)}, and it has {columns}")
     return messages

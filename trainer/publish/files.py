@@ -21,9 +21,12 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "trainer.model.decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
     },
     "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
-    "trainer.prompts": {"trainer.prompts": ("ANSWER", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts")},
+    "trainer.prompts": {
+        "trainer.prompts": ("ANSWER", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts", "prompt_ids")
+    },
 }
 NEEDED_IMPORTS = {  # of the definitions of a module
+    "trainer.prompts": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
     "trainer.model.decoder": (
         "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"

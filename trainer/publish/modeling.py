@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import Block, DecoderConfig, rope_table
 from trainer.model.states import choose_states, layer_states
-from trainer.prompts import choose_prompt, prompt_parts
+from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
@@ -328,9 +328,8 @@ class SynthCaptionerProcessor(ProcessorMixin):
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""
-        token_id = self.tokenizer.convert_tokens_to_ids
         parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
-        return [token for part, is_token in parts for token in ([token_id(part)] if is_token else self._ids(part))]
+        return prompt_ids(parts, self.tokenizer.convert_tokens_to_ids, self._ids)
 
     def batch_decode(self, *given: Any, **options: Any) -> list[str]:
         """Return the texts of token ids, without the space before the first word."""

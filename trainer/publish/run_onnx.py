@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pipeline.images.upright import upright_rgb
-from trainer.prompts import choose_prompt, prompt_parts
+from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
 
 Array = np.ndarray[Any, Any]
 
@@ -66,8 +66,7 @@ class OnnxCaptioner:
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt. Raises ValueError for a question to a captioner that answers none."""
-        parts = prompt_parts(self.kind, *choose_prompt(self.prompts, text))
-        return [token for part, is_token in parts for token in ([self._special(part)] if is_token else self._ids(part))]
+        return prompt_ids(prompt_parts(self.kind, *choose_prompt(self.prompts, text)), self._special, self._ids)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -27,6 +27,7 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
+from tests.notes import Notes
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(12)
@@ -58,20 +59,7 @@ def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any
     return counts, Counter(table["reply_error"].to_pylist())
 
 
-class ToldProgress(NullProgress):
-    """Keeps what a user is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        self.told.append(text)
-
-    def warn(self, text: str) -> None:
-        self.told.append(text)
-
-
-def ask(chat: ChatServer, journal_path: Path, progress: ToldProgress, **settings: Any) -> str:
+def ask(chat: ChatServer, journal_path: Path, progress: Notes, **settings: Any) -> str:
     """Send requests for the samples; return the error that ends the run, or nothing."""
     config = resolve(source="scenes", base_url=[chat.url], model="model", server=settings)
     with Journal(journal_path) as journal, Client("model", "r", config, progress=progress) as engine:
@@ -376,13 +364,33 @@ def test_a_run_that_ends_does_not_wait_for_a_request_that_is_told_to_wait(
     assert not waited
 
 
+def test_a_run_that_ends_interrupts_the_requests_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+    ended: list[float] = []
+    rest = Client._rest
+
+    async def watched(self: Client, seconds: float, in_flight: Any) -> None:
+        begun.append(seconds)
+        await rest(self, seconds, in_flight)
+        ended.append(seconds)
+
+    monkeypatch.setattr(Client, "_rest", watched)
+    busy = Act(status=429, headers={"Retry-After": "25"})
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: Act(status=401) if begun else busy if len(chat.bodies) == 6 else None
+        with pytest.raises(EngineError, match="scripted 401"):
+            run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 8})
+    assert begun
+    assert not ended
+
+
 @pytest.mark.parametrize("status", [200, 400, 403, 429, 500])
 def test_a_key_that_a_server_repeats_is_in_no_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     key = "sk-very-secret-0123456789"
     monkeypatch.setenv("SYNTH_API_KEY", key)
-    progress = ToldProgress()
+    progress = Notes()
 
     def refuse(times: int, body: dict[str, Any]) -> Act | None:
         echo = json.dumps({"error": {"message": f"bad header Authorization: Bearer {key} in it"}}).encode()
@@ -392,18 +400,18 @@ def test_a_key_that_a_server_repeats_is_in_no_message(
         told = ask(chat, tmp_path / "j", progress, concurrency=2, max_failure_frac=1.0)
     kept = (tmp_path / "j").read_bytes() + b"".join(path.read_bytes() for path in tmp_path.glob("j-*"))
     assert key.encode() not in kept
-    assert key not in told + caplog.text + " ".join(progress.told)
+    assert key not in told + caplog.text + " ".join(progress.texts)
     if status in (200, 400, 500):
         assert b"Authorization: [key] in it" in kept
 
 
 def test_a_server_that_asks_to_wait_for_long_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONG_WAIT_SECONDS", 0.05)
-    progress = ToldProgress()
+    progress = Notes()
     with running_chat(ChatServer(once(Act(status=429, headers={"retry-after-ms": "100"})))) as chat:
         assert not ask(chat, tmp_path / "j", progress)
-    assert [told for told in progress.told if "asks to wait for 0 s" in told] == [
-        f"{chat.url} asks to wait for 0 s before a request is sent again"
+    assert [text for text in progress.texts if "asks to wait for 0 s" in text] == [
+        f"warning: {chat.url} asks to wait for 0 s before a request is sent again"
     ]
 
 

@@ -333,7 +333,9 @@ def test_a_table_of_another_program_is_passed_over_and_references_of_others_are_
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "a.JPG", "text": "A dog.", "references": ["https://example.org/1"]}\n'
     )
-    assert [row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample) and row.references] == [("A dog.",)]
+    opened = open_folder(tmp_path)
+    assert [row.references for row in opened.rows if isinstance(row, Sample) and row.references] == [("A dog.",)]
+    assert f"{tmp_path / 'metadata.parquet'} is not used: no row of it has a file_name" in opened.messages
 
 
 def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
