@@ -3,12 +3,14 @@
 `python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, captions depend on the request, and
 requests for questions get some. GET
 /stats counts requests that came (also by client), were answered, and were different; POST /reset clears the counts. The
-endpoint enforces no schema, but answers the schema probe as expected.
+endpoint enforces no schema, but answers the schema probe as expected. Like vLLM it keeps the last images that have a uuid,
+takes that alone for one which it has, and refuses any other.
 """
 
 import asyncio
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 
@@ -17,6 +19,8 @@ from aiohttp import web
 COLORS = ("red", "blue", "green", "yellow", "brown", "black", "white", "gray")
 THINGS = ("jacket", "coat", "shirt", "dress", "hat", "scarf", "sweater", "vest")
 PLACES = ("beach", "street", "field", "river", "wall", "track", "lake", "bridge")
+UUID = re.compile(rb'(?P<named>"image_url":null,)?"uuid":"(?P<uuid>[^"]+)"')
+KEPT_IMAGES = 1000  # vLLM keeps 4 GB of them
 CAPTION = json.dumps({"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."})
 
 
@@ -60,6 +64,18 @@ class Mock:
         self.came = 0
         self.clients: Counter[str] = Counter()
         self.body = answer(CAPTION)
+        self.kept: dict[bytes, None] = {}
+
+    def lacks_images(self, raw: bytes) -> bool:
+        """Keep the images of a request; return whether it names one that is not kept."""
+        for found in UUID.finditer(raw):
+            if found["named"] and found["uuid"] not in self.kept:
+                return True
+            self.kept.pop(found["uuid"], None)
+            self.kept[found["uuid"]] = None
+        while len(self.kept) > KEPT_IMAGES:
+            del self.kept[next(iter(self.kept))]
+        return False
 
     async def chat(self, request: web.Request) -> web.Response:
         """Answer after the fixed time."""
@@ -69,6 +85,9 @@ class Mock:
             return web.Response(
                 body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})), content_type="application/json"
             )
+        if self.lacks_images(raw):
+            error = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
+            return web.json_response({"error": error}, status=400)
         self.came += 1
         self.clients[str(request.remote)] += 1
         # Image and text identify a request, whatever other fields a client sends.
@@ -100,7 +119,7 @@ async def models(_request: web.Request) -> web.Response:
     return web.json_response(
         {
             "object": "list",
-            "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "mock", "max_model_len": 8192}],
+            "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "vllm", "max_model_len": 8192}],
         }
     )
 

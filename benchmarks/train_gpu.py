@@ -1,15 +1,19 @@
 """Measure a training step, captions and the cache of states on the device at hand: a GPU, or with `--cpu` two small cells.
 
-    python benchmarks/train_gpu.py [--cpu] [--rounds 20] [--json FILE]
+    python benchmarks/train_gpu.py [--cpu] [--states 50] [--nanovlm CHECKOUT] [--rounds 20] [--json FILE]
 
 Needs no network and no weights: models have random weights of true shape. A step is forward, backward, clipping and AdamW on 64
-images with 5 captions each, states as of CLIP ViT-B/32. `packed`: all captions of an image in one row, as training does;
-`apart`: each caption with its image in a row of its own. `of the floor`: seconds of the step by those that its products of
-matrices would take, packed, at the speed of one large product, measured here: 1.0 could not be better. Launches and syncs are
-counted on a GPU only.
+images with 5 captions each, states as of CLIP ViT-B/32 (`--states 197`: as of ViT-B/16). `packed`: all captions of an image in
+one row, as training does; `apart`: each caption with its image in a row of its own. `of the floor`: seconds of the step by
+those that its products of matrices would take, packed, at the speed of one large product, measured here: 1.0 could not be
+better, and its inverse is the share of the FLOP/s of this machine that are used (MFU). Launches and syncs are counted on a GPU
+only. The store of states is filled from JPEGs of 500 x 375 px as a training does it, beside the bare encoder, and read as for
+a step.
+With `--nanovlm` (see train_throughput.py) its real step runs in turn with ours, in bfloat16 on a GPU.
 """
 
 import argparse
+import io
 import json
 import statistics
 import time
@@ -17,15 +21,21 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_throughput import QWEN3, encoder_config, vars_of
+from train_throughput import LANGUAGE, QWEN3, encoder_config, nanovlm_step, our_step, vars_of
 
+from pipeline.progress import NullProgress
 from trainer.allocation import keep_freed_memory
+from trainer.data import Example
+from trainer.features import store_features
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
@@ -34,7 +44,7 @@ from trainer.presets import Precision
 from trainer.tokenizer import TextBatch
 
 CAPTIONS, TOKENS = 5, (10, 22)  # of an image; shortest and longest
-STATES, WIDTH = 50, 768  # of CLIP ViT-B/32
+STATES, WIDTH = 50, 768  # of CLIP ViT-B/32, unless --states says another number
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SCRATCH: dict[str, dict[str, Any]] = {
@@ -67,10 +77,12 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
     return captioner.to(device).train()
 
 
-def step_of(captioner: CaptionerModel, images: int, precision: str, *, packed: bool) -> Callable[[], float]:
+def step_of(
+    captioner: CaptionerModel, images: int, precision: str, *, packed: bool, states: int = STATES
+) -> Callable[[], float]:
     """Return one training step; it returns the seconds for which the device was waited for at its end."""
     device = next(captioner.connector.parameters()).device
-    texts, states_BNV = text_batch(images), torch.randn(images, STATES, WIDTH)
+    texts, states_BNV = text_batch(images), torch.randn(images, states, WIDTH)
     if not packed:
         states_BNV = states_BNV.repeat_interleave(CAPTIONS, 0)
         numbers = torch.arange(images * CAPTIONS)
@@ -120,21 +132,23 @@ def gemm_flops(device: torch.device, precision: str) -> float:
 
 
 @cache
-def flops_of_step(name: str, images: int, device: torch.device) -> int:
+def flops_of_step(name: str, images: int, states: int, device: torch.device) -> int:
     """Return the operations in products of matrices of a packed step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        step_of(build(name, device), images, "fp32", packed=True)()
+        step_of(build(name, device), images, "fp32", packed=True, states=states)()
     return int(counter.get_total_flops())
 
 
-def cell(name: str, precision: str, images: int, rounds: int, device: torch.device, *, packed: bool) -> dict[str, Any]:
+def cell(
+    name: str, precision: str, images: int, states: int, rounds: int, device: torch.device, *, packed: bool
+) -> dict[str, Any]:
     """Return the figures of one kind of step."""
     torch.manual_seed(0)
     captioner = build(name, device)
     if precision.endswith("compile"):
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    step = step_of(captioner, images, precision, packed=packed)
+    step = step_of(captioner, images, precision, packed=packed, states=states)
     for _ in range(2):
         step()
     _wait(device)
@@ -146,7 +160,7 @@ def cell(name: str, precision: str, images: int, rounds: int, device: torch.devi
         waited.append(step())
         seconds.append(time.monotonic() - started)
     median = statistics.median(seconds)
-    floor = flops_of_step(name, images, device) / gemm_flops(device, precision)
+    floor = flops_of_step(name, images, states, device) / gemm_flops(device, precision)
     row: dict[str, Any] = {
         "decoder": name,
         "precision": precision,
@@ -174,10 +188,12 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def captions_per_s(name: str, images: int, rounds: int, decoding: DecodingConfig, device: torch.device) -> tuple[float, float]:
+def captions_per_s(
+    name: str, images: int, states: int, rounds: int, decoding: DecodingConfig, device: torch.device
+) -> tuple[float, float]:
     """Return captions of 20 tokens a second, and how many times the floor they take."""
     captioner = build(name, device).eval()
-    memory_BND = captioner.connector(torch.randn(images, STATES, WIDTH, device=device))
+    memory_BND = captioner.connector(torch.randn(images, states, WIDTH, device=device))
     prompt_BT = torch.full((images, 2), 2, device=device)
 
     def write() -> None:
@@ -208,6 +224,44 @@ def encoder_images_per_s(images: int, device: torch.device) -> float:
     return images / min(seconds)
 
 
+def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float]:
+    """Return the images a second from JPEGs to stored states, and of states that are read for a step."""
+    encoder = build("192 x 3", device, runs_encoder=True).encoder
+    encoder.config.made_from["name"] = "random"
+    examples = [Example(str(number), _jpeg(number), (), ()) for number in range(images)]
+    with TemporaryDirectory() as first, TemporaryDirectory() as second:
+        store_features(encoder, examples[:1], Path(first), device, NullProgress())
+        started = time.monotonic()
+        features = store_features(encoder, examples, Path(second), device, NullProgress())
+        stored = time.monotonic()
+        for _ in range(10):
+            features.states(features.load(examples), device)
+        _wait(device)
+        read = time.monotonic()
+    return images / (stored - started), 10 * images / (read - stored)
+
+
+def _jpeg(number: int) -> bytes:
+    coarse = np.random.default_rng(number).integers(0, 255, (47, 63, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=88)
+    return file.getvalue()
+
+
+def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
+    """Return the seconds of a step of nanoVLM by those of ours at its sizes, in turn: medians."""
+    precision: Precision = "fp32" if device.type == "cpu" else "bf16"
+    theirs = nanovlm_step(checkout, precision=precision, device=device)
+    ours = our_step({"language_model": LANGUAGE}, cached=True, precision=precision, device=device)
+    seconds: dict[Callable[[], float], list[float]] = {theirs: [], ours: []}
+    for _ in range(rounds + 2):
+        for step, taken in seconds.items():
+            started = time.monotonic()
+            step()  # which reads its loss, and so waits for the device
+            taken.append(time.monotonic() - started)
+    return statistics.median(seconds[theirs][2:]) / statistics.median(seconds[ours][2:])
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -219,6 +273,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="Two small cells on the CPU, where there is no GPU.")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, help="In a step: 64 on a GPU, 8 on a CPU.")
+    parser.add_argument("--states", type=int, default=STATES, help="Of an image: 50 as of CLIP ViT-B/32, 197 as of ViT-B/16.")
+    parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM, whose step is measured beside ours.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file, too.")
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
@@ -235,21 +291,34 @@ def main() -> None:
     for name in names:
         for precision in precisions:
             for packed in (True, False):
-                row = cell(name, precision, images, arguments.rounds, device, packed=packed)
+                row = cell(name, precision, images, arguments.states, arguments.rounds, device, packed=packed)
                 rows.append(row)
                 figures = "  ".join(f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str))
                 print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
     written = {
-        f"{name}, {decoding.num_beams} beams": captions_per_s(name, images, arguments.rounds, decoding, device)
+        f"{name}, {decoding.num_beams} beams": captions_per_s(
+            name, images, arguments.states, arguments.rounds, decoding, device
+        )
         for name in names
         for decoding in (GREEDY, DecodingConfig(num_beams=3))
     }
     for name, (value, of_the_floor) in written.items():
         print(f"captions/s, {name}: {value:,.1f}, {of_the_floor:.1f} times the floor")
     encoded = encoder_images_per_s(images, device)
-    print(f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}")
+    stored, read = stored_images_per_s(images, device)
+    print(f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}; from JPEGs to stored states: {stored:,.1f}")
+    print(f"images/s of stored states that are read: {read:,.1f}")
+    measured = {
+        "steps": rows,
+        "captions_per_s": written,
+        "encoder_images_per_s": encoded,
+        "stored_images_per_s": stored,
+        "read_images_per_s": read,
+    }
+    if arguments.nanovlm:
+        measured["ratio_to_nanovlm"] = ratio_to_nanovlm(arguments.nanovlm, arguments.rounds, device)
+        print(f"a step of nanoVLM by one of ours at its sizes: {measured['ratio_to_nanovlm']:.2f}")
     if arguments.json:
-        measured = {"steps": rows, "captions_per_s": written, "encoder_images_per_s": encoded}
         arguments.json.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """Measure captions per second of one training step, beside nanoVLM's, and the gain of a feature cache.
 
-    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--precision bf16] [--rounds 5]
+    python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--precision bf16] [--rounds 5]
 
 With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
-caption behind 49 image tokens (ours: 50), encoder frozen, AdamW, one thread, rounds in turn, medians of CPU time. Each has a
-process of its own: ours keeps memory for its next step (trainer/allocation.py).
+caption behind 49 image tokens (ours: 50), or 196 (197) with patches of 16 px, encoder frozen, AdamW, one thread, rounds in
+turn, medians of CPU time. Each has a process of its own: ours keeps memory for its next step (trainer/allocation.py).
 It trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one shared prefix,
 from cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a CPU too; a
 CPU without instructions for it is no faster then. Without `--nanovlm` only our own variants are compared.
@@ -30,12 +30,12 @@ from transformers import CLIPImageProcessor
 from trainer.allocation import keep_freed_memory
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
-from trainer.precision import products_in
+from trainer.precision import autocast, products_in
 from trainer.presets import Precision
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
-SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384
+SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # patches of a tower that says nothing else
 VOCAB = 16_384
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6, "num_attention_heads": 6}
 LANGUAGE = {
@@ -69,35 +69,41 @@ def encoder_config(**tower: Any) -> EncoderConfig:
     return EncoderConfig(model, CLIPImageProcessor().to_dict(), frozen=True)
 
 
-def texts(seed: int = 0) -> TextBatch:
+def texts(words: int = VOCAB) -> TextBatch:
     """Return captions of one length with a prompt of one token: TOKENS - 1 are targets."""
-    ids = torch.randint(2, VOCAB, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(2, words, (IMAGES * CAPTIONS, TOKENS), generator=torch.Generator().manual_seed(0))
     of_image = torch.arange(IMAGES).repeat_interleave(CAPTIONS)
     ones = torch.ones(len(ids), dtype=torch.long)
     return TextBatch(of_image, ids, ones, ones * TOKENS, ones.bool())
 
 
 def our_step(
-    decoder: dict[str, Any], *, cached: bool, tower: dict[str, Any] | None = None, precision: Precision = "fp32"
+    decoder: dict[str, Any],
+    *,
+    cached: bool,
+    tower: dict[str, Any] = TOWER,
+    precision: Precision = "fp32",
+    device: torch.device = CPU,
 ) -> Step:
     """Return one training step of ours; with `cached`, hidden states are precomputed."""
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
-    config = encoder_config(**(tower or TOWER))
-    captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(config), decoder=decoder, **fields))
+    captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)).to(device)
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)  # as trainer.optimizer has it
-    pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX)
+    pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, device=device)
     with torch.no_grad():
         states_BNV: Tensor = captioner.encoder(pixels_BCHW)
 
     def step() -> float:
         optimizer.zero_grad()
-        batch = texts()
-        with torch.no_grad():
-            batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
-        with products_in(precision, CPU):
-            loss = captioner.loss(batch_BNV, batch) / int(batch.learned_CT.sum())
+        batch = texts(decoder.get("vocab_size", VOCAB))
+        with products_in(precision, device):
+            with torch.no_grad(), autocast(precision, device):
+                batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
+            with autocast(precision, device):
+                loss = captioner.loss(batch_BNV, batch) / int(batch.learned_CT.sum())
             loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -111,19 +117,19 @@ def vars_of(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
 
 
-def nanovlm_step(checkout: Path, precision: Precision) -> Step:
+def nanovlm_step(checkout: Path, patch_px: int = PATCH_PX, precision: Precision = "fp32", device: torch.device = CPU) -> Step:
     """Return one training step of a real checkout: its model, its loss, its optimiser."""
     sys.path.insert(0, str(checkout))
     import models.vision_language_model as theirs  # type: ignore[import-not-found]
     from models.config import VLMConfig  # type: ignore[import-not-found]
 
-    image_id = VOCAB - 1
+    image_id, states = VOCAB - 1, (SIDE_PX // patch_px) ** 2
     theirs.get_tokenizer = lambda *_: SimpleNamespace(image_token_id=image_id)  # its own would be downloaded
     model = theirs.VisionLanguageModel(
         VLMConfig(
             vit_hidden_dim=WIDTH,
             vit_inter_dim=4 * WIDTH,
-            vit_patch_size=PATCH_PX,
+            vit_patch_size=patch_px,
             vit_img_size=SIDE_PX,
             vit_n_heads=6,
             vit_n_blocks=6,
@@ -134,26 +140,26 @@ def nanovlm_step(checkout: Path, precision: Precision) -> Step:
             lm_n_kv_heads=2,
             lm_n_blocks=8,
             mp_pixel_shuffle_factor=1,
-            mp_image_token_length=49,
+            mp_image_token_length=states,
         ),
         load_backbone=False,
-    )
+    ).to(device)
     for parameter in model.vision_encoder.parameters():
         parameter.requires_grad = False
     groups = [{"params": model.MP.parameters(), "lr": 1e-4}, {"params": model.decoder.parameters(), "lr": 1e-4}]
     optimizer = torch.optim.AdamW(groups)
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    pixels = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX).repeat_interleave(CAPTIONS, 0)
+    pixels = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, device=device).repeat_interleave(CAPTIONS, 0)
     rows = IMAGES * CAPTIONS
 
     def step() -> float:
-        caption_ids = texts().ids_CT.clamp(max=image_id - 1)
-        ids = torch.cat([torch.full((rows, 49), image_id), caption_ids], 1)
-        targets = torch.cat([torch.full((rows, 49), -100), caption_ids], 1).roll(-1, 1)
+        caption_ids = texts().ids_CT.clamp(max=image_id - 1).to(device)
+        ids = torch.cat([torch.full((rows, states), image_id, device=device), caption_ids], 1)
+        targets = torch.cat([torch.full((rows, states), -100, device=device), caption_ids], 1).roll(-1, 1)
         targets[:, -1] = -100
-        targets[:, 48] = -100  # the first token of a caption is its prompt, as with ours
+        targets[:, states - 1] = -100  # the first token of a caption is its prompt, as with ours
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):  # as in its train.py
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # as in its train.py
             _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -198,6 +204,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="One training step of ours, beside nanoVLM's.")
     parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM; only then is anything said about it.")
+    parser.add_argument("--patch-px", type=int, default=PATCH_PX, help="Of the towers: 32 gives 49 image tokens, 16 gives 196.")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="Of products of matrices, on both sides.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--qwen3", action="store_true", help="One step of Qwen3-0.6B at full size (random weights), no more.")
@@ -212,23 +219,23 @@ def main() -> None:
             f"Qwen3-0.6B, all of it trained: loss {loss:.2f}, {time.process_time() - started:.1f} CPU s, peak {peak_gb:.1f} GB"
         )
         return
-    pretrained = {"language_model": LANGUAGE}
+    patch_px, precision = arguments.patch_px, arguments.precision
+    ours = partial(our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px}, precision=precision)
     steps: dict[str, Callable[[], Step]] = {
-        "synth, cached": partial(our_step, pretrained, cached=True, precision=arguments.precision),
-        "synth, encoder in the step": partial(our_step, pretrained, cached=False, precision=arguments.precision),
+        "synth, cached": partial(ours, cached=True),
+        "synth, encoder in the step": partial(ours, cached=False),
     }
     if arguments.nanovlm:
-        steps["nanoVLM"] = partial(nanovlm_step, arguments.nanovlm, arguments.precision)
+        steps["nanoVLM"] = partial(nanovlm_step, arguments.nanovlm, patch_px, precision)
     seconds = measure(steps, arguments.rounds)
-    print(f"{IMAGES} images x {CAPTIONS} captions of {TOKENS} tokens, {arguments.precision}, 1 thread, CPU seconds a step:")
+    sizes = f"{IMAGES} images of {(SIDE_PX // patch_px) ** 2} patches x {CAPTIONS} captions of {TOKENS} tokens"
+    print(f"{sizes}, {precision}, 1 thread, CPU seconds a step:")
     for name, value in seconds.items():
         print(f"  {name:<28} {value:7.3f}   {IMAGES * CAPTIONS / value:7.1f} captions/s")
     if arguments.nanovlm:
         print(f"  ratio to nanoVLM: {seconds['nanoVLM'] / seconds['synth, cached']:.2f}")
     full = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
     scratch = {"vocab_size": 4096, "width": 192, "depth": 3, "heads": 6, "dropout": 0.1}
-    global VOCAB
-    VOCAB = 4096
     both = {str(cached): partial(our_step, scratch, cached=cached, tower=full) for cached in (True, False)}
     seconds = measure(both, arguments.rounds)
     print("an epoch after the first, ViT-B/16 at full size and the decoder from scratch that is the default:")

@@ -76,7 +76,7 @@ class BadAnswerError(Exception):
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -> bytes:
-    """Return the body of a chat request; `images` is the JSON of its image parts (request_images.RequestImages.parts).
+    """Return the body of a chat request; `images` is the JSON of its image parts (request_images.ImageParts).
 
     Where the server does not enforce the schema, it is part of the text. No seed is sent: it crashes vLLM's CPU engine.
     """
@@ -181,6 +181,17 @@ def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -
         _sampling(0.0, max_tokens, dialect),
         b"" if dialect.format == "text" else b',"response_format":' + json.dumps(form).encode(),
     )
+
+
+def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
+    """Return the body of a chat about an image, whose part of the message is `image`."""
+    values = _text(model), image, _text("Say hello."), dialect.limit_name.encode()
+    return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}],"%s":1}' % values
+
+
+def misses_image(message: str) -> bool:
+    """Return whether a server refuses a request since it has not, or no longer, an image that was named: in vLLM's words."""
+    return "data is not provided" in message or "retried with the multi-modal data" in message
 
 
 def proves_schemas(answer: bytes) -> bool:

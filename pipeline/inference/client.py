@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class InFlight:
 
     work: RequestSource
     taken: deque[Request] = field(default_factory=deque)
+    behind: dict[str, list[Request]] = field(default_factory=dict)  # requests that wait until a server has their images
     recorded: deque[Request] = field(default_factory=deque)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[Any] | None"] = field(default_factory=set)  # those of running that a server is answering
@@ -159,7 +161,7 @@ class Client:
         if self._launches:
             self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
             endpoints = [
-                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), socket_path=server.socket)
+                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), is_vllm=True, socket_path=server.socket)
                 for server in self._servers
             ]
         else:
@@ -224,7 +226,10 @@ class Client:
         if models is not None and self._name not in models:
             raise not_served(endpoint, self._name, models)
         endpoint.is_checked = True
-        return models[self._name].max_model_len if models is not None else None
+        if models is None:
+            return None
+        endpoint.is_vllm = models[self._name].owner == "vllm"
+        return models[self._name].max_model_len
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -269,23 +274,44 @@ class Client:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
             in_flight.running.add(task)
-            task.add_done_callback(lambda done: self._done(done, in_flight))
+            task.add_done_callback(partial(self._done, request=request, in_flight=in_flight))
 
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
 
     def _next_request(self, in_flight: InFlight) -> Request | None:
         if not in_flight.recorded:
-            if not in_flight.taken:
-                in_flight.taken.extend(in_flight.work.take())
-            ahead = [in_flight.taken.popleft() for _ in range(min(SENT_BATCH, len(in_flight.taken)))]
+            ahead = self._choose(in_flight)
             if ahead:
                 in_flight.work.sending(ahead)
                 in_flight.recorded.extend(ahead)
         return in_flight.recorded.popleft() if in_flight.recorded else None
 
-    def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
+    def _choose(self, in_flight: InFlight) -> list[Request]:
+        """Return the next requests. Where a server keeps images, the others about an image wait until it has it."""
+        chosen: list[Request] = []
+        while len(chosen) < SENT_BATCH:
+            if not in_flight.taken and not chosen:
+                in_flight.taken.extend(in_flight.work.take())
+            if not in_flight.taken:
+                break
+            request = in_flight.taken.popleft()
+            if request.shown in in_flight.behind:
+                in_flight.behind[request.shown].append(request)
+                continue
+            chosen.append(request)
+            if request.shows_image and self._will_be_kept(request.shown):
+                in_flight.behind[request.shown] = []
+        return chosen
+
+    def _will_be_kept(self, shown: str) -> bool:
+        """Return whether servers keep images, and none has these yet."""
+        kept = [endpoint.kept for endpoint in self._endpoints if endpoint.kept and endpoint.kept.is_worth_it]
+        return bool(kept) and not any(shown in one for one in kept)
+
+    def _done(self, task: "asyncio.Task[Reply]", request: Request, in_flight: InFlight) -> None:
         in_flight.running.discard(task)
+        in_flight.taken.extendleft(reversed(in_flight.behind.pop(request.shown, [])))
         if not in_flight.running:
             in_flight.wake.set()
         if task.cancelled():
@@ -360,13 +386,14 @@ class Client:
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         try:
-            images = await self._images.parts(request.shown, request.images, request.pages)
+            parts = await self._images.parts(request.shown, request.images, request.pages)
         except OSError:  # of the disk that a server reads images from
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        dialect = endpoint.dialect
-        body = chat_api.body(request, images, self._name, dialect)
+        dialect, kept = endpoint.dialect, endpoint.kept
+        is_named = kept is not None and kept.is_worth_it and request.shown in kept
+        body = chat_api.body(request, parts.named if is_named else parts.whole, self._name, dialect)
         sent = time.monotonic()
         in_flight.sent.add(asyncio.current_task())
         try:
@@ -385,10 +412,15 @@ class Client:
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
+            if kept:  # until it has answered
+                kept.forget(request.shown)
         tolerated = self._statuses_of_one_request(endpoint)
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
         message = endpoint.error_message(text) if answer.status >= 400 else ""
+        if kept and is_named and chat_api.misses_image(message):
+            kept.count(is_found=False)
+            raise OtherDialectError
         # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
         if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
             self._busy.start(answer.status, message)
@@ -407,6 +439,10 @@ class Client:
             self._count_refusal(endpoint, str(bad), in_flight)
             raise ServerFaultError(str(bad)) from None
         endpoint.answered += 1
+        if kept and request.shows_image:
+            kept.add(request.shown)
+        if kept and is_named:
+            kept.count(is_found=True)
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None

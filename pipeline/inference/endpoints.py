@@ -23,6 +23,7 @@ from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
 from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
+from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.pace import Pace
 from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
@@ -106,6 +107,8 @@ class Endpoint:
     has_metrics: bool = True
     dialect: Dialect = FULL
     is_learned: bool = False  # whether the dialect is known
+    is_vllm: bool = False  # as its list of models says
+    kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
     outstanding: int = 0
@@ -238,16 +241,18 @@ class Endpoints(list[Endpoint]):
                 break  # wakes the waiting requests, which raise the failure
             await asyncio.sleep(POLL_SECONDS)
         endpoint.cache, endpoint.fault = (0, 0), ""
+        endpoint.kept = endpoint.kept and KeptImages()  # it has lost them
         if not endpoint.is_retired:
             endpoint.is_up.set()
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as listed by a server: its origin, and its context in tokens if given."""
+    """A model as listed by a server: its origin, its context in tokens if given, and whose it is said to be."""
 
     root: str
     max_model_len: int | None
+    owner: str = ""
 
 
 def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
@@ -310,7 +315,10 @@ def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
     try:
         value = parse_json(answer)
         models = [model for model in (value if isinstance(value, list) else value["data"]) if isinstance(model["id"], str)]
-        return {model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model)) for model in models}
+        return {
+            model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model), str(model.get("owned_by") or ""))
+            for model in models
+        }
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 

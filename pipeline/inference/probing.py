@@ -16,8 +16,12 @@ from pipeline.inference.endpoints import (
     Endpoint,
     raise_for_access,
 )
+from pipeline.inference.kept_images import KeptImages
+from pipeline.inference.request_images import named_image
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
 from pipeline.progress import Progress
+
+UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
 
 
 async def learn_dialect(
@@ -29,7 +33,9 @@ async def learn_dialect(
     progress: Progress,
     busy: BusyTime,
 ) -> None:
-    """Set the dialect of a server: send `chat_api.probe` without what it refuses, until it answers.
+    """Set the dialect of a server, and whether it keeps images.
+
+    `chat_api.probe` is sent without what the server refuses, until it answers.
 
     A model that thinks first gets as many tokens for that as each reply of the run may have, `reply_tokens`.
 
@@ -64,6 +70,12 @@ async def learn_dialect(
             raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = better
     _tell(endpoint, progress)
+    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out:
+        # A server that keeps images refuses one that it has not for that alone. Any other might answer without the image.
+        probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
+        status, answer = await _probe(endpoint, session, probe, server, progress, busy)
+        if status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(answer)):
+            endpoint.kept = KeptImages()
 
 
 def _tell(endpoint: Endpoint, progress: Progress) -> None:

@@ -1,4 +1,7 @@
-"""Images as sent to a server: the bytes of the source if usable, else re-encoded as upright RGB JPEG within bounds."""
+"""Images as sent to a server: the bytes of the source if usable, else re-encoded as upright RGB JPEG within bounds.
+
+To a server that keeps images an image may be named by its uuid alone.
+"""
 
 import asyncio
 import base64
@@ -7,6 +10,7 @@ import io
 import json
 from concurrent.futures import Executor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +22,14 @@ from pipeline.tasks.prompts import user_content
 MAX_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
 QUALITY = 92
 _SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageParts:
+    """The JSON of the message parts of images, joined by commas: with their bytes, and with their names alone."""
+
+    whole: bytes
+    named: bytes
 
 
 class RequestImages:
@@ -34,7 +46,7 @@ class RequestImages:
         self._max_pixels = max_pixels
         self._max_sample_pixels = max_sample_pixels
         self._pool = pool
-        self._encoded: dict[str, asyncio.Future[bytes]] = {}
+        self._encoded: dict[str, asyncio.Future[ImageParts]] = {}
         self._files: dict[str, list[Path]] = {}
         self._encoded_count = self._encoded_bytes = 0
 
@@ -43,8 +55,8 @@ class RequestImages:
         mean = self._encoded_bytes / self._encoded_count if self._encoded_count else 1
         return max(4, int(in_flight_bytes / max(mean, 1)))
 
-    async def parts(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None) -> bytes:
-        """Return the JSON of the message parts of images, joined by commas, in the order of tasks.prompts.user_content.
+    async def parts(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None) -> ImageParts:
+        """Return the message parts of images, in the order of tasks.prompts.user_content.
 
         `shown` is the key of the images (Request.shown), which may be empty; `pages` are their numbers within a document.
         The uuid of an image is the sha256 of the sent bytes, by which a server may find it in its cache.
@@ -62,15 +74,15 @@ class RequestImages:
         bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
         return min((limit for limit in bounds if limit), default=None)
 
-    async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> bytes:
+    async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> ImageParts:
         bound = self.max_pixels(len(images))
-        parts = user_content([await self._part(image, bound, shown) for image in images], "", pages)[:-1]
-        joined = b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
+        encoded = [await self._part(image, bound, shown) for image in images]
+        parts = ImageParts(*(_joined([getattr(part, kind) for part in encoded], pages) for kind in ("whole", "named")))
         self._encoded_count += 1
-        self._encoded_bytes += len(joined)
-        return joined
+        self._encoded_bytes += len(parts.whole)
+        return parts
 
-    async def _part(self, image: bytes, bound: int | None, shown: str) -> bytes:
+    async def _part(self, image: bytes, bound: int | None, shown: str) -> ImageParts:
         kind = sendable_format(image, bound)
         # An earlier release kept metadata in the file. To look takes less time than to wake another thread; to decode does not.
         data = strip_undecoded(image) if kind else None
@@ -79,18 +91,31 @@ class RequestImages:
             data = await asyncio.get_running_loop().run_in_executor(self._pool, work)
             kind = kind or "jpeg"
         uuid = hashlib.sha256(data).hexdigest()
+        named = named_image(uuid)
         if self._media is None:
             values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
-            return b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            whole = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            return ImageParts(whole, named)
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
-        return json.dumps({"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}).encode()
+        url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
+        return ImageParts(json.dumps(url).encode(), named)
 
     def _drop(self, shown: str) -> None:
         del self._encoded[shown]
         for file in self._files.pop(shown, []):
             file.unlink(missing_ok=True)
+
+
+def named_image(uuid: str) -> bytes:
+    """Return the JSON of the message part of an image that the server has under this uuid."""
+    return b'{"type":"image_url","image_url":null,"uuid":"%s"}' % uuid.encode()
+
+
+def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:
+    parts = user_content(images, "", pages)[:-1]
+    return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
 
 
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:

@@ -54,6 +54,7 @@ class ChatServer:
         self.key: str | None = None
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []  # for what the kind of server does not take
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
@@ -63,6 +64,11 @@ class ChatServer:
         self.model_root = ""
         self.headers: list[dict[str, str]] = []  # of all requests
         self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
+        self.owner = "somebody"  # as its list of models says
+        self.keeps_images = False  # by their uuid, as vLLM does
+        self.images: dict[str, Any] = {}  # that it keeps; tests may take some away
+        self.named = 0  # images that it had, and that were named alone
+        self.missed: list[str] = []  # images that it had not, and that were named alone
 
     @property
     def authorizations(self) -> set[str | None]:
@@ -87,6 +93,7 @@ class ChatServer:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         own = {"id": f"{self.kind.model_prefix}{self.model}", **self.kind.model_fields}
+        own |= {"owned_by": "vllm" if self.keeps_images else self.owner}
         return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {})]})
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -105,8 +112,13 @@ class ChatServer:
         if refusal := self.kind.refusal_of(body):
             self.refused.append(body)
             return web.json_response(refusal[1], status=refusal[0])
+        if self.keeps_images and (missing := self._missing_image(body)):
+            self.missed.append(missing)
+            problem = "Cache miss for image at index 0 but data is not provided."
+            return web.json_response({"error": {"message": problem, "code": 400}}, status=400)
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
+            self.probes.append(body)
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
             return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)
@@ -120,6 +132,18 @@ class ChatServer:
             return await self._act(request, self.script(times, body) or Act(), REPLIES.get(schema["name"], ""))
         finally:
             self.in_flight -= 1
+
+    def _missing_image(self, body: dict[str, Any]) -> str | None:
+        """Keep the images of a request, and give it those that it names; return the first that is not there."""
+        for message in body["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] == "image_url" and part["image_url"] is None:
+                    if part["uuid"] not in self.images:
+                        return str(part["uuid"])
+                    self.named += 1
+                elif part["type"] == "image_url":
+                    self.images[part["uuid"]] = part["image_url"]
+        return None
 
     def _answer(self, text: str, finish_reason: str = "stop") -> dict[str, Any]:
         value = answer(text, finish_reason)

@@ -25,6 +25,7 @@ def test_the_training_benchmark_measures_on_a_cpu(tmp_path: Path) -> None:
     ]
     assert all(row["captions_per_s"] > 0 and row["of_the_floor"] > 0 for row in figures["steps"])
     assert len(figures["captions_per_s"]) == 4 and all(min(pair) > 0 for pair in figures["captions_per_s"].values())
+    assert figures["read_images_per_s"] > figures["stored_images_per_s"] > 0
 
 
 def test_without_a_gpu_it_says_what_to_do() -> None:

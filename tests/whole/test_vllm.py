@@ -18,10 +18,16 @@ import pytest
 from pipeline.config import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
+from pipeline.inference.client import Client
+from pipeline.inference.endpoints import find_model
 from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.journal import Journal
+from pipeline.inference.kept_images import KeptImages
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.vllm_launch import plan_vllm_command
+from pipeline.types import SampleInfo
 from tests.hostile import LONG
-from tests.scene_data import scene_samples, score_annotations
+from tests.scene_data import batch_of, scene_samples, score_annotations
 from tests.vllm_flags import parse_with
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, restore_sigint
@@ -173,6 +179,21 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     equal = [texts[row["sample_id"], row["style"]] == row["text"] for row in annotations(folder) if row["task"] == "caption"]
     # vLLM computes in bfloat16: a near tie may resolve differently, but not often.
     assert sum(equal) >= 0.85 * len(equal)
+
+
+def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(KeptImages, "count", lambda self, *, is_found: found.append(is_found))
+    monkeypatch.setenv("SYNTH_API_KEY", KEY)
+    config = resolve(source="scenes", base_url=[served])
+    model, revision = find_model(config)
+    samples, stats = scene_samples(12, SEED + 1), RequestStats()
+    with Journal(tmp_path / "j") as journal, Client(model, revision, config) as engine:
+        for _ in ask_about(iter([batch_of(samples)]), config, revision, lambda: engine, journal, stats):
+            pass
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, revision, journal)
+    assert found == [True] * 24  # the second and third request about each
+    assert (stats.done, table["reply_error"].null_count) == (36, table.num_rows)
 
 
 def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
+from pipeline.inference.kept_images import MIN_MISSED_NAMES
+from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
 from pipeline.types import Sample, SampleInfo
@@ -384,6 +386,50 @@ def test_a_run_that_ends_interrupts_the_requests_that_wait(tmp_path: Path, monke
     assert not ended
 
 
+def test_a_server_that_keeps_images_gets_each_image_once(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images = True
+        counts, errors = run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 8})
+    assert errors == {None: 60}
+    assert counts.asked == 60
+    assert chat.missed == [UNKNOWN_IMAGE]  # the probe
+    assert (len(chat.images), chat.named) == (20, 40)
+
+
+def test_an_image_that_a_server_has_forgotten_is_sent_again(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images = True
+        chat.script = lambda times, body: forget(chat) if len(chat.bodies) == 30 else None
+        counts, errors = run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 8})
+    assert (errors, counts.asked) == ({None: 60}, 60)
+    assert len(chat.missed) > 1
+    assert chat.named > 10
+
+
+def test_names_are_given_up_if_a_server_forgets_most_images(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images = True
+        chat.script = lambda times, body: forget(chat)
+        _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(30), server={"concurrency": 4})
+    assert errors == {None: 90}
+    assert chat.named == 0
+    assert MIN_MISSED_NAMES < len(chat.missed) < MIN_MISSED_NAMES + 8
+
+
+def test_only_a_server_that_proves_to_keep_images_gets_names(tmp_path: Path) -> None:
+    for owner in ("vllm", "somebody else"):
+        with running_chat(ChatServer()) as chat:
+            chat.owner = owner
+            _, errors = run(tmp_path / owner, chat.url)
+        assert errors == {None: ASKED}
+        assert all(part["image_url"] for body in chat.bodies for part in body["messages"][-1]["content"] if "image_url" in part)
+        assert [UNKNOWN_IMAGE in json.dumps(body) for body in chat.probes] == [False, *([True] if owner == "vllm" else [])]
+
+
+def forget(chat: ChatServer) -> None:
+    chat.images.clear()
+
+
 @pytest.mark.parametrize("status", [200, 400, 403, 429, 500])
 def test_a_key_that_a_server_repeats_is_in_no_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
@@ -654,8 +700,8 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
         is_interrupted = threading.Event()
         count = Client._done
 
-        def interrupt(self: Client, task: Any, in_flight: Any) -> None:
-            count(self, task, in_flight)
+        def interrupt(self: Client, task: Any, request: Any, in_flight: Any) -> None:
+            count(self, task, request, in_flight)
             arrived.append(1)
             if len(arrived) >= 3 and in_flight.replies and not is_interrupted.is_set():
                 is_interrupted.set()

@@ -58,7 +58,9 @@ def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
 
 
 def part(request_images: RequestImages, image: bytes) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(asyncio.run(request_images.parts(hashlib.sha256(image).hexdigest(), (image,))))
+    parts = asyncio.run(request_images.parts(hashlib.sha256(image).hexdigest(), (image,)))
+    content: dict[str, Any] = json.loads(parts.whole)
+    assert json.loads(parts.named) == content | {"image_url": None}
     return content
 
 

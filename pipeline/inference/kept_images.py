@@ -1,0 +1,44 @@
+"""What a server has of the images that were sent to it: vLLM keeps them by their uuid, so that each is sent once.
+
+The tasks of an image then send a name of 64 characters instead of the file, and the server neither decodes it again nor waits
+for it: its one thread for that is what large photos wait for first.
+"""
+
+# Of those that a server has got last. vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in sizes that are usual here.
+MAX_KEPT_IMAGES = 256
+MIN_MISSED_NAMES = 16  # before names are given up
+
+
+class KeptImages:
+    """The images that a server has got of late, and so can be named to it (by Request.shown).
+
+    A server forgets images by rules of its own, and several processes behind one address do not share them: it then refuses a
+    name, and gets the image again. If it has refused most names, none is sent any more.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, None] = {}
+        self._found = self._missed = 0
+
+    def __contains__(self, shown: str) -> bool:
+        return shown in self._latest
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether names are found more often than not, as far as is known."""
+        return self._missed < MIN_MISSED_NAMES or self._missed <= self._found
+
+    def add(self, shown: str) -> None:
+        """Note that the server has answered a request about these images."""
+        self._latest[shown] = None
+        if len(self._latest) > MAX_KEPT_IMAGES:
+            del self._latest[next(iter(self._latest))]
+
+    def forget(self, shown: str) -> None:
+        """Note that the server may not have these images."""
+        self._latest.pop(shown, None)
+
+    def count(self, *, is_found: bool) -> None:
+        """Note whether the server knew images by their names."""
+        self._found += is_found
+        self._missed += not is_found

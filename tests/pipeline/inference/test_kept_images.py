@@ -1,0 +1,28 @@
+"""Images that a server keeps are known by their names, the latest of them, and as long as most names are found."""
+
+import pytest
+
+from pipeline.inference import kept_images
+from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
+
+
+def test_the_images_that_were_used_last_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_images, "MAX_KEPT_IMAGES", 2)
+    kept = KeptImages()
+    for shown in "aba":
+        kept.forget(shown)  # as a request about it is sent
+        kept.add(shown)
+    kept.add("c")
+    assert [shown in kept for shown in "abc"] == [True, False, True]
+
+
+def test_names_are_worth_it_until_more_are_missed_than_found() -> None:
+    kept = KeptImages()
+    for _ in range(MIN_MISSED_NAMES - 1):
+        kept.count(is_found=False)
+    assert kept.is_worth_it
+    kept.count(is_found=False)
+    assert not kept.is_worth_it
+    for _ in range(MIN_MISSED_NAMES):
+        kept.count(is_found=True)
+    assert kept.is_worth_it
