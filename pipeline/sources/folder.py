@@ -281,7 +281,8 @@ def read_references(
     images = set(paths if among is None else among)
     references, captions = References(), dict[Path, list[str]]()
     bound, unread = None if follow_links else root, list[str]()
-    for folder in sorted({folder for path in images for folder in path.parents if folder.is_relative_to(root)}):
+    parents = {path.parent for path in images}
+    for folder in sorted({folder for path in parents for folder in (path, *path.parents) if folder.is_relative_to(root)}):
         for file in (folder / name for name in METADATA_FILES):
             if file.is_file() or file.is_symlink():
                 references.files.add(file)

@@ -7,6 +7,7 @@ the only way from such a folder to a row, a published file or a model.
 import io
 import os
 import stat
+from functools import lru_cache
 from pathlib import Path, PurePath
 
 from pipeline.errors import SynthError
@@ -39,19 +40,22 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
     Raise UnsafeFileError for a link to the outside of `root`, a pipe, device or folder, or more than `max_bytes`; OSError for a
     file that cannot be opened.
     """
-    real = os.path.realpath(path)
-    if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
-        raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
-    if not stat.S_ISREG(Path(real).stat().st_mode):  # even to open a device may have effects
+    name, status = str(path), path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        name = os.path.realpath(path)
+        if root is not None and not _is_below(name, os.path.realpath(root)):
+            raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
+        status = Path(name).stat()
+    if not stat.S_ISREG(status.st_mode):  # even to open a device may have effects
         raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
-    handle = os.open(real, _FLAGS)
+    handle = os.open(name, _FLAGS)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
-        # A folder of the path may have been replaced. Where the system does not say what is open, the path is followed again.
-        if _path_of(handle) != real and (os.path.realpath(path) != real or not os.path.samestat(status, Path(real).stat())):
-            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
+        # A folder of the path may be a link, or may have become one: what counts is where the open file lies.
+        if root is not None and not _is_below(_path_of(handle), _real(str(root))):
+            _require_below(path, root, status)
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
         return os.fdopen(handle, "rb")
@@ -60,10 +64,27 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         raise
 
 
+def _require_below(path: Path, root: Path, status: os.stat_result) -> None:
+    """Raise UnsafeFileError unless a path leads to the file with this status, below a folder: without /proc, say."""
+    name = os.path.realpath(path)
+    if not _is_below(name, os.path.realpath(root)) or not os.path.samestat(status, Path(name).stat()):
+        raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
+
+
+def _is_below(name: str, root: str) -> bool:
+    return name.startswith(os.path.join(root, ""))  # noqa: PTH118  # of strings: this is done for each image
+
+
+@lru_cache(64)
+def _real(root: str) -> str:
+    """Return a folder without links, as it was at first: where one has changed, `_require_below` looks again."""
+    return os.path.realpath(root)
+
+
 def _path_of(handle: int) -> str:
     """Return the path of an open file, without links; nothing where the system does not tell."""
     try:
-        return str(Path(f"/proc/self/fd/{handle}").readlink())
+        return os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # as above
     except OSError:
         return ""
 

@@ -135,8 +135,30 @@ def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path
         return real_open(path, flags)
 
     monkeypatch.setattr(os, "open", swap_then_open)
-    with pytest.raises(UnsafeFileError, match="replaced"):
+    with pytest.raises(UnsafeFileError, match="leads to a file outside") as caught:
         open_regular(tmp_path / "root" / "inner" / "file", tmp_path / "root")
+    assert caught.value.reason == OUTSIDE
+
+
+def test_where_the_system_does_not_say_what_is_open_the_path_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted, "_path_of", lambda handle: "")
+    test_a_root_that_is_itself_a_link_holds_its_files(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("secret")
+    (tmp_path / "real" / "way-out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeFileError, match="leads to a file outside"):
+        open_regular(tmp_path / "root" / "way-out" / "file", tmp_path / "root")
+
+
+def test_a_root_that_moves_to_another_place_still_holds_its_files(tmp_path: Path) -> None:
+    test_a_root_that_is_itself_a_link_holds_its_files(tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_bytes(b"y")
+    (tmp_path / "root").unlink()
+    (tmp_path / "root").symlink_to("new")
+    assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"y"
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
