@@ -2,7 +2,8 @@
 
 One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the same kinds of
 requests, about new scenes each time, in interleaved pairs; the result is synth's requests per second over the bare client's.
-Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses.
+Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses, and photos
+of 1024 px, which it scales to that, how much faster a server is that gets each of them once.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -36,8 +38,14 @@ from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
 
 IMAGE_TOKENS = 256
-SIDE_PX = 448
+SIDE_PX, PHOTO_PX = 448, 1024
 REVISION = "benchmark"
+
+# Random weights write nothing that can be used.
+UNUSABLE: dict[str, Any] = {
+    "generate": {"max_tokens": 16, "attempts": 1},
+    "server": {"flags": ["--block-size", "32"], "max_failure_frac": 1.0},
+}
 
 Images = list[tuple[str, tuple[bytes, ...]]]
 
@@ -162,21 +170,9 @@ def make_large_model(folder: Path) -> Path:
 
 def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path) -> float:
     """Return how many tokens a run on `count` images found in the prefix cache of a new server."""
-    config = resolve(
-        source="scenes",
-        engine="vllm",
-        tasks=["caption"],
-        generate={"caption_styles": styles, "max_tokens": 16, "attempts": 1},
-        # Random weights write nothing that can be used.
-        server={"flags": ["--block-size", "32"], "max_failure_frac": 1.0},
-    )
-    rng = np.random.default_rng(0)
-    images: Images = []
-    for _ in range(count):
-        buffer = io.BytesIO()
-        coarse = rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((SIDE_PX, SIDE_PX)).save(buffer, "JPEG")
-        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), (buffer.getvalue(),)))
+    options = {**UNUSABLE, "generate": UNUSABLE["generate"] | {"caption_styles": styles}}
+    config = resolve(source="scenes", engine="vllm", tasks=["caption"], **options)
+    images = photos(0, count, SIDE_PX)
     with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as (root, name):
         config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
         with Client(name, f"r{len(styles)}", config) as client:
@@ -186,8 +182,62 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
+def photos(seed: int, count: int, side_px: int) -> Images:
+    """Return `count` JPEGs of noise; no other seed draws the same ones."""
+    rng = np.random.default_rng(seed)
+    images: Images = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        coarse = rng.integers(0, 255, (side_px // 8, side_px // 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((side_px, side_px)).save(buffer, "JPEG")
+        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), (buffer.getvalue(),)))
+    return images
+
+
+def measure_names(pairs: int, count: int, scratch: Path) -> None:
+    """Print requests per second with images that are named, over those with images that are sent each time, in turn.
+
+    Beside them, CPU of the process that takes requests and decodes images: a server has one, however fast its GPU is.
+    """
+    folder, ratios = make_large_model(scratch / "named"), []
+    api_ms: dict[bool, list[float]] = {True: [], False: []}
+    config = resolve(source="scenes", engine="vllm", **UNUSABLE)
+    with serving(str(folder), config, scratch / "named.log") as (root, name):
+        config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
+        for pair in range(pairs + 1):
+            rates = {}
+            for is_named in (True, False) if pair % 2 else (False, True):
+                images = photos(2 * pair + is_named, count, PHOTO_PX)
+                with Client(name, f"r{pair}", config) as client:
+                    for endpoint in client._endpoints:
+                        endpoint.kept = endpoint.kept if is_named else None
+                    started, used = time.perf_counter(), cpu_seconds(str(folder))
+                    ask_synth(client, images, config, scratch)
+                    rates[is_named] = 3 * count / (time.perf_counter() - started)
+                    api_ms[is_named].append((cpu_seconds(str(folder)) - used) / (3 * count) * 1e3)
+            each = [f"{rates[kind]:.1f} requests/s, {api_ms[kind][-1]:.1f} ms of CPU a request" for kind in (False, True)]
+            print(f"pair {pair}: sent {each[0]}; named {each[1]}", flush=True)
+            ratios += [rates[True] / rates[False]] if pair else []  # the first is a warm-up
+    low, high = bootstrap(ratios)
+    print(f"photos of {PHOTO_PX} px, named / sent: median {np.median(ratios):.2f}, 95 % interval {low:.2f} to {high:.2f}")
+    sent_ms, named_ms = (np.median(api_ms[kind][1:]) for kind in (False, True))
+    print(
+        f"the process that takes requests: {sent_ms:.1f} ms of CPU a request where images are sent, {named_ms:.1f} where named"
+    )
+
+
+def cpu_seconds(argument: str) -> float:
+    """Return the CPU seconds so far of processes that were started with an argument."""
+    used = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if argument.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                used += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
+    return used / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
-    """Measure both."""
+    """Measure all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--scenes", type=int, default=96, help="in each run; three requests each")
@@ -197,6 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         measure_throughput(arguments.pairs, arguments.scenes, arguments.concurrency, Path(scratch))
         measure_prefix(arguments.images, Path(scratch))
+        measure_names(arguments.pairs, arguments.images, Path(scratch))
 
 
 if __name__ == "__main__":
