@@ -190,8 +190,8 @@ def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
 
 
 def misses_image(message: str) -> bool:
-    """Return whether a server refuses a request since it has not, or no longer, an image that was named: in vLLM's words."""
-    return "data is not provided" in message or "retried with the multi-modal data" in message
+    """Return whether a server refuses a request since it has not the image that was named: in vLLM's words."""
+    return "data is not provided" in message
 
 
 def proves_schemas(answer: bytes) -> bool:

@@ -32,6 +32,7 @@ from pipeline.inference.endpoints import (
     Endpoint,
     Endpoints,
     OtherDialectError,
+    RefusedError,
     ServerBusyError,
     ServerFaultError,
     cancel_tasks,
@@ -70,7 +71,10 @@ class InFlight:
 
     work: RequestSource
     taken: deque[Request] = field(default_factory=deque)
-    behind: dict[str, list[Request]] = field(default_factory=dict)  # requests that wait until a server has their images
+    behind: dict[str, list[Request]] = field(
+        default_factory=dict
+    )  # requests that wait until a server has their images, by those
+    released: deque[Request] = field(default_factory=deque)  # that have waited for this
     recorded: deque[Request] = field(default_factory=deque)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[Any] | None"] = field(default_factory=set)  # those of running that a server is answering
@@ -79,6 +83,10 @@ class InFlight:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None  # ends the run; nothing more is sent
     ends_at: float | None = None  # when requests in flight are no longer waited for, since there is an error
+
+    def release(self, shown: str) -> None:
+        """Let the requests go that wait for these images."""
+        self.released.extend(self.behind.pop(shown, ()))
 
 
 class Client:
@@ -288,9 +296,16 @@ class Client:
         return in_flight.recorded.popleft() if in_flight.recorded else None
 
     def _choose(self, in_flight: InFlight) -> list[Request]:
-        """Return the next requests. Where a server keeps images, the others about an image wait until it has it."""
+        """Return the next requests: those that have waited, then new ones.
+
+        Where a server keeps images, the others about an image wait for the first of them, while there is anything else to send.
+        """
         chosen: list[Request] = []
-        while len(chosen) < SENT_BATCH:
+        most = max(1, min(SENT_BATCH, self._concurrency.limit // 4))  # else those that have waited would wait for these
+        while len(chosen) < most:
+            if in_flight.released:
+                chosen.append(in_flight.released.popleft())
+                continue
             if not in_flight.taken and not chosen:
                 in_flight.taken.extend(in_flight.work.take())
             if not in_flight.taken:
@@ -302,16 +317,20 @@ class Client:
             chosen.append(request)
             if request.shows_image and self._will_be_kept(request.shown):
                 in_flight.behind[request.shown] = []
+        if not chosen and in_flight.behind:
+            for shown in [*in_flight.behind]:
+                in_flight.release(shown)
+            return self._choose(in_flight)
         return chosen
 
     def _will_be_kept(self, shown: str) -> bool:
         """Return whether servers keep images, and none has these yet."""
-        kept = [endpoint.kept for endpoint in self._endpoints if endpoint.kept and endpoint.kept.is_worth_it]
-        return bool(kept) and not any(shown in one for one in kept)
+        kept = [endpoint.named_images for endpoint in self._endpoints if endpoint.is_up.is_set()]
+        return any(kept) and not any(shown in images for images in kept if images)
 
     def _done(self, task: "asyncio.Task[Reply]", request: Request, in_flight: InFlight) -> None:
         in_flight.running.discard(task)
-        in_flight.taken.extendleft(reversed(in_flight.behind.pop(request.shown, [])))
+        in_flight.release(request.shown)
         if not in_flight.running:
             in_flight.wake.set()
         if task.cancelled():
@@ -335,6 +354,7 @@ class Client:
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
         failures = RetryState(self._config.server.request_timeout_s)
+        may_name = request.attempt == 0  # a model that did not see an image may have written what is unusable
         while True:
             if in_flight.error:
                 raise in_flight.error
@@ -347,7 +367,7 @@ class Client:
                         await self._learn(endpoint)
                     if not endpoint.is_up.is_set():  # it died meanwhile
                         continue
-                    return await self._post(endpoint, request, in_flight)
+                    return await self._post(endpoint, request, in_flight, may_name=may_name)
                 except OtherDialectError:
                     continue
                 except EngineError as refusal:
@@ -370,6 +390,8 @@ class Client:
                     log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
                 finally:
                     endpoint.outstanding -= 1
+                    may_name = False
+                    in_flight.release(request.shown)  # to be sent again may take long
             self._retried += 1
             if in_flight.error:  # nobody waits for what no server answers
                 raise in_flight.error
@@ -384,16 +406,47 @@ class Client:
             endpoint.has_asked_for_long = True
             self._progress.warn(f"{endpoint.url} asks to wait for {pause_s:,.0f} s before a request is sent again")
 
-    async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
+    async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight, *, may_name: bool) -> Reply:
+        """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
+
+        Raises OtherDialectError if it may be taken in another form, and what `_send` raises.
+        """
         try:
             parts = await self._images.parts(request.shown, request.images, request.pages)
         except OSError:  # of the disk that a server reads images from
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        dialect, kept = endpoint.dialect, endpoint.kept
-        is_named = kept is not None and kept.is_worth_it and request.shown in kept
+        kept, dialect = endpoint.kept, endpoint.dialect
+        is_named = may_name and request.shown in (endpoint.named_images or ())
         body = chat_api.body(request, parts.named if is_named else parts.whole, self._name, dialect)
+        try:
+            reply = await self._send(endpoint, request, body, in_flight)
+        except (ServerFaultError, RefusedError, chat_api.BadAnswerError) as error:
+            if kept:
+                kept.forget(request.shown)
+            if kept and is_named:  # whatever it says
+                kept.count(is_found=False)
+                raise OtherDialectError from None
+            if isinstance(error, ServerFaultError):
+                raise
+            if isinstance(error, RefusedError) and error.status in REFUSED_STATUSES:
+                self._adapt(endpoint, dialect, str(error))
+            self._count_refusal(endpoint, str(error), in_flight)
+            if isinstance(error, RefusedError):
+                return request.reply(str(error), REFUSED_BY_SERVER)
+            raise ServerFaultError(str(error)) from None
+        if kept and request.shows_image:
+            kept.add(request.shown)
+        if kept and is_named:
+            kept.count(is_found=True)
+        return reply
+
+    async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
+        """Send the body of a request once, and return the reply.
+
+        Raises ServerBusyError, ServerFaultError, RefusedError or BadAnswerError; EngineError for what all requests would get.
+        """
         sent = time.monotonic()
         in_flight.sent.add(asyncio.current_task())
         try:
@@ -412,15 +465,10 @@ class Client:
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
-            if kept:  # until it has answered
-                kept.forget(request.shown)
         tolerated = self._statuses_of_one_request(endpoint)
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
         message = endpoint.error_message(text) if answer.status >= 400 else ""
-        if kept and is_named and chat_api.misses_image(message):
-            kept.count(is_found=False)
-            raise OtherDialectError
         # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
         if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
             self._busy.start(answer.status, message)
@@ -428,21 +476,10 @@ class Client:
         self._busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
-        if answer.status in REFUSED_STATUSES:
-            self._adapt(endpoint, dialect, message)
         if answer.status >= 400:
-            self._count_refusal(endpoint, message, in_flight)
-            return request.reply(message, REFUSED_BY_SERVER)
-        try:
-            reply = chat_api.read_reply(request, text, endpoint.keys)
-        except chat_api.BadAnswerError as bad:
-            self._count_refusal(endpoint, str(bad), in_flight)
-            raise ServerFaultError(str(bad)) from None
+            raise RefusedError(message, answer.status)
+        reply = chat_api.read_reply(request, text, endpoint.keys)
         endpoint.answered += 1
-        if kept and request.shows_image:
-            kept.add(request.shown)
-        if kept and is_named:
-            kept.count(is_found=True)
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None

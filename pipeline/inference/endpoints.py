@@ -58,7 +58,15 @@ class ServerBusyError(Exception):
 
 
 class OtherDialectError(Exception):
-    """Raised when a server refuses a part of a request without which it may take it."""
+    """Raised when a server refuses a part of a request without which it may take it: a field, or the name of an image."""
+
+
+class RefusedError(Exception):
+    """Raised when a server refuses one request; `status` is that of its answer."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(slots=True)
@@ -128,6 +136,11 @@ class Endpoint:
         values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
         parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
         self.keys = [part for part in parts if len(part) >= LEAST_KEY_CHARACTERS]
+
+    @property
+    def named_images(self) -> KeptImages | None:
+        """The images that may be named to it now; None if it keeps none, or takes no names."""
+        return self.kept if self.kept and self.kept.is_worth_it and "uuid" not in self.dialect.left_out else None
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""

@@ -4,35 +4,46 @@ The tasks of an image then send a name of 64 characters instead of the file, and
 for it: its one thread for that is what large photos wait for first.
 """
 
+from collections import deque
+
 # Of those that a server has got last. vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in sizes that are usual here.
 MAX_KEPT_IMAGES = 256
-MIN_MISSED_NAMES = 16  # before names are given up
+JUDGED_NAMES, MIN_MISSED_NAMES = 64, 16  # the last ones, and how many of them are missed at least before names are given up
+PAUSE_IMAGES = 512  # that are sent before names are tried again
 
 
 class KeptImages:
     """The images that a server has got of late, and so can be named to it (by Request.shown).
 
     A server forgets images by rules of its own, and several processes behind one address do not share them: it then refuses a
-    name, and gets the image again. If it has refused most names, none is sent any more.
+    name, and gets the image again. If it has refused most of the last names, none is sent for a while.
     """
 
     def __init__(self) -> None:
         self._latest: dict[str, None] = {}
-        self._found = self._missed = 0
+        self._found: deque[bool] = deque(maxlen=JUDGED_NAMES)
+        self._pause = 0
 
     def __contains__(self, shown: str) -> bool:
         return shown in self._latest
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether names are found more often than not, as far as is known."""
-        return self._missed < MIN_MISSED_NAMES or self._missed <= self._found
+        """Whether names have been found more often than not of late, as far as is known."""
+        found = sum(self._found)
+        return len(self._found) - found < max(MIN_MISSED_NAMES, found)
 
     def add(self, shown: str) -> None:
         """Note that the server has answered a request about these images."""
+        self._latest.pop(shown, None)  # it becomes the latest
         self._latest[shown] = None
         if len(self._latest) > MAX_KEPT_IMAGES:
             del self._latest[next(iter(self._latest))]
+        if not self.is_worth_it:
+            self._pause += 1
+            if self._pause == PAUSE_IMAGES:
+                self._found.clear()
+                self._pause = 0
 
     def forget(self, shown: str) -> None:
         """Note that the server may not have these images."""
@@ -40,5 +51,4 @@ class KeptImages:
 
     def count(self, *, is_found: bool) -> None:
         """Note whether the server knew images by their names."""
-        self._found += is_found
-        self._missed += not is_found
+        self._found.append(is_found)

@@ -22,6 +22,7 @@ from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS
 from pipeline.progress import Progress
 
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
+IMAGE_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=20)
 
 
 async def learn_dialect(
@@ -70,12 +71,8 @@ async def learn_dialect(
             raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = better
     _tell(endpoint, progress)
-    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out:
-        # A server that keeps images refuses one that it has not for that alone. Any other might answer without the image.
-        probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
-        status, answer = await _probe(endpoint, session, probe, server, progress, busy)
-        if status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(answer)):
-            endpoint.kept = KeptImages()
+    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out and await _keeps_images(endpoint, session, model):
+        endpoint.kept = KeptImages()
 
 
 def _tell(endpoint: Endpoint, progress: Progress) -> None:
@@ -86,6 +83,27 @@ def _tell(endpoint: Endpoint, progress: Progress) -> None:
         progress.warn(f"{endpoint.url} samples at a temperature of its own: replies are not greedy")
     if dialect.format != "json_schema":
         progress.warn(f"{endpoint.url} does not enforce JSON schemas: each reply is checked, and bad ones are asked for again")
+
+
+async def _keeps_images(endpoint: Endpoint, session: aiohttp.ClientSession, model: str) -> bool:
+    """Return whether a server refuses the name of an image that it has not, and for that alone.
+
+    Any other might answer without the image. What goes wrong here is no reason to end a run: images are then sent each time.
+    """
+    probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
+    try:
+        async with session.post(
+            f"{endpoint.url}/chat/completions",
+            data=probe,
+            headers=endpoint.headers,
+            proxy=endpoint.proxy,
+            allow_redirects=False,
+            timeout=IMAGE_PROBE_TIMEOUT,
+        ) as answer:
+            text = await read_body(answer, MAX_BODY_BYTES)
+    except CONNECTION_ERRORS:
+        return False
+    return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
 
 
 async def _probe(

@@ -53,9 +53,8 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
-        # A folder of the path may be a link, or may have become one: what counts is where the open file lies.
-        if root is not None and not _is_below(_path_of(handle), _real(str(root))):
-            _require_below(path, root, status)
+        if root is not None:
+            _require_below(root, path, handle)
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
         return os.fdopen(handle, "rb")
@@ -64,20 +63,29 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         raise
 
 
-def _require_below(path: Path, root: Path, status: os.stat_result) -> None:
-    """Raise UnsafeFileError unless a path leads to the file with this status, below a folder: without /proc, say."""
-    name = os.path.realpath(path)
-    if not _is_below(name, os.path.realpath(root)) or not os.path.samestat(status, Path(name).stat()):
+def _require_below(root: Path, path: Path, handle: int) -> None:
+    """Raise UnsafeFileError unless an open file lies below a folder.
+
+    A folder of its path may be a link, or may have become one: what counts is where the file lies that is open. Where the
+    system does not say so, its path is followed again, and must lead to it.
+    """
+    name = _path_of(handle)
+    if not name:
+        name = os.path.realpath(path)
+        if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
+            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
+    status = root.stat()
+    if not (_is_below(name, _real(str(root), status.st_dev, status.st_ino)) or _is_below(name, os.path.realpath(root))):
         raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
 
 
 def _is_below(name: str, root: str) -> bool:
-    return name.startswith(os.path.join(root, ""))  # noqa: PTH118  # of strings: this is done for each image
+    return name == root or name.startswith(os.path.join(root, ""))  # noqa: PTH118  # of strings: this is done for each image
 
 
 @lru_cache(64)
-def _real(root: str) -> str:
-    """Return a folder without links, as it was at first: where one has changed, `_require_below` looks again."""
+def _real(root: str, device: int, inode: int) -> str:  # noqa: ARG001  # by which one folder is told from a later one
+    """Return a folder without links, which takes several calls of the system."""
     return os.path.realpath(root)
 
 

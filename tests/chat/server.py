@@ -69,6 +69,8 @@ class ChatServer:
         self.images: dict[str, Any] = {}  # that it keeps; tests may take some away
         self.named = 0  # images that it had, and that were named alone
         self.missed: list[str] = []  # images that it had not, and that were named alone
+        self.on_miss: Act | None = None  # instead of vLLM's refusal
+        self.on_name: Act | None = None  # instead of an answer about an image that is named and there
 
     @property
     def authorizations(self) -> set[str | None]:
@@ -114,8 +116,10 @@ class ChatServer:
             return web.json_response(refusal[1], status=refusal[0])
         if self.keeps_images and (missing := self._missing_image(body)):
             self.missed.append(missing)
-            problem = "Cache miss for image at index 0 but data is not provided."
-            return web.json_response({"error": {"message": problem, "code": 400}}, status=400)
+            problem = {"error": {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}}
+            return await self._act(request, self.on_miss or Act(status=400, raw=json.dumps(problem).encode()), "")
+        if self.on_name and '"image_url": null' in json.dumps(body):
+            return await self._act(request, self.on_name, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
@@ -141,7 +145,7 @@ class ChatServer:
                     if part["uuid"] not in self.images:
                         return str(part["uuid"])
                     self.named += 1
-                elif part["type"] == "image_url":
+                elif part["type"] == "image_url" and "uuid" in part:
                     self.images[part["uuid"]] = part["image_url"]
         return None
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from pipeline.config import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, concurrency, endpoints, retry
+from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import find_model
@@ -393,7 +394,8 @@ def test_a_server_that_keeps_images_gets_each_image_once(tmp_path: Path) -> None
     assert errors == {None: 60}
     assert counts.asked == 60
     assert chat.missed == [UNKNOWN_IMAGE]  # the probe
-    assert (len(chat.images), chat.named) == (20, 40)
+    assert len(chat.images) == 20
+    assert 30 <= chat.named < 40  # the last ones do not wait where there is nothing else to send
 
 
 def test_an_image_that_a_server_has_forgotten_is_sent_again(tmp_path: Path) -> None:
@@ -424,6 +426,80 @@ def test_only_a_server_that_proves_to_keep_images_gets_names(tmp_path: Path) -> 
         assert errors == {None: ASKED}
         assert all(part["image_url"] for body in chat.bodies for part in body["messages"][-1]["content"] if "image_url" in part)
         assert [UNKNOWN_IMAGE in json.dumps(body) for body in chat.probes] == [False, *([True] if owner == "vllm" else [])]
+
+
+@pytest.mark.parametrize(
+    "on_name",
+    [
+        Act(status=400, raw=b'{"error": {"message": "image_url.url: Input should be a valid string, uuid is unknown"}}'),
+        Act(status=422),
+        Act(status=500),
+        Act(cut=True),
+        Act(raw=b"<html>"),
+        Act(text="I see no image."),
+    ],
+    ids=["other words", "422", "500", "closed", "no JSON", "an answer without the image"],
+)
+def test_a_name_that_is_not_taken_costs_no_reply_and_is_soon_given_up(tmp_path: Path, on_name: Act) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images, chat.on_name = True, on_name
+        _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(40), server={"concurrency": 4})
+    assert errors == {None: 120}
+    if not on_name.text:  # that is an unusable reply: the next attempt is sent with the image
+        assert MIN_MISSED_NAMES <= chat.named < MIN_MISSED_NAMES + 8
+
+
+@pytest.mark.parametrize(
+    "on_miss",
+    [Act(status=403), Act(status=404), Act(status=502), Act(cut=True), Act(status=429), Act(seconds=30)],
+    ids=["403", "404", "502", "closed", "429", "no answer"],
+)
+def test_a_server_that_fails_at_the_name_of_no_image_gets_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_miss: Act
+) -> None:
+    monkeypatch.setattr(probing, "IMAGE_PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images, chat.on_miss = True, on_miss
+        _, errors = run(tmp_path / "j", chat.url)
+    assert (errors, chat.named, chat.missed) == ({None: ASKED}, 0, [UNKNOWN_IMAGE])
+
+
+def test_a_server_that_refuses_uuids_in_the_middle_is_sent_images_without_them(tmp_path: Path) -> None:
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        return (
+            Act(status=400, raw=b'{"error": "uuid is not allowed"}') if len(chat.bodies) > 30 and is_with_uuid(body) else None
+        )
+
+    def is_with_uuid(body: dict[str, Any]) -> bool:
+        return any("uuid" in part for part in body["messages"][-1]["content"])
+
+    with running_chat(ChatServer()) as chat:
+        chat.keeps_images, chat.script = True, script
+        _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 4})
+    assert errors == {None: 60}
+    last = [part for body in chat.bodies[-20:] for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
+    assert all(part["image_url"] and "uuid" not in part for part in last)
+
+
+def test_requests_wait_for_an_image_only_while_there_is_something_else_to_send(tmp_path: Path) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(seconds=0.3))) as chat:
+        chat.keeps_images = True
+        run(tmp_path / "j", chat.url, samples=scene_samples(4), server={"concurrency": 12})
+    assert chat.max_in_flight == 12
+
+
+def test_requests_do_not_wait_for_one_that_is_told_to_wait(tmp_path: Path) -> None:
+    first: list[str] = []
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        first.append(uuid_of(body))
+        return Act(status=429, headers={"Retry-After": "3"}) if len(first) == 1 else None
+
+    with running_chat(ChatServer(script)) as chat:
+        chat.keeps_images = True
+        run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 4})
+    assert first[1:6].count(first[0]) == 2  # the other two about its image
+    assert first[-1] == first[0]
 
 
 def forget(chat: ChatServer) -> None:

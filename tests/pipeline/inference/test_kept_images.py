@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.inference import kept_images
-from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
+from pipeline.inference.kept_images import JUDGED_NAMES, MIN_MISSED_NAMES, KeptImages
 
 
 def test_the_images_that_were_used_last_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +23,21 @@ def test_names_are_worth_it_until_more_are_missed_than_found() -> None:
     assert kept.is_worth_it
     kept.count(is_found=False)
     assert not kept.is_worth_it
-    for _ in range(MIN_MISSED_NAMES):
+    for _ in range(MIN_MISSED_NAMES + 1):
         kept.count(is_found=True)
     assert kept.is_worth_it
+
+
+def test_names_are_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_images, "PAUSE_IMAGES", 5)
+    kept = KeptImages()
+    for _ in range(JUDGED_NAMES):
+        kept.count(is_found=True)
+    for _ in range(2):
+        for _ in range(JUDGED_NAMES):
+            kept.count(is_found=False)  # as of a server that has lost all, or of several behind one address from now on
+        assert not kept.is_worth_it
+        for number in range(5):
+            assert not kept.is_worth_it
+            kept.add(str(number))
+        assert kept.is_worth_it

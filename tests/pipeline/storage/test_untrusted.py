@@ -159,6 +159,9 @@ def test_a_root_that_moves_to_another_place_still_holds_its_files(tmp_path: Path
     (tmp_path / "root").unlink()
     (tmp_path / "root").symlink_to("new")
     assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"y"
+    (tmp_path / "new" / "former").symlink_to(tmp_path / "real")
+    with pytest.raises(UnsafeFileError, match="leads to a file outside"):
+        open_regular(tmp_path / "root" / "former" / "file", tmp_path / "root")
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
