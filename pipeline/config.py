@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -107,8 +108,18 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         renamed = {cls.OLD_KEYS.get(key, key): value for key, value in values.items()}
+        for key, value in renamed.items():
+            if isinstance(value, bool) and key in cls.model_fields and _is_number(cls.model_fields[key].annotation):
+                raise ValueError(f"{key}: {value} is not a number; YAML reads yes, no, on and off as true and false")
         # A section whose lines are all commented out is null in YAML.
         return {key: {} if value is None and _is_section(cls, key) else value for key, value in renamed.items()}
+
+
+def _is_number(kind: Any) -> bool:
+    """Return whether a setting holds a number, or may hold one, and not true or false: pydantic would take them for 1 and 0."""
+    several = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = {get_args(one)[0] if get_origin(one) is Annotated else one for one in several}
+    return not kinds.isdisjoint({int, float}) and bool not in kinds
 
 
 def _is_section(section: type[Section], key: Any) -> bool:
@@ -599,7 +610,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
             values[name] |= value  # a section: keys that it does not name stay as in the file
         elif value is not None:
             values[name] = value
-    if "source" not in values:
+    if "source" not in values and values.keys() <= {*Config.model_fields, *Config.OLD_KEYS}:
         raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
     return validate(Config, values)
 
@@ -652,12 +663,23 @@ def _with_texts(task: Any, folder: Path) -> Any:
     return task | texts
 
 
+class _SafeLoader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that stands twice: YAML would take the last, and nobody would be told."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """Read a file of settings; the only reader of YAML. Raises ConfigError if it does not hold keys and values."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _SafeLoader)  # noqa: S506
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config file {path}: {error}", hint=f"pass a YAML file, with {example}") from None
+        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(f"cannot read config file {path}: {problem}", hint=f"it is a YAML file, as with {example}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"it may hold {example}") from None
     if not isinstance(values or {}, dict):
@@ -673,7 +695,11 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
         # An unknown key says more than one that is missing, which may be the same with a letter lost.
         first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
         key, known = ".".join(str(part) for part in first["loc"]), _keys(section)
-        every_key = f"known keys: {', '.join(known)}"
+        page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
+        # Of the section that the key is in, or is.
+        section_of = key if any(name.startswith(f"{key}.") for name in known) else key.rpartition(".")[0]
+        near = [name for name in known if name.rpartition(".")[0] == section_of]
+        every_key = f"known keys: {', '.join(near or known)}"
         if first["type"] == "extra_forbidden":
             elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
             hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
@@ -681,11 +707,12 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
         key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # of an item of a list, or one of several types
         if not key:  # a rule about several of them
             problem = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{where}{problem}", hint="docs/settings.md explains each setting") from None
+            raise ConfigError(f"{where}{problem}", hint=f"{page} explains each setting") from None
         if first["type"] == "missing":
             raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
         all_shown = "`synth config --all` shows all settings; " if section is Config else ""
-        hint = f"{all_shown}docs/settings.md explains {key}" if key in known else every_key
+        is_rule = first["type"] in ("value_error", "assertion_error")  # and not about which keys there are
+        hint = f"{all_shown}{page} explains {key}" if key in known or is_rule else every_key
         raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None
 
 
@@ -721,7 +748,8 @@ def _flaw(error: "ErrorDetails") -> str:
         wanted = PATTERNS.get(str(context.get("pattern")), f"a text that matches {context.get('pattern')}")
     if wanted is None:  # a rule of our own
         return f"{error['msg'].removeprefix('Value error, ')} ({shown})"
-    return f"{shown} is not {wanted}"
+    quotes = "; YAML reads yes, no, on and off so: put it in quotes" if isinstance(value, bool) and "text" in wanted else ""
+    return f"{shown} is not {wanted}{quotes}"
 
 
 def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, str, str]]:

@@ -87,6 +87,12 @@ def read_examples(
     options = {"questions": questions, "keeps_human": keeps_human}
     examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
     if styles:
+        there = sorted({text.style for example in examples for text in example.texts if text.style})
+        if there and not set(there).intersection(styles):
+            raise TrainError(
+                f"no caption of the styles {', '.join(styles)}",
+                hint=f"set styles to some of those that there are: {', '.join(there)}",
+            )
         examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
     if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]

@@ -1,10 +1,14 @@
 """Join distributed training processes and sum their gradients."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed
 from torch import Tensor, nn
+
+from pipeline.errors import TrainError, one_line
 
 WAIT = timedelta(hours=6)  # for the first process, which scores all of validation; NCCL's own limit is ten minutes
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
@@ -34,9 +38,20 @@ def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) ->
 
 def _all_reduce_sum(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
+    with _together():
+        torch.distributed.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raise TrainError where what all processes do together fails, since one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        hint = "look at what the others printed; with --resume the same command goes on from the last state that was saved"
+        raise TrainError(f"another process of this training has ended: {one_line(error)[:200]}", hint=hint) from None
 
 
 def max_over_processes(number: int, device: torch.device, processes: int) -> int:
@@ -44,7 +59,8 @@ def max_over_processes(number: int, device: torch.device, processes: int) -> int
     if processes == 1:
         return number
     value = torch.tensor([number], device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    with _together():
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return int(value.item())
 
 
@@ -53,7 +69,8 @@ def from_first_process(flag: bool, device: torch.device, processes: int) -> bool
     if processes == 1:
         return flag
     value = torch.tensor([flag], dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(value, 0)
+    with _together():
+        torch.distributed.broadcast(value, 0)
     return bool(value.item())
 
 

@@ -233,5 +233,7 @@ def _references(examples: list[Example], style: str) -> tuple[str, list[Example]
         captions = ((example, [text.text for text in example.texts if text.style == style]) for example in examples)
         pairs = [(example, texts) for example, texts in captions if texts]
     if not pairs:
-        raise TrainError(f"no held-out image has a reference or a {style} caption", hint="choose another style")
+        styles = sorted({text.style for example in examples for text in example.texts if text.style})
+        hint = f"there are captions of the styles {', '.join(styles)}: --style" if styles else "evaluate on another dataset"
+        raise TrainError(f"no held-out image has a reference or a {style} caption", hint=hint)
     return against, [example for example, _ in pairs], [texts for _, texts in pairs]

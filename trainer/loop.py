@@ -28,7 +28,7 @@ from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, save_resume
 from trainer.config import TrainConfig
 from trainer.data import Example, batches
-from trainer.distributed import all_reduce_gradients, from_first_process
+from trainer.distributed import all_reduce_gradients, from_first_process, max_over_processes
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import LoadedFeatures
 from trainer.model.language_model import PretrainedDecoder
@@ -309,13 +309,16 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                     "tokens_per_s": tokens / seconds,
                 }
                 log.write(step=done, **values, **speed, memory_mb=memory_mb())
-                progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
                 if is_scored:
                     trainer.validate(out, log, done)
-                if is_scored or interrupted or time.monotonic() - saved >= SAVE_EVERY_S:
-                    save_resume(out, {**trainer.state(optimizer, done), "run": run})
-                    saved = time.monotonic()
-            require_going_on(interrupted)
+                progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
+            # A signal may come to one process alone, and another one saves.
+            is_interrupted = bool(max_over_processes(len(interrupted), trainer.device, trainer.processes))
+            if log is not None and (is_scored or is_interrupted or time.monotonic() - saved >= SAVE_EVERY_S):
+                save_resume(out, {**trainer.state(optimizer, done), "run": run})
+                saved = time.monotonic()
+            if is_interrupted:
+                raise KeyboardInterrupt
             if (
                 config.patience
                 and is_scored
@@ -350,12 +353,6 @@ def signals_noted() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def require_going_on(interrupted: list[int]) -> None:
-    """Raise KeyboardInterrupt if a signal asked to stop."""
-    if interrupted:
-        raise KeyboardInterrupt
 
 
 def memory_mb() -> float:

@@ -5,6 +5,7 @@ commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from pipeline.progress import LOSS
 from pipeline.text.escape import printable
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
+TERMINATED = 143  # and that of a command which SIGTERM ends
 COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
 MAKE, USE, TRAIN, HELP = "Make a dataset", "Look at it and publish it", "Train a captioner", "Set up"  # groups of commands
 EXAMPLES = {  # by command, shown below its options
@@ -176,6 +178,15 @@ def synth(
 def main() -> None:
     """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
     gc.set_threshold(COLLECTED_OBJECTS, 20, 20)
+    terminated: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        terminated.append(number)  # a batch system or `docker stop` says it so: what Ctrl-C keeps is kept
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         check_packages()
         app()
@@ -194,8 +205,11 @@ def main() -> None:
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
             say("interrupted: what was done is kept; run the same command to go on (train: with --resume)")
+            if terminated:
+                raise SystemExit(TERMINATED) from None
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()
         gc.freeze()  # the collector would walk over all that torch has made once more: a second, for nothing

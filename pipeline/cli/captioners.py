@@ -80,6 +80,8 @@ def caption(
         unread = caption_images(job, out, existing, folder, progress, show_row)
     for path, error in unread:
         say(f"cannot read {path}: {error}", WARNING)
+    if out is not None and len(unread) < len(paths):
+        say(f"wrote {out}" if out.suffix else "wrote a text file beside each image")
     if len(unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
 
@@ -88,7 +90,8 @@ def _images_named_on_stdin() -> Iterator[Path]:
     """Yield the images that lines of the standard input name. A line that names none is a warning: lists grow old."""
     from trainer.caption_files import find_images
 
-    for line in filter(None, sys.stdin.read().splitlines()):
+    names = sys.stdin.read()
+    for line in filter(None, names.split("\0") if "\0" in names else names.splitlines()):  # `find -print0`
         try:
             yield from find_images([line])
         except ConfigError as error:
@@ -168,6 +171,7 @@ def look(
     for text, score in seen.alternatives:
         say(f"{score:.3f}  {text}", "dim")
     show(seen.values() | {"path": str(target)}, as_json, "text")
+    say(f"wrote {target}")
 
 
 def compare(

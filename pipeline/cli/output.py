@@ -204,7 +204,8 @@ def print_run_result(
         say(text, LOSS if 2 * step.kept < step.input and step.stage not in choices else "")
     counts = result.stats
     retries = counts.asked - sum(counts.attempts.values())
-    known = f"; {counts.total - sum(counts.attempts.values()):,} were in the journal" if counts.asked < counts.total else ""
+    in_journal = counts.total - sum(counts.attempts.values())
+    known = f"; {in_journal:,} were in the journal" if in_journal > 0 else ""
     known += f"; {retries:,} were sent again" if retries > 0 else ""
     if result.version.manifest["model"]["name"] != NO_MODEL:
         say(f"asked the model {counts.asked} times for {counts.total} replies{known}")

@@ -59,6 +59,7 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         repo=repo,
         scores=SCORES_IN_WORDS,
         writers=_writers(manifest),
+        texts=_texts(manifest),
         configs=_configs(manifest),
     )
 
@@ -215,6 +216,13 @@ def _writers(manifest: dict[str, Any]) -> str:
         return PEOPLE
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
     return PEOPLE_AND_MODEL if has_human else MODEL
+
+
+def _texts(manifest: dict[str, Any]) -> str:
+    """Return what texts a version holds: captions and questions, or else the columns of own tasks."""
+    measured, own = manifest["measured"], manifest.get("own_columns", {})
+    has_usual = any(measured.get(name) for name in ("captions", "answers", "human_captions", "human_questions"))
+    return "captions and questions" if has_usual or not own else ", ".join(own)
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest
 from pipeline.storage.database import load, open_cursor, open_database, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import ADDED_FIELDS, LEDGER, PIXELS, REVIEWED
+from pipeline.tables import ADDED_FIELDS, LEDGER, PIXELS, REVIEWED, ROW
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
@@ -115,15 +115,18 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
     A digest of each row, rows that differ, and why they were rejected lie in a database in the temporary folder. Raises
     StoreError if that is full, or a version is damaged.
     """
-    columns = [c for c in before.manifest["columns"] if c in after.manifest["columns"] and c not in PIXELS]
+    in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
+    own = {column.name: column.type for column in (*before.schema, *after.schema) if column.name not in ROW.names}
+    columns = [name for name in before.manifest["columns"] if name in in_both and name not in PIXELS]
+    columns += [name for name in own if name not in in_both]  # those of a task of one's own, which a version may lack
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
     settings = _settings(before.manifest, after.manifest)
     with TemporaryDirectory(prefix="synth-diff-") as folder, open_database(Path(folder)) as db:
         for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_digests", DIGESTS, version, columns, scores)
+            _load(db, f"{side}_digests", DIGESTS, version, columns, own, scores)
         db.execute(DIFFERENT)
         for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, version, columns, scores)
+            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, version, columns, own, scores)
         ledgers = _Ledger(db, "old", before), _Ledger(db, "new", after)
         ((same,),) = db.execute(SAME).fetchall()
         diff = Diff(before.name, after.name, same, [], settings)
@@ -139,10 +142,14 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
     return diff
 
 
-def _tables(version: Version, columns: list[str], left_out: Collection[str]) -> Iterator[pa.Table]:
-    """Yield the rows of a version with their split, without some scores of their annotations."""
-    for split, batch in version.batches(columns):
+def _tables(version: Version, columns: list[str], own: dict[str, pa.DataType], left_out: Collection[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a version with their split, without some scores; null in a column that it lacks."""
+    there = [name for name in columns if name in version.manifest["columns"]]
+    for split, batch in version.batches(there):
         table = pa.table(batch)
+        for name in (name for name in columns if name not in there):
+            table = table.append_column(name, pa.nulls(table.num_rows, own[name]))
+        table = table.select(columns)
         for name in LISTS if left_out else ():
             if name in columns:
                 table = table.set_column(columns.index(name), name, _without(table[name], left_out))
@@ -160,10 +167,16 @@ def _without(lists: pa.ChunkedArray, left_out: Collection[str]) -> pa.Array:
 
 
 def _load(
-    db: duckdb.DuckDBPyConnection, name: str, query: str, version: Version, columns: list[str], left_out: Collection[str]
+    db: duckdb.DuckDBPyConnection,
+    name: str,
+    query: str,
+    version: Version,
+    columns: list[str],
+    own: dict[str, pa.DataType],
+    left_out: Collection[str],
 ) -> None:
     """Make a table of what a query takes from the rows of a version. Raises StoreError if its files do not fit together."""
-    tables = _tables(version, columns, left_out)
+    tables = _tables(version, columns, own, left_out)
     first = next(tables, pa.table({column: pa.array([], pa.string()) for column in [*columns, "split"]}))
     try:
         load(db, name, chain([first], tables), first.schema, query)

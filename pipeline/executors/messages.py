@@ -18,6 +18,7 @@ from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
 from pipeline.stages.source import ADVICE
 from pipeline.storage.files import read_table
+from pipeline.tables import HUMAN
 from pipeline.tasks import find_task, tasks_making
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
@@ -110,6 +111,7 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
         missing += [(name, "questions") for name in config.tasks if name in tasks_making("questions")]
     for name in tasks_making("captions").intersection(config.tasks):
         styles = {style for task, style in requests_per_sample(config) if task == name}
+        styles |= {HUMAN} if config.human_texts == "fill" else set()  # then a model is asked only where there is none by people
         if styles.isdisjoint(measured.get("captions", {})):
             missing.append((name, "captions"))
     if not missing:

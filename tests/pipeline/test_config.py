@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config, current_settings, resolve
+from pipeline.config import Config, current_settings, read_task, resolve
 from pipeline.errors import ConfigError
 
 
@@ -83,7 +83,7 @@ def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> Non
     file.write_text("source: scenes\nfilter:\n#  language: de\n")
     assert resolve(file) == Config(source="scenes")
     file.write_text("config: foo\nversion: 1\n")
-    with pytest.raises(ConfigError, match="no source given"):
+    with pytest.raises(ConfigError, match="unknown config key: config"):
         resolve(file)
 
 
@@ -256,3 +256,35 @@ def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) 
 def test_a_split_list_that_is_named_again_is_used(tmp_path: Path) -> None:
     split_list = tmp_path / "splits.json"
     assert resolve(manifest_with(tmp_path, split_list="d" * 64), split_list=split_list).split_list == split_list
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("source: scenes\nlimit: yes\n", "limit: True is not a number; YAML reads yes, no, on and off as true and false", ""),
+        ("source: scenes\ngenerate: {max_tokens: on}\n", "max_tokens: True is not a number", ""),
+        ("source: scenes\nlimit: 3\nlimit: 4\n", "the key limit stands twice", ""),
+        ("sources: scenes\n", "unknown config key: sources", "did you mean source"),
+        ("source: scenes\nfilter: {shortest: 3}\n", "unknown config key: filter.shortest", "known keys: filter."),
+        (
+            "source: scenes\nsplit: {validation_frac: 0.9, test_frac: 0.9}\n",
+            "bad value for split",
+            "docs/settings.md explains split",
+        ),
+        ("source: scenes\nfilter: [a]\n", "keys and values, indented below it", "known keys: filter."),
+    ],
+)
+def test_a_slip_in_a_file_of_settings_is_named(text: str, message: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / "synth.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path / "synth.yaml")
+    assert message in str(caught.value)
+    assert hint in caught.value.hint
+    assert len(caught.value.hint) < 1000
+
+
+def test_yes_and_no_in_a_task_of_ones_own_want_quotes(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
+    with pytest.raises(ConfigError, match="put it in quotes") as caught:
+        read_task(tmp_path / "task.yaml")
+    assert "docs/own-tasks.md" in caught.value.hint

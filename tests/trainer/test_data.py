@@ -96,8 +96,9 @@ def test_styles_can_be_chosen_and_the_source_can_be_left_out_of_the_prompt() -> 
     captions = {(text.source, text.text) for text in example.texts if text.style}
     assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
     assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
-    with pytest.raises(TrainError, match="no synthetic captions"):
+    with pytest.raises(TrainError, match="no caption of the styles alt") as caught:
         read_examples(table({}), IMAGES, styles=("alt",))
+    assert caught.value.hint.endswith("those that there are: brief")
 
 
 def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> None:

@@ -110,7 +110,7 @@ def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Ve
             shown.append(dict(metrics or {})) if stage == "train" else None
 
     train(version, replace(steps=3, evaluate_every=2), tmp_path, progress=Panel())
-    assert [list(metrics) for metrics in shown] == [["loss"], ["loss"], ["loss", "validation loss", "CIDEr-D"]]
+    assert [list(metrics) for metrics in shown] == [["loss"], *[["loss", "validation loss", "CIDEr-D"]] * 2]
     assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
     assert "with shuffled images" in shown[2]["CIDEr-D"]
 
@@ -348,6 +348,53 @@ def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, c
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+SIGNALLED = """
+import os, signal
+rank = int(os.environ["RANK"])
+if rank == 1:
+    import trainer.loop
+    step = trainer.loop.Trainer.train_step
+    def stepping(self, optimizer, number, batch):
+        if number == 2:
+            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+        return step(self, optimizer, number, batch)
+    trainer.loop.Trainer.train_step = stepping
+try:
+    train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+except BaseException as error:
+    Path(f"ended-{rank}").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
+    version: Version, tmp_path: Path, clip: str, name: str
+) -> None:
+    config = replace(encoder=clip, steps=60, evaluate_every=100)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "process.py").write_text(PROCESS.replace("train(read_version", "0 and train(read_version") + SIGNALLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
+    arguments = [str(version.path), "config.json", "cut", name]
+    subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if name == "SIGTERM":
+        assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
+        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
+    else:
+        assert (tmp_path / "ended-0").read_text().startswith("TrainError: another process of this training has ended: ")
+
+
+def test_the_last_evaluation_is_what_is_shown_at_the_end(version: Version, clip: str, tmp_path: Path) -> None:
+    shown: list[Mapping[str, str]] = []
+
+    class Shown(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            shown.extend([metrics] if stage == "train" and metrics else [])
+
+    train(version, replace(encoder=clip, steps=4, evaluate_every=2), tmp_path, progress=Shown())
+    scored = [line for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
+    assert shown[-1]["validation loss"] == f"{scored[-1]['validation_loss']:.3f}" != shown[1]["validation loss"]
 
 
 def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:

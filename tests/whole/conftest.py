@@ -45,6 +45,11 @@ def restore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def ignore_sigint() -> None:
+    """Ignore SIGINT in a child process, as a shell has it in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def read_failure(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
     """Return the error and the hint of a failed command; assert exit code 1 and no traceback."""
     assert done.returncode == 1, done.stderr

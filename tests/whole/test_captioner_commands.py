@@ -124,12 +124,14 @@ def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: p
     assert printed["text"] and printed["alternatives"][0]["text"]
 
 
+@pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
 def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captioner, image = str(save_captioner(tmp_path / "c")), tmp_path / "photo.png"
     photo(3).save(image)
-    monkeypatch.setattr("sys.stdin", StringIO(f"{image}\n\n{tmp_path}/gone.png\n{image}\n"))
+    names = separator.join([str(image), "", f"{tmp_path}/gone.png", str(image), ""])
+    monkeypatch.setattr("sys.stdin", StringIO(names))
     caption(captioner, ["-"], as_json=True)
     printed = capsys.readouterr()
     assert [json.loads(line)["image"] for line in printed.out.splitlines()] == [str(image)]

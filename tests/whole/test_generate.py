@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.run import ORDER
 from pipeline.storage.files import read_json
 from tests.hostile import LONG
 from tests.warm import run_synth
-from tests.whole.conftest import SYNTH, Run, restore_sigint
+from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
 
 SCENES = 128
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
@@ -106,14 +107,21 @@ def test_after_many_kills_the_version_is_the_one_of_a_run_in_peace(whole: tuple[
     assert not list((tmp_path / "d").rglob("*.tmp"))
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "prepare", "code"),
+    [(signal.SIGINT, restore_sigint, 130), (signal.SIGTERM, restore_sigint, 143), (signal.SIGTERM, ignore_sigint, 143)],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM in the background of a shell"],
+)
+def test_a_signal_ends_a_run_which_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, prepare: Callable[[], None], code: int
+) -> None:
     command = [str(SYNTH), *GENERATE]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
     while process.poll() is None and not (tmp_path / "data/scenes/run.json").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, progress = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "run the same command to go on" in progress
     assert "Traceback" not in progress
 

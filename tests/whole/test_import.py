@@ -147,6 +147,15 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
     assert {len({one["prompt_id"] for one in row["captions"]}) for row in rows_of(photos, both).values()} == {1, 2}
 
 
+def test_where_people_have_captioned_all_nothing_is_missing(photos: Path, server: ChatServer, model: Model) -> None:
+    lines = [{"file_name": f"{number:02}.png", "captions": [caption_of(number), "Bowl."]} for number in range(COUNT)]
+    (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ("--base-url", server.url, "--tasks", "caption", "--only-missing")
+    result = made(photos, "generate", *options, captions="all.jsonl")
+    assert (model.asked.total(), result["stages"]["filter"]["rejected"]) == (0, {"too_short": COUNT})
+    assert not [text for text in result["warnings"] if "none of the captions" in text]
+
+
 def test_questions_alone_leave_the_captions_to_the_model(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
     result = made(photos, "generate", *options, captions="vqa.jsonl")

@@ -185,14 +185,15 @@ def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, mon
     found: list[bool] = []
     monkeypatch.setattr(KeptImages, "count", lambda self, *, is_found: found.append(is_found))
     monkeypatch.setenv("SYNTH_API_KEY", KEY)
-    config = resolve(source="scenes", base_url=[served])
+    config = resolve(source="scenes", base_url=[served], server={"concurrency": 4})
     model, revision = find_model(config)
     samples, stats = scene_samples(12, SEED + 1), RequestStats()
     with Journal(tmp_path / "j") as journal, Client(model, revision, config) as engine:
         for _ in ask_about(iter([batch_of(samples)]), config, revision, lambda: engine, journal, stats):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, revision, journal)
-    assert found == [True] * 24  # the second and third request about each
+    assert all(found)
+    assert len(found) >= 16  # of 24: at the end none waits
     assert (stats.done, table["reply_error"].null_count) == (36, table.num_rows)
 
 

@@ -107,6 +107,15 @@ def test_model_text_stays_within_its_line(text: str) -> None:
         assert mark not in str(markdown(text))
 
 
+def test_a_version_of_own_columns_alone_is_called_by_them() -> None:
+    own = {"headline": {"kind": "text", "is_list": False}}
+    card = render_card(MANIFEST | {"measured": {}, "own_columns": own}, [])
+    assert ": headline, written by a model" in card
+    assert "**All texts are machine-generated**" in card
+    both = render_card(MANIFEST | {"measured": {"human_captions": 3}, "own_columns": own}, [])
+    assert ": captions and questions, written by" in both
+
+
 def test_an_unknown_licence_is_called_other() -> None:
     values = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
     assert (values["license"], values["license_name"]) == ("other", "flickr-terms-and-unknown")

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.dataset.diff import diff_versions
 from pipeline.dataset.rejections import list_rejections
-from pipeline.tables import LEDGER, Extras
+from pipeline.tables import LEDGER, STRING, Extras, OwnColumn
 from pipeline.types import Sample
 from tests.scene_data import make_version, scene_samples, scored_captions, true_captions
 
@@ -102,6 +102,23 @@ def test_another_split_or_reference_is_a_changed_field(tmp_path: Path) -> None:
     after, _ = make_version(tmp_path, moved)
     (change,) = diff_versions(before, after).changes
     assert change.fields["references"] == {"before": list(SAMPLES[0].references), "after": ["Something else."]}
+
+
+def test_the_column_of_an_own_task_that_one_version_lacks_is_a_changed_field(tmp_path: Path) -> None:
+    captions = true_captions(SAMPLES).to_pylist()
+    notes = [
+        row | {"task": "note", "style": "", "text": None, "record": '"of a star"'}
+        for row in captions
+        if row["style"] == "brief"
+    ]
+    rows = [row | {"record": row.get("record")} for row in (*captions, *notes)]
+    plain, _ = make_version(tmp_path / "plain", SAMPLES)
+    own = (OwnColumn("note", STRING, "text", is_list=False),)
+    noted, _ = make_version(tmp_path / "noted", SAMPLES, pa.Table.from_pylist(rows), extras=Extras(own=own))
+    diff = diff_versions(plain, noted)
+    assert (diff.counts()["changed"], diff.fields()) == (len(SAMPLES), {"note": len(SAMPLES)})
+    assert diff.changes[0].fields["note"] == {"before": None, "after": "of a star"}
+    assert diff_versions(noted, plain).changes[0].fields["note"] == {"before": "of a star", "after": None}
 
 
 def test_rows_beyond_the_limit_are_counted(tmp_path: Path) -> None:
