@@ -87,6 +87,8 @@ def train(
     encoder = checkpoint.captioner.to(device).encoder
     if rank == 0:
         _tell_of_texts(checkpoint, config, _texts(train_set), report)
+        if own := version.manifest.get("own_columns"):
+            report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     out.mkdir(parents=True, exist_ok=True)
     features: LoadedFeatures = OnlineFeatures(encoder, device)
     if encoder.config.frozen and config.feature_storage != "none":
