@@ -130,6 +130,10 @@ def _nothing_to_write(version: Version, style: str | None, kind: str) -> ConfigE
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
         hint = "generate some: synth generate --samples 4 --pairs"
         return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
-    known = ", ".join(version.manifest["measured"].get("captions", {})) or "none"
+    own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
+    if own and not captions:
+        hint = f"its columns {', '.join(own)} go along in --format imagefolder, webdataset and lance"
+        return ConfigError(f"{version.name} has no captions for this format", hint=hint)
+    known = ", ".join(captions) or "none"
     wanted = f"a caption of the style {style}" if style else "a text"
     return ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")

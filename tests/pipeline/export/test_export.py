@@ -536,6 +536,23 @@ def test_a_task_of_ones_own_may_have_said_nothing_of_some_images(samples: list[S
     assert sorted(item.values["note"] or "" for item in read_items(version)) == ["", "", "", "A note"]
 
 
+def test_a_version_of_own_columns_alone_is_sent_to_the_formats_that_take_them(samples: list[Sample], tmp_path: Path) -> None:
+    rows = [
+        row | {"task": "note", "style": "", "text": None, "record": '"A note"', "annotation_id": f"{number:064x}"}
+        for number, row in enumerate(true_captions(samples).to_pylist())
+        if row["style"] == "brief"
+    ]
+    table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
+    version, _ = publish_rows(
+        tmp_path / "d", [table], sample_table(samples).to_batches(), rows=Rows(), extras=Extras(own=(NOTE,))
+    )
+    with pytest.raises(ConfigError, match="has no captions") as caught:
+        export_version(version, "llava", tmp_path / "out")
+    assert "note go along in --format imagefolder" in caught.value.hint
+    export_version(version, "imagefolder", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"].unique().to_pylist() == ["A note"]
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_export_of_a_split_without_rows_is_one_error(kind: str, tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", scene_samples(3))
