@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pipeline.config import Section, read_yaml, validate
 from pipeline.dataset.paths import slugify
 from pipeline.digests import digest
+from pipeline.errors import did_you_mean
 from trainer.config import Mixture, TrainConfig, resolve
 
 Alignment = Literal["none", "connector", "contrast"]
@@ -75,6 +76,10 @@ class Experiment(Grid):
     @model_validator(mode="after")
     def _is_one_budget(self) -> "Experiment":
         for settings in (self.settings, *({**self.settings, **more.settings} for more in self.also)):
+            known = [*TrainConfig.model_fields, *TrainConfig.OLD_KEYS]
+            if unknown := sorted(settings.keys() - {*known}):
+                meant = did_you_mean(unknown[0], known) or "docs/settings.md lists them"
+                raise ValueError(f"settings.{unknown[0]} is not a setting of a training: {meant}")
             steps = settings.get("steps")
             if not isinstance(steps, int) or steps < MIN_STEPS:
                 raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")

@@ -67,7 +67,8 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
     [
         ({"settings": {}}, "settings.steps must say"),
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
-        ({"settings": {"steps": 9, "depth": 3}}, "unknown config key: depth"),
+        ({"settings": {"steps": 9, "depth": 3}}, "settings.depth is not a setting of a training: docs"),
+        ({"settings": {"stepz": 9}}, "settings.stepz is not a setting of a training: did you mean steps"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
         ({"alignment": ["both"]}, "alignment"),
         ({"data": {}}, "data"),
