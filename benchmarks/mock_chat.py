@@ -90,8 +90,9 @@ class Mock:
             return web.json_response({"error": error}, status=400)
         self.came += 1
         self.clients[str(request.remote)] += 1
-        # Image and text identify a request, whatever other fields a client sends.
-        key = hashlib.sha1(raw[raw.find(b'"messages"') :], usedforsecurity=False).digest()
+        # Image and text identify a request, whatever other fields a client sends; an image with a uuid may be named alone.
+        start = raw.rfind(b'"uuid":"')
+        key = hashlib.sha1(raw[start if start >= 0 else raw.find(b'"messages"') :], usedforsecurity=False).digest()
         await asyncio.sleep(self.seconds)
         self.answered[key] += 1
         body = self.body

@@ -32,7 +32,7 @@ OPENINGS = ("", "", "there is ", "a picture of ", "an image with ")
 LINKS = (" and ", ", ", " next to ", " with ")
 
 
-def worded(scene: Scene, draw: random.Random) -> str:
+def word_caption(scene: Scene, draw: random.Random) -> str:
     """Return a caption as somebody might say it: some of the things, in some order, with some of their attributes."""
     things = [thing for thing in scene.objects if draw.random() < 0.8] or [draw.choice(scene.objects)]
     if draw.random() < 0.5:
@@ -56,7 +56,7 @@ def with_worded_captions(version: Version, folder: Path) -> Version:
             batch: list[dict[str, Any]] = version.read(split).to_pylist()
             for row in batch:
                 brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
-                texts = [worded(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
+                texts = [word_caption(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
                 row |= {"captions": [brief | {"text": text} for text in texts], "references": texts, "split": split}
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
             rows.add(table)

@@ -4,8 +4,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -17,8 +16,11 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError, did_you_mean, one_line
 from pipeline.text.escape import without_passwords
@@ -108,18 +110,26 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         renamed = {cls.OLD_KEYS.get(key, key): value for key, value in values.items()}
-        for key, value in renamed.items():
-            if isinstance(value, bool) and key in cls.model_fields and _is_number(cls.model_fields[key].annotation):
-                raise ValueError(f"{key}: {value} is not a number; YAML reads yes, no, on and off as true and false")
         # A section whose lines are all commented out is null in YAML.
         return {key: {} if value is None and _is_section(cls, key) else value for key, value in renamed.items()}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false, and lists of them, where numbers are wanted: pydantic would take them for 1 and 0."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items):
+            kinds = _kinds_in(cls.model_fields[info.field_name or ""].annotation)
+            if not kinds.isdisjoint({int, float}) and bool not in kinds:
+                raise PydanticCustomError("bool_for_number", "true is no number")
+        return value
 
-def _is_number(kind: Any) -> bool:
-    """Return whether a setting holds a number, or may hold one, and not true or false: pydantic would take them for 1 and 0."""
-    several = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    kinds = {get_args(one)[0] if get_origin(one) is Annotated else one for one in several}
-    return not kinds.isdisjoint({int, float}) and bool not in kinds
+
+def _kinds_in(kind: Any) -> set[Any]:
+    """Return the types that stand in the type of a setting: of `tuple[Annotated[int, ...], ...] | None` int, among others."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return {kind}.union(*map(_kinds_in, get_args(kind))) if get_origin(kind) not in (None, Literal) else {kind}
 
 
 def _is_section(section: type[Section], key: Any) -> bool:
@@ -663,23 +673,36 @@ def _with_texts(task: Any, folder: Path) -> Any:
     return task | texts
 
 
-class _SafeLoader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that stands twice: YAML would take the last, and nobody would be told."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _without_twice(path: Path, node: yaml.Node) -> yaml.Node:
+    """Return the node of a file. Raises ConfigError if a key stands twice in it: YAML would take the last, without a word."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or not isinstance(one, yaml.CollectionNode):  # an anchor may be named many times
+            continue
+        seen.add(id(one))
+        keys = set[tuple[str, str]]()
+        for item in one.value:
+            key, *values = item if isinstance(item, tuple) else (None, item)
+            waiting += values
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in keys:
+                    problem = f"{path}, line {key.start_mark.line + 1}: the key {key.value} stands twice"
+                    raise ConfigError(problem, hint="remove one of them")
+                keys.add((key.tag, key.value))
+    return node
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """Read a file of settings; the only reader of YAML. Raises ConfigError if it does not hold keys and values."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _SafeLoader)  # noqa: S506
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        values = None if node is None else yaml.constructor.SafeConstructor().construct_document(_without_twice(path, node))
     except (OSError, UnicodeDecodeError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"cannot read config file {path}: {problem}", hint=f"it is a YAML file, as with {example}") from None
+        raise ConfigError(
+            f"cannot read config file {path}: {problem}", hint=f"pass a YAML file; it may hold {example}"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"it may hold {example}") from None
     if not isinstance(values or {}, dict):
@@ -732,6 +755,7 @@ def _flaw(error: "ErrorDetails") -> str:
         "int_from_float": "a whole number",
         "float_type": "a number",
         "float_parsing": "a number",
+        "bool_for_number": "a number; YAML reads yes, no, on and off as true and false",
         "bool_type": "true or false",
         "bool_parsing": "true or false",
         "path_type": "a path",
@@ -747,8 +771,10 @@ def _flaw(error: "ErrorDetails") -> str:
     if error["type"] == "string_pattern_mismatch":
         wanted = PATTERNS.get(str(context.get("pattern")), f"a text that matches {context.get('pattern')}")
     if wanted is None:  # a rule of our own
-        return f"{error['msg'].removeprefix('Value error, ')} ({shown})"
-    quotes = "; YAML reads yes, no, on and off so: put it in quotes" if isinstance(value, bool) and "text" in wanted else ""
+        rule = error["msg"].removeprefix("Value error, ")
+        return rule if isinstance(value, dict | BaseModel) else f"{rule} ({shown})"  # a section may hold keys of servers
+    is_unquoted = isinstance(value, bool) and error["type"] == "string_type"
+    quotes = "; YAML reads yes, no, on and off so: put it in quotes" if is_unquoted else ""
     return f"{shown} is not {wanted}{quotes}"
 
 

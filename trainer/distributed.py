@@ -33,25 +33,31 @@ def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) ->
             gradients.append(parameter.grad)
             pending += parameter.numel()
     _all_reduce_sum(gradients)
-    return loss_tensor.item()
+    with translate_peer_errors():  # on a GPU a failure shows when a value is asked for
+        return loss_tensor.item()
 
 
 def _all_reduce_sum(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-    with _together():
+    with translate_peer_errors():
         torch.distributed.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Raise TrainError where what all processes do together fails, since one of them has ended."""
+def translate_peer_errors() -> Iterator[None]:
+    """Raise TrainError where what all processes do together fails, but for faults of this one's GPU."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        if "CUDA error" in str(error):
+            raise
+        problem = f"the processes of this training cannot go on, likely since one of them has ended: {one_line(error)[:200]}"
         hint = "look at what the others printed; with --resume the same command goes on from the last state that was saved"
-        raise TrainError(f"another process of this training has ended: {one_line(error)[:200]}", hint=hint) from None
+        raise TrainError(problem, hint=hint) from error
 
 
 def max_over_processes(number: int, device: torch.device, processes: int) -> int:
@@ -59,9 +65,9 @@ def max_over_processes(number: int, device: torch.device, processes: int) -> int
     if processes == 1:
         return number
     value = torch.tensor([number], device=device)
-    with _together():
+    with translate_peer_errors():
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return int(value.item())
+        return int(value.item())
 
 
 def from_first_process(flag: bool, device: torch.device, processes: int) -> bool:  # noqa: FBT001  # a value
@@ -69,9 +75,9 @@ def from_first_process(flag: bool, device: torch.device, processes: int) -> bool
     if processes == 1:
         return flag
     value = torch.tensor([flag], dtype=torch.uint8, device=device)
-    with _together():
+    with translate_peer_errors():
         torch.distributed.broadcast(value, 0)
-    return bool(value.item())
+        return bool(value.item())
 
 
 def join_processes() -> tuple[int, int]:

@@ -293,7 +293,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
         return
     size = min(config.batch_size, len(trainer.train_examples))
     order = islice(batches(len(trainer.train_examples), size, config.seed, first_step), total - first_step)
-    saved = time.monotonic()
+    saved, is_interrupted = time.monotonic(), False
     stage_ends = (config.align_steps, config.align_steps + config.steps, total)
     with signals_noted() as interrupted:
         for step, batch in enumerate(trainer.load_ahead(order), start=first_step):
@@ -318,7 +318,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})
                 saved = time.monotonic()
             if is_interrupted:
-                raise KeyboardInterrupt
+                break
             if (
                 config.patience
                 and is_scored
@@ -329,6 +329,10 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                     f"no better score in {config.patience} evaluations: training ends at step {done:,} of {total:,}"
                 )
                 break
+    if is_interrupted:
+        if signal.SIGTERM in interrupted and callable(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)  # the command knows it by another exit code
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -7,6 +7,7 @@ commands: `synth --help` must not load torch, transformers or datasets.
 import gc
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,7 +187,8 @@ def main() -> None:
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    is_main = threading.current_thread() is threading.main_thread()  # others can set no handler
+    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
     try:
         check_packages()
         app()
@@ -209,7 +211,8 @@ def main() -> None:
                 raise SystemExit(TERMINATED) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()
         gc.freeze()  # the collector would walk over all that torch has made once more: a second, for nothing

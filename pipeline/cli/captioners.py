@@ -80,8 +80,8 @@ def caption(
         unread = caption_images(job, out, existing, folder, progress, show_row)
     for path, error in unread:
         say(f"cannot read {path}: {error}", WARNING)
-    if out is not None and len(unread) < len(paths):
-        say(f"wrote {out}" if out.suffix else "wrote a text file beside each image")
+    if out is not None and out.is_file():
+        say(f"wrote {out}")
     if len(unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
 

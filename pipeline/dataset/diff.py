@@ -18,7 +18,7 @@ from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest
 from pipeline.storage.database import load, open_cursor, open_database, read
 from pipeline.storage.files import read_batches
-from pipeline.tables import ADDED_FIELDS, LEDGER, PIXELS, REVIEWED, ROW
+from pipeline.tables import ADDED_FIELDS, LEDGER, PIXELS, REVIEWED
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
@@ -116,9 +116,9 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
     StoreError if that is full, or a version is damaged.
     """
     in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
-    own = {column.name: column.type for column in (*before.schema, *after.schema) if column.name not in ROW.names}
     columns = [name for name in before.manifest["columns"] if name in in_both and name not in PIXELS]
-    columns += [name for name in own if name not in in_both]  # those of a task of one's own, which a version may lack
+    own = {name: kind for version in (before, after) for name, kind in _own_columns(version).items() if name not in in_both}
+    columns += own  # those of a task of one's own, which a version may lack
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
     settings = _settings(before.manifest, after.manifest)
     with TemporaryDirectory(prefix="synth-diff-") as folder, open_database(Path(folder)) as db:
@@ -140,6 +140,14 @@ def diff_versions(before: Version, after: Version, most: int | None = None) -> D
                 else:
                     diff.add(change, keep=most is None or len(diff.changes) < most)
     return diff
+
+
+def _own_columns(version: Version) -> dict[str, pa.DataType]:
+    """Return the columns of own tasks with their types. Raises StoreError if its manifest does not say them."""
+    try:
+        return {name: version.schema.field(name).type for name in version.manifest.get("own_columns", {})}
+    except (ValueError, LookupError) as error:
+        raise version.damage_error(error) from None
 
 
 def _tables(version: Version, columns: list[str], own: dict[str, pa.DataType], left_out: Collection[str]) -> Iterator[pa.Table]:

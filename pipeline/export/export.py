@@ -131,7 +131,7 @@ def _nothing_to_write(version: Version, style: str | None, kind: str) -> ConfigE
         hint = "generate some: synth generate --samples 4 --pairs"
         return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
-    if own and not captions:
+    if own and not captions and not style:
         hint = f"its columns {', '.join(own)} go along in --format imagefolder, webdataset and lance"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
     known = ", ".join(captions) or "none"

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,9 @@ class InFlight:
 
     work: RequestSource
     taken: deque[Request] = field(default_factory=deque)
-    behind: dict[str, list[Request]] = field(
-        default_factory=dict
-    )  # requests that wait until a server has their images, by those
-    released: deque[Request] = field(default_factory=deque)  # that have waited for this
+    # Requests that wait until a server has their images, by Request.shown; and those that have waited.
+    waiting: dict[str, list[Request]] = field(default_factory=dict)
+    released: deque[Request] = field(default_factory=deque)
     recorded: deque[Request] = field(default_factory=deque)
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[Any] | None"] = field(default_factory=set)  # those of running that a server is answering
@@ -86,7 +84,7 @@ class InFlight:
 
     def release(self, shown: str) -> None:
         """Let the requests go that wait for these images."""
-        self.released.extend(self.behind.pop(shown, ()))
+        self.released.extend(self.waiting.pop(shown, ()))
 
 
 class Client:
@@ -282,7 +280,7 @@ class Client:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
             in_flight.running.add(task)
-            task.add_done_callback(partial(self._done, request=request, in_flight=in_flight))
+            task.add_done_callback(lambda done: self._done(done, in_flight))
 
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
@@ -301,7 +299,9 @@ class Client:
         Where a server keeps images, the others about an image wait for the first of them, while there is anything else to send.
         """
         chosen: list[Request] = []
-        most = max(1, min(SENT_BATCH, self._concurrency.limit // 4))  # else those that have waited would wait for these
+        keeps_images = any(endpoint.named_images for endpoint in self._endpoints)
+        # Few are recorded ahead of those that have waited; each time takes a transaction.
+        most = max(1, min(SENT_BATCH, self._concurrency.limit // 4)) if keeps_images else SENT_BATCH
         while len(chosen) < most:
             if in_flight.released:
                 chosen.append(in_flight.released.popleft())
@@ -311,14 +311,14 @@ class Client:
             if not in_flight.taken:
                 break
             request = in_flight.taken.popleft()
-            if request.shown in in_flight.behind:
-                in_flight.behind[request.shown].append(request)
+            if request.shown in in_flight.waiting:
+                in_flight.waiting[request.shown].append(request)
                 continue
             chosen.append(request)
             if request.shows_image and self._will_be_kept(request.shown):
-                in_flight.behind[request.shown] = []
-        if not chosen and in_flight.behind:
-            for shown in [*in_flight.behind]:
+                in_flight.waiting[request.shown] = []
+        if not chosen and in_flight.waiting:
+            for shown in [*in_flight.waiting]:
                 in_flight.release(shown)
             return self._choose(in_flight)
         return chosen
@@ -328,9 +328,8 @@ class Client:
         kept = [endpoint.named_images for endpoint in self._endpoints if endpoint.is_up.is_set()]
         return any(kept) and not any(shown in images for images in kept if images)
 
-    def _done(self, task: "asyncio.Task[Reply]", request: Request, in_flight: InFlight) -> None:
+    def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
-        in_flight.release(request.shown)
         if not in_flight.running:
             in_flight.wake.set()
         if task.cancelled():
@@ -428,13 +427,10 @@ class Client:
             if kept and is_named:  # whatever it says
                 kept.count(is_found=False)
                 raise OtherDialectError from None
-            if isinstance(error, ServerFaultError):
-                raise
-            if isinstance(error, RefusedError) and error.status in REFUSED_STATUSES:
-                self._adapt(endpoint, dialect, str(error))
-            self._count_refusal(endpoint, str(error), in_flight)
             if isinstance(error, RefusedError):
-                return request.reply(str(error), REFUSED_BY_SERVER)
+                return self._take_refusal(endpoint, request, error, dialect, in_flight)
+            if isinstance(error, chat_api.BadAnswerError):
+                self._count_refusal(endpoint, str(error), in_flight)
             raise ServerFaultError(str(error)) from None
         if kept and request.shows_image:
             kept.add(request.shown)
@@ -484,6 +480,15 @@ class Client:
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
+
+    def _take_refusal(
+        self, endpoint: Endpoint, request: Request, refusal: RefusedError, dialect: chat_api.Dialect, in_flight: InFlight
+    ) -> Reply:
+        """Return the reply to a request that a server refuses in this dialect; raise OtherDialectError if not in another."""
+        if refusal.status in REFUSED_STATUSES:
+            self._adapt(endpoint, dialect, str(refusal))
+        self._count_refusal(endpoint, str(refusal), in_flight)
+        return request.reply(str(refusal), REFUSED_BY_SERVER)
 
     def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
         """Return the statuses that a server may answer for the image of one request, and not to all of them.

@@ -1,4 +1,4 @@
-"""What a server has of the images that were sent to it: vLLM keeps them by their uuid, so that each is sent once.
+"""What a server has of the images that were sent to it: vLLM keeps them by their uuid, so that one is usually sent once.
 
 The tasks of an image then send a name of 64 characters instead of the file, and the server neither decodes it again nor waits
 for it: its one thread for that is what large photos wait for first.
@@ -6,10 +6,10 @@ for it: its one thread for that is what large photos wait for first.
 
 from collections import deque
 
-# Of those that a server has got last. vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in sizes that are usual here.
+# The last ones that a server got. vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in sizes that are usual here.
 MAX_KEPT_IMAGES = 256
 JUDGED_NAMES, MIN_MISSED_NAMES = 64, 16  # the last ones, and how many of them are missed at least before names are given up
-PAUSE_IMAGES = 512  # that are sent before names are tried again
+PAUSE_ANSWERS = 512  # about images, before names are tried again
 
 
 class KeptImages:
@@ -41,7 +41,7 @@ class KeptImages:
             del self._latest[next(iter(self._latest))]
         if not self.is_worth_it:
             self._pause += 1
-            if self._pause == PAUSE_IMAGES:
+            if self._pause == PAUSE_ANSWERS:
                 self._found.clear()
                 self._pause = 0
 

@@ -75,7 +75,7 @@ def _require_below(root: Path, path: Path, handle: int) -> None:
         if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
     status = root.stat()
-    if not (_is_below(name, _real(str(root), status.st_dev, status.st_ino)) or _is_below(name, os.path.realpath(root))):
+    if not (_is_below(name, _resolve(str(root), status.st_dev, status.st_ino)) or _is_below(name, os.path.realpath(root))):
         raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
 
 
@@ -84,7 +84,7 @@ def _is_below(name: str, root: str) -> bool:
 
 
 @lru_cache(64)
-def _real(root: str, device: int, inode: int) -> str:  # noqa: ARG001  # by which one folder is told from a later one
+def _resolve(root: str, device: int, inode: int) -> str:  # noqa: ARG001  # by which one folder is told from a later one
     """Return a folder without links, which takes several calls of the system."""
     return os.path.realpath(root)
 

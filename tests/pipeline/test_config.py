@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from pipeline.config import Config, current_settings, read_task, resolve
+from pipeline.config import Config, current_settings, read_task, read_yaml, resolve
 from pipeline.errors import ConfigError
 
 
@@ -261,9 +262,14 @@ def test_a_split_list_that_is_named_again_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("source: scenes\nlimit: yes\n", "limit: True is not a number; YAML reads yes, no, on and off as true and false", ""),
-        ("source: scenes\ngenerate: {max_tokens: on}\n", "max_tokens: True is not a number", ""),
-        ("source: scenes\nlimit: 3\nlimit: 4\n", "the key limit stands twice", ""),
+        (
+            "source: scenes\nlimit: yes\n",
+            "bad value for limit: True is not a number; YAML reads yes, no, on and off as true and false",
+            "docs/settings.md explains limit",
+        ),
+        ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", ""),
+        ("source: scenes\nlimit: 3\nlimit: 4\n", "line 3: the key limit stands twice", ""),
+        ("source: scenes\nserver: {headers: {a: b, c: d, a: e}}\n", "line 2: the key a stands twice", ""),
         ("sources: scenes\n", "unknown config key: sources", "did you mean source"),
         ("source: scenes\nfilter: {shortest: 3}\n", "unknown config key: filter.shortest", "known keys: filter."),
         (
@@ -281,6 +287,20 @@ def test_a_slip_in_a_file_of_settings_is_named(text: str, message: str, hint: st
     assert message in str(caught.value)
     assert hint in caught.value.hint
     assert len(caught.value.hint) < 1000
+
+
+def test_anchors_merges_and_keys_that_only_look_equal_are_read(tmp_path: Path) -> None:
+    text = "b: &b {a: 1}\ns: {inner: &m {<<: *b, a: 2}}\ntop: {<<: *m}\n1: x\n'1': y\n"
+    (tmp_path / "any.yaml").write_text(text)
+    assert read_yaml(tmp_path / "any.yaml", "a key") == yaml.safe_load(text)
+
+
+def test_a_rule_about_a_section_does_not_print_the_keys_in_it(tmp_path: Path) -> None:
+    text = "source: scenes\nserver: {headers: {Authorization: Bearer sk-secret-01}, concurrency: yes, endpoints: {x: {}}}\n"
+    (tmp_path / "synth.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path / "synth.yaml")
+    assert "sk-secret" not in f"{caught.value} {caught.value.hint}"
 
 
 def test_yes_and_no_in_a_task_of_ones_own_want_quotes(tmp_path: Path) -> None:

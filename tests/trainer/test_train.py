@@ -382,7 +382,7 @@ def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
         assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
         assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
     else:
-        assert (tmp_path / "ended-0").read_text().startswith("TrainError: another process of this training has ended: ")
+        assert (tmp_path / "ended-0").read_text().startswith("TrainError: the processes of this training cannot go on")
 
 
 def test_the_last_evaluation_is_what_is_shown_at_the_end(version: Version, clip: str, tmp_path: Path) -> None:

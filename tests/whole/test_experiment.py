@@ -77,7 +77,7 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
     [
         ("data: {a: {data: nowhere}}\nsettings: {steps: 4}", "no dataset at nowhere"),
         ("data: {a: {data: scenes}}", "settings.steps must say"),
-        ("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}", "no synthetic captions"),
+        ("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}", "no caption of the styles poem"),
     ],
 )
 def test_what_cannot_be_is_one_error(folder: Path, content: str, message: str) -> None:

@@ -17,6 +17,7 @@ from pipeline.inference.journal import Journal
 from pipeline.run import ORDER
 from pipeline.storage.files import read_json
 from tests.hostile import LONG
+from tests.scene_data import make_version, scene_samples
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
 
@@ -124,6 +125,21 @@ def test_a_signal_ends_a_run_which_says_how_to_go_on(
     assert process.returncode == code
     assert "run the same command to go on" in progress
     assert "Traceback" not in progress
+
+
+def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    make_version(tmp_path / "d", scene_samples(40))
+    options = ["--data", "d", "--encoder", "tiny-vit", "--steps", "500", "--batch-size", "4", "--out", "captioner"]
+    process = subprocess.Popen(
+        [str(SYNTH), "train", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint
+    )
+    log = tmp_path / "captioner" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, progress = process.communicate(timeout=120)
+    assert (process.returncode, (tmp_path / "captioner" / "resume.pt").exists()) == (143, True), progress
+    assert "run the same command to go on (train: with --resume)" in progress.replace("\n", " ")
 
 
 def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:

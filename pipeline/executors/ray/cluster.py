@@ -4,8 +4,10 @@ import logging
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -56,7 +58,10 @@ def open_cluster(address: str | None) -> Iterator[None]:
     try:
         if port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
+        ended_by = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ended_by)  # Ray has set its own, which ends the command without a word
     except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster at {address}: {one_line(error)}",

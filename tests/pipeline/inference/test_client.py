@@ -22,9 +22,9 @@ from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
-from pipeline.inference.endpoints import find_model
+from pipeline.inference.endpoints import Endpoint, Endpoints, find_model
 from pipeline.inference.journal import Journal
-from pipeline.inference.kept_images import MIN_MISSED_NAMES
+from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
 from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import NullProgress
@@ -408,6 +408,53 @@ def test_an_image_that_a_server_has_forgotten_is_sent_again(tmp_path: Path) -> N
     assert chat.named > 10
 
 
+def test_names_go_on_where_few_images_are_forgotten(tmp_path: Path) -> None:
+    late: list[bool] = []
+
+    def script(times: int, body: dict[str, Any]) -> None:
+        if len(chat.bodies) % 12 == 0:
+            forget(chat)
+        if len(chat.bodies) > 200:
+            late.append(body["messages"][-1]["content"][0]["image_url"] is None)
+
+    with running_chat(ChatServer(script)) as chat:
+        chat.keeps_images = True
+        run(tmp_path / "j", chat.url, samples=scene_samples(90), server={"concurrency": 4})
+    assert len(chat.missed) > MIN_MISSED_NAMES  # in all, and not among the last ones
+    assert any(late)
+
+
+def test_few_requests_are_recorded_at_once_only_where_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    record = Journal.record_sent
+    for keeps_images, of_kind in sizes.items():
+        note = of_kind.append
+        monkeypatch.setattr(Journal, "record_sent", lambda self, sent, note=note: (note(len(sent)), record(self, sent)))
+        with running_chat(ChatServer()) as chat:
+            chat.keeps_images = keeps_images
+            run(tmp_path / str(keeps_images), chat.url, samples=scene_samples(20), server={"concurrency": 8})
+    assert max(sizes[True]) == 2
+    assert max(sizes[False]) == 12  # all requests about four samples
+
+
+def test_a_server_that_comes_back_has_lost_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def is_healthy(self: Endpoint) -> bool:
+        return True
+
+    monkeypatch.setattr(Endpoint, "is_healthy", is_healthy)
+
+    async def comes_back() -> bool:
+        endpoint = Endpoint("http://127.0.0.1:1/v1", {}, kept=KeptImages())
+        assert endpoint.kept
+        endpoint.kept.add("a")
+        servers = Endpoints([endpoint], 1.0)
+        servers.mark_down(endpoint)
+        await endpoint.is_up.wait()
+        return "a" in endpoint.kept
+
+    assert not asyncio.run(comes_back())
+
+
 def test_names_are_given_up_if_a_server_forgets_most_images(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.keeps_images = True
@@ -776,8 +823,8 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
         is_interrupted = threading.Event()
         count = Client._done
 
-        def interrupt(self: Client, task: Any, request: Any, in_flight: Any) -> None:
-            count(self, task, request, in_flight)
+        def interrupt(self: Client, task: Any, in_flight: Any) -> None:
+            count(self, task, in_flight)
             arrived.append(1)
             if len(arrived) >= 3 and in_flight.replies and not is_interrupted.is_set():
                 is_interrupted.set()

@@ -29,7 +29,7 @@ def test_names_are_worth_it_until_more_are_missed_than_found() -> None:
 
 
 def test_names_are_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_images, "PAUSE_IMAGES", 5)
+    monkeypatch.setattr(kept_images, "PAUSE_ANSWERS", 5)
     kept = KeptImages()
     for _ in range(JUDGED_NAMES):
         kept.count(is_found=True)

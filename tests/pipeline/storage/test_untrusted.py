@@ -48,6 +48,8 @@ UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link to a device": (link_to("/dev/zero"), OUTSIDE),
     "a link to a file beside the folder": (link_to("../secret"), OUTSIDE),
     "an absolute link": (link_to("/etc/passwd"), OUTSIDE),
+    "a link to a folder whose name begins as the folder's": (link_to("../root-evil/secret"), OUTSIDE),
+    "a path through a link to such a folder": (lambda path: path.symlink_to("beside/secret"), OUTSIDE),
     "a link to a link that leads outside": (link_to("inner/way-out"), OUTSIDE),
     "a path through a folder that is a link": (lambda path: path.symlink_to("elsewhere/secret"), OUTSIDE),
     "a pipe": (os.mkfifo, NOT_A_FILE),
@@ -69,6 +71,9 @@ def test_what_is_no_regular_file_of_the_folder_is_refused_at_once(name: str, tmp
     (tmp_path / "secret").write_text("secret")
     (root / "inner" / "way-out").symlink_to("../../secret")
     (root / "elsewhere").symlink_to(tmp_path)
+    (tmp_path / "root-evil").mkdir()
+    (tmp_path / "root-evil" / "secret").write_text("secret")
+    (root / "beside").symlink_to("../root-evil")
     os.mkfifo(root / "inner" / "pipe")
     make(root / "file")
     with pytest.raises((UnsafeFileError, OSError)) as caught:
@@ -150,6 +155,37 @@ def test_where_the_system_does_not_say_what_is_open_the_path_is_followed(
     (tmp_path / "real" / "way-out").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UnsafeFileError, match="leads to a file outside"):
         open_regular(tmp_path / "root" / "way-out" / "file", tmp_path / "root")
+
+
+def test_what_is_a_pipe_by_the_time_it_is_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    real_open = os.open
+
+    def swap_then_open(path: str, flags: int) -> int:
+        (tmp_path / "file").unlink()
+        os.mkfifo(tmp_path / "file")
+        return real_open(path, flags)
+
+    monkeypatch.setattr(os, "open", swap_then_open)
+    with pytest.raises(UnsafeFileError) as caught:
+        open_regular(tmp_path / "file", tmp_path)
+    assert caught.value.reason == NOT_A_FILE
+
+
+def test_without_proc_a_file_that_is_replaced_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    real_open = os.open
+
+    def open_then_swap(path: str, flags: int) -> int:
+        handle = real_open(path, flags)
+        (tmp_path / "file").unlink()
+        (tmp_path / "file").write_bytes(b"y")
+        return handle
+
+    monkeypatch.setattr(untrusted, "_path_of", lambda handle: "")
+    monkeypatch.setattr(os, "open", open_then_swap)
+    with pytest.raises(UnsafeFileError, match="was replaced"):
+        open_regular(tmp_path / "file", tmp_path)
 
 
 def test_a_root_that_moves_to_another_place_still_holds_its_files(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
         ({"alignment": ["both"]}, "alignment"),
         ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [1, True]}, "seeds: .* is not a number"),
         ({"settings": {"steps": "1e3"}}, "settings.steps must say"),
         ({"settings": {"steps": 3}}, "a number from 4 on"),
         ({"also": [{"settings": {"styles": ["brief"]}}]}, "settings.styles of `also`"),
