@@ -243,7 +243,7 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """Takes two starts of vLLM."""
-    folder, scenes, temporary = tmp_path / "d", 64, tmp_path / "temporary"
+    folder, scenes, temporary = tmp_path / "d", 160, tmp_path / "temporary"
     temporary.mkdir()
     command = [str(SYNTH), *generate(folder, "--engine", "vllm", scenes=scenes)]
     with (tmp_path / "talk").open("w") as progress:
