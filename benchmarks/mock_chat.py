@@ -68,11 +68,11 @@ class Mock:
 
     def lacks_images(self, raw: bytes) -> bool:
         """Keep the images of a request; return whether it names one that is not kept."""
-        for found in UUID.finditer(raw):
-            if found["named"] and found["uuid"] not in self.kept:
+        for image in UUID.finditer(raw):
+            if image["named"] and image["uuid"] not in self.kept:
                 return True
-            self.kept.pop(found["uuid"], None)
-            self.kept[found["uuid"]] = None
+            self.kept.pop(image["uuid"], None)
+            self.kept[image["uuid"]] = None
         while len(self.kept) > KEPT_IMAGES:
             del self.kept[next(iter(self.kept))]
         return False

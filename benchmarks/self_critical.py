@@ -11,19 +11,15 @@ steps; a third has the first steps alone. All are scored against five such capti
 import argparse
 import random
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+from synthetic_or_facts import with_rows
 
-from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.version import Version
 from pipeline.scenes.facts import Scene, Thing
 from pipeline.scenes.score import parse_scene
-from pipeline.tables import ROW, SPLITS
-from tests.scene_data import publish_tables
 from trainer.config import resolve
 from trainer.train import train
 
@@ -43,28 +39,15 @@ def word_caption(scene: Scene, draw: random.Random) -> str:
 
 
 def _named(thing: Thing, draw: random.Random) -> str:
-    said = [thing.size] * (draw.random() < 0.5) + [thing.color] * (draw.random() < 0.8) + [thing.shape]
-    return f"a {' '.join(said)}"
+    words = [thing.size] * (draw.random() < 0.5) + [thing.color] * (draw.random() < 0.8) + [thing.shape]
+    return f"a {' '.join(words)}"
 
 
-def with_worded_captions(version: Version, folder: Path) -> Version:
-    """Write the same version with captions that differ, which are its references, too."""
-    rows, draw = Rows(), random.Random(0)
-
-    def tables() -> Iterator[pa.Table]:
-        for split in SPLITS:
-            batch: list[dict[str, Any]] = version.read(split).to_pylist()
-            for row in batch:
-                brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
-                texts = [word_caption(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
-                row |= {"captions": [brief | {"text": text} for text in texts], "references": texts, "split": split}
-            table = pa.Table.from_pylist(batch, schema=with_split(ROW))
-            rows.add(table)
-            yield table
-
-    names = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
-    provenance = {name: version.manifest[name] for name in names}
-    return publish_tables(folder, tables(), rows, funnel=provenance["funnel"], provenance=provenance)[0]
+def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Return a row with captions that differ, which are its references, too."""
+    brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
+    texts = [word_caption(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
+    return row | {"captions": [brief | {"text": text} for text in texts], "references": texts}
 
 
 def main() -> None:
@@ -88,7 +71,7 @@ def main() -> None:
         },
     }
     with tempfile.TemporaryDirectory() as name:
-        version = with_worded_captions(open_dataset(arguments.data), Path(name) / "worded")
+        version = with_rows(open_dataset(arguments.data), partial(with_captions, draw=random.Random(0)), Path(name) / "worded")
         print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch")
         for seed in arguments.seeds:
             for number, (kind, options) in enumerate(kinds.items()):

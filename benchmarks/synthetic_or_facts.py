@@ -9,7 +9,7 @@ the facts. Both captioners are scored against the facts of the held-out scenes.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ from trainer.train import train
 SCORES = ("bleu_4", "rouge_l", "cider_d")
 
 
-def with_facts(version: Version, folder: Path) -> Version:
-    """Write the same version with every caption replaced by one made from the facts."""
+def from_facts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose captions are made from the facts."""
+    scene = parse_scene(row["facts"])
+    return row | {"captions": [one | {"text": caption(scene, one["style"])} for one in row["captions"]]}
+
+
+def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> Version:
+    """Write the same version with other rows, each made of one that it has."""
     rows = Rows()
 
     def tables() -> Iterator[pa.Table]:
         for split in SPLITS:
-            batch: list[dict[str, Any]] = version.read(split).to_pylist()
-            for row in batch:
-                scene = parse_scene(row["facts"])
-                row["captions"] = [c | {"text": caption(scene, c["style"])} for c in row["captions"]]
-                row["split"] = split
+            batch = [change(row) | {"split": split} for row in version.read(split).to_pylist()]
             table = pa.Table.from_pylist(batch, schema=with_split(ROW))
             rows.add(table)
             yield table
@@ -58,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     version = open_dataset(arguments.data)
     with tempfile.TemporaryDirectory() as name:
-        versions = {"synthetic": version, "facts": with_facts(version, Path(name) / "facts")}
+        versions = {"synthetic": version, "facts": with_rows(version, from_facts, Path(name) / "facts")}
         print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch, {arguments.steps} steps")
         for seed in arguments.seeds:
             cider_d = {}

@@ -9,7 +9,7 @@ those that its products of matrices would take, packed, at the speed of one larg
 better, and its inverse is the share of the FLOP/s of this machine that are used (MFU). Launches and syncs are counted on a GPU
 only. The store of states is filled from JPEGs of 500 x 375 px as a training does it, beside the bare encoder, and read as for
 a step.
-With `--nanovlm` (see train_throughput.py) its real step runs in turn with ours, in bfloat16 on a GPU.
+With `--nanovlm` (see train_throughput.py) its real step runs in turn with one at its sizes, in bfloat16 on a GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_throughput import LANGUAGE, QWEN3, encoder_config, nanovlm_step, our_step, vars_of
+from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_step, our_step, vars_of
 
 from pipeline.progress import NullProgress
 from trainer.allocation import keep_freed_memory
@@ -249,17 +249,23 @@ def _jpeg(number: int) -> bytes:
 
 
 def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
-    """Return the seconds of a step of nanoVLM by those of ours at its sizes, in turn: medians."""
-    precision: Precision = "fp32" if device.type == "cpu" else "bf16"
-    theirs = nanovlm_step(checkout, precision=precision, device=device)
-    ours = our_step({"language_model": LANGUAGE}, cached=True, precision=precision, device=device)
-    seconds: dict[Callable[[], float], list[float]] = {theirs: [], ours: []}
+    """Return the seconds of a step of nanoVLM by those of one here at its sizes, in turn: medians."""
+    options: dict[str, Any] = {"precision": "fp32" if device.type == "cpu" else "bf16", "device": device}
+    builders = {
+        "nanoVLM": partial(nanovlm_step, checkout, **options),
+        "synth": partial(our_step, {"language_model": LANGUAGE}, cached=True, **options),
+    }
+    if device.type == "cpu":
+        seconds = measure(builders, rounds)
+        return seconds["nanoVLM"] / seconds["synth"]
+    steps = {name: build() for name, build in builders.items()}  # a GPU is not forked, and what waits for it takes no CPU
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
-        for step, taken in seconds.items():
+        for name, step in steps.items():
             started = time.monotonic()
             step()  # which reads its loss, and so waits for the device
-            taken.append(time.monotonic() - started)
-    return statistics.median(seconds[theirs][2:]) / statistics.median(seconds[ours][2:])
+            taken[name].append(time.monotonic() - started)
+    return statistics.median(taken["nanoVLM"][2:]) / statistics.median(taken["synth"][2:])
 
 
 def _wait(device: torch.device) -> None:

@@ -211,7 +211,7 @@ def main() -> None:
                 raise SystemExit(TERMINATED) from None
         raise
     finally:
-        if is_main:
+        if before is not None:
             signal.signal(signal.SIGTERM, before)
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()

@@ -425,7 +425,7 @@ class Client:
             if kept:
                 kept.forget(request.shown)
             if kept and is_named:  # whatever it says
-                kept.count(is_found=False)
+                kept.count(is_known=False)
                 raise OtherDialectError from None
             if isinstance(error, RefusedError):
                 return self._take_refusal(endpoint, request, error, dialect, in_flight)
@@ -435,7 +435,7 @@ class Client:
         if kept and request.shows_image:
             kept.add(request.shown)
         if kept and is_named:
-            kept.count(is_found=True)
+            kept.count(is_known=True)
         return reply
 
     async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:

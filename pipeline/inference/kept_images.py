@@ -21,7 +21,7 @@ class KeptImages:
 
     def __init__(self) -> None:
         self._latest: dict[str, None] = {}
-        self._found: deque[bool] = deque(maxlen=JUDGED_NAMES)
+        self._known: deque[bool] = deque(maxlen=JUDGED_NAMES)
         self._pause = 0
 
     def __contains__(self, shown: str) -> bool:
@@ -29,9 +29,9 @@ class KeptImages:
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether names have been found more often than not of late, as far as is known."""
-        found = sum(self._found)
-        return len(self._found) - found < max(MIN_MISSED_NAMES, found)
+        """Whether names have been known more often than not of late, as far as is known."""
+        known = sum(self._known)
+        return len(self._known) - known < max(MIN_MISSED_NAMES, known)
 
     def add(self, shown: str) -> None:
         """Note that the server has answered a request about these images."""
@@ -42,13 +42,13 @@ class KeptImages:
         if not self.is_worth_it:
             self._pause += 1
             if self._pause == PAUSE_ANSWERS:
-                self._found.clear()
+                self._known.clear()
                 self._pause = 0
 
     def forget(self, shown: str) -> None:
         """Note that the server may not have these images."""
         self._latest.pop(shown, None)
 
-    def count(self, *, is_found: bool) -> None:
+    def count(self, *, is_known: bool) -> None:
         """Note whether the server knew images by their names."""
-        self._found.append(is_found)
+        self._known.append(is_known)

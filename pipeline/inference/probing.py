@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from typing import Any
 
 import aiohttp
 
@@ -92,18 +93,19 @@ async def _keeps_images(endpoint: Endpoint, session: aiohttp.ClientSession, mode
     """
     probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:
-        async with session.post(
-            f"{endpoint.url}/chat/completions",
-            data=probe,
-            headers=endpoint.headers,
-            proxy=endpoint.proxy,
-            allow_redirects=False,
-            timeout=IMAGE_PROBE_TIMEOUT,
-        ) as answer:
-            text = await read_body(answer, MAX_BODY_BYTES)
+        answer, text = await _post(endpoint, session, probe, timeout=IMAGE_PROBE_TIMEOUT)
     except CONNECTION_ERRORS:
         return False
     return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
+
+
+async def _post(
+    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, **options: Any
+) -> tuple[aiohttp.ClientResponse, bytes]:
+    """Send a probe once; return the answer, and its body."""
+    fixed: dict[str, Any] = {"headers": endpoint.headers, "proxy": endpoint.proxy, "allow_redirects": False}
+    async with session.post(f"{endpoint.url}/chat/completions", data=probe, **fixed, **options) as answer:
+        return answer, await read_body(answer, MAX_BODY_BYTES)
 
 
 async def _probe(
@@ -114,18 +116,11 @@ async def _probe(
     faults, refusals, busy_until = 0, 0, loop.time() + server.startup_timeout_s
     while True:
         try:
-            async with session.post(
-                f"{endpoint.url}/chat/completions",
-                data=probe,
-                headers=endpoint.headers,
-                proxy=endpoint.proxy,
-                allow_redirects=False,
-            ) as answer:
-                text = await read_body(answer, MAX_BODY_BYTES)
-                raise_for_access(answer, endpoint, text)
-                if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
-                    busy.end()
-                    return answer.status, text
+            answer, text = await _post(endpoint, session, probe)
+            raise_for_access(answer, endpoint, text)
+            if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
+                busy.end()
+                return answer.status, text
             refusals += 1
             busy.start(answer.status, endpoint.error_message(text))
             if warning := busy.warning(endpoint.url):

@@ -182,8 +182,8 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
 
 
 def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[bool] = []
-    monkeypatch.setattr(KeptImages, "count", lambda self, *, is_found: found.append(is_found))
+    known: list[bool] = []
+    monkeypatch.setattr(KeptImages, "count", lambda self, *, is_known: known.append(is_known))
     monkeypatch.setenv("SYNTH_API_KEY", KEY)
     config = resolve(source="scenes", base_url=[served], server={"concurrency": 4})
     model, revision = find_model(config)
@@ -192,8 +192,8 @@ def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, mon
         for _ in ask_about(iter([batch_of(samples)]), config, revision, lambda: engine, journal, stats):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, revision, journal)
-    assert all(found)
-    assert len(found) >= 16  # of 24: at the end none waits
+    assert all(known)
+    assert len(known) >= 16  # of 24: at the end none waits
     assert (stats.done, table["reply_error"].null_count) == (36, table.num_rows)
 
 

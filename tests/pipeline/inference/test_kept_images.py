@@ -19,12 +19,12 @@ def test_the_images_that_were_used_last_are_known(monkeypatch: pytest.MonkeyPatc
 def test_names_are_worth_it_until_more_are_missed_than_found() -> None:
     kept = KeptImages()
     for _ in range(MIN_MISSED_NAMES - 1):
-        kept.count(is_found=False)
+        kept.count(is_known=False)
     assert kept.is_worth_it
-    kept.count(is_found=False)
+    kept.count(is_known=False)
     assert not kept.is_worth_it
     for _ in range(MIN_MISSED_NAMES + 1):
-        kept.count(is_found=True)
+        kept.count(is_known=True)
     assert kept.is_worth_it
 
 
@@ -32,10 +32,10 @@ def test_names_are_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kept_images, "PAUSE_ANSWERS", 5)
     kept = KeptImages()
     for _ in range(JUDGED_NAMES):
-        kept.count(is_found=True)
+        kept.count(is_known=True)
     for _ in range(2):
         for _ in range(JUDGED_NAMES):
-            kept.count(is_found=False)  # as of a server that has lost all, or of several behind one address from now on
+            kept.count(is_known=False)  # as of a server that has lost all, or of several behind one address from now on
         assert not kept.is_worth_it
         for number in range(5):
             assert not kept.is_worth_it
