@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.run import generate_dataset
 from pipeline.scenes.facts import Scene

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import TableError
 from pipeline.run import generate_dataset
 from pipeline.text.content_keys import content_words

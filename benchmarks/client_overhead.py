@@ -101,7 +101,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     """
     from contextlib import ExitStack
 
-    from pipeline.config import resolve
+    from pipeline.config.files import resolve
     from pipeline.inference.client import Client
     from pipeline.inference.journal import Journal
     from pipeline.inference.queue import RequestStats, ask_about, read_annotations

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import resolve as resolve_dataset
+from pipeline.config.files import resolve as resolve_dataset
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
 from pipeline.run import generate_dataset

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.progress import NullProgress
 from pipeline.run import generate_dataset

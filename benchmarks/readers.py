@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
 from pipeline.export.export import export_version
 from pipeline.inference.engines import TINY_WEIGHTS

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_deck, draw_sample

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from teacher import Rounds
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.images.clip import TINY_CLIP, ClipScorer
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import choose_engine

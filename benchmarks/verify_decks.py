@@ -14,7 +14,7 @@ from typing import Any
 from teacher import annotate
 from verify import ask_again, judge, show
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.scenes.deck import answer_deck
 from pipeline.scenes.facts import Scene
 from pipeline.scenes.score import parse_scene

@@ -26,7 +26,8 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
 from pipeline.inference.journal import Journal

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.config import ANY_LANGUAGE, FilterConfig, TaskConfig
+from pipeline.config.section import ANY_LANGUAGE
+from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.tables import FILTERED, require_columns, with_reason
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import texts_in

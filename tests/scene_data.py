@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config, SplitConfig
+from pipeline.config import Config
+from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version

@@ -165,7 +165,7 @@ def config(
     as_json: AsJson = False,
 ) -> None:
     """Show which settings a run would have, and where each comes from."""
-    from pipeline.config import describe_settings
+    from pipeline.config.files import describe_settings
 
     lines = describe_settings(settings.config, settings.file, settings.options)
     if as_json:
@@ -198,7 +198,7 @@ def serve(
 
     It listens on loopback, behind the key in SYNTH_API_KEY, or a random one. What stands after -- goes to vLLM.
     """
-    from pipeline.config import ServerConfig
+    from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model
 
     server = ServerConfig(**(vllm_flags(context) or {}))

@@ -15,7 +15,7 @@ from pipeline.progress import LOSS, WARNING, duration
 from pipeline.text.escape import printable
 
 if TYPE_CHECKING:
-    from pipeline.config import ServerConfig
+    from pipeline.config.sections import ServerConfig
     from pipeline.dataset.version import Version
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview

@@ -187,7 +187,7 @@ class RunSettings:
 
 def read_settings(context: Context, file: Path | None, given: Mapping[RunOption, Any]) -> RunSettings:
     """Return the settings that options, file and defaults come to. Raises ConfigError."""
-    from pipeline.config import resolve
+    from pipeline.config.files import resolve
 
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import current_settings
+from pipeline.config.files import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest
 from pipeline.storage.database import load, open_cursor, open_database, read

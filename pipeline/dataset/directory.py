@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from pipeline.config import Config, current_settings
+from pipeline.config import Config
+from pipeline.config.files import current_settings
 from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, dataset_dir_of, read_version

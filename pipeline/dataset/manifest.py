@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.config import AT_SERVER, LOCAL_SOURCES, NO_MODEL, Config
+from pipeline.config import NO_MODEL, Config
+from pipeline.config.addresses import AT_SERVER
+from pipeline.config.manifests import LOCAL_SOURCES
 from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.images.metadata import REMOVED
 from pipeline.tables import REJECTED, RUBRIC, Extras

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config import ServerConfig
+from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.types import UNANSWERED, Reply
 

@@ -16,7 +16,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from pipeline.config import Config, address_of
+from pipeline.config import Config
+from pipeline.config.addresses import address_of
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.config import NO_MODEL, TINY, Config, ServerConfig
+from pipeline.config import NO_MODEL, TINY, Config
+from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors

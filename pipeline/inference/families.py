@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import BoxUnit
+from pipeline.config.sections import BoxUnit
 
 PHOTO_PX = (640, 480)  # of the photo whose tokens are given
 

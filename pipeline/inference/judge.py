@@ -2,7 +2,8 @@
 
 import os
 
-from pipeline.config import AT_SERVER, Config, address_of, origin_of
+from pipeline.config import Config
+from pipeline.config.addresses import AT_SERVER, address_of, origin_of
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import JUDGE_KEY, find_model

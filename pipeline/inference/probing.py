@@ -6,7 +6,7 @@ from typing import Any
 
 import aiohttp
 
-from pipeline.config import ServerConfig
+from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body

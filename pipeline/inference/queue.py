@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 import pyarrow as pa
 
-from pipeline.config import Config, ServerConfig
+from pipeline.config import Config
+from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
 from pipeline.images.decode import upright_size
 from pipeline.inference.budget import Budget, CircuitBreaker

@@ -8,7 +8,9 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.config import ANY_LANGUAGE, Config, GenerateConfig
+from pipeline.config import Config
+from pipeline.config.section import ANY_LANGUAGE
+from pipeline.config.sections import GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, tasks_making, wire_schema

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.config import GenerateConfig
+from pipeline.config.sections import GenerateConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import prepare_image
 from pipeline.tasks.base import MAX_PAGES

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config, VerifyConfig
+from pipeline.config import Config
+from pipeline.config.sections import VerifyConfig
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import shared_fields

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config import TINY, Config, resolve
+from pipeline.config import TINY, Config
+from pipeline.config.files import resolve
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.images import rendering

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import BalanceConfig
+from pipeline.config.sections import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
 from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_comparison

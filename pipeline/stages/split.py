@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import SplitConfig
+from pipeline.config.sections import SplitConfig
 from pipeline.digests import hash_to_unit
 from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read

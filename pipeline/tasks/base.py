@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from pipeline.config import GenerateConfig
+from pipeline.config.sections import GenerateConfig
 from pipeline.tasks.boxes import Frame
 from pipeline.text.normalize import tidy
 from pipeline.text.refusals import is_declined

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
-from pipeline.config import GenerateConfig, TaskConfig
+from pipeline.config.sections import GenerateConfig, TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.tables import ROW, OwnColumn
 from pipeline.tasks.base import Line, Output, Task, check_question, find_unusable, has_surrogate, texts_in, tidy_texts

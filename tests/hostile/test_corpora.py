@@ -64,7 +64,7 @@ from pathlib import Path
 from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import SynthError
 from pipeline.sources import open_source
 from tests.hostile import limit_memory

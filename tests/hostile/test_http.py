@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, retry
 from pipeline.inference.client import Client

@@ -10,7 +10,7 @@ RUN = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 from pathlib import Path
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about

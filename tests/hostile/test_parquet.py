@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import SynthError
 from pipeline.sources import open_source
 from pipeline.types import Rejected, Sample
@@ -135,7 +135,7 @@ def test_an_odd_schema_is_rows_or_one_error(name: str, tmp_path: Path) -> None:
 READ = """
 import json, sys
 from pathlib import Path
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import SynthError
 from pipeline.sources import open_source
 from tests.hostile import limit_memory

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference.chat_api import BadAnswerError, error_message, proves_schemas, read_reply
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import read_annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import read_task, resolve
+from pipeline.config.files import read_task, resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, describe_settings, resolve
+from pipeline.config import Config
+from pipeline.config.files import describe_settings, resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import check_prompts
 from pipeline.project import write_project

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config import FilterConfig, TaskConfig
+from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.rules import RULES, filter_annotations, own_prompt_grams
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ASK, STYLES, caption

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli.options import OLD_OPTIONS
-from pipeline.config import Check
+from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
 from pipeline.tasks import CHECKING, TASKS

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.run import STAGES, generate_dataset
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again

@@ -108,7 +108,7 @@ def test_columns_for_readers_are_no_part_of_a_version_and_hardly_any_bytes(
 
 
 def rebuilt(photos: Path) -> Version:
-    from pipeline.config import resolve
+    from pipeline.config.files import resolve
     from pipeline.run import generate_dataset
 
     config = resolve(source=f"folder:{photos}/photos", captions=[photos / "coco.json"], tasks="none")

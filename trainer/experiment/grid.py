@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Section, read_yaml, validate
+from pipeline.config.files import read_yaml
+from pipeline.config.flaws import validate
+from pipeline.config.section import Section
 from pipeline.dataset.paths import slugify
 from pipeline.digests import digest
 from pipeline.errors import did_you_mean

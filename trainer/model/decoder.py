@@ -2,7 +2,7 @@
 
 Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. While training, all texts about an
 image are one row (trainer/model/packing.py), so that its keys and values are computed once; and during generation, where beams
-share them and those of the tokens are cached.
+share them and those of the tokens are cached. There each text attends to itself apart, without a mask.
 
 Shapes: B images, C rows of tokens (C / B adjacent ones for each image), T new tokens, S tokens so far, N hidden states of an
 image, D width, H heads, K = D / H, V vocabulary.
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, decode
 from trainer.model.dropout import Dropout
-from trainer.model.packing import pack, visible
+from trainer.model.packing import pack
 from trainer.model.token_loss import token_loss
 from trainer.tokenizer import TextBatch
 
@@ -34,6 +34,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even width")
+
+
+# What tokens attend to. A mask, (T, S) of all rows or (C, 1, T, S) of each: where it is True. None: to all tokens.
+# A place of each token and an origin of each place (see PackedTexts): to what stands before it in its own text.
+Seen = Tensor | tuple[Tensor, Tensor] | None
 
 
 @dataclass(slots=True)
@@ -92,7 +97,7 @@ class ScratchDecoder(nn.Module):
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
         packed = pack(texts, len(memory_BND)).to(memory_BND.device)
         table = rope_table(packed.positions_BS[:, None], self.head_width)
-        states_BSD = self._states(packed.ids_BS, memory_BND, table, visible(packed.segments_BS)[:, None])
+        states_BSD = self._states(packed.ids_BS, memory_BND, table, (packed.place_CT, packed.origin_BS))
         weight_K = None if weight_C is None else weight_C.to(states_BSD.device)[packed.text_K]
         return token_loss(packed.learned(states_BSD), self.embedding, packed.labels_K, label_smoothing, weight_K)
 
@@ -163,7 +168,7 @@ class ScratchDecoder(nn.Module):
         ids_CT: Tensor,
         memory_BND: Tensor | None,
         table: tuple[Tensor, Tensor],
-        seen: Tensor | None,
+        seen: Seen,
         cache: Cache | None = None,
     ) -> Tensor:
         x_CTD = self.dropout(self.embedding(ids_CT))
@@ -193,21 +198,17 @@ class Block(nn.Module):
         x_CTD: Tensor,
         memory_BND: Tensor | None,
         table: tuple[Tensor, Tensor],
-        seen: Tensor | None,
+        seen: Seen,
         cache: BlockCache | None,
     ) -> Tensor:
-        """Return the updated stream (C, T, D).
-
-        `table` is that of the positions of the tokens. `seen` is True where a token attends to one of the S tokens so far:
-        (T, S) of all rows, or (C, 1, T, S) of each; None: to all.
-        """
+        """Return the updated stream (C, T, D). `table` is that of the positions of the tokens."""
         x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), table, seen, cache))
         if memory_BND is not None or (cache is not None and cache.image is not None):
             x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, cache))
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
-    def _words(self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Tensor | None, cache: BlockCache | None) -> Tensor:
+    def _words(self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Seen, cache: BlockCache | None) -> Tensor:
         attend = self.attend_words
         q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), table)
         k_CHSK, v_CHSK = attend.keys_values(x_CTD)
@@ -253,11 +254,29 @@ class Attention(nn.Module):
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
 
-    def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen: Tensor | None) -> Tensor:
+    def attend(self, q_CHTK: Tensor, k_CHSK: Tensor, v_CHSK: Tensor, seen: Seen) -> Tensor:
         """Attend and merge the heads: -> (C, T, D)."""
-        mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen)
+        if isinstance(seen, tuple):
+            mixed_CHTK = attend_apart(q_CHTK, k_CHSK, v_CHSK, *seen)
+        else:
+            mixed_CHTK = functional.scaled_dot_product_attention(q_CHTK, k_CHSK, v_CHSK, attn_mask=seen)
         out_CTD: Tensor = self.out(mixed_CHTK.transpose(1, 2).flatten(2))
         return out_CTD
+
+
+def attend_apart(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, place_CT: Tensor, origin_BS: Tensor) -> Tensor:
+    """Attend within each of the texts that are packed into rows: -> (B, H, S, K).
+
+    Each text gets a row of its own for it. Causal attention needs no mask, so that the kernels that take none can be chosen.
+    """
+
+    def moved(x_BHSK: Tensor, place_CT: Tensor) -> Tensor:
+        flat_XHK = x_BHSK.transpose(1, 2).flatten(0, 1)
+        moved_CTHK: Tensor = flat_XHK.index_select(0, place_CT.flatten()).unflatten(0, place_CT.shape)
+        return moved_CTHK.transpose(1, 2)
+
+    q_CHTK, k_CHTK, v_CHTK = (moved(x_BHSK, place_CT) for x_BHSK in (q_BHSK, k_BHSK, v_BHSK))
+    return moved(functional.scaled_dot_product_attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True), origin_BS)
 
 
 def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

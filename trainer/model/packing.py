@@ -21,6 +21,8 @@ class PackedTexts:
     ids_BS: Tensor
     positions_BS: Tensor  # within the text
     segments_BS: Tensor  # number of the text within its image; -1: padding
+    place_CT: Tensor  # b * S + s of token t of text c; 0 behind its end
+    origin_BS: Tensor  # c * T + t of the token at a place; 0: padding
     learned_K: Tensor  # places b * S + s after which the token is learned
     labels_K: Tensor  # those tokens
     text_K: Tensor  # the number of the text that each belongs to
@@ -57,6 +59,8 @@ def pack(texts: TextBatch, images: int) -> PackedTexts:
         ids_BS=rows(texts.ids_CT[:, :-1], 0),
         positions_BS=rows(position_T.expand_as(place_CT), 0),
         segments_BS=rows(number_C[:, None].expand_as(place_CT), -1),
+        place_CT=place_CT.where(is_real_CT, 0),
+        origin_BS=rows(torch.arange(place_CT.numel(), device=image_of_C.device).view_as(place_CT), 0),
         learned_K=place_CT[learned_CT],
         labels_K=texts.ids_CT[:, 1:][learned_CT],
         text_K=torch.arange(len(image_of_C), device=image_of_C.device)[:, None].expand_as(place_CT)[learned_CT],

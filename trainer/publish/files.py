@@ -18,7 +18,16 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline.images.upright": {"pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white")},
     "trainer.model.decoder": {
         "trainer.model.dropout": ("LEVELS", "Dropout", "scaled_mask"),
-        "trainer.model.decoder": ("DecoderConfig", "BlockCache", "Block", "Attention", "rope_table", "apply_rope"),
+        "trainer.model.decoder": (
+            "DecoderConfig",
+            "Seen",
+            "BlockCache",
+            "Block",
+            "Attention",
+            "attend_apart",
+            "rope_table",
+            "apply_rope",
+        ),
     },
     "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
     "trainer.prompts": {

@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult

@@ -19,7 +19,7 @@ from datasets import load_dataset
 from PIL import Image
 from pycocotools.coco import COCO
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError

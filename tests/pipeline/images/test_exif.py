@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.images.metadata import MAX_EXIF_CHARACTERS, is_exif_name, read_exif
 from pipeline.sources import open_source
 from pipeline.types import Sample

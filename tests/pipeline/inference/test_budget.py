@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ServerConfig, resolve
+from pipeline.config.files import resolve
+from pipeline.config.sections import ServerConfig
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, CircuitBreaker
 from pipeline.inference.client import Client

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
 from pipeline.inference import engines

@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.executors.messages import describe_boxes
 from pipeline.inference.families import FAMILIES, PHOTO_PX, find_family
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference import engines, gpus
 from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
 from pipeline.inference.gpus import group_gpus, select_gpus

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import StoreError
 from pipeline.inference.journal import Journal, JournalState, check_journal, repair_journal
 from pipeline.inference.requests import build_requests

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import client, endpoints, judge, retry
 from pipeline.inference.client import Client

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference.requests import build_requests, count_requests, requests_per_sample
 
 SAMPLE = "a" * 64

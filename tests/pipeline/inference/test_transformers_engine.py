@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import GenerateConfig, resolve
+from pipeline.config.files import resolve
+from pipeline.config.sections import GenerateConfig
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine

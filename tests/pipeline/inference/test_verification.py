@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import with_images
 from pipeline.inference.verification import (

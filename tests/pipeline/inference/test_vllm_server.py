@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import vllm_server
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS

@@ -10,7 +10,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from pipeline.config import GenerateConfig, resolve
+from pipeline.config.files import resolve
+from pipeline.config.sections import GenerateConfig
 from pipeline.errors import EngineError
 from pipeline.inference import families
 from pipeline.inference.transformers_engine import EmbeddedEngine

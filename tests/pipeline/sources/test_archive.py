@@ -18,7 +18,7 @@ import boto3
 import pytest
 import webdataset
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import archive as archives
 from pipeline.sources import archive_entries, open_source

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import SourceError
 from pipeline.sources import image_urls, open_source, parquet
 from pipeline.sources.columns import read_mapping

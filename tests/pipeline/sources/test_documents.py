@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import documents, find_source, open_source, with_source_defaults
 from pipeline.stages.split import name_key

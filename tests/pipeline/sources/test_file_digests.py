@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dry_run import predict_run
 from pipeline.errors import SourceError
 from pipeline.preview import preview_run

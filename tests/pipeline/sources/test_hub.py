@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import constants
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.licenses import non_redistributable
 from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import deck_id, image_id

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
 from pipeline.sources.folder import digest_or_fault

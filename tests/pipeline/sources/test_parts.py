@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.sources import is_divisible, open_source, with_source_defaults
 from pipeline.types import ALL, Sample, SourceSlice

@@ -9,7 +9,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import SourceError
 from pipeline.sources import open_source
 from pipeline.sources.remote import open_remote

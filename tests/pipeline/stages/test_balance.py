@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config import BalanceConfig
+from pipeline.config.sections import BalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ask_yes_no, caption

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.removal import remove_versions
 from pipeline.dataset.reviews import Review, format_reviews, text_name

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.run import stages_of
 from pipeline.stages.base import step_order

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config, resolve
+from pipeline.config import Config
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import file_digest
 from pipeline.errors import SourceError
@@ -415,7 +416,7 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import pipeline.run
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.stages import source, source_parts
 source.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
 opened = pipeline.run.open_source

@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config import SplitConfig, resolve
+from pipeline.config.files import resolve
+from pipeline.config.sections import SplitConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
 from pipeline.stages.split import STAGE, join_keys, name_key, split_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import TaskConfig
+from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.tables import INT64, STRING
 from pipeline.tasks import find_broken_rule, find_task, wire_schema

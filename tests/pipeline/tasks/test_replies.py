@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.inference.requests import build_requests
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import find_flaw, parse_reply, read_fields

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.errors import ClusterError, EngineError, StoreError

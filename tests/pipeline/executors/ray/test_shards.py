@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import prompts
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray.executor import _begin

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import SourceError
 from pipeline.executors.ray.shards import ShardedRun

@@ -1,0 +1,271 @@
+"""The sections of the settings, one a stage or a part that asks models."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+
+from pipeline.config.addresses import address_of
+from pipeline.config.section import (
+    ANY_LANGUAGE,
+    BASE_URL,
+    FIELD,
+    HEADER,
+    HEADER_VALUE,
+    JUDGE,
+    NEED,
+    TASK,
+    TITLE,
+    VARIABLE,
+    Distinct,
+    Language,
+    Section,
+    Style,
+)
+
+
+def _pairs(values: Any) -> Any:
+    return tuple(values.items()) if isinstance(values, dict) else values
+
+
+StyleText = Annotated[str, Field(pattern=r"\S", max_length=20_000)]
+# By name; as pairs, since settings of prompts are keys of caches.
+StylePrompts = Annotated[tuple[tuple[Style, StyleText], ...], BeforeValidator(_pairs), PlainSerializer(dict)]
+BoxUnit = Literal["pixels", "thousandths"]  # of the image as the model sees it; of its sides
+Kind = Literal["caption", "question", "labels", "boxes", "text", "record"]
+
+
+def _json_text(value: Any) -> Any:
+    """Return a JSON schema as text, in which the order of its fields is kept; a text, which names a model, as it is."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else value
+
+
+def _json_value(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text and text.startswith("{") else text
+    except ValueError:
+        return text
+
+
+# A JSON schema, or the `module:Model` of pydantic that has one. As text, since tasks are keys of caches.
+OutputSchema = Annotated[str, BeforeValidator(_json_text), PlainSerializer(_json_value)]
+Label = Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)]
+
+
+class TaskConfig(Section):
+    """A task of one's own: what is asked, the form of the reply, and what the dataset makes of it."""
+
+    name: Annotated[str, Field(pattern=TASK, max_length=40)]
+    kind: Kind  # captions and questions join those of `caption` and `qa`; the others fill a column of the task's name
+    prompt: Annotated[str, Field(pattern=r"\S", max_length=20_000)]  # a template; in a task's file also the path of one (.j2)
+    output: OutputSchema | None = None  # of a whole reply: a JSON schema, or module:Model; None: the usual one of the kind
+    field: Annotated[str, Field(pattern=FIELD)] | None = None  # of a reply that is the text or the value; None: its only one
+    rows: Annotated[str, Field(pattern=FIELD)] | None = None  # a list in the reply, each item of which is an annotation
+    labels: Distinct[Label] = ()  # the only ones that labels, or those of boxes, may be
+    needs: Distinct[Annotated[str, Field(pattern=NEED)]] = ()  # tasks or caption styles whose results the prompt uses
+    show_image: bool = True  # False: the prompt alone, with results of other tasks or columns of the source
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # None: generate.max_tokens
+    min_words: Annotated[int, Field(ge=1)] | None = None  # of a caption, a question or a text
+    max_words: Annotated[int, Field(ge=1)] | None = None
+    language: Language | None = None  # of its texts; None: that of `filter`, if there is one
+    coordinates: BoxUnit = "pixels"  # of boxes, as the model writes them
+
+
+def task_names(entries: Any) -> Any:
+    """Return the names of own tasks, as far as they have one."""
+    return [entry.get("name") if isinstance(entry, dict) else getattr(entry, "name", None) for entry in entries or ()]
+
+
+class GenerateConfig(Section):
+    """Prompts and sampling of the model."""
+
+    OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
+
+    caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)  # of photographs: plain, detailed
+    style_prompts: StylePrompts = ()  # texts of caption styles of one's own, by name
+    prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
+    caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
+    caption_temperature: float = Field(default=0.0, ge=0, le=2)
+    samples: int = Field(default=1, ge=1, le=64)  # captions of each style that are asked for; the stage select keeps the best
+    sample_temperature: float = Field(default=0.8, gt=0, le=2)  # of all but the first, which is as if it were the only one
+    qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy asks the same about every image; higher is less true
+    max_tokens: int = Field(default=256, ge=1)
+    max_attempts: int = Field(default=3, ge=1)  # to get a usable reply
+    max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None  # larger images are scaled down; None: the model's own limit
+    prompt_dir: Path | None = None  # a folder of templates that override the built-in ones, such as caption/v1.j2
+    batch_size: int = Field(default=64, ge=1)  # of the embedded engine; not part of the request id
+
+
+def _with_valid_port(url: str) -> str:
+    address_of(url)  # raises ValueError for a port that there is not
+    return url
+
+
+BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_with_valid_port)]
+Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
+
+
+class EndpointConfig(Section):
+    """What differs for one server of several. What is not set is as for all of them (ServerConfig)."""
+
+    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    headers: Headers = Field(default_factory=dict)  # beside those for all servers
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    weight: float = Field(default=1.0, gt=0)  # a server of weight 2 has twice as many requests in flight as one of 1
+
+
+class ServerConfig(Section):
+    """How vLLM is started and used. Only flags that may change a reply are part of a dataset's identity."""
+
+    OLD_KEYS: ClassVar = {
+        "start_seconds": "startup_timeout_s",
+        "restarts": "max_restarts",
+        "reply_seconds": "request_timeout_s",
+    }
+
+    flags: tuple[str, ...] = ()  # passed to vLLM unchanged; override the default flags
+    startup_timeout_s: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is down
+    max_restarts: int = Field(default=3, ge=0)  # of a server that dies
+    request_timeout_s: float = Field(default=600, gt=0)  # for one reply
+    concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # that are sent to each server; None: as it answers
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None  # that each server reads and writes
+    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None  # the environment variable of the key; None: SYNTH_API_KEY
+    headers: Headers = Field(default_factory=dict)  # of each request; $NAME is of the environment
+    endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)  # by address, as in base_url
+    enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
+    price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; max_cost counts by it
+    price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
+    max_requests: Annotated[int, Field(ge=1)] | None = None  # that all runs in the dataset folder may send
+    max_total_tokens: Annotated[int, Field(ge=1)] | None = None  # that they may read and write
+    max_cost: Annotated[float, Field(gt=0)] | None = None  # that they may cost, by the prices above
+    max_failure_frac: float = Field(default=0.9, ge=0, le=1)  # of the last 100 replies that may be unusable; 1: all
+
+    @model_validator(mode="after")
+    def _knows_what_the_budget_buys(self) -> "ServerConfig":
+        if self.max_cost is not None and self.price_in is None and self.price_out is None:
+            raise ValueError("max_cost needs a price: price_in, price_out or both")
+        return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether requests, tokens or money are limited."""
+        return (self.max_requests, self.max_total_tokens, self.max_cost) != (None, None, None)
+
+    def price(self, prompt_tokens: float, reply_tokens: float) -> float | None:
+        """Return what so many tokens cost; None if no price is known."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (prompt_tokens * (self.price_in or 0) + reply_tokens * (self.price_out or 0)) / 1e6
+
+
+class FilterConfig(Section):
+    """Bounds on the texts that are kept; words are counted after openings such as "The image shows" are removed."""
+
+    OLD_KEYS: ClassVar = {
+        "max_repeated_trigrams": "max_duplicate_trigram_frac",
+        "min_distinct_words": "min_distinct_word_frac",
+        "max_foreign_letters": "max_non_latin_frac",
+    }
+
+    min_caption_words: int = Field(default=5, ge=1)
+    max_caption_words: int = Field(default=150, ge=1)
+    min_question_words: int = Field(default=3, ge=1)
+    max_question_words: int = Field(default=30, ge=1)
+    max_answer_words: int = Field(default=10, ge=1)
+    max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)  # in texts of twelve words or more
+    min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
+    language: Annotated[Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)] = "en"
+    min_language_score: float = Field(default=0.6, ge=0, le=1)  # confidence of the detector that rejects another language
+    max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)  # of letters outside of quotes, if the language is Latin
+
+
+Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment", "references"]
+
+
+class VerifyConfig(Section):
+    """Checks that ask the model about annotations again, with their thresholds. Only named checks are run."""
+
+    OLD_KEYS: ClassVar = {"min_blind_share": "min_blind_frac", "max_luck": "max_answer_frequency", "clip": "clip_model"}
+
+    checks: Distinct[Check] = ()
+    min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
+    repair: bool = False  # captions with false claims are written again without them, and checked again
+    judge: Annotated[str, Field(pattern=JUDGE)] | None = None  # MODEL@URL: another model that rates each text
+    judge_may_be_writer: bool = False  # a model likes its own texts
+    min_rating: Annotated[int, Field(ge=1, le=5)] | None = None  # of each part of the rubric; None: only measured
+    min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the image's questions; None: only measured
+    min_shared_words: Annotated[float, Field(ge=0, le=1)] | None = None  # with captions of the source; None: only measured
+    min_blind_frac: float = Field(default=0.8, gt=0, le=1)  # of images with one question, for an answer to need no image
+    max_answer_frequency: float = Field(default=0.1, ge=0, le=1)  # above it, an answer may be right by chance
+    clip_model: str = "auto"  # of `alignment`: auto, clip, metaclip, tiny-clip, a folder or a Hub id
+    min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine; None: only the lowest are rejected
+    lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)  # of the captions of each style, rejected
+
+    @model_validator(mode="after")
+    def _repairs_what_it_checks(self) -> "VerifyConfig":
+        if self.repair and "claims" not in self.checks:
+            raise ValueError("repair needs the check claims, which finds what is false: --verify claims")
+        return self
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is to be checked."""
+        return bool(self.checks or self.judge)
+
+
+Selection = Literal["consistency", "clip", "judge", "longest"]
+
+
+class SelectConfig(Section):
+    """How the best of several captions of one image and style is found (generate.samples)."""
+
+    by: Selection = "consistency"
+    pairs: bool = False  # the best and the worst are published together, to learn preferences from
+
+
+class DedupeConfig(Section):
+    """Which images and captions count as duplicates."""
+
+    images: Literal["auto", "photos", "graphics", "none"] = "auto"  # auto: decks and pages are graphics, drawn scenes none
+    max_images_per_caption: int = Field(default=5, ge=1)  # of captions that say the same about different images
+
+
+class BalanceConfig(Section):
+    """Limits on over-represented answers and captions."""
+
+    OLD_KEYS: ClassVar = {
+        "max_answer_share": "max_answer_frac",
+        "max_yes_no_share": "max_yes_no_frac",
+        "tail_share": "tail_frac",
+    }
+
+    max_answer_frac: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
+    max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also of two other answers
+    min_questions_per_type: int = Field(default=50, ge=1)  # rarer types are balanced together
+    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p for captions, such as 0.06; None: all are kept
+    entries: Path | None = None  # a file of entries to balance captions over; None: all words of the captions
+
+    def max_share(self, answers: Collection[str]) -> float:
+        """Return the largest share that one of these answers to one type of question may have."""
+        return self.max_yes_no_frac if len(answers) <= 2 or {"yes", "no"} & set(answers) else self.max_answer_frac
+
+
+class SplitConfig(Section):
+    """The shares of images that are held out. The rest is `train`."""
+
+    validation_frac: float = Field(default=0.1, ge=0, lt=1)
+    test_frac: float = Field(default=0.1, ge=0, lt=1)
+    group_by: Literal["folder", "prefix"] | None = (
+        None  # images of one folder, or of one name but for its last number: one split
+    )
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> "SplitConfig":
+        if self.validation_frac + self.test_frac >= 1:
+            raise ValueError("validation_frac and test_frac add up to 1 or more")
+        return self

@@ -1,0 +1,83 @@
+"""Files of settings: what overrides what, and one clear error."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config
+from pipeline.config.files import current_settings, read_yaml, resolve
+from pipeline.errors import ConfigError
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("source: scenes\nlimit: 7\nseed: 3\ngenerate: {qa_temperature: 0.2}\n")
+    config = resolve(file, limit=9, seed=None)
+    assert (config.limit, config.seed) == (9, 3)
+    assert (config.generate.qa_temperature, config.generate.caption_temperature) == (0.2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("source: scenes\nlimits: 7\n", "unknown config key: limits"),
+        ("source: scenes\ngenerate: {temprature: 1}\n", "unknown config key: generate.temprature"),
+        ("source: scenes\nlimit: 0\n", "bad value for limit"),
+        ("source: scenes\ngenerate: {caption_styles: [A poem]}\n", "bad value for generate.caption_styles"),
+        ("source: scenes\ntasks: []\n", "no task is asked and no text of people is kept"),
+        ("source: scenes\ntasks: [caption, caption]\n", "named twice"),
+        ("- a\n", "must hold keys and values"),
+        ("a: [\n", "is not YAML"),
+        ("limit: 3\n", "no source given"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, what: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=what) as caught:
+        resolve(file)
+    assert caught.value.hint
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read config file"):
+        resolve(tmp_path / "none.yaml")
+
+
+def test_a_flag_of_a_section_leaves_the_rest_of_it_as_the_file_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("source: scenes\nserver: {concurrency: 8}\n")
+    server = resolve(file, server={"flags": ["--x"]}).server
+    assert (server.concurrency, server.flags) == (8, ("--x",))
+
+
+def test_keys_of_earlier_releases_are_read_under_their_new_names(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(
+        "never: [flickr30k]\ngenerate: {attempts: 2}\nverify: {clip: tiny-clip, max_luck: 0.2}\nserver: {restarts: 1}\n"
+    )
+    config = resolve(tmp_path / "old.yaml", source="scenes", verify={"checks": ["blind"]})
+    assert (config.exclude, config.generate.max_attempts, config.server.max_restarts) == (("flickr30k",), 2, 1)
+    assert config.verify.model_dump(include={"checks", "clip_model", "max_answer_frequency"}) == {
+        "checks": ("blind",),
+        "clip_model": "tiny-clip",
+        "max_answer_frequency": 0.2,
+    }
+    assert resolve(tmp_path / "old.yaml", source="scenes", exclude=["vqav2"]).exclude == ("vqav2",)
+    old = {"never": [], "verify": {"max_luck": 0.1}, "balance": {"tail_share": None}}
+    assert current_settings(old) == {"exclude": [], "verify": {"max_answer_frequency": 0.1}, "balance": {"tail_frac": None}}
+
+
+def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("source: scenes\nfilter:\n#  language: de\n")
+    assert resolve(file) == Config(source="scenes")
+    file.write_text("config: foo\nversion: 1\n")
+    with pytest.raises(ConfigError, match="unknown config key: config"):
+        resolve(file)
+
+
+def test_anchors_merges_and_keys_that_only_look_equal_are_read(tmp_path: Path) -> None:
+    text = "b: &b {a: 1}\ns: {inner: &m {<<: *b, a: 2}}\ntop: {<<: *m}\n1: x\n'1': y\n"
+    (tmp_path / "any.yaml").write_text(text)
+    assert read_yaml(tmp_path / "any.yaml", "a key") == yaml.safe_load(text)
