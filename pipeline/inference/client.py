@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from pipeline.inference.endpoints import (
     raise_for_access,
     request_headers,
 )
+from pipeline.inference.in_flight import InFlight
 from pipeline.inference.probing import learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, RetryState, stated_wait
@@ -52,9 +53,8 @@ from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, Requ
 
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
-SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent
+SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
-FINISH_SECONDS = 60.0  # after an error that ends the run, for requests in flight, which are paid for
 LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
 MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
@@ -62,29 +62,6 @@ FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class InFlight:
-    """The state of one `ask`: requests queued, requests in flight, replies not yet yielded."""
-
-    work: RequestSource
-    taken: deque[Request] = field(default_factory=deque)
-    # Requests that wait until a server has their images, by Request.shown; and those that have waited.
-    waiting: dict[str, list[Request]] = field(default_factory=dict)
-    released: deque[Request] = field(default_factory=deque)
-    recorded: deque[Request] = field(default_factory=deque)
-    running: set["asyncio.Task[Reply]"] = field(default_factory=set)
-    sent: set["asyncio.Task[Any] | None"] = field(default_factory=set)  # those of running that a server is answering
-    resting: int = 0  # running tasks that wait before a retry; they take no slot
-    replies: list[Reply] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None  # ends the run; nothing more is sent
-    ends_at: float | None = None  # when requests in flight are no longer waited for, since there is an error
-
-    def release(self, shown: str) -> None:
-        """Let the requests go that wait for these images."""
-        self.released.extend(self.waiting.pop(shown, ()))
 
 
 class Client:
@@ -265,8 +242,7 @@ class Client:
                 break
         if in_flight.error and not in_flight.replies:  # replies that came before the error are yielded, and journaled, first
             raise in_flight.error
-        replies, in_flight.replies = in_flight.replies, []
-        return replies
+        return in_flight.take_replies()
 
     def _fill(self, in_flight: InFlight) -> None:
         # Replies not yet yielded count too: after a crash they are requested again, like requests in flight.
@@ -275,7 +251,7 @@ class Client:
             and len(in_flight.running) < 2 * self._concurrency.limit
             and not in_flight.error
         ):
-            request = self._next_request(in_flight)
+            request = in_flight.next_request(self._recorded_at_once(), self._will_be_kept)
             if request is None:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
@@ -285,43 +261,10 @@ class Client:
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
 
-    def _next_request(self, in_flight: InFlight) -> Request | None:
-        if not in_flight.recorded:
-            ahead = self._choose(in_flight)
-            if ahead:
-                in_flight.work.sending(ahead)
-                in_flight.recorded.extend(ahead)
-        return in_flight.recorded.popleft() if in_flight.recorded else None
-
-    def _choose(self, in_flight: InFlight) -> list[Request]:
-        """Return the next requests: those that have waited, then new ones.
-
-        Where a server keeps images, the others about an image wait for the first of them, while there is anything else to send.
-        """
-        chosen: list[Request] = []
+    def _recorded_at_once(self) -> int:
+        """Return how many requests are recorded together: few ahead of those that wait for an image, which go first."""
         keeps_images = any(endpoint.named_images for endpoint in self._endpoints)
-        # Few are recorded ahead of those that have waited; each time takes a transaction.
-        most = max(1, min(SENT_BATCH, self._concurrency.limit // 4)) if keeps_images else SENT_BATCH
-        while len(chosen) < most:
-            if in_flight.released:
-                chosen.append(in_flight.released.popleft())
-                continue
-            if not in_flight.taken and not chosen:
-                in_flight.taken.extend(in_flight.work.take())
-            if not in_flight.taken:
-                break
-            request = in_flight.taken.popleft()
-            if request.shown in in_flight.waiting:
-                in_flight.waiting[request.shown].append(request)
-                continue
-            chosen.append(request)
-            if request.shows_image and self._will_be_kept(request.shown):
-                in_flight.waiting[request.shown] = []
-        if not chosen and in_flight.waiting:
-            for shown in [*in_flight.waiting]:
-                in_flight.release(shown)
-            return self._choose(in_flight)
-        return chosen
+        return max(1, min(SENT_BATCH, self._concurrency.limit // 4)) if keeps_images else SENT_BATCH
 
     def _will_be_kept(self, shown: str) -> bool:
         """Return whether servers keep images, and none has these yet."""
@@ -340,11 +283,7 @@ class Client:
             in_flight.replies.append(task.result())
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
-            if not in_flight.error:
-                in_flight.error = error
-                in_flight.ends_at = asyncio.get_running_loop().time() + FINISH_SECONDS
-                for waiting in in_flight.running - in_flight.sent:
-                    waiting.cancel()
+            in_flight.fail(error)
         if len(in_flight.replies) >= self._group_size():
             in_flight.wake.set()
 
