@@ -13,10 +13,12 @@ from pipeline.config.files import resolve
 from pipeline.errors import StoreError
 from pipeline.inference.journal import Journal, JournalState, check_journal, repair_journal
 from pipeline.inference.requests import build_requests
+from pipeline.inference.verification import Check, build_check, build_claims, build_repair
 from pipeline.storage.files import translate_disk_errors
 from pipeline.types import UNANSWERED, Reply, Request
 
-REQUESTS = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
+CONFIG = resolve(source="scenes")
+REQUESTS = list(build_requests("a" * 64, CONFIG, "r"))
 
 
 def reply_to(number: int) -> Reply:
@@ -117,6 +119,34 @@ def test_a_reply_of_a_model_is_taken_over_where_ours_is_that_no_server_answered(
         journal.keep([(REQUESTS[0], replace(reply_to(0), finish_reason="server_error"), "server_error")])
         journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
         assert journal.last(REQUESTS[0].id, answered=True) == (reply_to(0), None)
+
+
+@pytest.mark.parametrize("reason", UNANSWERED)
+def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp_path: Path, reason: str) -> None:
+    first = build_claims("A red cube.", "a" * 64, CONFIG, "r")
+    second = build_claims("A red cube.", "b" * 64, CONFIG, "r")
+    assert first.id == second.id
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.keep([(first, first.reply("overloaded", reason), reason)])
+        journal.keep([(second, second.reply("{}", "stop"), None)])
+        assert journal.last(first.id) == (second.reply("{}", "stop"), None)
+    assert check_journal(tmp_path / "j.sqlite").is_intact
+
+
+def test_replies_about_a_text_alone_are_taken_over_for_all_samples(tmp_path: Path) -> None:
+    checks = [Check("blind", "Is it red?", "yes", ()), Check("covers", "Is it red?", "yes", (), "A red cube.")]
+    about_texts = [
+        build_claims("A red cube.", "c" * 64, CONFIG, "r"),
+        build_repair("A red cube.", [], "c" * 64, CONFIG, "r"),
+        *(build_check(check, "c" * 64, CONFIG, "r") for check in checks),
+    ]
+    about_image = build_check(Check("claims", "Is it red?", "yes"), "c" * 64, CONFIG, "r")
+    with Journal(tmp_path / "theirs.sqlite") as journal:
+        journal.keep([(request, request.reply("{}", "stop"), None) for request in (*about_texts, about_image)])
+    with Journal(tmp_path / "ours.sqlite") as journal:
+        journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
+        assert [request.style for request in about_texts if journal.last(request.id) is None] == []
+        assert journal.last(about_image.id) is None
 
 
 def test_a_journal_of_another_version_is_not_taken_over(tmp_path: Path) -> None:
