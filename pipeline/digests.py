@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def weights_revision(folder: Path) -> str:
 def public_name(model: str) -> str:
     """Return the publishable name of a model: without a path, and without the revision that a server appends to it."""
     return without_folders(model.rpartition("@")[0] or model)
+
+
+def has_common_revision(model: str) -> bool:
+    """Return whether the revision of a served model is one that others may have: what its name says after an @, such as q4_k_m.
+
+    `synth serve` appends a digest of the weights there.
+    """
+    return "@" in model and re.search(r"@[0-9a-f]{6,64}(\+\w+)*$", model) is None
 
 
 def without_folders(name: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_SHOWN_CHARACTERS = 80
+SECRET_KEYS = frozenset(("key_env", "headers"))  # whose values are not shown: by mistake they may be keys of servers
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
@@ -49,6 +50,9 @@ def _flaw(error: "ErrorDetails") -> str:
     """Return what is wrong with a value, in our words."""
     value, context = error["input"], error.get("ctx", {})
     shown = repr(value) if len(repr(value)) <= MAX_SHOWN_CHARACTERS else f"{repr(value)[:MAX_SHOWN_CHARACTERS]}..."
+    is_secret = not SECRET_KEYS.isdisjoint(error["loc"])
+    if is_secret:
+        shown = "it"
     wanted = {
         "tuple_type": "a list, such as [a, b]",
         "list_type": "a list, such as [a, b]",
@@ -78,7 +82,8 @@ def _flaw(error: "ErrorDetails") -> str:
         wanted = PATTERNS.get(str(context.get("pattern")), f"a text that matches {context.get('pattern')}")
     if wanted is None:  # a rule of our own
         rule = error["msg"].removeprefix("Value error, ")
-        return rule if isinstance(value, dict | BaseModel) else f"{rule} ({shown})"  # a section may hold keys of servers
+        may_hold_keys = is_secret or isinstance(value, dict | BaseModel)  # of servers, as a section may
+        return rule if may_hold_keys else f"{rule} ({shown})"
     is_unquoted = isinstance(value, bool) and error["type"] == "string_type"
     quotes = "; YAML reads yes, no, on and off so: put it in quotes" if is_unquoted else ""
     return f"{shown} is not {wanted}{quotes}"

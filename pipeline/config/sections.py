@@ -1,6 +1,7 @@
 """The sections of the settings, one a stage or a part that asks models."""
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -104,14 +105,22 @@ def _with_valid_port(url: str) -> str:
     return url
 
 
+def _named_not_given(variable: str) -> str:
+    if _LIKE_A_KEY.match(variable):
+        raise ValueError("it looks like a key; put the key into an environment variable, and name that one here")
+    return variable
+
+
 BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_with_valid_port)]
+KeyVariable = Annotated[str, Field(pattern=VARIABLE), AfterValidator(_named_not_given)]
+_LIKE_A_KEY = re.compile(r"(hf_|sk_|gsk_|ghp_|r8_|xai_|AIza)(?=\w*\d)\w{8,}$")  # keys that would pass as the name of a variable
 Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
 
 
 class EndpointConfig(Section):
     """What differs for one server of several. What is not set is as for all of them (ServerConfig)."""
 
-    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    key_env: KeyVariable | None = None
     headers: Headers = Field(default_factory=dict)  # beside those for all servers
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
@@ -134,7 +143,7 @@ class ServerConfig(Section):
     concurrency: Annotated[int, Field(ge=1)] | None = None  # requests in flight; None: adapts to the server
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None  # that are sent to each server; None: as it answers
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None  # that each server reads and writes
-    key_env: Annotated[str, Field(pattern=VARIABLE)] | None = None  # the environment variable of the key; None: SYNTH_API_KEY
+    key_env: KeyVariable | None = None  # the environment variable of the key; None: SYNTH_API_KEY
     headers: Headers = Field(default_factory=dict)  # of each request; $NAME is of the environment
     endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)  # by address, as in base_url
     enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused

@@ -15,8 +15,10 @@ from typing import Protocol, TypeVar
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
+from pipeline.digests import has_common_revision, public_name
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.messages import describe_losses, describe_unanswered
+from pipeline.inference.engines import EngineChoice
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.stages.base import (
@@ -48,6 +50,24 @@ class RunResult:
     is_new: bool
     stats: RequestStats
     funnel: list[StageSummary]
+
+
+def require_own_replies(dataset: DatasetDir, choice: EngineChoice) -> None:
+    """Raise ConfigError if a folder has replies of another model that this one would take for its own.
+
+    That may be where a server states as their revision what others have, too.
+    """
+    if choice.name != "vllm" or not has_common_revision(choice.model):
+        return
+    is_asked = dataset.provenance("generate").exists()
+    name = read_json(dataset.provenance("generate"))["name"] if is_asked else None
+    if name is None and dataset.run_file.exists():  # an earlier run was killed while it asked
+        name = dataset.settings().get("model") and public_name(dataset.settings()["model"])
+    if name is not None and name != public_name(choice.model):
+        problem = (
+            f"{dataset.path} has replies of {name}, and {choice.model} has the same revision: they could not be told apart"
+        )
+        raise ConfigError(problem, hint="write to a folder of its own: --out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish
+from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish, require_own_replies
 from pipeline.executors.messages import describe_start
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
@@ -70,6 +70,7 @@ def run_locally(
     asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
+        require_own_replies(dataset, choose())
         progress.message(describe_start(config, choose(), dataset))
     if source is None:
         _require_same_comparison(dataset, config)

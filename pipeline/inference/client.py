@@ -198,6 +198,11 @@ class Client:
         for endpoint in self._endpoints:
             if not endpoint.is_up.is_set():
                 self._progress.warn(f"{endpoint.url} does not answer; going on without it")
+        roots = dict.fromkeys(endpoint.model_root for endpoint in self._endpoints if endpoint.model_root)
+        if len(roots) > 1:
+            self._progress.warn(
+                f"what the servers call {self._name} is {' and '.join(roots)}: all replies count as those of one model"
+            )
         return min((length for length in lengths if length), default=None)
 
     async def _check_server(self, endpoint: Endpoint) -> int | None:
@@ -212,6 +217,7 @@ class Client:
         if models is None:
             return None
         endpoint.is_vllm = models[self._name].owner == "vllm"
+        endpoint.model_root = models[self._name].root
         return models[self._name].max_model_len
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:

@@ -7,11 +7,12 @@ import math
 import os
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -117,6 +118,7 @@ class Endpoint:
     dialect: Dialect = FULL
     is_learned: bool = False  # whether the dialect is known
     is_vllm: bool = False  # as its list of models says
+    model_root: str = ""  # where the model of the run comes from, as that list says
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
@@ -300,7 +302,8 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
             if not matching:
                 raise not_served(endpoint, wanted or "", models)
-            return matching[0], models[matching[0]].root
+            name = wanted if wanted in models else matching[0]
+            return name, models[name].root
     raise no_server(endpoints)
 
 
@@ -423,19 +426,45 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
     """Return the servers of `base_url`, with what the settings say of each.
 
     A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
-    for all servers, else under the usual one. Raises EngineError if a header of the settings names a variable that is not set.
+    for all servers, else under the usual one; where its address has a name and a password, these instead. Raises EngineError
+    if a header of the settings names a variable that is not set.
     """
     endpoints = []
     for url in config.base_url:
         parts, settings = urlsplit(url), config.endpoint(url)
         usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
         name = settings.key_env or key_name or config.server.key_env or usual
-        address = address_of(url)
+        address, login = _without_login(address_of(url))
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        endpoints.append(Endpoint(address, request_headers(key or None) | headers, name, pace, settings.weight))
+        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
+        endpoints.append(Endpoint(address, all_headers, name, pace, settings.weight))
+        endpoints[-1].keys += [login.password] if login and login.password else []
     return endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """The name and the password in the address of a server."""
+
+    user: str
+    password: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that takes their place (RFC 7617)."""
+        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
+
+
+def _without_login(url: str) -> tuple[str, Login | None]:
+    """Return an address without the name and the password in it, which messages would show, and these."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    user, _, password = login.partition(":")
+    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
 
 
 def _wants_openai_key(host: str) -> bool:

@@ -4,6 +4,7 @@ import os
 
 from pipeline.config import Config
 from pipeline.config.addresses import AT_SERVER, address_of, origin_of
+from pipeline.digests import has_common_revision
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
 from pipeline.inference.endpoints import JUDGE_KEY, find_model
@@ -30,7 +31,8 @@ def choose_judge(
     of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
     served, revision = find_model(of_judge, key_name)
-    is_writer = revision == writer_revision or (writer is not None and _without_revision(served) == _without_revision(writer))
+    is_same_revision = revision == writer_revision and not has_common_revision(served)
+    is_writer = is_same_revision or (writer is not None and _without_revision(served) == _without_revision(writer))
     if is_writer and not config.verify.judge_may_be_writer:
         hint = "name another model, or allow it: verify.judge_may_be_writer: true"
         raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)

@@ -62,6 +62,7 @@ class ChatServer:
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
+        self.other_models: list[str] = []  # that it lists, too
         self.headers: list[dict[str, str]] = []  # of all requests
         self.in_flight_counts: list[int] = []  # requests in flight at the arrival of each
         self.owner = "somebody"  # as its list of models says
@@ -96,7 +97,8 @@ class ChatServer:
             return web.json_response({"error": "Unauthorized"}, status=401)
         own = {"id": f"{self.kind.model_prefix}{self.model}", **self.kind.model_fields}
         own |= {"owned_by": "vllm" if self.keeps_images else self.owner}
-        return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {})]})
+        others = [own | {"id": name} for name in self.other_models]
+        return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {}), *others]})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=404 if not self.has_health else 503 if self.dead else 200)

@@ -15,7 +15,15 @@ from pipeline.config import Config
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.digests import digest, file_digest, public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import ClusterOptions, RunResult, T, compare_rows, forget_other_stages, publish
+from pipeline.executors.base import (
+    ClusterOptions,
+    RunResult,
+    T,
+    compare_rows,
+    forget_other_stages,
+    publish,
+    require_own_replies,
+)
 from pipeline.executors.messages import describe_start
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
@@ -77,6 +85,7 @@ def run_on_cluster(
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
+    require_own_replies(dataset, choice)
     source = open_source(config)
     for text in (describe_start(config, choice, dataset), *source.messages):
         progress.message(text)

@@ -38,6 +38,21 @@ def test_a_slip_in_a_file_of_settings_is_named(text: str, message: str, hint: st
     assert len(caught.value.hint) < 1000
 
 
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"key_env": "sk-SECRET-123456"},
+        {"key_env": "hf_SECRET123456"},
+        {"headers": {"X-Key": "SECRET\nX-Other: b"}},
+        {"endpoints": {"http://a/v1": {"key_env": "sk-SECRET-1"}}},
+    ],
+)
+def test_a_key_in_the_place_of_its_name_is_not_shown(server: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"key_env|headers") as caught:
+        resolve(source="scenes", base_url=["http://a/v1"], server=server)
+    assert "SECRET" not in str(caught.value) + (caught.value.hint or "")
+
+
 def test_a_rule_about_a_section_does_not_print_the_keys_in_it(tmp_path: Path) -> None:
     text = "source: scenes\nserver: {headers: {Authorization: Bearer sk-secret-01}, concurrency: yes, endpoints: {x: {}}}\n"
     (tmp_path / "synth.yaml").write_text(text)

@@ -17,8 +17,10 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
-from pipeline.executors.base import compare_rows, forget_other_stages
+from pipeline.errors import ConfigError
+from pipeline.executors.base import compare_rows, forget_other_stages, require_own_replies
 from pipeline.images.similarity import COMPARED_COLUMNS
+from pipeline.inference.engines import EngineChoice
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind
@@ -26,7 +28,7 @@ from pipeline.stages import balance
 from pipeline.stages.base import RunPlan
 from pipeline.stages.filter import judge_texts
 from pipeline.stages.validate import validate_annotations
-from pipeline.storage.files import read_table, remove, write_table, write_text
+from pipeline.storage.files import read_table, remove, write_json, write_table, write_text
 from pipeline.storage.object_store import parse_dataset_path
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
@@ -211,3 +213,21 @@ def test_stages_that_a_run_does_not_have_leave_nothing_behind(tmp_path: Path) ->
     assert [shard.stage(name).exists() for name in ("source", "select", "review")] == [True, False, True]
     assert tmp_path.parent.exists()
     forget_other_stages(DatasetDir(tmp_path / "new"), ("source",))
+
+
+def choice_of(model: str) -> EngineChoice:
+    return EngineChoice("vllm", model, model.rpartition("@")[2], "", lambda: pytest.fail("no engine is made"))
+
+
+def test_two_models_with_one_revision_do_not_share_a_folder(tmp_path: Path) -> None:
+    dataset = DatasetDir(tmp_path)
+    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
+    write_json(dataset.run_file, resolve(source="scenes", model="qwen@q4_k_m").recorded())  # of a run that was killed
+    with pytest.raises(ConfigError, match="has replies of qwen, and llava@q4_k_m has the same revision"):
+        require_own_replies(dataset, choice_of("llava@q4_k_m"))
+    write_json(dataset.provenance("generate"), {"name": "llava", "revision": "q4_k_m"})
+    require_own_replies(dataset, choice_of("llava@q4_k_m"))
+    with pytest.raises(ConfigError, match="has replies of llava"):
+        require_own_replies(dataset, choice_of("qwen@q4_k_m"))
+    require_own_replies(dataset, choice_of("qwen@c0ffee12+ab12"))  # as `synth serve` names it: of the weights
+    require_own_replies(dataset, choice_of("qwen"))  # a digest of the name is its revision

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
-from pipeline.inference.endpoints import Endpoint, Endpoints, find_model
+from pipeline.inference.endpoints import Endpoint, Endpoints, find_model, named_endpoints
 from pipeline.inference.journal import Journal
 from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
 from pipeline.inference.probing import UNKNOWN_IMAGE
@@ -237,6 +238,35 @@ def test_the_revision_of_a_server_is_in_its_name_or_in_what_it_says_it_serves() 
     first, second = ChatServer(model="m"), ChatServer(model="m")
     first.model_root, second.model_root = "/models/a", "/models/b"
     assert revision(first) != revision(second)
+
+
+def test_a_model_that_is_named_in_full_is_taken_before_one_that_begins_so() -> None:
+    with running_chat(ChatServer(model="qwen@q8_0")) as chat:
+        chat.other_models = ["qwen"]
+        assert find_model(resolve(source="scenes", base_url=[chat.url], model="qwen"))[0] == "qwen"
+        assert find_model(resolve(source="scenes", base_url=[chat.url], model="qwen@q8_0"))[0] == "qwen@q8_0"
+
+
+def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
+    with running_chat(ChatServer(model="llama")) as chat:
+        config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
+        with pytest.raises(EngineError, match="does not serve qwen") as caught:
+            find_model(config)
+        assert "cret" not in str(caught.value)
+        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
+    assert "s@cret-word" in named_endpoints(config)[0].keys
+
+
+def test_servers_of_different_models_under_one_name_are_told(tmp_path: Path) -> None:
+    first, second = ChatServer(model="m"), ChatServer(model="m")
+    first.model_root, second.model_root = "/models/a", "/models/b"
+    with running_chat(first), running_chat(second):
+        config = resolve(source="scenes", base_url=[first.url, second.url], model="m")
+        notes = Notes()
+        with Client("m", "r", config, progress=notes):
+            pass
+    assert [text for text in notes.texts if "/models/a and /models/b" in text]
 
 
 def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> None:
