@@ -31,7 +31,7 @@ from trainer.distributed import best_device
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.hf_config import require_few_layers
 from trainer.presets import EncoderStates
-from trainer.tokenizer import CaptionTokenizer, TargetText
+from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
 
 MAX_CONFIG_BYTES = 10_000_000
 PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
@@ -166,13 +166,15 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
-    largest = max(backend.get_vocab().values(), default=-1)
-    if not 0 <= config.eos_id < vocab_size or largest >= vocab_size:
-        raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
+    if not 0 <= config.eos_id < vocab_size:
+        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,}")
+    require_known_tokens(backend, vocab_size)
     tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
     backend.encode_special_tokens = True  # the name of a token in a text is not the token
     for source, style in config.prompts:
-        tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+        ids = tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+        if max(ids) >= vocab_size:
+            raise ValueError(f"the prompt of the style {style or 'of answers'} has tokens that the decoder has not")
     return tokenizer
 
 

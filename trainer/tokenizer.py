@@ -115,6 +115,17 @@ class CaptionTokenizer:
         return int(token_id)
 
 
+def require_known_tokens(backend: Tokenizer, vocab_size: int) -> None:
+    """Raise ValueError if a text may have tokens that a decoder has not.
+
+    Special tokens may, since no text has them (encode_special_tokens): Gemma has one for images behind the last word.
+    """
+    special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    largest = max((number for number in backend.get_vocab().values() if number not in special), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
+
+
 def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
     """Return one batch of the texts of each image."""
     pairs = [(image, text) for image, image_texts in enumerate(texts) for text in image_texts]

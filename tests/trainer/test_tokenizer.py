@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_language_model
 from trainer.model.language_model import load_decoder
 from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, TextBatch, collate, train_tokenizer
@@ -81,3 +83,17 @@ def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_
     ids = tokenizer.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
     assert (ids.count(tokenizer.eos_id), ids[-1]) == (1, tokenizer.eos_id)
     assert tokenizer.decode(ids[:-1]) == "A sign that says <end> and <pad>."
+
+
+def test_a_special_token_behind_the_last_word_is_no_hindrance_and_another_one_is(tmp_path: Path) -> None:
+    folder = save_language_model(tmp_path, "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    decoder, loaded = load_decoder(folder)
+    assert max(loaded.backend.get_vocab().values()) == decoder.settings["vocab_size"]
+    assert max(loaded.target(TargetText("human", "an <image> here", style="brief"))) < decoder.settings["vocab_size"]
+    tokenizer.add_tokens(["kite"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(TrainError, match="the tokenizer has 260 tokens, and the decoder 258"):
+        load_decoder(folder)

@@ -5,6 +5,7 @@ numbers that repeat a layer are bounded.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ NAMES_CODE = frozenset(  # settings by which transformers would fetch or run som
 REPEATED = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_REPEATS = 1024  # of a layer
 FETCHES = re.compile("timm|edgetam")  # models whose configs ask the Hub for others
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")  # as models call it
 MAX_PATCH = 64
 MAX_SHOWN = 100
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
@@ -42,6 +44,12 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
     methods = {name for name in dir(CONFIG_MAPPING[model_type]) if callable(getattr(CONFIG_MAPPING[model_type], name, None))}
     config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: v for n, v in settings.items() if n not in methods}))
     return config
+
+
+def attention_window(config: PreTrainedConfig) -> float:
+    """Return how many tokens before it a token sees at least, in each layer that has attention; infinite if it sees all."""
+    sizes = (getattr(config, name, None) for name in WINDOWS)
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=math.inf)
 
 
 def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any]) -> dict[str, Any]:

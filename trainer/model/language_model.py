@@ -14,20 +14,28 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
-from trainer.model.hf_config import config_of, settings_of, silence_transformers
+from trainer.model.hf_config import attention_window, config_of, settings_of, silence_transformers
 from trainer.model.lora import add_adapters, is_adapter
 from trainer.model.packing import PackedTexts, pack, visible
-from trainer.model.token_loss import token_loss
+from trainer.model.token_loss import ScoreForm, token_loss
 from trainer.presets import DECODERS
-from trainer.tokenizer import CaptionTokenizer, TextBatch
+from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared
+UNTIL_THE_END = {"early_stopping": "never"}  # of a search with beams: a longer text may have the better mean
 MAX_DIFFERENCE = 1e-4  # of the standard deviation of the states; rounding makes 1e-6, a convolution at least 4e-4
 
 
@@ -39,11 +47,12 @@ class PretrainedDecoder(nn.Module):
         self.settings = settings
         self.model: Any = model or AutoModelForCausalLM.from_config(config_of(settings))
         self.model.tie_weights()  # which goes with drawing weights, and is left out where they are loaded
-        self.width: int = self.model.config.hidden_size
-        # In layers with a window a token sees so many before it: packed texts would take the place of their image.
-        self._window: float = getattr(self.model.config, "sliding_window", None) or math.inf
+        self.model.generation_config = GenerationConfig()  # a checkpoint keeps none: penalties would end with the training
+        embedding: Any = self.model.get_input_embeddings()
+        self.width: int = embedding.embedding_dim  # which in some models is not that of the layers
+        self._window = attention_window(self.model.config)  # packed texts would take the place of their image in it
         self._max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        self._packing: Packing | None = None
+        self._found: tuple[Packing, ScoreForm] | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
         """Give the model adapters, which alone learn from here on; see trainer/model/lora.py."""
@@ -69,10 +78,15 @@ class PretrainedDecoder(nn.Module):
 
     @property
     def packing(self) -> Packing:
-        """How the texts about an image are computed, found out at the first use. Raises TrainError if there is no way."""
-        if self._packing is None:
-            self._packing = self._choose_packing()
-        return self._packing
+        """How the texts about an image are computed. Raises TrainError if there is no way."""
+        return self._probed[0]
+
+    @property
+    def _probed(self) -> tuple[Packing, ScoreForm]:
+        """How texts are computed, and what the model makes of scores; found out at the first use."""
+        if self._found is None:
+            self._found = self._probe()
+        return self._found
 
     def loss(
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
@@ -91,8 +105,7 @@ class PretrainedDecoder(nn.Module):
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
         head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)  # as that of each language model of transformers
-        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K)
+        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self._probed[1])
 
     def _require_positions(self, num_states: int, num_tokens: int) -> None:
         """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
@@ -134,8 +147,11 @@ class PretrainedDecoder(nn.Module):
         return hidden_CLD[:, before_CPD.shape[1] :]
 
     @torch.no_grad()
-    def _choose_packing(self) -> Packing:
-        """Compare two texts about one image, packed and apart; return the fastest way that gives the states of texts apart."""
+    def _probe(self) -> tuple[Packing, ScoreForm]:
+        """Compare two texts about one image, packed and apart: return the fastest way that gives the states of texts apart.
+
+        Also what becomes of the scores. Raises TrainError if the model cannot write behind an image, or `_score_form` does.
+        """
         device, was_training = next(self.model.parameters()).device, self.model.training
         draw = torch.Generator().manual_seed(0)  # not that of training, whose dropout must not depend on this
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -146,7 +162,8 @@ class PretrainedDecoder(nn.Module):
         self.model.eval()
         try:
             with torch.autocast(device.type, enabled=False):
-                apart_CTD = self._states_apart(prefix_BPD, texts)[:, :-1]
+                whole_CTD = self._states_apart(prefix_BPD, texts)
+                form, apart_CTD = self._score_form(prefix_BPD, texts, whole_CTD), whole_CTD[:, :-1]
                 packed = pack(texts, 1)
                 for packing in PACKED:
                     try:
@@ -155,13 +172,30 @@ class PretrainedDecoder(nn.Module):
                         continue
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
                     if difference <= MAX_DIFFERENCE * apart_CTD.std():
-                        return packing
+                        return packing, form
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
             problem = f"the decoder cannot write behind an image: {one_line(error)}"
             raise TrainError(problem, hint="choose a causal language model that takes embeddings: --decoder qwen3") from None
         finally:
             self.model.train(was_training)
-        return "apart"
+        return "apart", form
+
+    def _score_form(self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor) -> ScoreForm:
+        """Return what the model makes of the scores of its head. Raises TrainError if that is none of the known forms."""
+        words_CTD = self.model.get_input_embeddings()(texts.ids_CT)
+        embeds_CLD = torch.cat([prefix_BPD[texts.image_of_C].to(words_CTD.dtype), words_CTD], 1)
+        own_CTV = self.model(inputs_embeds=embeds_CLD, use_cache=False).logits[:, prefix_BPD.shape[1] :].float()
+        head = self.model.get_output_embeddings()
+        given_CTV = head(states_CTD).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        bare_CTV = own_CTV if cap is None else cap * torch.atanh(own_CTV / cap)
+        factor = float((bare_CTV * given_CTV).sum() / given_CTV.square().sum())
+        form = ScoreForm(1.0 if abs(factor - 1) < MAX_DIFFERENCE else factor, cap)
+        difference = (form.apply(given_CTV) - own_CTV).abs().max()
+        if not isinstance(head, nn.Linear) or difference > 10 * MAX_DIFFERENCE * own_CTV.std():
+            hint = "choose another decoder: --decoder qwen3"
+            raise TrainError("the decoder makes of its scores what is not known here: it would learn a wrong loss", hint=hint)
+        return form
 
     def read(self, texts: TextBatch) -> Tensor:
         """Return the state of the last token of each text, without any image: (C, D)."""
@@ -177,14 +211,15 @@ class PretrainedDecoder(nn.Module):
         sampling = (
             {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature > 0 else {}
         )
-        options = {"num_beams": decoding.num_beams, "do_sample": decoding.temperature > 0, **sampling}
+        beams = {"num_beams": decoding.num_beams} | (UNTIL_THE_END if decoding.num_beams > 1 else {})
+        options = {**beams, "do_sample": decoding.temperature > 0, **sampling}
         return _without_eos(self._generate(prefix_BPD, prompt_BT, max_tokens, eos_id, **options), eos_id)
 
     def alternatives(
         self, prefix_1PD: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
     ) -> list[tuple[float, list[int]]]:
         """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
-        several = {"num_beams": max(2, beams), "num_return_sequences": max(2, beams), "do_sample": False}
+        several = {"num_beams": max(2, beams), "num_return_sequences": max(2, beams), "do_sample": False, **UNTIL_THE_END}
         scored = {"return_dict_in_generate": True, "output_scores": True}
         written = self._generate(prefix_1PD, prompt_1T, max_tokens, eos_id, **several, **scored)
         return list(zip(written.sequences_scores.tolist(), _without_eos(written.sequences, eos_id), strict=True))
@@ -254,6 +289,7 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
                 raise ValueError("its tokenizer has no token that ends a text (eos_token in tokenizer_config.json)")
             backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
+            require_known_tokens(backend, int(loaded.config.vocab_size))
             caption_tokenizer = CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]

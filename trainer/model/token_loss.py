@@ -6,7 +6,7 @@ takes as much again. Here the gradient of a part is computed as soon as its scor
 Shapes: K tokens that are learned, D width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,33 @@ from torch import Tensor, nn
 SCORES_AT_ONCE, MIN_TOKENS = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 
+class ScoreForm(NamedTuple):
+    """What a model makes of the scores that its head gives: a multiple of them, and at most `cap` (cap * tanh(score / cap))."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def apply(self, scores_KV: Tensor) -> Tensor:
+        """Return the scores of the model."""
+        scores_KV = scores_KV if self.factor == 1 else scores_KV * self.factor
+        return scores_KV if self.cap is None else self.cap * torch.tanh(scores_KV / self.cap)
+
+    def gradient(self, error_KV: Tensor, scores_KV: Tensor) -> Tensor:
+        """Return the gradient of the head's scores, from that of the model's scores and these."""
+        error_KV = error_KV if self.cap is None else error_KV * (1 - (scores_KV / self.cap) ** 2)
+        return error_KV if self.factor == 1 else error_KV * self.factor
+
+
+AS_GIVEN = ScoreForm()
+
+
 def token_loss(
     states_KD: Tensor,
     words: nn.Embedding | nn.Linear,
     labels_K: Tensor,
     label_smoothing: float = 0.0,
     weight_K: Tensor | None = None,
+    form: ScoreForm = AS_GIVEN,
 ) -> Tensor:
     """Return the sum of the negative log-likelihoods of tokens, each times its weight.
 
@@ -28,7 +49,7 @@ def token_loss(
     2016), a target is 1 - e for the token and e / V for each word. Its gradient can be taken once, and not differentiated.
     """
     bias_V = words.bias if isinstance(words, nn.Linear) else None
-    arguments = (states_KD, words.weight, bias_V, labels_K, label_smoothing, weight_K, torch.is_grad_enabled())
+    arguments = (states_KD, words.weight, bias_V, labels_K, label_smoothing, weight_K, form, torch.is_grad_enabled())
     loss: Tensor = _TokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
@@ -43,6 +64,7 @@ class _TokenLoss(torch.autograd.Function):
         labels_K: Tensor,
         label_smoothing: float,
         weight_K: Tensor | None,
+        form: ScoreForm,
         needs_gradient: bool,  # noqa: FBT001  # `apply` takes no names
     ) -> Tensor:
         device, V = states_KD.device.type, len(table_VD)
@@ -60,7 +82,8 @@ class _TokenLoss(torch.autograd.Function):
             for start in range(0, len(labels_K), size):
                 part = slice(start, start + size)
                 label_K1 = labels_K[part, None]
-                logs_KV = torch.log_softmax(nn.functional.linear(cast_KD[part], cast_VD, cast_V), -1, dtype=torch.float32)
+                scores_KV = form.apply(nn.functional.linear(cast_KD[part], cast_VD, cast_V))
+                logs_KV = torch.log_softmax(scores_KV, -1, dtype=torch.float32)
                 losses_K = (label_smoothing - 1) * logs_KV.gather(1, label_K1)[:, 0]
                 if label_smoothing:
                     losses_K -= label_smoothing * logs_KV.mean(-1)
@@ -74,7 +97,7 @@ class _TokenLoss(torch.autograd.Function):
                 error_KV.scatter_add_(1, label_K1, torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32))
                 if weight_K is not None:
                     error_KV *= weight_K[part, None]
-                error_KV = error_KV.to(dtype)
+                error_KV = form.gradient(error_KV, scores_KV).to(dtype)
                 if grad_KD is not None:
                     grad_KD[part] = error_KV @ cast_VD
                 if grad_VD is not None and grad_VD.dtype == dtype:
@@ -91,4 +114,4 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since that of the words may be large: a second time is an error of autograd.
         scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)

@@ -155,7 +155,7 @@ class _Prefixed(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-        self.width = self.model.config.hidden_size
+        self.width = self.model.get_input_embeddings().embedding_dim
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:

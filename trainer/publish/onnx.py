@@ -31,7 +31,7 @@ from pipeline.storage.files import json_text
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
-from trainer.model.hf_config import SIDES
+from trainer.model.hf_config import SIDES, attention_window
 from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import scored_prompt
 from trainer.publish.files import standalone_source, transformers_files
@@ -292,7 +292,7 @@ def _export_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
 def _keys_and_values(first: nn.Module, ids_BT: Tensor, states_BND: Tensor) -> list[Tensor]:
     """Return what a decoder keeps of a first step. Raises TrainError if that is no keys and values of all that was seen."""
     config = getattr(getattr(first, "model", None), "config", None)
-    window = getattr(config, "sliding_window", None) or math.inf
+    window = math.inf if config is None else attention_window(config)
     if window < states_BND.shape[1] + MAX_TEXT_TOKENS:
         raise TrainError(f"a decoder that sees {window} tokens at once is not exported", hint=EXPORTED_HINT)
     try:

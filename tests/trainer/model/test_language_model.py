@@ -21,6 +21,10 @@ LINEAR: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
 GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+GPT_NEO = {
+    "vocab_size": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 128,
+    "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": (BASE, "mask"),
     "qwen2": (BASE, "mask"),
@@ -32,8 +36,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "phi": (BASE, "mask"),
     "smollm3": (BASE, "mask"),
     "olmo2": (BASE, "mask"),
-    "granite": (BASE, "mask"),
-    "gemma2": (BASE, "mask"),
+    "granite": ({**BASE, "logits_scaling": 8.0}, "mask"),
+    "cohere": ({**BASE, "logit_scale": 4.0}, "mask"),
+    "gemma2": ({**BASE, "final_logit_softcapping": 0.2}, "mask"),  # the scores of random weights are small
+    "gpt_neo": (GPT_NEO, "additive mask"),
     "gemma3_text": (BASE, "mask"),
     "gpt_oss": ({**BASE, **EXPERTS}, "additive mask"),
     "qwen3_5_text": ({**BASE, **LINEAR}, "apart"),
@@ -66,23 +72,45 @@ def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str
     alone = 0.0
     for n, (length, image) in enumerate(zip((9, 6, 8), (0, 0, 1), strict=True)):
         words = decoder.model.get_input_embeddings()(texts.ids_CT[n : n + 1, :length])
-        hidden = decoder.model.get_decoder()(inputs_embeds=torch.cat([prefix[image : image + 1], words], 1), use_cache=False)
-        logits = decoder.model.get_output_embeddings()(hidden.last_hidden_state[0, 4 + 1 : -1])
+        embeds = torch.cat([prefix[image : image + 1], words], 1)
+        logits = decoder.model(inputs_embeds=embeds, use_cache=False).logits[0, 4 + 1 : -1]
         alone += torch.nn.functional.cross_entropy(logits, texts.ids_CT[n, 2:length], reduction="sum").item()
     assert together.item() == pytest.approx(alone, rel=2e-4)
     together.backward()
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_texts_that_together_are_longer_than_a_window_go_apart(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"), [("mistral", "sliding_window"), ("gemma3_text", "sliding_window"), ("gpt_neo", "window_size")]
+)
+def test_texts_that_together_are_longer_than_a_window_go_apart(family: str, name: str) -> None:
     """Packed, the last text would see the others in place of its image."""
     torch.manual_seed(0)
-    decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], "sliding_window": 14}).eval()
+    decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], name: 14}).eval()
     texts, prefix = batch((9, 6, 8), (0, 0, 0)), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
-    assert decoder.packing == "mask"
+    assert decoder.packing != "apart"  # texts that are shorter are packed
     alone = sum(decoder.loss(prefix, batch((9, 6, 8), (0, 0, 0)).only(torch.tensor([n]))).item() for n in range(3))
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_model_that_makes_something_else_of_its_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of("llama")
+    forward = decoder.model.forward
+
+    def squared(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * output.logits.abs()
+        return output
+
+    monkeypatch.setattr(decoder.model, "forward", squared)
+    with pytest.raises(TrainError, match="it would learn a wrong loss"):
+        _ = decoder.packing
+
+
+def test_an_embedding_that_is_narrower_than_the_layers_is_the_width() -> None:
+    decoder = PretrainedDecoder({"model_type": "opt", **BASE, "ffn_dim": 48, "word_embed_proj_dim": 16})
+    assert decoder.width == 16
+    decoder.loss(torch.randn(1, 4, 16), batch((6,), (0,))).backward()
 
 
 def test_attention_that_adds_its_mask_gets_one_that_can_be_added() -> None:

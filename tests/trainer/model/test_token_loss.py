@@ -24,18 +24,25 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["embedding", "linear", "with a bias"])
+@pytest.mark.parametrize("form", [token_loss.AS_GIVEN, token_loss.ScoreForm(0.25), token_loss.ScoreForm(2.0, cap=0.5)])
 def test_loss_and_gradients_are_those_of_cross_entropy(
-    kind: str, label_smoothing: float, weights: Tensor | None, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+    form: token_loss.ScoreForm,
+    kind: str,
+    label_smoothing: float,
+    weights: Tensor | None,
+    scores_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(token_loss.SCORES_AT_ONCE, "cpu", scores_at_once)
     monkeypatch.setattr(token_loss, "MIN_TOKENS", 1)
     of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))
     bias = getattr(of, "bias", None)
-    scores = functional.linear(states, of.weight, bias)
+    scores = form.factor * functional.linear(states, of.weight, bias)
+    scores = scores if form.cap is None else form.cap * torch.tanh(scores / form.cap)
     losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
     expected = (losses if weights is None else losses * weights).sum()
-    loss = token_loss.token_loss(states, of, labels, label_smoothing, weights)
+    loss = token_loss.token_loss(states, of, labels, label_smoothing, weights, form)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
 
