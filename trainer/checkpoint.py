@@ -192,7 +192,7 @@ def load_resume(folder: Path, run_of: Callable[[int], str], processes: int) -> d
     path = folder / "resume.pt"
     if not path.exists():
         raise TrainError(
-            f"nothing to resume in {folder}", hint="leave --resume out: a new training begins, or a finished one is shown"
+            f"nothing to resume in {folder}", hint="leave --resume out: a training begins, or one that is finished is shown"
         )
     state = _read_resume(path)
     if state["run"] != run_of(state.get("processes", processes)):

@@ -99,7 +99,7 @@ class TrainConfig(Section):
     patience: int = Field(default=0, ge=0)  # evaluations in a row without a better score after which training ends; 0: never
     evaluate_images: int = Field(default=128, ge=1)  # of the validation split, while training
     num_beams: int = Field(default=1, ge=1)  # for the final test
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
     @field_validator("encoder_layer")
     @classmethod
@@ -124,8 +124,13 @@ class TrainConfig(Section):
         return self
 
     @property
+    def first_rewarded_step(self) -> int:
+        """The number of steps before the stage of rewards, if there is one."""
+        return self.align_steps + self.steps
+
+    @property
     def total_steps(self) -> int:
-        """Return the steps of all stages, once they are derived."""
+        """The steps of all stages, once they are derived."""
         return self.align_steps + self.steps + self.scst_steps
 
     @property

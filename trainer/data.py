@@ -73,33 +73,42 @@ def read_examples(
     styles: Sequence[str] = (),
     source_in_prompt: bool = True,
     keeps_human: bool = False,
+    to_score: bool = False,
 ) -> list[Example]:
     """Return one example per row of a version (tables.ROW, one split, without pixels) that has a text to learn.
 
     `images` are image bytes by sample id; None if the samples are decks. `keeps_human`: people's texts are among the captions,
-    where they went through all stages, and not references alone. Other options are those of TrainConfig.
+    where they went through all stages, and not references alone. `to_score`: images that have references alone are kept, too.
+    Other options are those of TrainConfig; styles are of captions by the model.
     Raises TrainError if the samples are decks, or if no row has a text of that kind.
     """
     if images is None:
-        raise TrainError("a captioner learns from single images, and these samples are decks", hint="train on another dataset")
+        raise decks_error()
     names = ["sample_id", "captions", "references", "qa", "reference_qa"]
     rows = table.select([name for name in names if name in table.column_names]).to_pylist()
     options = {"questions": questions, "keeps_human": keeps_human}
     examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
     if styles:
-        there = sorted({text.style for example in examples for text in example.texts if text.style})
+        there = sorted({text.style for e in examples for text in e.texts if text.style and text.source != "human"})
         if there and not set(there).intersection(styles):
             raise TrainError(
                 f"no caption of the styles {', '.join(styles)}",
                 hint=f"set styles to some of those that there are: {', '.join(there)}",
             )
-        examples = [replace(e, texts=tuple(t for t in e.texts if not t.style or t.style in styles)) for e in examples]
+        wanted = [tuple(t for t in e.texts if not t.style or t.style in styles or t.source == "human") for e in examples]
+        examples = [replace(e, texts=texts) for e, texts in zip(examples, wanted, strict=True)]
     if not source_in_prompt:
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
-    if not any(text.style for example in examples for text in example.texts):
+    examples = [example for example in examples if example.texts or (to_score and example.references)]
+    if not any(text.style for example in examples for text in example.texts) and not (to_score and examples):
         hint = "a captioner learns captions, and answers beside them: generate with --tasks caption,qa, or choose --text-source"
         raise TrainError(f"no {mixture} captions to learn from", hint=hint)
-    return [example for example in examples if example.texts]
+    return examples
+
+
+def decks_error() -> TrainError:
+    """Return the error that samples have several images."""
+    return TrainError("a captioner learns from single images, and these samples are decks", hint="name another dataset")
 
 
 def is_by_people(item: dict[str, Any]) -> bool:

@@ -56,16 +56,17 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
-    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation has
-    `things` (chair.py, probing.py).
+    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation of
+    English captions has `things` (chair.py, probing.py).
     """
-    is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")  # as the programs in Java expect
+    is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")
     has_java = options.thorough and is_english and has_java_scores()  # before anything takes long
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
-    against, examples, texts = _references(examples, style)
+    against, examples, texts = choose_references(examples, style)
     quiz = VqaEvaluation.of(checkpoint, examples) if options.questions else None
-    probing = PopeEvaluation.of(checkpoint, examples, texts) if options.thorough else None
+    names_things = options.thorough and is_english  # by words of WordNet
+    probing = PopeEvaluation.of(checkpoint, examples, texts) if names_things else None
     hypotheses = _write(checkpoint, examples, options, features, [part for part in (quiz, probing) if part])
     (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
@@ -93,7 +94,7 @@ def evaluate(
             _add_scores(result, "meteor", meteor([tokens, shuffled], references))
         except TrainError as error:  # a Java that fails costs its own score alone
             log.warning("METEOR is left out: %s", error)
-    if options.thorough:
+    if names_things:
         result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
         if (people := chair_of_people(texts)) and against == BY_PEOPLE:
             result["things"]["people"] = people
@@ -183,7 +184,7 @@ def evaluate_version(
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
-    examples = examples_in(version, split, config.data.get("texts", "synthetic"))
+    examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.data.get("num_beams", 1))
     prompt = scored_prompt(config.prompts, style)
@@ -224,8 +225,8 @@ def _cut_texts(corpora: Sequence[Sequence[str]], *, has_java: bool) -> tuple[lis
     return [[next(remaining) for _ in of_corpus] for of_corpus in corpora], kind
 
 
-def _references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
-    """Return the kind of reference, the examples that have one, and their references."""
+def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
+    """Return the kind of reference, the examples that have one, and their references. Raises TrainError if none has one."""
     against = BY_PEOPLE
     pairs = [(example, list(example.references)) for example in examples if example.references]
     if not pairs:

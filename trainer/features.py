@@ -108,7 +108,7 @@ class HeldFeatures:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states of the images of examples: (B, N, V)."""
-        return self.states_KNV[[self.rows[example.sample_id] for example in examples]]
+        return self.states_KNV[[self.rows[example.image_id] for example in examples]]
 
 
 LoadedFeatures = Features | OnlineFeatures  # of which a part runs ahead of a step: `load` on the CPU, `states` on the device
@@ -119,7 +119,7 @@ FeatureSource = LoadedFeatures | HeldFeatures
 def hold_features(features: FeatureSource, examples: Sequence[Example]) -> HeldFeatures:
     """Return the features of examples, each image computed once."""
     parts = [features(examples[start : start + BATCH_IMAGES]) for start in range(0, len(examples), BATCH_IMAGES)]
-    return HeldFeatures({example.sample_id: row for row, example in enumerate(examples)}, torch.cat(parts))
+    return HeldFeatures({example.image_id: row for row, example in enumerate(examples)}, torch.cat(parts))
 
 
 @torch.inference_mode()

@@ -78,6 +78,8 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
         seconds = None
         try:
             seconds = _try_steps(trainer, size)
+            if trainer.device.type == "cuda":  # on a CPU nothing is made to fit
+                _try_rewards(trainer, size)
         except torch.OutOfMemoryError:
             trainer.checkpoint.captioner.zero_grad()
         if max_over_processes(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
@@ -124,6 +126,14 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         buffer.copy_(buffers[name])
     del average
     return seconds
+
+
+def _try_rewards(trainer: Trainer, size: int) -> None:
+    """Compute this process's share of a step of rewards, if there are any: of several texts an image, at first without end."""
+    if trainer.critic is not None:
+        alone = replace(trainer, rank=0, processes=1, average=None)
+        alone.reward_backward(alone.load(trainer.train_examples[:size][:: trainer.processes]))
+        trainer.checkpoint.captioner.zero_grad()
 
 
 def _wait(device: torch.device) -> None:

@@ -9,6 +9,8 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
+from pipeline.storage.files import read_json
+from pipeline.storage.untrusted import UnsafeFileError
 from trainer.config import TrainConfig, has_other_settings, resolve, usual_texts
 from trainer.presets import choose_preset, usual_precision
 
@@ -19,6 +21,7 @@ class PlannedTraining:
 
     config: TrainConfig
     folder: Path
+    is_finished: bool = False  # an earlier run has trained this captioner on the same data
 
 
 def plan_training(
@@ -47,8 +50,9 @@ def plan_training(
     if resume and config_file is None and (folder / "train.json").exists():
         config = resolve(folder / "train.json", **options)
     if not resume:
-        require_free(folder, config)
-    return PlannedTraining(config, folder)
+        require_free(folder, config, version)
+    digest = version.manifest["digest"]
+    return PlannedTraining(config, folder, is_finished=not resume and read_data_digest(folder) == digest)
 
 
 def choose_settings(
@@ -88,10 +92,20 @@ def find_interrupted(version: Version) -> Path | None:
     return folders[0] if folders else None
 
 
-def require_free(folder: Path, config: TrainConfig) -> None:
-    """Raise ConfigError if a folder holds a captioner of other settings, or a training that was interrupted."""
+def read_data_digest(folder: Path) -> str | None:
+    """Return the digest of the data that the finished captioner in a folder has learned; None if there is none."""
+    try:
+        return str(read_json(folder / "config.json")["data"]["digest"]) if (folder / "metrics.json").exists() else None
+    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
+        return None
+
+
+def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
+    """Raise ConfigError if a folder holds a captioner of other settings or data, or a training that was interrupted."""
     if has_other_settings(folder, config):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
+    if read_data_digest(folder) not in (None, version.manifest["digest"]):
+        raise ConfigError(f"{folder} holds a captioner of other data", hint="say where this one goes: --out DIR")
     if (folder / "resume.pt").exists():
         with DatasetDir(folder).lock():  # a training that goes on holds it, and says so
             pass

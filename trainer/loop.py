@@ -85,13 +85,14 @@ class Trainer:
     best_loss: float = math.inf  # its validation loss, which decides between equal scores
     rewards: list[float] = field(default_factory=list)  # of the captions that the last step has drawn
     evaluations_without_gain: int = 0  # in a row, of the score
+    is_scored: bool = False  # whether the validation split was scored after the last step
     validated: dict[str, str] = field(default_factory=dict)  # the last scores on the validation split, for the display
     encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # texts by sample id, once an image was seen
 
     def train_step(self, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> dict[str, Any]:
         """Train one step; return its stage, loss, gradient norm and rate. Raises TrainError if it diverges."""
         captioner = self.checkpoint.captioner.train()
-        if step in (self.config.align_steps, self.config.align_steps + self.config.steps):
+        if step in (self.config.align_steps, self.config.first_rewarded_step):
             self.gradient_norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
             if self.average and step == self.config.align_steps:
                 self.average.clear()  # the weights of these parts are the first ones still
@@ -137,6 +138,7 @@ class Trainer:
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.features.states(loaded, self.device)
                     drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
+                    captioner.train(self.config.checkpoint_blocks)  # else blocks of a language model keep their states
                     loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
                     loss = loss / (batch.num_images * self.critic.samples)
                 loss.backward()
@@ -153,6 +155,38 @@ class Trainer:
         own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
+
+    def steps(self, first: int, progress: Progress) -> Iterator[tuple[int, Batch]]:
+        """Yield each step from `first` on with its batch: to the last, or until the score no longer improves.
+
+        Where it does not before the stage of rewards, this stage begins.
+        """
+        config, count = self.config, len(self.train_examples)
+        size, step = min(config.batch_size, count), self._following(first, progress)
+        while step < config.total_steps:
+            order = islice(batches(count, size, config.seed, step), config.total_steps - step)
+            for batch in self.load_ahead(order):
+                yield step, batch
+                done, step = step + 1, self._following(step + 1, progress) if self.is_scored else step + 1
+                if step != done:
+                    break
+
+    def _following(self, done: int, progress: Progress) -> int:
+        """Return the step behind so many: usually the next one."""
+        config = self.config
+        if not config.patience or done >= config.total_steps:
+            return done
+        if done == config.first_rewarded_step:
+            self.evaluations_without_gain = 0  # of other steps
+        if not from_first_process(self.is_over, self.device, self.processes):
+            return done
+        what = f"no better score in {config.patience} evaluations"
+        if done < config.first_rewarded_step and config.scst_steps:
+            self.evaluations_without_gain = 0
+            progress.message(f"{what}: the rewards begin after step {done:,}")
+            return config.first_rewarded_step
+        progress.message(f"{what}: training ends at step {done:,} of {config.total_steps:,}")
+        return config.total_steps
 
     def example(self, index: int, epoch: int) -> Example:
         """Return an example as it is shown in an epoch: its image, or a view of it."""
@@ -250,6 +284,7 @@ class Trainer:
             "best": self.best_score,
             "best_loss": self.best_loss,
             "norms": self.gradient_norms,
+            "skipped": self.skipped_steps,
             "unimproved": self.evaluations_without_gain,
             "processes": self.processes,
             "frozen": self.frozen_key,
@@ -271,7 +306,8 @@ class Trainer:
                 state["norms"],
                 state.get("unimproved", 0),
             )
-            self.best_loss = state.get("best_loss", math.inf)  # earlier releases did not keep it
+            # Earlier releases did not keep these.
+            self.best_loss, self.skipped_steps = state.get("best_loss", math.inf), state.get("skipped", 0)
             if self.average and "average" in state:
                 self.average.restore(state["average"], self.device)
             return int(state["step"])
@@ -284,55 +320,54 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
     """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score."""
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)
-    first_step = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
+    done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    total, started, images, tokens = config.total_steps, time.monotonic(), 0, 0
-    if trainer.is_over:
-        return
-    size = min(config.batch_size, len(trainer.train_examples))
-    order = islice(batches(len(trainer.train_examples), size, config.seed, first_step), total - first_step)
-    saved, is_interrupted = time.monotonic(), False
-    stage_ends = (config.align_steps, config.align_steps + config.steps, total)
+    pace, saved, is_interrupted = Pace(config.total_steps - done), time.monotonic(), False
+    stage_ends = (config.align_steps, config.first_rewarded_step, config.total_steps)
     with signals_noted() as interrupted:
-        for step, batch in enumerate(trainer.load_ahead(order), start=first_step):
+        for step, batch in trainer.steps(done, progress):
             values = trainer.train_step(optimizer, step, batch)
             done = step + 1
-            is_scored = done % config.evaluate_every == 0 or done in stage_ends
+            trainer.is_scored = done % config.evaluate_every == 0 or done in stage_ends
             if log is not None:
-                images, tokens, seconds = images + batch.num_images, tokens + batch.num_tokens, time.monotonic() - started
-                speed = {
-                    "seconds": seconds,
-                    "seconds_left": seconds / (done - first_step) * (total - done),
-                    "images_per_s": images / seconds,
-                    "tokens_per_s": tokens / seconds,
-                }
-                log.write(step=done, **values, **speed, memory_mb=memory_mb())
-                if is_scored:
+                log.write(step=done, **values, **pace.after(batch, config.total_steps - done), memory_mb=memory_mb())
+                if trainer.is_scored:
                     trainer.validate(out, log, done)
-                progress(values["stage"], done, total, {"loss": f"{values['loss']:.3f}", **trainer.validated})
+                progress(values["stage"], done, config.total_steps, {"loss": f"{values['loss']:.3f}", **trainer.validated})
             # A signal may come to one process alone, and another one saves.
             is_interrupted = bool(max_over_processes(len(interrupted), trainer.device, trainer.processes))
-            if log is not None and (is_scored or is_interrupted or time.monotonic() - saved >= SAVE_EVERY_S):
+            if log is not None and (trainer.is_scored or is_interrupted or time.monotonic() - saved >= SAVE_EVERY_S):
                 save_resume(out, {**trainer.state(optimizer, done), "run": run})
                 saved = time.monotonic()
             if is_interrupted:
-                break
-            if (
-                config.patience
-                and is_scored
-                and done < total
-                and from_first_process(trainer.is_over, trainer.device, trainer.processes)
-            ):
-                progress.message(
-                    f"no better score in {config.patience} evaluations: training ends at step {done:,} of {total:,}"
-                )
                 break
     if is_interrupted:
         if signal.SIGTERM in interrupted and callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)  # the command knows it by another exit code
         raise KeyboardInterrupt
+
+
+@dataclass(slots=True)
+class Pace:
+    """The speed of the steps of this process."""
+
+    steps_left: int  # when it began
+    started: float = field(default_factory=time.monotonic)
+    images: int = 0
+    tokens: int = 0
+
+    def after(self, batch: Batch, steps_left: int) -> dict[str, float]:
+        """Count a batch; return the speed so far, for the log, where so many steps are left."""
+        self.images, self.tokens = self.images + batch.num_images, self.tokens + batch.num_tokens
+        seconds = time.monotonic() - self.started
+        return {
+            "seconds": seconds,
+            "seconds_left": seconds / max(1, self.steps_left - steps_left) * steps_left,
+            "images_per_s": self.images / seconds,
+            "tokens_per_s": self.tokens / seconds,
+        }
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def stage_of(config: TrainConfig, step: int) -> str:
     """Return the name of the stage of a step."""
     if step < config.align_steps:
         return "align"
-    return "scst" if config.scst_steps and step >= config.align_steps + config.steps else "train"
+    return "scst" if config.scst_steps and step >= config.first_rewarded_step else "train"
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -60,7 +60,7 @@ def schedule(config: TrainConfig, step: int) -> float:
     first, steps = {
         "align": (0, config.align_steps),
         "train": (config.align_steps, config.steps),
-        "scst": (config.align_steps + config.steps, config.scst_steps),
+        "scst": (config.first_rewarded_step, config.scst_steps),
     }[stage_of(config, step)]
     stage_step = step - first
     warmup = max(1, round(config.warmup_frac * steps))

@@ -14,9 +14,9 @@ Prompts = list[tuple[str, str]]
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return the usual style of captions: brief, or the first that was learned; None if only answers were."""
+    """Return the usual style of captions: brief, else plain, else the first; None if only answers were learned."""
     styles = [style for _, style in prompts if style]
-    return "brief" if "brief" in styles else next(iter(styles), None)
+    return next((usual for usual in ("brief", "plain") if usual in styles), next(iter(styles), None))
 
 
 def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
@@ -59,7 +59,10 @@ def prompt_ids(parts: list[tuple[str, bool]], token_id: Callable[[str], int], id
 
 
 def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:
-    """Return the (source, style) to prompt with: `style` or brief, human if learned. Raises TrainError if it is not learned."""
+    """Return the (source, style) to prompt with: `style` or the usual one, human if learned.
+
+    Raises TrainError if it is not learned.
+    """
     chosen = style or preferred_style(prompts)
     if chosen is None or not any(learned for _, learned in prompts):
         raise TrainError("the captioner has learned answers alone", hint="ask it something: --question")

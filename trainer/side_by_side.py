@@ -14,6 +14,7 @@ from pipeline.storage.files import write_text
 from pipeline.storage.untrusted import read_regular
 from trainer.captioning import Captioner
 from trainer.experiment.compare import verdict
+from trainer.image_index import StoredImage
 from trainer.metrics import bootstrap, score, score_each, tokenize
 
 SHOWN_IMAGES = 200  # on the page
@@ -23,15 +24,20 @@ FEW_IMAGES = 20  # below which CIDEr-D, which weighs words by the images that ha
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One image: what it is called, its file or encoded bytes, and what people say of it."""
+    """One image: what it is called, its file, its encoded bytes or where they are stored, and what people say of it."""
 
     name: str
-    image: bytes | Path
+    image: bytes | Path | StoredImage
     references: tuple[str, ...] = ()
+
+    def open(self) -> bytes | Path:
+        """Return its file, or its encoded bytes."""
+        return bytes(self.image.read()) if isinstance(self.image, StoredImage) else self.image
 
     def read(self) -> bytes:
         """Return the encoded bytes. Raises UnsafeFileError or OSError if the file cannot be read."""
-        return read_regular(self.image, max_bytes=MAX_IMAGE_BYTES) if isinstance(self.image, Path) else self.image
+        opened = self.open()
+        return read_regular(opened, max_bytes=MAX_IMAGE_BYTES) if isinstance(opened, Path) else opened
 
 
 def compare_captioners(
@@ -46,7 +52,7 @@ def compare_captioners(
     unread: dict[str, str] = {}
     for name, folder in folders.items():
         texts[name] = []
-        pairs = ((number, one.image) for number, one in enumerate(images))
+        pairs = ((number, one.open()) for number, one in enumerate(images))
         for number, answer in Captioner.from_pretrained(folder).stream(pairs, (style,), num_beams=num_beams):
             if isinstance(answer, ImageError):
                 unread[images[number].name] = str(answer)

@@ -28,7 +28,7 @@ from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, re
 from trainer.config import TrainConfig
 from trainer.data import Example, examples_in, limit_captions, limit_images
 from trainer.distributed import best_device, join_processes
-from trainer.evaluate import EvalOptions, evaluate
+from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.forecast import fit_and_forecast
@@ -89,20 +89,25 @@ def train(
         _tell_of_texts(checkpoint, config, _texts(train_set), report)
         if own := version.manifest.get("own_columns"):
             report.message(f"columns of own tasks are not learned: {', '.join(own)}")
-    out.mkdir(parents=True, exist_ok=True)
-    features: LoadedFeatures = OnlineFeatures(encoder, device)
-    if encoder.config.frozen and config.feature_storage != "none":
-        views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in train_set)
-        examples, folder = [*train_set, *views, *sets["validation"], *sets["test"]], version.dataset_dir / FEATURES
-        features = store_features(encoder, examples, folder, device, report, config.feature_storage)
-    trainer = _trainer_of(checkpoint, config, train_set, sets["validation"], features, device)
-    trainer.rank, trainer.processes = rank, processes
     ids = [example.sample_id for example in train_set]
 
     def run_of(processes: int) -> str:
         return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
+    # What can be refused is refused here: what follows may take hours.
     state = load_resume(out, run_of, processes) if resume else None
+    _, style = scored_prompt(checkpoint.captioner.config.prompts)
+    validated = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
+    for scored in (validated, sets["test"]):
+        choose_references(scored, style)
+    out.mkdir(parents=True, exist_ok=True)
+    features: LoadedFeatures = OnlineFeatures(encoder, device)
+    if encoder.config.frozen and config.feature_storage != "none":
+        views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in train_set)
+        examples, folder = [*train_set, *views, *validated, *sets["test"]], version.dataset_dir / FEATURES
+        features = store_features(encoder, examples, folder, device, report, config.feature_storage)
+    trainer = _trainer_of(checkpoint, config, train_set, validated, features, device)
+    trainer.rank, trainer.processes = rank, processes
     # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
     with products_in("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
@@ -144,8 +149,7 @@ def _trainer_of(
     device: torch.device,
 ) -> Trainer:
     """Return a trainer of one process at its first step."""
-    learned = _of_learned_prompts(validation[: config.evaluate_images], train_set)
-    trainer = Trainer(checkpoint, config, train_set, learned, features, device)
+    trainer = Trainer(checkpoint, config, train_set, validation, features, device)
     trainer.micro_batches = config.gradient_accumulation_steps
     if config.average_decay:
         trainer.average = WeightAverage(config.average_decay, {})
@@ -180,7 +184,8 @@ def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any
 
 def read_split_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
     """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
-    options = {"questions": config.questions, "styles": config.styles, "source_in_prompt": config.source_in_prompt}
+    options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
+    options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
     examples = examples_in(version, split, config.text_source, **options)
     chosen = (example for example in examples if only is None or example.sample_id in only)
     return sorted(chosen, key=lambda example: example.sample_id)

@@ -28,7 +28,7 @@ def caption(
     captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
     images: Annotated[list[str], Argument(help="Image files, folders, patterns in quotes; - reads names from stdin.")],
     style: Annotated[
-        str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief")
+        str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief, else plain")
     ] = None,
     question: Annotated[str | None, Option(help="Answer this about each image instead.")] = None,
     num_beams: NumBeams = 1,
@@ -250,13 +250,16 @@ def _images_named(names: list[str], captions: Path | None, limit: int) -> list["
 
 
 def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
-    """Return the images of a split with their references."""
+    """Return the images of a split with their references. Raises TrainError for decks."""
+    from trainer.data import decks_error
     from trainer.image_index import map_images
     from trainer.side_by_side import Shown
 
+    if "image" not in version.manifest["columns"]:
+        raise decks_error()
     rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
     images = map_images(version, split)
-    return [Shown(row["sample_id"], bytes(images[row["sample_id"]].read()), tuple(row["references"])) for row in rows]
+    return [Shown(row["sample_id"], images[row["sample_id"]], tuple(row["references"])) for row in rows]
 
 
 def serve_captioner(

@@ -23,7 +23,7 @@ Images = Annotated[
     str | None,
     Option(help="Where the images are, for a version without pixels: a folder of files, a dataset folder, or a source."),
 ]
-Style = Annotated[str | None, Option(help="Which style to write.", show_default="brief")]
+Style = Annotated[str | None, Option(help="Which style to write.", show_default="brief, else plain")]
 NumBeams = Annotated[int, Option(min=1, help="Candidates of the search; 1 is greedy.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 

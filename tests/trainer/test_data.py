@@ -161,3 +161,21 @@ def test_another_seed_gives_another_order() -> None:
 
 def test_a_batch_may_end_one_epoch_and_begin_the_next() -> None:
     assert [epoch for _, epoch in list(islice(batches(count=5, size=3, seed=0, first_step=0), 2))[1]] == [0, 0, 1]
+
+
+def test_images_with_references_alone_can_be_scored_and_not_learned_from() -> None:
+    row: dict[str, Any] = {"captions": [], "qa": []}
+    with pytest.raises(TrainError, match="no synthetic captions to learn from"):
+        read_examples(table(row), IMAGES)
+    (example,) = read_examples(table(row), IMAGES, to_score=True)
+    assert (example.texts, example.references) == ((), ("One ring.", "A circle."))
+
+
+def test_styles_are_those_of_the_model_and_captions_of_people_stay() -> None:
+    both = [
+        {"text": text, "style": style, "prompt_id": "p"} for text, style in (("A ring.", "plain"), ("A red ring.", "detailed"))
+    ]
+    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["plain"], questions=False)
+    assert [(text.source, text.style) for text in example.texts] == [("synthetic", "plain"), *[("human", "brief")] * 2]
+    with pytest.raises(TrainError, match="no caption of the styles brief"):
+        read_examples(table({"captions": both}), IMAGES, "mixed", styles=["brief"])

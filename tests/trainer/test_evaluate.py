@@ -7,7 +7,7 @@ import pytest
 from pipeline.cli.output import print_scores
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
-from trainer.evaluate import _cut_texts, _gains, _references
+from trainer.evaluate import _cut_texts, _gains, choose_references
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
@@ -28,21 +28,21 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
 
 def test_scores_are_against_the_references_where_there_are_some() -> None:
     examples = [example(("A circle.", "One circle.")), example(())]
-    against, scored, references = _references(examples, "brief")
+    against, scored, references = choose_references(examples, "brief")
     assert (against, references) == ("references of the source", [["A circle.", "One circle."]])
     assert scored == examples[:1]
 
 
 def test_without_references_they_are_against_the_teacher_and_say_so() -> None:
     examples = [example(()), example((), style="detailed"), example(())]
-    against, scored, references = _references(examples, "brief")
+    against, scored, references = choose_references(examples, "brief")
     assert (against, references) == ("captions of the teacher", [["A ring."], ["A ring."]])
     assert scored == [examples[0], examples[2]]
 
 
 def test_images_with_nothing_to_score_against_are_an_error() -> None:
     with pytest.raises(TrainError, match="no held-out image has a reference or a brief caption"):
-        _references([example((), style="detailed")], "brief")
+        choose_references([example((), style="detailed")], "brief")
 
 
 def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
@@ -50,6 +50,7 @@ def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
     assert scored_prompt(both) == ("human", "brief")
     assert scored_prompt(both, "detailed") == ("synthetic", "detailed")  # no human caption has this style
     assert scored_prompt([("synthetic", "detailed")]) == ("synthetic", "detailed")
+    assert scored_prompt([("synthetic", "detailed"), ("synthetic", "plain")]) == ("synthetic", "plain")
     with pytest.raises(TrainError, match="knows no style poem"):
         scored_prompt(both, "poem")
 

@@ -24,7 +24,7 @@ from tests.trainer.tiny_models import save_clip
 from trainer import feature_store, features
 from trainer.data import Example, examples_in
 from trainer.feature_store import ABOUT, list_stores, prune_stores
-from trainer.features import Features, OnlineFeatures, Record, store_features
+from trainer.features import Features, OnlineFeatures, Record, hold_features, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -301,3 +301,9 @@ def test_only_files_of_stores_are_removed(tmp_path: Path) -> None:
     (tmp_path / "d.bin").mkdir()
     assert prune_stores(tmp_path, 0) == (0, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "notes.json"]
+
+
+def test_a_view_that_is_held_is_not_its_image(encoder: Encoder, examples: list[Example]) -> None:
+    view = replace(examples[0], view=1)
+    held = hold_features(OnlineFeatures(encoder, CPU), [examples[0], view])
+    assert not torch.equal(held([view]), held([examples[0]]))

@@ -16,6 +16,7 @@ from trainer.data import examples_in
 from trainer.features import OnlineFeatures
 from trainer.forecast import fit_and_forecast
 from trainer.loop import Batch, Trainer, memory_mb
+from trainer.self_critical import SelfCritic
 from trainer.train import _build
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
@@ -142,6 +143,24 @@ def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeyp
     assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
     assert trainer.micro_batches == 4
     assert shown.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
+
+
+def test_rewards_are_tried_as_well(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take more memory than a step of likelihood, and come after hours."""
+    drawn: list[int] = []
+    usual = Trainer.reward_backward
+
+    def reward_backward(self: Trainer, batch: Batch) -> float:
+        drawn.extend(len(loaded) for loaded, *_ in batch.micro_batches)
+        return usual(self, batch)
+
+    monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
+    forecast._try_rewards(trainer, 4)
+    assert drawn == []
+    trainer.critic = SelfCritic(trainer.checkpoint, trainer.train_examples, 2)
+    forecast._try_rewards(trainer, 4)
+    assert drawn == [4]
+    assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
 
 
 def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

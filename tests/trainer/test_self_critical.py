@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import trainer.loop
+import trainer.train
 from pipeline.dataset.version import Version
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
@@ -101,6 +102,23 @@ def test_rarity_is_that_of_the_corpus_that_it_was_given() -> None:
     hypotheses = [["a", "red", "dog", "runs"]]
     assert cider_d(hypotheses, corpus[:1]) == [0.0]  # of a single image no word is rare
     assert cider_d(hypotheses, corpus[:1], rarity=Rarity(corpus)) == pytest.approx([10.0])
+
+
+def test_rewards_begin_where_the_likelihood_no_longer_helps(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluations without a better score before them do not end them; those after their begin do."""
+    scores = iter([0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(
+        trainer.loop,
+        "evaluate",
+        lambda *_: {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}},
+    )
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    lengths = {"steps": 40, "scst_steps": 20, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
+    train(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
+    steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
+    assert steps == [*((step, "train") for step in range(1, 7)), *((step, "scst") for step in range(41, 49))]
 
 
 def test_a_training_with_rewards_goes_on_to_the_same_bits(

@@ -37,7 +37,7 @@ def test_each_captioner_says_what_it_says_alone(folders: dict[str, Path]) -> Non
     result = compare(folders, images, "detailed")
     texts = {row["image"]: row["texts"] for row in result["images"]}
     for position, folder in enumerate(folders.values()):
-        alone = Captioner.from_pretrained(folder).caption([one.image for one in images], style="detailed")
+        alone = Captioner.from_pretrained(folder).caption([one.open() for one in images], style="detailed")
         assert [texts[one.name][position] for one in images] == alone
     assert [one["name"] for one in result["captioners"]] == ["first", "second"]
     assert "scores" not in result["captioners"][0] and result["differences"] == []

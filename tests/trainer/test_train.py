@@ -34,13 +34,13 @@ from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.checkpoint import describe_checkpoint, load_checkpoint, read_log, save_resume
 from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
-from trainer.evaluate import EvalOptions, evaluate
+from trainer.evaluate import EvalOptions, evaluate, evaluate_version
 from trainer.features import Features, OnlineFeatures
 from trainer.loop import Trainer
 from trainer.metrics import derangement
 from trainer.model.captioner import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import parameter_groups, schedule, set_stage
+from trainer.optimizer import build_optimizer, parameter_groups, schedule, set_stage
 from trainer.tokenizer import collate
 from trainer.train import choose_encoder, train
 
@@ -783,3 +783,40 @@ def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_o
     monkeypatch.setattr("trainer.model.captioner.CaptionerModel.save_pretrained", fill_disk)
     with pytest.raises(TrainError, match=r"cannot write the weights to .*No space left on device"):
         train(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
+
+
+@pytest.mark.parametrize("refused", ["nothing to resume", "no held-out image has a reference or a brief caption"])
+def test_what_can_be_refused_is_refused_before_any_states_are_computed(
+    refused: str, version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_texts(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
+        examples = examples_in(version, split, mixture, **how)
+        return [data_replace(one, texts=(), references=()) for one in examples] if split == "test" else examples
+
+    monkeypatch.setattr(trainer.train, "store_features", lambda *_: pytest.fail("states were computed"))
+    if refused.startswith("no held-out"):
+        monkeypatch.setattr(trainer.train, "examples_in", without_texts)
+    with pytest.raises(TrainError, match=refused):
+        train(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
+
+
+def test_steps_that_were_skipped_before_an_interruption_still_count(version: Version, tmp_path: Path, clip: str) -> None:
+    """At most three gradients in a row are taken for spikes, also where a training was interrupted between them."""
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = trainer.train._build(version, config, examples)
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    before, after = (Trainer(checkpoint, config, examples, examples[:3], features, CPU) for _ in range(2))
+    optimizer = build_optimizer(checkpoint.captioner, config)
+    before.gradient_norms = [1.0] * 32
+    assert [before.should_step(1.0, 100.0) for _ in range(3)] == [False] * 3
+    after.restore(optimizer, before.state(optimizer, 5), tmp_path / "resume.pt")
+    assert after.should_step(1.0, 100.0)
+
+
+def test_things_are_counted_in_english_captions_alone(version: Version, tmp_path: Path, clip: str) -> None:
+    train(version, replace(encoder=clip), tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert "things" in evaluate_version(loaded, version, "test")
+    loaded.captioner.config.data["language"] = "de"
+    assert "things" not in evaluate_version(loaded, version, "test")

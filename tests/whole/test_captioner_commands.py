@@ -64,6 +64,13 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
     assert {name: trained[name] for name in expected} == expected
     printed = capsys.readouterr().err
     assert "preset scenes: " in printed and f"at most {trained['steps']} steps of 16 images (1." in printed
+    before = (tmp_path / "c/model.safetensors").stat().st_mtime_ns
+    again = {"data": str(version.path), "encoder": models["encoder"], "epochs": 1, "batch_size": 16, "lr": 0.002, "seed": 3}
+    train(**again, out=tmp_path / "c", as_json=True)  # type: ignore[arg-type]
+    shown = capsys.readouterr()
+    assert "holds this captioner, trained before" in shown.err
+    assert json.loads(shown.out)["scores"] == json.loads((tmp_path / "c/metrics.json").read_text())["scores"]
+    assert (tmp_path / "c/model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("named", ["folder", "models", "nothing"])
@@ -203,6 +210,13 @@ def test_captioners_are_compared_on_named_images_and_on_a_version(
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["images"]) == 4 == printed["scored_images"]
     assert "<html" in (tmp_path / "b.html").read_text()
+
+
+def test_captioners_are_not_compared_on_decks(tmp_path: Path) -> None:
+    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
+    decks = make_version(tmp_path / "decks", scene_samples(12), decks=True)[0]
+    with pytest.raises(TrainError, match="these samples are decks"):
+        compare(captioners, data=str(decks.path), split="train", out=tmp_path / "b.html")
 
 
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:

@@ -4,15 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from pipeline.dataset.version import Version
 from pipeline.report.html import Points, chart, data_uri, points, render_page, thumbnail
 from pipeline.storage.files import write_json, write_text
 from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
 from trainer.experiment.runs import Run
 from trainer.experiment.slices import SLICES
+from trainer.image_index import map_images
 
 SHOWN_EXAMPLES = 12
 MAX_CURVES = 6  # in one chart: more cannot be distinguished
@@ -117,6 +115,5 @@ def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _thumbnails(version: Version, sample_ids: Sequence[str]) -> dict[str, str]:
     """Return thumbnails of test images by sample id."""
-    rows = version.read("test", ["sample_id", "image"])
-    chosen = rows.filter(pc.is_in(rows["sample_id"], pa.array(sample_ids, pa.string())))
-    return {row["sample_id"]: data_uri(thumbnail(row["image"]["bytes"], THUMBNAIL_BYTES)) for row in chosen.to_pylist()}
+    images = map_images(version, "test")
+    return {name: data_uri(thumbnail(bytes(images[name].read()), THUMBNAIL_BYTES)) for name in sample_ids if name in images}

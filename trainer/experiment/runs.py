@@ -141,8 +141,7 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
             for process in [process for process in running if not process.is_alive()]:
                 run, slot, errors = running.pop(process)
                 if code := process.exitcode:
-                    reason = errors.recv() if errors.poll() else f"its process ended with exit code {code}"
-                    failed.append(f"{run.folder.name}: {reason}")
+                    failed.append(f"{run.folder.name}: {_message(errors) or f'its process ended with exit code {code}'}")
                 slots.append(slot)
                 done += 1
                 progress("cells", done, len(runs))
@@ -151,6 +150,14 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
             process.terminate()
             process.join()
     return failed
+
+
+def _message(errors: Connection) -> str:
+    """Return the message that a cell has sent; empty if its process was killed before."""
+    try:
+        return str(errors.recv()) if errors.poll() else ""
+    except EOFError:
+        return ""
 
 
 def _gpu(slot: int) -> str | None:

@@ -163,7 +163,8 @@ def _require_states(encoder: Encoder) -> Encoder:
         raise TrainError(f"{name} has no layer {missing[0]}", hint=hint)
     try:
         with torch.inference_mode():
-            pixels = encoder.pixels([Image.linear_gradient("L").convert("RGB")])
+            square = Image.linear_gradient("L").convert("RGB")
+            pixels = encoder.pixels([square, square.resize((square.width * 2, square.height))])[:1]  # in a batch: of one size
             is_training = encoder.training
             states_1NV, again_1NV = encoder.eval()(pixels), encoder(pixels)
             encoder.train(is_training)

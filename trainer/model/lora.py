@@ -53,7 +53,10 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
         return state
     from peft.tuners.lora import LoraLayer
 
-    state = {name: weights.cpu() for name, weights in state.items()}  # a GPU has no room for a second language model
+    # A GPU has no room for a second language model. Matrices that are tied stay one.
+    places = {name: (weights.data_ptr(), weights.shape) for name, weights in state.items()}
+    copies = {places[name]: weights.cpu() for name, weights in state.items()}
+    state = {name: copies[places[name]] for name in state}
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             with torch.no_grad():

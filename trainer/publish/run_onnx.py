@@ -119,11 +119,15 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="take the parts with weights of 8 bits")
     arguments = parser.parse_args()
     captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
+    try:
+        captioner.prompt(arguments.text)
+    except ValueError as error:
+        parser.error(str(error))
     unread = 0
     for image in arguments.images:
         try:
             print(f"{image}: {captioner.caption([image], arguments.text)[0]}")
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             print(f"{image} cannot be read: {error}", file=sys.stderr)
             unread += 1
     sys.exit(unread > 0)

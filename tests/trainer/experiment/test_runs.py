@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+import trainer.experiment.runs
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
@@ -95,6 +97,22 @@ def test_without_references_nothing_can_be_compared(versions: dict[str, Version]
     changed, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
     with pytest.raises(TrainError, match="0 test images in common that have the same references"):
         planned({"all": versions["all"], "few": changed}, clip, tmp_path)
+
+
+def test_a_cell_that_is_killed_without_a_word_stops_no_other(
+    versions: dict[str, Version], clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.experiment.runs, "_train", kill_first)
+    killed, other = (
+        replace(run, folder=tmp_path / name) for run, name in zip(planned(versions, clip, tmp_path), "ab", strict=False)
+    )
+    assert run_cells([killed, other], 1, NullProgress()) == ["a: its process ended with exit code -9"]
+
+
+def kill_first(run: Run, *_: Any) -> None:
+    """Stand in for a cell that needs more memory than there is."""
+    if run.folder.name == "a":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_finished_cells_are_skipped_and_a_failed_cell_does_not_stop_the_others(

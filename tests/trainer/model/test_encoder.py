@@ -163,3 +163,11 @@ def test_what_is_no_encoder_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     with pytest.raises(TrainError, match=r"its folder has no preprocessor_config\.json"):
         load_encoder(str(tmp_path / "vit"))
+
+
+def test_an_encoder_that_keeps_the_form_of_an_image_is_one_error(tmp_path: Path) -> None:
+    """It would fail at the first photo that is not square, when states are stored."""
+    folder = save_clip(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, do_center_crop=False).save_pretrained(folder)
+    with pytest.raises(TrainError, match="cannot be an encoder here"):
+        load_encoder(folder)

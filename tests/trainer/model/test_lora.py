@@ -75,3 +75,13 @@ def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
         if one.grad is not None and two.grad is not None:
             torch.testing.assert_close(one.grad, two.grad)
     assert other.model.is_gradient_checkpointing
+
+
+def test_matrices_that_are_tied_stay_one_where_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a GPU, where each copy is another one."""
+    decoder = decoder_of("gpt2")
+    decoder.adapt(4, 0.0)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    merged = merged_state(decoder)
+    head, embedding = merged["model.lm_head.weight"], merged["model.transformer.wte.weight"]
+    assert head.data_ptr() == embedding.data_ptr()

@@ -16,6 +16,7 @@ from typing import Any
 import onnx as onnx_format
 import pytest
 import torch
+from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from pipeline.errors import TrainError
@@ -32,7 +33,7 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.publish import onnx
+from trainer.publish import onnx, run_onnx
 from trainer.publish.onnx import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
@@ -326,3 +327,36 @@ def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
     with pytest.raises(TrainError, match="the export needs the package onnxscript"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())
     assert list(tmp_path.iterdir()) == []
+
+
+class Unwilling:
+    """Stands for an exported captioner that answers no questions, and meets an image of too many pixels."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def prompt(self, text: str) -> list[int]:
+        if text:
+            raise ValueError("this captioner answers no questions; it knows the styles brief")
+        return []
+
+    def caption(self, images: list[str], text: str) -> list[str]:
+        if images == ["huge.png"]:
+            raise Image.DecompressionBombError("too many pixels")
+        return ["A ring."]
+
+
+def test_the_command_of_an_export_tells_what_it_cannot_do_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_onnx, "OnnxCaptioner", Unwilling)
+    monkeypatch.setattr(sys, "argv", ["caption.py", "huge.png", "a.png"])
+    with pytest.raises(SystemExit) as ended:
+        run_onnx.main()
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (1, "a.png: A ring.\n")
+    assert "huge.png cannot be read: too many pixels" in printed.err
+    monkeypatch.setattr(sys, "argv", ["caption.py", "a.png", "--text", "What is it?"])
+    with pytest.raises(SystemExit):
+        run_onnx.main()
+    assert "error: this captioner answers no questions" in capsys.readouterr().err
