@@ -70,9 +70,10 @@ def rows_after(stage: Stage, shards: Sequence[DatasetDir], ids: Sequence[str]) -
     rejected = [read_table(shard.stage(stage.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
     rows = pa.concat_tables([*kept, *rejected])
-    position = {annotation_id: index for index, annotation_id in enumerate(rows["annotation_id"].to_pylist())}
-    assert sorted(position) == sorted(ids) and rows.num_rows == len(ids)
-    return rows.take(pa.array([position[annotation_id] for annotation_id in ids], pa.int64()))
+    found = rows["annotation_id"].to_pylist()
+    assert sorted(found) == sorted(ids)
+    first = {annotation_id: index for index, annotation_id in reversed([*enumerate(ids)])}
+    return rows.take(pa.array(sorted(range(len(found)), key=lambda index: first[found[index]]), pa.int64()))
 
 
 class ShardList(Executor):

@@ -212,7 +212,7 @@ def print_run_result(
     if counts.asked:
         cost = server.price(counts.prompt_tokens, counts.reply_tokens) if server else None
         paid = f"; cost: {cost:,.2f}" if cost is not None else ""
-        say(f"tokens: {counts.prompt_tokens:,} read, {counts.reply_tokens:,} written{paid}")
+        say(f"tokens: {counts.shown_about}{counts.prompt_tokens:,} read, {counts.reply_tokens:,} written{paid}")
     if set(counts.attempts) - {1}:
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
     if counts.flaws:

@@ -78,18 +78,15 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
     """
     require_intact_files(version)
     dataset = DatasetDir(version.dataset_dir)
-    newest = dataset.versions()[-1]
-    if newest.name != version.name:
-        hint = f"push {newest.name}, which is newer"
-        raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
-    major, minor, patch = max([version.number, *taken_numbers(dataset.path)])
-    name = f"v{major}.{minor}.{patch + 1}"
-    manifest = version.manifest | {
-        "version": name,
-        "parent": version.name,
-        "repairs": {"version": version.name, "damaged": damage},
-    }
     with dataset.lock(), scratch_folder(dataset.path / "versions") as draft:
+        newest = dataset.versions()[-1]
+        if newest.name != version.name:
+            hint = f"push {newest.name}, which is newer"
+            raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
+        major, minor, patch = max([version.number, *taken_numbers(dataset.path)])
+        name = f"v{major}.{minor}.{patch + 1}"
+        repairs = {"version": version.name, "damaged": damage}
+        manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
         for file in (*manifest["files"], LEDGER_FILE):
             link_or_copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))

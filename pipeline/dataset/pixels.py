@@ -46,7 +46,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         extras = extras_of(version.manifest)
         writer = RowWriter(draft, extras, [name for name in extras.columns if name in columns])
         schema = with_split(row_schema(extras.columns, extras))
-        for pending in _joined_rows(rows, images):
+        for pending in _joined_rows(rows, images, "pages" if "pages" in columns else "image"):
             writer.write(pa.Table.from_pylist(pending, schema=schema))
         files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}
         if rows:
@@ -83,13 +83,13 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
             yield row["sample_id"], tuple(page["bytes"] for page in pages)
 
 
-def _joined_rows(rows: dict[str, dict[str, Any]], images: Iterable[Images]) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows with their pixels in batches, in the order of the images, and remove them from `rows`."""
+def _joined_rows(rows: dict[str, dict[str, Any]], images: Iterable[Images], column: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows with their pixels, in this column, in batches, in the order of the images, and remove them from `rows`."""
     pending: list[dict[str, Any]] = []
     for sample_id, pages in images:
         if row := rows.pop(sample_id, None):
             pixels = [{"bytes": strip_metadata(page), "path": None} for page in pages]
-            pending.append(row | ({"pages": pixels} if len(pages) > 1 else {"image": pixels[0]}))
+            pending.append(row | {column: pixels if column == "pages" else pixels[0]})
         if len(pending) == BATCH_ROWS:
             yield pending
             pending = []

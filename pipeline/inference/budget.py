@@ -5,7 +5,6 @@ run again, does not spend it twice.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.config.sections import ServerConfig
@@ -24,9 +23,21 @@ class BudgetError(EngineError):
     """Raised when the budget of a dataset is used up. All replies so far are kept."""
 
 
+def is_uncounted(reply: Reply) -> bool:
+    """Return whether a model has answered, and its server has not counted the tokens."""
+    return not reply.prompt_tokens and reply.finish_reason not in UNANSWERED
+
+
+def likely_tokens(reply: Reply) -> tuple[int, int]:
+    """Return the tokens that a reply took to be read and written: as its server counts them, else those that are likely."""
+    if is_uncounted(reply):
+        return ASSUMED_PROMPT_TOKENS, max(reply.reply_tokens, len(reply.text) // CHARACTERS_PER_TOKEN)
+    return reply.prompt_tokens, reply.reply_tokens
+
+
 @dataclass(slots=True)
 class Budget:
-    """What was spent on a dataset: requests that were taken to be sent, and the tokens of replies."""
+    """What was spent on a dataset: requests that were taken to be sent, and the likely tokens of replies, by all runs."""
 
     server: ServerConfig
     requests: int
@@ -36,17 +47,9 @@ class Budget:
     _tokens: int = 0  # of these
     _cost: float = 0.0
 
-    @classmethod
-    def of(cls, server: ServerConfig, totals: Mapping[str, int]) -> "Budget":
-        """Return the budget after what a journal holds (`Journal.totals`)."""
-        prompt_tokens = totals["prompt_tokens"] or ASSUMED_PROMPT_TOKENS * totals["replies"]
-        return cls(server, totals["asked"], prompt_tokens, totals["reply_tokens"])
-
     def add(self, reply: Reply) -> None:
         """Count the tokens of a reply; where its server has not, those that are likely."""
-        read, written = reply.prompt_tokens, reply.reply_tokens
-        if not read and reply.finish_reason not in UNANSWERED:
-            read, written = ASSUMED_PROMPT_TOKENS, max(written, len(reply.text) // CHARACTERS_PER_TOKEN)
+        read, written = likely_tokens(reply)
         self.prompt_tokens += read
         self.reply_tokens += written
         self._replies += 1

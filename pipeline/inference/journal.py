@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
+from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
 from pipeline.types import UNANSWERED, Reply, Request
 
 FORMAT = 4  # raise when a table changes
@@ -146,6 +147,17 @@ class Journal:
         for row in self._db.execute(f"SELECT {of_reply} FROM replies ORDER BY request_id, attempt"):  # noqa: S608
             replies.update(repr(row).encode())  # which has escapes for halves of surrogate pairs
         return replies.hexdigest()
+
+    def likely_tokens(self) -> tuple[int, int]:
+        """Return the tokens of all replies that were read and written, by budget.likely_tokens."""
+        is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
+        likely = f"CASE WHEN {is_uncounted} THEN {ASSUMED_PROMPT_TOKENS} ELSE prompt_tokens END"
+        written = (
+            f"CASE WHEN {is_uncounted} THEN MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN}) ELSE reply_tokens END"
+        )
+        sums = f"SELECT COALESCE(SUM({likely}), 0), COALESCE(SUM({written}), 0) FROM replies"  # noqa: S608
+        read, replied = self._db.execute(sums).fetchone()
+        return read, replied
 
     def totals(self) -> dict[str, int]:
         """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""

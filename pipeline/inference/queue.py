@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
 from pipeline.images.decode import upright_size
-from pipeline.inference.budget import Budget, CircuitBreaker
+from pipeline.inference.budget import Budget, CircuitBreaker, is_uncounted, likely_tokens
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import (
     NO_RESULTS,
@@ -46,8 +46,9 @@ class RequestStats:
     asked: int = 0
     attempts: Counter[int] = field(default_factory=Counter)  # attempt -> requests answered at it, in this run
     flaws: Counter[str] = field(default_factory=Counter)  # flaw -> unusable replies of this run
-    prompt_tokens: int = 0  # of the replies of this run
+    prompt_tokens: int = 0  # of the replies of this run; likely ones, where the server does not count
     reply_tokens: int = 0
+    uncounted: int = 0  # such replies
     asking_s: float = 0.0  # seconds in which it was asked
     seconds: dict[str, float] | None = None  # by request id, how long its last reply took; counted only where it is a dict
 
@@ -57,16 +58,23 @@ class RequestStats:
 
     def add_reply(self, reply: Reply) -> None:
         """Count the tokens of a reply that came now."""
-        self.prompt_tokens += reply.prompt_tokens
-        self.reply_tokens += reply.reply_tokens
+        read, written = likely_tokens(reply)
+        self.prompt_tokens += read
+        self.reply_tokens += written
+        self.uncounted += is_uncounted(reply)
         if self.seconds is not None:
             self.seconds[reply.request_id] = reply.seconds
+
+    @property
+    def shown_about(self) -> str:
+        """What stands before a number of tokens: "about", where a server does not count them."""
+        return "about " if self.uncounted else ""
 
     def metrics(self, server: ServerConfig) -> dict[str, str]:
         """Return metrics for the progress display: tokens and their price, retries, replies that were not usable."""
         cost = server.price(self.prompt_tokens, self.reply_tokens)
         return {
-            "tokens": f"{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
+            "tokens": f"{self.shown_about}{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
             **({"cost": f"{cost:,.2f}"} if cost is not None else {}),
             **({"not usable": f"{sum(self.flaws.values()):,}"} if self.flaws else {}),
         }
@@ -81,7 +89,9 @@ class RequestQueue:
         self._own_tasks, self._max_pixels = config.own_tasks, config.generate.max_pixels
         self._journal = journal
         self._counts = counts
-        self._budget = Budget.of(config.server, journal.totals()) if config.server.has_budget else None
+        self._budget = None
+        if config.server.has_budget:
+            self._budget = Budget(config.server, journal.totals()["asked"], *journal.likely_tokens())
         self._breaker = CircuitBreaker(config.server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []

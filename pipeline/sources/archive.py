@@ -43,6 +43,7 @@ from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
+QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
 
 
@@ -155,11 +156,11 @@ def _is_odd_json(text: Entry) -> bool:
 
 
 def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
-    """Return whether the first archive has questions, in a store beside its first image: a column is of all images, or none."""
+    """Return whether the first archives have questions, in a store the first image: a column is of all images, or none."""
     if archives.is_local:
         with archives.translate_errors():
-            texts = list(index_of(names[0]).texts.values())
-        return any(questions_of_people(_read_beside(of_key)[1]) for of_key in texts)
+            texts = (of_key for name in names[:QUESTION_ARCHIVES] for of_key in index_of(name).texts.values())
+            return any(questions_of_people(_read_beside(of_key)[1]) for of_key in texts)
     with closing(_read_images(archives, names[0], index_of)) as images:
         return any(questions_of_people(_read_beside(texts)[1]) for _, texts in islice(images, 1))
 
@@ -320,7 +321,10 @@ def _row(
     except ValueError as error:
         return Rejected(source_row=name, reason="unknown_split", detail=str(error))
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
-    context = tuple((column, as_text(values.get(column))) for column in columns)
+    try:
+        context = tuple((column, as_text(values.get(column))) for column in columns)
+    except SourceError as error:
+        return Rejected(source_row=name, reason="unusable_column", detail=str(error))
     fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
     fields |= {"reference_qa": questions_of_people(values)} if has_questions else {}
     return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)

@@ -43,10 +43,13 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     if not split_column:
         check_split(tables, split)
 
+    def split_of(value: object) -> str | None:
+        return names.get(str(value).strip().casefold())
+
     def count() -> int:
         if split is None or not split_column:
             return tables.count(split)
-        return sum(names.get(str(value)) == split for value in tables.values(split_column))
+        return sum(split_of(value) == split for value in tables.values(split_column))
 
     def jobs(start: int) -> Iterator[Rejected | partial[RawSample | Rejected]]:
         """Yield what is to be done for each row; the rows of other splits are left out, where a column says it."""
@@ -55,7 +58,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
             if isinstance(row, Rejected):
                 yield row
                 continue
-            row_split = names.get(str(row[split_column]).strip().casefold()) if split_column else file_split
+            row_split = split_of(row[split_column]) if split_column else file_split
             if row_split is None and split_column:
                 detail = f"{row[split_column]!r} is none of {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
@@ -69,7 +72,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         for _, _, row in tables.rows([column]):
             if yielded == start:
                 break
-            yielded += isinstance(row, Rejected) or names.get(str(row[column])) in (None, split)
+            yielded += isinstance(row, Rejected) or split_of(row[column]) in (None, split)
             number += 1
         return number
 

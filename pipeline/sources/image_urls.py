@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from typing import TypeVar
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from pipeline.errors import ImageError, one_line
 from pipeline.install import DISTRIBUTION, installed_version
@@ -52,7 +52,9 @@ _INTERNAL = tuple(
 )
 J = TypeVar("J")
 R = TypeVar("R")
-_REDIRECTS = (301, 302, 303, 307, 308)
+_REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
+_KEPT_IN_PATHS, _KEPT_IN_QUERIES = "%/:@!$&'()*+,;=~", "%/:@!$&'()*+,;=~?[]"
+MIN_PAUSE_S, USUAL_PAUSE_S = 0.5, 2.0  # before a busy host is asked again; where it does not say how long
 
 Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
@@ -93,9 +95,12 @@ _costs: dict[tuple[str, str, int | None], HostCost] = {}  # by scheme, host and 
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return the bytes at an http or https URL. Raise ImageError if it is not public, an error, too large, or too slow."""
-    deadline = time.monotonic() + MAX_SECONDS
-    for _ in range(MAX_REDIRECTS + 1):
+    """Return the bytes at an http or https URL; a host that asks to wait is asked again while there is time.
+
+    Raise ImageError if it is not public, an error, too large, or too slow.
+    """
+    deadline, redirects = time.monotonic() + MAX_SECONDS, 0
+    while redirects <= MAX_REDIRECTS:
         try:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -103,10 +108,22 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
             location, data = _get_within_budget(parts, allowed, deadline)
             if location is None:
                 return data
-            url = urljoin(url, location)
+            url, redirects = urljoin(url, location), redirects + 1
+        except _AskedToWaitError as asked:
+            if asked.seconds >= deadline - time.monotonic():
+                raise ImageError("url_unreachable", str(asked)) from None
+            time.sleep(asked.seconds)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ImageError("url_unreachable", one_line(error, 100)) from None
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
+
+
+class _AskedToWaitError(Exception):
+    """Raised where a host asks to wait for so many seconds."""
+
+    def __init__(self, host: str, status: int, seconds: float) -> None:
+        super().__init__(f"{host} answers {status}")
+        self.seconds = seconds
 
 
 def fetch_ahead(jobs: Iterable[J], fetch: Callable[[J], R], at_once: int = FETCHED_AT_ONCE) -> Iterator[R]:
@@ -135,7 +152,7 @@ def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) ->
         raise ImageError("host_given_up", what)
     try:
         result = _get(parts, allowed, deadline)
-    except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
+    except (_AskedToWaitError, OSError, http.client.HTTPException, ValueError, ImageError) as error:
         is_too_large = isinstance(error, ImageError) and error.reason == "file_too_large"
         with _costs_lock:
             cost.add(started, is_useful=False, wasted_bytes=MAX_BYTES if is_too_large else 0)
@@ -160,17 +177,23 @@ def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | N
     try:
         secure = parts.scheme == "https"
         connection.sock = _tls_context().wrap_socket(raw, server_hostname=host) if secure else raw
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.default_port = 443 if secure else 80  # which the header Host does not name
         headers = {
             "Accept": "image/*",
             "User-Agent": f"{DISTRIBUTION}/{installed_version()}",
         }  # Wikimedia refuses who has no name
-        connection.request("GET", target, headers=headers)
+        connection.request("GET", _target(parts), headers=headers)
         return _read(connection.getresponse(), host, deadline)
     finally:
         timer.cancel()
         connection.close()
         raw.close()
+
+
+def _target(parts: SplitResult) -> str:
+    """Return path and query in ASCII, as browsers send them: escapes stay, and other letters and spaces get some."""
+    path, query = quote(parts.path or "/", _KEPT_IN_PATHS), quote(parts.query, _KEPT_IN_QUERIES)
+    return f"{path}?{query}" if query else path
 
 
 def _connect(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
@@ -188,7 +211,11 @@ def _tls_context() -> ssl.SSLContext:
 
 def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
     if response.status in _REDIRECTS and response.headers["Location"]:
-        return response.headers["Location"], b""
+        return _as_sent(response.headers["Location"]), b""
+    if response.status in _BUSY:
+        raise _AskedToWaitError(host, response.status, _seconds(response.headers["Retry-After"]))
+    if 400 <= response.status < 500 and response.status not in (408, 425):  # another time it says the same
+        raise ImageError("url_not_found", f"{host} answers {response.status}")
     if response.status != 200:
         raise ImageError("url_unreachable", f"{host} answers {response.status}")
     data = bytearray()
@@ -200,6 +227,22 @@ def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tup
     if response.length:
         raise ImageError("url_unreachable", f"{host} ended {response.length:,} bytes before the end")
     return None, bytes(data)
+
+
+def _as_sent(header: str) -> str:
+    """Return a header that was read as Latin-1 as the UTF-8 that it was, if it was."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Return the seconds of a header; a usual pause for a date, or none."""
+    try:
+        return max(MIN_PAUSE_S, float(retry_after or USUAL_PAUSE_S))
+    except ValueError:
+        return USUAL_PAUSE_S
 
 
 def _cut(connection: socket.socket) -> None:

@@ -39,13 +39,14 @@ WITH hashed AS (
     SELECT words FROM hashed GROUP BY words HAVING count(*) > 1
 ), named AS (
     SELECT *, min(annotation_id) OVER (PARTITION BY words) AS cluster,
-           first_value(annotation_id) OVER best_of_image AS best_of_image
+           first_value(annotation_id) OVER best_of_image AS best_of_image,
+           first_value(row) OVER best_of_image AS best_row
     FROM hashed SEMI JOIN shared USING (words)
     WINDOW best_of_image AS (PARTITION BY words, image_group ORDER BY image_reason IS NOT NULL, {best})
 ), ranked AS (
-    SELECT *, image_reason IS NULL AND best_of_image <> annotation_id AS is_repeated,
+    SELECT *, image_reason IS NULL AND best_row <> row AS is_repeated,
            row_number() OVER (PARTITION BY words ORDER BY
-               NOT is_caption OR image_reason IS NOT NULL OR best_of_image <> annotation_id, {best}) AS place
+               NOT is_caption OR image_reason IS NOT NULL OR best_row <> row, {best}) AS place
     FROM named
 ), judged AS (
     SELECT row, other_group, image_reason, near_duplicate_of, cluster,
@@ -60,8 +61,8 @@ WITH hashed AS (
 )
 SELECT row, other_group AS image_group, image_reason, near_duplicate_of, cluster, duplicate_of, reason FROM judged
 """
-# What people wrote stays, whatever a model made of it.
-BEST = "is_human DESC, agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id"
+# What people wrote comes first, whatever a model made of it. Two styles may share a reply, and so the id of their annotation.
+BEST = "is_human DESC, agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id, row"
 
 
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:

@@ -92,3 +92,11 @@ def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) ->
     joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages
+
+
+def test_a_deck_of_one_page_keeps_it(tmp_path: Path) -> None:
+    whole, _ = make_version(tmp_path / "whole", SAMPLES[:6], decks=True)
+    joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
+    for split in (split for split, count in whole.manifest["rows"].items() if count):
+        pages = [{row["sample_id"]: row["pages"] for row in v.read(split).to_pylist()} for v in (joined, whole)]
+        assert pages[0] == pages[1] and all(pages[0].values())

@@ -1,5 +1,6 @@
 """Budget: a run sends no more than its limits, over all runs of a folder, and stops by itself when replies are not usable."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, Circu
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about
+from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.scene_data import batch_of, scene_samples
@@ -67,7 +69,7 @@ def test_tokens_stop_a_run_close_to_their_limit(tmp_path: Path) -> None:
 
 def test_the_cost_of_earlier_runs_counts() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    budget = Budget.of(server, {"asked": 10, "replies": 10, "prompt_tokens": 600_000, "reply_tokens": 100_000})
+    budget = Budget(server, 10, 600_000, 100_000)
     assert budget.cost == pytest.approx(0.8)
     assert budget.room(0) == 32  # a first look at what a request costs
     budget.add(reply(prompt_tokens=20_000, reply_tokens=0))
@@ -78,15 +80,28 @@ def test_the_cost_of_earlier_runs_counts() -> None:
 
 
 def test_a_server_that_does_not_count_is_charged_what_is_likely() -> None:
-    budget = Budget.of(ServerConfig(max_total_tokens=10_000), {"asked": 2, "replies": 2, "prompt_tokens": 0, "reply_tokens": 0})
-    assert budget.prompt_tokens == 3000  # by the runs before
+    budget = Budget(ServerConfig(max_total_tokens=10_000), 2, 3000, 0)
     for _ in range(4):
         budget.add(reply(prompt_tokens=0, reply_tokens=0))
     assert budget.room(0) == 0
 
 
 def test_without_a_limit_there_is_room_for_anything() -> None:
-    assert Budget.of(ServerConfig(), {"asked": 10**9, "replies": 0, "prompt_tokens": 0, "reply_tokens": 0}).room(10**6) is None
+    assert Budget(ServerConfig(), 10**9, 0, 0).room(10**6) is None
+
+
+def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: Path) -> None:
+    """As much as they counted when they came: a budget is not larger after a restart."""
+    replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
+    replies.append(dataclasses.replace(replies[0], finish_reason="server_error", text="overloaded " * 99))
+    requests = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
+    stats = RequestStats()
+    with Journal(tmp_path / "j") as journal:
+        for request, one in zip(requests, replies, strict=True):
+            journal.keep([(request, dataclasses.replace(one, request_id=request.id), None)])
+            stats.add_reply(one)
+        assert journal.likely_tokens() == (stats.prompt_tokens, stats.reply_tokens) == (1507, 3 + len(replies[0].text) // 4)
+    assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
 
 
 def test_a_cost_without_prices_is_a_mistake() -> None:

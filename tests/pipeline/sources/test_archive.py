@@ -601,3 +601,22 @@ def test_a_damaged_entry_of_bzip2_is_rejected_alone(tmp_path: Path) -> None:
     data[start : start + 12] = bytes(12)
     (tmp_path / "p.zip").write_bytes(data)
     assert reasons(tmp_path) == {"p.zip/0.jpg": "unreadable_entry", "p.zip/1.jpg": None}
+
+
+def test_questions_are_read_where_a_later_archive_has_the_first_of_them(tmp_path: Path) -> None:
+    (tmp_path / "0.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
+    own = {"question": "What is it?", "answer": "a cup"}
+    (tmp_path / "1.zip").write_bytes(zip_of({"1.jpg": photo(1), "1.json": json.dumps(own).encode()}))
+    rows = [row for row in open_source(resolve(source=f"archive:{tmp_path}")).rows if isinstance(row, Sample)]
+    assert [[one.question for one in row.reference_qa or ()] for row in rows] == [[], ["What is it?"]]
+
+
+def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> None:
+    titles = ["Cup", {"en": "Bowl"}, ["red", "blue"]]
+    files = {f"{number}.jpg": photo(number) for number in range(3)}
+    files |= {f"{number}.json": json.dumps({"title": title}).encode() for number, title in enumerate(titles)}
+    (tmp_path / "a.zip").write_bytes(zip_of(files))
+    rows = list(open_source(resolve(source=f"archive:{tmp_path}/a.zip", columns={"context": "title"})).rows)
+    assert [row.reason if isinstance(row, Rejected) else row.context for row in rows] == [
+        (("title", "Cup"),), "unusable_column", (("title", "red, blue"),),
+    ]  # fmt: skip

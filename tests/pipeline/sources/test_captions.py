@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,13 @@ def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     captions = {name: one.captions for name, one in read_captions(tmp_path / "c.jsonl").items()}
     assert captions == {"a": ["human one"], "b": ["by hand"], "c": ["mine"], "d": []}
+
+
+def test_a_name_is_found_however_a_system_spells_it() -> None:
+    images = [unicodedata.normalize("NFD", "fotos/Köln.jpg"), "fotos/a.jpg", "b/a.jpg"]
+    written = {name: Written([name]) for name in ("fotos/Köln.jpg", "fotos\\a.jpg", "nowhere.jpg")}
+    matched, unknown = match_images(written, images)
+    assert {image: about.captions for image, about in matched.items()} == {
+        images[0]: ["fotos/Köln.jpg"], images[1]: ["fotos\\a.jpg"],
+    }  # fmt: skip
+    assert unknown == ["nowhere.jpg"]

@@ -37,7 +37,7 @@ def test_images_of_a_table_are_fetched_together_in_order(tmp_path: Path, web: st
     assert not Together.first.broken  # three were asked for before one was answered
     assert [row.references for row in rows if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
     assert isinstance(rows[-1], Rejected)
-    assert rows[-1].reason == "url_unreachable"
+    assert rows[-1].reason == "url_not_found"
 
 
 def test_a_limit_is_not_fetched_beyond_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +103,14 @@ def test_images_behind_a_dictionary_are_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([photo(1)]).dictionary_encode()}), tmp_path / "a.parquet")
     (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet")).rows
     assert isinstance(row, Sample)
+
+
+def test_the_words_of_a_split_column_count_in_any_case(tmp_path: Path) -> None:
+    words = ["Train", " TEST", "train ", "Val", "TRAIN"]
+    images = [{"bytes": photo(number), "path": None} for number in range(len(words))]
+    pq.write_table(pa.table({"image": images, "part": words}), tmp_path / "a.parquet")
+    config = resolve(source=f"parquet:{tmp_path}/a.parquet", source_split="train", columns={"split": "part"})
+    source = open_source(config)
+    names = [row.source_row for row in source.rows]
+    assert source.count is not None and source.count() == len(names) == 3
+    assert [row.source_row for row in source.read(1)] == names[1:]

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,21 +16,34 @@ from pipeline.errors import ImageError
 from pipeline.sources import image_urls
 from pipeline.sources.image_urls import fetch_image, is_public
 from pipeline.sources.parquet import embedded_bytes
+from pipeline.stages.source_parts import PASSING_REASONS
 from tests.hub.datasets import photo
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     agents: ClassVar[list[str]] = []
+    asked: ClassVar[list[tuple[str, str]]] = []  # the hosts and paths
 
     def do_GET(self) -> None:
         self.agents.append(self.headers["User-Agent"])
+        self.asked.append((self.headers["Host"], self.path))
         kind, _, rest = self.path.strip("/").partition("/")
         if kind == "loop":
             self.send_response(302)
             self.send_header("Location", f"/{rest}" if rest else "/loop")
             self.end_headers()
             return
-        self.send_response(404 if kind == "gone" else 200)
+        if kind == "busy" and [path for _, path in self.asked].count(self.path) < 3:
+            self.send_response(429 if rest else 503)
+            self.send_header("Retry-After", rest or "0")
+            self.end_headers()
+            return
+        if kind == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/Köln/a b.jpg".encode().decode("latin-1"))
+            self.end_headers()
+            return
+        self.send_response({"gone": 404, "secret": 403, "broken": 500}.get(kind, 200))
         if kind == "cut":
             self.send_header("Content-Length", str(2 * len(photo(1))))
         self.end_headers()
@@ -71,7 +85,7 @@ def test_every_bound_holds(server: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
     assert refused(f"{server}/large", anywhere) == "file_too_large"
     assert refused(f"{server}/loop", anywhere) == "url_refused"
-    assert refused(f"{server}/gone", anywhere) == "url_unreachable"
+    assert refused(f"{server}/broken", anywhere) == "url_unreachable"
     monkeypatch.setattr(image_urls, "MAX_SECONDS", 0.0)
     assert refused(f"{server}/photo", anywhere) == "url_unreachable"
 
@@ -207,3 +221,45 @@ def test_each_address_of_a_host_is_tried(server: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "create_connection", connect_to)
     assert fetch_image(f"{server}/image", anywhere) == photo(1)
     assert tried == ["127.9.9.9", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("path", ["gone", "secret"])
+def test_what_a_host_does_not_have_is_no_matter_of_the_network(server: str, path: str) -> None:
+    """A reading is not done anew for it."""
+    assert refused(f"{server}/{path}", anywhere) == "url_not_found"
+    assert "url_not_found" not in PASSING_REASONS
+
+
+def test_a_busy_host_is_asked_again_while_there_is_time(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr("pipeline.sources.image_urls.time.sleep", paused.append)
+    Handler.asked.clear()
+    assert fetch_image(f"{server}/busy", anywhere) == photo(1)
+    assert paused == [0.5, 0.5]
+    assert refused(f"{server}/busy/3600", anywhere) == "url_unreachable"
+    assert paused == [0.5, 0.5]
+
+
+def test_addresses_are_sent_as_browsers_send_them(server: str) -> None:
+    Handler.asked.clear()
+    for path in ("Köln/a b.jpg?q=ä b&x=%20", "K%C3%B6ln", "moved"):
+        assert fetch_image(f"{server}/{path}", anywhere) == photo(1)
+    assert [path for _, path in Handler.asked] == [
+        "/K%C3%B6ln/a%20b.jpg?q=%C3%A4%20b&x=%20", "/K%C3%B6ln", "/moved", "/K%C3%B6ln/a%20b.jpg",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheme", "port", "named"), [("https", 443, "a.test"), ("https", 444, "a.test:444"), ("http", 80, "a.test")]
+)
+def test_a_usual_port_is_not_named_to_the_host(scheme: str, port: int, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some sign what they are asked with the name of the host."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", port))]
+    )
+    monkeypatch.setattr(image_urls, "_connect", lambda *_: ours)
+    monkeypatch.setattr(image_urls, "_tls_context", lambda: SimpleNamespace(wrap_socket=lambda raw, **_: raw))
+    theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")
+    assert fetch_image(f"{scheme}://a.test:{port}/x") == b"x"
+    assert f"\r\nHost: {named}\r\n" in theirs.recv(10_000).decode()

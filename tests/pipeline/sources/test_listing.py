@@ -278,7 +278,7 @@ def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
     assert not Together.first.broken
     assert [row.references for row in read if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
     assert [row.source_row for row in read] == [f"list.csv:{n}" for n in range(1, 10)]
-    assert isinstance(read[-1], Rejected) and read[-1].reason == "url_unreachable"
+    assert isinstance(read[-1], Rejected) and read[-1].reason == "url_not_found"
     assert "secret" not in str(read[-1])
 
 

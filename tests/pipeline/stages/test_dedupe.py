@@ -267,3 +267,9 @@ def test_no_rows_are_no_clusters() -> None:
 def test_texts_without_words_are_not_merged() -> None:
     rows = captions("", " ", "?", "the", "yes", "no", *["5"] * 3, sample_id="s")
     assert list(reasons(rows).values()) == [None] * 6 + [None, "duplicate", "duplicate"]
+
+
+def test_of_equal_captions_in_two_styles_that_share_a_reply_one_stays() -> None:
+    """A prompt of a user's own may ask the same for both."""
+    rows = captions("A red ring.", "A red ring.", sample_id="s", annotation_id="same")
+    assert sorted(map(str, deduped(rows)["reason"].to_pylist())) == ["None", "duplicate"]
