@@ -156,6 +156,8 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
         "split": splits.take(pa.array(first_of_sample, mask=first_of_sample < 0)),
         **{column.name: _own_values(annotations, owner, count, column) for column in extras.own},
     }
+    if "reference_qa" in schema.names:
+        computed["reference_qa"] = _masked_questions(final_column(samples, "reference_qa", schema.field("reference_qa").type))
     others = {kind.name: final_column(samples, kind.name, kind.type) for kind in schema if kind.name not in computed}
     columns = computed | others
     return pa.table([columns[kind.name].cast(kind.type) for kind in schema], schema=schema)
@@ -179,6 +181,21 @@ def _masked(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     if not pc.any(pc.match_substring_regex(pc.list_flatten(texts), MAY_HOLD, ignore_case=True)).as_py():
         return texts
     return pa.array([of_one and [redact(text)[0] for text in of_one] for of_one in texts.to_pylist()], texts.type)
+
+
+def _masked_questions(asked: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """Return lists of questions and answers of people (tables.REFERENCE_QA) without personal data."""
+    pairs = pc.list_flatten(asked)
+    texts = [pc.struct_field(pairs, "question"), pc.list_flatten(pc.struct_field(pairs, "answers"))]
+    if not any(pc.any(pc.match_substring_regex(part, MAY_HOLD, ignore_case=True)).as_py() for part in texts):
+        return asked
+    masked = [of_one and [_masked_pair(pair) for pair in of_one] for of_one in asked.to_pylist()]
+    return pa.array(masked, asked.type)
+
+
+def _masked_pair(pair: dict[str, Any]) -> dict[str, Any]:
+    answers = [redact(answer)[0] for answer in pair["answers"]]
+    return pair | {"question": redact(pair["question"])[0], "answers": answers}
 
 
 def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:

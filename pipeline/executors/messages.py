@@ -78,11 +78,20 @@ def describe_warnings(stages: Sequence[Stage], version: Version, funnel: Sequenc
     """Return warnings about stages that rejected most rows, texts and splits of which none is left, and unanswered requests."""
     missing = describe_missing(stages, version, config) if config.asks_model else ()
     return [
+        *describe_title(version, config),
         *describe_losses(stages, funnel),
         *missing,
         *describe_empty_splits(version, config),
         *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
     ]
+
+
+def describe_title(version: Version, config: Config) -> Iterator[str]:
+    """Yield a warning if the version of the same rows has another title than the settings."""
+    title = version.manifest.get("title")
+    if config.title and title != config.title:
+        kept = f"the title {title}" if title else "a card without a title"
+        yield f"{version.name} keeps {kept}: a title alone makes no version"
 
 
 def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], shown: str = REPORTED) -> Iterator[str]:

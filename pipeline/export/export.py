@@ -6,6 +6,7 @@ goes on.
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.export.formats import FORMATS
 from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
+from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.own_lines import OWN_LINES
 from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
@@ -47,9 +49,14 @@ def export_version(
 ) -> Exported:
     """Write a version to a new folder in a format of FORMATS; `style` names the captions that are wanted.
 
-    Raises ConfigError if the folder is there, the version has no pixels, or no image has such a caption.
+    Raises ConfigError if the folder is there, the version has no pixels, no image has such a caption, or another process writes
+    to the folder.
     """
-    report, splits = progress or NullProgress(), tuple(splits)
+    with _locked(out):
+        return _export(version, kind, out, style, tuple(splits), progress or NullProgress())
+
+
+def _export(version: Version, kind: str, out: Path, style: str | None, splits: tuple[str, ...], report: Progress) -> Exported:
     if out.exists():
         raise ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
     draft = out.with_name(f".{out.name}.unfinished")
@@ -114,6 +121,22 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
         if not is_same:
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
         yield path, text, text not in item.of_people
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is to be written. Raises ConfigError if another process holds it."""
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def refuse() -> None:
+        raise ConfigError(f"another process exports to {out}", hint="wait for it, or name another folder: --out DIR")
+
+    with lock_file(path, refuse, ConfigError):
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def _go_on(draft: Path, about: dict[str, Any]) -> None:

@@ -30,7 +30,10 @@ OPTIONS = {
     ),
     "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH alone"),
     "captions": ("has its own captions, but --captions was given", "--captions goes with --source folder:PATH alone"),
-    "split.group_by": ("has no folders of images, but --group-by was given", "--group-by goes with --source folder:PATH alone"),
+    "split.group_by": (
+        "has no folders of images, but --group-by was given",
+        "--group-by goes with sources of files: folder:, pdf:, pdf-pages: and video:",
+    ),
     "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
 }
 

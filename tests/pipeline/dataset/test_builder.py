@@ -14,6 +14,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.errors import TableError
 from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION, Extras
+from pipeline.types import ReferenceQA
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
 
@@ -65,6 +66,22 @@ def test_personal_data_is_masked_in_the_captions_of_the_source_too(tmp_path: Pat
     }
     assert rows[first.id] == ["Call [phone] or [email].", "Six red rings."]
     assert all(rows[sample.id] == list(sample.references) for sample in others)
+
+
+def test_personal_data_is_masked_in_the_questions_of_the_source_too(tmp_path: Path) -> None:
+    first, *others = scene_samples(6)
+    told = ReferenceQA(question="Is it mail@example.org?", answers=("yes", "+49 30 123456"), answer_type="other")
+    asked = (told, ReferenceQA(question="Red?", answers=("no",), answer_type="yes/no"))
+    samples = [replace(first, reference_qa=asked), *(replace(sample, reference_qa=(asked[1],)) for sample in others)]
+    version, _ = make_version(tmp_path, samples, true_captions(samples))
+    rows = {
+        row["sample_id"]: [(pair["question"], pair["answers"], pair["answer_type"]) for pair in row["reference_qa"]]
+        for _, batch in version.batches(["sample_id", "reference_qa"])
+        for row in batch.to_pylist()
+    }
+    unchanged = ("Red?", ["no"], "yes/no")
+    assert rows[first.id] == [("Is it [email]?", ["yes", "[phone]"], "other"), unchanged]
+    assert all(rows[sample.id] == [unchanged] for sample in others)
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

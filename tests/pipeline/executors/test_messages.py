@@ -11,7 +11,13 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult
-from pipeline.executors.messages import describe_empty_splits, describe_losses, describe_unanswered, describe_warnings
+from pipeline.executors.messages import (
+    describe_empty_splits,
+    describe_losses,
+    describe_title,
+    describe_unanswered,
+    describe_warnings,
+)
 from pipeline.run import STAGES, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -83,3 +89,10 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
     assert "the validation split" in told
     whole, _ = make_version(tmp_path / "e", samples, texts)
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
+
+
+def test_a_title_that_makes_no_version_is_told(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(6))
+    assert list(describe_title(version, resolve(source="scenes"))) == []
+    (warning,) = describe_title(version, resolve(source="scenes", title="Rings"))
+    assert warning == "v1.0.0 keeps a card without a title: a title alone makes no version"

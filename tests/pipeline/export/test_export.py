@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -560,3 +561,21 @@ def test_an_export_of_a_split_without_rows_is_one_error(kind: str, tmp_path: Pat
     with pytest.raises(ConfigError):
         export_version(version, kind, tmp_path / "out", splits=(empty,))
     assert not (tmp_path / "out").exists()
+
+
+def test_two_exports_to_one_folder_do_not_meet(version: Version, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    class Second(NullProgress):
+        refused = ""
+
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            if not self.refused:
+                with pytest.raises(ConfigError, match="another process exports to") as caught:
+                    export_version(version, "webdataset", out)
+                self.refused = str(caught.value)
+
+    second = Second()
+    export_version(version, "webdataset", out, progress=second)
+    assert second.refused and out.is_dir()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
