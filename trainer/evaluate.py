@@ -95,11 +95,13 @@ def evaluate(
         except TrainError as error:  # a Java that fails costs its own score alone
             log.warning("METEOR is left out: %s", error)
     if names_things:
-        result["things"] = {"chair": chair(hypotheses, texts), "shuffled_chair": chair(others, texts)}
-        if (people := chair_of_people(texts)) and against == BY_PEOPLE:
-            result["things"]["people"] = people
-        if probing:
-            result["things"]["probes"] = probing.scores()
+        people = chair_of_people(texts) if against == BY_PEOPLE else None
+        result["things"] = {
+            "chair": chair(hypotheses, texts),
+            "shuffled_chair": chair(others, texts),
+            **({"people": people} if people else {}),
+            **({"probes": probing.scores()} if probing else {}),
+        }
     if options.spice:
         _add_scores(result, "spice", [spice(captions, texts) for captions in (hypotheses, others)])
     if clip:

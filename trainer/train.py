@@ -7,6 +7,7 @@ a CPU.
 
 from collections.abc import Callable, Container
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_json
+from pipeline.tables import SPLITS
 from trainer.allocation import keep_freed_memory
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, write_captions
@@ -31,12 +33,12 @@ from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
-from trainer.forecast import fit_and_forecast
+from trainer.forecast import Forecast, fit_and_forecast
 from trainer.loop import Trainer, run_steps
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
-from trainer.model.encoder import load_encoder, weights_digest
+from trainer.model.encoder import Encoder, load_encoder, weights_digest
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.precision import products_in
 from trainer.presets import PREFIX
@@ -44,6 +46,7 @@ from trainer.prompts import scored_prompt
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import TargetText, train_tokenizer
 
+Sets = dict[str, list[Example]]  # by split
 LAST = "last"  # the captioner of the last step, where an earlier one is better
 CLIP = CLIP_MODELS["clip"]
 
@@ -72,53 +75,29 @@ def train(
         require_tensorboard()
     report = progress or NullProgress()
     rank, processes = join_processes()
-    device = best_device(rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
-        torch.cuda.set_device(device)
+    device = _prepare_device(rank)
     torch.manual_seed(config.seed)
-    sets = {split: read_split_examples(version, split, config, only) for split in ("train", "validation", "test")}
-    train_set = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
-    config = config.with_defaults(len(train_set))
-    if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
-        raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
-    checkpoint = _build(version, config, train_set)
-    encoder = checkpoint.captioner.to(device).encoder
+    sets, config = _choose_examples(version, config, only)
+    checkpoint = _build(version, config, sets["train"])
+    checkpoint.captioner.to(device)
     if rank == 0:
-        _tell_of_texts(checkpoint, config, _texts(train_set), report)
+        _tell_of_texts(checkpoint, config, _texts(sets["train"]), report)
         if own := version.manifest.get("own_columns"):
             report.message(f"columns of own tasks are not learned: {', '.join(own)}")
-    ids = [example.sample_id for example in train_set]
-
-    def run_of(processes: int) -> str:
-        return digest([config.digest_values(), version.manifest["digest"], processes, ids])
-
+    run_of = partial(_run_digest, version, config, sets["train"])
     # What can be refused is refused here: what follows may take hours.
     state = load_resume(out, run_of, processes) if resume else None
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
-    validated = _of_learned_prompts(sets["validation"][: config.evaluate_images], train_set)
-    for scored in (validated, sets["test"]):
-        choose_references(scored, style)
+    for split in ("validation", "test"):
+        choose_references(sets[split], style)
     out.mkdir(parents=True, exist_ok=True)
-    features: LoadedFeatures = OnlineFeatures(encoder, device)
-    if encoder.config.frozen and config.feature_storage != "none":
-        views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in train_set)
-        examples, folder = [*train_set, *views, *validated, *sets["test"]], version.dataset_dir / FEATURES
-        features = store_features(encoder, examples, folder, device, report, config.feature_storage)
-    trainer = _trainer_of(checkpoint, config, train_set, validated, features, device)
+    features = _features_of(checkpoint.captioner.encoder, config, sets, version.dataset_dir / FEATURES, device, report)
+    trainer = _trainer_of(checkpoint, config, sets, features, device)
     trainer.rank, trainer.processes = rank, processes
     # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
     with products_in("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
-        log = None
-        if rank == 0:
-            (out / "metrics.json").unlink(missing_ok=True)  # stale: the weights are about to change
-            remove(out / LAST)
-            write_json(out / "train.json", config.model_dump(mode="json"))
-            log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
-            if not state:
-                log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
+        log = _begin_log(out, config, forecast, state, tensorboard=tensorboard) if rank == 0 else None
         run_steps(trainer, out, run_of(processes), log, report, state)
         if rank == 0 and trainer.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -128,6 +107,55 @@ def train(
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return _test(trainer, out, sets["test"]) if rank == 0 else {}
+
+
+def _prepare_device(rank: int) -> torch.device:
+    """Return the device of this process, which it allocates memory on from here."""
+    device = best_device(rank)
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _choose_examples(version: Version, config: TrainConfig, only: Container[str] | None) -> tuple[Sets, TrainConfig]:
+    """Return what is learned from, what is scored while training and what at its end; and the settings that follow."""
+    sets = {split: read_split_examples(version, split, config, only) for split in SPLITS}
+    sets["train"] = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
+    config = config.with_defaults(len(sets["train"]))
+    sets["validation"] = _of_learned_prompts(sets["validation"][: config.evaluate_images], sets["train"])
+    if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
+        raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
+    return sets, config
+
+
+def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
+    """Return the digest of a run of so many processes: another one cannot go on with its state."""
+    ids = [example.sample_id for example in train_set]
+    return digest([config.digest_values(), version.manifest["digest"], processes, ids])
+
+
+def _features_of(
+    encoder: Encoder, config: TrainConfig, sets: Sets, folder: Path, device: torch.device, progress: Progress
+) -> LoadedFeatures:
+    """Return the hidden states of all images: of an encoder that learns, or without a store, computed in each step."""
+    if not encoder.config.frozen or config.feature_storage == "none":
+        return OnlineFeatures(encoder, device)
+    views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in sets["train"])
+    examples = [*sets["train"], *views, *sets["validation"], *sets["test"]]
+    return store_features(encoder, examples, folder, device, progress, config.feature_storage)
+
+
+def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, state: dict[str, Any] | None, *, tensorboard: bool) -> Log:
+    """Write the settings, remove what is stale as soon as weights change, and return the log, of a run from its `state`."""
+    (out / "metrics.json").unlink(missing_ok=True)
+    remove(out / LAST)
+    write_json(out / "train.json", config.model_dump(mode="json"))
+    log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
+    if not state:
+        log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
+    return log
 
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
@@ -141,15 +169,11 @@ def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[Targ
 
 
 def _trainer_of(
-    checkpoint: Checkpoint,
-    config: TrainConfig,
-    train_set: list[Example],
-    validation: list[Example],
-    features: LoadedFeatures,
-    device: torch.device,
+    checkpoint: Checkpoint, config: TrainConfig, sets: Sets, features: LoadedFeatures, device: torch.device
 ) -> Trainer:
     """Return a trainer of one process at its first step."""
-    trainer = Trainer(checkpoint, config, train_set, validation, features, device)
+    train_set = sets["train"]
+    trainer = Trainer(checkpoint, config, train_set, sets["validation"], features, device)
     trainer.micro_batches = config.gradient_accumulation_steps
     if config.average_decay:
         trainer.average = WeightAverage(config.average_decay, {})
