@@ -306,41 +306,56 @@ class Client:
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    await endpoint.pace.wait()
-                    if not endpoint.is_learned:  # it was down at first
-                        await self._learn(endpoint)
-                    if not endpoint.is_up.is_set():  # it died meanwhile
-                        continue
-                    return await self._post(endpoint, request, in_flight, may_name=may_name)
-                except OtherDialectError:
-                    continue
-                except EngineError as refusal:
-                    self._retire(endpoint, refusal)
-                    continue
-                except ServerBusyError as complaint:
-                    pause = failures.after_busy(complaint.args[0])
-                    if pause is None:
-                        return request.reply("the server is too busy", SERVER_ERROR)
-                    self._slow_down(endpoint, pause)
-                except ServerFaultError as fault:
-                    if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
-                        self._mark_down(endpoint)
-                        if failures.after_death():
-                            return request.reply(f"the server died each time: {fault}", SERVER_ERROR)
-                        continue
-                    pause = failures.after_fault()
-                    if pause is None:
-                        return request.reply(str(fault), SERVER_ERROR)
-                    log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
+                    answer = await self._try(endpoint, request, in_flight, failures, may_name=may_name)
                 finally:
                     endpoint.outstanding -= 1
                     may_name = False
                     in_flight.release(request.shown)  # to be sent again may take long
+            if isinstance(answer, Reply):
+                return answer
+            if answer is None:
+                continue
             self._retried += 1
             if in_flight.error:  # nobody waits for what no server answers
                 raise in_flight.error
-            if pause:
-                await self._rest(pause, in_flight)
+            if answer:
+                await self._rest(answer, in_flight)
+
+    async def _try(
+        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState, *, may_name: bool
+    ) -> Reply | float | None:
+        """Send a request to a server; return the reply, or after how many seconds it is to be sent again.
+
+        None: at once, in another form or to another server, which is no failure of the request.
+        """
+        try:
+            await endpoint.pace.wait()
+            if not endpoint.is_learned:  # it was down at first
+                await self._learn(endpoint)
+            if not endpoint.is_up.is_set():  # it died meanwhile
+                return None
+            return await self._post(endpoint, request, in_flight, may_name=may_name)
+        except OtherDialectError:
+            return None
+        except EngineError as refusal:
+            self._retire(endpoint, refusal)
+            return None
+        except ServerBusyError as complaint:
+            pause = failures.after_busy(complaint.args[0])
+            if pause is None:
+                return request.reply("the server is too busy", SERVER_ERROR)
+            self._slow_down(endpoint, pause)
+            return pause
+        except ServerFaultError as fault:
+            if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
+                self._mark_down(endpoint)
+                has_failed = failures.after_death()
+                return request.reply(f"the server died each time: {fault}", SERVER_ERROR) if has_failed else None
+            pause = failures.after_fault()
+            if pause is None:
+                return request.reply(str(fault), SERVER_ERROR)
+            log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
+            return pause
 
     def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
         """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
