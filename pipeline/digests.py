@@ -51,11 +51,11 @@ def public_name(model: str) -> str:
 
 
 def has_common_revision(model: str) -> bool:
-    """Return whether the revision of a served model is one that others may have: what its name says after an @, such as q4_k_m.
+    """Return whether the revision of a served model is one that others may have: what its name says after an @.
 
-    `synth serve` appends a digest of the weights there.
+    That may be q4_k_m, or a date. `synth serve` appends a digest of the weights, or a commit of the Hub.
     """
-    return "@" in model and re.search(r"@[0-9a-f]{6,64}(\+\w+)*$", model) is None
+    return "@" in model and re.search(r"@([0-9a-f]{16}|[0-9a-f]{40})(\+\w+)*$", model) is None
 
 
 def without_folders(name: str) -> str:

@@ -167,7 +167,7 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
     if not 0 <= config.eos_id < vocab_size:
-        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,}")
+        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,} tokens")
     require_known_tokens(backend, vocab_size)
     tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
     backend.encode_special_tokens = True  # the name of a token in a text is not the token

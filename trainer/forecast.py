@@ -78,8 +78,6 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
         seconds = None
         try:
             seconds = _try_steps(trainer, size)
-            if trainer.device.type == "cuda":  # on a CPU nothing is made to fit
-                _try_rewards(trainer, size)
         except torch.OutOfMemoryError:
             trainer.checkpoint.captioner.zero_grad()
         if max_over_processes(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
@@ -98,7 +96,7 @@ def _try_steps(trainer: Trainer, size: int) -> float:
     """Compute this process's share of three steps at a learning rate of 0; return the seconds of the last.
 
     The first two have the longest texts, and the second all that a training holds: moments, and the average of the weights.
-    Before a training of few steps on a CPU, where nothing is made to fit, it is the first alone.
+    Before a training of few steps on a CPU, where nothing is made to fit, it is the first alone. A step of rewards comes last.
     """
     captioner = trainer.checkpoint.captioner.train()
     if trainer.device.type == "cuda":
@@ -122,18 +120,18 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         captioner.zero_grad()
     _wait(trainer.device)
     seconds = time.monotonic() - started
+    if _tries_rewards(trainer):  # of several texts an image, which at first have no end
+        alone.reward_backward(alone.load(longest[:: trainer.processes]))
+        captioner.zero_grad()
     for name, buffer in captioner.named_buffers():
         buffer.copy_(buffers[name])
     del average
     return seconds
 
 
-def _try_rewards(trainer: Trainer, size: int) -> None:
-    """Compute this process's share of a step of rewards, if there are any: of several texts an image, at first without end."""
-    if trainer.critic is not None:
-        alone = replace(trainer, rank=0, processes=1, average=None)
-        alone.reward_backward(alone.load(trainer.train_examples[:size][:: trainer.processes]))
-        trainer.checkpoint.captioner.zero_grad()
+def _tries_rewards(trainer: Trainer) -> bool:
+    """Return whether a step of rewards is tried: on a CPU nothing is made to fit."""
+    return trainer.critic is not None and trainer.device.type == "cuda"
 
 
 def _wait(device: torch.device) -> None:

@@ -21,7 +21,6 @@ class PlannedTraining:
 
     config: TrainConfig
     folder: Path
-    is_finished: bool = False  # an earlier run has trained this captioner on the same data
 
 
 def plan_training(
@@ -51,8 +50,7 @@ def plan_training(
         config = resolve(folder / "train.json", **options)
     if not resume:
         require_free(folder, config, version)
-    digest = version.manifest["digest"]
-    return PlannedTraining(config, folder, is_finished=not resume and read_data_digest(folder) == digest)
+    return PlannedTraining(config, folder)
 
 
 def choose_settings(

@@ -138,7 +138,8 @@ class Trainer:
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.features.states(loaded, self.device)
                     drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
-                    captioner.train(self.config.checkpoint_blocks)  # else blocks of a language model keep their states
+                    if self.config.checkpoint_blocks and isinstance(captioner.decoder, PretrainedDecoder):
+                        captioner.decoder.keep_no_states_while_evaluated()
                     loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
                     loss = loss / (batch.num_images * self.critic.samples)
                 loss.backward()
@@ -317,14 +318,17 @@ class Trainer:
 
 
 def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> None:
-    """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score."""
+    """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score.
+
+    Where there is a stage of rewards, it begins where the score no longer improves before it.
+    """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    pace, saved, is_interrupted = Pace(config.total_steps - done), time.monotonic(), False
+    pace, saved, is_interrupted = Pace(), time.monotonic(), False
     stage_ends = (config.align_steps, config.first_rewarded_step, config.total_steps)
     with signals_noted() as interrupted:
         for step, batch in trainer.steps(done, progress):
@@ -353,18 +357,18 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
 class Pace:
     """The speed of the steps of this process."""
 
-    steps_left: int  # when it began
     started: float = field(default_factory=time.monotonic)
+    steps: int = 0
     images: int = 0
     tokens: int = 0
 
     def after(self, batch: Batch, steps_left: int) -> dict[str, float]:
         """Count a batch; return the speed so far, for the log, where so many steps are left."""
-        self.images, self.tokens = self.images + batch.num_images, self.tokens + batch.num_tokens
+        self.steps, self.images, self.tokens = self.steps + 1, self.images + batch.num_images, self.tokens + batch.num_tokens
         seconds = time.monotonic() - self.started
         return {
             "seconds": seconds,
-            "seconds_left": seconds / max(1, self.steps_left - steps_left) * steps_left,
+            "seconds_left": seconds / self.steps * steps_left,
             "images_per_s": self.images / seconds,
             "tokens_per_s": self.tokens / seconds,
         }

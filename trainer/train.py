@@ -22,7 +22,8 @@ from pipeline.digests import digest
 from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.files import remove, write_json
+from pipeline.storage.files import read_json, remove, write_json
+from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import SPLITS
 from trainer.allocation import keep_freed_memory
 from trainer.averaging import WeightAverage
@@ -78,13 +79,18 @@ def train(
     device = _prepare_device(rank)
     torch.manual_seed(config.seed)
     sets, config = _choose_examples(version, config, only)
+    run_of = partial(_run_digest, version, config, sets["train"])
+    if not resume and (metrics := _read_finished(out, run_of(1))) is not None:
+        report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
+        if processes > 1:
+            torch.distributed.destroy_process_group()
+        return metrics if rank == 0 else {}
     checkpoint = _build(version, config, sets["train"])
     checkpoint.captioner.to(device)
     if rank == 0:
         _tell_of_texts(checkpoint, config, _texts(sets["train"]), report)
         if own := version.manifest.get("own_columns"):
             report.message(f"columns of own tasks are not learned: {', '.join(own)}")
-    run_of = partial(_run_digest, version, config, sets["train"])
     # What can be refused is refused here: what follows may take hours.
     state = load_resume(out, run_of, processes) if resume else None
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
@@ -106,7 +112,7 @@ def train(
         if processes > 1:  # before the test, for which nobody has to wait
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-        return _test(trainer, out, sets["test"]) if rank == 0 else {}
+        return _test(trainer, out, sets["test"], run_of(1)) if rank == 0 else {}
 
 
 def _prepare_device(rank: int) -> torch.device:
@@ -134,6 +140,15 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     """Return the digest of a run of so many processes: another one cannot go on with its state."""
     ids = [example.sample_id for example in train_set]
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
+
+
+def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
+    """Return the metrics of a run that has ended in a folder; None if there is none, or another one."""
+    try:
+        metrics = read_json(out / "metrics.json")
+        return metrics if metrics.get("run") == run else None  # earlier releases did not say it
+    except (OSError, ValueError, UnsafeFileError):
+        return None
 
 
 def _features_of(
@@ -184,8 +199,8 @@ def _trainer_of(
     return trainer
 
 
-def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any]:
-    """Score the saved captioner on the test split; write and return its metrics."""
+def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
+    """Score the saved captioner on the test split; write and return its metrics, and of which run they are."""
     trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
     chosen, features = load_checkpoint(out, trainer.device), trainer.features
     captioner = chosen.captioner
@@ -194,6 +209,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example]) -> dict[str, Any
     decoding = DecodingConfig(num_beams=trainer.config.num_beams)
     options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)
     metrics: dict[str, Any] = {
+        "run": run,
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(weights.numel() for weights in chosen.captioner.parameters()),

@@ -76,7 +76,7 @@ def train(
     Prints first how many weights learn, and how long and how much memory it will take.
     """
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.storage.files import read_json, translate_disk_errors
+    from pipeline.storage.files import translate_disk_errors
     from trainer.config import resolve
     from trainer.launch import plan_training
 
@@ -90,15 +90,6 @@ def train(
     planned = plan_training(version, options, config, out, say, resume=resume)
     settings, folder = planned.config, planned.folder
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
-    if planned.is_finished:
-        if not is_first:
-            return
-        say(f"{folder} holds this captioner, trained before; to train it anew, remove the folder or name another: --out DIR")
-        metrics = read_json(folder / "metrics.json")
-        print_scores(metrics)
-        show(metrics | {"path": str(folder)}, as_json, "path")
-        return
-
     from trainer.train import train as train_captioner  # torch takes seconds: only once paths and settings are right
 
     texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]

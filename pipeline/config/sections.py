@@ -113,7 +113,9 @@ def _named_not_given(variable: str) -> str:
 
 BaseUrl = Annotated[str, Field(pattern=BASE_URL), AfterValidator(_with_valid_port)]
 KeyVariable = Annotated[str, Field(pattern=VARIABLE), AfterValidator(_named_not_given)]
-_LIKE_A_KEY = re.compile(r"(hf_|sk_|gsk_|ghp_|r8_|xai_|AIza)(?=\w*\d)\w{8,}$")  # keys that would pass as the name of a variable
+_LIKE_A_KEY = re.compile(
+    r"(hf_|sk_(live_|test_)?|gsk_|ghp_|r8_|xai_|AIza)(?=[a-zA-Z]*\d)[a-zA-Z0-9]{12,}$"
+)  # keys that would pass as the name of a variable
 Headers = dict[Annotated[str, Field(pattern=HEADER)], Annotated[str, Field(pattern=HEADER_VALUE)]]
 
 

@@ -194,8 +194,8 @@ def _masked_questions(asked: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
 
 
 def _masked_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    answers = [redact(answer)[0] for answer in pair["answers"]]
-    return pair | {"question": redact(pair["question"])[0], "answers": answers}
+    answers = [redact(answer)[0] for answer in pair["answers"] or ()]
+    return pair | {"question": redact(pair["question"] or "")[0], "answers": answers}
 
 
 def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:

@@ -103,6 +103,11 @@ class DatasetDir:
         return self.path / "stages" / stage / "made_by.json"
 
     @property
+    def asked_model(self) -> Path:
+        """Where a run in one process notes which model it begins to ask; it may be killed before its replies are read."""
+        return self.path / "stages" / "generate" / "asked.json"
+
+    @property
     def reviews(self) -> Path:
         """Reviews of texts by people, applied by `synth review apply`."""
         return self.path / "review" / "marks.jsonl"

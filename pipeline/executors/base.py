@@ -59,15 +59,12 @@ def require_own_replies(dataset: DatasetDir, choice: EngineChoice) -> None:
     """
     if choice.name != "vllm" or not has_common_revision(choice.model):
         return
-    is_asked = dataset.provenance("generate").exists()
-    name = read_json(dataset.provenance("generate"))["name"] if is_asked else None
-    if name is None and dataset.run_file.exists():  # an earlier run was killed while it asked
-        name = dataset.settings().get("model") and public_name(dataset.settings()["model"])
-    if name is not None and name != public_name(choice.model):
-        problem = (
-            f"{dataset.path} has replies of {name}, and {choice.model} has the same revision: they could not be told apart"
-        )
-        raise ConfigError(problem, hint="write to a folder of its own: --out")
+    name = public_name(choice.model)
+    for path in (dataset.provenance("generate"), dataset.asked_model):
+        of_model = read_json(path) if path.exists() else {}
+        if of_model.get("revision") == choice.revision and of_model.get("name") != name:
+            problem = f"{dataset.path} has replies of {of_model.get('name')}, and {choice.model} has the same revision"
+            raise ConfigError(f"{problem}: they could not be told apart", hint="write to a folder of its own: --out")
 
 
 @dataclass(frozen=True, slots=True)

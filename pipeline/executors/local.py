@@ -118,11 +118,13 @@ def run_locally(
 def _ask(dataset: DatasetDir, plan: RunPlan, services: Services, engine: EngineChoice, finished: FinishedStages) -> None:
     """Ask about all samples, and write the annotations that follow from the replies."""
     import_shard_replies(dataset)
+    model = {"name": public_name(engine.model), "revision": plan.revision}
+    write_json(dataset.asked_model, model)
     ask_about_shard(dataset, plan, services)
     if not finished.has_annotations():
         write_annotations(dataset, plan)
         finished.add_annotations()
-    write_json(dataset.provenance("generate"), {"name": public_name(engine.model), "revision": plan.revision})
+    write_json(dataset.provenance("generate"), model)
 
 
 def reading_settings(config: Config) -> Config:

@@ -52,13 +52,15 @@ def export_version(
     Raises ConfigError if the folder is there, the version has no pixels, no image has such a caption, or another process writes
     to the folder.
     """
+    if out.exists():  # also a name such as `.`, beside which nothing is written
+        raise _is_there(out)
     with _locked(out):
         return _export(version, kind, out, style, tuple(splits), progress or NullProgress())
 
 
 def _export(version: Version, kind: str, out: Path, style: str | None, splits: tuple[str, ...], report: Progress) -> Exported:
     if out.exists():
-        raise ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
+        raise _is_there(out)
     draft = out.with_name(f".{out.name}.unfinished")
     about = {"digest": version.manifest["digest"], "format": kind, "style": style, "splits": splits}
     _go_on(draft, about)
@@ -121,6 +123,10 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
         if not is_same:
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
         yield path, text, text not in item.of_people
+
+
+def _is_there(out: Path) -> ConfigError:
+    return ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
 
 
 @contextmanager

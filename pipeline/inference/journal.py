@@ -46,8 +46,6 @@ _KEEP = (
     "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
-# Requests about a text, without an image: equal texts of several samples share them (inference/verification.py).
-_SHOWS_NO_IMAGE = "(task IN ('claims', 'covers', 'repair') OR style = 'blind')"
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
 
@@ -127,7 +125,8 @@ class Journal:
     def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
         """Copy the replies of another journal about samples with first_id <= id < behind_id; existing replies stay.
 
-        Replies to what shows no image do not depend on a sample, so all of them are copied.
+        Replies to blind questions do not depend on a sample, and many samples share one, so all of them are copied; other
+        replies about a text alone go with the sample that was asked about last.
         The other journal must be closed and have no writer: it is opened read-only, possibly from another node.
         Raises StoreError if it was written by another version of synth, or is damaged.
         """
@@ -135,8 +134,7 @@ class Journal:
             source.text_factory = _damaged_text
             if error := _format_error(source, path):
                 raise error
-            where = f"WHERE sample_id >= ? AND sample_id < ? OR {_SHOWS_NO_IMAGE}"
-            rows = _read_replies(source, where, (first_id, behind_id))
+            rows = _read_replies(source, "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'", (first_id, behind_id))
             with self._db:
                 self._db.executemany(_KEEP, (_require_intact(path, row) for row in rows))
 

@@ -53,7 +53,7 @@ _INTERNAL = tuple(
 J = TypeVar("J")
 R = TypeVar("R")
 _REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
-_KEPT_IN_PATHS, _KEPT_IN_QUERIES = "%/:@!$&'()*+,;=~", "%/:@!$&'()*+,;=~?[]"
+_KEPT_IN_PATHS, _KEPT_IN_QUERIES = "%/:@!$&'()*+,;=~[]|", "%/:@!$&'()*+,;=~[]|?"
 MIN_PAUSE_S, USUAL_PAUSE_S = 0.5, 2.0  # before a busy host is asked again; where it does not say how long
 
 Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
@@ -99,7 +99,8 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
 
     Raise ImageError if it is not public, an error, too large, or too slow.
     """
-    deadline, redirects = time.monotonic() + MAX_SECONDS, 0
+    began, redirects = time.monotonic(), 0
+    deadline = began + MAX_SECONDS
     while redirects <= MAX_REDIRECTS:
         try:
             parts = urlsplit(url)
@@ -111,6 +112,8 @@ def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
             url, redirects = urljoin(url, location), redirects + 1
         except _AskedToWaitError as asked:
             if asked.seconds >= deadline - time.monotonic():
+                with _costs_lock:  # also the pauses were for nothing
+                    _cost_of(parts).add(began, is_useful=False)
                 raise ImageError("url_unreachable", str(asked)) from None
             time.sleep(asked.seconds)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -143,16 +146,14 @@ def fetch_ahead(jobs: Iterable[J], fetch: Callable[[J], R], at_once: int = FETCH
 def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
     """Do as `_get` does. Raise ImageError for a host whose failures have cost too much already."""
     with _costs_lock:
-        if len(_costs) > MAX_HOSTS:
-            _costs.clear()
-        cost = _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost())
+        cost = _cost_of(parts)
     started = time.monotonic()
     if cost.is_given_up():
         what = f"{parts.hostname} has failed for {cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
         raise ImageError("host_given_up", what)
     try:
         result = _get(parts, allowed, deadline)
-    except (_AskedToWaitError, OSError, http.client.HTTPException, ValueError, ImageError) as error:
+    except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
         is_too_large = isinstance(error, ImageError) and error.reason == "file_too_large"
         with _costs_lock:
             cost.add(started, is_useful=False, wasted_bytes=MAX_BYTES if is_too_large else 0)
@@ -160,6 +161,13 @@ def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) ->
     with _costs_lock:
         cost.add(started, is_useful=True)
     return result
+
+
+def _cost_of(parts: SplitResult) -> HostCost:
+    """Return what a host has cost so far; under the lock of all costs."""
+    if len(_costs) > MAX_HOSTS:
+        _costs.clear()
+    return _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost())
 
 
 def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:

@@ -50,7 +50,7 @@ WITH hashed AS (
     FROM named
 ), judged AS (
     SELECT row, other_group, image_reason, near_duplicate_of, cluster,
-           CASE WHEN is_repeated THEN best_of_image END AS duplicate_of,
+           CASE WHEN is_repeated AND best_of_image <> annotation_id THEN best_of_image END AS duplicate_of,
            CASE WHEN image_reason IS NOT NULL THEN image_reason
                 WHEN is_repeated THEN 'duplicate'
                 WHEN is_caption AND place > {most} THEN 'caption_of_many_images' END AS reason

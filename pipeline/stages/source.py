@@ -40,7 +40,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "near_held_out_image": "dedupe.images: none keeps images that look alike",
     "banned_image": "they are in a dataset of --exclude",
     "url_unreachable": "check the network, and run the same command again",
-    "url_not_found": "the hosts no longer have these images, or give them to nobody: the rows are left out",
+    "url_not_found": "the hosts no longer have these images, or give them to nobody; a folder of its own (--out) asks again",
     "unreadable_folder": "change the permissions of the folders",
 }
 # The detail of these is the id or the name of the other image.

@@ -155,12 +155,26 @@ def test_rewards_are_tried_as_well(trainer: Trainer, monkeypatch: pytest.MonkeyP
         return usual(self, batch)
 
     monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
-    forecast._try_rewards(trainer, 4)
-    assert drawn == []
     trainer.critic = SelfCritic(trainer.checkpoint, trainer.train_examples, 2)
-    forecast._try_rewards(trainer, 4)
-    assert drawn == [4]
+    fit_and_forecast(trainer, NullProgress())
+    assert drawn == []  # on a CPU nothing is made to fit
+    monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
+    fit_and_forecast(trainer, NullProgress())
+    assert drawn == [8]
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
+
+
+def test_rewards_that_do_not_fit_are_computed_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reward_backward(self: Trainer, batch: Batch) -> float:
+        if max(len(loaded) for loaded, *_ in batch.micro_batches) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    trainer.critic = SelfCritic(trainer.checkpoint, trainer.train_examples, 2)
+    monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
+    monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
+    fit_and_forecast(trainer, NullProgress())
+    assert trainer.micro_batches == 4
 
 
 def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,33 @@ def test_rewards_begin_where_the_likelihood_no_longer_helps(
     assert steps == [*((step, "train") for step in range(1, 7)), *((step, "scst") for step in range(41, 49))]
 
 
+def test_rewards_do_not_end_for_evaluations_before_them(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they begin after all steps of likelihood, and where a run goes on at their begin."""
+    scores = iter([0.5, 0.4, 0.3, 0.2, 0.9])
+    monkeypatch.setattr(
+        trainer.loop,
+        "evaluate",
+        lambda *_: {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}},
+    )
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    lengths = {"steps": 4, "scst_steps": 8, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
+    config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths})
+
+    def save_and_die(folder: Path, state: dict[str, Any]) -> None:
+        save_resume(folder, state)
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(trainer.loop, "save_resume", save_and_die)
+        train(version, config, tmp_path / "c")
+    train(version, config, tmp_path / "c", resume=True)
+    steps = [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
+    assert steps == [*range(1, 9)]  # 0.3 and 0.2 are the first two without a gain of the rewards
+
+
 def test_a_training_with_rewards_goes_on_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -820,3 +820,16 @@ def test_things_are_counted_in_english_captions_alone(version: Version, tmp_path
     assert "things" in evaluate_version(loaded, version, "test")
     loaded.captioner.config.data["language"] = "de"
     assert "things" not in evaluate_version(loaded, version, "test")
+
+
+def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that nobody names follow from the data, and are compared as well."""
+    first = train(version, replace(encoder=clip), tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(trainer.train, "store_features", lambda *_: pytest.fail("it is trained already"))
+        assert train(version, replace(encoder=clip), tmp_path) == json.loads(json.dumps(first))
+    assert len(losses(tmp_path)) == 1
+    train(version, replace(encoder=clip, steps=2), tmp_path)
+    assert len(losses(tmp_path)) == 2

@@ -91,7 +91,8 @@ def plan(
 def _texts(name: str, version: Version, split: str, config: TrainConfig) -> list[Example]:
     """Return the examples of a split without their pixels. Raises TrainError that names the kind of data."""
     try:
-        return [replace(example, image=b"") for example in read_split_examples(version, split, config)]
+        examples = read_split_examples(version, split, config)
+        return [replace(example, image=b"") for example in examples if example.texts]
     except SynthError as error:
         raise TrainError(f"data {name}: {error}", hint="see `data` and `settings.styles` of the experiment file") from None
 

@@ -23,7 +23,9 @@ NAMES_CODE = frozenset(  # settings by which transformers would fetch or run som
 REPEATED = re.compile(r"layers|depth|blocks|stages|experts")
 MAX_REPEATS = 1024  # of a layer
 FETCHES = re.compile("timm|edgetam")  # models whose configs ask the Hub for others
-WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")  # as models call it
+# As models call it, and the layers that have it.
+WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
+LIMITED = re.compile(r"sliding|local|chunk|window")
 MAX_PATCH = 64
 MAX_SHOWN = 100
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
@@ -47,9 +49,12 @@ def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
 
 
 def attention_window(config: PreTrainedConfig) -> float:
-    """Return how many tokens before it a token sees at least, in each layer that has attention; infinite if it sees all."""
+    """Return how many tokens a token sees in the layers that limit it, by any of the names of this setting; else infinite."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds and not any(LIMITED.search(str(kind)) for kind in kinds):
+        return math.inf
     sizes = (getattr(config, name, None) for name in WINDOWS)
-    return min((size for size in sizes if isinstance(size, int) and size > 0), default=math.inf)
+    return min((size for size in sizes if isinstance(size, int) and size > 1), default=math.inf)
 
 
 def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all 
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
@@ -35,8 +36,16 @@ from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
 PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared
+MOST_OF_CAP = 0.99  # above it a score says little of what it was
 UNTIL_THE_END = {"early_stopping": "never"}  # of a search with beams: a longer text may have the better mean
 MAX_DIFFERENCE = 1e-4  # of the standard deviation of the states; rounding makes 1e-6, a convolution at least 4e-4
+
+
+class ProbeResult(NamedTuple):
+    """What is found out of a language model before its first step."""
+
+    packing: Packing
+    form: ScoreForm
 
 
 class PretrainedDecoder(nn.Module):
@@ -52,7 +61,7 @@ class PretrainedDecoder(nn.Module):
         self.width: int = embedding.embedding_dim  # which in some models is not that of the layers
         self._window = attention_window(self.model.config)  # packed texts would take the place of their image in it
         self._max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        self._found: tuple[Packing, ScoreForm] | None = None
+        self._probe_result: ProbeResult | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
         """Give the model adapters, which alone learn from here on; see trainer/model/lora.py."""
@@ -72,6 +81,12 @@ class PretrainedDecoder(nn.Module):
         """Compute the states within a block again for the gradient, instead of keeping them: less memory, a third more time."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    def keep_no_states_while_evaluated(self) -> None:
+        """Have `keep_no_states` hold in evaluation mode, too, in which nothing is dropped."""
+        for part in self.model.modules():
+            if isinstance(part, GradientCheckpointingLayer):
+                part.training = True
+
     def repeated_parts(self) -> list[nn.Module]:
         """Return the parts that are worth compiling."""
         return [self.model.get_decoder()]
@@ -79,14 +94,14 @@ class PretrainedDecoder(nn.Module):
     @property
     def packing(self) -> Packing:
         """How the texts about an image are computed. Raises TrainError if there is no way."""
-        return self._probed[0]
+        return self._probed.packing
 
     @property
-    def _probed(self) -> tuple[Packing, ScoreForm]:
-        """How texts are computed, and what the model makes of scores; found out at the first use."""
-        if self._found is None:
-            self._found = self._probe()
-        return self._found
+    def _probed(self) -> "ProbeResult":
+        """What a probe of the model says, made at the first use."""
+        if self._probe_result is None:
+            self._probe_result = self._probe()
+        return self._probe_result
 
     def loss(
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
@@ -105,7 +120,7 @@ class PretrainedDecoder(nn.Module):
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
         head = self.model.get_output_embeddings()
-        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self._probed[1])
+        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self._probed.form)
 
     def _require_positions(self, num_states: int, num_tokens: int) -> None:
         """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
@@ -147,7 +162,7 @@ class PretrainedDecoder(nn.Module):
         return hidden_CLD[:, before_CPD.shape[1] :]
 
     @torch.no_grad()
-    def _probe(self) -> tuple[Packing, ScoreForm]:
+    def _probe(self) -> ProbeResult:
         """Compare two texts about one image, packed and apart: return the fastest way that gives the states of texts apart.
 
         Also what becomes of the scores. Raises TrainError if the model cannot write behind an image, or `_score_form` does.
@@ -172,13 +187,13 @@ class PretrainedDecoder(nn.Module):
                         continue
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
                     if difference <= MAX_DIFFERENCE * apart_CTD.std():
-                        return packing, form
+                        return ProbeResult(packing, form)
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
             problem = f"the decoder cannot write behind an image: {one_line(error)}"
             raise TrainError(problem, hint="choose a causal language model that takes embeddings: --decoder qwen3") from None
         finally:
             self.model.train(was_training)
-        return "apart", form
+        return ProbeResult("apart", form)
 
     def _score_form(self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor) -> ScoreForm:
         """Return what the model makes of the scores of its head. Raises TrainError if that is none of the known forms."""
@@ -188,11 +203,14 @@ class PretrainedDecoder(nn.Module):
         head = self.model.get_output_embeddings()
         given_CTV = head(states_CTD).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
-        bare_CTV = own_CTV if cap is None else cap * torch.atanh(own_CTV / cap)
-        factor = float((bare_CTV * given_CTV).sum() / given_CTV.square().sum())
+        is_free = torch.ones_like(own_CTV, dtype=torch.bool) if cap is None else own_CTV.abs() < MOST_OF_CAP * cap
+        bare_K, given_K = own_CTV[is_free], given_CTV[is_free]
+        bare_K = bare_K if cap is None else cap * torch.atanh(bare_K / cap)
+        factor = float((bare_K * given_K).sum() / given_K.square().sum())
         form = ScoreForm(1.0 if abs(factor - 1) < MAX_DIFFERENCE else factor, cap)
         difference = (form.apply(given_CTV) - own_CTV).abs().max()
-        if not isinstance(head, nn.Linear) or difference > 10 * MAX_DIFFERENCE * own_CTV.std():
+        is_known = bool(difference <= 10 * MAX_DIFFERENCE * own_CTV.std())  # not where either is no number
+        if not isinstance(head, nn.Linear) or not is_known:
             hint = "choose another decoder: --decoder qwen3"
             raise TrainError("the decoder makes of its scores what is not known here: it would learn a wrong loss", hint=hint)
         return form

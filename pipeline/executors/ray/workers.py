@@ -50,6 +50,7 @@ class FillResult:
     cost: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     reply_tokens: int = 0
+    uncounted: int = 0  # replies whose server did not count the tokens
     is_old: bool = False  # it was filled by an earlier command
 
 
@@ -171,6 +172,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             cost=read_json(shard.cost) if shard.cost.exists() else {},
             prompt_tokens=stats.prompt_tokens,
             reply_tokens=stats.reply_tokens,
+            uncounted=stats.uncounted,
         )
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
@@ -221,6 +223,7 @@ def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Count
             stats.flaws.update(result.flaws)
             stats.prompt_tokens += result.prompt_tokens
             stats.reply_tokens += result.reply_tokens
+            stats.uncounted += result.uncounted
     return stats, cost
 
 

@@ -222,12 +222,19 @@ def choice_of(model: str) -> EngineChoice:
 def test_two_models_with_one_revision_do_not_share_a_folder(tmp_path: Path) -> None:
     dataset = DatasetDir(tmp_path)
     require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    write_json(dataset.run_file, resolve(source="scenes", model="qwen@q4_k_m").recorded())  # of a run that was killed
+    write_json(dataset.asked_model, {"name": "qwen", "revision": "q4_k_m"})  # by a run that was killed
+    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
     with pytest.raises(ConfigError, match="has replies of qwen, and llava@q4_k_m has the same revision"):
         require_own_replies(dataset, choice_of("llava@q4_k_m"))
-    write_json(dataset.provenance("generate"), {"name": "llava", "revision": "q4_k_m"})
-    require_own_replies(dataset, choice_of("llava@q4_k_m"))
-    with pytest.raises(ConfigError, match="has replies of llava"):
-        require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    require_own_replies(dataset, choice_of("qwen@c0ffee12+ab12"))  # as `synth serve` names it: of the weights
+    write_json(dataset.provenance("generate"), {"name": "claude", "revision": "20250514"})
+    with pytest.raises(ConfigError, match="has replies of claude"):
+        require_own_replies(dataset, choice_of("sonnet@20250514"))
+    require_own_replies(dataset, choice_of("llava@q8_0"))
+    require_own_replies(dataset, choice_of("other@c0ffee12c0ffee12+ab12"))  # as `synth serve` names it: of the weights
     require_own_replies(dataset, choice_of("qwen"))  # a digest of the name is its revision
+
+
+@pytest.mark.parametrize("earlier", [{"name": "none", "revision": "none"}, {"name": "tiny", "revision": "c0ffee12c0ffee12"}])
+def test_a_model_joins_a_folder_of_texts_by_people_or_of_another_revision(earlier: dict[str, str], tmp_path: Path) -> None:
+    write_json(DatasetDir(tmp_path).provenance("generate"), earlier)
+    require_own_replies(DatasetDir(tmp_path), choice_of("qwen@q4_k_m"))

@@ -579,3 +579,13 @@ def test_two_exports_to_one_folder_do_not_meet(version: Version, tmp_path: Path)
     export_version(version, "webdataset", out, progress=second)
     assert second.refused and out.is_dir()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_a_folder_that_is_there_is_refused_whatever_its_name(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", ".."):
+        with pytest.raises(ConfigError, match="is there already"):
+            export_version(version, "webdataset", Path(name))
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from pipeline.config.files import resolve
 from pipeline.errors import StoreError
 from pipeline.inference.journal import Journal, JournalState, check_journal, repair_journal
 from pipeline.inference.requests import build_requests
-from pipeline.inference.verification import Check, build_check, build_claims, build_repair
+from pipeline.inference.verification import Check, build_check, build_claims
 from pipeline.storage.files import translate_disk_errors
 from pipeline.types import UNANSWERED, Reply, Request
 
@@ -133,20 +133,16 @@ def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
-def test_replies_about_a_text_alone_are_taken_over_for_all_samples(tmp_path: Path) -> None:
-    checks = [Check("blind", "Is it red?", "yes", ()), Check("covers", "Is it red?", "yes", (), "A red cube.")]
-    about_texts = [
-        build_claims("A red cube.", "c" * 64, CONFIG, "r"),
-        build_repair("A red cube.", [], "c" * 64, CONFIG, "r"),
-        *(build_check(check, "c" * 64, CONFIG, "r") for check in checks),
-    ]
-    about_image = build_check(Check("claims", "Is it red?", "yes"), "c" * 64, CONFIG, "r")
+def test_replies_about_a_text_go_with_their_sample_and_blind_ones_with_all(tmp_path: Path) -> None:
+    blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, CONFIG, "r")
+    claims = build_claims("A red cube.", "c" * 64, CONFIG, "r")
     with Journal(tmp_path / "theirs.sqlite") as journal:
-        journal.keep([(request, request.reply("{}", "stop"), None) for request in (*about_texts, about_image)])
+        journal.keep([(request, request.reply("{}", "stop"), None) for request in (blind, claims)])
     with Journal(tmp_path / "ours.sqlite") as journal:
         journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
-        assert [request.style for request in about_texts if journal.last(request.id) is None] == []
-        assert journal.last(about_image.id) is None
+        assert (journal.last(blind.id) is None, journal.last(claims.id) is None) == (False, True)
+        journal.import_replies(tmp_path / "theirs.sqlite", "c", "d")
+        assert journal.last(claims.id) is not None
 
 
 def test_a_journal_of_another_version_is_not_taken_over(tmp_path: Path) -> None:

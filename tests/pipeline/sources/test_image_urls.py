@@ -240,6 +240,21 @@ def test_a_busy_host_is_asked_again_while_there_is_time(server: str, monkeypatch
     assert paused == [0.5, 0.5]
 
 
+def test_a_host_that_is_always_busy_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pauses cost as much as any other failure."""
+    now = [0.0]
+    monkeypatch.setattr(image_urls, "_costs", {})
+    monkeypatch.setattr("pipeline.sources.image_urls.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.sources.image_urls.time.sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(image_urls, "_get", always_busy)
+    reasons = [refused(f"{server}/photo", anywhere) for _ in range(6)]
+    assert reasons == ["url_unreachable"] * 5 + ["host_given_up"]
+
+
+def always_busy(*_: object) -> tuple[str | None, bytes]:
+    raise image_urls._AskedToWaitError("a.test", 429, 2.0)
+
+
 def test_addresses_are_sent_as_browsers_send_them(server: str) -> None:
     Handler.asked.clear()
     for path in ("Köln/a b.jpg?q=ä b&x=%20", "K%C3%B6ln", "moved"):

@@ -1,5 +1,6 @@
 """Pretrained decoders: each family learns from texts that do not see each other, packed where that is right."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.model.hf_config import config_of
+from trainer.model.hf_config import attention_window, config_of
 from trainer.model.language_model import PretrainedDecoder
+from trainer.model.token_loss import ScoreForm
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {
@@ -179,3 +181,37 @@ def test_penalties_of_a_checkpoint_end_with_the_training_and_beams_go_to_the_end
     for decoding in (GREEDY, DecodingConfig(num_beams=3)):
         given.generate(prefix, prompt, decoding, 12, 2)
     assert asked == [None, "never"]
+
+
+def test_scores_at_their_cap_do_not_hide_what_a_model_makes_of_them() -> None:
+    """Of a score at its cap, what it was before is without bound."""
+    decoder = PretrainedDecoder({"model_type": "gemma2", **BASE, "final_logit_softcapping": 1.0})
+    with torch.no_grad():
+        decoder.model.get_output_embeddings().weight.mul_(100)
+    assert decoder.packing == "mask"
+    assert decoder._probed.form == ScoreForm(1.0, 1.0)
+
+
+def test_without_a_layer_that_limits_it_there_is_no_window() -> None:
+    alone = {**GPT_NEO, "attention_types": [[["global"], 2]]}
+    assert attention_window(config_of({"model_type": "gpt_neo", **alone})) == math.inf
+    assert attention_window(config_of({"model_type": "gpt_neo", **GPT_NEO})) == 256
+    assert attention_window(config_of({"model_type": "llama", **BASE})) == math.inf
+
+
+def test_blocks_keep_no_states_while_nothing_is_dropped() -> None:
+    """Rewards weigh captions by the likelihood with which they were drawn, without dropout."""
+    decoder = PretrainedDecoder({"model_type": "gpt2", **GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
+    decoder.keep_no_states()
+    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
+    expected = decoder.eval().loss(prefix, texts).item()
+    kept: list[int] = []
+    decoder.keep_no_states_while_evaluated()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        loss = decoder.loss(prefix, texts)
+    forgetting, kept[:] = sum(kept), []
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        decoder.eval().loss(prefix, texts)
+    assert forgetting < 0.7 * sum(kept)
