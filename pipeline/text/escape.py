@@ -12,7 +12,7 @@ MAX_SHOWN_CHARACTERS = 2000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 # Lines and tabs may stand on a terminal.
 _OF_A_TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/@]+(?=@)")  # of an address
+_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/\"]+(?=@)")  # of an address
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
 _LINKED = {"://": "&#58;//", "www.": "www&#46;", "@": "&#64;"}  # what renderers of Markdown turn into links by themselves
 
