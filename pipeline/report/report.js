@@ -354,6 +354,17 @@ document.getElementById("forget").addEventListener("click", () => {
 });
 document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
+/** Show what was marked in other tabs. */
+function refresh() {
+  count();
+  for (const item of document.querySelectorAll("#images .texts > li")) item.update();
+}
+
+window.addEventListener("focus", () => { // a tab that has just opened may miss an event
+  const before = JSON.stringify([...marks]);
+  recall();
+  if (JSON.stringify([...marks]) !== before) refresh(); // else a click that brings the tab to the front would lose its button
+});
 window.addEventListener("storage", event => {
   if (event.key !== null && !event.key.startsWith(STORED)) return;
   recall();
@@ -362,8 +373,7 @@ window.addEventListener("storage", event => {
     if (event.newValue) marks.set(name, JSON.parse(event.newValue));
     else marks.delete(name);
   }
-  count();
-  for (const item of document.querySelectorAll("#images .texts > li")) item.update();
+  refresh();
 });
 
 lists.images = new List("images",

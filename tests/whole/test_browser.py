@@ -227,6 +227,10 @@ def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) 
 def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
+    second_tab.evaluate("localStorage.setItem('ready', 1)")
+    page.wait_for_function(
+        "localStorage.getItem('ready')"
+    )  # only now does the browser tell the second tab what the first one writes
     text_of(page, 0).get_by_role("button", name="Bad").click()
     expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
@@ -236,6 +240,18 @@ def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Ver
     page.reload()
     expect(page.locator("#marked")).to_have_text("2 good, 1 bad, 0 edited")
     assert page.get_by_label("Note").input_value() == "no ring"
+
+
+def test_a_tab_that_missed_what_another_marked_shows_it_when_somebody_comes_to_it(page: Page, dataset: Version) -> None:
+    second_tab = page.context.new_page()
+    second_tab.add_init_script("window.addEventListener('storage', event => event.stopImmediatePropagation(), true)")
+    second_tab.goto(page.url)
+    text_of(page, 0).get_by_role("button", name="Bad").click()
+    second_tab.wait_for_function("Object.keys(localStorage).some(key => key.includes(' '))")
+    assert second_tab.locator("#marked").inner_text() == "nothing marked yet"
+    second_tab.evaluate("window.dispatchEvent(new Event('focus'))")
+    expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
 
 
 def test_two_tabs_that_mark_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
