@@ -35,17 +35,15 @@ from pipeline.inference.endpoints import (
     ServerBusyError,
     ServerFaultError,
     cancel_tasks,
-    list_models,
-    named_endpoints,
     no_server,
-    not_served,
     raise_for_access,
-    request_headers,
 )
 from pipeline.inference.in_flight import InFlight
+from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, RetryState, stated_wait
+from pipeline.inference.served_models import list_models, not_served
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress

@@ -1,28 +1,23 @@
-"""Model servers: the models they serve, their health and load, and the choice of a server for each request."""
+"""Model servers: their health and load, what their answers mean, and the choice of a server for each request."""
 
 import asyncio
 import ipaddress
 import logging
 import math
-import os
 import re
 import time
-from base64 import b64encode
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from pipeline.config import Config
-from pipeline.config.addresses import address_of
-from pipeline.digests import digest
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError
 from pipeline.inference import chat_api
-from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
+from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
 from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.kept_images import KeptImages
@@ -31,20 +26,14 @@ from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
 
 KEY = "SYNTH_API_KEY"  # environment variables
-JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for the judge's server, if it is another one: that must not get the key of the first
-OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 REFUSED_STATUSES = (400, 422)  # for something in the request
 BUSY_WARNING_SECONDS = 30.0
-MODELS_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
-UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
-MAX_CONTEXT_TOKENS = 100_000_000
-SHOWN_MODELS = 8
 MAX_SHOWN_CHARACTERS = 200
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
@@ -262,105 +251,6 @@ class Endpoints(list[Endpoint]):
             endpoint.is_up.set()
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model as listed by a server: its origin, its context in tokens if given, and whose it is said to be."""
-
-    root: str
-    max_model_len: int | None
-    owner: str = ""
-
-
-def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
-    """Return the name and revision of the model to request from the servers of `config.base_url`, with the key of that name.
-
-    `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
-    Raises EngineError if no server answers, or the model is ambiguous or not served.
-    """
-    name, root = asyncio.run(_find_model(named_endpoints(config, key_name), config.model))
-    revision = name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
-    return name, revision if config.server.enforced_schema else f"{revision}+{UNENFORCED}"
-
-
-async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
-    limit = aiohttp.ClientTimeout(total=MODELS_SECONDS)
-    async with aiohttp.ClientSession(timeout=limit, auto_decompress=False) as session:
-        for endpoint in endpoints:
-            try:
-                models = await list_models(session, endpoint)
-            except ServerFaultError as fault:
-                endpoint.fault = str(fault)
-                continue
-            if models is None:
-                if wanted is None:
-                    raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
-                return wanted, ""
-            if wanted is None and len(models) != 1:
-                hint = f"pass --model: {shown_models(models)}"
-                raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
-            # `synth serve` appends a revision, and Gemini puts "models/" before its names.
-            matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
-            if not matching:
-                raise not_served(endpoint, wanted or "", models)
-            name = wanted if wanted in models else matching[0]
-            return name, models[name].root
-    raise no_server(endpoints)
-
-
-async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel] | None:
-    """Return the models of a server by name; None if it has no list of them.
-
-    Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
-    """
-    try:
-        async with session.get(
-            f"{endpoint.url}/models", headers=endpoint.headers, proxy=endpoint.proxy, allow_redirects=False
-        ) as answer:
-            text = await read_body(answer, MAX_BODY_BYTES)
-        if answer.status in (404, 405, 501):
-            return None
-        raise_for_access(answer, endpoint, text)
-        if answer.status == 200:
-            return _models_in(text)
-        raise ServerFaultError(f"{answer.status}: {endpoint.error_message(text)}")
-    except CONNECTION_ERRORS as error:
-        raise ServerFaultError(one_line(error)) from None
-
-
-def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
-    """Return the models in a list of them, which Together sends without an object around it; None for anything else."""
-    try:
-        value = parse_json(answer)
-        models = [model for model in (value if isinstance(value, list) else value["data"]) if isinstance(model["id"], str)]
-        return {
-            model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model), str(model.get("owned_by") or ""))
-            for model in models
-        }
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _context_tokens(model: dict[str, Any]) -> int | None:
-    # As vLLM and SGLang, OpenRouter, LM Studio, and llama.cpp say it.
-    meta = model.get("meta")
-    stated = [model.get(name) for name in ("max_model_len", "context_length", "max_context_length")]
-    stated.append(meta.get("n_ctx_train") if isinstance(meta, dict) else None)
-    length = next((value for value in stated if value is not None), None)
-    return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
-
-
-def shown_models(models: Iterable[str]) -> str:
-    """Return the first names of served models, for a message: a server may list hundreds."""
-    names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
-    return ", ".join(names[:SHOWN_MODELS]) + (f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else "")
-
-
-def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
-    """Return the error that a server does not serve a model."""
-    hint = f"it serves {shown_models(models) or 'none'}: pass --model"
-    return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
-
-
 def raise_for_access(
     response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
 ) -> None:
@@ -420,73 +310,6 @@ def no_server(endpoints: list[Endpoint]) -> EngineError:
     if any("[SSL" in fault for fault in faults):
         hint = "check http:// or https://; name your own certificates in SSL_CERT_FILE"
     return EngineError(f"no server answers at {urls}{': ' if faults else ''}{'; '.join(faults)}", hint=hint)
-
-
-def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
-    """Return the servers of `base_url`, with what the settings say of each.
-
-    A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
-    for all servers, else under the usual one; where its address has a name and a password, these instead. Raises EngineError
-    if a header of the settings names a variable that is not set.
-    """
-    endpoints = []
-    for url in config.base_url:
-        parts, settings = urlsplit(url), config.endpoint(url)
-        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
-        name = settings.key_env or key_name or config.server.key_env or usual
-        address, login = _without_login(address_of(url))
-        key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
-        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
-        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
-        endpoints.append(Endpoint(address, all_headers, name, pace, settings.weight))
-        endpoints[-1].keys += [login.password] if login and len(login.password) >= LEAST_KEY_CHARACTERS else []
-    return endpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """The name and the password in the address of a server."""
-
-    user: str
-    password: str
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The header that takes their place (RFC 7617)."""
-        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
-
-
-def _without_login(url: str) -> tuple[str, Login | None]:
-    """Return an address without the name and the password in it, which messages would show, and these."""
-    parts = urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
-        return url, None
-    user, _, password = login.partition(":")
-    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
-
-
-def _wants_openai_key(host: str) -> bool:
-    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
-    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
-
-
-def _from_environment(name: str, value: str) -> str:
-    if not value.startswith("$"):
-        return value
-    if value[1:] not in os.environ:
-        raise EngineError(f"the header {name} is to be {value}, which is not set", hint=f"export {value[1:]}=...")
-    return os.environ[value[1:]].strip()
-
-
-def request_headers(key: str | None) -> dict[str, str]:
-    """Return the headers of a request, with a key if there is one."""
-    return {
-        "Content-Type": "application/json",
-        "Accept-Encoding": "identity",
-        **({"Authorization": f"Bearer {key}"} if key else {}),
-    }
 
 
 async def cancel_tasks(tasks: "set[asyncio.Task[Any]]") -> None:

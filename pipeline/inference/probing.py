@@ -10,13 +10,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.endpoints import (
-    CONNECTION_ERRORS,
-    REFUSED_STATUSES,
-    BusyTime,
-    Endpoint,
-    raise_for_access,
-)
+from pipeline.inference.endpoints import CONNECTION_ERRORS, REFUSED_STATUSES, BusyTime, Endpoint, raise_for_access
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.request_images import named_image
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds

@@ -10,9 +10,9 @@ from pipeline.config.files import resolve
 from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, retry
 from pipeline.inference.client import Client
-from pipeline.inference.endpoints import find_model
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
 from tests.hostile import bounded_memory, part_of
 from tests.hostile.http import BODIES, Send, chat_answer, response, running_raw, well_behaved

@@ -23,11 +23,13 @@ from pipeline.errors import EngineError
 from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
-from pipeline.inference.endpoints import Endpoint, Endpoints, find_model, named_endpoints
+from pipeline.inference.endpoints import Endpoint, Endpoints
 from pipeline.inference.journal import Journal
 from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
+from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.served_models import find_model
 from pipeline.progress import NullProgress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of

@@ -12,12 +12,13 @@ from aiohttp import web
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference import client, endpoints, judge, retry
+from pipeline.inference import client, judge, retry
 from pipeline.inference.client import Client
-from pipeline.inference.endpoints import find_model, named_endpoints
 from pipeline.inference.journal import Journal
+from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
+from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
@@ -293,7 +294,7 @@ def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypat
         def add_tokens(self, count: int) -> None:
             self.tokens += count
 
-    monkeypatch.setattr(endpoints, "Pace", Counted)
+    monkeypatch.setattr("pipeline.inference.named_endpoints.Pace", Counted)
     with running_chat(ChatServer()) as chat:
         ask(tmp_path / "j", chat, requests_per_minute=7, tokens_per_minute=900)
     pace = made[-1]  # that of the run; another is made when its model is looked up
