@@ -1,6 +1,7 @@
 """Shared fixtures, and the order of tests under pytest-xdist."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,14 @@ from tests.warm import close_parents
 __all__ = ["browser", "opened"]
 
 LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/whole/")
+
+
+@pytest.fixture
+def heard_sigint() -> Iterator[None]:
+    """Hear SIGINT as a command does: a shell that runs the tests in the background makes them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -165,15 +165,16 @@ def config(
     as_json: AsJson = False,
 ) -> None:
     """Show which settings a run would have, and where each comes from."""
-    from pipeline.config.files import describe_settings
+    from pipeline.config.files import as_yaml, describe_settings
+    from pipeline.sources import with_source_defaults
 
-    lines = describe_settings(settings.config, settings.file, settings.options)
+    lines = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
     if as_json:
         echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in lines}))
         return
     for key, value, origin in lines:
         if show_all or origin != "default":
-            echo(f"{key}: {value}  # {origin}")
+            echo(f"{key}: {as_yaml(value)}  # {origin}")
 
 
 def init(

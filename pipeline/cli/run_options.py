@@ -154,7 +154,7 @@ OPTIONS = (
         help="Stop when all runs in this folder have sent so many requests."),
     RunOption("server.max_total_tokens", "--max-tokens", int, BUDGET, metavar="N", min=1,
         help="Stop when the model has read and written so many tokens."),
-    RunOption("server.max_cost", "--max-cost", float, BUDGET, metavar="PRICE", min=0,
+    RunOption("server.max_cost", "--max-cost", float, BUDGET, metavar="PRICE",
         help="Stop when the tokens have cost so much, by their prices."),
     RunOption("server.max_failure_frac", "--max-failures", float, BUDGET, metavar="SHARE", min=0, max=1, show_default="0.9",
         help="Stop when more than this share of 100 replies in a row is unusable; 1: never."),

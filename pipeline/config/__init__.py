@@ -1,5 +1,6 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -123,6 +124,8 @@ class Config(Section):
             if self.select != SelectConfig():
                 raise ValueError("select chooses among several captions: --samples 4")
             return self
+        if self.select == SelectConfig(by="consistency", pairs=True) and self.generate.samples == 2:
+            raise ValueError("of two captions each agrees with the other as much, so that none is better: --samples 3")
         checks = self.verify.checks
         if self.select.by == "clip" and "alignment" not in checks:
             raise ValueError("select.by clip needs what the check alignment measures: --verify alignment")
@@ -141,6 +144,13 @@ class Config(Section):
         if unknown := [url for url in self.server.endpoints if address_of(url) not in map(address_of, used)]:
             named = ", ".join(used) or "no server"
             raise ValueError(f"server.endpoints describes {unknown[0]}, and base_url names {named}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_each_server_once(self) -> "Config":
+        addresses = [re.sub("://.*@", "://", address_of(url)) for url in self.base_url]
+        if twice := [address for address in addresses if addresses.count(address) > 1]:
+            raise ValueError(f"base_url names the server {twice[0]} twice, in two spellings")
         return self
 
     @model_validator(mode="after")

@@ -137,8 +137,8 @@ def _without_twice(path: Path, node: yaml.Node) -> yaml.Node:
     return node
 
 
-def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Return (key, value as YAML, origin) of every setting; an origin is an option, the file, or `default`."""
+def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, Any, str]]:
+    """Return (key, value, origin) of every setting; an origin is an option, the file, or `default`."""
     values = config.model_dump(mode="json")
     in_file = current_settings(_settings_of_file(file)[0]) if file else {}
     rows = []
@@ -147,9 +147,14 @@ def describe_settings(config: Config, file: Path | None, options: Mapping[str, s
         value = values[section][name] if name else values[section]
         is_in_file = name in (in_file.get(section) or {}) if name else section in in_file
         origin = options.get(key) or (str(file) if is_in_file else "default")
-        shown = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
-        rows.append((key, shown, origin))
+        rows.append((key, value, origin))
     return rows
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value on one line of YAML."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:

@@ -53,6 +53,7 @@ def _flaw(error: "ErrorDetails") -> str:
     is_secret = not SECRET_KEYS.isdisjoint(error["loc"])
     if is_secret:
         shown = "it"
+    shown = re.sub(r"://.*@", "://***@", shown)  # a password, whatever is in it
     wanted = {
         "tuple_type": "a list, such as [a, b]",
         "list_type": "a list, such as [a, b]",

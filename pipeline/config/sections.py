@@ -74,6 +74,12 @@ class TaskConfig(Section):
     language: Language | None = None  # of its texts; None: that of `filter`, if there is one
     coordinates: BoxUnit = "pixels"  # of boxes, as the model writes them
 
+    @model_validator(mode="after")
+    def _allows_some_length(self) -> "TaskConfig":
+        if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
+            raise ValueError(f"min_words is {self.min_words}, and max_words {self.max_words}: no text is so long")
+        return self
+
 
 def task_names(entries: Any) -> Any:
     """Return the names of own tasks, as far as they have one."""
@@ -193,6 +199,14 @@ class FilterConfig(Section):
     language: Annotated[Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)] = "en"
     min_language_score: float = Field(default=0.6, ge=0, le=1)  # confidence of the detector that rejects another language
     max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)  # of letters outside of quotes, if the language is Latin
+
+    @model_validator(mode="after")
+    def _allows_some_length(self) -> "FilterConfig":
+        for name in ("caption", "question"):
+            least, most = getattr(self, f"min_{name}_words"), getattr(self, f"max_{name}_words")
+            if least > most:
+                raise ValueError(f"min_{name}_words is {least}, and max_{name}_words {most}: no text is so long")
+        return self
 
 
 Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignment", "references"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.digests import annotation_digest
 from pipeline.errors import ConfigError
@@ -18,6 +18,7 @@ from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import final_value
 from pipeline.tasks import find_broken_rule, find_task
 from pipeline.tasks.own import OwnTasks
+from pipeline.text.pii import redact
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
 REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
@@ -43,6 +44,11 @@ class Review(BaseModel):
     answer: str | None = None
     evidence_pages: tuple[int, ...] | None = None
     expression: str | None = None
+
+    @field_validator("text", "question", "answer")
+    @classmethod
+    def _without_personal_data(cls, words: str | None) -> str | None:
+        return words and redact(words)[0]  # as in all other texts
 
     @model_validator(mode="after")
     def _says_what_it_must(self) -> "Review":
@@ -76,7 +82,7 @@ class Review(BaseModel):
 def read_reviews(path: Path) -> list[Review]:
     """Read a file of reviews. Raises ConfigError, with the line number, if a line is not a review."""
     try:
-        text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8")
+        text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
         lines = text.split("\n")  # not splitlines(): texts may hold other line separators
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None

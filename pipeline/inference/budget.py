@@ -73,8 +73,9 @@ class Budget:
             if spent >= limit:
                 rooms.append(0)
             elif not self._replies:
-                affordable = int((limit - spent) / of_one) if of_one else FIRST_REQUESTS
-                rooms.append(min(FIRST_REQUESTS, max(1, affordable)) - unanswered)
+                of_earlier = spent / self.requests if spent and self.requests else of_one
+                affordable = int((limit - spent) / of_earlier) if of_earlier else FIRST_REQUESTS
+                rooms.append(min(FIRST_REQUESTS, affordable if spent else max(1, affordable)) - unanswered)
             elif of_run:
                 rooms.append(int((limit - spent) / (of_run / self._replies)) - unanswered)
         return max(0, min(rooms)) if rooms else None

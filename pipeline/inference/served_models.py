@@ -68,6 +68,9 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             if not matching:
                 raise not_served(endpoint, wanted or "", models)
             name = wanted if wanted in models else matching[0]
+            if name != wanted and len(matching) > 1:
+                hint = f"name one: --model {shown_models(matching)}"
+                raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
             return name, models[name].root
     raise no_server(endpoints)
 

@@ -19,6 +19,7 @@ from pipeline.storage.files import open_table
 from pipeline.tables import PIXELS, SCORE_NAMES
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
+from pipeline.text.pii import redact
 from pipeline.text.reasons import in_words
 from pipeline.text.values import in_short
 
@@ -60,7 +61,7 @@ def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
                         "reason": visible(in_words(row["reason"])),
                         "id": visible(row.get("sample_id") or ""),
                         "where": visible(row.get("source_row") or ""),
-                        "what": visible(text or row.get("reply_text") or row.get("detail") or ""),
+                        "what": visible(redact(text or row.get("reply_text") or row.get("detail") or "")[0]),
                     }
 
 

@@ -339,13 +339,13 @@ def _path(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _spelled_alike(name: str) -> str:
+def spelled_alike(name: str) -> str:
     """Return a path as Linux and Unicode's composed form (NFC) spell it: Windows and a Mac spell it otherwise."""
     return _path(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
 def _file_name(name: str) -> str:
-    return _spelled_alike(name).rpartition("/")[2]
+    return spelled_alike(name).rpartition("/")[2]
 
 
 def _stem(name: str) -> str:
@@ -367,7 +367,7 @@ def _whole_number(name: str) -> str:
 # How an image, and a name for it, are compared, from the surest way to the last.
 _KEYS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
     (_path, _path),
-    (_spelled_alike, _spelled_alike),
+    (spelled_alike, spelled_alike),
     (_file_name, _file_name),
     (_stem, _stem),
     (_last_number, _whole_number),

@@ -8,7 +8,7 @@ the context of prompts, and so may `folder` and `file_name`, which every image h
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from pipeline.sources.captions import (
     questions_of_people,
     read_captions,
     read_table,
+    spelled_alike,
     texts_by_model,
 )
 from pipeline.sources.file_digests import digest_of_file
@@ -279,6 +280,13 @@ def read_references(
     Raise SourceError if a metadata file or a row of it is unusable.
     """
     images = set(paths if among is None else among)
+    of_spelling = {spelled_alike(str(path)): path for path in images}
+
+    def image_of(folder: Path, row: dict[str, Any]) -> Path:
+        """Return the image that a row names, however its system spells it; the path as it stands, if there is none."""
+        path = folder / str(row["file_name"])
+        return path if path in images else of_spelling.get(spelled_alike(str(path)), path)
+
     references, captions = References(), dict[Path, list[str]]()
     bound, unread = None if follow_links else root, list[str]()
     parents = {path.parent for path in images}
@@ -290,10 +298,10 @@ def read_references(
                 references.columns.update(str(name) for row in rows for name in row)
                 for row in rows if columns else ():
                     own = {name: as_text(row[name]) for name in columns if name in row}
-                    references.values.setdefault(folder / str(row["file_name"]), {}).update(own)
-                references.messages += _add_captions(file, rows, captions, images)
+                    references.values.setdefault(image_of(folder, row), {}).update(own)
+                references.messages += _add_captions(file, rows, captions, images, partial(image_of, folder))
                 for row in rows:
-                    if (questions := questions_of_people(row)) and (path := folder / str(row["file_name"])) in images:
+                    if (questions := questions_of_people(row)) and (path := image_of(folder, row)) in images:
                         references.questions[path] = (*references.questions.get(path, ()), *questions)
                     references.num_by_model += len(texts_by_model(row))
     own_lines = dict[Path, frozenset[str]]()
@@ -318,11 +326,17 @@ def read_references(
     return references
 
 
-def _add_captions(file: Path, rows: list[dict[str, Any]], captions: dict[Path, list[str]], images: set[Path]) -> list[str]:
+def _add_captions(
+    file: Path,
+    rows: list[dict[str, Any]],
+    captions: dict[Path, list[str]],
+    images: set[Path],
+    image_of: Callable[[dict[str, Any]], Path],
+) -> list[str]:
     """Add the captions of a metadata file; return messages about what of it was not used."""
     missing = []
     for row in rows:
-        path = file.parent / str(row["file_name"])
+        path = image_of(row)
         if path not in images:
             missing.append(str(row["file_name"]))
         captions.setdefault(path, []).extend(captions_of_people(row))

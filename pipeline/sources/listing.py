@@ -7,6 +7,7 @@ relative to the list; URLs are fetched if --allow-urls says so, several at a tim
 import csv
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -114,7 +115,7 @@ def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
 def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path) -> ListedImage:
     values = {name.lower(): value for name, value in row.items()}
     address = next((str(values[name]).strip() for name in IMAGE_COLUMNS if values.get(name)), "")
-    candidates = dict.fromkeys((address, address.replace("\\", "/"))) if not _ADDRESS.match(address) else ()  # of Windows
+    candidates = _spellings(address) if not _ADDRESS.match(address) else ()
     path = next((candidate for candidate in candidates if _is_file(file.parent, candidate)), None)
     # An address may hold a key, and a path to elsewhere the name of a user: both would be published.
     is_inside = path is not None and not Path(path).is_absolute() and ".." not in Path(path).parts
@@ -127,6 +128,14 @@ def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path
     context = tuple((column, as_text(row.get(column))) for column in columns)
     captions = tuple(read_texts(values, CAPTION_COLUMNS))
     return ListedImage(name, address, captions, read_question(values), split, context, fault)
+
+
+def _spellings(address: str) -> Iterator[str]:
+    """Yield a path as it stands, and as Windows, or the file system of a Mac, would spell it."""
+    yield address
+    for slashed in dict.fromkeys((address, address.replace("\\", "/"))):
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, slashed)
 
 
 def _is_file(root: Path, address: str) -> bool:

@@ -241,7 +241,9 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
             before = read_json(dataset.cost) if dataset.cost.exists() else {"timed": 0, "seconds": 0.0}
             timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time
             seconds = round(before["seconds"] + time.monotonic() - start, 1)
-            write_json(dataset.cost, {**journal.totals(), "timed": timed, "seconds": seconds})
+            read, written = journal.likely_tokens()
+            tokens = {"prompt_tokens": read, "reply_tokens": written}
+            write_json(dataset.cost, {**journal.totals(), **tokens, "timed": timed, "seconds": seconds})
         else:
             temporary_path(dataset.cost).unlink(missing_ok=True)  # of a run that was killed while it wrote
 

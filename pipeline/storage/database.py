@@ -34,6 +34,10 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
                 db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
                 yield _quiet(db)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and str(error) == "Query interrupted":  # as DuckDB passes on a signal
+                raise KeyboardInterrupt from None
+            raise
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
             hint = "free some disk space or memory, then run the same command"
             raise StoreError(f"{folder}: {one_line(error)}", hint=hint) from None
@@ -60,22 +64,22 @@ def load(
 
     The maker of the tables may query the database by its own cursor only.
 
-    Errors of the maker are raised as they are: DuckDB would hide them within errors of its own.
+    Errors of the maker, and a signal while it works, are raised as they are: DuckDB would hide them within errors of its own.
     """
-    raised: list[Exception] = []
+    raised: list[BaseException] = []
 
     def cast_batches() -> Iterator[pa.RecordBatch]:
         try:
             for table in batches:
                 yield from table.cast(schema).to_batches()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             raised.append(error)
             raise
 
     db.register("incoming", pa.RecordBatchReader.from_batches(schema, cast_batches()))
     try:
         db.execute(f"CREATE TABLE {name} AS {query}")
-    except duckdb.Error:
+    except (Exception, KeyboardInterrupt):
         if raised:
             raise raised[0] from None
         raise

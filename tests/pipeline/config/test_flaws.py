@@ -66,3 +66,9 @@ def test_yes_and_no_in_a_task_of_ones_own_want_quotes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="put it in quotes") as caught:
         read_task(tmp_path / "task.yaml")
     assert "docs/own-tasks.md" in caught.value.hint
+
+
+def test_an_address_that_is_none_does_not_show_its_password() -> None:
+    with pytest.raises(ConfigError, match="base_url") as caught:
+        resolve(source="scenes", base_url=["http://me:SEC RET@h/v1"])
+    assert "RET" not in str(caught.value)

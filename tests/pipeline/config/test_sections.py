@@ -1,6 +1,8 @@
 """Values of settings: languages, judges, and what goes together."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,3 +55,21 @@ def test_only_what_is_checked_can_be_repaired() -> None:
     with pytest.raises(ConfigError, match="claims"):
         resolve(source="scenes", verify={"repair": True})
     assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"filter": {"min_caption_words": 20, "max_caption_words": 10}}, "min_caption_words is 20, and max_caption_words 10"),
+        (
+            {"own_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
+            "min_words is 9, and max_words 2: no text is so long",
+        ),
+        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so that none is better: --samples 3"),
+        ({"base_url": ["http://h:1/v1", "http://me:pw@H:1/v1/"]}, "twice, in two spellings"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_error(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        resolve(source="scenes", **settings)
+    assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

@@ -162,3 +162,15 @@ def test_an_edited_calculation_must_still_be_right() -> None:
     assert check_edit(Review.model_validate({**fields, "answer": "6"}), row) == "expression_disagrees"
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
     assert check_edit(Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"
+
+
+def test_edited_words_hold_no_personal_data(tmp_path: Path) -> None:
+    """Nor does what they are called afterwards: a later mark finds them."""
+    edit = review("A sign.", "edited", text="A sign says mail@example.org.")
+    assert edit.text == "A sign says [email]."
+    assert edit.resulting_name == text_name(caption("A sign says [email]."))
+
+
+def test_marks_are_read_behind_the_mark_of_an_encoding(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("\ufeff" + format_reviews([review("A cat.", "good")]))
+    assert read_reviews(tmp_path / "m.jsonl") == [review("A cat.", "good")]

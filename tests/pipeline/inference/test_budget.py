@@ -71,7 +71,7 @@ def test_the_cost_of_earlier_runs_counts() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
     budget = Budget(server, 10, 600_000, 100_000)
     assert budget.cost == pytest.approx(0.8)
-    assert budget.room(0) == 32  # a first look at what a request costs
+    assert budget.room(0) == 2  # of 0.2, by what a request has cost
     budget.add(reply(prompt_tokens=20_000, reply_tokens=0))
     assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
     budget.add(reply(prompt_tokens=180_000, reply_tokens=0))
@@ -172,3 +172,11 @@ def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_pa
         with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
             ask(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
         assert len(chat.bodies) == 1
+
+
+def test_the_first_request_of_a_later_run_fits_the_budget_too() -> None:
+    """As far as that can be told by what earlier ones have cost."""
+    server = ServerConfig(price_in=1.0, price_out=1.0, max_cost=1.0)
+    assert Budget(server, 10, 900_000, 0).room(0) == 1
+    assert Budget(server, 10, 990_000, 0).room(0) == 0
+    assert Budget(server, 0, 0, 0).room(0) == 32

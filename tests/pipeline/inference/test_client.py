@@ -8,7 +8,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -841,14 +841,6 @@ def test_an_image_that_cannot_be_sent_is_the_reason_of_its_own_requests_alone(tm
     assert errors == {None: 6, "refused_by_server": 3}
 
 
-@pytest.fixture
-def heard_sigint() -> Iterator[None]:
-    """Hear SIGINT as a command does: a shell that runs the tests in the background makes them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heard_sigint")
 def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "GROUP_SECONDS", 60)  # of replies that wait to be kept together
@@ -1014,3 +1006,11 @@ def test_servers_nearby_are_asked_without_a_proxy(
     monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
     monkeypatch.setenv("NO_PROXY", no_proxy)
     assert endpoints.proxy_for(url) == proxy
+
+
+def test_a_short_name_of_two_models_is_one_error() -> None:
+    with running_chat(ChatServer(model="m@abc")) as chat:
+        chat.other_models = ["m@def"]
+        with pytest.raises(EngineError, match="m may be several models") as caught:
+            find_model(resolve(source="scenes", base_url=[chat.url], model="m"))
+        assert "m@abc, m@def" in caught.value.hint

@@ -1,6 +1,7 @@
 """Folder: files are read recursively in sorted order, and a broken file is rejected with a reason."""
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
 from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
+from tests.hub.datasets import photo
 
 
 def fill(root: Path) -> None:
@@ -356,3 +358,13 @@ def test_a_dataset_that_was_saved_to_disk_is_refused_with_the_way_to_read_it(tmp
         with pytest.raises(SourceError) as refused:
             open_source(resolve(source=f"{source}:{tmp_path / 'saved'}"))
         assert "load_from_disk" in refused.value.hint and "to_parquet" in refused.value.hint
+
+
+def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_path: Path) -> None:
+    stored, named = (unicodedata.normalize(form, "b/Köln.jpg") for form in ("NFD", "NFC"))
+    for name in (stored, "a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo(len(name)))
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\n{named},A bridge.\nb\\..\\a.jpg,Nothing.\na.jpg,A bowl.\n")
+    rows = {row.source_row: row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
+    assert rows == {stored: ("A bridge.",), "a.jpg": ("A bowl.",)}

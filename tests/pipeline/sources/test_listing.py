@@ -5,9 +5,10 @@ import ipaddress
 import json
 import os
 import threading
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -287,3 +288,13 @@ def test_private_addresses_are_refused_and_nothing_is_fetched(home: Path, host: 
     source = opened(home / "list.txt", f"http://{host}:1/x.jpg\n", allow_urls=True)
     assert outcomes(source) == {"list.txt:1": "url_refused"}
     assert not image_urls.is_public(ipaddress.ip_address("127.0.0.1"))
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_form_of_unicode(
+    listed: Literal["NFC", "NFD"], stored: Literal["NFC", "NFD"], tmp_path: Path
+) -> None:
+    (tmp_path / unicodedata.normalize(stored, "Köln.jpg")).write_bytes(photo(1))
+    (tmp_path / "a.txt").write_text(unicodedata.normalize(listed, "Köln.jpg") + "\n")
+    rows = list(open_source(resolve(source=f"list:{tmp_path}/a.txt")).rows)
+    assert [type(row) for row in rows] == [Sample]

@@ -1,5 +1,7 @@
 """Tests of pipeline/storage/database.py."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +83,21 @@ def test_a_folder_without_room_for_a_database_is_one_error(tmp_path: Path, monke
     monkeypatch.setattr(duckdb, "connect", refuse)
     with pytest.raises(StoreError, match="No space left"), open_database(tmp_path):
         pass
+
+
+@pytest.mark.usefixtures("heard_sigint")
+def test_a_signal_while_rows_are_made_or_compared_is_one_as_anywhere_else(tmp_path: Path) -> None:
+    """DuckDB makes an error of its own of it, after which a command would not say that it was interrupted."""
+
+    def made() -> Iterator[pa.Table]:
+        yield numbers(0, 10)
+        signal.raise_signal(signal.SIGINT)
+        yield numbers(10, 10)
+
+    with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
+        load(db, "numbers", made(), NUMBERS)
+    with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        db.execute("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b")
+    with pytest.raises(RuntimeError, match="another"), open_database(tmp_path):
+        raise RuntimeError("another")
