@@ -76,6 +76,7 @@ def _write_rows(
 ) -> Unread:
     unread: Unread = []
     left = [path for path in job.images if any(key not in done for key in _keys(job, path))]
+    progress("caption", len(job.images) - len(left), len(job.images))  # captions come in batches
     for count, (path, texts) in enumerate(job.texts(left), start=len(job.images) - len(left) + 1):
         if isinstance(texts, ImageError):
             unread.append((path, texts))
@@ -95,6 +96,7 @@ def _keys(job: CaptionTask, path: Path) -> list[tuple[str, str, str]]:
 def _write_sidecars(job: CaptionTask, existing: Existing, progress: Progress) -> Unread:
     unread: Unread = []
     images = images_to_write(job.images, existing)
+    progress("caption", 0, len(images))
     for count, (path, texts) in enumerate(job.texts(images), start=1):
         if isinstance(texts, ImageError):
             unread.append((path, texts))

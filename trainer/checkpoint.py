@@ -209,7 +209,8 @@ def _read_resume(path: Path) -> dict[str, Any]:
             raise ValueError("it is of another program")
     except Exception as error:  # noqa: BLE001  # whatever torch raises
         hint = f"remove {path}, and start anew without --resume"
-        raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
+        reason = one_line(error) if isinstance(error, OSError | ValueError) else "it is not what a training has written"
+        raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
     return state
 
 

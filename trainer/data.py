@@ -89,7 +89,7 @@ def read_examples(
     options = {"questions": questions, "keeps_human": keeps_human}
     examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
     if styles:
-        there = sorted({text.style for e in examples for text in e.texts if text.style and text.source != "human"})
+        there = sorted({text.style for example in examples for text in example.texts if text.style})
         if there and not set(there).intersection(styles):
             raise TrainError(
                 f"no caption of the styles {', '.join(styles)}",
@@ -101,7 +101,9 @@ def read_examples(
         examples = [replace(e, texts=tuple(replace(t, source=ANY_SOURCE) for t in e.texts)) for e in examples]
     examples = [example for example in examples if example.texts or (to_score and example.references)]
     if not any(text.style for example in examples for text in example.texts) and not (to_score and examples):
-        hint = "a captioner learns captions, and answers beside them: generate with --tasks caption,qa, or choose --text-source"
+        hint = "a captioner learns captions, and answers beside them: generate with --tasks caption,qa"
+        if mixture == "synthetic" and any(row["references"] for row in rows):
+            hint = "there are captions of people: --text-source human"
         raise TrainError(f"no {mixture} captions to learn from", hint=hint)
     return examples
 

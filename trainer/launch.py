@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
@@ -58,6 +58,8 @@ def choose_settings(
 ) -> TrainConfig:
     """Return the settings that options and file come to; preset, encoder, precision and texts that are not named follow."""
     config = resolve(config_file, **options)
+    if config_file is not None and "preset" not in config.model_fields_set:
+        message(f"no preset: {config_file} decides alone; --preset auto has one fill in what it does not name")
     is_drawn = "facts" in version.manifest["columns"]
     if config.preset == "auto" or (config.preset is None and config_file is None):
         num_images = version.manifest["rows"]["train"]
@@ -98,8 +100,23 @@ def read_data_digest(folder: Path) -> str | None:
         return None
 
 
+def is_training_folder(folder: Path) -> bool:
+    """Return whether a folder is empty, or one that a training has made."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if names <= {LOCK_FILE}:
+        return True
+    try:
+        TrainConfig.model_validate(read_json(folder / "train.json"))
+    except (OSError, ValueError, UnsafeFileError):
+        return False
+    return names.isdisjoint((RUN_FILE, "versions"))  # of a dataset into which an earlier release has trained
+
+
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
-    """Raise ConfigError if a folder holds a captioner of other settings or data, or a training that was interrupted."""
+    """Raise ConfigError if a folder holds a captioner of other settings or data, an interrupted training, or other things."""
+    if folder.exists() and not is_training_folder(folder):
+        hint = "say where the captioner goes: --out DIR, which is not there yet"
+        raise ConfigError(f"{folder} holds other files, which a training would write over", hint=hint)
     if has_other_settings(folder, config):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     if read_data_digest(folder) not in (None, version.manifest["digest"]):

@@ -52,6 +52,7 @@ def compare_captioners(
     unread: dict[str, str] = {}
     for name, folder in folders.items():
         texts[name] = []
+        progress(name, 0, len(images))
         pairs = ((number, one.open()) for number, one in enumerate(images))
         for number, answer in Captioner.from_pretrained(folder).stream(pairs, (style,), num_beams=num_beams):
             if isinstance(answer, ImageError):

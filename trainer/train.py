@@ -80,7 +80,8 @@ def train(
     torch.manual_seed(config.seed)
     sets, config = _choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
-    if not resume and (metrics := _read_finished(out, run_of(1))) is not None:
+    is_cut = resume and (out / "resume.pt").exists()
+    if not is_cut and (metrics := _read_finished(out, run_of(1))) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -175,6 +176,9 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, state: dict[s
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
     """Say which texts lose their end, and whether they take longer than usual."""
+    sources = {text.source for text in texts}
+    if config.text_source == "mixed" and config.source_in_prompt and len(sources) == 1:
+        progress.warn(f"all texts that are learned are {sources.pop()}: there are no others to mix with them")
     if cut := checkpoint.tokenizer.count_cut(texts, config.max_caption_tokens):
         share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         progress.warn(f"{share}: their end is not learned (max_caption_tokens)")

@@ -58,7 +58,9 @@ def check(
         with translate_disk_errors(folder):
             if split_version(folder)[1]:
                 yield check_version(open_dataset(folder))
-            elif any((folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")):
+            elif not DatasetDir(folder).run_file.exists() and any(
+                (folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")
+            ):
                 yield check_checkpoint(folder)
             elif (folder / MANIFEST).exists():
                 yield check_version_folder(folder)

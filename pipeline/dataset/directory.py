@@ -37,6 +37,7 @@ ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --o
 MAX_REMEMBERED = 20
 OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class DatasetDir:
     @property
     def run_file(self) -> Path:
         """The resolved config."""
-        return self.path / "run.json"
+        return self.path / RUN_FILE
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the last run, under today's names; of another release, as they are."""
@@ -157,7 +158,7 @@ class DatasetDir:
         StoreError if another process has taken over our lease.
         """
         if is_remote(self.path):
-            with lease(self.path / ".lock", say=say) as check:
+            with lease(self.path / LOCK_FILE, say=say) as check:
                 yield check
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,7 @@ class DatasetDir:
             if not wait:
                 raise StoreError(f"another process is writing to {self.path}", hint="wait for it, or choose another --out")
 
-        with lock_file(self.path / ".lock", on_busy, StoreError):
+        with lock_file(self.path / LOCK_FILE, on_busy, StoreError):
             yield lambda: None
 
 

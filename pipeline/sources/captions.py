@@ -78,6 +78,10 @@ def read_captions(path: Path) -> dict[str, Written]:
         csv.Error,
     ) as error:
         problem = f"{error!r}" if isinstance(error, LookupError | AttributeError | TypeError) else str(error)
+        if isinstance(error, OSError) and error.strerror:
+            raise SourceError(
+                f"cannot read {path}: {error.strerror}", hint="name a file of captions: --captions FILE"
+            ) from None
         if isinstance(error, KeyError):
             problem = f"an object in it has no {error}"
         raise SourceError(f"cannot read {path}: {problem}", hint=HINT) from None

@@ -177,5 +177,7 @@ def test_styles_are_those_of_the_model_and_captions_of_people_stay() -> None:
     ]
     (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["plain"], questions=False)
     assert [(text.source, text.style) for text in example.texts] == [("synthetic", "plain"), *[("human", "brief")] * 2]
-    with pytest.raises(TrainError, match="no caption of the styles brief"):
-        read_examples(table({"captions": both}), IMAGES, "mixed", styles=["brief"])
+    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["brief"], questions=False)
+    assert {text.source for text in example.texts} == {"human"}  # whose style it is
+    with pytest.raises(TrainError, match="no caption of the styles nope"):
+        read_examples(table({"captions": both}), IMAGES, "mixed", styles=["nope"])

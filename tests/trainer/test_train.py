@@ -29,6 +29,7 @@ import trainer.vqa
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
+from tests.notes import Notes
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.checkpoint import describe_checkpoint, load_checkpoint, read_log, save_resume
@@ -829,7 +830,20 @@ def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     first = train(version, replace(encoder=clip), tmp_path)
     with monkeypatch.context() as context:
         context.setattr(trainer.train, "store_features", lambda *_: pytest.fail("it is trained already"))
-        assert train(version, replace(encoder=clip), tmp_path) == json.loads(json.dumps(first))
+        for resume in (False, True):  # as a script may say each time
+            assert train(version, replace(encoder=clip), tmp_path, resume=resume) == json.loads(json.dumps(first))
     assert len(losses(tmp_path)) == 1
     train(version, replace(encoder=clip, steps=2), tmp_path)
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: str) -> None:
+    def without_references(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
+        examples = examples_in(version, split, mixture, **how)
+        return [data_replace(one, texts=tuple(text for text in one.texts if text.source == "synthetic")) for one in examples]
+
+    notes = Notes()
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(trainer.train, "examples_in", without_references)
+        train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
+    assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al., 2021) of a language model, by peft: few weights learn, and are merged to be saved."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,9 @@ def add_adapters(model: "PreTrainedModel", rank: int, dropout: float) -> None:
     try:
         if not names:
             raise ValueError("it has no linear layers")
-        inject_adapter_in_model(config, model, ADAPTER)
+        with warnings.catch_warnings():  # of GPT-2's layers, which peft knows how to handle
+            warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+            inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise TrainError(f"this language model takes no adapters: {error}", hint="train all of it: --lora-rank 0") from None
 
