@@ -1,6 +1,5 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -148,9 +147,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names_each_server_once(self) -> "Config":
-        addresses = [re.sub("://.*@", "://", address_of(url)) for url in self.base_url]
+        addresses = [address_of(url) for url in self.base_url]  # with its login: two accounts have two limits
         if twice := [address for address in addresses if addresses.count(address) > 1]:
-            raise ValueError(f"base_url names the server {twice[0]} twice, in two spellings")
+            raise ValueError(f"base_url names the server {without_passwords(twice[0])} twice, in two spellings")
         return self
 
     @model_validator(mode="after")
