@@ -88,10 +88,10 @@ def train(
         return metrics if rank == 0 else {}
     checkpoint = _build(version, config, sets["train"])
     checkpoint.captioner.to(device)
-    if rank == 0:
-        _tell_of_texts(checkpoint, config, _texts(sets["train"]), report)
-        if own := version.manifest.get("own_columns"):
-            report.message(f"columns of own tasks are not learned: {', '.join(own)}")
+    # In each process: a language model is probed for it, before its products are rounded.
+    _tell_of_texts(checkpoint, config, _texts(sets["train"]), report if rank == 0 else NullProgress())
+    if rank == 0 and (own := version.manifest.get("own_columns")):
+        report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
     state = load_resume(out, run_of, processes) if resume else None
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
