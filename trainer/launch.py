@@ -114,9 +114,6 @@ def is_training_folder(folder: Path) -> bool:
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
     """Raise ConfigError if a folder holds a captioner of other settings or data, an interrupted training, or other things."""
-    if folder.exists() and not is_training_folder(folder):
-        hint = "say where the captioner goes: --out DIR, which is not there yet"
-        raise ConfigError(f"{folder} holds other files, which a training would write over", hint=hint)
     if has_other_settings(folder, config):
         raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
     if read_data_digest(folder) not in (None, version.manifest["digest"]):
@@ -126,3 +123,6 @@ def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
             pass
         hint = f"go on with it: --resume; to start anew, remove {folder / 'resume.pt'}"
         raise ConfigError(f"{folder} holds a training that was interrupted", hint=hint)
+    if folder.exists() and not is_training_folder(folder):
+        hint = "say where the captioner goes: --out DIR, which is not there yet"
+        raise ConfigError(f"{folder} holds other files, which a training would write over", hint=hint)

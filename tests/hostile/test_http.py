@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, concurrency, endpoints, retry
+from pipeline.inference import client, concurrency, endpoints, retry, served_models
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
@@ -29,7 +29,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.05)
     for module in (client, concurrency, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(endpoints, "MODELS_SECONDS", 2.0)
+    monkeypatch.setattr(served_models, "MODELS_SECONDS", 2.0)
 
 
 def ask(folder: Path, url: str, **server: Any) -> list[str | None]:

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.dataset.reviews import MAX_REVIEWS_BYTES, read_reviews
 from pipeline.errors import ConfigError
+from pipeline.text.pii import redact
 from tests.hostile import bounded_memory
 from tests.hostile.vectors import ALL
 
@@ -72,8 +73,11 @@ def test_what_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], 
         read_reviews(tmp_path / "marks.jsonl")
 
 
-def test_any_note_and_any_words_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_any_note_and_any_words_are_kept_as_they_are_but_for_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
     marks = [GOOD | {"mark": "edited", "text": text, "note": text[:1000]} for text in texts]
     (tmp_path / "marks.jsonl").write_bytes(lines(*marks))
-    assert [review.text for review in read_reviews(tmp_path / "marks.jsonl")] == texts
+    reviews = read_reviews(tmp_path / "marks.jsonl")
+    assert [review.text for review in reviews] == [redact(text)[0] for text in texts]
+    assert sum(review.text == text for review, text in zip(reviews, texts, strict=True)) > len(texts) / 2
+    assert [review.note for review in reviews] == [text[:1000] for text in texts]

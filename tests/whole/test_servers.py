@@ -75,7 +75,7 @@ def test_a_password_in_the_address_reaches_the_server_and_no_file_or_message(pho
     unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos, timeout=120)
     assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)
     shown = [text for done in (made, judged, again, refused, unread) for text in (done.stdout, done.stderr)]
-    assert "no server answers at http://127.0.0.1" in refused.stderr and "bob:***@" in unread.stderr
+    assert "no server answers at http://127.0.0.1" in refused.stderr and "ftp://***@127.0.0.1" in unread.stderr
     assert not [text for text in shown if "s3cret" in text]
     files = [path for path in (photos / "d").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"s3cret" in path.read_bytes()]
