@@ -1,10 +1,13 @@
 """DuckDB for whatever compares rows with each other: queries that spill to the disk instead of filling the memory."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import duckdb
@@ -33,7 +36,10 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         try:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
                 db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
-                yield _quiet(db)
+                with _signals_end_queries(db):
+                    yield _quiet(db)
+        except duckdb.InterruptException:
+            raise KeyboardInterrupt from None
         except RuntimeError as error:
             if type(error) is RuntimeError and str(error) == "Query interrupted":  # as DuckDB passes on a signal
                 raise KeyboardInterrupt from None
@@ -41,6 +47,29 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
             hint = "free some disk space or memory, then run the same command"
             raise StoreError(f"{folder}: {one_line(error)}", hint=hint) from None
+
+
+@contextmanager
+def _signals_end_queries(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """End the query that runs when a signal comes: DuckDB hears it, but waits for what a thread of its own has begun."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        db.interrupt()
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    handled = [number for number, handler in before.items() if callable(handler)]  # what is ignored, or ends a process, does so
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        handled = []
+    for number in handled:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
