@@ -8,8 +8,8 @@ import csv
 import glob
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.storage.file_lock import lock_file
+from pipeline.storage.file_lock import hold_lock
 from pipeline.storage.files import atomic_write, write_text
 from pipeline.storage.sidecars import Existing
 from pipeline.storage.untrusted import is_hidden, read_regular
@@ -77,7 +77,8 @@ class CaptionFile:
     def __enter__(self) -> "CaptionFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(_locked(self.path.with_name(f".{self.path.name}.lock")))
+            busy = ConfigError(f"another process is writing {self.path.name}", hint="wait for it, or choose another --out")
+            stack.enter_context(hold_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
             begun = self._resume() if self._draft.exists() else None
             if begun is None and self.path.exists() and self.existing == "refuse":
                 hint = "--append adds images that it lacks, --overwrite writes it anew"
@@ -136,20 +137,6 @@ def _checked(rows: list[Any]) -> list[dict[str, Any]]:
         if odd := [name for name, value in row.items() if not isinstance(value, str | None)]:
             raise ValueError(f"its column {odd[0]} holds more than text")
     return rows
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, and remove it at the end. Raises ConfigError if another process holds it, or it is a link."""
-
-    def refuse() -> None:
-        raise ConfigError(f"another process is writing {path.name[1:-5]}", hint="wait for it, or choose another --out")
-
-    with lock_file(path, refuse, ConfigError):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _line(row: dict[str, Any]) -> str:

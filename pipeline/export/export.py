@@ -6,7 +6,6 @@ goes on.
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pipeline.export.formats import FORMATS
 from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.file_lock import lock_file
+from pipeline.storage.file_lock import hold_lock
 from pipeline.storage.files import remove, write_text
 from pipeline.storage.own_lines import OWN_LINES
 from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
@@ -54,7 +53,9 @@ def export_version(
     """
     if out.exists():  # also a name such as `.`, beside which nothing is written
         raise _is_there(out)
-    with _locked(out):
+    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or name another folder: --out DIR")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         return _export(version, kind, out, style, tuple(splits), progress or NullProgress())
 
 
@@ -127,22 +128,6 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
 
 def _is_there(out: Path) -> ConfigError:
     return ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is to be written. Raises ConfigError if another process holds it."""
-    path = out.with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def refuse() -> None:
-        raise ConfigError(f"another process exports to {out}", hint="wait for it, or name another folder: --out DIR")
-
-    with lock_file(path, refuse, ConfigError):
-        try:
-            yield
-        finally:
-            path.unlink()
 
 
 def _go_on(draft: Path, about: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 import errno
 import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,3 +39,17 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
             file.close()
             raise
         file.close()
+
+
+@contextmanager
+def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
+    """Hold a lock file, and remove it at the end. Raise `busy` if another process holds it; its type is that of other errors, too."""
+
+    def refuse() -> None:
+        raise busy
+
+    with lock_file(path, refuse, type(busy)):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

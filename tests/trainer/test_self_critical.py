@@ -43,6 +43,28 @@ def alone(texts: TextBatch, number: int) -> TextBatch:
     return replace(one, image_of_C=torch.zeros_like(one.image_of_C))
 
 
+def evaluate_as(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    """Have the evaluations of a training find these scores, one after the other."""
+    left = iter(scores)
+    monkeypatch.setattr(
+        trainer.loop,
+        "evaluate",
+        lambda *_: {"images": 2, "scores": {"cider_d": next(left)}, "shuffled_scores": {"cider_d": 0.0}},
+    )
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+
+
+def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupt a training when its state of a step is saved."""
+
+    def save_and_die(folder: Path, state: dict[str, Any]) -> None:
+        save_resume(folder, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+
+
 def test_a_reward_is_less_the_mean_of_the_others() -> None:
     assert _advantages([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], 3) == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
 
@@ -108,13 +130,7 @@ def test_rewards_begin_where_the_likelihood_no_longer_helps(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The evaluations without a better score before them do not end them; those after their begin do."""
-    scores = iter([0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4])
-    monkeypatch.setattr(
-        trainer.loop,
-        "evaluate",
-        lambda *_: {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}},
-    )
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4])
     lengths = {"steps": 40, "scst_steps": 20, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
     train(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
     steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
@@ -125,23 +141,11 @@ def test_rewards_do_not_end_for_evaluations_before_them(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they begin after all steps of likelihood, and where a run goes on at their begin."""
-    scores = iter([0.5, 0.4, 0.3, 0.2, 0.9])
-    monkeypatch.setattr(
-        trainer.loop,
-        "evaluate",
-        lambda *_: {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}},
-    )
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.9])
     lengths = {"steps": 4, "scst_steps": 8, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
     config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths})
-
-    def save_and_die(folder: Path, state: dict[str, Any]) -> None:
-        save_resume(folder, state)
-        if state["step"] == 4:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(trainer.loop, "save_resume", save_and_die)
+        die_after_saving(context, step=4)
         train(version, config, tmp_path / "c")
     train(version, config, tmp_path / "c", resume=True)
     steps = [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
@@ -157,16 +161,9 @@ def test_a_training_with_rewards_goes_on_to_the_same_bits(
     whole = train(version, config, tmp_path / "whole")
     stages = [(line["stage"], "reward" in line) for line in read_log(tmp_path / "whole/log.jsonl") if "stage" in line]
     assert stages == [("train", False)] * 2 + [("scst", True)] * 3
-
-    def save_and_die(folder: Path, state: dict[str, Any]) -> None:
-        save_resume(folder, state)
-        if state["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        die_after_saving(context, step=3)
         train(version, config, tmp_path / "cut")
-    monkeypatch.undo()
     assert train(version, config, tmp_path / "cut", resume=True) == whole
     first, second = (load_checkpoint(tmp_path / name).captioner.state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(weights, second[name]) for name, weights in first.items())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.storage.file_lock import lock_file
+from pipeline.storage.file_lock import hold_lock, lock_file
 
 
 def refuse() -> None:
@@ -38,3 +38,13 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is a link, which nothing here has made"):
         lock_file(tmp_path / "lock", refuse, StoreError)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_lock_that_is_held_goes_with_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(KeyError), hold_lock(path, StoreError("busy")):
+        with pytest.raises(StoreError, match="busy"), hold_lock(path, StoreError("busy")):
+            pass
+        assert path.exists()
+        raise KeyError
+    assert not path.exists()
