@@ -43,7 +43,7 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
 
 @contextmanager
 def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
-    """Hold a lock file, and remove it at the end. Raise `busy` if another process holds it; its type is that of other errors, too."""
+    """Hold a lock file, and remove it at the end. Raise `busy` if another process holds it; a link is an error of its type."""
 
     def refuse() -> None:
         raise busy
