@@ -39,7 +39,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
     "near_held_out_image": "dedupe.images: none keeps images that look alike",
     "banned_image": "they are in a dataset of --exclude",
-    "url_unreachable": "check the network, and run the same command again",
+    "url_unreachable": "check the network, and run the same command again: it reads all images anew, once",
     "url_not_found": "the hosts no longer have these images, or give them to nobody; a folder of its own (--out) asks again",
     "unreadable_folder": "change the permissions of the folders",
 }

@@ -2,7 +2,8 @@
 
 A source may be a download of many hours. While it is read, its samples are written in parts (source_parts.py), behind which the
 next run goes on. When all are there, they become the files of the stage `source`, and `read.json` says what they were made of:
-where nothing of that has changed, and no file either, the next run takes them as they are.
+where nothing of that has changed, and no file either, the next run takes them as they are. If rows failed for reasons that may
+pass, such as a host that did not answer, the next run reads all again, and those after it only while that gives more rows.
 """
 
 import secrets
@@ -115,7 +116,8 @@ class SourceReader:
             paths = sorted(self._path.parent.glob("*.parquet"))
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
-            write_json(self._path, self._state() | {"result": self._result, "files": files, "states": states})
+            result = self._result | {"may_pass": self._count_failures(), "may_pass_before": self._may_pass_before}
+            write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
             self._parts.forget()
 
     def close(self) -> None:
@@ -150,10 +152,22 @@ class SourceReader:
             files = self._earlier["files"]
             if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
                 return None
-            reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
-            return dict(result) if PASSING_REASONS.isdisjoint(reasons.to_pylist()) else None
+            may_pass, before = self._count_failures(), result.get("may_pass_before")
+            return dict(result) if not may_pass or (before is not None and may_pass >= before) else None
         except (OSError, LookupError, TypeError, AttributeError):
             return None
+
+    def _count_failures(self) -> int:
+        """Return how many rows failed for reasons that may pass, in the files of the stage."""
+        reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
+        return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
+
+    @cached_property
+    def _may_pass_before(self) -> int | None:
+        """How many rows failed so when all were read before this time; None if they were not."""
+        result = self._earlier.get("result", self._earlier)
+        count = result.get("may_pass") if isinstance(result, dict) else None
+        return count if isinstance(count, int) else None
 
     def _is_unchanged(self, name: str, sha256: str, state: str | None = None) -> bool:
         """Return whether a file of the stage has these bytes; it is not read where its size and times are what they were."""
@@ -197,7 +211,7 @@ class SourceReader:
     def _begin(self) -> SampleDeduplicator:
         """Open the source behind what lies in the parts, if its last row is still at its place."""
         state = self._state()
-        write_json(self._path, state)
+        write_json(self._path, state | {"may_pass": self._may_pass_before})
         self._parts = parts = SourceParts(self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state))
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:

@@ -364,10 +364,47 @@ def test_what_may_be_read_another_time_is_tried_again(photos: Path, tmp_path: Pa
     Unreachable(tmp_path / "d", settings(photos))
     assert Reading(tmp_path / "d", settings(photos)).starts == [0]
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+def test_a_reading_with_rows_that_failed_goes_on_where_it_was_stopped(photos: Path, tmp_path: Path) -> None:
+    Reading(tmp_path / "whole", settings(photos))
     with pytest.raises(SourceError, match="the line is cut"):
         Unreachable(tmp_path / "cut", settings(photos), stop_at=30)
-    assert Reading(tmp_path / "cut", settings(photos)).starts == [9]  # the last row of the part before the row that failed
+    assert Reading(tmp_path / "cut", settings(photos)).starts == [29]
+    assert len(rows(tmp_path / "cut", "kept")) == len(rows(tmp_path / "whole", "kept")) - 1
+    assert Reading(tmp_path / "cut", settings(photos)).starts == [0]  # now that all else is there
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_rows_that_fail_again_are_not_tried_a_third_time(photos: Path, tmp_path: Path) -> None:
+    folder, config = tmp_path / "d", settings(photos)
+    assert [Unreachable(folder, config).starts for _ in range(4)] == [[0], [0], [], []]
+    assert Reading(folder, config).starts == []
+    assert Unreachable(tmp_path / "e", config).starts == [0]
+    with pytest.raises(SourceError, match="the line is cut"):
+        Unreachable(tmp_path / "e", config, stop_at=30)
+    assert [Unreachable(tmp_path / "e", config).starts for _ in range(2)] == [[29], []]  # the second reading was stopped once
+
+
+def test_rows_are_tried_as_long_as_that_gives_more(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+    for cut in ((2, 12, 22), (2, 12), (2,), (2,), (2,)):
+        monkeypatch.setattr(Unreachable, "rows_cut", cut)
+        starts.append(Unreachable(tmp_path / "d", settings(photos)).starts)
+    assert starts == [[0], [0], [0], [0], []]
+
+
+def test_what_was_read_without_a_network_is_read_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unreachable, "rows_cut", range(8, 30))
+    with pytest.raises(SourceError, match="the line is cut"):
+        Unreachable(tmp_path / "cut", settings(photos), stop_at=30)
+    assert Reading(tmp_path / "cut", settings(photos)).starts == [3]  # the last row of the part before those
+    assert contents(tmp_path / "cut") == contents(Reading(tmp_path / "whole", settings(photos)).reader.dataset.path)
+    monkeypatch.setattr(Unreachable, "rows_cut", range(40))
+    for _ in range(2):
+        with pytest.raises(SourceError, match=r"no image of .* can be used"):
+            Unreachable(tmp_path / "none", settings(photos))
+    assert Reading(tmp_path / "none", settings(photos)).starts == [0]
 
 
 def test_a_source_without_a_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
