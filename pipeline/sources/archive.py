@@ -1,8 +1,9 @@
 """Source: images in archives (`archive:PATH`): tar files, WebDataset's among them, and zip files.
 
 Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
-`NAME.json` may hold captions, questions, a split, and columns for the context of prompts. Texts are read first, wherever they
-stand; of a tar file in a store, which is read once, those that stand next to their image.
+`NAME.json` may hold captions, questions, a split, and columns for the context of prompts; so may the rows of `metadata.jsonl`,
+`.csv` or `.parquet`, as in the imagefolder format of `datasets`. Texts are read first, wherever they stand; of an archive in a
+store, which is read once, those that stand next to their image.
 """
 
 import json
@@ -22,7 +23,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.archive_entries import REASONS, Entry, is_text, read_entries
+from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import (
     SPLIT,
@@ -31,11 +32,12 @@ from pipeline.sources.captions import (
     describe_by_model,
     questions_of_people,
     read_split,
+    spelled_alike,
     texts_by_model,
 )
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
-from pipeline.sources.folder import OF_EVERY_IMAGE
+from pipeline.sources.folder import OF_EVERY_IMAGE, describe_metadata, parse_metadata
 from pipeline.sources.parquet import describe_held_out, split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
@@ -60,10 +62,12 @@ class Archives:
 
 @dataclass(slots=True)
 class TextsByKey:
-    """The texts of an archive, or of neighboring entries, by key; and how many images have each key."""
+    """The texts of an archive, or of neighboring entries, by key; and which images have each key."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
     images: Counter[str] = field(default_factory=Counter)
+    names: set[str] = field(default_factory=set)  # of the images
+    messages: list[str] = field(default_factory=list)  # what of the files about several images was not used
 
     def add(self, entry: Entry) -> None:
         """Add a text, or count an image."""
@@ -71,11 +75,29 @@ class TextsByKey:
             self.texts.setdefault(key_of(entry.name), []).append(entry)
         else:
             self.images[key_of(entry.name)] += 1
+            self.names.add(spelled_alike(entry.name))
+
+    def add_rows(self, entry: Entry, archive: str) -> None:
+        """Add the rows of a metadata file, each as if it were a text `IMAGE.json`, when all images are known.
+
+        Raise SourceError if it cannot be read.
+        """
+        rows = parse_metadata(entry.data, f"{archive}/{entry.name}") if entry.data is not None else []
+        missing = []
+        for row in rows:
+            file_name = str(row["file_name"]).replace("\\", "/")
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), file_name))
+            if spelled_alike(image) in self.names:
+                values = {name: value for name, value in row.items() if name != "file_name"}
+                self.add(Entry(f"{image}.json", json.dumps(values, default=str).encode()))
+            else:
+                missing.append(image)
+        self.messages += describe_metadata(f"{archive}/{entry.name}", rows, missing)
 
     def of(self, image: Entry) -> list[Entry]:
         """Return the texts that have the name of an image; of the only image of a key all texts of the key."""
-        key = key_of(image.name)
-        return [text for text in self.texts.get(key, ()) if text.stem == image.stem or self.images[key] == 1]
+        key, names = key_of(image.name), (spelled_alike(image.stem), spelled_alike(image.name))
+        return [text for text in self.texts.get(key, ()) if self.images[key] == 1 or spelled_alike(text.stem) in names]
 
 
 IndexOf = Callable[[str], TextsByKey]  # of an archive, by its name
@@ -106,7 +128,7 @@ def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 def key_of(name: str) -> str:
     """Return the name up to the first dot of its last part: by WebDataset's rule, entries of one key are one sample."""
-    folder, base = posixpath.split(name)
+    folder, base = posixpath.split(spelled_alike(name))
     return posixpath.join(folder, base.partition(".")[0])
 
 
@@ -145,6 +167,7 @@ def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
     if captions := sum(len(of_people) for of_people, _ in read):
         yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
     yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
+    yield from index.messages
     if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
     if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
@@ -288,14 +311,19 @@ def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[
 
 
 def _read_index(archives: Archives, name: str) -> TextsByKey:
-    index, num_bytes = TextsByKey(), 0
+    index, metadata, num_bytes = TextsByKey(), list[Entry](), 0
     with archives.open(name) as file:
         for entry in read_entries(file, name, "texts"):
             num_bytes += len(entry.data or b"")
             if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
                 hint = "unpack it, and read it as a folder"
                 raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
-            index.add(entry)
+            if is_metadata(entry.name):
+                metadata.append(entry)
+            else:
+                index.add(entry)
+    for entry in metadata:
+        index.add_rows(entry, name)
     return index
 
 

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from pipeline.sources.folder import UNREAD_SUFFIXES
+from pipeline.sources.base import MAX_METADATA_BYTES
+from pipeline.sources.folder import METADATA_FILES, UNREAD_SUFFIXES
 from pipeline.storage.untrusted import is_hidden
 
 TEXT_SUFFIXES = (".txt", ".json")
@@ -53,7 +54,8 @@ REASONS = {
     "unreadable_entry": "it is damaged, or packed by a method that is not known here",
     "unsupported_format": "files of this kind are not read: convert them to JPEG or PNG",
 }
-Wanted = Literal["texts", "images", "both"]  # what is read of an archive; images have no data where texts are wanted
+# What is read of an archive. Images have no data where texts are wanted; rows about several images are among the texts alone.
+Wanted = Literal["texts", "images", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
         return Entry(shown, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
         return Entry(shown, None, "unsupported_format")
-    most_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
+    most_bytes = MAX_METADATA_BYTES if is_metadata(name) else MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
     data = read(most_bytes + 1) if size <= most_bytes else b""
     if size > most_bytes or len(data) > most_bytes:
         return Entry(shown, None, "file_too_large")
@@ -246,12 +248,18 @@ def is_text(name: str) -> bool:
     return _has_suffix(name, TEXT_SUFFIXES)
 
 
+def is_metadata(name: str) -> bool:
+    """Return whether an entry has rows about several images, by its name."""
+    return posixpath.basename(_as_text(name)) in METADATA_FILES
+
+
 def _is_wanted(name: str, wanted: Wanted) -> bool:
-    return _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES) or (wanted != "images" and is_text(name))
+    is_image = _has_suffix(name, IMAGE_SUFFIXES | UNREAD_SUFFIXES)
+    return is_image or (wanted != "images" and is_text(name)) or (wanted == "texts" and is_metadata(name))
 
 
 def _has_data(name: str, wanted: Wanted) -> bool:
-    return wanted != "texts" or is_text(name)
+    return wanted != "texts" or is_text(name) or is_metadata(name)
 
 
 def _as_text(name: str) -> str:

@@ -340,6 +340,11 @@ def _add_captions(
         if path not in images:
             missing.append(str(row["file_name"]))
         captions.setdefault(path, []).extend(captions_of_people(row))
+    return describe_metadata(str(file), rows, missing)
+
+
+def describe_metadata(file: str, rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
+    """Return what of a metadata file was not used; `missing` are images that it names, and that are not there."""
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
     if not rows:
         messages.append(f"{file} is not used: no row of it has a file_name")
@@ -352,21 +357,32 @@ def _add_captions(
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
     try:
         data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
-        if file.suffix == ".parquet":
+    except UnsafeFileError as error:
+        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}", hint="check its permissions") from None
+    return parse_metadata(data, str(file))
+
+
+def parse_metadata(data: bytes, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a metadata file, each with a `file_name`; none if another program's table has that name.
+
+    Raise SourceError if they cannot be read.
+    """
+    try:
+        if name.endswith(".parquet"):
             rows = _read_parquet(data)
-        elif file.suffix == ".csv":
+        elif name.endswith(".csv"):
             rows = list(read_table(decode_text(data), is_quoted=True))
         else:
             lines = decode_text(data).split("\n")  # other line ends may be in a string
             rows = [json.loads(line) for line in lines if line.strip()]
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
-    except UnsafeFileError as error:
-        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
         problem = "no column file_name" if isinstance(error, KeyError) else str(error)
         hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
-        raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
+        raise SourceError(f"cannot read {name}: {problem}", hint=hint) from None
     return rows
 
 

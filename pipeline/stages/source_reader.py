@@ -46,7 +46,7 @@ from pipeline.storage.files import read_json, read_table, write_json, write_tabl
 from pipeline.tables import IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE
 from pipeline.types import Rejected, Sample, Source
 
-READING = 1  # raise it when the same bytes would be read as other samples
+READING = 2  # raise it when the same bytes would be read as other samples
 # Settings that say which samples a source yields; all others are those of later stages, or stand in the key in another form.
 READ_SETTINGS = (
     "source",

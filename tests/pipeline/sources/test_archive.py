@@ -9,12 +9,15 @@ import os
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -141,6 +144,56 @@ def test_a_user_is_told_which_texts_are_beside_images_and_which_are_for_nothing(
     )
     (tmp_path / "p.zip").write_bytes(zip_of({"a.jpg": photo(0)}))
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
+
+
+def parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("make", [tar_of, zip_of])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("metadata.csv", "file_name,text,place\nIMG.001.jpg,A café.,Köln\nIMG.009.jpg,A boat.,Rome\n".encode()),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "IMG.001.jpg", "text": "A caf\\u00e9.", "place": "K\\u00f6ln"}\n{"file_name": "IMG.009.jpg"}\n',
+        ),
+        (
+            "metadata.parquet",
+            parquet_of([{"file_name": "IMG.001.jpg", "text": "A café.", "place": "Köln"}, {"file_name": "IMG.009.jpg"}]),
+        ),
+    ],
+)
+def test_metadata_files_of_an_archive_are_about_the_images_that_they_name(
+    tmp_path: Path, name: str, data: bytes, make: Callable[[Files], bytes]
+) -> None:
+    """As in the imagefolder format of `datasets`, which is often packed as one file."""
+    path = tmp_path / ("p.tar" if make is tar_of else "p.zip")
+    path.write_bytes(make(FILES | {f"b/{name}": data}))
+    source = open_source(resolve(source=f"archive:{path}", columns={"context": "place,file_name"}))
+    found = {row.source_row: row for row in source.rows if isinstance(row, Sample)}
+    assert found[f"{path.name}/b/IMG.001.jpg"].references == ("A café.",)
+    assert dict(found[f"{path.name}/b/IMG.001.jpg"].context) == {"place": "Köln", "file_name": "b/IMG.001.jpg"}
+    assert found[f"{path.name}/b/IMG.002.jpg"].references == ()  # of the same key, by WebDataset's rule
+    assert any(f"{path.name}/b/{name} names 1 images that are not here: b/IMG.009.jpg" in text for text in source.messages)
+    assert any("captions of people in" in text and "4, and 4 images" in text for text in source.messages)
+    assert not any("beside no image" in text for text in source.messages)
+
+
+def test_a_metadata_file_of_an_archive_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(zip_of(FILES | {"b/metadata.csv": b"image,text\na.jpg,A cup.\n"}))
+    with pytest.raises(SourceError, match=r"cannot read p\.zip/b/metadata\.csv: no column file_name"):
+        rows(tmp_path / "p.zip")
+
+
+def test_names_in_a_metadata_file_may_be_spelled_in_either_form_of_unicode(tmp_path: Path) -> None:
+    composed, apart = unicodedata.normalize("NFC", "Café.jpg"), unicodedata.normalize("NFD", "Café.jpg")
+    data = f"file_name,text\n{composed},A cup.\n".encode()
+    (tmp_path / "p.zip").write_bytes(zip_of({apart: photo(0), "metadata.csv": data}))
+    assert [row.references for row in samples(tmp_path / "p.zip").values()] == [("A cup.",)]
 
 
 def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
