@@ -26,7 +26,16 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.storage.files import atomic_write, flush_file, flush_folder, read_json, remove, scratch_folder, write_text
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, MAX_LAYERS, no_captioner, require_checkpoint
+from trainer.config import (
+    CAPTIONER_FILES,
+    MAX_CAPTION_TOKENS,
+    MAX_LAYERS,
+    TrainConfig,
+    describe_changes,
+    no_captioner,
+    read_settings,
+    require_checkpoint,
+)
 from trainer.distributed import best_device
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.hf_config import require_few_layers
@@ -184,10 +193,10 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, draft)
 
 
-def load_resume(folder: Path, run_of: Callable[[int], str], processes: int) -> dict[str, Any]:
+def load_resume(folder: Path, config: TrainConfig, run_of: Callable[[int], str], processes: int) -> dict[str, Any]:
     """Return the state that `save_resume` wrote. Raises TrainError if there is none, or if another run wrote it.
 
-    `run_of` gives the digest of a run of so many processes: it may go on with more of them, or fewer.
+    `run_of` gives the digest of a run with the settings and so many processes: it may go on with more of them, or fewer.
     """
     path = folder / "resume.pt"
     if not path.exists():
@@ -197,8 +206,17 @@ def load_resume(folder: Path, run_of: Callable[[int], str], processes: int) -> d
     state = _read_resume(path)
     if state["run"] != run_of(state.get("processes", processes)):
         hint = f"use the same, name another folder (--out DIR), or remove {path} to start anew without --resume"
-        raise TrainError(f"{folder} was trained with other settings or data", hint=hint)
+        raise TrainError(f"{folder} was trained with {_describe_run(folder, config)}", hint=hint)
     return state
+
+
+def _describe_run(folder: Path, config: TrainConfig) -> str:
+    """Return what another run in a folder had otherwise."""
+    try:
+        others = describe_changes(read_settings(folder), config.model_dump())
+    except (OSError, ValueError, UnsafeFileError):
+        return "other settings or data"
+    return f"other settings ({'; '.join(others)})" if others else "other data"
 
 
 def _read_resume(path: Path) -> dict[str, Any]:

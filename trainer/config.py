@@ -1,5 +1,6 @@
 """Settings of a training run, saved with each checkpoint."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -205,18 +206,34 @@ def require_checkpoint(folder: Path) -> None:
         raise no_captioner(folder, f"it lacks {missing[0]}")
 
 
-def has_other_settings(folder: Path, config: TrainConfig) -> bool:
-    """Return whether a checkpoint folder holds a finished captioner that was trained with other settings."""
+def other_settings(folder: Path, config: TrainConfig) -> list[str]:
+    """Return which settings the finished captioner in a folder was trained with otherwise, such as `batch_size 64, now 32`."""
     if not (folder / "metrics.json").exists():
-        return False
+        return []
     try:
-        trained = TrainConfig.model_validate(read_json(folder / "train.json"))
+        trained = read_settings(folder)
     except (OSError, ValueError, UnsafeFileError):
-        return True
+        return ["train.json cannot be read"]
     given = config.model_dump(exclude_unset=True)
     derived = {"preset", *DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
     compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived} | given
-    return any(getattr(trained, name) != value for name, value in compared.items() if name != "preset")
+    return describe_changes(trained, {name: value for name, value in compared.items() if name != "preset"})
+
+
+def read_settings(folder: Path) -> TrainConfig:
+    """Return the settings of the training in a folder. Raise OSError, ValueError or UnsafeFileError if it has none."""
+    return TrainConfig.model_validate(read_json(folder / "train.json"))
+
+
+def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
+    """Return which of these values of settings are others than those of a training, with both."""
+    before = {name: getattr(trained, name) for name in values}
+    changed = [name for name, value in values.items() if before[name] != value]
+    return [f"{name} {_shown(before[name])}, now {_shown(values[name])}" for name in changed]
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.config import TrainConfig, has_other_settings, resolve, usual_texts
+from trainer.config import TrainConfig, other_settings, read_settings, resolve, usual_texts
 from trainer.presets import choose_preset, usual_precision
 
 
@@ -106,7 +106,7 @@ def is_training_folder(folder: Path) -> bool:
     if names <= {LOCK_FILE}:
         return True
     try:
-        TrainConfig.model_validate(read_json(folder / "train.json"))
+        read_settings(folder)
     except (OSError, ValueError, UnsafeFileError):
         return False
     return names.isdisjoint((RUN_FILE, "versions"))  # of a dataset into which an earlier release has trained
@@ -114,8 +114,9 @@ def is_training_folder(folder: Path) -> bool:
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
     """Raise ConfigError if a folder holds a captioner of other settings or data, an interrupted training, or other things."""
-    if has_other_settings(folder, config):
-        raise ConfigError(f"{folder} holds a captioner of other settings", hint="say where this one goes: --out DIR")
+    if others := other_settings(folder, config):
+        problem = f"{folder} holds a captioner of other settings ({'; '.join(others)})"
+        raise ConfigError(problem, hint="say where this one goes: --out DIR")
     if read_data_digest(folder) not in (None, version.manifest["digest"]):
         raise ConfigError(f"{folder} holds a captioner of other data", hint="say where this one goes: --out DIR")
     if (folder / "resume.pt").exists():

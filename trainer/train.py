@@ -93,7 +93,7 @@ def train(
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
-    state = load_resume(out, run_of, processes) if resume else None
+    state = load_resume(out, config, run_of, processes) if resume else None
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import TrainConfig, has_other_settings, resolve
+from trainer.config import TrainConfig, other_settings, resolve
 
 
 def test_flags_win_over_the_file_and_auto_says_nothing(tmp_path: Path) -> None:
@@ -34,15 +34,17 @@ def test_rates_follow_encoder_and_decoder() -> None:
 
 def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
-    assert not has_other_settings(tmp_path, config)
+    assert not other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
-    assert not has_other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
+    assert not other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
     (tmp_path / "metrics.json").write_text("{}")
-    assert not has_other_settings(tmp_path, config)
+    assert not other_settings(tmp_path, config)
     for changes in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
-        assert has_other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
+        assert other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
+    changed = TrainConfig(encoder="clip", steps=60, decoder_lr=0.5)
+    assert other_settings(tmp_path, changed) == ["decoder_lr 0.001, now 0.5", "steps 50, now 60"]
     (tmp_path / "train.json").write_text("?")
-    assert has_other_settings(tmp_path, config)
+    assert other_settings(tmp_path, config)
 
 
 def test_a_bad_value_is_explained_by_its_setting_and_not_by_the_names_of_all() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.digests import digest
 from pipeline.errors import ConfigError
-from trainer.config import EVALUATIONS, TrainConfig, has_other_settings, resolve
+from trainer.config import EVALUATIONS, TrainConfig, other_settings, resolve
 from trainer.presets import FEW_IMAGES, PRESETS, choose_preset, usual_precision
 
 
@@ -105,6 +105,6 @@ def test_a_captioner_of_the_same_preset_has_the_same_settings(tmp_path: Path) ->
     config = resolve(preset="photos-lm", decoder="qwen3", encoder="clip")
     (tmp_path / "train.json").write_text(config.with_defaults(1000).model_dump_json())
     (tmp_path / "metrics.json").write_text("{}")
-    assert not has_other_settings(tmp_path, config)
-    assert not has_other_settings(tmp_path, config.model_copy(update={"preset": None}))
-    assert has_other_settings(tmp_path, resolve(decoder="qwen3", encoder="clip"))
+    assert not other_settings(tmp_path, config)
+    assert not other_settings(tmp_path, config.model_copy(update={"preset": None}))
+    assert other_settings(tmp_path, resolve(decoder="qwen3", encoder="clip"))

@@ -227,7 +227,13 @@ def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Pa
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(version, replace(steps=2), tmp_path)
-    with pytest.raises(TrainError, match="other settings or data"):
+    with pytest.raises(TrainError, match=r"was trained with other settings \(steps 2, now 3\)"):
+        train(version, replace(steps=3), tmp_path, resume=True)
+    others = make_version(tmp_path / "others", scene_samples(50))[0]
+    with pytest.raises(TrainError, match="was trained with other data"):
+        train(others, replace(steps=2), tmp_path, resume=True)
+    (tmp_path / "train.json").write_text("{}?")
+    with pytest.raises(TrainError, match="was trained with other settings or data"):
         train(version, replace(steps=3), tmp_path, resume=True)
 
 
