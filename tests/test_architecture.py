@@ -46,7 +46,7 @@ FILES = {
     "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",
     "trainer/serving": "__init__ batching protocol server",
     "trainer/model": """
-        __init__ captioner decoder decoding dropout encoder hf_config language_model lora packing states token_loss""",
+        __init__ captioner decoder decoding dropout encoder hf_config language_model loading lora packing states token_loss""",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (

@@ -229,8 +229,9 @@ class Trainer:
         """Return the mean loss per token over the validation images that are used while training."""
         captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
         examples = [example for example in self.validation_examples if example.texts]
-        for start in range(0, len(examples), self.config.batch_size):
-            part = examples[start : start + self.config.batch_size]
+        size = -(-self.config.batch_size // (self.micro_batches * self.processes))  # of which a step fits the memory
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
             texts = self.collate(part)
             total += captioner.loss(self.features(part).to(self.device), texts).item()
             tokens += int(texts.learned_CT.sum())
@@ -317,14 +318,16 @@ class Trainer:
             raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
 
 
-def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any] | None) -> None:
+def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any]) -> None:
     """Train to the last step, or until the score no longer improves; `out` holds the checkpoint with the best score.
 
-    Where there is a stage of rewards, it begins where the score no longer improves before it.
+    A `state` of an earlier run is gone on with, and emptied. Where there is a stage of rewards, it begins where the score no
+    longer improves before it.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     optimizer = build_optimizer(captioner, config)
     done = trainer.restore(optimizer, state, out / "resume.pt") if state else 0
+    state.clear()  # a copy of all that learns, with its moments
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)

@@ -16,8 +16,9 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
     For `bf16` a CPU rounds the factors of a product to bfloat16 and adds in float32: all else stays float32, since casts of
     weights and states, as on a GPU, would take what that gains. Its fused attention is left out: its products are too small.
     """
-    before = torch.get_float32_matmul_precision()
+    before, convolved_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # of the convolution that cuts an image into patches
         if precision == "bf16" and device.type == "cpu":
             torch.set_float32_matmul_precision("medium")
             with sdpa_kernel(SDPBackend.MATH):
@@ -27,6 +28,7 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolved_before
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -53,7 +53,7 @@ class SelfCritic:
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
         prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.samples, -1)
         ids = captioner.generate(states_BNV.repeat_interleave(self.samples, 0), prompt_CT, DRAWN)
-        most, eos_id = captioner.config.max_caption_tokens, captioner.config.eos_id
+        most, eos_id = captioner.most_tokens(states_BNV.shape[1], len(self.prompt)), captioner.config.eos_id
         has_ended = [len(one) < most for one in ids]
         hypotheses: list[Tokens] = [
             [*tokenize(tokenizer.decode(one)), *([EOS] if ended else [])] for one, ended in zip(ids, has_ended, strict=True)

@@ -93,7 +93,7 @@ def train(
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
-    state = load_resume(out, config, run_of, processes) if resume else None
+    state = load_resume(out, config, run_of, processes) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
@@ -104,7 +104,7 @@ def train(
     # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
     with products_in("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
-        log = _begin_log(out, config, forecast, state, tensorboard=tensorboard) if rank == 0 else None
+        log = _begin_log(out, config, forecast, state.get("step", 0), tensorboard=tensorboard) if rank == 0 else None
         run_steps(trainer, out, run_of(processes), log, report, state)
         if rank == 0 and trainer.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
@@ -163,13 +163,13 @@ def _features_of(
     return store_features(encoder, examples, folder, device, progress, config.feature_storage)
 
 
-def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, state: dict[str, Any] | None, *, tensorboard: bool) -> Log:
-    """Write the settings, remove what is stale as soon as weights change, and return the log, of a run from its `state`."""
+def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
+    """Write the settings, remove what is stale as soon as weights change, and return the log of a run behind step `done`."""
     (out / "metrics.json").unlink(missing_ok=True)
     remove(out / LAST)
     write_json(out / "train.json", config.model_dump(mode="json"))
-    log = Log(out / "log.jsonl", state["step"] if state else 0, tensorboard=tensorboard)
-    if not state:
+    log = Log(out / "log.jsonl", done, tensorboard=tensorboard)
+    if not done:
         log.write(step=0, forecast_seconds=forecast.seconds, forecast_memory_mb=forecast.memory_mb)
     return log
 

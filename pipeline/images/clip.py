@@ -30,6 +30,7 @@ class ClipScorer:
         hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
         try:
             import torch
+            from safetensors import SafetensorError
             from transformers import CLIPModel, CLIPProcessor
             from transformers.utils.logging import disable_progress_bar
         except ModuleNotFoundError as error:
@@ -37,9 +38,13 @@ class ClipScorer:
         model_id = CLIP_MODELS.get(name, name)
         disable_progress_bar()
         try:
-            self._model: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32).eval()
+            loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
+            model, info = loaded
+            if info["missing_keys"]:  # which have random values
+                raise ValueError(f"its files lack weights of a CLIP, such as {min(info['missing_keys'])}")
+            self._model: Any = model.eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
         context_tokens = self._model.config.text_config.max_position_embeddings

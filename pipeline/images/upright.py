@@ -14,7 +14,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image in RGB: what is transparent is white, and 16 bits of gray become 8."""
+    """Return an image in RGB: what is transparent is white, and 16 bits of gray become 8.
+
+    Raise ValueError for pixels of 32 bits or fractions, of which nobody knows what is white.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of the mode {image.mode} have no known white: make them of 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgb = Image.new("RGB", image.size)
         for top in range(0, image.height, BAND_PX):  # an image of 50 megapixels takes 0.44 GB this way, not 0.8

@@ -118,10 +118,10 @@ class EmbeddedEngine:
     def _loaded(self) -> tuple[Any, Any]:
         disable_progress_bar()  # synth shows its own progress
         try:
-            processor = AutoProcessor.from_pretrained(self._path, revision=self._commit)
+            processor = AutoProcessor.from_pretrained(self._path, revision=self._commit, trust_remote_code=False)
             dtype = torch.float32 if _device() == "cpu" else torch.bfloat16  # as fast on a CPU, and its sums are steadier
             load_model = AutoModelForImageTextToText.from_pretrained
-            model: nn.Module = load_model(self._path, revision=self._commit, dtype=dtype)
+            model: nn.Module = load_model(self._path, revision=self._commit, dtype=dtype, trust_remote_code=False)
             processor.tokenizer.padding_side = "left"
         except (OSError, ValueError, AttributeError, ImportError) as error:  # some processors want packages of their own
             raise EngineError(

@@ -1,5 +1,6 @@
 """Features: stored states are those that would be computed, a build that was cut off goes on, and one store serves all runs."""
 
+import errno
 import fcntl
 import itertools
 import os
@@ -152,6 +153,25 @@ def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
     store_features(encoder, examples[:24], tmp_path, CPU, progress)
     assert progress.said[0].startswith("the hidden states of 22 images take 0.0 GB")
+
+
+def test_a_disk_that_reserves_no_space_takes_a_store_as_well(
+    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the C library does on such disks, which writes a byte into each block: not into a file that only appends."""
+
+    def write_blocks(handle: int, offset: int, num_bytes: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        os.pwrite(handle, b"\0", offset + num_bytes - 1)
+
+    monkeypatch.setattr(os, "posix_fallocate", write_blocks)
+    store_features(encoder, examples[:2], tmp_path / "a", CPU, QUIET)
+    store_features(encoder, examples[:4], tmp_path / "a", CPU, QUIET)  # also behind what is there
+    monkeypatch.undo()
+    store_features(encoder, examples[:4], tmp_path / "b", CPU, QUIET)
+    first, second = (next((tmp_path / name).rglob("states.bin")).read_bytes() for name in ("a", "b"))
+    assert first == second
 
 
 def test_stores_that_nobody_uses_are_removed_and_a_build_is_left_alone(

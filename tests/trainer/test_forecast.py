@@ -123,6 +123,38 @@ def test_trying_a_step_changes_nothing(trainer: Trainer) -> None:
     assert (trainer.gradient_norms, trainer.rank, trainer.processes) == ([], 0, 1)
 
 
+def test_a_part_that_does_not_learn_takes_no_gradients_while_a_step_is_tried(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+    forward_backward = Trainer.forward_backward
+
+    def noted(self: Trainer, batch: Batch) -> float:
+        seen.append(any(weights.requires_grad for weights in self.checkpoint.captioner.decoder.parameters()))
+        return forward_backward(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward_backward", noted)
+    trainer.config = trainer.config.model_copy(update={"decoder_lr": 0.0})
+    fit_and_forecast(trainer, NullProgress())
+    assert seen and not any(seen)
+
+
+def test_statistics_are_as_before_where_a_step_did_not_fit(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = trainer.checkpoint.captioner.connector
+    connector.register_buffer("mean", torch.zeros(1))
+    forward_backward = Trainer.forward_backward
+
+    def once(self: Trainer, batch: Batch) -> float:
+        connector.get_buffer("mean").add_(1)
+        if self.micro_batches == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward_backward(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward_backward", once)
+    fit_and_forecast(trainer, NullProgress())
+    assert trainer.micro_batches == 2 and connector.get_buffer("mean").item() == 0
+
+
 def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
     """Let a step run out of memory where a part has more than `most` images; return the images of the parts of each try."""
     tried: list[list[int]] = []

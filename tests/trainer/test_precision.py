@@ -22,9 +22,12 @@ def test_products_are_rounded_as_the_device_does_it_and_only_within_the_context(
     precision: Precision, device: torch.device, setting: str
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
+    before = torch.backends.cudnn.allow_tf32
     with products_in(precision, device):
         assert torch.get_float32_matmul_precision() == setting
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")  # of the convolution that cuts an image into patches
     assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_an_error_sets_it_back_too() -> None:

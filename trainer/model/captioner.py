@@ -3,6 +3,7 @@
 Shapes: B images, C texts (several may share an image), T tokens, N image states, V encoder width, D decoder width.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,12 +12,15 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
 from trainer.model.language_model import PretrainedDecoder
 from trainer.model.lora import merged_state
 from trainer.tokenizer import TextBatch
+
+MOST_IMAGES_AT_ONCE = 1 << 16  # whose texts are generated, until a GPU shows that they do not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             self.connector = nn.Sequential(nn.LayerNorm(V), nn.Linear(V, self.decoder.width))
         if config.contrast_width:
             self.contrast = ContrastiveHead(self.decoder.width, config.contrast_width)
+        self._images_at_once = MOST_IMAGES_AT_ONCE
 
     def without_adapters(self) -> "CaptionerModel":
         """Return this captioner with its adapters merged into the matrices that they adapt; itself where it has none."""
@@ -93,12 +98,29 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     def generate(self, states_BNV: Tensor, prompt_BT: Tensor, decoding: DecodingConfig) -> list[list[int]]:
         """Generate one text per image after its prompt (all of one length), until EOS or `max_caption_tokens`.
 
-        Returns token ids without the prompt and without EOS. Stops as soon as every text has ended.
+        Returns token ids without the prompt and without EOS. Stops as soon as every text has ended. Images that do not fit the
+        memory of a GPU at once are taken in parts; raises TrainError if a single one does not.
         """
         device = next(self.connector.parameters()).device  # cached features are on the CPU
-        states_BNV, prompt_BT = states_BNV.to(device), prompt_BT.to(device)
-        config, memory_BND = self.config, self.connector(states_BNV)
-        return self.decoder.generate(memory_BND, prompt_BT, decoding, config.max_caption_tokens, config.eos_id)
+        texts: list[list[int]] = []
+        while len(texts) < len(states_BNV):
+            part = slice(len(texts), len(texts) + self._images_at_once)
+            with suppress(torch.OutOfMemoryError):
+                memory_BND, prompt_CT = self.connector(states_BNV[part].to(device)), prompt_BT[part].to(device)
+                most, eos_id = self.config.max_caption_tokens, self.config.eos_id
+                texts += self.decoder.generate(memory_BND, prompt_CT, decoding, most, eos_id)
+                continue
+            torch.cuda.empty_cache()  # only here is what the attempt held free
+            self._images_at_once = len(states_BNV[part]) // 2
+            if not self._images_at_once:
+                hint = "take fewer beams (--num-beams), or a smaller max_caption_tokens"
+                raise TrainError("the text about one image does not fit the memory of the GPU", hint=hint)
+        return texts
+
+    def most_tokens(self, num_states: int, prompt_tokens: int) -> int:
+        """Return how many tokens a text may have behind an image and a prompt: a language model may have few positions."""
+        left = self.decoder.max_positions - num_states - prompt_tokens
+        return int(min(self.config.max_caption_tokens, left))
 
 
 def prefix_connector(V: int, D: int) -> nn.Sequential:

@@ -8,6 +8,7 @@ Shapes: B images, C rows of tokens (C / B adjacent ones for each image), T new t
 image, D width, H heads, K = D / H, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,8 @@ class Cache:
 
 class ScratchDecoder(nn.Module):
     """Maps token ids and image states to next-token states; `head` maps states to logits, with the embedding's weights."""
+
+    max_positions = math.inf  # of a text with its image
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

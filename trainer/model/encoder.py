@@ -4,6 +4,7 @@ Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197;
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
+from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
 from pipeline.errors import TrainError, one_line
-from trainer.model.hf_config import config_of, processor_settings, settings_of, silence_transformers
+from trainer.model.hf_config import config_of, processor_settings, settings_of
+from trainer.model.loading import LOAD_ERRORS, load_config, load_weights, reason_of
 from trainer.model.states import choose_states, layer_states
 from trainer.presets import ENCODERS, TINY_VIT
 
@@ -28,6 +30,7 @@ TINY_VIT_CONFIG: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 576,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+_TEST_IMAGE = Image.linear_gradient("L").convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,29 +128,44 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
         return _require_states(Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, chosen, bool(frozen), made_from, states)))
     model_id = ENCODERS.get(name, name)
     try:
-        model_config = AutoConfig.from_pretrained(model_id)
+        model_config = load_config(model_id)
         revision = getattr(model_config, "_commit_hash", None)
         model_config = getattr(model_config, "vision_config", model_config)  # there may be a text model as well
+        settings = settings_of(model_config)
+        config_of(settings)  # which refuses what cannot be rebuilt, such as models of timm
         tower_class: Any = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
-        saved = AutoImageProcessor.from_pretrained(model_id).to_dict()
+        saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()
         # What JSON can hold, and no path of this machine.
         processor = {name: value for name, value in saved.items() if isinstance(value, str | int | float | bool | list | dict)}
-        with silence_transformers():
-            options = {"config": model_config, "dtype": torch.float32, **_tower_options(model_config)}
-            tower = tower_class.from_pretrained(model_id, **options)
+        tower, missing = load_weights(tower_class, model_id, config=model_config, **_tower_options(model_config))
         shown = name if name in ENCODERS else folder_name(Path(model_id)) if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        settings = settings_of(model_config)
         encoder = Encoder(EncoderConfig(settings, processor, chosen, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+        _require_unused(encoder, missing)
+    except LOAD_ERRORS as error:
+        reason = reason_of(error)
         if Path(model_id).is_dir() and not (Path(model_id) / "preprocessor_config.json").exists():
             reason = "its folder has no preprocessor_config.json, which says how images are prepared"
         elif isinstance(error, AttributeError):
             reason = f"it is no vision transformer: {reason}"
         raise TrainError(f"no encoder {name}: {reason}", hint=f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder") from None
     return _require_states(encoder)
+
+
+def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
+    """Set weights that are in no file to zero. Raises ValueError if a state depends on them, as none does on a pooler."""
+    if not missing:
+        return
+    weights = encoder.tower.state_dict()
+    for name in missing:
+        weights[name].fill_(math.nan if weights[name].is_floating_point() else 0)
+    with torch.inference_mode():
+        if encoder(encoder.pixels([_TEST_IMAGE])).isnan().any():
+            what = f"its files lack {len(missing):,} weights of a vision model that can be read alone, such as {missing[0]}"
+            raise ValueError(f"{what}: a model of images and texts may name them otherwise")
+        for name in missing:
+            weights[name].zero_()
 
 
 def folder_name(folder: Path) -> str:
@@ -163,8 +181,8 @@ def _require_states(encoder: Encoder) -> Encoder:
         raise TrainError(f"{name} has no layer {missing[0]}", hint=hint)
     try:
         with torch.inference_mode():
-            square = Image.linear_gradient("L").convert("RGB")
-            pixels = encoder.pixels([square, square.resize((square.width * 2, square.height))])[:1]  # in a batch: of one size
+            wide = _TEST_IMAGE.resize((_TEST_IMAGE.width * 2, _TEST_IMAGE.height))
+            pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]  # in a batch: of one size
             is_training = encoder.training
             states_1NV, again_1NV = encoder.eval()(pixels), encoder(pixels)
             encoder.train(is_training)

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
 from trainer.model.hf_config import attention_window, config_of, settings_of, silence_transformers
+from trainer.model.loading import LOAD_ERRORS, load_config, load_weights, reason_of
 from trainer.model.lora import add_adapters, is_adapter
 from trainer.model.packing import PackedTexts, pack, visible
 from trainer.model.token_loss import ScoreForm, token_loss
@@ -61,7 +62,7 @@ class PretrainedDecoder(nn.Module):
         embedding: Any = self.model.get_input_embeddings()
         self.width: int = embedding.embedding_dim  # which in some models is not that of the layers
         self._window = attention_window(self.model.config)  # packed texts would take the place of their image in it
-        self._max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        self.max_positions: float = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         self._probe_result: ProbeResult | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
@@ -80,6 +81,9 @@ class PretrainedDecoder(nn.Module):
 
     def keep_no_states(self) -> None:
         """Compute the states within a block again for the gradient, instead of keeping them: less memory, a third more time."""
+        if not self.model.supports_gradient_checkpointing:
+            kind = self.model.config.model_type
+            raise TrainError(f"a decoder of the kind {kind} keeps its states", hint="set checkpoint_blocks: false")
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def keep_no_states_while_evaluated(self) -> None:
@@ -125,12 +129,12 @@ class PretrainedDecoder(nn.Module):
 
     def _require_positions(self, num_states: int, num_tokens: int) -> None:
         """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
-        if num_states + num_tokens > self._max_positions:
+        if num_states + num_tokens > self.max_positions:
             problem = (
                 f"an image of {num_states} states and a text of {num_tokens} tokens need {num_states + num_tokens} positions"
             )
             hint = "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
-            raise TrainError(f"{problem}, and the language model has {self._max_positions:,}", hint=hint)
+            raise TrainError(f"{problem}, and the language model has {self.max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
         """Return the states (B, S, D) of packed texts."""
@@ -246,7 +250,7 @@ class PretrainedDecoder(nn.Module):
     def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
         """Return what `generate` of transformers does for a prompt behind images."""
         self._require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1)
-        max_tokens = int(min(max_tokens, self._max_positions - prefix_BPD.shape[1] - prompt_BT.shape[1]))
+        max_tokens = int(min(max_tokens, self.max_positions - prefix_BPD.shape[1] - prompt_BT.shape[1]))
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)
         return self.model.generate(
@@ -301,17 +305,23 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
     """Load a language model and its tokenizer by name (qwen3, smollm2), folder or Hub id. Raises TrainError if it fails."""
     model_id = DECODERS.get(name, name)
     try:
+        config = load_config(model_id)
+        loaded, missing = load_weights(AutoModelForCausalLM, model_id, config=config)
+        if missing:
+            raise ValueError(f"its files lack weights of a language model, such as {missing[0]}")
         with silence_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(model_id)
-            if tokenizer.eos_token_id is None:
-                raise ValueError("its tokenizer has no token that ends a text (eos_token in tokenizer_config.json)")
-            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
-            require_known_tokens(backend, int(loaded.config.vocab_size))
-            caption_tokenizer = CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+            tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no token that ends a text (eos_token in tokenizer_config.json)")
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.encode_special_tokens = True  # the text "<|endoftext|>" in a caption is not the EOS token
+        decoder = PretrainedDecoder(settings_of(config), loaded)
+        require_known_tokens(backend, config.vocab_size)
+        if tokenizer.eos_token_id >= config.vocab_size:  # it was added without a row of the embeddings
+            raise ValueError(
+                f"{tokenizer.eos_token!r} ends a text, and the decoder has {config.vocab_size:,} tokens without it"
+            )
+    except LOAD_ERRORS as error:
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
-        raise TrainError(f"no decoder {name}: {reason}", hint=hint) from None
-    return PretrainedDecoder(settings_of(loaded.config), loaded), caption_tokenizer
+        raise TrainError(f"no decoder {name}: {reason_of(error)}", hint=hint) from None
+    return decoder, CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))

@@ -9,6 +9,7 @@ import yaml
 from pipeline.errors import TrainError
 from pipeline.storage.files import json_text, read_json
 from trainer.config import require_checkpoint
+from trainer.prompts import preferred_style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]  # of the project's packages
@@ -99,7 +100,8 @@ def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
     """Return the files of a Space that shows the captioner of a checkpoint folder, once it is in `repo` at a revision."""
     require_checkpoint(folder)
     prompts = read_json(folder / "config.json")["prompts"]
-    styles = list(dict.fromkeys(style for _, style in prompts if style)) or [""]
+    usual = preferred_style(prompts)
+    styles = list(dict.fromkeys([usual, *(style for _, style in prompts if style)])) if usual else [""]  # the first is chosen
     about = {"model": repo, "revision": revision, "styles": styles, "answers": any(not style for _, style in prompts)}
     header = {
         "title": repo.rpartition("/")[2],

@@ -349,11 +349,13 @@ class SynthCaptionerProcessor(ProcessorMixin):
 def read_image(given: Any) -> Image.Image:
     """Return an image (PIL, a path, a URL, an array or tensor of levels 0 to 255, or of 0 to 1) upright, in RGB, over white."""
     if hasattr(given, "numpy"):  # a tensor
-        given = given.numpy()
+        given = given.detach().cpu().numpy()
     if hasattr(given, "ndim"):
         channels_first = given.ndim == 3 and given.shape[0] in (1, 3)
         array = given.transpose(1, 2, 0) if channels_first else given
         array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        if array.dtype.name == "uint16":
+            array = array / 257
         levels = array if array.dtype.kind in "iu" or array.max(initial=0) > 1 else array * 255
         given = Image.fromarray(levels.clip(0, 255).round().astype("uint8"))
     is_url = str(given).startswith(("http://", "https://"))

@@ -24,8 +24,8 @@ export async function loadCaptioner(model, { int8 = false, ...options } = {}) {
 
     /** Return the likeliest tokens of each image, one after the other. */
     async function tokens(images, text = '') {
-        const prompt = promptOf(captioner.config.prompts, captioner.config.kind, tokenizer, text);
-        const read = await Promise.all(images.map(async (image) => (await RawImage.read(image)).rgb()));
+        const prompt = promptOf(captioner.config, tokenizer, text);
+        const read = await Promise.all(images.map(readImage));
         const { pixel_values } = await processor(read);
         const limit = { max_new_tokens: captioner.config.max_caption_tokens };
         const prompts = images.map(() => prompt);
@@ -36,17 +36,33 @@ export async function loadCaptioner(model, { int8 = false, ...options } = {}) {
     return { caption, tokens };
 }
 
+/** Return an image upright, in RGB over white, as in training. A page turns it itself; Node does not for an address of the web. */
+async function readImage(image) {
+    if (globalThis.process?.versions?.node && typeof image === 'string' && !/^(https?|data|blob):/.test(image)) {
+        const { default: sharp } = await import('sharp'); // which transformers.js brings along
+        const upright = sharp(image).rotate().flatten({ background: 'white' }).toColourspace('srgb');
+        const { data, info } = await upright.raw().toBuffer({ resolveWithObject: true });
+        return new RawImage(new Uint8ClampedArray(data), info.width, info.height, info.channels).rgb();
+    }
+    const { data, width, height } = (await RawImage.read(image)).rgba();
+    const onWhite = data.map((level, at) => (at % 4 === 3 ? 255 : 255 + ((level - 255) * data[at | 3]) / 255));
+    return new RawImage(onWhite, width, height, 4).rgb();
+}
+
 /** Return the tokens before the first end of a text: a row that has ended is written on while others have not. */
 function textOf(ids, eos) {
     return ids.includes(eos) ? ids.slice(0, ids.indexOf(eos)) : ids;
 }
 
 /** Return the token ids of a prompt. Throws for a question to a captioner that answers none. */
-function promptOf(prompts, kind, tokenizer, text) {
+function promptOf({ prompts, kind, usual_style: usual }, tokenizer, text) {
     const styles = [...new Set(prompts.map(([, style]) => style).filter(Boolean))];
     const question = text && !styles.includes(text) ? text : '';
-    const style = question ? '' : text || (styles.includes('brief') ? 'brief' : styles[0]);
+    const style = question ? '' : text || usual;
     const sources = prompts.filter(([, learned]) => learned === style).map(([source]) => source);
+    if (!style && !question) {
+        throw new Error('this captioner has learned answers alone: ask it a question');
+    }
     if (!sources.length) {
         throw new Error(`this captioner answers no questions; it knows the styles ${styles.join(', ')}`);
     }
@@ -67,6 +83,11 @@ if (globalThis.process?.argv?.[1]?.endsWith('caption.mjs')) {
     env.allowRemoteModels = false;
     const captioner = await loadCaptioner(dirname(fileURLToPath(import.meta.url)), { int8: values.int8 });
     for (const image of positionals) {
-        console.log(`${image}: ${(await captioner.caption([image], values.text))[0]}`);
+        try {
+            console.log(`${image}: ${(await captioner.caption([image], values.text))[0]}`);
+        } catch (error) {
+            console.error(`${image} cannot be captioned: ${error.message}`);
+            process.exitCode = 1;
+        }
     }
 }

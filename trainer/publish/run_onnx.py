@@ -105,10 +105,9 @@ def _size(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
     if "height" in size:
         return size["width"], size["height"]
     shortest = size["shortest_edge"]
-    scale = shortest / min(image.size)
-    if image.width <= image.height:
-        return shortest, int(scale * image.height)
-    return int(scale * image.width), shortest
+    if image.width <= image.height:  # multiplied first, as transformers does: 224 / 277 * 277 is below 224
+        return shortest, int(shortest * image.height / image.width)
+    return int(shortest * image.width / image.height), shortest
 
 
 def main() -> None:

@@ -185,7 +185,10 @@ class CaptionServer:
             job = GenerationRequest(
                 await self._pixels(asked.image), prompt, DecodingConfig(beams, asked.temperature, asked.top_p)
             )
-            ids = await self.batcher.submit(job)
+            try:
+                ids = await self.batcher.submit(job)
+            except TrainError as error:  # such as of a question that is too long for the model
+                raise RefusedError(str(error)) from None
             kept = ids[: asked.max_tokens]
             is_cut = len(kept) < len(ids) or len(ids) == self.captioner.checkpoint.captioner.config.max_caption_tokens
             text, has_stopped = until(asked, self.captioner.checkpoint.tokenizer.decode(kept))

@@ -43,6 +43,13 @@ def test_a_transparent_image_of_several_bands_looks_like_one_that_is_laid_over_w
     assert not transparent or at_once.getpixel((3, BAND_PX + 3)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_which_nobody_knows_what_is_white_are_refused(mode: str) -> None:
+    """Pillow would make all of them white, or black."""
+    with pytest.raises(ValueError, match="have no known white"):
+        upright_rgb(Image.new(mode, (4, 4), 1))
+
+
 def test_16_bits_of_gray_become_8() -> None:
     with Image.open(io.BytesIO(noise("I;16"))) as image:
         assert image.mode == "I;16"

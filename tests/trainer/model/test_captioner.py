@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
 from trainer.model.captioner import CaptionerModel, ContrastiveHead, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
@@ -166,6 +167,36 @@ def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str
     assert loaded.config == captioner.config
     batch = texts(ROWS, PROMPTS, IMAGES)
     assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
+
+
+def test_images_that_do_not_fit_the_memory_of_a_gpu_are_written_about_in_parts(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, tried = build("scratch"), list[int]()
+    states, prompts = torch.randn(7, N, V), torch.tensor([[2, 3]] * 7)
+    whole, generate, fitting = captioner.generate(states, prompts, GREEDY), captioner.decoder.generate, 2
+
+    def limited(memory_BND: torch.Tensor, *rest: Any) -> list[list[int]]:
+        tried.append(len(memory_BND))
+        if len(memory_BND) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(memory_BND, *rest)
+
+    monkeypatch.setattr(captioner.decoder, "generate", limited)
+    assert captioner.generate(states, prompts, GREEDY) == whole
+    assert tried == [7, 3, *[1] * 7]
+    tried.clear()
+    assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]  # it is known by now
+    fitting = 0
+    with pytest.raises(TrainError, match="the text about one image does not fit the memory of the GPU"):
+        captioner.generate(states, prompts, GREEDY)
+
+
+def test_a_language_model_with_few_positions_has_fewer_tokens_for_a_text(build: Build) -> None:
+    assert build("scratch").most_tokens(10_000, 2) == 8
+    captioner = build("llama")
+    assert captioner.decoder.max_positions == 256
+    assert (captioner.most_tokens(200, 2), captioner.most_tokens(250, 2)) == (8, 4)
 
 
 def test_writing_stops_as_soon_as_all_texts_have_ended(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

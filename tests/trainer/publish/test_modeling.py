@@ -186,7 +186,8 @@ def test_half_precision_arrays_and_tensors_are_taken(checkpoint: Path, photos: l
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     pixels = np.asarray(Image.open(photos[0]).convert("RGB"))
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    given = [photos[0], pixels, tensor, tensor / 255, tensor.float(), tensor.long()]
+    given = [photos[0], pixels, tensor, tensor / 255, tensor.float(), tensor.long(), (tensor / 255).requires_grad_()]
+    given.append(pixels.astype(np.uint16) * 257)
     same = processor(images=given)["pixel_values"]
     assert all(torch.equal(same[0], one) for one in same)
     for dtype in (torch.bfloat16, torch.float16):

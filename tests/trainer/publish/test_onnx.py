@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
+from transformers import CLIPImageProcessor
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -33,7 +34,9 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
+from trainer.prompts import scored_prompt
 from trainer.publish import onnx, run_onnx
+from trainer.publish.files import space_files
 from trainer.publish.onnx import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
@@ -199,6 +202,52 @@ def test_transformers_js_writes_the_same_tokens_in_node_and_its_pipeline_the_usu
     assert written["pipeline"] == written["texts"]
     same = sum(one == other for one, other in zip(written["int8"], expected["int8"], strict=True))
     assert same > IMAGES / 2 and written["int8"] != written["tokens"]  # the weights of 8 bits were taken
+
+
+def test_photos_that_lie_sideways_or_have_no_background_are_seen_as_in_training(
+    checkpoint: Path, exported: Path, photos: list[Path], node_modules: Path, tmp_path: Path
+) -> None:
+    turned, clear = Image.open(photos[0]), Image.open(photos[1]).convert("RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(tmp_path / "clear.png")
+    odd = [tmp_path / "turned.png", tmp_path / "clear.png", *photos[2:8]]
+    expected = run_exported(exported, odd)
+    require_same(expected, checkpoint, odd, different=2)
+    as_they_lie = run_exported(exported, photos[:8])["tokens"]
+    assert [one == other for one, other in zip(expected["tokens"], as_they_lie, strict=True)] == [False] * 2 + [True] * 6
+    assert run_in_node(exported, odd, node_modules)["tokens"] == expected["tokens"]
+
+
+def test_the_program_of_an_export_names_an_image_that_it_cannot_read_and_goes_on(
+    exported: Path, photos: list[Path], node_modules: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    (exported / "node_modules").symlink_to(node_modules)
+    command = ["node", str(exported / "caption.mjs"), str(tmp_path / "bad.jpg"), str(photos[0])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (exported / "node_modules").unlink()
+    assert done.returncode == 1
+    assert "bad.jpg cannot be captioned" in done.stderr and str(photos[0]) in done.stdout
+
+
+@pytest.mark.parametrize("prompts", [[("synthetic", "detailed"), ("synthetic", "plain")], [("synthetic", "odd")]])
+def test_the_usual_style_is_the_same_everywhere(prompts: list[tuple[str, str]], tmp_path: Path) -> None:
+    folder = save_captioner(tmp_path / "c", prompts=prompts)
+    export_onnx(folder, tmp_path / "onnx", NullProgress(), int8=False)
+    usual = scored_prompt(prompts)[1]
+    assert json.loads((tmp_path / "onnx/config.json").read_text())["usual_style"] == usual
+    assert json.loads(space_files(folder, "me/c", "0" * 40)["space.json"])["styles"][0] == usual
+
+
+@pytest.mark.parametrize("size", [(277, 277), (107, 300), (500, 110), (640, 480)])
+def test_a_size_in_proportion_is_the_one_that_transformers_takes(size: tuple[int, int]) -> None:
+    """A pixel less, and a black line would be cut into the image."""
+    processor = CLIPImageProcessor(size={"shortest_edge": 224}, do_center_crop=False, do_rescale=False, do_normalize=False)
+    seen = processor(Image.new("RGB", size), return_tensors="np")["pixel_values"].shape[2:]
+    assert run_onnx._size(Image.new("RGB", size), {"shortest_edge": 224}) == seen[::-1]
 
 
 def test_a_page_captions_a_photo_with_transformers_js_and_asks_nothing_of_others(

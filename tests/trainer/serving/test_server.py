@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from pipeline.dataset.version import read_version
+from pipeline.errors import TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.serving.test_protocol import BAD
 from tests.trainer.test_captioning import save_captioner
@@ -195,6 +196,18 @@ def test_a_failure_is_answered_without_its_details(captioner: Captioner, monkeyp
     assert status == 500
     assert "secret" not in json.dumps(answer)
     assert "a secret of this machine" in caplog.text
+
+
+def test_a_question_that_the_model_has_no_positions_for_is_refused(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise TrainError("an image and its longest text take 300 positions", hint="shorten it")
+
+    monkeypatch.setattr(Captioner, "write", refuse)
+    with running(CaptionServer(captioner, NAME)) as url:
+        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
+    assert status == 400 and "take 300 positions" in json.dumps(answer)
 
 
 def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> None:
