@@ -154,7 +154,8 @@ def error_message(answer: bytes, keys: Sequence[str] = ()) -> str:
         message = (error.get("message") or error.get("detail") or error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = answer.decode(errors="replace")
-    return " ".join(without_keys(str(message), keys).split())[:500] or "no message"
+    shown = " ".join(without_keys(str(message), keys).split())[:500] or "no message"
+    return shown.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair, where a gateway cut an emoji
 
 
 def without_keys(text: str, keys: Sequence[str]) -> str:

@@ -27,7 +27,6 @@ from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file
 from pipeline.inference.endpoints import (
     CONNECTION_ERRORS,
     REFUSED_STATUSES,
-    BusyTime,
     Endpoint,
     Endpoints,
     OtherDialectError,
@@ -40,7 +39,7 @@ from pipeline.inference.endpoints import (
 )
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
-from pipeline.inference.probing import learn_dialect
+from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, RetryState, stated_wait
 from pipeline.inference.served_models import list_models, not_served
@@ -92,7 +91,6 @@ class Client:
         self._retried = 0
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._suspects = asyncio.Lock()
-        self._busy = BusyTime()
 
     def __enter__(self) -> "Client":
         self._runner = asyncio.Runner()
@@ -164,11 +162,7 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
-        for endpoint in self._endpoints:
-            if endpoint.is_up.is_set():
-                await self._learn(endpoint)
-            else:
-                self._endpoints.wait_for(endpoint)
+        await learn_all(self._endpoints, self._learn, self._retire, self._progress, stack)
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
@@ -342,6 +336,9 @@ class Client:
             pause = failures.after_busy(complaint.args[0])
             if pause is None:
                 return request.reply("the server is too busy", SERVER_ERROR)
+            endpoint.rest(pause)
+            if self._endpoints.has_free:
+                return 0.0
             self._slow_down(endpoint, pause)
             return pause
         except ServerFaultError as fault:
@@ -349,11 +346,12 @@ class Client:
                 self._mark_down(endpoint)
                 has_failed = failures.after_death()
                 return request.reply(f"the server died each time: {fault}", SERVER_ERROR) if has_failed else None
+            endpoint.rest()
             pause = failures.after_fault()
             if pause is None:
                 return request.reply(str(fault), SERVER_ERROR)
             log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
-            return pause
+            return 0.0 if self._endpoints.has_free else pause
 
     def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
         """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
@@ -425,15 +423,15 @@ class Client:
         message = endpoint.error_message(text) if answer.status >= 400 else ""
         # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
         if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
-            self._busy.start(answer.status, message)
+            endpoint.busy.start(answer.status, message)
             raise ServerBusyError(stated_wait(answer.headers))
-        self._busy.end()
+        endpoint.busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:
             raise RefusedError(message, answer.status)
         reply = chat_api.read_reply(request, text, endpoint.keys)
-        endpoint.answered += 1
+        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
@@ -466,7 +464,7 @@ class Client:
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
                     await self._check_server(endpoint)
                 session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
-                await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress, self._busy)
+                await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress)
                 endpoint.is_learned = True
 
     def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
@@ -518,8 +516,9 @@ class Client:
         """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            if warning := self._busy.warning(", ".join(endpoint.url for endpoint in self._endpoints)):
-                self._progress.warn(warning)
+            for endpoint in self._endpoints:
+                if warning := endpoint.busy.warning(endpoint.url):
+                    self._progress.warn(warning)
             await self._endpoints.read_metrics(self._session_of)
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),

@@ -22,6 +22,7 @@ from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.pace import Pace
+from pipeline.inference.retry import backoff_seconds
 from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
 
@@ -62,7 +63,7 @@ class RefusedError(Exception):
 
 @dataclass(slots=True)
 class BusyTime:
-    """How long servers have answered nothing but "too busy", and when that is worth a warning."""
+    """How long a server has answered nothing but "too busy", and when that is worth a warning."""
 
     since: float | None = None
     status: int = 0
@@ -78,14 +79,14 @@ class BusyTime:
         """Note that a server has answered."""
         self.since = None
 
-    def warning(self, urls: str) -> str | None:
+    def warning(self, url: str) -> str | None:
         """Return a warning if all answers of BUSY_WARNING_SECONDS were "too busy", and none was returned in that time."""
         now = time.monotonic()
         if self.since is None or now - max(self.since, self._warned) < BUSY_WARNING_SECONDS:
             return None
         self._warned = now
         return (
-            f"{urls} has answered {self.status} to every request for {now - self.since:.0f} s ({self.message}): it is "
+            f"{url} has answered {self.status} to every request for {now - self.since:.0f} s ({self.message}): it is "
             "overloaded, still loads its model, or a quota is used up. Look at its log or your limits; synth tries on, and "
             "Ctrl-C loses nothing"
         )
@@ -99,6 +100,9 @@ class Endpoint:
     headers: dict[str, str]
     key_name: str = KEY  # the environment variable that holds its key
     pace: Pace = field(default_factory=Pace)
+    busy: BusyTime = field(default_factory=BusyTime)
+    failures: int = 0  # in a row
+    rests_until: float = 0.0  # while others answer, they go first
     weight: float = 1.0  # its share of the requests, beside those of other servers
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     is_checked: bool = False  # whether it is known to serve the model
@@ -138,6 +142,18 @@ class Endpoint:
         """Return the message in the body of an error, on one line, without our keys."""
         return chat_api.error_message(answer, self.keys)
 
+    def rest(self, stated_s: float | None = None) -> None:
+        """Count a failure, or an answer that asks to wait: other servers go first for a while, longer after each in a row."""
+        self.failures += 1
+        pause_s = backoff_seconds(self.failures) if stated_s is None else stated_s
+        self.rests_until = max(self.rests_until, time.monotonic() + pause_s)
+
+    def delay(self) -> float:
+        """Return in how many seconds a request may be sent; endless while one finds out whether a failure is over."""
+        if self.failures and self.outstanding:
+            return math.inf
+        return max(0.0, self.pace.delay(), self.rests_until - time.monotonic())
+
     async def is_healthy(self) -> bool:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
         for page in (f"{self.root}/health", f"{self.url}/models"):
@@ -174,22 +190,27 @@ class Endpoints(list[Endpoint]):
         await cancel_tasks(self._waiters)
 
     async def pick(self, sample_id: str, remembered: int) -> Endpoint:
-        """Return the server that got this image before, else the least loaded one that its pace lets answer now.
+        """Return the server that got this image before, else the least loaded one that may answer now.
 
-        Wait while all are down.
+        One that has failed, or that its pace keeps waiting, is chosen if there is no other. Wait while all are down.
 
         The servers of the last `remembered` samples are known. Raises EngineError if no server comes up.
         """
         while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
-        if endpoint is None or not endpoint.is_up.is_set() or endpoint.pace.delay() > 0:
-            # Prefer one whose pace lets it answer now: a request that waits for a server cannot move to another.
-            endpoint = min(up, key=lambda one: (max(0.0, one.pace.delay()), (one.outstanding + 1) / one.weight))
+        if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay() > 0:
+            # A request that waits for a server cannot move to another, and one that fails at once looks idle.
+            endpoint = min(up, key=lambda one: (one.delay(), (one.outstanding + 1) / one.weight))
             self._of_sample[sample_id] = endpoint
             if len(self._of_sample) > remembered:
                 del self._of_sample[next(iter(self._of_sample))]
         return endpoint
+
+    @property
+    def has_free(self) -> bool:
+        """Whether a server may answer a request now."""
+        return any(endpoint.is_up.is_set() and endpoint.delay() == 0 for endpoint in self)
 
     def mark_down(self, endpoint: Endpoint) -> bool:
         """Mark a server as down until it answers again; return False if it was marked already."""

@@ -32,7 +32,7 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
-        endpoints.append(Endpoint(address, all_headers, name, pace, settings.weight))
+        endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
         endpoints[-1].keys += [login.password] if login and len(login.password) >= LEAST_KEY_CHARACTERS else []
     return endpoints
 

@@ -2,22 +2,73 @@
 
 import asyncio
 import re
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any
 
 import aiohttp
 
 from pipeline.config.sections import ServerConfig
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.endpoints import CONNECTION_ERRORS, REFUSED_STATUSES, BusyTime, Endpoint, raise_for_access
+from pipeline.inference.endpoints import (
+    CONNECTION_ERRORS,
+    REFUSED_STATUSES,
+    Endpoint,
+    Endpoints,
+    cancel_tasks,
+    raise_for_access,
+)
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.request_images import named_image
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
 from pipeline.progress import Progress
 
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
+LEARN_SECONDS = 60.0  # for which a server is waited for that is not the only one
 IMAGE_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=20)
+
+
+async def learn_all(
+    endpoints: Endpoints,
+    learn: Callable[[Endpoint], Coroutine[Any, Any, None]],
+    retire: Callable[[Endpoint, EngineError], None],
+    progress: Progress,
+    stack: AsyncExitStack,
+) -> None:
+    """Have `learn` find out what each server takes; one that takes long is gone on without, until it answers.
+
+    Raises EngineError as `learn` does; of a server that is late, `retire` gets it. The stack ends what still waits.
+    """
+    for endpoint in endpoints:
+        if not endpoint.is_up.is_set():
+            endpoints.wait_for(endpoint)
+    learners = {asyncio.create_task(learn(endpoint)): endpoint for endpoint in endpoints if endpoint.is_up.is_set()}
+    late = set(learners)
+    stack.push_async_callback(cancel_tasks, late)
+    done, _ = await asyncio.wait(late, timeout=LEARN_SECONDS)
+    if not done:
+        done, _ = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+    late -= done
+    for task in done:
+        task.result()
+    for task in late:
+        progress.warn(f"{learners[task].url} has not answered its first request yet; going on without it until it does")
+        learners[task].is_up.clear()
+        task.add_done_callback(partial(_take_late, learners[task], retire))
+
+
+def _take_late(endpoint: Endpoint, retire: Callable[[Endpoint, EngineError], None], task: "asyncio.Task[None]") -> None:
+    if task.cancelled():
+        return
+    if isinstance(refusal := task.exception(), EngineError):
+        endpoint.fault = str(refusal)
+        with suppress(EngineError):  # if it was the last one, the requests that wait for a server say so
+            retire(endpoint, refusal)
+    elif refusal is None and not endpoint.is_retired:
+        endpoint.is_up.set()
 
 
 async def learn_dialect(
@@ -27,7 +78,6 @@ async def learn_dialect(
     server: ServerConfig,
     reply_tokens: int,
     progress: Progress,
-    busy: BusyTime,
 ) -> None:
     """Set the dialect of a server, and whether it keeps images.
 
@@ -40,7 +90,7 @@ async def learn_dialect(
     max_tokens = chat_api.PROBE_TOKENS
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
-        status, answer = await _probe(endpoint, session, probe, server, progress, busy)
+        status, answer = await _probe(endpoint, session, probe, server, progress)
         if status == 200 and chat_api.is_cut_before_text(answer):
             if max_tokens >= reply_tokens:
                 hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
@@ -103,11 +153,11 @@ async def _post(
 
 
 async def _probe(
-    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, server: ServerConfig, progress: Progress, busy: BusyTime
+    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, server: ServerConfig, progress: Progress
 ) -> tuple[int, bytes]:
     """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
     loop = asyncio.get_running_loop()
-    faults, refusals, busy_until = 0, 0, loop.time() + server.startup_timeout_s
+    faults, refusals, ends_at, busy = 0, 0, loop.time() + server.startup_timeout_s, endpoint.busy
     while True:
         try:
             answer, text = await _post(endpoint, session, probe)
@@ -119,11 +169,12 @@ async def _probe(
             busy.start(answer.status, endpoint.error_message(text))
             if warning := busy.warning(endpoint.url):
                 progress.warn(warning)
-            if loop.time() > busy_until:
+            if loop.time() > ends_at:
                 hint = "wait until it is ready, or look at its log and your quota there; then run the same command"
                 raise EngineError(f"{endpoint.url} answers {answer.status} to every request", hint=hint)
         except CONNECTION_ERRORS as error:
             faults += 1
-            if faults == MAX_FAULTS:
-                raise EngineError(f"{endpoint.url} fails at its first request: {error}", hint="look at its log") from None
+            if faults == MAX_FAULTS or loop.time() > ends_at:
+                reason = one_line(error) or "it does not answer in time"
+                raise EngineError(f"{endpoint.url} fails at its first request: {reason}", hint="look at its log") from None
         await asyncio.sleep(backoff_seconds(faults + min(refusals, 3)))

@@ -59,6 +59,7 @@ class ChatServer:
         self.times: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
+        self.probe_seconds = 0.0  # until it answers the first request
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
@@ -125,6 +126,7 @@ class ChatServer:
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)
+            await asyncio.sleep(self.probe_seconds)
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
             return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)

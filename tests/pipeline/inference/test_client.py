@@ -30,7 +30,7 @@ from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.served_models import find_model
-from pipeline.progress import NullProgress
+from pipeline.progress import NullProgress, Progress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.notes import Notes
@@ -49,13 +49,16 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
 
-def run(path: Path, *urls: str, samples: list[Sample] = SAMPLES, **settings: Any) -> tuple[RequestStats, Counter[str | None]]:
+def run(
+    path: Path, *urls: str, samples: list[Sample] = SAMPLES, progress: Progress | None = None, **settings: Any
+) -> tuple[RequestStats, Counter[str | None]]:
     """Send requests for the samples; return their statistics, and the number of annotations by error."""
     config = resolve(source="scenes", base_url=list(urls), model="model", **settings)
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
-        for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(Client("model", "r", config)), journal, counts):
+        opened = Client("model", "r", config, progress=progress)
+        for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(opened), journal, counts):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, "r", journal)
         stored = journal.totals()["replies"]
@@ -644,6 +647,51 @@ def test_work_goes_to_the_server_with_the_least_to_do_and_an_image_stays_where_i
     assert len(slow.bodies) + len(fast.bodies) == ASKED
     assert 0 < len(slow.bodies) < len(fast.bodies)
     assert not {uuid_of(body) for body in slow.bodies} & {uuid_of(body) for body in fast.bodies}
+
+
+@pytest.mark.parametrize("fails", [Act(status=500), Act(status=429, headers={"Retry-After": "4"}), Act(cut=True)])
+def test_a_server_that_fails_at_once_takes_no_requests_from_one_that_answers(tmp_path: Path, fails: Act) -> None:
+    """It always has the least to do, and would be asked most."""
+    good = ChatServer(lambda times, body: Act(seconds=0.05))
+    with running_chat(good), running_chat(ChatServer(lambda times, body: fails)) as bad:
+        _, errors = run(tmp_path / "j", good.url, bad.url, samples=scene_samples(40), server={"concurrency": 8})
+    assert errors == {None: 120}
+    assert len(good.bodies) == 120 and 0 < len(bad.bodies) < 40
+
+
+def test_a_server_that_fails_for_a_while_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.inference.endpoints.backoff_seconds", lambda failures: 0.05)
+    good = ChatServer(lambda times, body: Act(seconds=0.05))
+    other = ChatServer(lambda times, body: Act(status=500) if len(other.bodies) < 6 else Act(seconds=0.05))
+    with running_chat(good), running_chat(other):
+        _, errors = run(tmp_path / "j", good.url, other.url, samples=scene_samples(60), server={"concurrency": 8})
+    assert errors == {None: 180}
+    assert len(other.bodies) > 40
+
+
+def test_of_two_servers_the_one_that_is_busy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "BUSY_WARNING_SECONDS", 0.2)
+    good, busy = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(lambda times, body: Act(status=429))
+    progress = Notes()
+    with running_chat(good), running_chat(busy):
+        run(tmp_path / "j", good.url, busy.url, samples=scene_samples(40), server={"concurrency": 4}, progress=progress)
+    told = [text for text in progress.texts if "has answered 429" in text]
+    assert told and all(text.startswith(f"warning: {busy.url} has") for text in told)
+
+
+def test_a_server_that_does_not_answer_its_first_request_is_gone_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.inference.probing.LEARN_SECONDS", 0.3)
+    good, late = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer()
+    late.probe_seconds = 1.5
+    progress = Notes()
+    with running_chat(good), running_chat(late):
+        _, errors = run(
+            tmp_path / "j", good.url, late.url, samples=scene_samples(40), server={"concurrency": 4}, progress=progress
+        )
+    assert errors == {None: 120} and good.bodies and late.bodies  # as soon as it has
+    assert any(text.startswith(f"warning: {late.url} has not answered its first request yet") for text in progress.texts)
 
 
 def later(seconds: float, act: Callable[[], None]) -> None:
