@@ -13,6 +13,7 @@ from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images, read_names
 from pipeline.cli.output import echo, last_dataset, note_previews, print_run_result, say, show
+from pipeline.errors import SynthError
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
@@ -210,8 +211,11 @@ def push(
         pushed = send_version(chosen_version)
     if pushed:
         record_dir = data if data and is_remote(data) and data.parent.name != "versions" else chosen_version.dataset_dir
-        with translate_disk_errors(record_dir):
-            DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
+        try:
+            with translate_disk_errors(record_dir):
+                DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
+        except SynthError as error:  # it is there all the same
+            say(f"warning: the push is not recorded in the folder: {error}")
         say("load it with:\n  from datasets import load_dataset")
         say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 

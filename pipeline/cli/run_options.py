@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
 DATASET, CLUSTER = "Dataset", "Cluster"
-NO_TASKS = "none"
 OF_IMPORT = (  # keys of the settings that concern no model
     "source", "source_split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
     "limit", "rows", "frame_seconds", "license", "filter.language", "split.group_by", "seed", "title",
 )  # fmt: skip
+NO_TASKS = "none"  # as config.NO_TASKS, which takes long to import
 FLAGS_KEY, AFTER_DASHES = "server.flags", "what stands after --"
 
 

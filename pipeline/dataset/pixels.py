@@ -42,7 +42,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
     rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
     count = len(rows)
     with scratch_folder(home) as draft:
-        columns = {*version.manifest["columns"], *version.manifest["pixel_columns"]}
+        columns = {*version.manifest["columns"], *version.manifest.get("pixel_columns", ())}
         extras = extras_of(version.manifest)
         writer = RowWriter(draft, extras, [name for name in extras.columns if name in columns])
         schema = with_split(row_schema(extras.columns, extras))

@@ -5,6 +5,8 @@ goes on.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +117,7 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
         text = item.caption(style)
         if text is None:
             continue
-        path = folder / item.source_row
+        path = _path_of(folder, item.source_row)
         try:
             is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
         except (OSError, ValueError, UnsafeFileError) as error:
@@ -124,6 +126,14 @@ def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[t
         if not is_same:
             raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
         yield path, text, text not in item.of_people
+
+
+def _path_of(folder: Path, name: str) -> Path:
+    """Return the file of a row of a folder; bytes of its name that are no UTF-8 stand in it as escapes."""
+    path = folder / name
+    if os.path.lexists(path):
+        return path
+    return folder / os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda escape: bytes([int(escape[1], 16)]), name.encode()))
 
 
 def _is_there(out: Path) -> ConfigError:

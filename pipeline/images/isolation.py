@@ -137,6 +137,11 @@ class _Watchdog:
         finally:
             self._deadlines.pop(worker, None)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether all is to end."""
+        return self._is_closed.is_set()
+
     def close(self) -> None:
         """End the thread."""
         self._is_closed.set()
@@ -173,8 +178,8 @@ class _Pool:
             results, death = worker.check(batch, exif)
         if death is None:
             return results
-        if len(batch) == 1:
-            return [death]
+        if len(batch) == 1 or self._watchdog.is_closed:  # nobody waits for the rest
+            return [*results, *[death] * (len(batch) - len(results))]
         alone = [self._check([images], exif) for images in batch[len(results) :]]  # one of them has ended the worker
         return results + [result for one in alone for result in one]
 

@@ -6,6 +6,7 @@ put together in an unexpected way are encoded anew.
 """
 
 import io
+import math
 import re
 import struct
 import zlib
@@ -65,10 +66,14 @@ def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
     value = gps.get(_GPS_TAGS[field]) if field in _GPS_TAGS else fields.get(_EXIF_TAGS[field])
     if field in ("GPSLatitude", "GPSLongitude") and isinstance(value, tuple):
         degrees = sum(float(part) / 60**place for place, part in enumerate(value))
+        if not math.isfinite(degrees):
+            return ""
         return f"{-degrees if gps.get(_GPS_TAGS[f'{field}Ref']) in ('S', 'W') else degrees:.6f}"
     if value is None or isinstance(value, bytes):
         return ""
     values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(one, TiffImagePlugin.IFDRational) and not math.isfinite(one) for one in values):
+        return ""  # 0/0, as cameras write what they do not know
     return ", ".join(
         f"{float(one):g}" if isinstance(one, TiffImagePlugin.IFDRational) else str(one).strip("\0 ") for one in values
     )

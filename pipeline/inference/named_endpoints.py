@@ -33,7 +33,8 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
         endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
-        endpoints[-1].keys += [login.password] if login and len(login.password) >= LEAST_KEY_CHARACTERS else []
+        secret = (login.password or login.user) if login else ""
+        endpoints[-1].keys += [secret] if len(secret) >= LEAST_KEY_CHARACTERS else []
     return endpoints
 
 

@@ -77,10 +77,8 @@ class RequestImages:
     async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> ImageParts:
         bound = self.max_pixels(len(images))
         encoded = [await self._part(image, bound, shown) for image in images]
-        parts = ImageParts(*(_joined([getattr(part, kind) for part in encoded], pages) for kind in ("whole", "named")))
         self._encoded_count += 1
-        self._encoded_bytes += len(parts.whole)
-        return parts
+        return ImageParts(*(_joined([getattr(part, kind) for part in encoded], pages) for kind in ("whole", "named")))
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> ImageParts:
         kind = sendable_format(image, bound)
@@ -95,10 +93,12 @@ class RequestImages:
         if self._media is None:
             values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
             whole = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            self._encoded_bytes += len(whole)
             return ImageParts(whole, named)
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
+        self._encoded_bytes += len(data)  # which lie in memory too
         url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
         return ImageParts(json.dumps(url).encode(), named)
 

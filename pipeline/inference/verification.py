@@ -19,7 +19,7 @@ from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_broken_rule
 from pipeline.tasks.replies import parse_reply, read_fields
-from pipeline.text.language_codes import YES_OR_NO
+from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import Reply, Request, SampleBatch
 
@@ -184,5 +184,5 @@ def is_confirmed(check: Mapping[str, Any]) -> bool:
 
 def _plain(answer: str) -> str:
     """Return a normalized answer; yes and no of any language in English."""
-    normal = normalize_answer(answer)
+    normal = normalize_answer(answer.rstrip(SENTENCE_ENDS))
     return YES_OR_NO.get(normal, normal)

@@ -82,6 +82,14 @@ class Server:
 
     async def _watch(self) -> None:
         """Restart the server when it dies, up to `max_restarts` times; then set `failure` and `gave_up`."""
+        try:
+            await self._restart_while_it_dies()
+        except OSError as error:  # such as of a full disk: who waits for the server is told
+            hint = f"look at the disk of {self.launch.log}"
+            self.failure = EngineError(f"vLLM died, and cannot be started again: {error.strerror or error}", hint=hint)
+            self.gave_up.set()
+
+    async def _restart_while_it_dies(self) -> None:
         while True:
             assert self._process
             code = await self._process.wait()
@@ -164,7 +172,8 @@ class Server:
             self._reaper_pipe = None
 
     def _startup_error(self, message: str) -> EngineError:
-        with self.launch.log.open("rb") as log:  # only the output since the last start
+        tail = ""
+        with contextlib.suppress(FileNotFoundError), self.launch.log.open("rb") as log:  # only the output since the last start
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL_BYTES))
             tail = log.read().decode(errors="replace")

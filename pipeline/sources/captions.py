@@ -141,7 +141,8 @@ def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]
 
     Behind tabs and bars a quote is the text's own, unless the table `is_quoted`, or all quotes are as a program writes them.
 
-    Raise ValueError for a row with more values than names, and at the end if a quote took all that follows into a text.
+    Raise ValueError for a name that comes twice, a row with more values than names, and at the end if a quote took all that
+    follows into a text.
     """
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
@@ -150,6 +151,9 @@ def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]
         table.reader = csv.reader(
             io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True
         )
+    names = [name for name in table.fieldnames or () if name.strip()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two columns are named {twice}")
     last: dict[str, Any] = {}
     for row in table:
         last = _columns(row, table.line_num)

@@ -5,9 +5,10 @@ The Hub converts script-based repositories on a separate branch. Scripts are nev
 
 import re
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from fsspec.utils import glob_translate
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import GATED, UNDECLARED
@@ -87,22 +88,29 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
         if not isinstance(config, dict):
             continue
         folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
-        data_files = config.get("data_files", f"{folder}/*" if folder else None)
+        data_files = config.get("data_files", f"{folder}/**" if folder else None)
         entries = data_files if isinstance(data_files, list) else [data_files]
         files: Files = {}
         for entry in entries:
             split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
-            for path in paths:
-                if any(
-                    fnmatch(path, str(one).removeprefix("./"))
-                    for one in (patterns if isinstance(patterns, list) else [patterns])
-                ):
-                    files.setdefault(split_of_path(str(split) if split else path), []).append(path)
+            listed = patterns if isinstance(patterns, list) else [patterns]
+            globs = [_compile_glob(str(one).removeprefix("./")) for one in listed]
+            for path in (path for path in paths if any(glob.fullmatch(path) for glob in globs)):
+                of_split = files.setdefault(split_of_path(str(split) if split else path), [])
+                of_split += [path] if path not in of_split else []
         if files and isinstance(config.get("config_name"), str):
             declared[config["config_name"]] = files
             if config.get("default") is True:
                 declared.setdefault(DEFAULT, files)
     return declared
+
+
+def _compile_glob(pattern: str) -> re.Pattern[str]:
+    """Return what a pattern of a card matches, as `datasets` reads it: a star stays within a folder, and two do not."""
+    try:
+        return re.compile(glob_translate(pattern))
+    except (ValueError, re.error):  # two stars that are no folder of their own
+        return re.compile(re.escape(pattern))
 
 
 def _of_config(repo: str, config: str, declared: dict[str, Files], paths: list[str]) -> Files:

@@ -45,8 +45,11 @@ from pipeline.text.function_words import FUNCTION_WORDS
 from pipeline.types import Engine, Request
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.images.clip import ClipScorer
 
+MAX_HELD_PIXELS = 64_000_000  # of the images that are decoded at once
 CHUNK_REQUESTS = 256  # of texts, without images
 COLUMNS = (
     "sample_id", "task", "prompt_id", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages"
@@ -229,13 +232,14 @@ class AnnotationChecker:
             if of_sample.keys().isdisjoint(batch.ids):
                 continue
             pages_of = zip(batch.ids, batch.read_images(), strict=True)
-            images = [(sample_id, prepare_image(pages[0])) for sample_id, pages in pages_of if sample_id in of_sample]
-            pairs = [(subject, image) for sample_id, image in images for subject in of_sample[sample_id]]
-            cosines = self._scorer.cosines([image for _, image in pairs], [subject.row["clean_text"] for subject, _ in pairs])
-            for (subject, _), cosine in zip(pairs, cosines, strict=True):
-                subject.scores["alignment"] = cosine
-            done += len(images)
-            self.services.progress("align", done, len(of_sample))
+            images = ((sample_id, prepare_image(pages[0])) for sample_id, pages in pages_of if sample_id in of_sample)
+            for part in _few_pixels(images):
+                pairs = [(subject, image) for sample_id, image in part for subject in of_sample[sample_id]]
+                texts = [subject.row["clean_text"] for subject, _ in pairs]
+                for (subject, _), cosine in zip(pairs, self._scorer.cosines([one for _, one in pairs], texts), strict=True):
+                    subject.scores["alignment"] = cosine
+                done += len(part)
+                self.services.progress("align", done, len(of_sample))
 
     def _compare_with_references(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Score captions by the share of their content words that some caption of the source has, where there is one."""
@@ -296,6 +300,20 @@ def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
     """Yield requests that show no image in chunks."""
     for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
         yield chunk, NO_SAMPLES
+
+
+def _few_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
+    """Yield images with their names in lists of at most MAX_HELD_PIXELS, or of one that has more."""
+    held: list[tuple[str, Image]] = []
+    pixels = 0
+    for name, image in images:
+        if held and pixels + image.width * image.height > MAX_HELD_PIXELS:
+            yield held
+            held, pixels = [], 0
+        held.append((name, image))
+        pixels += image.width * image.height
+    if held:
+        yield held
 
 
 def _has_false_claim(subject: CheckedAnnotation) -> bool:

@@ -20,7 +20,16 @@ from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
-from pipeline.stages.source_parts import IS_COPY, PART, PART_SECONDS, POSITION, ReadBatch, RejectedRow, without_copies
+from pipeline.stages.source_parts import (
+    IS_COPY,
+    PART,
+    PART_SECONDS,
+    PASSING_REASONS,
+    POSITION,
+    ReadBatch,
+    RejectedRow,
+    without_copies,
+)
 from pipeline.storage.files import read_table, remove, write_table
 from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
@@ -299,6 +308,17 @@ def forget_reading(dataset: DatasetDir) -> None:
     """Remove what a run in one process has written down of its source, and the parts of one that was stopped."""
     dataset.stage("source").with_name(READING_FILE).unlink(missing_ok=True)
     remove(dataset.stage("source").with_name(PARTS_FOLDER))
+
+
+def count_passing(shard: DatasetDir) -> int:
+    """Return how many rows of the source were rejected for reasons that may pass."""
+    reasons = read_table(shard.stage("source", "rejected"), ["reason"])["reason"]
+    return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
+
+
+def is_worth_another_try(may_pass: int, before: int | None) -> bool:
+    """Return whether rows that failed so are tried again: once, and then as long as that gives more rows than `before`."""
+    return may_pass > 0 and (before is None or may_pass < before)
 
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:

@@ -34,15 +34,17 @@ from pipeline.stages.source import (
     DuplicateImages,
     Exclusion,
     SampleDeduplicator,
+    count_passing,
     describe_rejected,
     describe_source,
     forget_near_duplicates,
+    is_worth_another_try,
     open_exclusions,
     write_exclusions,
     write_rejected,
 )
-from pipeline.stages.source_parts import IS_COPY, PART, PASSING_REASONS, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
-from pipeline.storage.files import read_json, read_table, write_json, write_table
+from pipeline.stages.source_parts import IS_COPY, PART, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
+from pipeline.storage.files import read_json, write_json, write_table
 from pipeline.tables import IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE
 from pipeline.types import Rejected, Sample, Source
 
@@ -116,7 +118,7 @@ class SourceReader:
             paths = sorted(self._path.parent.glob("*.parquet"))
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
-            result = self._result | {"may_pass": self._count_failures(), "may_pass_before": self._may_pass_before}
+            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": self._may_pass_before}
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
             self._parts.forget()
 
@@ -152,15 +154,10 @@ class SourceReader:
             files = self._earlier["files"]
             if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
                 return None
-            may_pass, before = self._count_failures(), result.get("may_pass_before")
-            return dict(result) if not may_pass or (before is not None and may_pass >= before) else None
+            is_whole = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
+            return dict(result) if is_whole else None
         except (OSError, LookupError, TypeError, AttributeError):
             return None
-
-    def _count_failures(self) -> int:
-        """Return how many rows failed for reasons that may pass, in the files of the stage."""
-        reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
-        return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
 
     @cached_property
     def _may_pass_before(self) -> int | None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError
 
+from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, one_line
 from pipeline.tables import BOOL, FLOAT64, INT64, STRING
 
@@ -71,6 +72,15 @@ def load_output(output: str) -> tuple[Schema, type[BaseModel] | None]:
             f"{output} reads fields under other names than it writes them", hint="give a field one alias, or none"
         )
     return written, model
+
+
+def code_digest(output: str) -> str | None:
+    """Return the digest of the file of a `module:Model`, whose checks decide what is kept; None for a schema."""
+    if output.lstrip().startswith("{"):
+        return None
+    load_output(output)
+    file = getattr(sys.modules[output.partition(":")[0]], "__file__", None)
+    return file_digest(Path(file)) if file else None
 
 
 def _field_names(node: Any) -> set[str]:

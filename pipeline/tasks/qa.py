@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.tasks.base import MAX_QA_PAIRS, Line, Output, Task, check_question, tidy_texts
-from pipeline.text.language_codes import YES_OR_NO
+from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
 AnswerType = Literal["yes/no", "number", "other"]
 
@@ -31,7 +31,7 @@ class QAPair(Output):
 def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a pair with tidy texts, and "Yes." as "yes"."""
     pair = tidy_texts(fields)
-    plain = str(pair.get("answer", "")).rstrip(".!").casefold()
+    plain = str(pair.get("answer", "")).rstrip(SENTENCE_ENDS).casefold()
     return {**pair, "answer": plain} if plain in YES_OR_NO and pair.get("answer_type") == "yes/no" else pair
 
 

@@ -13,6 +13,7 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u206
 # Lines and tabs may stand on a terminal.
 _OF_A_TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/\"]+(?=@)")  # of an address
+_NAME_ALONE = re.compile(r"(://)[^\s/@:\"?#]+(?=@)")
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
 _LINKED = {"://": "&#58;//", "www.": "www&#46;", "@": "&#64;"}  # what renderers of Markdown turn into links by themselves
 
@@ -38,8 +39,11 @@ def printable(text: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """Return a text in which passwords of addresses are asterisks: http://user:***@host."""
-    return _PASSWORD.sub(r"\1***", text)
+    """Return a text in which passwords of addresses are asterisks, and so are names alone, which may be tokens.
+
+    http://user:***@host, https://***@host.
+    """
+    return _NAME_ALONE.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
 
 
 def on_one_line(text: str) -> str:

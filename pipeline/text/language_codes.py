@@ -37,6 +37,7 @@ LANGUAGES = {
     "ar": ("Arabic", "نعم", "لا"),
     "hi": ("Hindi", "हाँ", "नहीं"),
 }
+SENTENCE_ENDS = " .!…。！．।॥۔\u00a0\u202f"  # noqa: RUF001  # behind an answer, in any of these languages
 YES_OR_NO = {  # by the word in any of them: the English one
     word: english for _, *words in reversed(LANGUAGES.values()) for word, english in zip(words, ("yes", "no"), strict=True)
 }

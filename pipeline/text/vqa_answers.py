@@ -5,7 +5,7 @@ Lower case, number words as digits, no articles, contractions with their apostro
 
 import re
 
-from pipeline.text.language_codes import YES_OR_NO
+from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -59,6 +59,6 @@ def _without_punctuation(text: str) -> str:
 
 def kind_of_answer(answer: str) -> str:
     """Return the type of a question that has this answer, where nobody says it: yes/no, number or other."""
-    if answer.rstrip(".!").casefold() in YES_OR_NO:
+    if answer.rstrip(SENTENCE_ENDS).casefold() in YES_OR_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(answer) else "other"

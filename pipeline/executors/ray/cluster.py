@@ -93,7 +93,7 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     on_gpus = loads_model and own_server and gpus > 0
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    workers = wanted or int(gpus if on_gpus else nodes if loads_model else max(1, cpus - 1))
+    workers = wanted or max(1, int(gpus if on_gpus else nodes if loads_model else cpus - 1))  # a GPU may be a part of one
     free = cpus - 1  # one is left for reading tasks
     if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
         raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")

@@ -113,6 +113,8 @@ def run_on_cluster(
         run = replace(run, inputs=_digest_inputs(run, described, model))
         first = next(n for n, stage in enumerate(stages) if stage.compare)
         stats, run = _fill(run, stages[: first + 1], workers, progress)
+        if _had_more(run):
+            write_json(dataset.provenance("source"), described | {"preview": True})
         return _finish(run, stages, first, stats, progress, check)
 
 
@@ -132,11 +134,15 @@ def review_on_cluster(
     """
     with open_cluster("local"):
         plan = RunPlan(dataset, config, "", choose_image_kind(config))
-        filled = tuple(read_json(dataset.finished)["filled"])
+        finished = read_json(dataset.finished)
         files = digest(named_files(config))
-        run = ShardedRun(plan, Path.cwd(), _count_shards(dataset, None), 1, "", "", files, "review", filled)
+        run = ShardedRun(plan, Path.cwd(), _count_shards(dataset, None), 1, "", "", files, "review", tuple(finished["filled"]))
         _begin(run)
-        return _finish(run, stages, len(stages) - 1, RequestStats(), progress, check)
+        try:
+            return _finish(run, stages, len(stages) - 1, RequestStats(), progress, check)
+        except BaseException:  # the shards are as they were: other reviews may be applied
+            write_json(dataset.finished, finished)
+            raise
 
 
 def _finish(
@@ -176,6 +182,12 @@ def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progres
         if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
             remove(old)  # of an earlier run, or of an abandoned worker
     return stats, replace(run, filled=filled)
+
+
+def _had_more(run: ShardedRun) -> bool:
+    """Return whether the source has more images than the limit."""
+    about = read_json(run.more) if run.more.exists() else {}
+    return about.get("inputs") == run.inputs and bool(about["has_more"])
 
 
 def _read_slice(run: ShardedRun, index: int) -> None:

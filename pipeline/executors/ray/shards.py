@@ -22,6 +22,8 @@ from pipeline.sources import files_of_source
 from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_json, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
+from pipeline.tasks import find_task
+from pipeline.tasks.output_schema import code_digest
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
@@ -104,6 +106,11 @@ class ShardedRun:
         return Shuffle(self.shuffle_root / name, self.shard_count)
 
     @property
+    def more(self) -> Path:
+        """The file that says whether the source had more images than the limit."""
+        return self.root / "shards" / "more.json"
+
+    @property
     def attempts(self) -> Path:
         """The folder of attempt counts: how often work of this run was begun and not ended."""
         return self.root / "shards" / "tries"
@@ -121,9 +128,15 @@ def change_directory(path: Path, *, is_required: bool) -> None:
 
 
 def named_files(config: Config) -> dict[str, Any]:
-    """Return the content or the digest of each file that the settings name, by setting."""
+    """Return the content or the digest of each file that the settings name, code of own tasks among them, by setting."""
     clip, entries, generate = Path(config.verify.clip_model), config.balance.entries, config.generate
+    own = [
+        [task.name, find_task(task.name, config.own_tasks).wire_schema(), code_digest(task.output)]
+        for task in config.own_tasks
+        if task.output
+    ]
     return {
+        **({"own_tasks": own} if own else {}),
         "prompts": prompt_texts(asked_tasks(config), generate.prompt_dir, generate.prompt_version, generate.style_prompts),
         **files_of_source(config),
         "entries": file_digest(entries) if entries and entries.exists() else None,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from pipeline.sources import open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import Services, Stage
 from pipeline.stages.generate import generate_annotations
-from pipeline.stages.source import BATCH_BYTES, write_source
+from pipeline.stages.source import BATCH_BYTES, count_passing, is_worth_another_try, write_source
 from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
@@ -86,7 +87,10 @@ def _read(run: ShardedRun, index: int, rejected: list[dict[str, Any]]) -> Iterat
 
 
 def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sample | Rejected]:
-    """Yield rows until `limit` distinct images that are not excluded have come; shards check exclusions again."""
+    """Yield rows until `limit` distinct images that are not excluded have come; shards check exclusions again.
+
+    Write down whether the source has more, if it is so.
+    """
     limit = run.config.limit
     if limit is None or run.readers > 1:
         yield from rows
@@ -97,6 +101,7 @@ def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sampl
         if isinstance(row, Sample) and not excluded.find(row):
             ids.add(row.id)
             if len(ids) == limit:
+                write_json(run.more, {"inputs": run.inputs, "has_more": next(rows, None) is not None})
                 return
 
 
@@ -106,11 +111,17 @@ def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult
     if not path.exists():
         return None
     filled = read_json(path)
-    if filled["inputs"] != run.inputs:
+    if filled["inputs"] != run.inputs or is_worth_another_try(filled.get("may_pass", 0), filled.get("may_pass_before")):
         return None
     result = FillResult(**filled["result"])
     shard = DatasetDir(run.root / "shards" / result.folder)  # an abandoned worker may name one that was removed
     return result if shard.stage(last_stage).exists() else None
+
+
+def _count_passing_before(path: Path, inputs: str) -> int | None:
+    """Return how many rows failed for reasons that may pass when a shard was filled from these inputs before, if it was."""
+    filled = read_json(path) if path.exists() else {}
+    return filled.get("may_pass") if filled.get("inputs") == inputs else None
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):
@@ -135,15 +146,17 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             if is_remote(run.root):
                 forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
             return FillResult(**{**asdict(result), "asked": 0, "is_old": True})
+        before = _count_passing_before(path, run.inputs)
         if is_remote(run.root):
             with scratch_shard(run, index) as shard:
-                result = self._fill(index, shard)
+                result, may_pass = self._fill(index, shard), count_passing(shard)
                 result = FillResult(**{**asdict(result), "folder": upload_stages(run, index, shard)})
         else:
             path.unlink(missing_ok=True)  # from here on the shard is rewritten in place
-            result = self._fill(index, run.shard(index))
+            result, may_pass = self._fill(index, run.shard(index)), count_passing(run.shard(index))
         if not any(result.flaws.get(reason) for reason in UNANSWERED):  # the same command retries unanswered requests
-            write_json(path, {"inputs": run.inputs, "result": asdict(result)})
+            tries = {"may_pass": may_pass, "may_pass_before": before}
+            write_json(path, {"inputs": run.inputs, "result": asdict(result), **tries})
         return result
 
     @property

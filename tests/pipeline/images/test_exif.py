@@ -100,3 +100,13 @@ def test_a_column_of_the_source_comes_before_a_field_of_that_name(tmp_path: Path
         (sample,) = open_source(resolve(source=source, columns={"context": "exif_FNumber,exif_Model"})).rows
         assert isinstance(sample, Sample)
         assert dict(sample.context) == {"exif_FNumber": "2.8", "exif_Model": "of the table"}
+
+
+def test_a_number_that_the_camera_did_not_know_is_no_text() -> None:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FNumber] = TiffImagePlugin.IFDRational(0, 0)
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitude] = tuple(TiffImagePlugin.IFDRational(0, 0) for _ in range(3))
+    buffer = io.BytesIO()
+    photo(1).save(buffer, "JPEG", exif=exif)
+    assert read_exif(buffer.getvalue(), NAMES) == {}

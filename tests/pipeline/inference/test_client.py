@@ -669,6 +669,14 @@ def test_a_server_that_fails_for_a_while_is_used_again(tmp_path: Path, monkeypat
     assert len(other.bodies) > 40
 
 
+def test_half_of_an_emoji_in_an_error_costs_its_request_alone(tmp_path: Path) -> None:
+    """A gateway may cut a message anywhere."""
+    cut = Act(raw=b'{"error": {"message": "cannot read: \\ud83d"}}', status=400)
+    with running_chat(ChatServer(lambda times, body: cut if uuid_of(body) == SAMPLES[3].id else None)) as chat:
+        _, errors = run(tmp_path / "j", chat.url)
+    assert errors == {None: ASKED - 3, "refused_by_server": 3}
+
+
 def test_of_two_servers_the_one_that_is_busy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "BUSY_WARNING_SECONDS", 0.2)
     good, busy = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(lambda times, body: Act(status=429))

@@ -99,3 +99,13 @@ def test_an_animation_whose_second_frame_is_damaged_is_sent_as_its_first() -> No
     data = out.getvalue()[:-1] + b"\x21\xf9\x01\x00\x00\x3b"
     assert sendable_format(data, None) is None
     assert reencode(data, None).startswith(b"\xff\xd8")
+
+
+def test_images_that_a_server_reads_from_a_folder_take_memory_too(tmp_path: Path) -> None:
+    """The folder lies in /dev/shm: requests whose images do not fit there are not sent at once."""
+    image = encoded(size=(900, 700))
+    with ThreadPoolExecutor(1) as pool:
+        inline, by_path = RequestImages(None, None, None, pool), RequestImages(tmp_path, None, None, pool)
+        for one in (inline, by_path):
+            part(one, image)
+    assert inline.bound(10 * len(image)) <= by_path.bound(10 * len(image)) <= 10

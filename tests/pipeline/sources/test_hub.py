@@ -340,6 +340,16 @@ def test_of_configs_as_push_to_hub_declares_them_one_is_read(hub: RunningHub) ->
     assert [(row.images, row.split) for row in rows] == [((datasets.photo(0),), "test")]
 
 
+def test_a_star_of_a_card_stays_within_its_folder_and_a_file_is_read_once(hub: RunningHub) -> None:
+    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(2)}
+    files = {"data/train-0.parquet": tables[0], "data/train-more/train-0.parquet": tables[1]}
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+    card += b"  - {split: train, path: data/train-*}\n  - {split: train, path: ./data/*.parquet}\n---\n"
+    hub.hub.storage.seed("dataset", "me/starred", {**files, "README.md": card})
+    rows, _ = read("hub:me/starred", columns={"image": "photo"})
+    assert [row.images for row in rows] == [(datasets.photo(0),)]
+
+
 def test_configs_that_read_columns_of_the_same_files_are_one_table(hub: RunningHub) -> None:
     files = {"train-00000.parquet": datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)}
     entry = "\n  data_files:\n  - {split: train, path: train-*.parquet}\n"

@@ -2,7 +2,10 @@
 
 import pytest
 
-from pipeline.text.vqa_answers import normalize_answer
+from pipeline.inference.verification import is_confirmed
+from pipeline.tasks.qa import tidy_pair
+from pipeline.text.language_codes import YES_OR_NO
+from pipeline.text.vqa_answers import kind_of_answer, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,16 @@ from pipeline.text.vqa_answers import normalize_answer
 def test_an_answer_is_brought_into_the_official_form(answer: str, normal: str) -> None:
     """Expected values are those of the official code; 200,000 generated answers agreed with it as well."""
     assert normalize_answer(answer) == normal
+
+
+@pytest.mark.parametrize("answer", ["yes", "Yes.", "はい。", "是。", "हाँ।", "Oui\u202f!", "нет.", "نعم۔"])  # noqa: RUF001
+def test_yes_and_no_are_known_in_any_language_and_with_its_marks(answer: str) -> None:
+    assert kind_of_answer(answer) == "yes/no"
+    pair = tidy_pair({"question": "?", "answer": answer, "answer_type": "yes/no"})
+    assert pair["answer"].casefold() in YES_OR_NO
+
+
+def test_an_answer_with_the_mark_of_its_language_is_the_same_answer() -> None:
+    assert is_confirmed({"answer": "公園。", "expected": "公園"})
+    assert is_confirmed({"answer": "はい。", "expected": "yes"})
+    assert not is_confirmed({"answer": "公園。", "expected": "駅"})

@@ -44,6 +44,7 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
         (1, 0, None, "1 workers do not fit on 1 CPUs"),
         (2, 0, 11, "11 workers do not fit on 2 CPUs"),
         (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
+        (8, 0.5, None, r"1 workers with a server each do not fit on 0\.5 GPUs"),
     ],
 )
 def test_workers_that_do_not_fit_are_an_error_before_the_start(

@@ -11,13 +11,14 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import SourceError
+from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, read_fill_result, read_slice
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.source import open_exclusions, write_exclusions, write_source
+from pipeline.stages.source import open_exclusions, write_exclusions, write_rejected, write_source
 from pipeline.storage.files import remove, write_json
 from pipeline.storage.object_store import parse_dataset_path
 from tests.hub import datasets
@@ -80,3 +81,39 @@ def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
     assert not read_fill_result(replace(run, inputs="others"), 1, "filter")
     assert not read_fill_result(run, 0, "filter")
     remove(home)
+
+
+@pytest.mark.parametrize(("limit", "has_more"), [(5, True), (15, True), (100, False)])
+def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
+    tmp_path: Path,
+    photos: Path,
+    limit: int,
+    has_more: bool,  # noqa: FBT001
+) -> None:
+    config = resolve(source=f"folder:{photos}", limit=limit)
+    plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
+    run = ShardedRun(plan, tmp_path, 2, 1, "embedded", open_source(config).revision, "files", "inputs")
+    write_exclusions(plan.dataset, config, [], NullProgress())
+    read_slice(run, 0)
+    assert _had_more(run) == has_more
+    assert not _had_more(replace(run, inputs="others"))
+
+
+def test_a_shard_with_rows_that_failed_is_filled_again_as_long_as_that_gives_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in one process."""
+    config = resolve(source="scenes", limit=3)
+    run = ShardedRun(plan_of(tmp_path, config), tmp_path, 1, 1, "embedded", "s", "files", "inputs")
+    left = iter([2, 1, 1, 1])
+
+    def fill(_: ShardWorker, index: int, shard: DatasetDir) -> FillResult:
+        rejected = [{"source_row": str(n), "reason": "url_unreachable", "detail": ""} for n in range(next(left))]
+        write_rejected(shard, rejected)
+        write_json(shard.stage("filter"), {})
+        return FillResult(run.shard(index).path.name)
+
+    monkeypatch.setattr(ShardWorker, "_fill", fill)
+    monkeypatch.setattr(ShardWorker, "last_stage", "filter")
+    worker = ShardWorker(run, [])
+    assert [worker._fill_once(0).is_old for _ in range(5)] == [False, False, False, True, True]
