@@ -383,7 +383,11 @@ def send(
 
     sizes, is_unknown = package.bytes(), package.has_unknown_license
     option = "--license" if package.kind == "dataset" else "--public"
-    reason = f", as the license of the images is not known ({option})" if private is None and is_unknown else ""
+    reason = (
+        f", as the license of images is unknown or no open one that is known here ({option})"
+        if private is None and is_unknown
+        else ""
+    )
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")

@@ -104,12 +104,14 @@ def _question_entries(item: Item) -> list[dict[str, str]]:
     return [{"question": question, "answer": answer, WRITTEN_BY: item.writer(question)} for question, answer in item.questions]
 
 
-def _with_values(about: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _with_values(about: dict[str, Any], item: Item) -> dict[str, Any]:
     """Return what a format says of an image with the values of own tasks; a name that the format uses gets an underscore.
 
-    All of it is a model's, but for the objects in lists that say otherwise, and the references.
+    It says who wrote its text; values of own tasks are a model's. Objects in lists say it by themselves, and references are
+    people's.
     """
-    about = about | {WRITTEN_BY: BY_MODEL}
+    values = item.values
+    about = about | {WRITTEN_BY: BY_MODEL if values else item.writer(about.get("text") or "")}
     return about | {f"{name}_" if name in about else name: value for name, value in values.items()}
 
 
@@ -123,7 +125,7 @@ class ImageFolder(_Format):
         questions = _question_entries(item)
         texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
         about = {"file_name": item.file_name, **texts, "license": item.license, "source_row": item.source_row}
-        self.line(f"{item.split}/{DRAFT}", _with_values(about, item.values))
+        self.line(f"{item.split}/{DRAFT}", _with_values(about, item))
         return True
 
     def close(self) -> None:
@@ -189,7 +191,7 @@ class WebDataset(_Format):
             "height": item.height_px,
             "license": item.license,
         }
-        members = {item.suffix: item.image, "json": _json(_with_values(about, item.values)).encode()}
+        members = {item.suffix: item.image, "json": _json(_with_values(about, item)).encode()}
         text = item.caption(self.style)
         members |= {"txt": text.encode()} if text is not None else {}
         for suffix, data in members.items():

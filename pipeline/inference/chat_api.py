@@ -195,6 +195,21 @@ def misses_image(message: str) -> bool:
     return "data is not provided" in message
 
 
+def problem_of(answer: bytes) -> str | None:
+    """Return what is wrong with an answer of status 200 that holds no reply; None if it holds one."""
+    try:
+        value = parse_json(answer)
+    except ValueError:
+        if answer.lstrip().startswith(b"data:"):
+            return "a stream, which it was not asked for"
+        return None
+    if not isinstance(value, dict) or value.get("choices"):
+        return None
+    if value.get("error"):
+        return f"an error: {error_message(answer)}"
+    return "no reply: its list of choices is empty" if "choices" in value else None
+
+
 def proves_schemas(answer: bytes) -> bool:
     """Return whether the answer to `probe` is the only one that its schema allows."""
     try:

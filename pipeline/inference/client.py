@@ -185,10 +185,12 @@ class Client:
             except ServerFaultError as fault:
                 endpoint.fault = str(fault)
                 endpoint.is_up.clear()
+            except EngineError as refusal:
+                self._retire(endpoint, refusal)
         if not lengths:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
-            if not endpoint.is_up.is_set():
+            if not endpoint.is_up.is_set() and not endpoint.is_retired:
                 self._progress.warn(f"{endpoint.url} does not answer; going on without it")
         roots = dict.fromkeys(endpoint.model_root for endpoint in self._endpoints if endpoint.model_root)
         if len(roots) > 1:

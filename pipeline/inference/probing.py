@@ -52,8 +52,11 @@ async def learn_all(
     if not done:
         done, _ = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
     late -= done
-    for task in done:
-        task.result()
+    refusals = {learners[task]: error for task in done if (error := task.exception())}
+    for endpoint, error in refusals.items():
+        if len(refusals) == len(done) or not isinstance(error, EngineError):
+            raise error
+        retire(endpoint, error)
     for task in late:
         progress.warn(f"{learners[task].url} has not answered its first request yet; going on without it until it does")
         learners[task].is_up.clear()
@@ -91,6 +94,9 @@ async def learn_dialect(
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
         status, answer = await _probe(endpoint, session, probe, server, progress)
+        if status == 200 and (problem := chat_api.problem_of(answer)):
+            hint = "what it says there is to be mended first; then run the same command"
+            raise EngineError(f"{endpoint.url} answers its first request with {problem}", hint=hint)
         if status == 200 and chat_api.is_cut_before_text(answer):
             if max_tokens >= reply_tokens:
                 hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
@@ -175,6 +181,7 @@ async def _probe(
         except CONNECTION_ERRORS as error:
             faults += 1
             if faults == MAX_FAULTS or loop.time() > ends_at:
-                reason = one_line(error) or "it does not answer in time"
+                waited = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
+                reason = waited if isinstance(error, TimeoutError) else one_line(error)
                 raise EngineError(f"{endpoint.url} fails at its first request: {reason}", hint="look at its log") from None
         await asyncio.sleep(backoff_seconds(faults + min(refusals, 3)))

@@ -125,5 +125,5 @@ def shown_models(models: Iterable[str]) -> str:
 
 def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
     """Return the error that a server does not serve a model."""
-    hint = f"it serves {shown_models(models) or 'none'}: pass --model"
+    hint = f"it serves {shown_models(models) or 'none'}: name one of them, by --model or --judge MODEL@URL"
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)

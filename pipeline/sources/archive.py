@@ -285,7 +285,8 @@ def open_archives(
     messages: tuple[str, ...] = ()
     if archives.is_local and part == ALL:
         with archives.translate_errors():
-            messages = tuple(_describe_texts(names[0], index_of(names[0])))
+            first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
+            messages = tuple(_describe_texts(first, index_of(names[0])))
     if not split:
         by_split: dict[str | None, list[str]] = {}
         for name in names:

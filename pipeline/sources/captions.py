@@ -127,13 +127,17 @@ def _rows(text: str) -> Iterator[Row]:
 
 def _rows_of_lines(text: str) -> Iterator[Row]:
     """Yield the rows of JSON lines. Raise ValueError for a line that is none."""
+    yield from (_object_row(value) for value in read_lines(text) if value is not None)
+
+
+def read_lines(text: str) -> Iterator[Any]:
+    """Yield the values of JSON lines. Raise ValueError, with its number, for a line that is none."""
     for number, line in enumerate(text.split("\n"), start=1):  # other line ends may be in a string
         try:
-            value = json.loads(line) if line.strip() else None
+            if line.strip():
+                yield json.loads(line)
         except ValueError as error:
             raise ValueError(f"line {number} is no JSON: {error}") from None
-        if value is not None:
-            yield _object_row(value)
 
 
 def read_table(text: str, *, is_quoted: bool = False) -> Iterator[dict[str, Any]]:
@@ -234,7 +238,10 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
     """Return the captions of a row; of an export of ours also those in its column `references`, each once."""
     references = _texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
-    return [*dict.fromkeys([*read_texts(row, names), *references])] if references else read_texts(row, names)
+    if not references:
+        return read_texts(row, names)
+    # A caption in a version is tidy, and a reference as it was given.
+    return [*{" ".join(text.split()): text for text in reversed([*read_texts(row, names), *references])}.values()][::-1]
 
 
 def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:

@@ -143,6 +143,8 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         columns["references"] = texts[:1]
     elif not _holds_texts(kind := schema.field(columns["references"][0]).type):
         raise SourceError(f"the column {mapping['references']} holds {kind}, and no captions", hint=_MAPPING_HINT)
+    if "question" not in mapping and _is_own_version(schema) and "reference_qa" in schema.names:
+        columns["reference_qa"] = ["reference_qa"]
     if ("question" in columns) != ("answer" in columns):
         raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
@@ -167,6 +169,9 @@ def _read_row(
             detail = f"{len(questions)} questions, and {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
         fields["reference_qa"] = _questions(questions, answers)
+    elif "reference_qa" in columns:
+        listed = row[columns["reference_qa"][0]] or ()
+        fields["reference_qa"] = tuple(question for one in listed if (question := read_question(one)))
     return partial(build_sample, name, images, allow_urls=allow_urls, **fields)
 
 

@@ -8,7 +8,8 @@ the context of prompts, and so may `folder` and `file_name`, which every image h
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,8 +48,10 @@ from pipeline.sources.captions import (
     texts_by_model,
 )
 from pipeline.sources.file_digests import digest_of_file
+from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, read_regular
+from pipeline.tables import SPLITS
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
@@ -125,6 +128,9 @@ def open_folder(
     bound = None if follow_links else root
     references = read_references(root, paths, columns, content.images, follow_links=follow_links)
     _add_caption_files(references, caption_files, root, content.images)
+    by_name = {row_name(path, root): path for path in content.images}  # of all, also for a slice
+    for name, split in splits_of_names(_first_folders(by_name)).items():
+        references.splits.setdefault(by_name[name], split)
     has_questions = bool(references.questions)
     contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
     unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE} and not is_exif_name(name)]
@@ -160,6 +166,25 @@ def open_folder(
     )
 
 
+def _first_folders(names: Collection[str]) -> dict[str, str]:
+    """Return by the path of each image the folder in which it lies below those that all of them share; "" for none."""
+    shared = os.path.commonpath(names) if len(names) > 1 else ""
+    below = {name: name.removeprefix(f"{shared}/") for name in names}
+    return {name: rest.rpartition("/")[0].partition("/")[0] for name, rest in below.items()}
+
+
+def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the splits that names say, such as those of the folders of images: none unless each says one, and they differ.
+
+    Without a split to validate on, those of the split train are left out: some of them are needed for it.
+    """
+    splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
+    found = {split: key for key, split in splits.items()}
+    if None in found or len(found) < 2:
+        return {}
+    return {key: split for key, split in splits.items() if split and (split != "train" or "validation" in found)}
+
+
 def _more(references: References, path: Path) -> list[Any]:
     """Return what the revision has of an image beside its captions: nothing where there is none, as in earlier releases."""
     asked = [[one.question, one.answers, one.answer_type] for one in references.questions.get(path, ())]
@@ -170,6 +195,7 @@ def _more(references: References, path: Path) -> list[Any]:
 def _add_caption_files(references: References, files: Sequence[Path], root: Path, images: Sequence[Path]) -> None:
     """Add what files of captions say of the images of a folder. Raise SourceError if none of it is about them."""
     by_name = {row_name(path, root): path for path in images}
+    splits = splits_of_names({str(file): split_of_path(file.stem) or "" for file in files})  # captions_val2017.json
     read_before = {path.resolve() for path in references.files}
     for file in (path for path in files if path.resolve() not in read_before):
         matched, unknown = match_images(read_captions(file), list(by_name))
@@ -182,7 +208,7 @@ def _add_caption_files(references: References, files: Sequence[Path], root: Path
             path = by_name[name]
             references.captions[path] = (*references.captions.get(path, ()), *about.captions)
             references.questions[path] = (*references.questions.get(path, ()), *about.questions)
-            if split := most_held_out(about.split, references.splits.get(path)):
+            if split := most_held_out(about.split or splits.get(str(file)), references.splits.get(path)):
                 references.splits[path] = split
             references.num_by_model += about.num_by_model
     if not any(references.questions.values()):
@@ -227,6 +253,9 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
         captioned = [references.captions[path] for path in content.images if path in references.captions]
         count, total = sum(map(len, captioned)), len(content.images)
         yield f"captions of people: {count:,} for {len(captioned):,} of {total:,} images"
+    if references.splits:
+        counts = Counter(references.splits[path] for path in content.images if path in references.splits)
+        yield f"splits of the source: {', '.join(f'{counts[split]:,} {split}' for split in SPLITS if counts[split])}"
     if references.questions:
         asked = [references.questions[path] for path in content.images if references.questions.get(path)]
         yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
@@ -435,7 +464,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="folder:PATH",
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
-    splits="by hash",
+    splits="as folders train, validation and test say, or files of captions, else by hash",
     size="yours",
     license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",

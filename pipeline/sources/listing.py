@@ -25,25 +25,30 @@ from pipeline.sources.captions import (
     ANSWER_TYPE,
     ANSWERS,
     CAPTION_COLUMNS,
+    CAPTIONS,
     FILE_NAMES,
+    QA,
     QUESTION,
     SPLIT,
+    captions_of_people,
     decode_text,
-    read_question,
+    questions_of_people,
+    read_lines,
     read_split,
     read_table,
-    read_texts,
 )
 from pipeline.sources.columns import stored_split
 from pipeline.sources.folder import REFUSALS, digest_or_fault
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.tables import WRITTEN_BY
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)
 IMAGE_COLUMNS = (*FILE_NAMES, "url", "image_url")
-READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *CAPTION_COLUMNS, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE))
+READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *CAPTION_COLUMNS, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE, QA))
+OF_EXPORTS = frozenset((*CAPTIONS, "style", WRITTEN_BY))  # more of the columns of an export
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -54,7 +59,7 @@ class ListedImage:
     name: str
     address: str
     captions: tuple[str, ...] = ()
-    question: ReferenceQA | None = None
+    questions: tuple[ReferenceQA, ...] = ()
     split: str | None = None
     context: Context = ()
     fault: str = ""  # why the line cannot be used, if so
@@ -103,8 +108,7 @@ def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
     if suffix in TABLE_SUFFIXES:
         return list(enumerate(read_table(text), 1))
     if suffix in JSON_SUFFIXES:
-        is_array = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_array else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_lines(text))
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no JSON object")
         return list(enumerate(rows, 1))
@@ -126,8 +130,8 @@ def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path
     except ValueError as error:
         split, fault = None, str(error)
     context = tuple((column, as_text(row.get(column))) for column in columns)
-    captions = tuple(read_texts(values, CAPTION_COLUMNS))
-    return ListedImage(name, address, captions, read_question(values), split, context, fault)
+    captions = tuple(captions_of_people(values, CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS))  # an export has a title
+    return ListedImage(name, address, captions, questions_of_people(values), split, context, fault)
 
 
 def _spellings(address: str) -> Iterator[str]:
@@ -165,7 +169,7 @@ def open_list(
     if not chosen:
         raise SourceError(f"{file} has no line of the split {split}", hint=f"the column {SPLIT} says it")
     own, bound = chosen[part.number :: part.of], None if follow_links else root
-    has_questions = any(image.question for image in whole.images)
+    has_questions = any(image.questions for image in whole.images)
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
@@ -176,7 +180,7 @@ def open_list(
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
         fields: dict[str, Any] = {"references": image.captions, "context": image.context}
         fields |= {"split": stored_split(image.split, split)}
-        fields |= {"reference_qa": (image.question,) if image.question else ()} if has_questions else {}
+        fields |= {"reference_qa": image.questions} if has_questions else {}
         return RawSample(source_row=image.name, images=(data,), licence=licence, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
@@ -195,9 +199,9 @@ def open_list(
 def _content(image: ListedImage, root: Path, file_digest: Callable[[Path], str]) -> list[Any]:
     """Return what the revision has of a line: the content of a file, the address of another image, and the texts."""
     data = image.address.encode("utf-8", "replace").decode() if image.is_url else file_digest(root / image.address)
-    asked = [image.question.question, image.question.answers, image.question.answer_type] if image.question else None
-    fault = [image.fault] if image.fault else []  # nothing where there is none, as in earlier releases
-    return [image.name, data, image.captions, asked, image.split, image.context, *fault]
+    asked = [[one.question, one.answers, one.answer_type] for one in image.questions]
+    more = [*([asked[1:]] if asked[1:] else []), *([image.fault] if image.fault else [])]  # nothing where there is none
+    return [image.name, data, image.captions, asked[0] if asked else None, image.split, image.context, *more]
 
 
 def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_urls: bool) -> bytes:
@@ -222,11 +226,12 @@ def _describe(whole: ImageList, columns: Sequence[str]) -> Iterator[str]:
     total = len(whole.images)
     counts = {
         "captions of people": sum(bool(image.captions) for image in whole.images),
-        "questions of people": sum(bool(image.question) for image in whole.images),
+        "questions of people": sum(bool(image.questions) for image in whole.images),
         "on the web": sum(image.is_url for image in whole.images),
     }
     yield from (f"{what}: {count:,} of {total:,} lines" for what, count in counts.items() if count)
-    if unread := [name for name in whole.columns if name.lower() not in READ_COLUMNS and name not in columns]:
+    read = READ_COLUMNS | (OF_EXPORTS if WRITTEN_BY in whole.columns else frozenset())
+    if unread := [name for name in whole.columns if name.lower() not in read and name not in columns]:
         yield f"columns that are not read: {', '.join(unread)[:200]}"
 
 

@@ -223,8 +223,9 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
         is_url = str(path).startswith(("http://", "https://"))
         if is_url and allow_urls:
             return fetch_image(str(path))
+        reason = "image_not_embedded" if is_url else "image_is_a_path"
         kind = "a URL, which --allow-urls would fetch" if is_url else "a path, which is never opened"
-        raise ImageError("image_not_embedded", f"in place of an image the row names {kind}")
+        raise ImageError(reason, f"in place of an image the row names {kind}")
     if not isinstance(value, bytes) or not value:
         raise ImageError("image_missing", "the row holds no image")
     if len(value) > MAX_IMAGE_BYTES:

@@ -40,7 +40,7 @@ STAGE = Stage(
         "too_short": "lower filter.min_caption_words or filter.min_question_words",
         "too_long": "raise filter.max_caption_words, filter.max_question_words or filter.max_answer_words",
         "repetitive": "raise filter.max_duplicate_trigram_frac or lower filter.min_distinct_word_frac",
-        "refusal": "the model refuses: look at its replies with `synth preview`",
+        "refusal": "they read like refusals of a model: `synth report` shows them",
         "unanswerable": "ask for answers that the image shows: generate.prompt_dir",
         "answer_in_question": "ask otherwise: generate.prompt_dir",
     },

@@ -40,6 +40,7 @@ BATCH_BYTES = 16_000_000
 BATCH_ROWS = 1_024  # of the source, where most of them are rejected, or copies
 ADVICE = {  # by reason: what to change if it rejects too many rows
     "image_not_embedded": "the images are named by their address: --allow-urls fetches them",
+    "image_is_a_path": "list:FILE reads the images that a CSV or JSON file names; a table holds their bytes",
     "unsupported_format": "convert the files to JPEG; HEIC is read with the package pillow-heif (extra `heic`)",
     "several_images": "--columns pages=COLUMN reads them as a deck",
     "too_many_pages": "split the decks",

@@ -29,6 +29,7 @@ NAMES = pa.schema({"sample_id": STRING, "key": STRING})  # what names of the row
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 FIRST_KEYS = pa.schema({"key": STRING, "first_key": STRING})
 ADDS = pa.schema({"stated_split": STRING, "split_group": STRING})
+_NUMBER_WITHIN = re.compile(r"(.*?)\d+(\D*)$")
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
 
@@ -102,7 +103,8 @@ def _load_named_groups(comparison: Comparison) -> None:
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     """Return what rows of the source have in common that belong together; "" for a file that stands alone.
 
-    By folder: the folder of the file. By prefix: its name without the last number, as in `clip1_0042.jpg`.
+    By folder: the folder of the file. By prefix: its name without the last number, as in `clip1_0042.jpg`; of a name that is
+    nothing but a number, its folder, if it lies in one.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
@@ -110,7 +112,11 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
         return folder
     name = path.name.removesuffix(path.suffix)
     prefix = _LAST_NUMBER.sub("", name)
-    return f"{folder}/{prefix}" if prefix not in ("", name) else ""
+    if prefix not in ("", name):
+        return f"{folder}/{prefix}"
+    if prefix == name and (within := _NUMBER_WITHIN.match(name)):  # as in clip1_0042_left.jpg
+        return f"{folder}/{within[1]}*{within[2]}"
+    return f"{folder}/" if folder and not prefix else ""
 
 
 def join_keys(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

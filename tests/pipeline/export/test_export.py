@@ -30,9 +30,9 @@ from pipeline.export.items import read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
-from pipeline.tables import STRING, Extras, OwnColumn
+from pipeline.tables import ROW, STRING, Extras, OwnColumn
 from pipeline.tasks.output_schema import arrow_type, close_schema
-from pipeline.types import Sample
+from pipeline.types import ReferenceQA, Sample, SourceSlice
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30
@@ -162,9 +162,62 @@ def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
         assert {*row.references} == {text for _, text in item.captions if text in item.of_people} | {*of_source}
         questions = [pair for pair in item.questions if pair[0] in item.of_people and keeps_all]
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
-        assert row.split == (item.split if kind == "webdataset" else None)
+        assert row.split == (item.split if kind == "webdataset" else None)  # the others have one split here
     said = [message for message in opened.messages if message.startswith("texts that a model wrote, which are none of people")]
     assert len(said) == 1 and not said[0].endswith(" 0")
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
+def test_an_export_that_is_read_again_keeps_its_splits(kind: str, version: Version, tmp_path: Path) -> None:
+    """Test images of before would else be learned from."""
+    export_version(version, kind, tmp_path / "out")
+    source = f"archive:{tmp_path / 'out'}" if kind == "webdataset" else f"folder:{tmp_path / 'out'}"
+    opened = open_source(resolve(source=source))
+    rows = [row for row in opened.rows if isinstance(row, Sample)]
+    assert {row.id: row.split for row in rows} == {item.name: item.split for item in read_items(version)}
+    slices = [open_source(resolve(source=source), SourceSlice(number, 3)).rows for number in range(3)]
+    assert {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)} == {
+        row.source_row: row.split for row in rows
+    }
+
+
+def test_an_export_of_people_says_that_they_wrote_it(version: Version, tmp_path: Path) -> None:
+    (item, *_) = read_items(version, ["train"])
+    words = [f"  Two  dogs, {number}." for number in range(2)]
+    tidy = [(style, " ".join(text.split())) for (style, _), text in zip(item.captions, words, strict=False)]
+    of_people = frozenset(text for _, text in tidy)
+    item = replace(item, captions=tidy, of_people=of_people, references=words, questions=(), values={})
+    writer = FORMATS["imagefolder"](tmp_path, None)
+    writer.add(item)
+    writer.close()
+    (row,) = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
+    assert row["written_by"] == "people"
+    opened = open_source(resolve(source=f"folder:{tmp_path}"))
+    (sample,) = [row for row in opened.rows if isinstance(row, Sample)]
+    assert sample.references == tuple(text for _, text in tidy)  # each once, as the version has it
+    assert not any("a model wrote" in text for text in opened.messages)
+
+
+def test_a_table_of_captions_is_read_as_a_list(version: Version, tmp_path: Path) -> None:
+    export_version(version, "csv", tmp_path / "out")
+    file = tmp_path / "out/train.csv"
+    file.write_text(file.read_text().replace(",model", ",people"))
+    opened = open_source(resolve(source=f"list:{file}"))
+    assert not any("not read" in text for text in opened.messages)
+    expected = {(item.name, text) for item in read_items(version, ["train"]) for _, text in item.captions}
+    assert {(row.id, text) for row in opened.rows if isinstance(row, Sample) for text in row.references} == expected
+
+
+def test_a_version_is_read_with_the_questions_of_people(version: Version, tmp_path: Path) -> None:
+    path = next(version.path.glob("train-*.parquet"))
+    table = pq.read_table(path)
+    if "reference_qa" in table.column_names:
+        table = table.drop_columns(["reference_qa"])
+    asked = [[{"question": "What is it?", "answers": ["a ring"], "answer_type": None}]] * table.num_rows
+    kind = ROW.field("reference_qa").type
+    pq.write_table(table.append_column("reference_qa", pa.array(asked, kind)), tmp_path / "train.parquet")
+    rows = [row for row in open_source(resolve(source=f"parquet:{tmp_path}")).rows if isinstance(row, Sample)]
+    assert {row.reference_qa for row in rows} == {(ReferenceQA(question="What is it?", answers=("a ring",)),)}
 
 
 def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: 
     source = open_folder(folder, caption_files=files)
     assert source.messages == (
         "captions of people: 4 for 3 of 3 images",
+        "splits of the source: 1 train, 1 validation",
         "questions of people: 1 about 1 of 3 images",
         f"{tmp_path}/vqa.jsonl names 1 images that are not here: 99",
     )

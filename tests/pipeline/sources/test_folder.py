@@ -368,3 +368,23 @@ def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_pat
     (tmp_path / "metadata.csv").write_text(f"file_name,caption\n{named},A bridge.\nb\\..\\a.jpg,Nothing.\na.jpg,A bowl.\n")
     rows = {row.source_row: row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
     assert rows == {stored: ("A bridge.",), "a.jpg": ("A bowl.",)}
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train/a.jpg", "val/b.jpg", "Test/c.jpg"], ["train", "validation", "test"]),
+        (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # some to validate on are needed
+        (["train/a.jpg", "val/b.jpg", "c.jpg"], [None] * 3),
+        (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], [None] * 3),
+        (["test/a.jpg", "test/b.jpg"], [None] * 2),
+    ],
+)
+def test_folders_that_are_named_after_splits_say_them(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo(number))
+    source = open_folder(tmp_path)
+    found = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
+    assert [found[name] for name in names] == splits
+    assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)

@@ -149,7 +149,7 @@ def test_a_server_of_ones_own_is_not_even_asked(server: str) -> None:
 def test_a_local_path_is_not_opened_even_if_urls_are_allowed() -> None:
     with pytest.raises(ImageError) as caught:
         embedded_bytes({"bytes": None, "path": "/etc/hostname"}, allow_urls=True)
-    assert caught.value.reason == "image_not_embedded"
+    assert caught.value.reason == "image_is_a_path"
 
 
 @pytest.mark.parametrize(

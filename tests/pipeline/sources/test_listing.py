@@ -298,3 +298,14 @@ def test_a_name_is_found_in_either_form_of_unicode(
     (tmp_path / "a.txt").write_text(unicodedata.normalize(listed, "Köln.jpg") + "\n")
     rows = list(open_source(resolve(source=f"list:{tmp_path}/a.txt")).rows)
     assert [type(row) for row in rows] == [Sample]
+
+
+def test_lists_of_questions_and_lines_that_are_no_json_are_told(home: Path) -> None:
+    pairs = [{"question": "What?", "answer": "A cup."}, {"question": "Red?", "answers": ["no"]}]
+    source = opened(home / "list.jsonl", json.dumps({"image": "0.jpg", "qa": pairs}))
+    assert [[one.question for one in row.reference_qa or ()] for row in source.rows if isinstance(row, Sample)] == [
+        ["What?", "Red?"]
+    ]
+    assert source.messages == ("questions of people: 1 of 1 lines",)
+    with pytest.raises(SourceError, match="line 3 is no JSON"):
+        opened(home / "list.jsonl", '{"image": "0.jpg"}\n\n{"image": "1.j')

@@ -86,7 +86,9 @@ def test_an_image_goes_along_with_the_most_held_out_one_of_its_group() -> None:
         ("clip1_0042.jpg", "", "/clip1"),
         ("IMG_7.png", "", "/IMG"),
         ("0042.jpg", "", ""),
-        ("day1/0042.jpg", "day1", ""),
+        ("day1/0042.jpg", "day1", "day1/"),
+        ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"),
+        ("day1/clip2-7 (copy).jpg", "day1", "day1/clip2-* (copy)"),
         ("table.parquet:17", "", ""),
     ],
 )
