@@ -102,6 +102,12 @@ class TrainConfig(Section):
     num_beams: int = Field(default=1, ge=1)  # for the final test
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
+    @field_validator("encoder_layer", mode="before")
+    @classmethod
+    def _reads_layers(cls, layers: Any) -> Any:
+        """Take -2,-5,-8, as the option is written."""
+        return [part.strip() for part in layers.split(",")] if isinstance(layers, str) and "," in layers else layers
+
     @field_validator("encoder_layer")
     @classmethod
     def _names_layers(cls, layers: int | tuple[int, ...]) -> int | tuple[int, ...]:

@@ -17,6 +17,7 @@ from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from trainer.chair import chair, chair_of_people
 from trainer.checkpoint import Checkpoint
+from trainer.config import usual_texts
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.generate import generate_captions
@@ -70,7 +71,7 @@ def evaluate(
     hypotheses = _write(checkpoint, examples, options, features, [part for part in (quiz, probing) if part])
     (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
-    order = derangement(len(examples))
+    order = derangement([example.sample_id for example in examples])
     others, shuffled = [hypotheses[index] for index in order], [tokens[index] for index in order]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
     each = _rows(examples, hypotheses, references, own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]})
@@ -186,7 +187,13 @@ def evaluate_version(
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
-    examples = examples_in(version, split, config.data.get("texts", "synthetic"), to_score=True)
+    mixture = config.data.get("texts", "synthetic")
+    try:
+        examples = examples_in(version, split, mixture, to_score=True)
+    except TrainError:
+        if (there := usual_texts(version.manifest)) == mixture:
+            raise
+        examples = examples_in(version, split, there, to_score=True)
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.data.get("num_beams", 1))
     prompt = scored_prompt(config.prompts, style)

@@ -39,6 +39,7 @@ from trainer.self_critical import SelfCritic
 from trainer.tokenizer import EncodedText, TextBatch, collate
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
+SCORE_DIGITS = 3  # of CIDEr-D: captioners that differ by less score the same
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
 SPIKE_STEPS = 64  # steps in the median
 MOST_SPIKES = 3  # skipped in a row: then the norms have changed for good, as when a captioner knows its texts by heart
@@ -255,7 +256,8 @@ class Trainer:
             shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
             self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}
             # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
-            quality = (cider_d if scored["images"] > 1 else -loss, -loss)  # at first all captions may score 0
+            # At first all captions score 0, or nearly so: the loss tells which are better.
+            quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else -loss, -loss)
             if quality > (self.best_score, -self.best_loss):
                 self.checkpoint.save(out)
                 (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, loss, 0

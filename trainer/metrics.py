@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from pipeline.digests import digest
 from pipeline.text.normalize import combining_marks, has_marks
 
 Tokens = Sequence[str]
@@ -171,9 +172,8 @@ def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> di
     return {name: (sorted(scores)[int(0.025 * draws)], sorted(scores)[int(0.975 * draws)]) for name, scores in means.items()}
 
 
-def derangement(count: int) -> list[int]:
-    """Return a fixed permutation of range(count) in which no index keeps its position (for `count` above 1)."""
-    order = list(range(count))
-    random.Random(0).shuffle(order)
+def derangement(names: Sequence[str]) -> list[int]:
+    """Return the position of another name for each, of which each is taken once: by the names, in whatever order they come."""
+    order = sorted(range(len(names)), key=lambda index: (digest(names[index]), index))
     after = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [after[index] for index in range(count)]
+    return [after[index] for index in range(len(names))]

@@ -41,12 +41,13 @@ class Shown:
 
 
 def compare_captioners(
-    folders: dict[str, Path], images: Sequence[Shown], style: str | None, num_beams: int, progress: Progress
+    folders: dict[str, Path], images: Sequence[Shown], style: str | None, num_beams: int | None, progress: Progress
 ) -> dict[str, Any]:
     """Return what each captioner says of each image, with scores and differences over the images that have references.
 
-    Captioners are loaded one after another. Images without references are no part of the scores. Raises
-    TrainError if no image can be read, or a captioner has not learned the style.
+    Without `num_beams`, each has as many as when it was scored after its training. Captioners are loaded one after another.
+    Images without references are no part of the scores. Raises TrainError if no image can be read, or a captioner has not
+    learned the style.
     """
     texts: dict[str, list[str]] = {}
     unread: dict[str, str] = {}
@@ -54,7 +55,9 @@ def compare_captioners(
         texts[name] = []
         progress(name, 0, len(images))
         pairs = ((number, one.open()) for number, one in enumerate(images))
-        for number, answer in Captioner.from_pretrained(folder).stream(pairs, (style,), num_beams=num_beams):
+        captioner = Captioner.from_pretrained(folder)
+        beams = num_beams or captioner.checkpoint.captioner.config.data.get("num_beams", 1)
+        for number, answer in captioner.stream(pairs, (style,), num_beams=beams):
             if isinstance(answer, ImageError):
                 unread[images[number].name] = str(answer)
             texts[name].append("" if isinstance(answer, ImageError) else answer[0])

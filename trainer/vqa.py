@@ -32,7 +32,7 @@ class VqaEvaluation:
         if all(style for _, style in prompts):
             return None
         asked_with = [0] * len(examples)
-        for index, image in enumerate(derangement(len(examples))):
+        for index, image in enumerate(derangement([example.sample_id for example in examples])):
             asked_with[image] = index
         position = {example.sample_id: index for index, example in enumerate(examples)}
         return cls(examples, answering_prompt(prompts)[0], position, asked_with)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, NumBeams, Style
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, NumBeams, Style
 from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.cli.training import open_data
 from pipeline.errors import ConfigError, TrainError
@@ -185,7 +185,7 @@ def compare(
     data: DataName = None,
     split: Annotated[str, Option(help="Of --data: train, validation or test.")] = "test",
     style: Style = None,
-    num_beams: NumBeams = 1,
+    num_beams: BeamsAsTrained = None,
     limit: Annotated[int, Option(min=1, help="Images at most.")] = 1000,
     out: Annotated[Path | None, Option(**LOCAL_PATH, help="The page.", show_default="compare.html")] = None,
     as_json: AsJson = False,

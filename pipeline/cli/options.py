@@ -25,6 +25,9 @@ Images = Annotated[
 ]
 Style = Annotated[str | None, Option(help="Which style to write.", show_default="brief, else plain")]
 NumBeams = Annotated[int, Option(min=1, help="Candidates of the search; 1 is greedy.")]
+BeamsAsTrained = Annotated[
+    int | None, Option(min=1, help="Candidates of the search; 1 is greedy.", show_default="as after its training")
+]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 

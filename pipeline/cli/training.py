@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, DataName, Images, Style, read_names
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, read_names
 from pipeline.cli.output import last_dataset, note_previews, note_unfinished, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
@@ -137,9 +137,7 @@ def evaluate(
     images: Images = None,
     split: Annotated[str, Option(help="train, validation or test.")] = "test",
     style: Style = None,
-    num_beams: Annotated[
-        int | None, Option(min=1, help="Candidates of the search; 1 is greedy.", show_default="as after its training")
-    ] = None,
+    num_beams: BeamsAsTrained = None,
     clip_score: Annotated[
         str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,

@@ -32,11 +32,13 @@ class ClipScorer:
             import torch
             from safetensors import SafetensorError
             from transformers import CLIPModel, CLIPProcessor
-            from transformers.utils.logging import disable_progress_bar
+            from transformers.utils import logging
         except ModuleNotFoundError as error:
             raise EngineError(f"a CLIP needs the package {error.name}", hint=install_command("train")) from None
         model_id = CLIP_MODELS.get(name, name)
-        disable_progress_bar()
+        logging.disable_progress_bar()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(50)  # critical; it prints a table of weights before its error
         try:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
@@ -46,7 +48,11 @@ class ClipScorer:
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0][:200]
+            if "ignore_mismatched_sizes" in reason or "backend tokenizer" in reason:
+                reason = "it is another kind of model"
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
+        finally:
+            logging.set_verbosity(verbosity)
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:

@@ -32,6 +32,14 @@ def test_rates_follow_encoder_and_decoder() -> None:
     assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
 
 
+def test_layers_are_written_in_a_file_as_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("encoder_layer: -2,-5, -8\n")
+    assert resolve(tmp_path / "c.yaml").encoder_layer == (-2, -5, -8)
+    (tmp_path / "c.yaml").write_text("encoder_layer: -2,x\n")
+    with pytest.raises(ConfigError, match="bad value for encoder_layer"):
+        resolve(tmp_path / "c.yaml")
+
+
 def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
     assert not other_settings(tmp_path, config)

@@ -16,9 +16,13 @@ from trainer.vqa import vqa_accuracy
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
 def test_shuffling_leaves_no_image_at_its_place(count: int) -> None:
-    order = derangement(count)
+    names = [f"image {number}" for number in range(count)]
+    order = derangement(names)
     assert sorted(order) == list(range(count))
     assert all(image != index for index, image in enumerate(order))
+    backwards = names[::-1]
+    partner = {name: names[other] for name, other in zip(names, order, strict=True)}
+    assert {name: backwards[other] for name, other in zip(backwards, derangement(backwards), strict=True)} == partner
 
 
 def example(references: tuple[str, ...], style: str = "brief") -> Example:
@@ -87,7 +91,7 @@ def test_a_captioner_that_ignores_its_images_is_told(
 ) -> None:
     words = [f"thing{n} stands near wall{n}".split() for n in range(40)]
     captions = words if differs else [words[0]] * 40
-    shuffled = [captions[index] for index in derangement(40)]
+    shuffled = [captions[index] for index in derangement([*map(str, range(40))])]
     references = [[text] for text in words]
     own, other = score_each(captions, references), score_each(shuffled, references)
     gain = bootstrap(_gains(own, other))

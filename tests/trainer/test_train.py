@@ -223,6 +223,33 @@ def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: P
     assert not (tmp_path / "resume.pt").exists()
 
 
+def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first a caption shares a word with its references by chance: 4e-9 is no score to keep."""
+    scores, losses = iter([1e-12, 4e-9, 0.0, 0.0, 1e-10, 0.0]), iter([6.0, 5.9, 5.8, 5.7, 5.6, 5.5])
+
+    def scored(*_: Any) -> dict[str, Any]:
+        return {"images": 4, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    monkeypatch.setattr(trainer.loop, "evaluate", scored)
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: next(losses))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(steps=6, evaluate_every=1, patience=2), tmp_path / "c")
+    assert [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "validation_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "c/last").exists()  # the last is the best
+
+
+def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version: Version, tmp_path: Path) -> None:
+    """As a teacher's are: nothing is learned from them."""
+    train(version, replace(steps=1), tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    config["data"]["texts"] = "human"
+    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    scored = evaluate_version(load_checkpoint(tmp_path / "c"), version, "test")
+    assert scored["images"] > 0
+
+
 def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -569,7 +596,7 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
     own = {(example.sample_id, question.question) for example in examples for question in example.questions}
     others = {
         (examples[image].sample_id, question.question)
-        for example, image in zip(examples, derangement(len(examples)), strict=True)
+        for example, image in zip(examples, derangement([one.sample_id for one in examples]), strict=True)
         for question in example.questions
     }
     assert {*answered} == own | others and len(answered) == len(own) + len(others)

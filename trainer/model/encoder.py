@@ -144,12 +144,13 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
         encoder.tower.load_state_dict(tower.state_dict())
         _require_unused(encoder, missing)
     except LOAD_ERRORS as error:
-        reason = reason_of(error)
+        reason, hint = reason_of(error), f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder"
         if Path(model_id).is_dir() and not (Path(model_id) / "preprocessor_config.json").exists():
             reason = "its folder has no preprocessor_config.json, which says how images are prepared"
+            hint = "save the image processor of the model there, by its save_pretrained"
         elif isinstance(error, AttributeError):
             reason = f"it is no vision transformer: {reason}"
-        raise TrainError(f"no encoder {name}: {reason}", hint=f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder") from None
+        raise TrainError(f"no encoder {name}: {reason}", hint=hint) from None
     return _require_states(encoder)
 
 

@@ -40,4 +40,6 @@ def reason_of(error: BaseException) -> str:
         return "it brings code of its own, which is not run here"
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config says"
+    if "backend tokenizer" in text:
+        return "it has no tokenizer that can be read"
     return text.partition("\n")[0][:MAX_REASON_CHARACTERS]

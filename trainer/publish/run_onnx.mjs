@@ -27,7 +27,8 @@ export async function loadCaptioner(model, { int8 = false, ...options } = {}) {
         const prompt = promptOf(captioner.config, tokenizer, text);
         const read = await Promise.all(images.map(readImage));
         const { pixel_values } = await processor(read);
-        const limit = { max_new_tokens: captioner.config.max_caption_tokens };
+        const { max_caption_tokens: most, text_positions: positions } = captioner.config;
+        const limit = { max_new_tokens: positions == null ? most : Math.min(most, positions - prompt.length) };
         const prompts = images.map(() => prompt);
         const sequences = await captioner.generate({ inputs: pixel_values, decoder_input_ids: prompts, ...limit });
         return sequences.tolist().map((ids) => textOf(ids.slice(prompt.length).map(Number), captioner.config.eos_id));

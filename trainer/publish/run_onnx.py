@@ -52,7 +52,8 @@ class OnnxCaptioner:
         past = {name.replace("present", "past_key_values"): value for name, value in found.items() if name != "logits"}
         grown = [output.name for output in self.following.get_outputs()]
         logits, ended = found["logits"], np.zeros(len(pixels), bool)
-        for _ in range(self.config["max_caption_tokens"]):
+        most, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
+        for _ in range(most if positions is None else min(most, positions - len(prompt))):
             chosen = np.where(ended, eos, logits[:, -1].argmax(-1)).astype(np.int64)
             ended |= chosen == eos
             written = np.concatenate([written, chosen[:, None]], 1)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -231,6 +231,29 @@ def test_the_program_of_an_export_names_an_image_that_it_cannot_read_and_goes_on
     (exported / "node_modules").unlink()
     assert done.returncode == 1
     assert "bad.jpg cannot be captioned" in done.stderr and str(photos[0]) in done.stdout
+
+
+def test_a_text_ends_where_a_language_model_has_no_more_positions(
+    photos: list[Path], node_modules: Path, tmp_path: Path
+) -> None:
+    _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
+    prompts = [TargetText("synthetic", "", style="detailed"), TargetText("synthetic", "", question=QUESTION)]
+    longest, num_states = max(len(tokenizer.prompt(prompt)) for prompt in prompts), 5
+    sizes: dict[str, Any] = {
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 258,
+        "n_positions": longest + num_states + 3,
+    }
+    torch.manual_seed(0)
+    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
+    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
+    export_onnx(checkpoint, tmp_path / "out", NullProgress(), int8=False)
+    found = run_exported(tmp_path / "out", photos[:8])
+    require_same(found, checkpoint, photos[:8], different=1)
+    assert max(map(len, found["detailed"])) <= 3
+    assert run_in_node(tmp_path / "out", photos[:8], node_modules)["detailed"] == found["detailed"]
 
 
 @pytest.mark.parametrize("prompts", [[("synthetic", "detailed"), ("synthetic", "plain")], [("synthetic", "odd")]])
