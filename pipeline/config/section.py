@@ -33,7 +33,7 @@ PATTERNS = {  # what a value that does not match should be
     STYLE: "the name of a caption style, in small letters",
     LANGUAGE: "a language of two or three letters, such as de",
     JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
-    BASE_URL: "an address without a query, such as http://HOST:8000/v1 (of Azure: https://NAME.openai.azure.com/openai/v1)",
+    BASE_URL: "an address with http:// or https:// and without a query, such as http://HOST:8000/v1 (of Azure: https://NAME.openai.azure.com/openai/v1)",
     HEADER: "the name of a header",
     HEADER_VALUE: "the value of a header, on one line",
     VARIABLE: "the name of an environment variable",

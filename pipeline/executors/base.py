@@ -21,6 +21,7 @@ from pipeline.executors.messages import describe_losses, describe_unanswered
 from pipeline.inference.engines import EngineChoice
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
+from pipeline.sources import find_source
 from pipeline.stages.base import (
     RunPlan,
     Services,
@@ -166,7 +167,11 @@ def publish(
     """
     funnel = summarize_shards(executor, stages, plan)
     if not funnel[2].input and plan.config.keeps_human_texts:
-        hint = "name a file of them: --captions FILE, or a column: --columns references=COLUMN; --tasks caption asks a model"
+        options = find_source(plan.config.source).options
+        where = "a file of them: --captions FILE" if "captions" in options else "a column: --columns references=COLUMN"
+        if plan.config.source.startswith("list:"):  # its columns are known by their names
+            where = "their columns caption, question and answer"
+        hint = f"name {where}; --tasks caption asks a model"
         raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
         losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]

@@ -123,8 +123,9 @@ def render(
             text = _before(notes) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
-        styles = f"caption styles of this version: {', '.join(STYLES[version])}; others need your own template"
-        hint = f"{styles} (generate.prompt_dir)" if values.get("style") else "mend the template"
+        styles = f"caption styles of this version: {', '.join(STYLES[version])}"
+        others = "others need a text of yours (generate.style_prompts) or a template (generate.prompt_dir)"
+        hint = f"{styles}; {others}" if values.get("style") else "mend the template"
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
         raise ConfigError(problem, hint=hint) from None
     return Prompt(id=_with_digest(name, source, folder), system=template(SYSTEM, folder).strip(), text=text)

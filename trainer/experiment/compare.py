@@ -97,7 +97,8 @@ def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, 
 
     means_R = drawn_R(scores_SI) - (drawn_R(other_SI) if other_SI is not None else 0.0)
     low, high = np.quantile(means_R, [0.025, 0.975])
-    return float(low), float(high)
+    lowest = 0.0 if other_SI is None else -np.inf  # rescaled draws may lie below any score
+    return max(float(low), lowest), max(float(high), lowest)
 
 
 def verdict(low: float, high: float, seeds: int = 2) -> str:

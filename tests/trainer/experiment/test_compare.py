@@ -40,6 +40,13 @@ def test_the_interval_of_a_mean_is_that_of_the_textbook_where_seeds_agree() -> N
     assert high == pytest.approx(scores_I.mean() + half, abs=0.02)
 
 
+def test_a_mean_of_scores_is_never_below_zero() -> None:
+    few_SI = np.array([[0.0, 0.0, 0.0, 0.02], [0.03, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    low, high = interval(few_SI)
+    assert low == 0.0 < high
+    assert interval(few_SI, few_SI + 0.02)[0] < 0  # a difference may be
+
+
 def test_a_difference_on_the_same_images_is_seen_where_two_means_would_hide_it() -> None:
     hard_I = RNG.normal(3.0, 2.0, 100)  # images differ far more than arms
     higher, lower = np.stack([hard_I + 0.2] * 3), np.stack([hard_I] * 3)
