@@ -144,8 +144,12 @@ class RequestQueue:
     def keep(self, replies: list[Reply]) -> None:
         """Journal replies, and queue a retry for each that is unusable. Raise EngineError if too many are unusable."""
         pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
-        judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
-        self._journal.keep(judged)
+        try:
+            judged = self._judge(pairs)
+            self._journal.keep(judged)
+        except KeyboardInterrupt:  # they are paid for, and none is stored yet
+            self._journal.keep(self._judge(pairs))
+            raise
         for request, reply, flaw in judged:
             self._counts.add_reply(reply)
             if self._budget:
@@ -167,6 +171,9 @@ class RequestQueue:
         """Raise BudgetError if the budget is used up."""
         if self._budget and self._budget.room(0) == 0:
             raise self._budget.error()
+
+    def _judge(self, pairs: Sequence[tuple[Request, Reply]]) -> list[tuple[Request, Reply, str | None]]:
+        return [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
 
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
         if not self._own_tasks:

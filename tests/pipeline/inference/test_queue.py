@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.inference import journal as journal_module
+from pipeline.inference import queue
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, with_images
@@ -152,6 +155,30 @@ def test_after_a_crash_the_rest_is_asked_in_the_company_it_would_have_had(tmp_pa
         with Journal(path) as journal:
             totals = journal.totals()
         assert 1 <= totals["asked"] - totals["replies"] <= 3  # the one group that was in flight
+
+
+@pytest.mark.parametrize("where", ["find_flaw", "_checksum"])
+def test_an_interrupt_while_replies_are_stored_loses_none_of_them(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are paid for. Judging them comes first, and writing them to the journal after it."""
+    module = queue if where == "find_flaw" else journal_module
+    work, calls = getattr(module, where), list[int]()
+
+    def interrupted(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:  # in the second group of three
+            raise KeyboardInterrupt
+        return work(*given)
+
+    monkeypatch.setattr(module, where, interrupted)
+    engine = Scripted()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "j", engine)
+    monkeypatch.undo()
+    assert len(engine.batches) == 2
+    with Journal(tmp_path / "j") as journal:
+        assert journal.totals()["replies"] == 6
 
 
 def test_a_reply_that_is_of_no_use_is_asked_for_again_after_its_chunk(tmp_path: Path) -> None:
