@@ -149,6 +149,7 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     configs, writers = _configs(manifest), _writers(manifest)
     sizes = {split: _sizes(manifest, split) for split in splits}
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    by_reviewer = ["expert-generated"] if manifest.get("review", {}).get("edited") else []
     # The source is a repository of the Hub.
     upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
@@ -157,8 +158,8 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
         **({"language": [language]} if (language := language_of(manifest)) else {}),
         "task_categories": _categories(manifest),
         "size_categories": [next(name for bound, name in _SIZES if total < bound)],
-        "annotations_creators": _CREATORS[writers],
-        "language_creators": _CREATORS[writers],
+        "annotations_creators": [*_CREATORS[writers], *by_reviewer],
+        "language_creators": [*_CREATORS[writers], *by_reviewer],
         "source_datasets": [upstream[1] if upstream else "original"],
         "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
         "configs": [

@@ -53,6 +53,7 @@ def test_the_header_says_what_the_hub_asks_for() -> None:
 def test_a_card_says_whether_people_looked_at_the_texts() -> None:
     assert "checked by machine only" in render_card(MANIFEST, [])
     card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])
+    assert "**All but 1 captions" in card and "- expert-generated" in card
     assert "by machine only" not in card
     assert "Of 8 texts that a person looked at, 5 were found good, 2 were taken out and 1 were written anew" in card
 
