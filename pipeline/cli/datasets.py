@@ -384,7 +384,7 @@ def send(
     sizes, is_unknown = package.bytes(), package.has_unknown_license
     option = "--license" if package.kind == "dataset" else "--public"
     reason = (
-        f", as the license of images is unknown or no open one that is known here ({option})"
+        f", as the license of the images is not known, or not to the Hub ({option})"
         if private is None and is_unknown
         else ""
     )
