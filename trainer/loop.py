@@ -39,7 +39,7 @@ from trainer.self_critical import SelfCritic
 from trainer.tokenizer import EncodedText, TextBatch, collate
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
-SCORE_DIGITS = 3  # of CIDEr-D: captioners that differ by less score the same
+SCORE_DIGITS = 3  # of CIDEr-D, by which captioners are compared; the loss decides between equal ones
 SPIKE = 10.0  # times the median gradient norm: such a step is skipped
 SPIKE_STEPS = 64  # steps in the median
 MOST_SPIKES = 3  # skipped in a row: then the norms have changed for good, as when a captioner knows its texts by heart

@@ -173,7 +173,7 @@ def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> di
 
 
 def derangement(names: Sequence[str]) -> list[int]:
-    """Return the position of another name for each, of which each is taken once: by the names, in whatever order they come."""
+    """Return the position of another name for each of several distinct ones: the same one in whatever order they come."""
     order = sorted(range(len(names)), key=lambda index: (digest(names[index]), index))
     after = dict(zip(order, order[1:] + order[:1], strict=True))
     return [after[index] for index in range(len(names))]

@@ -384,9 +384,7 @@ def send(
     sizes, is_unknown = package.bytes(), package.has_unknown_license
     option = "--license" if package.kind == "dataset" else "--public"
     reason = (
-        f", as the license of the images is not known, or not to the Hub ({option})"
-        if private is None and is_unknown
-        else ""
+        f", as the license of the images is not known, or not to the Hub ({option})" if private is None and is_unknown else ""
     )
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")

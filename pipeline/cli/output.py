@@ -222,10 +222,6 @@ def print_run_result(
     version = result.version
     say(f"made {version.name}" if result.is_new else f"nothing new: {version.name} already holds exactly these rows")
     note_previews(version, version.path)
-    if version.empty_splits and not version.is_preview:
-        hint = "use more images, other fractions (split.validation_frac, split.test_frac), or another --seed"
-        empty = " and in ".join(version.empty_splits)
-        say(f"warning: {version.name} has no row in {empty}, and `synth train` wants some in each split: {hint}", WARNING)
     folder = version.dataset_dir
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME, synth train --data {folder}", "dim")
     stages = {step.stage: {"input": step.input, "kept": step.kept, "rejected": step.rejected} for step in result.funnel}

@@ -6,16 +6,15 @@ from pathlib import Path
 from pipeline.digests import digest
 
 DATA = Path("data")
-MAX_NAME_CHARACTERS = 120  # beyond which a name is cut
-_SIGNATURE = re.compile(r"\?(?=\S*(?:X-Amz-|X-Goog-|Signature=|sig=|token=))\S*", re.IGNORECASE)
+MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 
 
 def dataset_folder(source: str) -> Path:
     """Return the default dataset folder of a source: its name in letters, digits, dots and dashes, under `data/`.
 
-    Of an address, what signs it is left out, since it is new each time; the end of a long name is its digest.
+    The end of a name that is too long for a folder is its digest.
     """
-    name = slugify(_SIGNATURE.sub("", source)) or "dataset"
+    name = slugify(source) or "dataset"
     return DATA / (name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:MAX_NAME_CHARACTERS]}-{digest(name)[:8]}")
 
 

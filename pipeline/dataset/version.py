@@ -66,11 +66,6 @@ class Version:
         return bool(self.manifest["source"].get("preview"))
 
     @property
-    def empty_splits(self) -> list[str]:
-        """The splits without rows."""
-        return [split for split in SPLITS if not self.manifest["rows"].get(split)]
-
-    @property
     def num_rows(self) -> int:
         """Return the number of rows in all splits."""
         return sum(self.manifest["rows"].values())

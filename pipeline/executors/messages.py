@@ -23,7 +23,7 @@ from pipeline.tasks import find_task, tasks_making
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
-ENOUGH_ROWS = 30  # of which usually some are in each split
+ENOUGH_ROWS = 20  # of which usually some are in each split
 REPORTED = "`synth report` shows them"
 AGAIN = "the same command asks again"
 _UNANSWERED = {

@@ -46,8 +46,8 @@ class ClipScorer:
                 raise ValueError(f"its files lack weights of a CLIP, such as {min(info['missing_keys'])}")
             self._model: Any = model.eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0][:200]
             if "ignore_mismatched_sizes" in reason or "backend tokenizer" in reason:
                 reason = "it is another kind of model"
             raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None

@@ -510,6 +510,7 @@ class Client:
     def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
         """Go on without a server that answers no request of ours. Raise its refusal if there is no other."""
         if self._endpoints.retire(endpoint):
+            endpoint.fault = str(refusal)
             if all(one.is_retired for one in self._endpoints):
                 raise refusal
             self._progress.warn(f"{refusal}; going on without it")

@@ -217,6 +217,7 @@ class Endpoints(list[Endpoint]):
         if not endpoint.is_up.is_set():
             return False
         endpoint.is_up.clear()
+        endpoint.busy.end()
         self.wait_for(endpoint)
         return True
 
@@ -224,6 +225,7 @@ class Endpoints(list[Endpoint]):
         """Choose a server no more; return False if it was retired already."""
         was_retired, endpoint.is_retired = endpoint.is_retired, True
         endpoint.is_up.clear()
+        endpoint.busy.end()
         return not was_retired
 
     def wait_for(self, endpoint: Endpoint) -> None:

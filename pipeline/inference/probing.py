@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from asyncio import ALL_COMPLETED, FIRST_COMPLETED
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -48,13 +49,15 @@ async def learn_all(
     learners = {asyncio.create_task(learn(endpoint)): endpoint for endpoint in endpoints if endpoint.is_up.is_set()}
     late = set(learners)
     stack.push_async_callback(cancel_tasks, late)
-    done, _ = await asyncio.wait(late, timeout=LEARN_SECONDS)
-    if not done:
-        done, _ = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
-    late -= done
-    refusals = {learners[task]: error for task in done if (error := task.exception())}
+    refusals: dict[Endpoint, BaseException] = {}
+    timeout: float | None = LEARN_SECONDS
+    while late and len(refusals) == len(learners) - len(late):  # none has told
+        done, _ = await asyncio.wait(late, timeout=timeout, return_when=FIRST_COMPLETED if timeout is None else ALL_COMPLETED)
+        late -= done
+        refusals |= {learners[task]: error for task in done if (error := task.exception())}
+        timeout = None
     for endpoint, error in refusals.items():
-        if len(refusals) == len(done) or not isinstance(error, EngineError):
+        if len(refusals) == len(learners) or not isinstance(error, EngineError):
             raise error
         retire(endpoint, error)
     for task in late:
@@ -66,11 +69,13 @@ async def learn_all(
 def _take_late(endpoint: Endpoint, retire: Callable[[Endpoint, EngineError], None], task: "asyncio.Task[None]") -> None:
     if task.cancelled():
         return
-    if isinstance(refusal := task.exception(), EngineError):
-        endpoint.fault = str(refusal)
+    refusal = task.exception()
+    if refusal and not isinstance(refusal, EngineError):
+        refusal = EngineError(f"{endpoint.url} fails at its first request: {one_line(refusal)}")
+    if isinstance(refusal, EngineError):
         with suppress(EngineError):  # if it was the last one, the requests that wait for a server say so
             retire(endpoint, refusal)
-    elif refusal is None and not endpoint.is_retired:
+    elif not endpoint.is_retired:
         endpoint.is_up.set()
 
 

@@ -3,16 +3,16 @@
 Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
 `NAME.json` may hold captions, questions, a split, and columns for the context of prompts; so may the rows of `metadata.jsonl`,
 `.csv` or `.parquet`, as in the imagefolder format of `datasets`. Texts are read first, wherever they stand; of an archive in a
-store, which is read once, those that stand next to their image.
+store, which is read once, those that stand next to their image, and no metadata file.
 """
 
 import json
 import os
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,11 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import (
+    ANSWER_TYPE,
+    ANSWERS,
+    CAPTIONS,
+    QA,
+    QUESTION,
     SPLIT,
     captions_of_people,
     decode_text,
@@ -46,6 +51,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
 QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
+OF_TEXTS = frozenset((*CAPTIONS, QA, QUESTION, *ANSWERS, ANSWER_TYPE))  # columns of what people wrote
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
 
 
@@ -78,21 +84,26 @@ class TextsByKey:
             self.names.add(spelled_alike(entry.name))
 
     def add_rows(self, entry: Entry, archive: str) -> None:
-        """Add the rows of a metadata file, each as if it were a text `IMAGE.json`, when all images are known.
-
-        Raise SourceError if it cannot be read.
-        """
-        rows = parse_metadata(entry.data, f"{archive}/{entry.name}") if entry.data is not None else []
-        missing = []
+        """Add what a metadata file says of each image, as if it were a text `IMAGE.json`, when all images are known."""
+        name = f"{archive}/{entry.name}"
+        try:
+            if entry.data is None:
+                raise SourceError(f"cannot read {name}: {REASONS[entry.reason]}")
+            rows = parse_metadata(entry.data, name)
+        except SourceError as error:  # it may be another program's
+            self.messages.append(str(error))
+            return
+        of_image = defaultdict[str, list[dict[str, Any]]](list)
         for row in rows:
             file_name = str(row["file_name"]).replace("\\", "/")
-            image = posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), file_name))
-            if spelled_alike(image) in self.names:
-                values = {name: value for name, value in row.items() if name != "file_name"}
-                self.add(Entry(f"{image}.json", json.dumps(values, default=str).encode()))
-            else:
-                missing.append(image)
-        self.messages += describe_metadata(f"{archive}/{entry.name}", rows, missing)
+            of_image[posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), file_name))].append(row)
+        missing = [image for image in of_image if spelled_alike(image) not in self.names]
+        for image, about in of_image.items():
+            if spelled_alike(image) not in self.names:
+                continue
+            values = {column: value for column, value in _merged(about).items() if column != "file_name"}
+            self.add(Entry(f"{image}.json", json.dumps(values, default=str).encode()))
+        self.messages += describe_metadata(name, rows, missing)
 
     def of(self, image: Entry) -> list[Entry]:
         """Return the texts that have the name of an image; of the only image of a key all texts of the key."""
@@ -130,6 +141,16 @@ def key_of(name: str) -> str:
     """Return the name up to the first dot of its last part: by WebDataset's rule, entries of one key are one sample."""
     folder, base = posixpath.split(spelled_alike(name))
     return posixpath.join(folder, base.partition(".")[0])
+
+
+def _merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows about an image as one: with all that people wrote, and the last value of any other column."""
+    if len(rows) == 1:
+        return rows[0]
+    captions = dict.fromkeys(text for row in rows for text in captions_of_people(row))
+    asked = [asdict(question) for row in rows for question in questions_of_people(row)]
+    others = {column: value for row in rows for column, value in row.items() if column not in OF_TEXTS}
+    return {**others, "captions": [*captions], **({"qa": asked} if asked else {})}
 
 
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:

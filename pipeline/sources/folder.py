@@ -6,7 +6,6 @@ the context of prompts, and so may `folder` and `file_name`, which every image h
 """
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from pipeline.sources.captions import (
     most_held_out,
     questions_of_people,
     read_captions,
+    read_lines,
     read_table,
     spelled_alike,
     texts_by_model,
@@ -404,8 +404,7 @@ def parse_metadata(data: bytes, name: str) -> list[dict[str, Any]]:
         elif name.endswith(".csv"):
             rows = list(read_table(decode_text(data), is_quoted=True))
         else:
-            lines = decode_text(data).split("\n")  # other line ends may be in a string
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = list(read_lines(decode_text(data)))
         if not all(row["file_name"] for row in rows):
             raise ValueError("a row has no file_name")
     except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:

@@ -90,14 +90,14 @@ def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
         folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
         data_files = config.get("data_files", f"{folder}/**" if folder else None)
         entries = data_files if isinstance(data_files, list) else [data_files]
-        files: Files = {}
+        matched: dict[str | None, dict[str, None]] = {}  # each file once, in order
         for entry in entries:
             split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
             listed = patterns if isinstance(patterns, list) else [patterns]
             globs = [_compile_glob(str(one).removeprefix("./")) for one in listed]
             for path in (path for path in paths if any(glob.fullmatch(path) for glob in globs)):
-                of_split = files.setdefault(split_of_path(str(split) if split else path), [])
-                of_split += [path] if path not in of_split else []
+                matched.setdefault(split_of_path(str(split) if split else path), {})[path] = None
+        files: Files = {split: [*of_split] for split, of_split in matched.items()}
         if files and isinstance(config.get("config_name"), str):
             declared[config["config_name"]] = files
             if config.get("default") is True:

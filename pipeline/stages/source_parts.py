@@ -44,11 +44,12 @@ class SourceParts:
     """The parts in a folder that belong to a key, which says what is read; all others are removed.
 
     A part that is damaged, or in which most rows failed for reasons that may pass (without a network, say), is none, nor are
-    those after it.
+    those after it. Unless it `takes_failed` rows, one is enough.
     """
 
     folder: Path
     key: str
+    takes_failed: bool = True
     num_rows: int = 0  # of the source
     last_row: str = ""
     rejected: list[RejectedRow] = field(default_factory=list)
@@ -109,7 +110,8 @@ class SourceParts:
             is_ours = about["key"] == self.key and about["sha256"] == file_digest(self._samples(number))
             fits = isinstance(about["rows"], int) and isinstance(about["last_row"], str) and about["rows"] > self.num_rows
             may_pass = sum(row["reason"] in PASSING_REASONS for _, row in about["rejected"])
-            return about if is_ours and fits and 2 * may_pass <= about["rows"] - self.num_rows else None
+            most = (about["rows"] - self.num_rows) // 2 if self.takes_failed else 0
+            return about if is_ours and fits and may_pass <= most else None
         except (OSError, ValueError, LookupError, TypeError, SynthError):
             return None
 

@@ -118,7 +118,8 @@ class SourceReader:
             paths = sorted(self._path.parent.glob("*.parquet"))
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
-            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": self._may_pass_before}
+            before = self._failed_before.get("may_pass") if self._failed_before.get("limit") == self._result["limit"] else None
+            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
             self._parts.forget()
 
@@ -160,11 +161,10 @@ class SourceReader:
             return None
 
     @cached_property
-    def _may_pass_before(self) -> int | None:
-        """How many rows failed so when all were read before this time; None if they were not."""
+    def _failed_before(self) -> dict[str, Any]:
+        """How many rows failed so when all were read before this time, and up to which limit; nothing if they were not."""
         result = self._earlier.get("result", self._earlier)
-        count = result.get("may_pass") if isinstance(result, dict) else None
-        return count if isinstance(count, int) else None
+        return {name: result[name] for name in ("may_pass", "limit") if name in result} if isinstance(result, dict) else {}
 
     def _is_unchanged(self, name: str, sha256: str, state: str | None = None) -> bool:
         """Return whether a file of the stage has these bytes; it is not read where its size and times are what they were."""
@@ -208,8 +208,10 @@ class SourceReader:
     def _begin(self) -> SampleDeduplicator:
         """Open the source behind what lies in the parts, if its last row is still at its place."""
         state = self._state()
-        write_json(self._path, state | {"may_pass": self._may_pass_before})
-        self._parts = parts = SourceParts(self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state))
+        write_json(self._path, state | self._failed_before)
+        self._parts = parts = SourceParts(
+            self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state), takes_failed=self.config.rows is None
+        )  # else nothing would be tried again: a reading for a number of rows has no end
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:
             last = next(self._opened, None)

@@ -29,7 +29,7 @@ NAMES = pa.schema({"sample_id": STRING, "key": STRING})  # what names of the row
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 FIRST_KEYS = pa.schema({"key": STRING, "first_key": STRING})
 ADDS = pa.schema({"stated_split": STRING, "split_group": STRING})
-_NUMBER_WITHIN = re.compile(r"(.*?)\d+(\D*)$")
+_NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
 
@@ -114,7 +114,7 @@ def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
     prefix = _LAST_NUMBER.sub("", name)
     if prefix not in ("", name):
         return f"{folder}/{prefix}"
-    if prefix == name and (within := _NUMBER_WITHIN.match(name)):  # as in clip1_0042_left.jpg
+    if prefix == name and (within := _NUMBER_WITHIN.match(name)):  # as in clip1_0042_left.jpg, and not in 42_left.jpg
         return f"{folder}/{within[1]}*{within[2]}"
     return f"{folder}/" if folder and not prefix else ""
 

@@ -20,6 +20,7 @@ from pipeline.storage.object_store import is_remote
 MEMORY_BYTES = 1_500_000_000  # of DuckDB; the rest of a query lies on the disk
 BATCH_ROWS = 65_536
 PREFIX = ".compare-"  # of the folder of a database
+_cursors: list[duckdb.DuckDBPyConnection] = []  # of the open database
 
 
 @contextmanager
@@ -55,7 +56,8 @@ def _signals_end_queries(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        db.interrupt()
+        for connection in (db, *_cursors):
+            connection.interrupt()
         handler = before[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)
@@ -68,13 +70,16 @@ def _signals_end_queries(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
     finally:
+        _cursors.clear()
         for number in handled:
             signal.signal(number, before[number])
 
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Return a second connection to the same database."""
-    return _quiet(db.cursor())
+    cursor = _quiet(db.cursor())
+    _cursors.append(cursor)
+    return cursor
 
 
 def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:

@@ -60,6 +60,7 @@ class ChatServer:
         self.in_flight = self.max_in_flight = 0
         self.metrics = ""
         self.probe_seconds = 0.0  # until it answers the first request
+        self.probe_answer: bytes | None = None  # to that, in place of a reply
         self.dead = False  # /health answers 503, as when the engine has died; scripts may read it
         self.has_health = True
         self.model_root = ""
@@ -127,6 +128,8 @@ class ChatServer:
         if schema["name"] == "probe":
             self.probes.append(body)
             await asyncio.sleep(self.probe_seconds)
+            if self.probe_answer is not None:
+                return web.Response(body=self.probe_answer, content_type="application/json")
             proof = schema["schema"]["properties"]["word"]["enum"][0] if "schema" in schema else "hello"
             return web.json_response(self._answer(json.dumps({"word": proof}) if self.schemas else "Hello!"))
         self.bodies.append(body)

@@ -23,6 +23,10 @@ from trainer.tokenizer import TextBatch
 MOST_IMAGES_AT_ONCE = 1 << 16  # whose texts are generated, until a GPU shows that they do not fit
 
 
+class GpuMemoryError(TrainError):
+    """Raised where the text about a single image does not fit the memory of a GPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class CaptionerConfig:
     """Everything needed to rebuild the model; `data` records the training data.
@@ -99,7 +103,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
         """Generate one text per image after its prompt (all of one length), until EOS or `max_caption_tokens`.
 
         Returns token ids without the prompt and without EOS. Stops as soon as every text has ended. Images that do not fit the
-        memory of a GPU at once are taken in parts; raises TrainError if a single one does not.
+        memory of a GPU at once are taken in parts; raises GpuMemoryError if a single one does not.
         """
         device = next(self.connector.parameters()).device  # cached features are on the CPU
         texts: list[list[int]] = []
@@ -114,7 +118,7 @@ class CaptionerModel(nn.Module, PyTorchModelHubMixin):
             self._images_at_once = len(states_BNV[part]) // 2
             if not self._images_at_once:
                 hint = "take fewer beams (--num-beams), or a smaller max_caption_tokens"
-                raise TrainError("the text about one image does not fit the memory of the GPU", hint=hint)
+                raise GpuMemoryError("the text about one image does not fit the memory of the GPU", hint=hint)
         return texts
 
     def most_tokens(self, num_states: int, prompt_tokens: int) -> int:

@@ -355,7 +355,7 @@ def read_image(given: Any) -> Image.Image:
         array = given.transpose(1, 2, 0) if channels_first else given
         array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
         if array.dtype.name == "uint16":
-            array = array / 257
+            array = (array / 257).round().astype("uint8")
         levels = array if array.dtype.kind in "iu" or array.max(initial=0) > 1 else array * 255
         given = Image.fromarray(levels.clip(0, 255).round().astype("uint8"))
     is_url = str(given).startswith(("http://", "https://"))

@@ -28,6 +28,9 @@ export async function loadCaptioner(model, { int8 = false, ...options } = {}) {
         const read = await Promise.all(images.map(readImage));
         const { pixel_values } = await processor(read);
         const { max_caption_tokens: most, text_positions: positions } = captioner.config;
+        if (positions != null && prompt.length >= positions) {
+            throw new Error(`the prompt has ${prompt.length} tokens, and behind an image there is room for ${positions}`);
+        }
         const limit = { max_new_tokens: positions == null ? most : Math.min(most, positions - prompt.length) };
         const prompts = images.map(() => prompt);
         const sequences = await captioner.generate({ inputs: pixel_values, decoder_input_ids: prompts, ...limit });

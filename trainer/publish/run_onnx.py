@@ -53,6 +53,8 @@ class OnnxCaptioner:
         grown = [output.name for output in self.following.get_outputs()]
         logits, ended = found["logits"], np.zeros(len(pixels), bool)
         most, positions = self.config["max_caption_tokens"], self.config.get("text_positions")
+        if positions is not None and len(prompt) >= positions:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, and behind an image there is room for {positions}")
         for _ in range(most if positions is None else min(most, positions - len(prompt))):
             chosen = np.where(ended, eos, logits[:, -1].argmax(-1)).astype(np.int64)
             ended |= chosen == eos

@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline.errors import ImageError, TrainError
 from trainer.captioning import READERS, Captioner
 from trainer.look import look
+from trainer.model.captioner import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.batching import Batcher, GenerationRequest
 from trainer.serving.protocol import (
@@ -187,6 +188,8 @@ class CaptionServer:
             )
             try:
                 ids = await self.batcher.submit(job)
+            except GpuMemoryError:  # not for what is asked
+                raise
             except TrainError as error:  # such as of a question that is too long for the model
                 raise RefusedError(str(error)) from None
             kept = ids[: asked.max_tokens]

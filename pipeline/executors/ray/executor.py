@@ -27,7 +27,14 @@ from pipeline.executors.base import (
 from pipeline.executors.messages import describe_start
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
-from pipeline.executors.ray.workers import FillResult, ShardWorker, read_fill_result, read_slice, sum_fill_results
+from pipeline.executors.ray.workers import (
+    FillResult,
+    ShardWorker,
+    is_to_be_tried_again,
+    read_fill_result,
+    read_slice,
+    sum_fill_results,
+)
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -111,6 +118,7 @@ def run_on_cluster(
         write_json(dataset.provenance("source"), described)
         write_json(dataset.provenance("generate"), model)
         run = replace(run, inputs=_digest_inputs(run, described, model))
+        run = replace(run, tries_again=is_to_be_tried_again(run))
         first = next(n for n, stage in enumerate(stages) if stage.compare)
         stats, run = _fill(run, stages[: first + 1], workers, progress)
         if _had_more(run):

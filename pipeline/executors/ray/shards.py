@@ -49,6 +49,7 @@ class ShardedRun:
     files: str  # digest of the files that the settings name: every worker must see the same
     inputs: str = ""  # digest of all that decides the content of the shards
     filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
+    tries_again: bool = False  # all shards are filled anew: a row that failed may become an image of any of them
 
     @property
     def config(self) -> Config:

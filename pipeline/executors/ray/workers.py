@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions
-from pipeline.errors import EngineError, SourceError
+from pipeline.errors import EngineError, SourceError, SynthError
 from pipeline.executors.base import judge_rows
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
@@ -101,8 +101,15 @@ def _limit(run: ShardedRun, rows: Iterator[Sample | Rejected]) -> Iterator[Sampl
         if isinstance(row, Sample) and not excluded.find(row):
             ids.add(row.id)
             if len(ids) == limit:
-                write_json(run.more, {"inputs": run.inputs, "has_more": next(rows, None) is not None})
+                write_json(run.more, {"inputs": run.inputs, "has_more": _has_next(rows)})
                 return
+
+
+def _has_next(rows: Iterator[Sample | Rejected]) -> bool:
+    try:
+        return next(rows, None) is not None
+    except SynthError:  # it has, and cannot be read: nobody wants it
+        return True
 
 
 def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult | None:
@@ -111,7 +118,7 @@ def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult
     if not path.exists():
         return None
     filled = read_json(path)
-    if filled["inputs"] != run.inputs or is_worth_another_try(filled.get("may_pass", 0), filled.get("may_pass_before")):
+    if filled["inputs"] != run.inputs or run.tries_again:
         return None
     result = FillResult(**filled["result"])
     shard = DatasetDir(run.root / "shards" / result.folder)  # an abandoned worker may name one that was removed
@@ -122,6 +129,16 @@ def _count_passing_before(path: Path, inputs: str) -> int | None:
     """Return how many rows failed for reasons that may pass when a shard was filled from these inputs before, if it was."""
     filled = read_json(path) if path.exists() else {}
     return filled.get("may_pass") if filled.get("inputs") == inputs else None
+
+
+def is_to_be_tried_again(run: ShardedRun) -> bool:
+    """Return whether a shard was filled from the same inputs with rows that failed, and that are worth another try."""
+    for shard in run.shards:
+        filled = read_json(shard.path / FILLED) if (shard.path / FILLED).exists() else {}
+        is_same = filled.get("inputs") == run.inputs
+        if is_same and is_worth_another_try(filled.get("may_pass", 0), filled.get("may_pass_before")):
+            return True
+    return False
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):

@@ -669,6 +669,38 @@ def test_a_server_that_fails_for_a_while_is_used_again(tmp_path: Path, monkeypat
     assert len(other.bodies) > 40
 
 
+def test_a_server_that_refuses_is_left_out_though_the_other_is_slow_to_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.inference.probing.LEARN_SECONDS", 0.2)
+    slow, locked = ChatServer(), ChatServer()
+    slow.probe_seconds, locked.schemas = 1.0, False
+    progress = Notes()
+    with running_chat(slow), running_chat(locked):
+        _, errors = run(tmp_path / "j", slow.url, locked.url, progress=progress)
+    assert errors == {None: ASKED} and not locked.bodies
+    assert any(locked.url in text and "going on without it" in text for text in progress.texts)
+    with (
+        running_chat(locked),
+        running_chat(ChatServer(schemas=False)) as other,
+        pytest.raises(EngineError, match="does not enforce"),
+    ):
+        run(tmp_path / "k", locked.url, other.url)
+
+
+def test_an_answer_without_a_reply_is_told_and_not_taken_for_one_without_a_schema(tmp_path: Path) -> None:
+    chat = ChatServer()
+    with running_chat(chat):
+        for raw, said in (
+            (b'{"error": {"message": "Insufficient credits", "code": 402}}', "with an error: Insufficient credits"),
+            (b'{"choices": []}', "with no reply: its list of choices is empty"),
+            (b'data: {"choices": [{"delta": {"content": "A"}}]}', "with a stream, which it was not asked for"),
+        ):
+            chat.probe_answer = raw
+            with pytest.raises(EngineError, match=said):
+                ask(chat, tmp_path / "j", Notes())
+
+
 def test_half_of_an_emoji_in_an_error_costs_its_request_alone(tmp_path: Path) -> None:
     """A gateway may cut a message anywhere."""
     cut = Act(raw=b'{"error": {"message": "cannot read: \\ud83d"}}', status=400)

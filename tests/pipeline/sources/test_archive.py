@@ -183,10 +183,33 @@ def test_metadata_files_of_an_archive_are_about_the_images_that_they_name(
     assert not any("beside no image" in text for text in source.messages)
 
 
-def test_a_metadata_file_of_an_archive_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of(FILES | {"b/metadata.csv": b"image,text\na.jpg,A cup.\n"}))
-    with pytest.raises(SourceError, match=r"cannot read p\.zip/b/metadata\.csv: no column file_name"):
-        rows(tmp_path / "p.zip")
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_metadata_file_of_an_archive_that_cannot_be_read_is_told_and_stops_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another program's."""
+    data = b"image,text\na.jpg,A cup.\n" if name.endswith("csv") else b'{"image": "a.jpg"}\n{"image": 2'
+    (tmp_path / "p.zip").write_bytes(zip_of(FILES | {f"b/{name}": data}))
+    assert len(samples(tmp_path / "p.zip")) == 4
+    said = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
+    assert any(text.startswith(f"cannot read p.zip/b/{name}: ") for text in said)
+    monkeypatch.setattr(archive_entries, "MAX_METADATA_BYTES", 3)
+    said = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
+    assert any(text.startswith(f"cannot read p.zip/b/{name}: more than") for text in said)
+
+
+def test_all_rows_about_an_image_count(tmp_path: Path) -> None:
+    lines = [
+        "file_name,caption,question,answer,place",
+        "0.jpg,One bowl.,,,Rome",
+        "0.jpg,Two.,Red?,yes,",
+        "0.jpg,Two.,Big?,no,Bari",
+    ]
+    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "metadata.csv": "\n".join(lines).encode()}))
+    (row,) = samples(tmp_path / "p.zip", columns={"context": "place"}).values()
+    assert row.references == ("One bowl.", "Two.")
+    assert [(one.question, one.answers) for one in row.reference_qa or ()] == [("Red?", ("yes",)), ("Big?", ("no",))]
+    assert dict(row.context) == {"place": "Bari"}
 
 
 def test_names_in_a_metadata_file_may_be_spelled_in_either_form_of_unicode(tmp_path: Path) -> None:

@@ -394,6 +394,22 @@ def test_rows_are_tried_as_long_as_that_gives_more(photos: Path, tmp_path: Path,
     assert starts == [[0], [0], [0], [0], []]
 
 
+def test_a_reading_for_a_number_of_rows_tries_rows_that_failed_each_time(photos: Path, tmp_path: Path) -> None:
+    """It has no end after which all would be read anew."""
+    config = settings(photos, rows=30)
+    with pytest.raises(SourceError, match="the line is cut"):
+        Unreachable(tmp_path / "d", config, stop_at=30)
+    assert Reading(tmp_path / "d", config).starts == [9]
+
+
+def test_another_limit_is_tried_again_as_well(photos: Path, tmp_path: Path) -> None:
+    """With more images more rows fail: that is no sign that the next try gives nothing."""
+    assert Unreachable(tmp_path / "d", settings(photos, limit=14)).starts == [0]
+    assert Unreachable(tmp_path / "d", settings(photos)).starts == [0]
+    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
+    assert Reading(tmp_path / "d", settings(photos)).starts == []
+
+
 def test_what_was_read_without_a_network_is_read_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Unreachable, "rows_cut", range(8, 30))
     with pytest.raises(SourceError, match="the line is cut"):

@@ -89,6 +89,7 @@ def test_an_image_goes_along_with_the_most_held_out_one_of_its_group() -> None:
         ("day1/0042.jpg", "day1", "day1/"),
         ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"),
         ("day1/clip2-7 (copy).jpg", "day1", "day1/clip2-* (copy)"),
+        ("42_left.jpg", "", ""),  # with all other left ones it has nothing in common
         ("table.parquet:17", "", ""),
     ],
 )

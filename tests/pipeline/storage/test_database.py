@@ -100,5 +100,9 @@ def test_a_signal_while_rows_are_made_or_compared_is_one_as_anywhere_else(tmp_pa
         threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         # Rows of one table: DuckDB looks for signals every few thousand of these, within a product after many millions.
         db.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
+    with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
+        cursor = open_cursor(db)
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        cursor.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
     with pytest.raises(RuntimeError, match="another"), open_database(tmp_path):
         raise RuntimeError("another")

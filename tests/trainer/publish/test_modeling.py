@@ -193,6 +193,10 @@ def test_half_precision_arrays_and_tensors_are_taken(checkpoint: Path, photos: l
     for dtype in (torch.bfloat16, torch.float16):
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
         assert model.generate(**processor(images=photos[:2], text="").to(dtype)).shape[0] == 2
+    dark = np.full((28, 28, 3), 257, np.uint16)  # of 65,535: the level 1 of 255
+    assert torch.equal(
+        processor(images=dark)["pixel_values"], processor(images=np.full((28, 28, 3), 1, np.uint8))["pixel_values"]
+    )
     with pytest.raises(ValueError, match="a captioner needs an image"):
         model.generate(input_ids=torch.tensor([[1, 2]]))
 

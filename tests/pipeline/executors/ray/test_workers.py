@@ -13,7 +13,14 @@ from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import SourceError
 from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
-from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, read_fill_result, read_slice
+from pipeline.executors.ray.workers import (
+    FILLED,
+    FillResult,
+    ShardWorker,
+    is_to_be_tried_again,
+    read_fill_result,
+    read_slice,
+)
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
@@ -115,5 +122,26 @@ def test_a_shard_with_rows_that_failed_is_filled_again_as_long_as_that_gives_mor
 
     monkeypatch.setattr(ShardWorker, "_fill", fill)
     monkeypatch.setattr(ShardWorker, "last_stage", "filter")
-    worker = ShardWorker(run, [])
-    assert [worker._fill_once(0).is_old for _ in range(5)] == [False, False, False, True, True]
+    found = []
+    for _ in range(5):  # commands
+        again = replace(run, tries_again=is_to_be_tried_again(run))
+        found.append(ShardWorker(again, [])._fill_once(0).is_old)
+    assert found == [False, False, False, True, True]
+
+
+def test_all_shards_are_filled_again_where_one_has_a_row_that_failed(tmp_path: Path) -> None:
+    """When it can be read, it is an image of any of them."""
+    run = ShardedRun(plan_of(tmp_path), tmp_path, 2, 1, "embedded", "s", "files", "inputs")
+    for index, may_pass in enumerate((0, 1)):
+        run.shard(index).path.mkdir(parents=True)
+        write_json(run.shard(index).stage("filter"), {})
+        about = {
+            "inputs": "inputs",
+            "result": asdict(FillResult(f"{index:05d}")),
+            "may_pass": may_pass,
+            "may_pass_before": None,
+        }
+        write_json(run.shard(index).path / FILLED, about)
+    assert is_to_be_tried_again(run) and not is_to_be_tried_again(replace(run, inputs="others"))
+    assert read_fill_result(run, 0, "filter")
+    assert not read_fill_result(replace(run, tries_again=True), 0, "filter")
