@@ -97,13 +97,11 @@ class TextsByKey:
         for row in rows:
             file_name = str(row["file_name"]).replace("\\", "/")
             of_image[posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), file_name))].append(row)
-        missing = [image for image in of_image if spelled_alike(image) not in self.names]
-        for image, about in of_image.items():
-            if spelled_alike(image) not in self.names:
-                continue
+        there = {image: about for image, about in of_image.items() if spelled_alike(image) in self.names}
+        for image, about in there.items():
             values = {column: value for column, value in _merged(about).items() if column != "file_name"}
             self.add(Entry(f"{image}.json", json.dumps(values, default=str).encode()))
-        self.messages += describe_metadata(name, rows, missing)
+        self.messages += describe_metadata(name, rows, [image for image in of_image if image not in there])
 
     def of(self, image: Entry) -> list[Entry]:
         """Return the texts that have the name of an image; of the only image of a key all texts of the key."""

@@ -179,10 +179,10 @@ def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
     Without a split to validate on, those of the split train are left out: some of them are needed for it.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
-    found = {split: key for key, split in splits.items()}
-    if None in found or len(found) < 2:
+    named = set(splits.values())
+    if None in named or len(named) < 2:
         return {}
-    return {key: split for key, split in splits.items() if split and (split != "train" or "validation" in found)}
+    return {key: split for key, split in splits.items() if split and (split != "train" or "validation" in named)}
 
 
 def _more(references: References, path: Path) -> list[Any]:
