@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -54,6 +55,14 @@ def opened(browser: Browser) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not problems
+
+
+def wait_until(page: Page, condition: str, seconds: float = 30.0) -> None:
+    """Wait until a condition in JavaScript holds; `wait_for_function` asks in the page, whose policy forbids a second time."""
+    ends_at = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < ends_at, condition
+        page.wait_for_timeout(20)
 
 
 def violations(page: Page) -> list[str]:

@@ -90,7 +90,7 @@ MISTAKES = (
     ),
     Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer", "--base-url"),
     Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),
-    Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address without a query", "base_url"),
+    Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://", "base_url"),
     Mistake("no key", f"{PHOTOS} --base-url {{server}}", "wants a key, and none is set", "SYNTH_API_KEY="),
     Mistake(
         "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope", "generate.prompt_dir",

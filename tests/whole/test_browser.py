@@ -16,7 +16,7 @@ from pipeline.dataset.version import Version
 from pipeline.report import build
 from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
-from tests.browser import PHONE, WIDE, Open, violations
+from tests.browser import PHONE, WIDE, Open, violations, wait_until
 from tests.hostile import LONG
 from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -228,9 +228,7 @@ def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Ver
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     second_tab.evaluate("localStorage.setItem('ready', 1)")
-    page.wait_for_function(
-        "localStorage.getItem('ready')"
-    )  # only now does the browser tell the second tab what the first one writes
+    wait_until(page, "localStorage.getItem('ready') !== null")  # only now is the second tab told what the first one writes
     text_of(page, 0).get_by_role("button", name="Bad").click()
     expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
@@ -247,7 +245,7 @@ def test_a_tab_that_missed_what_another_marked_shows_it_when_somebody_comes_to_i
     second_tab.add_init_script("window.addEventListener('storage', event => event.stopImmediatePropagation(), true)")
     second_tab.goto(page.url)
     text_of(page, 0).get_by_role("button", name="Bad").click()
-    second_tab.wait_for_function("Object.keys(localStorage).some(key => key.includes(' '))")
+    wait_until(second_tab, "Object.keys(localStorage).some(key => key.includes(' '))")
     assert second_tab.locator("#marked").inner_text() == "nothing marked yet"
     second_tab.evaluate("window.dispatchEvent(new Event('focus'))")
     expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
@@ -312,7 +310,7 @@ def test_a_folder_opens_from_the_disk_and_loads_its_parts(
     page = opened(write_report(dataset, tmp_path))
     assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
     assert page.locator("script[src]").count() == 4
-    page.wait_for_function("[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
+    wait_until(page, "[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
 
 
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
