@@ -90,9 +90,8 @@ class FeatureStore:
             raise TrainError(f"{need}, and {free / 1e9:.1f} GB are free", hint=hint)
         if num_bytes > TOLD_BYTES:
             progress.message(need)
-        with file.open(
-            "r+b" if file.exists() else "w+b"
-        ) as states:  # where a disk has no such call, bytes are written at places
+        mode = "r+b" if file.exists() else "w+b"  # a disk without such a call gets bytes at places: no file that only appends
+        with file.open(mode) as states:
             os.posix_fallocate(states.fileno(), count * self.record_bytes, num_bytes)
 
     def append(self, count: int, records: np.ndarray, ids: Sequence[bytes]) -> None:

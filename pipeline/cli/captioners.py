@@ -169,7 +169,7 @@ def look(
     with translate_disk_errors(target), atomic_write(target) as draft:
         draw(seen).save(draft, kind)
     if seen.alternatives:
-        say("texts that a search of beams found, with the mean log-probability of their tokens:", "dim")
+        say("the texts of a beam search, with the mean log-probability of their tokens:", "dim")
     for text, score in seen.alternatives:
         say(f"{score:.3f}  {text}", "dim")
     show(seen.values() | {"path": str(target)}, as_json, "text")

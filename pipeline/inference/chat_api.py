@@ -195,8 +195,8 @@ def misses_image(message: str) -> bool:
     return "data is not provided" in message
 
 
-def problem_of(answer: bytes) -> str | None:
-    """Return what is wrong with an answer of status 200 that holds no reply; None if it holds one."""
+def problem_of(answer: bytes, keys: Sequence[str] = ()) -> str | None:
+    """Return what is wrong with an answer of status 200 that holds no reply, without `keys`; None if it holds one."""
     try:
         value = parse_json(answer)
     except ValueError:
@@ -206,7 +206,7 @@ def problem_of(answer: bytes) -> str | None:
     if not isinstance(value, dict) or value.get("choices"):
         return None
     if value.get("error"):
-        return f"an error: {error_message(answer)}"
+        return f"an error: {error_message(answer, keys)}"
     return "no reply: its list of choices is empty" if "choices" in value else None
 
 

@@ -200,7 +200,7 @@ class Endpoints(list[Endpoint]):
             await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay() > 0:
-            # A request that waits for a server cannot move to another, and one that fails at once looks idle.
+            # A request that waits for a server cannot move to another, and one that fails at once is idle.
             endpoint = min(up, key=lambda one: (one.delay(), (one.outstanding + 1) / one.weight))
             self._of_sample[sample_id] = endpoint
             if len(self._of_sample) > remembered:

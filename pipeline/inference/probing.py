@@ -51,7 +51,7 @@ async def learn_all(
     stack.push_async_callback(cancel_tasks, late)
     refusals: dict[Endpoint, BaseException] = {}
     timeout: float | None = LEARN_SECONDS
-    while late and len(refusals) == len(learners) - len(late):  # none has told
+    while late and len(refusals) == len(learners) - len(late):  # none has answered
         done, _ = await asyncio.wait(late, timeout=timeout, return_when=FIRST_COMPLETED if timeout is None else ALL_COMPLETED)
         late -= done
         refusals |= {learners[task]: error for task in done if (error := task.exception())}
@@ -99,7 +99,7 @@ async def learn_dialect(
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
         status, answer = await _probe(endpoint, session, probe, server, progress)
-        if status == 200 and (problem := chat_api.problem_of(answer)):
+        if status == 200 and (problem := chat_api.problem_of(answer, endpoint.keys)):
             hint = "what it says there is to be mended first; then run the same command"
             raise EngineError(f"{endpoint.url} answers its first request with {problem}", hint=hint)
         if status == 200 and chat_api.is_cut_before_text(answer):

@@ -84,7 +84,7 @@ class Server:
         """Restart the server when it dies, up to `max_restarts` times; then set `failure` and `gave_up`."""
         try:
             await self._restart_while_it_dies()
-        except OSError as error:  # such as of a full disk: who waits for the server is told
+        except OSError as error:  # such as of a full disk: whoever waits for the server gets it
             hint = f"look at the disk of {self.launch.log}"
             self.failure = EngineError(f"vLLM died, and cannot be started again: {error.strerror or error}", hint=hint)
             self.gave_up.set()

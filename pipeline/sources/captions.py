@@ -240,8 +240,10 @@ def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_CO
     references = _texts(row.get(REFERENCES)) if WRITTEN_BY in row else []
     if not references:
         return read_texts(row, names)
-    # A caption in a version is tidy, and a reference as it was given.
-    return [*{" ".join(text.split()): text for text in reversed([*read_texts(row, names), *references])}.values()][::-1]
+    texts: dict[str, str] = {}
+    for text in (*read_texts(row, names), *references):
+        texts.setdefault(" ".join(text.split()), text)  # a caption in a version is tidy, and a reference as it was given
+    return [*texts.values()]
 
 
 def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -114,31 +113,25 @@ def _has_next(rows: Iterator[Sample | Rejected]) -> bool:
 
 def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult | None:
     """Return the result of filling a shard, if it was filled from the same inputs."""
-    path = run.shard(index).path / FILLED
-    if not path.exists():
-        return None
-    filled = read_json(path)
-    if filled["inputs"] != run.inputs or run.tries_again:
+    filled = _read_filled(run, index)
+    if not filled or run.tries_again:
         return None
     result = FillResult(**filled["result"])
     shard = DatasetDir(run.root / "shards" / result.folder)  # an abandoned worker may name one that was removed
     return result if shard.stage(last_stage).exists() else None
 
 
-def _count_passing_before(path: Path, inputs: str) -> int | None:
-    """Return how many rows failed for reasons that may pass when a shard was filled from these inputs before, if it was."""
-    filled = read_json(path) if path.exists() else {}
-    return filled.get("may_pass") if filled.get("inputs") == inputs else None
+def _read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
+    """Return what was written down of a shard that was filled from the same inputs; nothing if it was not."""
+    path = run.shard(index).path / FILLED
+    filled: dict[str, Any] = read_json(path) if path.exists() else {}
+    return filled if filled.get("inputs") == run.inputs else {}
 
 
 def is_to_be_tried_again(run: ShardedRun) -> bool:
     """Return whether a shard was filled from the same inputs with rows that failed, and that are worth another try."""
-    for shard in run.shards:
-        filled = read_json(shard.path / FILLED) if (shard.path / FILLED).exists() else {}
-        is_same = filled.get("inputs") == run.inputs
-        if is_same and is_worth_another_try(filled.get("may_pass", 0), filled.get("may_pass_before")):
-            return True
-    return False
+    filled = (_read_filled(run, index) for index in range(run.shard_count))
+    return any(is_worth_another_try(one.get("may_pass", 0), one.get("may_pass_before")) for one in filled)
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):
@@ -163,7 +156,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             if is_remote(run.root):
                 forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
             return FillResult(**{**asdict(result), "asked": 0, "is_old": True})
-        before = _count_passing_before(path, run.inputs)
+        before = _read_filled(run, index).get("may_pass")
         if is_remote(run.root):
             with scratch_shard(run, index) as shard:
                 result, may_pass = self._fill(index, shard), count_passing(shard)

@@ -688,16 +688,20 @@ def test_a_server_that_refuses_is_left_out_though_the_other_is_slow_to_answer(
         run(tmp_path / "k", locked.url, other.url)
 
 
-def test_an_answer_without_a_reply_is_told_and_not_taken_for_one_without_a_schema(tmp_path: Path) -> None:
+def test_an_answer_without_a_reply_is_an_error_and_not_taken_for_one_without_a_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
     chat = ChatServer()
     with running_chat(chat):
-        for raw, said in (
+        for raw, problem in (
             (b'{"error": {"message": "Insufficient credits", "code": 402}}', "with an error: Insufficient credits"),
+            (b'{"error": {"message": "sk-very-secret has none"}}', r"with an error: \[key\] has none"),
             (b'{"choices": []}', "with no reply: its list of choices is empty"),
             (b'data: {"choices": [{"delta": {"content": "A"}}]}', "with a stream, which it was not asked for"),
         ):
             chat.probe_answer = raw
-            with pytest.raises(EngineError, match=said):
+            with pytest.raises(EngineError, match=problem):
                 ask(chat, tmp_path / "j", Notes())
 
 
@@ -715,8 +719,8 @@ def test_of_two_servers_the_one_that_is_busy_is_named(tmp_path: Path, monkeypatc
     progress = Notes()
     with running_chat(good), running_chat(busy):
         run(tmp_path / "j", good.url, busy.url, samples=scene_samples(40), server={"concurrency": 4}, progress=progress)
-    told = [text for text in progress.texts if "has answered 429" in text]
-    assert told and all(text.startswith(f"warning: {busy.url} has") for text in told)
+    warnings = [text for text in progress.texts if "has answered 429" in text]
+    assert warnings and all(text.startswith(f"warning: {busy.url} has") for text in warnings)
 
 
 def test_a_server_that_does_not_answer_its_first_request_is_gone_on_without(

@@ -174,10 +174,10 @@ def test_metadata_files_of_an_archive_are_about_the_images_that_they_name(
     path = tmp_path / ("p.tar" if make is tar_of else "p.zip")
     path.write_bytes(make(FILES | {f"b/{name}": data}))
     source = open_source(resolve(source=f"archive:{path}", columns={"context": "place,file_name"}))
-    found = {row.source_row: row for row in source.rows if isinstance(row, Sample)}
-    assert found[f"{path.name}/b/IMG.001.jpg"].references == ("A café.",)
-    assert dict(found[f"{path.name}/b/IMG.001.jpg"].context) == {"place": "Köln", "file_name": "b/IMG.001.jpg"}
-    assert found[f"{path.name}/b/IMG.002.jpg"].references == ()  # of the same key, by WebDataset's rule
+    row_of = {row.source_row: row for row in source.rows if isinstance(row, Sample)}
+    assert row_of[f"{path.name}/b/IMG.001.jpg"].references == ("A café.",)
+    assert dict(row_of[f"{path.name}/b/IMG.001.jpg"].context) == {"place": "Köln", "file_name": "b/IMG.001.jpg"}
+    assert row_of[f"{path.name}/b/IMG.002.jpg"].references == ()  # of the same key, by WebDataset's rule
     assert any(f"{path.name}/b/{name} names 1 images that are not here: b/IMG.009.jpg" in text for text in source.messages)
     assert any("captions of people in" in text and "4, and 4 images" in text for text in source.messages)
     assert not any("beside no image" in text for text in source.messages)
@@ -191,11 +191,11 @@ def test_a_metadata_file_of_an_archive_that_cannot_be_read_is_told_and_stops_not
     data = b"image,text\na.jpg,A cup.\n" if name.endswith("csv") else b'{"image": "a.jpg"}\n{"image": 2'
     (tmp_path / "p.zip").write_bytes(zip_of(FILES | {f"b/{name}": data}))
     assert len(samples(tmp_path / "p.zip")) == 4
-    said = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
-    assert any(text.startswith(f"cannot read p.zip/b/{name}: ") for text in said)
+    messages = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
+    assert any(text.startswith(f"cannot read p.zip/b/{name}: ") for text in messages)
     monkeypatch.setattr(archive_entries, "MAX_METADATA_BYTES", 3)
-    said = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
-    assert any(text.startswith(f"cannot read p.zip/b/{name}: more than") for text in said)
+    messages = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
+    assert any(text.startswith(f"cannot read p.zip/b/{name}: more than") for text in messages)
 
 
 def test_all_rows_about_an_image_count(tmp_path: Path) -> None:

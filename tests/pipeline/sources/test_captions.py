@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import captions
-from pipeline.sources.captions import Written, match_images, read_captions
+from pipeline.sources.captions import Written, captions_of_people, match_images, read_captions
 from pipeline.sources.folder import open_folder
 from pipeline.types import Sample, SourceSlice
 
@@ -279,3 +279,8 @@ def test_a_name_is_found_however_a_system_spells_it() -> None:
         images[0]: ["fotos/Köln.jpg"], images[1]: ["fotos\\a.jpg"],
     }  # fmt: skip
     assert unknown == ["nowhere.jpg"]
+
+
+def test_captions_and_references_of_an_export_keep_their_order_and_come_once() -> None:
+    row = {"written_by": "people", "captions": ["A  dog.", "A cat."], "references": ["A dog. ", "A bird."]}
+    assert captions_of_people(row) == ["A  dog.", "A cat.", "A bird."]

@@ -385,6 +385,6 @@ def test_folders_that_are_named_after_splits_say_them(tmp_path: Path, names: lis
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(photo(number))
     source = open_folder(tmp_path)
-    found = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
-    assert [found[name] for name in names] == splits
+    split_of = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
+    assert [split_of[name] for name in names] == splits
     assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)

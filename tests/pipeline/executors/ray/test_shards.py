@@ -76,12 +76,12 @@ def test_prompts_of_ones_own_are_among_the_files_that_settings_name(tmp_path: Pa
 
 def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checks decide what is kept: a shard that was filled with others is not taken."""
-    code = "from pydantic import BaseModel\n\n\nclass Found(BaseModel):\n    color: str\n"
+    code = "from pydantic import BaseModel\n\n\nclass Seen(BaseModel):\n    color: str\n"
     (tmp_path / "own_checks.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    task = {"name": "found", "kind": "record", "prompt": "What color?", "output": "own_checks:Found"}
-    config = resolve(source="scenes", own_tasks=[task], tasks=["found"])
+    task = {"name": "color", "kind": "record", "prompt": "What color?", "output": "own_checks:Seen"}
+    config = resolve(source="scenes", own_tasks=[task], tasks=["color"])
     before = named_files(config)
     (tmp_path / "own_checks.py").write_text(code + "    # checked otherwise\n")
     assert named_files(config)["own_tasks"] != before["own_tasks"]

@@ -122,11 +122,11 @@ def test_a_shard_with_rows_that_failed_is_filled_again_as_long_as_that_gives_mor
 
     monkeypatch.setattr(ShardWorker, "_fill", fill)
     monkeypatch.setattr(ShardWorker, "last_stage", "filter")
-    found = []
+    filled_before = []
     for _ in range(5):  # commands
         again = replace(run, tries_again=is_to_be_tried_again(run))
-        found.append(ShardWorker(again, [])._fill_once(0).is_old)
-    assert found == [False, False, False, True, True]
+        filled_before.append(ShardWorker(again, [])._fill_once(0).is_old)
+    assert filled_before == [False, False, False, True, True]
 
 
 def test_all_shards_are_filled_again_where_one_has_a_row_that_failed(tmp_path: Path) -> None:
