@@ -23,6 +23,8 @@ from teacher import Rounds
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.samples import read_samples
 from pipeline.images.clip import TINY_CLIP, ClipScorer
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import choose_engine
@@ -226,7 +228,8 @@ def main() -> None:
         result = generate_dataset(config, out)
         print(f"\nthe teacher's own: {result.stats.asked:,} requests, {3 * arguments.scenes:,} of them to write", end="")
         print(f", {time.perf_counter() - started:.0f} s", flush=True)
-        source = pq.read_table(out / "stages" / "source" / "kept.parquet", columns=["sample_id", "facts", "images"]).to_pylist()
+        batches = read_samples(DatasetDir(out), ["sample_id", "facts", "images"])
+        source = [row for batch in batches for row in batch.to_pylist()]
         facts = {row["sample_id"]: row["facts"] for row in source}
         written = pq.read_table(out / "stages" / "filter" / "kept.parquet").to_pylist()
         report_own(written, out, facts)

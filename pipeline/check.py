@@ -90,7 +90,9 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 def _stage_files(dataset: DatasetDir) -> list[Path]:
     shards = "shards/*/*/stages/*/*.parquet" if is_remote(dataset.path) else "shards/*/stages/*/*.parquet"
-    return [path for pattern in ("stages/*/*.parquet", shards) for path in dataset.path.glob(pattern)]
+    return [
+        path for pattern in ("stages/*/*.parquet", "stages/source/*/*.parquet", shards) for path in dataset.path.glob(pattern)
+    ]
 
 
 def _check_table(path: Path) -> Checked:

@@ -65,6 +65,9 @@ SAMPLE = pa.schema(
         pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
+# A run in one process stores images apart (dataset/samples.py).
+LISTED_SAMPLE = pa.schema(field for field in SAMPLE if field.name != "images")
+SAMPLE_IMAGES = pa.schema([SAMPLE.field("sample_id"), SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 

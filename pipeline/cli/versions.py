@@ -100,20 +100,26 @@ def versions_rm(
     """Remove versions from this machine. Replies stay in the journal, and what was pushed stays on the Hub."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import remove_versions
+    from pipeline.dataset.samples import bytes_beside
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         pushed = dataset.pushed()
+        before = bytes_beside(dataset)
         removed = remove_versions(dataset, names)
+        moved = bytes_beside(dataset) - before
     if as_json:
-        echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": sum(one.num_bytes for one in removed)}))
+        freed = sum(one.num_bytes for one in removed) - moved
+        echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": freed}))
         return
     for one in removed:
         repos = dict.fromkeys(push["repo"] for push in pushed if push["version"] == one.path.name)
         echo(f"removed {one.path.name}, which frees {one.num_bytes / 1e6:.1f} MB")
         for repo in repos:
             echo(f"          was pushed to {repo}")
+    if moved > 0:
+        echo(f"images that later runs need are kept: {moved / 1e6:.1f} MB in {dataset.stage('source').parent}")
 
 
 def versions_gc(

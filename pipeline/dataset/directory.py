@@ -9,13 +9,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pipeline.config import Config
@@ -25,12 +22,11 @@ from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, Version, dataset_dir_of, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.file_lock import lock_file
-from pipeline.storage.files import open_table, read_json, read_table, write_json
+from pipeline.storage.files import read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import current_names, old_name
-from pipeline.types import SampleBatch
+from pipeline.tables import current_names
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
@@ -262,43 +258,6 @@ def read_exclusions(dataset: DatasetDir) -> pa.Table:
     path, old = dataset.stage("source", "exclusions"), dataset.stage("source", "banned")  # its name in earlier releases
     table = read_table(old if old.exists() and not path.exists() else require_file(path))
     return table.rename_columns(current_names(table.column_names))
-
-
-def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the samples (tables.SAMPLE) as they were written: one row group a batch."""
-    file = open_table(shard.stage("source"))
-    file_columns = file.schema_arrow.names
-    selected = None if columns is None else [old_name(name, file_columns) for name in columns]
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=selected)
-        yield from table.rename_columns(current_names(table.column_names)).combine_chunks().to_batches()
-
-
-def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
-    """Yield all samples, a batch at a time."""
-    file = open_table(shard.stage("source"))
-
-    def read(column: str, group: int) -> list[Any]:
-        return list(file.read_row_group(group, [old_name(column, file.schema_arrow.names)]).column(0).to_pylist())
-
-    def read_images(group: int) -> list[tuple[bytes, ...]]:
-        return list(map(tuple, read("images", group)))
-
-    for group in range(file.num_row_groups):
-        yield SampleBatch(read("sample_id", group), partial(read_images, group))
-
-
-def page_counts(shard: DatasetDir) -> Iterator[int]:
-    """Yield the number of images of each sample; images are read only of row groups where a sample has several."""
-    file = open_table(shard.stage("source"))
-    name = old_name("images", file.schema_arrow.names)
-    leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index(name)
-    for group in range(file.num_row_groups):
-        described = file.metadata.row_group(group)
-        if described.column(leaf).num_values == described.num_rows:  # each sample has at least one
-            yield from repeat(1, described.num_rows)
-        else:
-            yield from pc.list_value_length(file.read_row_group(group, [name]).column(0)).to_pylist()
 
 
 def require_file(path: Path) -> Path:

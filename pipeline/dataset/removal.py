@@ -10,13 +10,14 @@ from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import read_removed, read_tags, record_removed
+from pipeline.dataset.samples import keep_images
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, is_shareable, read_version, share_file
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote
 
 # Folders whose files are written by commands that hold the lock.
-LOCKED_FOLDERS = ("stages/*", "versions/v*", "shards/*/stages/*")
+LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
 
 
@@ -31,8 +32,9 @@ class Leftover:
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
     """Remove versions, and return their folders. Their replies stay in the journal: a run can make the same rows again.
 
-    A version is gone at once or not at all, whenever the process is killed. The caller holds the lock of the folder. Raise
-    StoreError, and remove nothing, if there is no such version, or a tag names it; or if its files cannot be removed.
+    Images that later runs need and no other version has are written beside the samples before. A version is gone at once or
+    not at all, whenever the process is killed. The caller holds the lock of the folder. Raise StoreError, and remove nothing,
+    if there is no such version, or a tag names it; or if its files cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -40,6 +42,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
         if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
             hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
             raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
+    keep_images(dataset, {folder.name for folder in folders})
     removed = []
     for folder in folders:
         freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))

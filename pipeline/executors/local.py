@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
+from pipeline.dataset.samples import move_images_to_versions
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish, require_own_replies
@@ -112,6 +113,8 @@ def run_locally(
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
+    if config.rows is None:  # else the next run begins with the images of the parts
+        move_images_to_versions(dataset)
     return RunResult(version, is_new, stats, funnel)
 
 

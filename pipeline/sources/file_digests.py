@@ -102,6 +102,10 @@ def state_of(status: os.stat_result) -> bytes:
 
 
 def _sha256(file: BufferedReader) -> bytes:
-    if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+    size = os.fstat(file.fileno()).st_size
+    if size > SMALL_BYTES:
         return hashlib.file_digest(file, "sha256").digest()
-    return hashlib.sha256(file.read(SMALL_BYTES)).digest()  # half of the time for a photo
+    whole = hashlib.sha256(file.read(size + 1))  # half of the time for a photo; `read` allocates all that it is asked for
+    while more := file.read(SMALL_BYTES):  # it grows, or its size is not known
+        whole.update(more)
+    return whole.digest()

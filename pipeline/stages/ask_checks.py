@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_samples
+from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
+from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, REST_FILE, read_samples
 from pipeline.digests import canonical, file_digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import REMOVED
@@ -21,7 +22,6 @@ from pipeline.sources import choose_image_kind, find_source, open_source
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.stages.source_parts import (
-    IS_COPY,
     PART,
     PART_SECONDS,
     PASSING_REASONS,
@@ -34,7 +34,7 @@ from pipeline.storage.files import read_table, remove, write_table
 from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
 
-READING_FILE, PARTS_FOLDER = "read.json", "parts"  # beside the files of the stage
+READING_FILE = "read.json"  # beside the files of the stage
 BATCH_SAMPLES = 64  # written at once; fewer, where their images come to BATCH_BYTES
 BATCH_BYTES = 16_000_000
 BATCH_ROWS = 1_024  # of the source, where most of them are rejected, or copies
@@ -96,11 +96,11 @@ class DuplicateImages:
         return Rejected(source_row=max(kept_row, source_row), reason="duplicate_image", detail=sample_id)
 
     def apply(self, samples: pa.Table) -> pa.Table:
-        """Return samples (tables.SAMPLE) with the changes that their copies have led to."""
+        """Return samples (tables.SAMPLE, with or without images) with the changes that their copies have led to."""
         if not any(name in self.changes or name in self.texts for name in samples["sample_id"].to_pylist()):
             return samples
         rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in samples.to_pylist()]
-        return pa.Table.from_pylist(rows, schema=SAMPLE)
+        return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the captions and questions of all copies of an image; nothing if it has none, or they are not merged."""
@@ -309,6 +309,7 @@ def forget_reading(dataset: DatasetDir) -> None:
     """Remove what a run in one process has written down of its source, and the parts of one that was stopped."""
     dataset.stage("source").with_name(READING_FILE).unlink(missing_ok=True)
     remove(dataset.stage("source").with_name(PARTS_FOLDER))
+    remove((dataset.stage("source").parent / REST_FILE).parent)
 
 
 def count_passing(shard: DatasetDir) -> int:

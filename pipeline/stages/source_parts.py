@@ -2,7 +2,7 @@
 
 A part is a Parquet file of samples in the order in which they were read, and a JSON file that is written after it: the rejected
 rows, how many rows of the source all parts up to this one hold, and the name of the last one. A copy of an image that came
-before has no pixels there.
+before has no pixels there. The images of all samples stay there until a version holds them (dataset/samples.py).
 """
 
 import time
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.samples import IS_COPY
 from pipeline.digests import file_digest
 from pipeline.errors import SynthError
 from pipeline.storage.files import open_parquet, read_json, remove, write_json, write_table
@@ -21,7 +22,7 @@ from pipeline.tables import SAMPLE
 
 PART_BYTES = 256_000_000
 PART_SECONDS = 30.0  # a slow source loses no more than these
-POSITION, IS_COPY = "position", "is_copy"  # of the row in the source, counted from 0; whether its image came before
+POSITION = "position"  # of the row in the source, counted from 0
 PART = SAMPLE.append(pa.field(POSITION, pa.int64(), nullable=False)).append(pa.field(IS_COPY, pa.bool_(), nullable=False))
 WITHOUT_PIXELS = [name for name in PART.names if name != "images"]
 # Why a row may be rejected now and read another time, or on another machine.

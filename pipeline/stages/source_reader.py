@@ -1,9 +1,10 @@
 """Read a source for a run in one process; what an earlier run has read of the same source is not read again.
 
 A source may be a download of many hours. While it is read, its samples are written in parts (source_parts.py), behind which the
-next run goes on. When all are there, they become the files of the stage `source`, and `read.json` says what they were made of:
-where nothing of that has changed, and no file either, the next run takes them as they are. If rows failed for reasons that may
-pass, such as a host that did not answer, the next run reads all again, and those after it only while that gives more rows.
+next run goes on. When all are there, the files of the stage `source` list them, and `read.json` says what they were
+made of: where nothing of that has changed, and no file either, the next run takes them as they are. If rows failed for reasons
+that may pass, such as a host that did not answer, the next run reads all again, and those after it only while that gives more
+rows.
 """
 
 import secrets
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_exclusions
+from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, find_samples_without_images
 from pipeline.digests import digest, file_digest
 from pipeline.errors import SourceError, SynthError
 from pipeline.images.decode import has_heif
@@ -29,7 +31,6 @@ from pipeline.sources.file_digests import state_of
 from pipeline.stages.base import require_stage
 from pipeline.stages.source import (
     ADVICE,
-    PARTS_FOLDER,
     READING_FILE,
     DuplicateImages,
     Exclusion,
@@ -43,9 +44,9 @@ from pipeline.stages.source import (
     write_exclusions,
     write_rejected,
 )
-from pipeline.stages.source_parts import IS_COPY, PART, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
-from pipeline.storage.files import read_json, write_json, write_table
-from pipeline.tables import IMAGE_GROUPS, NEAR_DUPLICATE, SAMPLE
+from pipeline.stages.source_parts import PART, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
+from pipeline.storage.files import read_json, remove, write_json, write_table
+from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE
 from pipeline.types import Rejected, Sample, Source
 
 READING = 2  # raise it when the same bytes would be read as other samples
@@ -112,7 +113,7 @@ class SourceReader:
         return bool(result["has_more"])
 
     def finish(self) -> None:
-        """End the reading: the next run may take the files as they are. Parts are not needed any more."""
+        """End the reading: the next run may take the files as they are. Parts stay as long as only they hold the images."""
         self.close()
         if self._deduplicator is not None:
             paths = sorted(self._path.parent.glob("*.parquet"))
@@ -121,7 +122,6 @@ class SourceReader:
             before = self._failed_before.get("may_pass") if self._failed_before.get("limit") == self._result["limit"] else None
             result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
-            self._parts.forget()
 
     def close(self) -> None:
         """End the processes that render files of the source, which wait for what nobody will read."""
@@ -154,6 +154,8 @@ class SourceReader:
             states = self._earlier.get("states", {})  # earlier releases kept none
             files = self._earlier["files"]
             if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
+                return None
+            if find_samples_without_images(self.dataset):
                 return None
             is_whole = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
             return dict(result) if is_whole else None
@@ -206,8 +208,13 @@ class SourceReader:
         return self._result
 
     def _begin(self) -> SampleDeduplicator:
-        """Open the source behind what lies in the parts, if its last row is still at its place."""
+        """Open the source behind what lies in the parts, if its last row is still at its place.
+
+        Rows that failed in a reading that has ended are tried again.
+        """
         state = self._state()
+        if self._failed_before.get("may_pass") and "result" in self._earlier:
+            remove(self.dataset.stage("source").with_name(PARTS_FOLDER))
         write_json(self._path, state | self._failed_before)
         self._parts = parts = SourceParts(
             self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state), takes_failed=self.config.rows is None
@@ -228,8 +235,8 @@ class SourceReader:
 
     def _write_stage(self, deduplicator: SampleDeduplicator) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""
-        forget_near_duplicates(self.dataset)
-        kind = choose_image_kind(self.config)
+        if (kind := choose_image_kind(self.config)) is None:
+            forget_near_duplicates(self.dataset)
         groups = IMAGE_GROUPS.empty_table() if kind is None else self._compare(deduplicator, kind)
         of_near = {row["sample_id"]: row for row in groups.filter(pc.is_valid(groups["image_reason"])).to_pylist()}
         ids, near_rows = pa.array(of_near, pa.string()), list[dict[str, str]]()
@@ -246,7 +253,7 @@ class SourceReader:
                 yield pa.Table.from_pylist(rows, schema=NEAR_DUPLICATE)
 
         def kept() -> Iterator[pa.Table]:
-            for samples in self._parts.tables():
+            for samples in self._parts.tables(WITHOUT_PIXELS):
                 samples = without_copies(samples, deduplicator.num_rows)
                 samples = samples.filter(pc.invert(pc.is_in(samples["sample_id"], ids)))
                 if samples.num_rows:
@@ -254,7 +261,9 @@ class SourceReader:
 
         if of_near:
             write_table(self.dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
-        write_table(self.dataset.stage("source"), kept(), SAMPLE)
+        else:
+            self.dataset.stage("source", NEAR_DUPLICATES_FILE).unlink(missing_ok=True)
+        write_table(self.dataset.stage("source"), kept(), LISTED_SAMPLE)
         rejected = [row for position, row in self._parts.rejected if position < deduplicator.num_rows]
         write_rejected(self.dataset, [*rejected, *deduplicator.copies, *near_rows])
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
 from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples
+from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.rejections import list_rejections, read_rejections
+from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError

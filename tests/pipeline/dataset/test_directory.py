@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import (
@@ -12,9 +11,7 @@ from pipeline.dataset.directory import (
     DatasetDir,
     last_made,
     open_dataset,
-    page_counts,
     remember_dataset,
-    sample_batches,
 )
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.version import parse_version
@@ -165,16 +162,3 @@ def test_a_run_does_not_fail_where_nothing_can_be_remembered(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file")
     remember_dataset(tmp_path / "one")
-
-
-@pytest.mark.parametrize("pages", [[1, 1, 1, 1, 1], [1, 1, 3, 1, 1], [2, 2, 1, 1, 4]])
-def test_pages_are_counted_where_a_row_group_has_decks(pages: list[int], tmp_path: Path) -> None:
-    shard = DatasetDir(tmp_path)
-    images = [[b"page"] * count for count in pages]
-    path = shard.stage("source")
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"sample_id": list("abcde"), "images": images}), path, row_group_size=2)
-    assert list(page_counts(shard)) == pages
-    batches = list(sample_batches(shard))
-    assert [batch.ids for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
-    assert [len(one) for batch in batches for one in batch.read_images()] == pages

@@ -1,0 +1,249 @@
+"""Read the samples of the stage `source`, and their images, which lie in one place only.
+
+A run in one process lists its samples without images. These lie in the parts in which the source was read, until a version
+holds them; those of samples that are in no version are then written beside, and the parts are removed. The id of a sample is
+the digest of its images, so whatever holds images of that id holds the right ones. A run on a cluster, and earlier releases,
+wrote the images with the samples.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.errors import StoreError, SynthError
+from pipeline.images.metadata import REMOVED
+from pipeline.storage.files import open_parquet, open_table, remove, write_table
+from pipeline.storage.object_store import is_remote
+from pipeline.tables import PIXELS, SAMPLE, SAMPLE_IMAGES, current_names, old_name
+from pipeline.types import SampleBatch
+
+PARTS_FOLDER = "parts"  # of the stage source: what was read of it (stages/source_parts.py)
+IS_COPY = "is_copy"  # a column of parts: whether a sample is a copy of an earlier one, and has no images there
+REST_FILE = Path("images", "rest.parquet")  # of the stage source: the images of samples that are in no version
+KEPT_GROUPS = 4  # row groups of images in memory: rows have one order, and those of each split lie in files of their own
+BATCH_SAMPLES = 64
+UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
+READ_AGAIN = "run `synth generate` again without --from-stage, which reads the images from the source"
+
+
+class _Group(NamedTuple):
+    """A row group of a Parquet file that holds images."""
+
+    path: Path
+    number: int
+
+
+class SampleImages:
+    """Finds images by the ids of their samples, wherever in a dataset folder they lie; a file is opened when it is needed."""
+
+    def __init__(self, places: Iterator[Path]) -> None:
+        self._places = places  # Parquet files that are not looked into yet
+        self._group_of: dict[str, _Group] = {}
+        self._in_memory: OrderedDict[_Group, pa.Table] = OrderedDict()
+
+    @classmethod
+    def of(cls, dataset: DatasetDir) -> "SampleImages":
+        """Look into all that a dataset folder has: what was read of the source, the newest version, and older ones."""
+        folder = dataset.stage("source").parent
+        parts = sorted(folder.glob(f"{PARTS_FOLDER}/*.parquet"), key=lambda path: path.name)
+        return cls(iter([*parts, folder / REST_FILE, *_version_files(dataset)]))
+
+    def find_lacking(self, sample_ids: Collection[str]) -> list[str]:
+        """Return the samples whose images are nowhere, in their order."""
+        while lacking := [sample_id for sample_id in sample_ids if sample_id not in self._group_of]:
+            if (path := next(self._places, None)) is None:
+                return lacking
+            for sample_id, group in _ids_of(path):
+                self._group_of.setdefault(sample_id, group)
+            sample_ids = lacking
+        return []
+
+    def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
+        """Return the images of each sample, lists of binary. Raise StoreError if they are nowhere, or damaged."""
+        if lacking := self.find_lacking(sample_ids):
+            raise StoreError(f"the images of {len(lacking)} samples are gone, such as {lacking[0][:12]}", hint=READ_AGAIN)
+        groups = dict.fromkeys(self._group_of[sample_id] for sample_id in sample_ids)
+        found = pa.concat_tables([SAMPLE_IMAGES.empty_table(), *map(self._read_group, groups)]).combine_chunks()
+        places = pc.index_in(pa.array(sample_ids, pa.string()), found["sample_id"].combine_chunks())
+        return found["images"].combine_chunks().take(places)
+
+    def _read_group(self, group: _Group) -> pa.Table:
+        if group not in self._in_memory:
+            try:
+                self._in_memory[group] = _images_of(open_parquet(group.path), group.number)
+            except UNREADABLE as error:
+                raise StoreError(f"{group.path} is damaged: {error}", hint=f"move it away, and {READ_AGAIN}") from None
+            if len(self._in_memory) > KEPT_GROUPS:
+                self._in_memory.popitem(last=False)
+        self._in_memory.move_to_end(group)
+        return self._in_memory[group]
+
+
+def _version_files(dataset: DatasetDir, without: Collection[str] = ()) -> Iterator[Path]:
+    """Yield the files of versions that hold images without metadata, the newest first; not those of some names."""
+    versions: list[Version] = []
+    for manifest in (dataset.path / "versions").glob(f"v*/{MANIFEST}"):
+        with suppress(StoreError):
+            versions.append(read_version(manifest.parent))
+    for version in sorted(versions, reverse=True):
+        has_images = set(PIXELS) & set(version.manifest["columns"]) and version.manifest.get("image_metadata") == REMOVED
+        if has_images and version.name not in without:
+            yield from (version.path / name for name in sorted(version.manifest["files"]))
+
+
+def _ids_of(path: Path) -> Iterator[tuple[str, _Group]]:
+    """Yield the samples whose images a file holds, and where; none of a file that is missing, or cannot be read."""
+    try:
+        file = open_parquet(path)
+        has_copies = IS_COPY in file.schema_arrow.names
+        for number in range(file.num_row_groups):
+            rows = file.read_row_group(number, ["sample_id", *([IS_COPY] if has_copies else [])])
+            if has_copies:
+                rows = rows.filter(pc.invert(rows[IS_COPY]))
+            yield from zip(rows["sample_id"].to_pylist(), repeat(_Group(path, number)))
+    except UNREADABLE:
+        return
+
+
+def _images_of(file: pq.ParquetFile, number: int) -> pa.Table:
+    """Return the samples of a row group with their images (tables.SAMPLE_IMAGES), of a stage or of a version."""
+    names = file.schema_arrow.names
+    if "images" in names:
+        rows = file.read_row_group(number, SAMPLE_IMAGES.names)
+        return rows.filter(pc.greater(pc.list_value_length(rows["images"]), 0))
+    pixels = [name for name in PIXELS if name in names]
+    rows = file.read_row_group(number, ["sample_id", *pixels]).combine_chunks()
+    images: pa.Array | None = None
+    for name in pixels:
+        column = rows[name].combine_chunks()
+        is_deck = pa.types.is_list(column.type)
+        pages = column.flatten() if is_deck else column.drop_null()
+        counts = pc.list_value_length(column) if is_deck else pc.is_valid(column).cast(pa.int32())
+        ends = np.cumsum(counts.fill_null(0).to_numpy(zero_copy_only=False))
+        of_column = pa.ListArray.from_arrays(pa.array(np.r_[0, ends], pa.int32()), pc.struct_field(pages, "bytes"))
+        images = of_column if images is None else pc.if_else(pc.is_valid(column), of_column, images)
+    return pa.table([rows["sample_id"], images], schema=SAMPLE_IMAGES)
+
+
+def lists_samples_only(dataset: DatasetDir) -> bool:
+    """Return whether the stage source has samples without their images, as a run in one process writes them."""
+    path = dataset.stage("source")
+    return not is_remote(path) and path.is_file() and _lists_only(open_table(path))
+
+
+def find_samples_without_images(dataset: DatasetDir) -> list[str]:
+    """Return the samples of the stage source whose images are nowhere, since somebody has removed a version."""
+    if not lists_samples_only(dataset):
+        return []
+    return SampleImages.of(dataset).find_lacking(_sample_ids(dataset))
+
+
+def bytes_beside(dataset: DatasetDir) -> int:
+    """Return the bytes of the images that lie beside the samples, since no version has them."""
+    path = dataset.stage("source").parent / REST_FILE
+    return path.stat().st_size if not is_remote(path) and path.is_file() else 0
+
+
+def keep_images(dataset: DatasetDir, leaving: Collection[str] = ()) -> None:
+    """Write the images of samples that are in no version beside the samples.
+
+    The versions `leaving` are about to be removed. What they cannot give is read from the source by a later run.
+    """
+    if not lists_samples_only(dataset):
+        return
+    lacking = SampleImages(_version_files(dataset, leaving)).find_lacking(_sample_ids(dataset))
+    path = dataset.stage("source").parent / REST_FILE
+    if not lacking:
+        remove(path.parent)
+        return
+    images = SampleImages.of(dataset)
+    missing = set(images.find_lacking(lacking))
+    found = [sample_id for sample_id in lacking if sample_id not in missing]
+    batches = (found[start : start + BATCH_SAMPLES] for start in range(0, len(found), BATCH_SAMPLES))
+    write_table(path, (table for batch in batches for table in _read_intact(images, batch)), SAMPLE_IMAGES)
+
+
+def move_images_to_versions(dataset: DatasetDir) -> None:
+    """Remove what was read of the source, now that a version holds its images; what no version holds is kept beside."""
+    parts = dataset.stage("source").with_name(PARTS_FOLDER)
+    if lists_samples_only(dataset) and (parts.exists() or bytes_beside(dataset)):
+        keep_images(dataset)
+        remove(parts)
+
+
+def _read_intact(images: SampleImages, sample_ids: list[str]) -> Iterator[pa.Table]:
+    """Yield samples with their images (tables.SAMPLE_IMAGES), but for those whose files are damaged."""
+    try:
+        yield pa.table([sample_ids, images.read(sample_ids)], schema=SAMPLE_IMAGES)
+    except StoreError:
+        if len(sample_ids) > 1:
+            for sample_id in sample_ids:
+                yield from _read_intact(images, [sample_id])
+
+
+def _sample_ids(dataset: DatasetDir) -> list[str]:
+    return [name for batch in read_samples(dataset, ["sample_id"]) for name in batch["sample_id"].to_pylist()]
+
+
+def _lists_only(file: pq.ParquetFile) -> bool:
+    return old_name("images", file.schema_arrow.names) not in file.schema_arrow.names
+
+
+def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the samples (tables.SAMPLE) as they were written: one row group a batch."""
+    file = open_table(shard.stage("source"))
+    stored = file.schema_arrow.names
+    adds_images = _lists_only(file) and (columns is None or "images" in columns)
+    wanted = (
+        [name for name in SAMPLE.names if name == "images" or name in current_names(stored)] if columns is None else columns
+    )
+    names = [name for name in wanted if not (adds_images and name == "images")]
+    read = list(dict.fromkeys([*names, "sample_id"])) if adds_images else names
+    images = SampleImages.of(shard)
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, [old_name(name, stored) for name in read]).rename_columns(read)
+        if adds_images:
+            table = table.append_column(SAMPLE.field("images"), images.read(table["sample_id"].to_pylist()))
+        yield from table.select(wanted).combine_chunks().to_batches()
+
+
+def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
+    """Yield all samples, a batch at a time."""
+    file = open_table(shard.stage("source"))
+    stored, found = file.schema_arrow.names, SampleImages.of(shard)
+    lists_only = _lists_only(file)
+
+    def read(column: str, group: int) -> list[Any]:
+        return list(file.read_row_group(group, [old_name(column, stored)]).column(0).to_pylist())
+
+    def read_images(group: int) -> list[tuple[bytes, ...]]:
+        of_group = found.read(read("sample_id", group)).to_pylist() if lists_only else read("images", group)
+        return list(map(tuple, of_group))
+
+    for group in range(file.num_row_groups):
+        yield SampleBatch(read("sample_id", group), partial(read_images, group))
+
+
+def page_counts(shard: DatasetDir) -> Iterator[int]:
+    """Yield the number of images of each sample; images are read only of row groups where a sample has several."""
+    file = open_table(shard.stage("source"))
+    # Each image has a hash there, which may be empty; earlier releases left the list empty where none was needed.
+    name = "pdq_hashes" if _lists_only(file) else old_name("images", file.schema_arrow.names)
+    leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index(name)
+    for group in range(file.num_row_groups):
+        described = file.metadata.row_group(group)
+        if described.column(leaf).num_values == described.num_rows:  # each sample has at least one
+            yield from repeat(1, described.num_rows)
+        else:
+            yield from pc.list_value_length(file.read_row_group(group, [name]).column(0)).to_pylist()
