@@ -66,7 +66,8 @@ SAMPLE = pa.schema(
     ]
 )
 # A run in one process stores images apart (dataset/samples.py).
-LISTED_SAMPLE = pa.schema(field for field in SAMPLE if field.name != "images")
+NUM_PAGES = "num_pages"
+LISTED_SAMPLE = pa.schema([*(field for field in SAMPLE if field.name != "images"), pa.field(NUM_PAGES, INT32, nullable=False)])
 SAMPLE_IMAGES = pa.schema([SAMPLE.field("sample_id"), SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))

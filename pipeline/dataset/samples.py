@@ -25,7 +25,7 @@ from pipeline.errors import StoreError, SynthError
 from pipeline.images.metadata import REMOVED
 from pipeline.storage.files import open_parquet, open_table, remove, write_table
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import PIXELS, SAMPLE, SAMPLE_IMAGES, current_names, old_name
+from pipeline.tables import NUM_PAGES, PIXELS, SAMPLE, SAMPLE_IMAGES, current_names, old_name
 from pipeline.types import SampleBatch
 
 PARTS_FOLDER = "parts"  # of the stage source: what was read of it (stages/source_parts.py)
@@ -74,8 +74,10 @@ class SampleImages:
         if lacking := self.find_lacking(sample_ids):
             raise StoreError(f"the images of {len(lacking)} samples are gone, such as {lacking[0][:12]}", hint=READ_AGAIN)
         groups = dict.fromkeys(self._group_of[sample_id] for sample_id in sample_ids)
-        found = pa.concat_tables([SAMPLE_IMAGES.empty_table(), *map(self._read_group, groups)]).combine_chunks()
-        places = pc.index_in(pa.array(sample_ids, pa.string()), found["sample_id"].combine_chunks())
+        wanted = pa.array(sample_ids, pa.string())
+        tables = [rows.filter(pc.is_in(rows["sample_id"], wanted)) for rows in map(self._read_group, groups)]
+        found = pa.concat_tables([SAMPLE_IMAGES.empty_table(), *tables]).combine_chunks()
+        places = pc.index_in(wanted, found["sample_id"].combine_chunks())
         return found["images"].combine_chunks().take(places)
 
     def _read_group(self, group: _Group) -> pa.Table:
@@ -205,9 +207,8 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
     file = open_table(shard.stage("source"))
     stored = file.schema_arrow.names
     adds_images = _lists_only(file) and (columns is None or "images" in columns)
-    wanted = (
-        [name for name in SAMPLE.names if name == "images" or name in current_names(stored)] if columns is None else columns
-    )
+    known = [name for name in SAMPLE.names if name == "images" or name in current_names(stored)]
+    wanted = known if columns is None else columns
     names = [name for name in wanted if not (adds_images and name == "images")]
     read = list(dict.fromkeys([*names, "sample_id"])) if adds_images else names
     images = SampleImages.of(shard)
@@ -238,8 +239,11 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
 def page_counts(shard: DatasetDir) -> Iterator[int]:
     """Yield the number of images of each sample; images are read only of row groups where a sample has several."""
     file = open_table(shard.stage("source"))
-    # Each image has a hash there, which may be empty; earlier releases left the list empty where none was needed.
-    name = "pdq_hashes" if _lists_only(file) else old_name("images", file.schema_arrow.names)
+    if _lists_only(file):
+        for batch in file.iter_batches(columns=[NUM_PAGES]):
+            yield from batch[NUM_PAGES].to_pylist()
+        return
+    name = old_name("images", file.schema_arrow.names)
     leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index(name)
     for group in range(file.num_row_groups):
         described = file.metadata.row_group(group)

@@ -31,7 +31,7 @@ from pipeline.stages.source_parts import (
     without_copies,
 )
 from pipeline.storage.files import read_table, remove, write_table
-from pipeline.tables import EXCLUSIONS, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
+from pipeline.tables import EXCLUSIONS, NUM_PAGES, SAMPLE, SOURCE_REJECTED, SPLIT_RANK
 from pipeline.types import Rejected, Sample, Source
 
 READING_FILE = "read.json"  # beside the files of the stage
@@ -235,7 +235,7 @@ class SampleDeduplicator:
         """Take a sample as a row of tables.SAMPLE with its position; return it as one of source_parts.PART."""
         if copy := self.images.add(row):
             self.copies.append(asdict(copy))
-        return row | ({"images": [], IS_COPY: True} if copy else {IS_COPY: False})
+        return row | {NUM_PAGES: len(row["images"]), **({"images": [], IS_COPY: True} if copy else {IS_COPY: False})}
 
 
 @dataclass(slots=True)
@@ -284,7 +284,7 @@ def write_source(
         for batch in deduplicator.batches(rows, limit):
             rejected.extend(row for _, row in batch.rejected)
             progress("source", len(deduplicator.images.kept), limit)
-            yield without_copies(batch.samples)
+            yield without_copies(batch.samples).drop_columns([NUM_PAGES])
 
     write_table(shard.stage("source"), tables(), SAMPLE)
     if deduplicator.images.changes or deduplicator.images.texts:

@@ -13,17 +13,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.samples import IS_COPY
 from pipeline.digests import file_digest
 from pipeline.errors import SynthError
 from pipeline.storage.files import open_parquet, read_json, remove, write_json, write_table
-from pipeline.tables import SAMPLE
+from pipeline.tables import LISTED_SAMPLE, NUM_PAGES, SAMPLE
 
 PART_BYTES = 256_000_000
 PART_SECONDS = 30.0  # a slow source loses no more than these
 POSITION = "position"  # of the row in the source, counted from 0
-PART = SAMPLE.append(pa.field(POSITION, pa.int64(), nullable=False)).append(pa.field(IS_COPY, pa.bool_(), nullable=False))
+PART = pa.schema(
+    [
+        *SAMPLE,
+        LISTED_SAMPLE.field(NUM_PAGES),
+        pa.field(POSITION, pa.int64(), nullable=False),
+        pa.field(IS_COPY, pa.bool_(), nullable=False),
+    ]
+)
 WITHOUT_PIXELS = [name for name in PART.names if name != "images"]
 # Why a row may be rejected now and read another time, or on another machine.
 PASSING_REASONS = frozenset(("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died"))
@@ -97,7 +105,7 @@ class SourceParts:
                 if holding is None or any(
                     sample_id in holding for sample_id in file.read_row_group(group, ["sample_id"])["sample_id"].to_pylist()
                 ):
-                    yield file.read_row_group(group, columns=list(columns))
+                    yield _read_group(file, group, columns)
 
     def forget(self) -> None:
         """Remove the parts."""
@@ -121,6 +129,15 @@ class SourceParts:
 
     def _about(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
+
+
+def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    """Return the columns of a row group; earlier releases did not count the pages of a sample."""
+    if NUM_PAGES in file.schema_arrow.names or NUM_PAGES not in columns:
+        return file.read_row_group(group, columns=list(columns))
+    pages = pc.list_value_length(file.read_row_group(group, ["images"])["images"])
+    table = file.read_row_group(group, columns=[name for name in columns if name != NUM_PAGES])
+    return table.append_column(PART.field(NUM_PAGES), pages).select(columns)
 
 
 def without_copies(samples: pa.Table, most_rows: int | None = None) -> pa.Table:

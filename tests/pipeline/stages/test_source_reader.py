@@ -1,6 +1,7 @@
 """A source is read once: a run that was stopped is gone on with, and what was read stays while nothing of it has changed."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from pipeline.executors.local import reading_settings
 from pipeline.sources import open_source
 from pipeline.stages import source_parts, source_reader
 from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
-from pipeline.storage.files import read_table
+from pipeline.storage.files import read_table, write_table
 from pipeline.types import Rejected, Sample, Source
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
@@ -251,6 +252,21 @@ def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path
     shutil.rmtree(parts)
     stop()
     assert Reading(tmp_path / "d", settings(photos, license="mit")).starts == [0]
+
+
+def test_parts_of_an_earlier_release_are_taken(photos: Path, tmp_path: Path) -> None:
+    """It did not count the pages of a sample."""
+    Reading(tmp_path / "whole", settings(photos))
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "d", settings(photos), stop_at=20)
+    for about in (tmp_path / "d/stages/source/parts").glob("*.json"):
+        path = about.with_suffix(".parquet")
+        table = read_table(path).drop_columns(["num_pages"])
+        write_table(path, [table], table.schema)
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": file_digest(path)}))
+    assert Reading(tmp_path / "d", settings(photos)).starts == [19]
+    assert rows(tmp_path / "d", "kept") == rows(tmp_path / "whole", "kept")
+    assert images(tmp_path / "d") == images(tmp_path / "whole")
 
 
 def test_of_parts_that_follow_a_gap_none_is_taken(photos: Path, tmp_path: Path) -> None:
