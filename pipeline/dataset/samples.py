@@ -75,10 +75,12 @@ class SampleImages:
             raise StoreError(f"the images of {len(lacking)} samples are gone, such as {lacking[0][:12]}", hint=READ_AGAIN)
         groups = dict.fromkeys(self._group_of[sample_id] for sample_id in sample_ids)
         wanted = pa.array(sample_ids, pa.string())
-        tables = [rows.filter(pc.is_in(rows["sample_id"], wanted)) for rows in map(self._read_group, groups)]
-        found = pa.concat_tables([SAMPLE_IMAGES.empty_table(), *tables]).combine_chunks()
-        places = pc.index_in(wanted, found["sample_id"].combine_chunks())
-        return found["images"].combine_chunks().take(places)
+        tables = list(map(self._read_group, groups))
+        if len(tables) != 1:
+            tables = [rows.filter(pc.is_in(rows["sample_id"], wanted)) for rows in tables]
+        found = pa.concat_tables([*tables, SAMPLE_IMAGES.empty_table()]).combine_chunks()
+        ids, images = (column.combine_chunks() for column in found.columns)
+        return images if ids.equals(wanted) else images.take(pc.index_in(wanted, ids))
 
     def _read_group(self, group: _Group) -> pa.Table:
         if group not in self._in_memory:
@@ -123,7 +125,8 @@ def _images_of(file: pq.ParquetFile, number: int) -> pa.Table:
     names = file.schema_arrow.names
     if "images" in names:
         rows = file.read_row_group(number, SAMPLE_IMAGES.names)
-        return rows.filter(pc.greater(pc.list_value_length(rows["images"]), 0))
+        is_there = pc.greater(pc.list_value_length(rows["images"]), 0)  # a copy has none
+        return rows if pc.all(is_there).as_py() else rows.filter(is_there)
     pixels = [name for name in PIXELS if name in names]
     rows = file.read_row_group(number, ["sample_id", *pixels]).combine_chunks()
     images: pa.Array | None = None

@@ -28,6 +28,7 @@ from pipeline.stages.source_parts import (
     POSITION,
     ReadBatch,
     RejectedRow,
+    binary_lists,
     without_copies,
 )
 from pipeline.storage.files import read_table, remove, write_table
@@ -264,7 +265,10 @@ class _Batch:
 
     def read(self) -> ReadBatch:
         """Return what was read."""
-        return ReadBatch(pa.Table.from_pylist(self.samples, schema=PART), self.rejected, self.num_rows, self.last_row)
+        texts = pa.Table.from_pylist([row | {"images": []} for row in self.samples], schema=PART)
+        images = binary_lists([row["images"] for row in self.samples])
+        samples = texts.set_column(PART.get_field_index("images"), PART.field("images"), images)
+        return ReadBatch(samples, self.rejected, self.num_rows, self.last_row)
 
 
 def write_source(

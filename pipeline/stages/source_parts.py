@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from pipeline.storage.files import open_parquet, read_json, remove, write_json, 
 from pipeline.tables import LISTED_SAMPLE, NUM_PAGES, SAMPLE
 
 PART_BYTES = 256_000_000
+MAX_BINARY_BYTES = 2**31 - 1  # of the values of an Arrow array with offsets of 32 bits
 PART_SECONDS = 30.0  # a slow source loses no more than these
 POSITION = "position"  # of the row in the source, counted from 0
 PART = pa.schema(
@@ -146,3 +148,14 @@ def without_copies(samples: pa.Table, most_rows: int | None = None) -> pa.Table:
     if most_rows is not None:
         is_taken = pc.and_(is_taken, pc.less(samples[POSITION], most_rows))
     return samples.filter(is_taken).drop_columns([POSITION, IS_COPY])
+
+
+def binary_lists(lists: Sequence[Sequence[bytes]]) -> pa.ListArray:
+    """Return lists of binary values. They are copied once; Arrow's own conversion lets its buffer grow meanwhile."""
+    values = [value for of_one in lists for value in of_one]
+    ends = np.cumsum([0, *map(len, values)])
+    if ends[-1] > MAX_BINARY_BYTES:
+        return pa.array(lists, pa.list_(pa.binary()))
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(values))]
+    offsets = pa.array(np.cumsum([0, *map(len, lists)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.Array.from_buffers(pa.binary(), len(values), buffers))
