@@ -49,6 +49,9 @@ class Rounds:
     def sending(self, requests: Sequence[Request]) -> None:
         """Do nothing: there is no journal."""
 
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        """Do nothing either."""
+
     def answered(self) -> bool:
         """Return False: there are no earlier replies."""
         return False

@@ -210,6 +210,9 @@ class RequestSource(Protocol):
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
 
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        """Take back that these requests, which have no reply, were to be sent: the run ends before."""
+
     def answered(self) -> bool:
         """Return whether any request has a reply already, from this run or an earlier one."""
 

@@ -64,11 +64,14 @@ def export_version(
 def _export(version: Version, kind: str, out: Path, style: str | None, splits: tuple[str, ...], report: Progress) -> Exported:
     if out.exists():
         raise _is_there(out)
+    _require_style(version, style)
     draft = out.with_name(f".{out.name}.unfinished")
     about = {"digest": version.manifest["digest"], "format": kind, "style": style, "splits": splits}
     _go_on(draft, about)
     written = without = 0
     total = sum(version.manifest["rows"].get(split, 0) for split in splits)
+    if not total:
+        raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
     format_ = FORMATS[kind](draft, style)
     try:
         for item in read_items(version, splits):
@@ -148,6 +151,14 @@ def _go_on(draft: Path, about: dict[str, Any]) -> None:
         remove(draft)
         draft.mkdir(parents=True)
         write_text(marker, content)
+
+
+def _require_style(version: Version, style: str | None) -> None:
+    """Raise ConfigError for a style that no caption of the version has: a format without it would say nothing."""
+    captions = version.manifest["measured"].get("captions", {})
+    if style is not None and captions and style not in captions:  # earlier releases did not count them
+        hint = f"styles of its captions: {', '.join(captions)}"
+        raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
 
 
 def _nothing_to_write(version: Version, style: str | None, kind: str) -> ConfigError:

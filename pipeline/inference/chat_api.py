@@ -129,8 +129,10 @@ def read_reply(request: Request, answer: bytes, keys: Sequence[str] = ()) -> Rep
 
 
 def _text_of(message: dict[str, Any]) -> str:
-    """Return the text of a message, which may be in parts."""
+    """Return the text of a message, which may be in parts, or be the object that was asked for."""
     content = message.get("content") or ""
+    if isinstance(content, dict):
+        return json.dumps(content, ensure_ascii=False)
     return "".join(str(part.get("text") or "") for part in content) if isinstance(content, list) else content
 
 
@@ -142,7 +144,7 @@ def _tokens(usage: Any, name: str) -> int:
 
 def _usual_reason(reason: Any) -> Any:
     """Return why a reply ended in the words of the protocol."""
-    return USUAL_REASONS.get(reason, reason) if isinstance(reason, str) else reason
+    return USUAL_REASONS.get(reason, reason) if isinstance(reason, str) else "stop"
 
 
 def error_message(answer: bytes, keys: Sequence[str] = ()) -> str:

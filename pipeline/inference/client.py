@@ -118,6 +118,8 @@ class Client:
             raise
         finally:
             self._runner.run(cancel_tasks(in_flight.running))
+            if in_flight.unsent:
+                work.withdraw([*in_flight.unsent.values()])
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
@@ -403,6 +405,7 @@ class Client:
         """
         sent = time.monotonic()
         in_flight.sent.add(asyncio.current_task())
+        in_flight.unsent.pop(request.id, None)
         try:
             async with self._session_of(endpoint).post(
                 f"{endpoint.url}/chat/completions",

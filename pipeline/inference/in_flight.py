@@ -20,6 +20,7 @@ class InFlight:
     waiting: dict[str, list[Request]] = field(default_factory=dict)
     released: deque[Request] = field(default_factory=deque)
     recorded: deque[Request] = field(default_factory=deque)
+    unsent: dict[str, Request] = field(default_factory=dict)  # those that are recorded, and that no server was sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # those of running that a server is answering
     resting: int = 0  # running tasks that wait before a retry; they take no slot
@@ -36,6 +37,7 @@ class InFlight:
         if not self.recorded and (ahead := self._choose(most, will_be_kept)):
             self.work.sending(ahead)
             self.recorded.extend(ahead)
+            self.unsent |= {request.id: request for request in ahead}
         return self.recorded.popleft() if self.recorded else None
 
     def _choose(self, most: int, will_be_kept: Callable[[str], bool]) -> list[Request]:

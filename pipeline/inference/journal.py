@@ -57,6 +57,9 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and _repaired(path).exists():  # a repair was killed just before its end
+            _remove_log(path)
+            _repaired(path).replace(path)
         self._path = path
         self._db = sqlite3.connect(path)
         self._db.text_factory = _damaged_text
@@ -101,6 +104,13 @@ class Journal:
                 "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1",
                 [(request.id,) for request in requests],
             )
+
+    def record_unsent(self, requests: Iterable[Request]) -> None:
+        """Take back that these requests were about to be sent."""
+        ids = [(request.id,) for request in requests]
+        with self._db:
+            self._db.executemany("UPDATE asked SET times = times - 1 WHERE request_id = ?", ids)
+            self._db.executemany("DELETE FROM asked WHERE request_id = ? AND times <= 0", ids)
 
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
         """Store replies with their flaws; they are on the disk when this returns.
@@ -208,7 +218,7 @@ def repair_journal(path: Path) -> tuple[int, int]:
     The damaged file stays beside it, with the suffix `.damaged-1` and so on. Replies in pages that cannot be read are not
     counted. Raises StoreError, and changes nothing, if none is intact.
     """
-    fresh = path.with_name(f"{path.name}.repaired")
+    fresh = _repaired(path)
     fresh.unlink(missing_ok=True)
     kept = lost = 0
     with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
@@ -228,11 +238,22 @@ def repair_journal(path: Path) -> tuple[int, int]:
             f"no reply in {path} can be read", hint="restore a copy of it, or move it away to ask everything again"
         )
     number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm"):  # killed from here on, `Journal` takes the new one
         with suppress(FileNotFoundError):
             path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
     fresh.replace(path)
     return kept, lost
+
+
+def _repaired(path: Path) -> Path:
+    """Return where a repair writes the new journal. It is whole if the damaged one is gone from its place."""
+    return path.with_name(f"{path.name}.repaired")
+
+
+def _remove_log(path: Path) -> None:
+    """Remove what SQLite has kept beside a file that is gone: it must not be applied to another one."""
+    for suffix in ("-wal", "-shm"):
+        path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
 
 
 def _damaged_text(data: bytes) -> str:

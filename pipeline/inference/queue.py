@@ -137,6 +137,11 @@ class RequestQueue:
         self._journal.record_sent(requests)
         self._counts.asked += len(requests)
 
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        """See types.RequestSource."""
+        self._journal.record_unsent(requests)
+        self._counts.asked -= len(requests)
+
     def answered(self) -> bool:
         """See types.RequestSource."""
         return self._answered

@@ -264,4 +264,4 @@ def _has_data(name: str, wanted: Wanted) -> bool:
 
 def _as_text(name: str) -> str:
     """Return the name of an entry with slashes between folders, as text that UTF-8 can hold."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\\", "/").removeprefix("./")
+    return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")

@@ -25,12 +25,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
 from pipeline.sources.parquet import SPLIT_OF_WORD
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
 from pipeline.types import ReferenceQA
 
+TWIN_SUFFIXES = (
+    ".txt",
+    ".json",
+    ".xml",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".raf",
+    ".orf",
+    ".rw2",
+)  # of one picture's files
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
@@ -200,7 +214,13 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
     if any(name in value for name in NAMES):
         return iter([_row(value)])  # JSON lines with a single one
+    if lists := [rows for rows in value.values() if isinstance(rows, list) and any(map(_names_an_image, rows))]:
+        return (_object_row(row) for rows in lists for row in rows)  # {"data": [...]}
     return ((str(name), _texts(captions), None, None, 0) for name, captions in value.items())
+
+
+def _names_an_image(value: Any) -> bool:
+    return isinstance(value, dict) and any(name in value for name in NAMES)
 
 
 def _token_row(line: str) -> Row:
@@ -369,6 +389,12 @@ def _stem(name: str) -> str:
     return Path(_file_name(name)).stem
 
 
+def _stem_of_name(name: str) -> str:
+    """Return a name for an image without the suffix of a file, if it has one: that of `2021.03.04_12` is none."""
+    path = Path(_file_name(name))
+    return path.stem if path.suffix.lower() in (*IMAGE_SUFFIXES, *TWIN_SUFFIXES) else path.name
+
+
 def _last_number(name: str) -> str:
     """Return the number at the end of an image's name; "" without one."""
     match = _NUMBER.search(_stem(name)[-MAX_DIGITS:])
@@ -386,7 +412,7 @@ _KEYS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
     (_path, _path),
     (spelled_alike, spelled_alike),
     (_file_name, _file_name),
-    (_stem, _stem),
+    (_stem, _stem_of_name),
     (_last_number, _whole_number),
 )
 

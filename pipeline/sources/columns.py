@@ -28,6 +28,7 @@ from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source
 
 Columns = dict[str, list[str]]  # of each role
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
+NO_COLUMN = "none"  # for the split: a column of that name says something else
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
@@ -59,8 +60,8 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 yield row
                 continue
             row_split = split_of(row[split_column]) if split_column else file_split
-            if row_split is None and split_column:
-                detail = f"{row[split_column]!r} is none of {', '.join(SPLIT_OF_WORD)}"
+            if row_split is None and split_column and not _is_missing(row[split_column]):
+                detail = f"{row[split_column]!r} in the column {split_column} is none of {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"licence": tables.licence, "split": stored_split(row_split, split)}
@@ -132,7 +133,9 @@ def check_split(tables: Tables, split: str | None) -> None:
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
-    columns = {role: named_columns(schema, role, name) for role, name in mapping.items() if role != CONTEXT}
+    has_no_split = mapping.get("split") == NO_COLUMN and NO_COLUMN not in schema.names
+    roles = {role: name for role, name in mapping.items() if role != CONTEXT and not (role == "split" and has_no_split)}
+    columns = {role: named_columns(schema, role, name) for role, name in roles.items()}
     if CONTEXT in mapping:
         columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
     if "image" not in columns and "pages" not in columns:
@@ -184,6 +187,11 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
     if not numbered:
         raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
     return [column for _, column in sorted(numbered)]
+
+
+def _is_missing(value: object) -> bool:
+    """Return whether a row says nothing of its split."""
+    return value is None or value != value or not str(value).strip()
 
 
 def _context_columns(schema: pa.Schema, names: str) -> list[str]:

@@ -34,6 +34,7 @@ from pipeline.sources.base import (
 from pipeline.sources.captions import (
     CAPTION_COLUMNS,
     QUESTION,
+    SPLIT,
     captions_of_people,
     decode_text,
     describe_by_model,
@@ -43,6 +44,7 @@ from pipeline.sources.captions import (
     questions_of_people,
     read_captions,
     read_lines,
+    read_split,
     read_table,
     spelled_alike,
     texts_by_model,
@@ -128,9 +130,7 @@ def open_folder(
     bound = None if follow_links else root
     references = read_references(root, paths, columns, content.images, follow_links=follow_links)
     _add_caption_files(references, caption_files, root, content.images)
-    by_name = {row_name(path, root): path for path in content.images}  # of all, also for a slice
-    for name, split in splits_of_names(_first_folders(by_name)).items():
-        references.splits.setdefault(by_name[name], split)
+    _add_splits_of_folders(references, {row_name(path, root): path for path in content.images})  # of all, also for a slice
     has_questions = bool(references.questions)
     contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
     unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE} and not is_exif_name(name)]
@@ -166,6 +166,17 @@ def open_folder(
     )
 
 
+def _add_splits_of_folders(references: References, images: Mapping[str, Path]) -> None:
+    """Add the splits that folders are named after, for images of which no file says one."""
+    folders = _first_folders(images)
+    splits = splits_of_names(folders)
+    for name, split in splits.items():
+        references.splits.setdefault(images[name], split)
+    if splits and (unnamed := [name for name, folder in folders.items() if folder.casefold() not in SPLIT_OF_WORD]):
+        text = f"{len(unnamed):,} images lie in no folder that is named after a split, and are divided by a hash"
+        references.messages.append(f"{text} ({first_names(unnamed)})")
+
+
 def _first_folders(names: Collection[str]) -> dict[str, str]:
     """Return by the path of each image the folder in which it lies below those that all of them share; "" for none."""
     shared = os.path.commonpath(names) if len(names) > 1 else ""
@@ -174,13 +185,13 @@ def _first_folders(names: Collection[str]) -> dict[str, str]:
 
 
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits that names say, such as those of the folders of images: none unless each says one, and they differ.
+    """Return the splits that names say, such as those of the folders of images: none unless they say different ones.
 
     Without a split to validate on, those of the split train are left out: some of them are needed for it.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
-    named = set(splits.values())
-    if None in named or len(named) < 2:
+    named = {*splits.values()} - {None}
+    if len(named) < 2:
         return {}
     return {key: split for key, split in splits.items() if split and (split != "train" or "validation" in named)}
 
@@ -329,6 +340,7 @@ def read_references(
                     own = {name: as_text(row[name]) for name in columns if name in row}
                     references.values.setdefault(image_of(folder, row), {}).update(own)
                 references.messages += _add_captions(file, rows, captions, images, partial(image_of, folder))
+                references.messages += _add_splits(file, rows, references.splits, partial(image_of, folder))
                 for row in rows:
                     if (questions := questions_of_people(row)) and (path := image_of(folder, row)) in images:
                         references.questions[path] = (*references.questions.get(path, ()), *questions)
@@ -372,6 +384,20 @@ def _add_captions(
     return describe_metadata(str(file), rows, missing)
 
 
+def _add_splits(
+    file: Path, rows: list[dict[str, Any]], splits: dict[Path, str], image_of: Callable[[dict[str, Any]], Path]
+) -> list[str]:
+    """Add what the column `split` of a metadata file says; return a message if it says something else than splits."""
+    try:
+        said = [(image_of(row), read_split(row.get(SPLIT))) for row in rows]
+    except ValueError as error:
+        return [f"{file}: the column {SPLIT} is not read: {error}"]
+    for path, split in said:
+        if split and (held_out := most_held_out(split, splits.get(path))):
+            splits[path] = held_out
+    return []
+
+
 def describe_metadata(file: str, rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
     """Return what of a metadata file was not used; `missing` are images that it names, and that are not there."""
     messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
@@ -405,13 +431,12 @@ def parse_metadata(data: bytes, name: str) -> list[dict[str, Any]]:
             rows = list(read_table(decode_text(data), is_quoted=True))
         else:
             rows = list(read_lines(decode_text(data)))
-        if not all(row["file_name"] for row in rows):
-            raise ValueError("a row has no file_name")
-    except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
-        problem = "no column file_name" if isinstance(error, KeyError) else str(error)
+        named = [row for row in rows if row.get("file_name")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException) as error:
+        problem = "a row has no names and values" if isinstance(error, AttributeError) else str(error)
         hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
         raise SourceError(f"cannot read {name}: {problem}", hint=hint) from None
-    return rows
+    return named
 
 
 def _read_parquet(data: bytes) -> list[dict[str, Any]]:

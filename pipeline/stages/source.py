@@ -46,7 +46,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "several_images": "--columns pages=COLUMN reads them as a deck",
     "too_many_pages": "split the decks",
     "unpaired_answers": "a list of questions needs a list of as many answers",
-    "unknown_split": "leave split= out of --columns",
+    "unknown_split": "of a table, --columns split=none leaves that column alone, and split=COLUMN names another",
     "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
     "near_held_out_image": "dedupe.images: none keeps images that look alike",
     "banned_image": "they are in a dataset of --exclude",

@@ -21,6 +21,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from pipeline.config.files import resolve
+from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
@@ -30,6 +31,7 @@ from pipeline.export.items import read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
+from pipeline.stages.split import split_of
 from pipeline.tables import ROW, STRING, Extras, OwnColumn
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import ReferenceQA, Sample, SourceSlice
@@ -642,3 +644,22 @@ def test_a_folder_that_is_there_is_refused_whatever_its_name(
         with pytest.raises(ConfigError, match="is there already"):
             export_version(version, "webdataset", Path(name))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "llava", "imagefolder", "csv"])
+def test_a_style_that_no_caption_has_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    made, _ = make_version(tmp_path / "d", scene_samples(3))
+    version = replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
+    with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
+        export_version(version, kind, tmp_path / "out", style="breif")
+    assert "brief" in raised.value.hint and list(tmp_path.glob("*out*")) == []
+
+
+def test_a_split_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
+    samples = scene_samples(12)
+    split = next(
+        name for name in ("test", "validation") if all(split_of(one.id, SplitConfig(), 0) != name for one in samples[:3])
+    )
+    few, _ = make_version(tmp_path / "d", samples[:3])
+    with pytest.raises(ConfigError, match=f"has no rows in {split}"):
+        export_version(few, "csv", tmp_path / "out", splits=(split,))

@@ -8,7 +8,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -962,6 +962,20 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
             for _ in ask_about(chunks, config, "r", lambda: asking, journal, RequestStats()):
                 pass
         assert journal.totals()["replies"] >= 3
+
+
+def test_requests_that_an_interrupted_run_did_not_send_are_not_counted(tmp_path: Path) -> None:
+    """Else a few interruptions use up a budget."""
+    config = resolve(source="scenes", model="model", server={"concurrency": 2, "max_requests": 1000})
+    stats = RequestStats()
+    with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
+        with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as asking:
+            groups = ask_about(iter([batch_of(scene_samples(20))]), config, "r", lambda: asking, journal, stats)
+            next(groups)
+            assert isinstance(groups, Generator)
+            groups.close()
+        assert 0 < len(chat.bodies) < 20 < client.SENT_BATCH
+        assert journal.totals()["asked"] == stats.asked <= len(chat.bodies) + 2  # two may be on their way
 
 
 @pytest.mark.parametrize(

@@ -265,3 +265,27 @@ def test_a_journal_that_another_program_holds_is_not_called_damaged(tmp_path: Pa
         with translate_disk_errors(tmp_path), Journal(tmp_path / "j.sqlite") as journal:
             journal._db.execute("PRAGMA busy_timeout = 50")
             journal.record_sent(REQUESTS[:1])
+
+
+def test_a_repair_that_was_killed_before_its_end_is_ended_by_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal" / "j.sqlite"
+    requests = filled(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"reply " + requests[7].id.encode()) + 2] ^= 1
+    path.write_bytes(data)
+
+    def rename(old: Path, new: Path) -> Path:
+        if old.name.endswith(".repaired"):
+            raise KeyboardInterrupt
+        return move(old, new)
+
+    move = Path.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", rename)
+        repair_journal(path)
+    assert not path.exists()
+    with Journal(path) as journal:
+        assert journal.last(requests[8].id) and journal.last(requests[7].id) is None
+    assert check_journal(path) == JournalState(299, 0, ())

@@ -340,10 +340,12 @@ def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path)
     refusal = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
     parts = {"role": "assistant", "content": [{"type": "text", "text": '{"caption":"A small '}, {"text": 'red ring."}'}]}
     in_parts = json.dumps({"choices": [{"message": parts}], "usage": {}}).encode()
+    parsed = {"message": {"content": {"caption": "A small red ring."}}, "finish_reason": {"type": "stop"}}
+    as_object = json.dumps({"choices": [parsed], "usage": {}}).encode()
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
         task = task_of(body)
-        return Act(raw=refusal) if task == "Task: qa" else Act(raw=in_parts) if task.endswith("brief") else None
+        return Act(raw=refusal) if task == "Task: qa" else Act(raw=in_parts if task.endswith("brief") else as_object)
 
     with running_chat(ChatServer(script)) as chat:
         errors, _, _ = ask(tmp_path / "j", chat)

@@ -47,6 +47,9 @@ class Once:
     def sending(self, requests: Sequence[Request]) -> None:
         pass
 
+    def withdraw(self, requests: Sequence[Request]) -> None:
+        pass
+
     def answered(self) -> bool:
         return False
 

@@ -142,6 +142,7 @@ def test_names_find_their_image_by_path_by_name_by_stem_or_by_number() -> None:
         (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"]),  # of two names for one image neither counts
         (["9" * 5000], ["a9.jpg"]),
         (["7"], ["a_7.jpg", "b_07.jpg"]),
+        (["img.v1"], ["img.jpg"]),
     ],
 )
 def test_a_name_of_another_image_is_none_of_this_one(names: list[str], images: list[str]) -> None:
@@ -284,3 +285,17 @@ def test_a_name_is_found_however_a_system_spells_it() -> None:
 def test_captions_and_references_of_an_export_keep_their_order_and_come_once() -> None:
     row = {"written_by": "people", "captions": ["A  dog.", "A cat."], "references": ["A dog. ", "A bird."]}
     assert captions_of_people(row) == ["A  dog.", "A cat.", "A bird."]
+
+
+@pytest.mark.parametrize("name", ["2021.03.04_12", "2021.03.04_12.PNG", "2021.03.04_12.txt"])
+def test_dots_in_a_name_without_a_suffix_are_part_of_it(name: str) -> None:
+    matched, unknown = match_images({name: Written(["A dog."])}, ["2021.03.04_12.jpg", "2021.03.jpg"])
+    assert list(matched) == ["2021.03.04_12.jpg"] and not unknown
+
+
+@pytest.mark.parametrize("key", ["data", "annotations"])
+def test_rows_within_an_object_are_rows(tmp_path: Path, key: str) -> None:
+    rows = [{"file_name": "a.jpg", "caption": "A dog."}, {"file_name": "b.jpg", "caption": "A cat."}]
+    (tmp_path / "c.json").write_text(json.dumps({"info": {"year": 2024}, key: rows, "licenses": []}))
+    written = read_captions(tmp_path / "c.json")
+    assert {name: about.captions for name, about in written.items()} == {"a.jpg": ["A dog."], "b.jpg": ["A cat."]}

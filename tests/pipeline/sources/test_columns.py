@@ -114,3 +114,21 @@ def test_the_words_of_a_split_column_count_in_any_case(tmp_path: Path) -> None:
     names = [row.source_row for row in source.rows]
     assert source.count is not None and source.count() == len(names) == 3
     assert [row.source_row for row in source.read(1)] == names[1:]
+
+
+def test_a_row_that_says_no_split_has_none(tmp_path: Path) -> None:
+    words = ["train", None, "", " ", "test"]
+    table = pa.table({"image": [photo(number) for number in range(len(words))], "split": pa.array(words, pa.string())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = list(open_source(resolve(source=f"parquet:{tmp_path}/a.parquet")).rows)
+    assert [row.split for row in rows if isinstance(row, Sample)] == ["train", None, None, None, "test"]
+
+
+def test_a_column_named_split_that_says_something_else_can_be_left_alone(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [photo(1), photo(2)], "split": ["fold0", "fold1"]}), tmp_path / "a.parquet")
+    source = f"parquet:{tmp_path}/a.parquet"
+    refused = list(open_source(resolve(source=source)).rows)
+    assert [row.reason for row in refused if isinstance(row, Rejected)] == ["unknown_split"] * 2
+    assert "'fold0' in the column split is none of train" in str(refused[0])
+    rows = list(open_source(resolve(source=source, columns={"split": "none"})).rows)
+    assert [row.split for row in rows if isinstance(row, Sample)] == [None, None]

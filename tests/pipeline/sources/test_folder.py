@@ -1,5 +1,6 @@
 """Folder: files are read recursively in sorted order, and a broken file is rejected with a reason."""
 
+import json
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -375,8 +376,9 @@ def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_pat
     [
         (["train/a.jpg", "val/b.jpg", "Test/c.jpg"], ["train", "validation", "test"]),
         (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # some to validate on are needed
-        (["train/a.jpg", "val/b.jpg", "c.jpg"], [None] * 3),
-        (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], [None] * 3),
+        (["train/a.jpg", "val/b.jpg", "c.jpg"], ["train", "validation", None]),
+        (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], ["train", "validation", None]),
+        (["train/a.jpg", "car/b.jpg", "bus/c.jpg"], [None] * 3),  # classes
         (["test/a.jpg", "test/b.jpg"], [None] * 2),
     ],
 )
@@ -388,3 +390,54 @@ def test_folders_that_are_named_after_splits_say_them(tmp_path: Path, names: lis
     split_of = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
     assert [split_of[name] for name in names] == splits
     assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)
+
+
+def test_images_beside_folders_of_splits_do_not_undo_them(tmp_path: Path) -> None:
+    for number, name in enumerate(["val/a.png", "test/b.png", "train/c.png", "more/d.png", "e.png"]):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(photo(number))
+    source = open_folder(tmp_path)
+    splits = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
+    assert splits == {
+        "val/a.png": "validation",
+        "test/b.png": "test",
+        "train/c.png": "train",
+        "more/d.png": None,
+        "e.png": None,
+    }
+    text = "2 images lie in no folder that is named after a split, and are divided by a hash (e.png, more/d.png)"
+    assert text in source.messages
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_metadata_file_says_the_splits_of_its_images(tmp_path: Path, name: str) -> None:
+    words = {"a.png": "test", "b.png": "Val", "c.png": "", "d.png": "train"}
+    for number, image in enumerate(words):
+        (tmp_path / image).write_bytes(photo(number))
+    rows = [{"file_name": image, "split": word} for image, word in words.items()]
+    lines = (
+        [json.dumps(row) for row in rows]
+        if name.endswith("jsonl")
+        else ["file_name,split", *(",".join(row.values()) for row in rows)]
+    )
+    (tmp_path / name).write_text("\n".join(lines))
+    source = open_folder(tmp_path)
+    splits = [row.split for row in source.rows if isinstance(row, Sample)]
+    assert splits == ["test", "validation", None, "train"]
+    assert "splits of the source: 1 train, 1 validation, 1 test" in source.messages
+    revision = source.revision
+    (tmp_path / name).write_text("\n".join(lines).replace("Val", "fold2"))
+    source = open_folder(tmp_path)
+    assert all(row.split is None for row in source.rows if isinstance(row, Sample)) and source.revision != revision
+    assert any("the column split is not read: 'fold2' is not a split" in text for text in source.messages)
+
+
+def test_rows_of_a_metadata_file_without_an_image_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(photo(1))
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n,An orphan.\na.png,A dog.\n")
+    assert [row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)] == [("A dog.",)]
+    (tmp_path / "metadata.csv").write_text("isic_id,age\n1,30\n")  # another program's
+    source = open_folder(tmp_path)
+    assert len(list(source.rows)) == 1
+    assert f"{tmp_path / 'metadata.csv'} is not used: no row of it has a file_name" in source.messages
