@@ -258,7 +258,11 @@ class Log:
     def write(self, **values: float | int | str) -> None:
         """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            # A step that is skipped may have a loss that is no number, which JSON does not know.
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+            }
+            file.write(json.dumps(finite) + "\n")
         if self._curves and values["step"]:  # before the first step there are no curves
             for name, value in values.items():
                 if name != "step" and not isinstance(value, str):

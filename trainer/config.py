@@ -187,12 +187,28 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             hint = "name another --preset, or another --decoder"
             raise ConfigError(f"the preset {preset} is for {DECODER_KINDS[preset]}, and the decoder is {decoder}", hint=hint)
         values = {**PRESETS.get(preset, {}), **values}
+    stale = _derived_for_others(values, flags)
+    values = {name: value for name, value in values.items() if name not in stale}
     if "epochs" in flags:  # and no number of steps of a preset, or of a training that is over
         values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
     if "align_steps" in flags:
         values.pop("align_epochs", None)
     values |= flags
     return validate(TrainConfig, values)
+
+
+def _derived_for_others(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
+    """Return which settings of a file were derived for another encoder, decoder or length than flags name.
+
+    The train.json of a checkpoint holds them beside those that were given.
+    """
+    changed = {name for name, value in flags.items() if name in values and values[name] != value}
+    stale = {"encoder_lr"} if "encoder" in changed else set[str]()
+    if changed & {"decoder", "lora_rank"}:
+        stale |= {"decoder_lr", "connector_lr"}
+    if {"epochs", "steps"} <= values.keys() and changed & {"epochs", "steps", "batch_size"}:
+        stale |= {"evaluate_every"}
+    return stale
 
 
 def _says_something(name: str, value: Any) -> bool:

@@ -21,19 +21,23 @@ def best_device(rank: int = 0) -> torch.device:
 
 def all_reduce_gradients(model: nn.Module, loss: float, device: torch.device) -> float:
     """Sum gradients and loss over all processes; small gradients share a message, since each message has a latency."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss_tensor = torch.tensor([loss], device=device)
-    gradients, pending = [loss_tensor], 1
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if pending + parameter.numel() > MESSAGE_VALUES:
-                _all_reduce_sum(gradients)
-                gradients, pending = [], 0
-            gradients.append(parameter.grad)
-            pending += parameter.numel()
+    has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning], device=device)
+    gradients, pending = [loss_tensor, has_gradient], 1 + len(learning)
+    for parameter in learning:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if pending + parameter.numel() > MESSAGE_VALUES:
+            _all_reduce_sum(gradients)
+            gradients, pending = [], 0
+        gradients.append(parameter.grad)
+        pending += parameter.numel()
     _all_reduce_sum(gradients)
     with translate_peer_errors():  # on a GPU a failure shows when a value is asked for
+        for parameter, processes in zip(learning, has_gradient.tolist(), strict=True):
+            if not processes:  # as in one process: the optimizer leaves what has none as it is
+                parameter.grad = None
         return loss_tensor.item()
 
 

@@ -226,8 +226,8 @@ class Trainer:
         return is_good
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Return the mean loss per token over the validation images that are used while training."""
+    def validation_loss(self) -> float | None:
+        """Return the mean loss per token over the validation images that are used while training; None if none has a text."""
         captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
         examples = [example for example in self.validation_examples if example.texts]
         size = -(-self.config.batch_size // (self.micro_batches * self.processes))  # of which a step fits the memory
@@ -236,7 +236,7 @@ class Trainer:
             texts = self.collate(part)
             total += captioner.loss(self.features(part).to(self.device), texts).item()
             tokens += int(texts.learned_CT.sum())
-        return total / max(1, tokens)
+        return total / tokens if tokens else None
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the captioner has the average of its weights, where one is kept."""
@@ -249,18 +249,20 @@ class Trainer:
             scored = evaluate(self.checkpoint, self.validation_examples, options, self.features)
             cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
             loss = self.validation_loss()
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 hint = "lower the rates (--lr), or train with --precision fp32"
                 raise TrainError(f"the loss of the validation split is {loss} at step {done}", hint=hint)
-            log.write(step=done, validation_loss=loss, validation_cider_d=cider_d, validation_shuffled_cider_d=shuffled)
+            scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled}
+            log.write(step=done, **({} if loss is None else {"validation_loss": loss}), **scores)
             shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
-            self.validated = {"validation loss": f"{loss:.3f}", "CIDEr-D": shown}
+            self.validated = {**({} if loss is None else {"validation loss": f"{loss:.3f}"}), "CIDEr-D": shown}
             # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
-            # At first all captions score 0, or nearly so: the loss tells which are better.
-            quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else -loss, -loss)
+            # At first all captions score 0, or nearly so: the loss tells which are better; without one, the later is.
+            likeness = float(done) if loss is None else -loss
+            quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else likeness, likeness)
             if quality > (self.best_score, -self.best_loss):
                 self.checkpoint.save(out)
-                (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, loss, 0
+                (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, -likeness, 0
             elif done > self.config.align_steps:  # the first stage is not to end the second
                 self.evaluations_without_gain += 1
 

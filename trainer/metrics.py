@@ -16,7 +16,8 @@ from pipeline.text.normalize import combining_marks, has_marks
 Tokens = Sequence[str]
 NgramCounts = Counter[tuple[str, ...]]
 MAX_N = 4
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['\u2019-][^\W_]+)*")
+_APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")  # models and people write dog's in several ways
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['-][^\W_]+)*")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
@@ -28,7 +29,7 @@ def tokenize(text: str) -> list[str]:
     Of scripts without spaces between words each character is a token, as sacreBLEU (Post, 2018) cuts Chinese; marks such as
     vowel signs belong to their letter.
     """
-    lower = text.lower()  # which may make marks
+    lower = text.lower().translate(_APOSTROPHES)  # which may make marks
     is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
     return (_WORD if is_plain else _any_word()).findall(lower)
 
@@ -37,7 +38,7 @@ def tokenize(text: str) -> list[str]:
 def _any_word() -> re.Pattern[str]:
     marks = combining_marks()
     letter = rf"(?:(?![_{_UNSPACED}])[\w{marks}])"
-    return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['\u2019-]{letter}+)*")
+    return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
 
 
 def score_each(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, list[float]]:

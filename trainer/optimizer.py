@@ -41,7 +41,7 @@ def set_stage(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
         if stage == "align":
             rate = config.align_lr if group["part"] in ALIGNED else 0.0
         elif stage == "scst":
-            rate = config.scst_lr if rate else 0.0
+            rate = min(rate, config.scst_lr)  # what was to change little before is not to change more now
         group["lr"] = rate * schedule(config, step)
         for parameter in group["params"]:
             parameter.requires_grad_(rate > 0)

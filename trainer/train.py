@@ -175,13 +175,15 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *,
 
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
-    """Say which texts lose their end, and whether they take longer than usual."""
+    """Say which texts lose their end, whether they take longer than usual, and which settings have no effect."""
     sources = {text.source for text in texts}
     if config.text_source == "mixed" and config.source_in_prompt and len(sources) == 1:
         progress.warn(f"all texts that are learned are {sources.pop()}: there are no others to mix with them")
     if cut := checkpoint.tokenizer.count_cut(texts, config.max_caption_tokens):
         share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
+    if config.decoder != "scratch" and config.dropout != TrainConfig.model_fields["dropout"].default:
+        progress.warn(f"dropout is of --decoder scratch alone: {config.decoder} learns without it")
     decoder = checkpoint.captioner.decoder
     if isinstance(decoder, PretrainedDecoder) and decoder.packing == "apart":
         progress.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
@@ -279,6 +281,8 @@ def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> C
             decoder.adapt(config.lora_rank, config.lora_dropout)
         if config.checkpoint_blocks:
             decoder.keep_no_states()
+        if config.num_beams > 1:
+            decoder.require_beams(config.num_beams)
     captioner = build_captioner(
         encoder,
         decoder,

@@ -246,10 +246,13 @@ def _training(checkpoint: Path) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    of_texts = [line for line in lines if line.get("stage") != "scst"]  # whose loss weighs drawn texts, and may be negative
+    rewards = points(lines, "reward")
     return [
-        chart("Loss", {"training": points(lines, "loss"), "validation": points(lines, "validation_loss")}),
+        chart("Loss", {"training": points(of_texts, "loss"), "validation": points(lines, "validation_loss")}),
         chart(
             "CIDEr-D on the validation split",
             {"own image": points(lines, "validation_cider_d"), "shuffled": points(lines, "validation_shuffled_cider_d")},
         ),
+        *([chart("Reward of drawn captions", {"training": rewards})] if rewards else []),
     ]

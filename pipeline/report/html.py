@@ -6,6 +6,7 @@ Model text is untrusted: the template escapes all of it.
 import base64
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -73,7 +74,7 @@ def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
 
 def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
     """Return (step, value) of the log lines that have this value, thinned out to about CURVE_POINTS."""
-    all_points = [(line["step"], line[name]) for line in lines if name in line]
+    all_points = [(line["step"], line[name]) for line in lines if line.get(name) is not None and math.isfinite(line[name])]
     return [*all_points[:-1][:: max(1, len(all_points) // CURVE_POINTS)], *all_points[-1:]]
 
 

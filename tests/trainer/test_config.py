@@ -1,6 +1,7 @@
 """Training settings: defaults, a file, flags, and whether a folder holds a run with other settings."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,30 @@ def test_a_bad_value_is_explained_by_its_setting_and_not_by_the_names_of_all() -
     with pytest.raises(ConfigError, match=r"^bad value for encoder_layer: ") as refused:
         resolve(None, encoder_layer=["a"])
     assert refused.value.hint == "docs/settings.md explains encoder_layer"
+
+
+def test_what_a_checkpoint_derived_for_another_model_is_derived_anew(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+
+    def rates(trained: TrainConfig, **flags: Any) -> tuple[float | None, float | None, float | None]:
+        file.write_text(trained.with_defaults(500).model_dump_json())
+        config = resolve(file, **flags).with_defaults(500)
+        return config.encoder_lr, config.connector_lr, config.decoder_lr
+
+    frozen = TrainConfig(encoder="clip", decoder_lr=5e-4)
+    assert rates(frozen) == rates(frozen, encoder="clip", seed=3) == (0.0, 1e-3, 5e-4)
+    assert rates(frozen, encoder="tiny-vit") == (1e-3, 1e-3, 5e-4)
+    assert rates(TrainConfig(), encoder="clip") == (0.0, 1e-3, 1e-3)
+    assert rates(frozen, decoder="qwen3") == (0.0, 2e-4, 2e-5)
+    assert rates(frozen, decoder="qwen3", lora_rank=8) == (0.0, 2e-4, 2e-4)
+    assert rates(frozen, encoder="tiny-vit", encoder_lr=0.5) == (0.5, 1e-3, 5e-4)
+
+
+def test_a_longer_training_is_evaluated_at_its_own_steps(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(TrainConfig(steps=260).with_defaults(500).model_dump_json())
+    assert resolve(file).with_defaults(500).evaluate_every == 65
+    assert resolve(file, steps=2000).with_defaults(500).evaluate_every == 500
+    assert resolve(file, steps=2000, evaluate_every=7).with_defaults(500).evaluate_every == 7
+    (tmp_path / "own.yaml").write_text("evaluate_every: 10\nsteps: 100\n")
+    assert resolve(tmp_path / "own.yaml", steps=2000).evaluate_every == 10

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import trainer.checkpoint
@@ -32,9 +33,10 @@ from pipeline.progress import NullProgress
 from tests.notes import Notes
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.checkpoint import describe_checkpoint, load_checkpoint, read_log, save_resume
+from trainer.checkpoint import Log, describe_checkpoint, load_checkpoint, read_log, save_resume
 from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
+from trainer.distributed import all_reduce_gradients
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
 from trainer.features import Features, OnlineFeatures
 from trainer.loop import Trainer
@@ -43,7 +45,7 @@ from trainer.model.captioner import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import build_optimizer, parameter_groups, schedule, set_stage
 from trainer.tokenizer import collate
-from trainer.train import choose_encoder, train
+from trainer.train import choose_encoder, read_split_examples, train
 
 SMALL = TrainConfig(
     decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
@@ -880,3 +882,59 @@ def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: s
         context.setattr(trainer.train, "examples_in", without_references)
         train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
     assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]
+
+
+def test_without_texts_to_validate_on_the_later_of_equal_captioners_is_kept(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    monkeypatch.setattr(
+        trainer.loop, "evaluate", lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
+    )
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: None)
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(encoder=clip, steps=6, evaluate_every=2), tmp_path)
+    assert len(saved) == 3
+    assert not any("validation_loss" in line for line in read_log(tmp_path / "log.jsonl"))
+
+
+def test_a_part_that_learns_slowly_learns_no_faster_from_rewards(version: Version, clip: str) -> None:
+    config = replace(encoder=clip, steps=2, scst_steps=2, encoder_lr=1e-6, decoder_lr=1e-3, scst_lr=5e-5).with_defaults(4)
+    captioner = trainer.train._build(version, config, read_split_examples(version, "train", config)).captioner
+    optimizer = build_optimizer(captioner, config)
+    assert set_stage(optimizer, config, 2) == "scst"
+    rates = {group["part"]: group["lr"] / schedule(config, 2) for group in optimizer.param_groups}
+    assert rates == {"encoder": 1e-6, "connector": 5e-5, "decoder": 5e-5}
+
+
+def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_path: Path) -> None:
+    """The optimizer would change them by their decay, as it does not in one process."""
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert all_reduce_gradients(model, 1.5, torch.device("cpu")) == 1.5
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
+
+
+def test_a_step_whose_loss_is_no_number_is_a_line_of_json(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    log.write(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(constant)
+
+    text = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
+
+
+@pytest.mark.parametrize(("decoder", "is_told"), [("prefix", True), ("scratch", False)])
+def test_dropout_that_has_no_effect_is_told(
+    version: Version, tmp_path: Path, clip: str, decoder: str, *, is_told: bool
+) -> None:
+    notes = Notes()
+    train(version, replace(encoder=clip, decoder=decoder, dropout=0.3, steps=1), tmp_path, progress=notes)
+    assert any("dropout is of --decoder scratch alone" in text for text in notes.texts) == is_told

@@ -238,6 +238,16 @@ class PretrainedDecoder(nn.Module):
         options = {**beams, "do_sample": decoding.temperature > 0, **sampling}
         return _without_eos(self._generate(prefix_BPD, prompt_BT, max_tokens, eos_id, **options), eos_id)
 
+    def require_beams(self, beams: int) -> None:
+        """Raise TrainError if the model cannot search with this many beams, as some recurrent ones cannot."""
+        states_11D = torch.zeros(1, 1, self.model.get_input_embeddings().embedding_dim, device=self.model.device)
+        prompt_11 = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        try:
+            self.generate(states_11D, prompt_11, DecodingConfig(num_beams=beams), max_tokens=2, eos_id=0)
+        except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+            problem = f"this decoder cannot search with {beams} beams: {one_line(error)[:200]}"
+            raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
+
     def alternatives(
         self, prefix_1PD: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
     ) -> list[tuple[float, list[int]]]:

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -168,12 +168,25 @@ class _Prefixed(nn.Module):
         embedding: nn.Module = self.model.get_input_embeddings()
         return embedding
 
+    def own_cache(self, cache: Cache | None) -> Cache | None:
+        """Return an empty cache with the layers of the language model, if only some of them are attention."""
+        attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
+        return DynamicCache(config=self.model.config) if len(attends) > 1 and type(cache) is DynamicCache else cache
+
     def forward(self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int) -> Tensor:
         """Return logits of words (B, T, vocabulary); the `prefix` states of the image are left out where the cache has them."""
         words_BTD = self.embedding(ids_BT)
-        parts = [words_BTD] if states_BPD is None else [states_BPD.to(words_BTD.dtype), words_BTD]
-        embeds_BLD = torch.cat(parts, 1)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
+        # Padding goes before the image: a recurrent model, or a narrow window, would see it between image and words.
+        place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
+        from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
+        from_BL = torch.where(place_L < pads_B1 + prefix, from_BL, place_L)
+        mask_BL = mask_BL.gather(1, from_BL)
+        embeds_BLD = words_BTD
+        if states_BPD is not None:
+            embeds_BLD = torch.cat([states_BPD.to(words_BTD.dtype), words_BTD], 1)
+            embeds_BLD = embeds_BLD.gather(1, from_BL[..., None].expand_as(embeds_BLD))
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)[:, -embeds_BLD.shape[1] :]
         out = self.model(
             inputs_embeds=embeds_BLD,
@@ -249,6 +262,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if not past and isinstance(self.decoder, _Prefixed):
+            past_key_values = self.decoder.own_cache(past_key_values)
         prefix = image_states.shape[1] if image_states is not None and isinstance(self.decoder, _Prefixed) else 0
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), max(0, past - prefix) + input_ids.shape[1])

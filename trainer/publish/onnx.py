@@ -19,6 +19,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
@@ -49,6 +50,7 @@ EXPORTED_HINT = "decoders that see all, and keep keys and values alone, are expo
 MAX_TEXT_TOKENS = 512  # of a question and its answer, which a window has to hold with the image
 MAX_BYTES_WITHIN = 1_500_000_000  # of weights in the file of a part, which may have 2 GiB; more lie beside it
 MAX_DIFFERENCE = 1e-3  # of any value, from that of PyTorch
+MAX_FLIP = 50  # times as far may one value of an encoder be away, where the mean is not
 PIXEL_SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std",
@@ -345,8 +347,16 @@ def _export(
         expected = module(*arguments)
     values_of_part = _session(file).run(None, {name: value.numpy() for name, value in zip(inputs, values, strict=True)})
     for name, one, other in zip(outputs, values_of_part, expected if isinstance(expected, tuple) else [expected], strict=True):
-        if one.shape != tuple(other.shape) or np.abs(one - other.numpy()).max() > MAX_DIFFERENCE:
+        if one.shape != tuple(other.shape) or not _is_near(one, other.numpy(), is_rounded=path.name == ENCODER):
             raise TrainError(f"{file.name} gives other values of {name} than PyTorch", hint="please report this bug")
+
+
+def _is_near(values: NDArray[np.float32], expected: NDArray[np.float32], *, is_rounded: bool) -> bool:
+    """Return whether values are those of PyTorch. Of an encoder a few are rounded to the other of two neighbors in bfloat16."""
+    differences, unit = np.abs(values - expected), MAX_DIFFERENCE * max(1.0, float(expected.std()))
+    if is_rounded:
+        return bool(differences.mean() <= unit and differences.max() <= MAX_FLIP * unit)
+    return bool(differences.max() <= MAX_DIFFERENCE)
 
 
 def _is_large(module: nn.Module) -> bool:

@@ -1,12 +1,15 @@
 """Parts of report pages: thumbnails within their byte limit, and curves within their box."""
 
 import io
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
+from pipeline.report.build import _curves
 from pipeline.report.html import CURVE_POINTS, chart, data_uri, points, thumbnail
 from pipeline.sources.scenes import draw_sample
 
@@ -53,3 +56,20 @@ def test_of_a_long_log_a_curve_shows_some_points_and_the_last() -> None:
 
 def test_a_chart_without_points_has_empty_lines() -> None:
     assert chart("Loss", {"training": []})["lines"] == [("training", "")]
+
+
+def test_steps_whose_loss_is_no_number_are_left_out_of_a_curve() -> None:
+    values = [3.0, None, math.nan, math.inf, 1.0]
+    curve = points([{"step": number, "loss": value} for number, value in enumerate(values, 1)], "loss")
+    assert curve == [(1, 3.0), (5, 1.0)]
+    assert chart("Loss", {"training": curve})["top"] == 3.0
+
+
+def test_the_loss_of_drawn_texts_is_no_part_of_the_curve_of_learned_ones() -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": 1, "stage": "train", "loss": 2.0},
+        {"step": 2, "stage": "scst", "loss": -0.1, "reward": 0.5},
+        {"step": 2, "validation_loss": 2.0, "validation_cider_d": 1.0, "validation_shuffled_cider_d": 0.1},
+    ]
+    loss, _, reward = _curves(lines)
+    assert dict(loss["lines"])["training"].count(",") == 1 and reward["title"] == "Reward of drawn captions"

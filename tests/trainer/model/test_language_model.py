@@ -215,3 +215,15 @@ def test_blocks_keep_no_states_while_nothing_is_dropped() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
         decoder.eval().loss(prefix, texts)
     assert forgetting < 0.7 * sum(kept)
+
+
+@pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])
+def test_a_model_that_cannot_search_is_refused_before_it_learns(family: str, *, can_search: bool) -> None:
+    rwkv = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    decoder = PretrainedDecoder({"model_type": "rwkv", **rwkv}) if family == "rwkv" else decoder_of(family)
+    if can_search:
+        decoder.require_beams(3)
+    else:
+        with pytest.raises(TrainError, match="this decoder cannot search with 3 beams") as raised:
+            decoder.require_beams(3)
+        assert "num_beams: 1" in raised.value.hint

@@ -59,7 +59,8 @@ def test_all_patches_are_averaged_or_the_class_token_stands_for_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "grid"), [(197, (1, 14)), (50, (1, 7)), (576, (0, 24)), (577, (1, 24)), (261, (5, 16)), (256, (0, 16))]
+    ("count", "grid"),
+    [(197, (1, 14)), (50, (1, 7)), (576, (0, 24)), (577, (1, 24)), (261, (5, 16)), (256, (0, 16)), (198, (2, 14))],
 )
 def test_the_grids_of_known_encoders_are_found(count: int, grid: tuple[int, int]) -> None:
     assert patch_grid(count) == grid

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
+from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.captioner import build_captioner
@@ -25,6 +26,7 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.publish.files import transformers_files
+from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TargetText, train_tokenizer
 
 IMAGES = 100
@@ -216,3 +218,27 @@ def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(TrainError, match="is not a captioner"):
         transformers_files(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mamba", "lfm2"])
+def test_a_row_that_is_padded_is_written_as_it_is_alone(family: str) -> None:
+    """Also by a recurrent model, by one with a narrow window, and by one of which only some layers are attention."""
+    torch.manual_seed(1)
+    narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
+    model = {"model_type": family, **FAMILIES[family][0], **narrow}
+    vit = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = SynthCaptionerConfig({"model": vit}, {"language_model": model}, [("human", "brief")], eos_id=1)
+    captioner = SynthCaptioner(config)
+    captioner.eval()  # type: ignore[no-untyped-call]
+    rows = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14, 15, 16]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[2] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    states = torch.randn(3, 5, 32)
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+    together = captioner.generate(ids, image_states=states, attention_mask=mask, **options)
+    for number, row in enumerate(rows):
+        alone = captioner.generate(torch.tensor([row]), image_states=states[number : number + 1], **options)
+        assert together.sequences[number, longest:].tolist() == alone.sequences[0, len(row) :].tolist()
+        for one, other in zip(together.logits, alone.logits, strict=True):
+            assert torch.allclose(one[number], other[0], atol=1e-5)
