@@ -319,7 +319,8 @@ def export(
             done = write_beside(version, in_place, style=style, existing=existing, progress=progress)
         else:
             done = export_version(version, kind, folder, style=style, splits=(split,) if split else SPLITS, progress=progress)
-    say(f"wrote {done.images:,} images{f'; {done.without_text:,} had no text for it' if done.without_text else ''}")
+    what = "files of texts" if in_place is not None else "images"
+    say(f"wrote {done.images:,} {what}{f'; {done.without_text:,} images had no text for it' if done.without_text else ''}")
     show({"path": str(done.folder), "images": done.images, "without_text": done.without_text}, as_json, "path")
 
 
@@ -347,17 +348,20 @@ def report(
 def review_apply(
     marks: Annotated[list[Path], Argument(help="Files of marks that a report exported; later ones win.")],
     data: Annotated[
-        Path | None, Option(**DATASET_PATH, help="Dataset folder that the report was made of.", show_default=LAST_MADE)
+        Path | None,
+        Option(
+            **DATASET_PATH, help="Dataset folder that the report was made of.", show_default="the only one that was made here"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
-    from pipeline.dataset.directory import DatasetDir
+    from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses
     from pipeline.run import STAGES, apply_reviews
 
     with show_progress() as progress:
-        result = apply_reviews(DatasetDir(data or last_dataset()), marks, progress)
+        result = apply_reviews(DatasetDir(data or only_made()), marks, progress)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), shown=progress.warnings, as_json=as_json)
 
 

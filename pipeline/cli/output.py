@@ -223,7 +223,9 @@ def print_run_result(
     say(f"made {version.name}" if result.is_new else f"nothing new: {version.name} already holds exactly these rows")
     note_previews(version, version.path)
     folder = version.dataset_dir
-    say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME, synth train --data {folder}", "dim")
+    columns = {*version.manifest["columns"]}
+    train = f", synth train --data {folder}" if columns & {"captions", "qa"} else ""  # which learns no values of own tasks
+    say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
     stages = {step.stage: {"input": step.input, "kept": step.kept, "rejected": step.rejected} for step in result.funnel}
     described = {"version": version.name, "path": str(version.path), "digest": version.manifest["digest"]}
     requests = {"asked": counts.asked, "total": counts.total, "flaws": dict(counts.flaws)}

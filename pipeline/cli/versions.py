@@ -20,11 +20,15 @@ OnlyMade = Annotated[
 
 def _dataset(path: Path) -> "DatasetDir":
     """Return a dataset folder, of which a version may have been named. Raise StoreError if there is none: none is made."""
-    from pipeline.dataset.directory import DatasetDir, find_dataset, split_version
+    from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
     folder = find_dataset(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
+        if (folder / RUN_FILE).is_file():
+            raise StoreError(
+                f"{folder} has no version yet", hint="run the same `synth generate` again: it goes on where it was"
+            )
         raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
     if split_version(path)[1]:
         raise StoreError(f"{path} names a version", hint=f"name the dataset folder: {folder}")

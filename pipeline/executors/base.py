@@ -178,6 +178,9 @@ def publish(
     if not funnel[-1].kept:
         losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]
         hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
+        if funnel[2].rejected:  # by validate, which judges replies
+            attempts = plan.config.generate.max_attempts
+            hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
         raise TableError(f"no row is left to make a version of: {'; '.join(losses) or 'every stage rejected some'}", hint=hint)
     source = read_json(plan.dataset.provenance("source"))
     names = ("source", *(stage.name for stage in stages))

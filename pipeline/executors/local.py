@@ -20,6 +20,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source
+from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Services, Stage, step_order
 from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import ask_about_shard, write_annotations
@@ -72,6 +73,7 @@ def run_locally(
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
         require_own_replies(dataset, choose())
+        require_scorer(config)
         progress.message(describe_start(config, choose(), dataset))
     if source is None:
         _require_same_comparison(dataset, config)

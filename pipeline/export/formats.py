@@ -17,6 +17,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -276,40 +277,45 @@ class Coco(_Format):
         super().__init__(folder, style)
         self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self._images = 0
-        self._categories: dict[str, int] = {}
         self._licenses: dict[str, int] = {}
 
     def add(self, item: Item) -> bool:
         """See Format."""
         captions = self.captions(item)
-        if not captions and not item.boxes:
+        if not captions and item.boxes is None:
             return False
-        part = self._parts.setdefault(item.split, {"images": [], "captions": [], "instances": []})
+        part = self._parts.setdefault(item.split, {name: [] for name in ("captions", "instances", "captioned", "boxed")})
         self._images += 1
         self.put_image(item, f"images/{item.split}")
         license_id = self._licenses.setdefault(item.license, len(self._licenses) + 1)
         sizes = {"width": item.width_px, "height": item.height_px, "license": license_id}
-        part["images"].append({"id": self._images, "file_name": item.file_name, **sizes})
+        image = {"id": self._images, "file_name": item.file_name, **sizes}
+        part["captioned"] += [image] if captions else []
+        part["boxed"] += [image] if item.boxes is not None else []  # an image of nothing is an example, too
         for _, text in captions:
             entry = {"id": len(part["captions"]) + 1, "image_id": self._images, "caption": text}
             part["captions"].append(entry | {WRITTEN_BY: item.writer(text)})
-        for box in item.boxes:
+        for box in item.boxes or ():
             left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
             label = str(box.get("label") or "object")
-            category = self._categories.setdefault(label, len(self._categories) + 1)
             shape = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top), "iscrowd": 0}
-            entry = {"id": len(part["instances"]) + 1, "image_id": self._images, "category_id": category, **shape}
+            entry = {"id": len(part["instances"]) + 1, "image_id": self._images, "category": label, **shape}
             part["instances"].append(entry)
         return True
 
     def close(self) -> None:
         """See Format."""
         licenses = [{"id": number, "name": name} for name, number in self._licenses.items()]
-        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
+        # In the order of their names, which no image decides.
+        labels = sorted({entry["category"] for part in self._parts.values() for entry in part["instances"]})
+        number_of = {label: number for number, label in enumerate(labels, 1)}
+        categories = [{"id": number, "name": label} for label, number in number_of.items()]
         for split, part in self._parts.items():
-            for kind in ("captions", "instances"):
-                if part[kind]:
-                    values = {"info": {}, "licenses": licenses, "images": part["images"], "annotations": part[kind]}
+            for entry in part["instances"]:
+                entry["category_id"] = number_of[entry.pop("category")]
+            for kind, images in (("captions", part["captioned"]), ("instances", part["boxed"])):
+                if images:
+                    values = {"info": {}, "licenses": licenses, "images": images, "annotations": part[kind]}
                     values |= {"categories": categories} if kind == "instances" else {}
                     self.file(f"annotations/{kind}_{split}.json").write(_json(values) + "\n")
         super().close()
@@ -465,6 +471,7 @@ class Lance(_Format):
 
     def _write(self) -> None:
         if self._rows:
+            os.environ.setdefault("LANCE_LOG", "error")  # it warns of each file that it makes
             import lance
 
             mode = "append" if self._split in self._begun else "overwrite"  # of an export that was interrupted

@@ -35,7 +35,7 @@ class Item:
     questions: Sequence[tuple[str, str]]  # and their answers
     references: Sequence[str]
     values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
-    boxes: Sequence[dict[str, Any]] = ()  # of own tasks of that kind
+    boxes: Sequence[dict[str, Any]] | None = None  # of own tasks of that kind; none that was answered is no empty image
     pairs: Sequence[tuple[str, str, str]] = ()  # style of captions, the best of several and the worst
 
     @property
@@ -81,6 +81,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         raise ConfigError(
             f"the image {sample_id[:12]} cannot be read: {error}", hint="`synth check` says what is damaged"
         ) from None
+    answered = [row[task] for task, kind in own.items() if kind == "boxes" and row[task] is not None]
     return Item(
         name=name,
         suffix=_SUFFIXES.get(kind, kind.lower()),
@@ -99,5 +100,5 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         references=row.get("references") or (),
         values={task: row[task] for task in own},
         pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
-        boxes=[box for task, kind in own.items() if kind == "boxes" for box in row[task] or ()],
+        boxes=[box for found in answered for box in found] if answered else None,
     )

@@ -7,16 +7,32 @@ from typing import Any
 
 from PIL.Image import Image
 
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, one_line
 from pipeline.install import install_command
 
 BATCH = 32
+CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
 TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
 CLIP_MODELS = {  # short name -> id on the Hub, or folder
     "clip": "openai/clip-vit-base-patch32",
     "metaclip": "facebook/metaclip-b32-400m",
     TINY_CLIP: str(Path(__file__).parents[1] / "scenes" / "weights" / "clip"),
 }
+
+
+def require_clip(name: str) -> None:
+    """Raise EngineError if a CLIP is neither a folder, nor at hand, nor on the Hub. Its weights are not loaded."""
+    model_id = CLIP_MODELS.get(name, name)
+    if Path(model_id).is_dir():
+        return
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        snapshot_download(model_id, allow_patterns=["config.json"], etag_timeout=3)
+    except (OSError, ValueError, HfHubHTTPError, httpx2.TransportError) as error:
+        raise EngineError(f"no CLIP {name}: {one_line(error)[:200]}", hint=CLIP_HINT) from None
 
 
 class ClipScorer:
@@ -27,7 +43,7 @@ class ClipScorer:
     """
 
     def __init__(self, name: str) -> None:
-        hint = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
+        hint = CLIP_HINT
         try:
             import torch
             from safetensors import SafetensorError

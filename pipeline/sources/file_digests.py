@@ -23,6 +23,7 @@ from pipeline.storage.files import atomic_write, read_file
 
 FRESH_NS = 2_000_000_000  # the coarsest clock of a file system in use, that of FAT
 MAX_BYTES = 4_000_000_000
+SHOWN_EACH = 200  # files: of few, none is worth a line
 SMALL_BYTES = 1_000_000  # of a file that is read at once
 T = TypeVar("T", bound="FileDigests | None")
 _MAGIC = b"synth 1\n"
@@ -61,7 +62,8 @@ class FileDigests:
     def digest(self, path: Path, opened: Callable[[], BufferedReader]) -> str:
         """Return the sha256 of a file, which is opened only if it is not known. Raises what `opened` raises."""
         self.count += 1
-        self.progress("files of the source", self.count, None)
+        if self.count % SHOWN_EACH == 0:
+            self.progress("files of the source", self.count, None)
         state = state_of(path.stat()) if self.known else b""
         if (sha256 := self.known.get(state)) is None:
             with opened() as file:

@@ -137,6 +137,7 @@ def open_folder(
     if unknown and part == ALL:  # a slice may have no image beside the file that has the column
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
+    references.messages += _describe_empty(contexts.values(), columns) if part == ALL else []
     contents = (
         [
             name,
@@ -164,6 +165,17 @@ def open_folder(
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
+
+
+def _describe_empty(contexts: Collection[Context], columns: Sequence[str]) -> list[str]:
+    """Return of which columns some images have no value: their prompts say so. Of EXIF, that is read later."""
+    values = list(map(dict, contexts))
+    counts = {name: sum(not of_image[name] for of_image in values) for name in columns if not is_exif_name(name)}
+    messages = []
+    for name, count in counts.items():
+        if count and name != "folder":
+            messages.append(f"{count:,} of {len(values):,} images have no value in the column {name}")
+    return messages
 
 
 def _add_splits_of_folders(references: References, images: Mapping[str, Path]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.images.decode import prepare_image
@@ -97,11 +98,9 @@ class AnnotationChecker:
 
     @cached_property
     def _scorer(self) -> "ClipScorer":
-        from pipeline.images.clip import TINY_CLIP, ClipScorer
+        from pipeline.images.clip import ClipScorer
 
-        name = self.plan.config.verify.clip_model
-        usual = TINY_CLIP if find_source(self.plan.config.source).is_drawn else "clip"
-        return ClipScorer(usual if name == "auto" else name)
+        return ClipScorer(_clip_name(self.plan.config))
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
         """Return annotations with their checks and scores, in order; values of own tasks that are no text have none.
@@ -324,3 +323,18 @@ def _has_false_claim(subject: CheckedAnnotation) -> bool:
 
 def _facts(text: str) -> set[str]:
     return set(content_words(text)) - FUNCTION_WORDS
+
+
+def require_scorer(config: Config) -> None:
+    """Raise EngineError if the checks need a CLIP that cannot be had: before a model is asked, which may take days."""
+    if "alignment" in config.verify.checks and not holds_decks(config):
+        from pipeline.images.clip import require_clip
+
+        require_clip(_clip_name(config))
+
+
+def _clip_name(config: Config) -> str:
+    from pipeline.images.clip import TINY_CLIP
+
+    usual = TINY_CLIP if find_source(config.source).is_drawn else "clip"
+    return usual if config.verify.clip_model == "auto" else config.verify.clip_model

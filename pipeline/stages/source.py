@@ -65,11 +65,10 @@ RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # the row
 class DuplicateImages:
     """The samples that were kept so far; of copies of one image, the same one stays in whatever order they come.
 
-    With `merges_texts`, the image has the captions and questions of all copies, in the order of their rows: a table of
-    questions often has a row for each.
+    The image has the captions and questions of all copies, in the order of their rows: tables of captions or questions often
+    have a row for each.
     """
 
-    merges_texts: bool = False
     kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # by sample id: row of the source, split
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by sample id: new values of columns
     texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # by sample id: of all copies but the first that came
@@ -85,7 +84,7 @@ class DuplicateImages:
             return None
         kept_row, kept_split = self.kept[sample_id]
         changes: dict[str, Any] = {}
-        if self.merges_texts:
+        if row["references"] or row["reference_qa"]:
             self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
         if source_row < kept_row:
             changes = {name: row[name] for name in SAMPLE.names if name not in ("sample_id", "images", "split")}
@@ -104,7 +103,7 @@ class DuplicateImages:
         return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the captions and questions of all copies of an image; nothing if it has none, or they are not merged."""
+        """Return the captions and questions of all copies of an image; nothing if no copy of it has any."""
         if row["sample_id"] not in self.texts:
             return {}
         own = (row["source_row"], row["references"], row["reference_qa"])
@@ -277,11 +276,9 @@ def write_source(
     excluded: ExclusionIndex,
     limit: int | None,
     progress: Progress,
-    *,
-    merges_texts: bool = False,
 ) -> None:
-    """Write rows of a source, kept and rejected; `merges_texts` gives an image the captions and questions of all its copies."""
-    deduplicator = SampleDeduplicator(excluded, DuplicateImages(merges_texts))
+    """Write rows of a source, kept and rejected."""
+    deduplicator = SampleDeduplicator(excluded, DuplicateImages())
     rejected: list[dict[str, str]] = []
 
     def tables() -> Iterator[pa.Table]:

@@ -231,7 +231,7 @@ class SourceReader:
         self._rows = self._opened
         self._written = (row for table in parts.tables(WITHOUT_PIXELS) for row in table.drop_columns([IS_COPY]).to_pylist())
         index = ExclusionIndex.of(read_exclusions(self.dataset), choose_image_kind(self.config))
-        return SampleDeduplicator(index, DuplicateImages(self.config.keeps_human_texts))
+        return SampleDeduplicator(index, DuplicateImages())
 
     def _write_stage(self, deduplicator: SampleDeduplicator) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""

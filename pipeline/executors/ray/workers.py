@@ -177,8 +177,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
     def _fill(self, index: int, shard: DatasetDir) -> FillResult:
         run, dataset, stats = self.run, self.run.plan.dataset, RequestStats()
-        merges = run.config.keeps_human_texts
-        write_source(shard, self.rows_of(index), self.excluded, None, NullProgress(), merges_texts=merges)
+        write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
         with Journal(shard.journal) as journal:
             if dataset.journal.exists():  # of a run in one process
                 with local_copy(dataset.journal) as copy:

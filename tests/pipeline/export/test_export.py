@@ -27,12 +27,13 @@ from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
 from pipeline.export.export import CHECKSUMS, export_version, write_beside
 from pipeline.export.formats import FORMATS, WebDataset
-from pipeline.export.items import read_items
+from pipeline.export.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
 from pipeline.stages.split import split_of
 from pipeline.tables import ROW, STRING, Extras, OwnColumn
+from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import ReferenceQA, Sample, SourceSlice
 from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
@@ -663,3 +664,26 @@ def test_a_split_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
     few, _ = make_version(tmp_path / "d", samples[:3])
     with pytest.raises(ConfigError, match=f"has no rows in {split}"):
         export_version(few, "csv", tmp_path / "out", splits=(split,))
+
+
+def test_an_image_in_which_nothing_was_found_is_an_example_and_one_that_was_not_answered_is_none(tmp_path: Path) -> None:
+    def item(number: int, labels: list[str] | None) -> Item:
+        boxes = None if labels is None else [{"label": label, BOX_FIELDS[0]: [1, 2, 3, 4]} for label in labels]
+        captions = [("brief", "A dog.")] if number == 3 else []
+        return replace(first, name=f"{number}", captions=captions, boxes=boxes)
+
+    made, _ = make_version(tmp_path / "d", scene_samples(3))
+    first = next(read_items(made))
+    (tmp_path / "out").mkdir()
+    coco = FORMATS["coco"](tmp_path / "out", None)
+    assert [coco.add(item(number, labels)) for number, labels in enumerate([["zebra"], [], None, None, ["ant", "zebra"]])] == [
+        True, True, False, True, True,
+    ]  # fmt: skip
+    coco.close()
+    boxed, captioned = (
+        json.loads((tmp_path / f"out/annotations/{kind}_{first.split}.json").read_text()) for kind in ("instances", "captions")
+    )
+    assert [image["file_name"][0] for image in boxed["images"]] == ["0", "1", "4"]
+    assert [image["file_name"][0] for image in captioned["images"]] == ["3"]
+    assert boxed["categories"] == [{"id": 1, "name": "ant"}, {"id": 2, "name": "zebra"}]
+    assert [entry["category_id"] for entry in boxed["annotations"]] == [2, 1, 2]

@@ -441,3 +441,12 @@ def test_rows_of_a_metadata_file_without_an_image_are_passed_over(tmp_path: Path
     source = open_folder(tmp_path)
     assert len(list(source.rows)) == 1
     assert f"{tmp_path / 'metadata.csv'} is not used: no row of it has a file_name" in source.messages
+
+
+def test_images_without_a_value_for_a_prompt_are_counted(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(photo(number))
+    (tmp_path / "metadata.csv").write_text("file_name,title\n0.png,A cup\n1.png,\n")
+    messages = open_folder(tmp_path, columns=["title", "folder"]).messages
+    assert "2 of 3 images have no value in the column title" in messages
+    assert not any("column folder" in text for text in messages)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.errors import TableError
+from pipeline.errors import EngineError, TableError
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
 from pipeline.run import generate_dataset
@@ -77,3 +77,12 @@ def test_rows_of_earlier_releases_that_lack_a_column_are_checked(tmp_path: Path)
 
 def _no_engine() -> Any:
     raise AssertionError("no engine")
+
+
+def test_a_clip_that_cannot_be_had_is_refused_before_a_model_is_asked(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        verify = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
+        config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=verify)
+        with pytest.raises(EngineError, match="no CLIP nobody/nothing"):
+            generate_dataset(config, tmp_path / "d")
+        assert not chat.bodies

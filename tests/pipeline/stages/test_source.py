@@ -35,7 +35,7 @@ def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[st
 def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sample, ...]) -> None:
     rows, rejected = add(samples)
     assert [(row["source_row"], row["split"], row["references"]) for row in rows] == [
-        ("a", "test", ["From a."]),
+        ("a", "test", ["From a.", "From b.", "From c."]),
         ("d", "train", list(SINGLE.references)),
     ]
     assert rejected == {("b", COPIED.id), ("c", COPIED.id)}
