@@ -29,7 +29,7 @@ def caption(run: str, model: Path, photos: list[str]) -> dict[str, Any]:
         from trainer import Captioner
 
         captioner = Captioner.from_pretrained(model, device="cpu")
-        write: Callable[[list[str]], list[str]] = lambda paths: captioner.caption(paths, batch_size=BATCH)  # noqa: E731
+        write: Callable[[list[str]], list[str]] = lambda paths: captioner.caption(paths, batch_size=BATCH, num_beams=1)  # noqa: E731
     else:
         sys.path.append(str(model))
         from caption import OnnxCaptioner  # type: ignore[import-not-found]  # beside the export

@@ -62,6 +62,11 @@ class Captioner:
         return scored_prompt(self.checkpoint.captioner.config.prompts)[1]
 
     @property
+    def usual_beams(self) -> int:
+        """The candidates of the search with which it was scored after its training; 1 if it does not say."""
+        return int(self.checkpoint.captioner.config.data.get("num_beams", 1))
+
+    @property
     def answers(self) -> bool:
         """Whether it has learned to answer questions."""
         return any(not style for _, style in self.checkpoint.captioner.config.prompts)
@@ -72,10 +77,11 @@ class Captioner:
         style: str | None = None,
         question: str = "",
         batch_size: int = BATCH_SIZE,
-        num_beams: int = 1,
+        num_beams: int | None = None,
     ) -> list[str]:
         """Return a caption of each image, or with a `question` an answer about each.
 
+        Without `num_beams`, the search has as many candidates as when it was scored (`usual_beams`); 1 is greedy, and faster.
         An image is a PIL image, the path or the bytes of a file, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
         of uint8, or of floats from 0 to 1. Raises TrainError for a style or an image that cannot be used.
         """
@@ -94,12 +100,13 @@ class Captioner:
         styles: Sequence[str | None] = (None,),
         question: str = "",
         batch_size: int = BATCH_SIZE,
-        num_beams: int = 1,
+        num_beams: int | None = None,
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
         """Yield the key of each image with its text in each style, or with the error for which it cannot be read, in order.
 
         Images are read and resized by other threads, a few batches ahead; an image is encoded once for all styles.
         """
+        num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
             raise TrainError("batch_size and num_beams are 1 or more", hint="leave them out")
         prompts = [self.prompt(style, question) for style in styles]

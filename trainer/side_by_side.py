@@ -56,8 +56,7 @@ def compare_captioners(
         progress(name, 0, len(images))
         pairs = ((number, one.open()) for number, one in enumerate(images))
         captioner = Captioner.from_pretrained(folder)
-        beams = num_beams or captioner.checkpoint.captioner.config.data.get("num_beams", 1)
-        for number, answer in captioner.stream(pairs, (style,), num_beams=beams):
+        for number, answer in captioner.stream(pairs, (style,), num_beams=num_beams):
             if isinstance(answer, ImageError):
                 unread[images[number].name] = str(answer)
             texts[name].append("" if isinstance(answer, ImageError) else answer[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, NumBeams, Style
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Style
 from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.cli.training import open_data
 from pipeline.errors import ConfigError, TrainError
@@ -31,7 +31,7 @@ def caption(
         str | None, Option(help="Which style to write; all: each that it has learned.", show_default="brief, else plain")
     ] = None,
     question: Annotated[str | None, Option(help="Answer this about each image instead.")] = None,
-    num_beams: NumBeams = 1,
+    num_beams: BeamsAsTrained = None,
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
     out: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ def caption(
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
-    job = CaptionTask(loaded, paths, styles, question or "", num_beams, batch_size)
+    job = CaptionTask(loaded, paths, styles, question or "", num_beams or loaded.usual_beams, batch_size)
     with show_progress() as progress, translate_disk_errors(out or Path()):
         existing = cast("Existing", chosen[0] if chosen else "refuse")
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
@@ -270,7 +270,7 @@ def serve_captioner(
     port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 8200,
     name: Annotated[str | None, Option(help="Of the model, in requests.", show_default="the folder's")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
-    num_beams: NumBeams = 1,
+    num_beams: BeamsAsTrained = None,
 ) -> None:
     """Serve a captioner by OpenAI's chat protocol, with a page to try it.
 
@@ -294,7 +294,7 @@ def demo(
         if not no_browser:  # on a thread: a browser in this terminal would keep the server from answering
             Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
-    _serve(captioner, "127.0.0.1", port, None, 32, 1, "", open_page)
+    _serve(captioner, "127.0.0.1", port, None, 32, None, "", open_page)
 
 
 def _serve(
@@ -303,7 +303,7 @@ def _serve(
     port: int,
     name: str | None,
     batch_size: int,
-    num_beams: int,
+    num_beams: int | None,
     key: str,
     announce: Callable[[str], None],
 ) -> None:
@@ -327,7 +327,7 @@ def _serve(
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
     shown = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
-    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams, model_thread=thread)
+    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams or loaded.usual_beams, model_thread=thread)
     try:
         asyncio.run(serve(server, port, announce))
     except (OSError, UnicodeError) as error:

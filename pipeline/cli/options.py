@@ -24,9 +24,8 @@ Images = Annotated[
     Option(help="Where the images are, for a version without pixels: a folder of files, a dataset folder, or a source."),
 ]
 Style = Annotated[str | None, Option(help="Which style to write.", show_default="brief, else plain")]
-NumBeams = Annotated[int, Option(min=1, help="Candidates of the search; 1 is greedy.")]
 BeamsAsTrained = Annotated[
-    int | None, Option(min=1, help="Candidates of the search; 1 is greedy.", show_default="as after its training")
+    int | None, Option(min=1, max=64, help="Candidates of the search; 1 is greedy.", show_default="as after its training")
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 

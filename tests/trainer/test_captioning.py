@@ -150,3 +150,13 @@ def test_a_captioner_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch:
         Captioner.from_pretrained("me/nope")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = trainer.Nothing
+
+
+def test_texts_are_searched_as_they_were_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = Captioner.from_pretrained(save_captioner(tmp_path / "c"), device="cpu")
+    images = [photo(number) for number in range(6)]
+    greedy, searched = captioner.caption(images), captioner.caption(images, num_beams=3)
+    assert greedy != searched
+    monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "num_beams", 3)
+    assert captioner.caption(images) == searched
+    assert captioner.caption(images, num_beams=1) == greedy

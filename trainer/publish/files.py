@@ -60,6 +60,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
         is_scratch = "language_model" not in config["decoder"]
         pad_id, pad_token = (0, tokenizer["added_tokens"][0]["content"]) if is_scratch else (config["eos_id"], eos_token)
         processor = config["encoder"]["processor"]
+        beams = int(config["data"].get("num_beams", 1))  # with which it was scored
     except (KeyError, TypeError, StopIteration, ValueError) as error:
         raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
     classes = {"AutoConfig": "SynthCaptionerConfig", "AutoModelForImageTextToText": "SynthCaptioner"}
@@ -76,6 +77,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
             "pad_token_id": pad_id,
             "max_new_tokens": config["max_caption_tokens"],
             "do_sample": False,
+            **({"num_beams": beams, "early_stopping": "never"} if beams > 1 else {}),
         },
         "preprocessor_config.json": processor,
         "processor_config.json": {

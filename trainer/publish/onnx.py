@@ -178,7 +178,10 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
             progress("export", done, 8 if int8 else 4, {"last": name})
         files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
         files["config.json"] = json_text(_config(captioner, json.loads(files["processor_config.json"]))).encode()
-        files["generation_config.json"] = json_text(json.loads(files["generation_config.json"]) | _start(loaded)).encode()
+        generation = json.loads(files["generation_config.json"]) | _start(loaded)
+        for name in ("num_beams", "early_stopping"):  # those who read it write greedily
+            generation.pop(name, None)
+        files["generation_config.json"] = json_text(generation).encode()
         files["preprocessor_config.json"] = json_text(_pixel_settings(captioner)).encode()
         files["tokenizer.json"] = (checkpoint / "tokenizer.json").read_bytes()
         files[RUNNER] = standalone_source("run_onnx").encode()

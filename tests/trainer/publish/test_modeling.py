@@ -242,3 +242,20 @@ def test_a_row_that_is_padded_is_written_as_it_is_alone(family: str) -> None:
         assert together.sequences[number, longest:].tolist() == alone.sequences[0, len(row) :].tolist()
         for one, other in zip(together.logits, alone.logits, strict=True):
             assert torch.allclose(one[number], other[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_published_captioner_writes_with_the_beams_that_were_scored(
+    checkpoints: dict[str, Path], tmp_path: Path, beams: int
+) -> None:
+    folder = publish(checkpoints["scratch"], tmp_path / "p")
+    config = json.loads((checkpoints["scratch"] / "config.json").read_text())
+    source = shutil.copytree(checkpoints["scratch"], tmp_path / "c")
+    (source / "config.json").write_text(json.dumps(config | {"data": {"num_beams": beams}}))
+    settings = json.loads(transformers_files(source)["generation_config.json"])
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = SynthCaptioner.from_pretrained(folder)
+    ids, states = torch.tensor([[2, 3]]), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    asked = model.generate(ids, image_states=states, num_beams=beams)
+    assert model.generate(ids, image_states=states).tolist() == asked.tolist()
+    assert settings.get("num_beams", 1) == beams
