@@ -1,8 +1,10 @@
 """Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400] [--photos FOLDER]`.
 
 JPEGs of 500 x 375 px, or photos of yours, each read, decoded, checked and hashed as every source does, beside a bare Pillow
-loop that only reads and decodes; then the work of a server's client: deciding whether the bytes can be sent unchanged, and
-re-encoding. Interleaved rounds, CPU seconds of this process and of the workers that decode.
+loop that only reads and decodes (`bare`), and one that also makes a copy in RGB, as most programs do (`convert`); then the work
+of a server's client: deciding whether the bytes can be sent unchanged, and re-encoding. Interleaved rounds, each step in a
+process of its own, since what a process has freed before makes its next images up to twice as fast; CPU seconds of that process
+and of the workers that decode. The first round warms up and does not count.
 """
 
 import argparse
@@ -10,6 +12,8 @@ import io
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +38,14 @@ def bare(folder: Path) -> None:
     """Read and decode only."""
     for path in sorted(folder.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            image.convert("RGB").load()
+            image.load()
+
+
+def convert(folder: Path) -> None:
+    """Read, decode, and make an image in RGB."""
+    for path in sorted(folder.iterdir()):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            image.convert("RGB")
 
 
 def ours(folder: Path) -> None:
@@ -62,15 +73,46 @@ def cpu_seconds() -> float:
     return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf("SC_CLK_TCK")
 
 
+STEPS: dict[str, Callable[[Path], None]] = {"bare": bare, "convert": convert, "ours": ours, "send": send, "shrink": shrink}
+
+
+def serve(step: str, folder: Path) -> None:
+    """Run a step whenever a line comes from stdin, and print the CPU seconds that it took."""
+    for _ in sys.stdin:
+        started = cpu_seconds()
+        STEPS[step](folder)
+        print(cpu_seconds() - started, flush=True)
+
+
+def measure(folder: Path, rounds: int) -> dict[str, float]:
+    """Return the median CPU seconds of each step."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--step"]
+    runners = {
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in STEPS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+    for _ in range(rounds + 1):
+        for name, runner in runners.items():
+            assert runner.stdin and runner.stdout
+            print(file=runner.stdin, flush=True)
+            seconds[name].append(float(runner.stdout.readline()))
+    for runner in runners.values():
+        runner.communicate()
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
 def main() -> None:
     """Print images a CPU second, and the ratio to the bare loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--photos", type=Path, help="a folder of JPEGs, which are taken again until there are --images")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    steps: dict[str, Callable[[Path], None]] = {"bare": bare, "ours": ours, "send": send, "shrink": shrink}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    if arguments.step:
+        serve(arguments.step, arguments.folder)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.photos:
@@ -81,12 +123,7 @@ def main() -> None:
                 shutil.copy(photos[number % len(photos)], folder / f"{number:05d}.jpg")
         else:
             make(folder, arguments.images)
-        for _ in range(arguments.rounds):
-            for name, step in steps.items():
-                started = cpu_seconds()
-                step(folder)
-                seconds[name].append(cpu_seconds() - started)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+        middle = measure(folder, arguments.rounds)
     what = f"photos of {arguments.photos}" if arguments.photos else "JPEGs of 500 x 375 px"
     print(f"{arguments.images} {what}, medians of {arguments.rounds} rounds")
     for name, value in middle.items():
