@@ -254,6 +254,7 @@ class Log:
             self._curves = SummaryWriter(str(path.with_name("tensorboard")), purge_step=first_step + 1)
         kept = [line for line in read_log(path) if line["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.seconds: float = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)  # up to there
 
     def write(self, **values: float | int | str) -> None:
         """Append one line, and a point to each TensorBoard curve; each stage has its own curves."""

@@ -335,7 +335,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    pace, saved, is_interrupted = Pace(), time.monotonic(), False
+    pace, saved, is_interrupted = Pace(log.seconds if log else 0.0), time.monotonic(), False
     stage_ends = (config.align_steps, config.first_rewarded_step, config.total_steps)
     with signals_noted() as interrupted:
         for step, batch in trainer.steps(done, progress):
@@ -364,6 +364,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
 class Pace:
     """The speed of the steps of this process."""
 
+    before_s: float = 0.0  # that earlier processes have trained, up to the state that is gone on with
     started: float = field(default_factory=time.monotonic)
     steps: int = 0
     images: int = 0
@@ -374,7 +375,7 @@ class Pace:
         self.steps, self.images, self.tokens = self.steps + 1, self.images + batch.num_images, self.tokens + batch.num_tokens
         seconds = time.monotonic() - self.started
         return {
-            "seconds": seconds,
+            "seconds": self.before_s + seconds,
             "seconds_left": seconds / self.steps * steps_left,
             "images_per_s": self.images / seconds,
             "tokens_per_s": self.tokens / seconds,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -132,15 +132,26 @@ class _AskedToWaitError(Exception):
 def fetch_ahead(jobs: Iterable[J], fetch: Callable[[J], R], at_once: int = FETCHED_AT_ONCE) -> Iterator[R]:
     """Yield what `fetch` returns for each job, in order; so many run at a time."""
     waiting: deque[Future[R]] = deque()
-    remaining, pool = iter(jobs), ThreadPoolExecutor(at_once, "fetch")
-    try:
-        while True:
-            waiting.extend(pool.submit(fetch, job) for job in islice(remaining, at_once - len(waiting)))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:  # a run may end before its images do: nobody waits for a slow host
-        pool.shutdown(wait=False, cancel_futures=True)
+    remaining = iter(jobs)
+    while True:
+        waiting.extend(_begin(fetch, job) for job in islice(remaining, at_once - len(waiting)))
+        if not waiting:
+            return
+        yield waiting.popleft().result()
+
+
+def _begin(fetch: Callable[[J], R], job: J) -> "Future[R]":
+    """Begin to fetch, in a thread that ends with the process: a run that ends before its images do waits for no slow host."""
+    future = Future[R]()
+
+    def run() -> None:
+        try:
+            future.set_result(fetch(job))
+        except BaseException as error:  # noqa: BLE001  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fetch", daemon=True).start()
+    return future
 
 
 def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:

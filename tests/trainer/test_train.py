@@ -39,7 +39,7 @@ from trainer.data import Example, Question, examples_in
 from trainer.distributed import all_reduce_gradients
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
 from trainer.features import Features, OnlineFeatures
-from trainer.loop import Trainer
+from trainer.loop import Batch, Trainer
 from trainer.metrics import derangement
 from trainer.model.captioner import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
@@ -365,6 +365,7 @@ def test_half_precision_is_for_the_steps_alone(
 PROCESS = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from pipeline.dataset.version import read_version
 from trainer.config import resolve
@@ -938,3 +939,15 @@ def test_dropout_that_has_no_effect_is_told(
     notes = Notes()
     train(version, replace(encoder=clip, decoder=decoder, dropout=0.3, steps=1), tmp_path, progress=notes)
     assert any("dropout is of --decoder scratch alone" in text for text in notes.texts) == is_told
+
+
+def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    assert log.seconds == 0.0
+    for step, seconds in ((1, 10.0), (2, 20.0), (3, 30.0)):
+        log.write(step=step, seconds=seconds)
+    log.write(step=2, validation_cider_d=1.0)
+    again = Log(tmp_path / "log.jsonl", 2)
+    pace = trainer.loop.Pace(again.seconds)
+    assert again.seconds == 20.0
+    assert pace.after(Batch([], 9, 1, 4), 0)["seconds"] > 20.0

@@ -4,6 +4,8 @@ import contextlib
 import http.server
 import ipaddress
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -278,3 +280,16 @@ def test_a_usual_port_is_not_named_to_the_host(scheme: str, port: int, named: st
     theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")
     assert fetch_image(f"{scheme}://a.test:{port}/x") == b"x"
     assert f"\r\nHost: {named}\r\n" in theirs.recv(10_000).decode()
+
+
+ENDS_EARLY = """
+import time
+from pipeline.sources.image_urls import fetch_ahead
+rows = fetch_ahead(range(5), lambda job: time.sleep(600 * job) or job)
+print(next(rows))
+"""
+
+
+def test_a_run_that_ends_before_its_images_waits_for_no_slow_host() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS_EARLY], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n"
