@@ -102,6 +102,10 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
     advice = _advice(stages)
     choices = {stage.name for stage in stages if stage.is_choice}
     for summary in funnel:
+        same = summary.rejected.get("same_as_the_best", 0)
+        if 2 * same > sum(summary.rejected.values()):
+            text = f"{same:,} of {summary.input:,} captions are the same as the best of their image"
+            yield f"{text}: the server may pay no heed to sample_temperature, so that --samples gives nothing"
         if summary.stage in choices:
             continue
         lost = sum(summary.rejected.values())

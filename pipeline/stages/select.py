@@ -39,7 +39,8 @@ WITH worded AS (
 ), scored AS (
     SELECT worded.*, {measure} AS score FROM worded JOIN compared USING (row)
 ), ranked AS (
-    SELECT *, row_number() OVER best AS place, first_value(score) OVER worst AS least,
+    SELECT *, row_number() OVER best AS place, first_value(clean_text) OVER best AS best_text,
+           first_value(score) OVER worst AS least,
            first_value(clean_text) OVER worst AS last, first_value(bag) OVER worst AS last_bag
     FROM scored
     WINDOW best AS (PARTITION BY sample_id, task, style ORDER BY score DESC NULLS LAST, row),
@@ -47,7 +48,7 @@ WITH worded AS (
 )
 SELECT row, score AS selection_score,
        CASE WHEN place = 1 AND least < score AND bag <> last_bag THEN last END AS rejected_text,
-       CASE WHEN place > 1 THEN 'not_the_best' END AS reason
+       CASE WHEN place > 1 AND clean_text = best_text THEN 'same_as_the_best' WHEN place > 1 THEN 'not_the_best' END AS reason
 FROM ranked
 """
 

@@ -49,6 +49,7 @@ IN_WORDS = {
     "evidence_not_necessary": "the named pages are not needed",
     "low_alignment": "fits its image less than others do",
     # select
+    "same_as_the_best": "the model wrote the best caption of this image and style again",
     "not_the_best": "another caption of this image and style is better",
     # dedupe, balance, trim, version
     "duplicate": "says the same as another text of this image",

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
+from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import ConfigError
+from pipeline.executors.messages import describe_losses
 from pipeline.run import stages_of
 from pipeline.stages.base import step_order
 from pipeline.stages.select import STAGE
@@ -71,6 +73,16 @@ def test_a_caption_that_was_not_measured_is_no_better_than_one_that_was() -> Non
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best"]
     assert marked["rejected_text"][1].as_py() == "A cow."
     assert kept(captions("One.", "Two."), by="clip") == ["One."]  # none was: the first is kept
+
+
+def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
+    marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
+    assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
+    funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
+    (text,) = describe_losses([STAGE], funnel)
+    assert text.startswith("3 of 6 captions are the same as the best of their image: ")
+    funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 3, "same_as_the_best": 1})]
+    assert not list(describe_losses([STAGE], funnel))
 
 
 def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:
