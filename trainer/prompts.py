@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pipeline.errors import TrainError
 
 ANSWER = "<answer>"  # the token behind a question
+STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # usual ones, whose names are no questions
 Prompts = list[tuple[str, str]]
 
 
@@ -31,6 +32,8 @@ def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, 
     Raises ValueError for what was not learned.
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
+    if text in STYLES and text not in styles:
+        raise ValueError(f"this captioner knows no style {text}; it was trained on {', '.join(styles) or 'answers alone'}")
     question = text if text and text not in styles else ""
     style = "" if question else text or preferred_style(prompts)
     source = None if style is None else preferred_source(prompts, style)

@@ -20,6 +20,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
+from trainer.prompts import choose_prompt
 from trainer.tokenizer import TargetText, train_tokenizer
 
 PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
@@ -160,3 +161,11 @@ def test_texts_are_searched_as_they_were_scored(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(captioner.checkpoint.captioner.config.data, "num_beams", 3)
     assert captioner.caption(images) == searched
     assert captioner.caption(images, num_beams=1) == greedy
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [("human", "brief")], [("synthetic", "")]])
+def test_the_name_of_a_style_that_was_not_learned_is_no_question(prompts: list[tuple[str, str]]) -> None:
+    with pytest.raises(ValueError, match="knows no style tags"):
+        choose_prompt(prompts, "tags")
+    if ("synthetic", "") in prompts:
+        assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")

@@ -32,7 +32,15 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
     "trainer.prompts": {
-        "trainer.prompts": ("ANSWER", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts", "prompt_ids")
+        "trainer.prompts": (
+            "ANSWER",
+            "STYLES",
+            "preferred_style",
+            "preferred_source",
+            "choose_prompt",
+            "prompt_parts",
+            "prompt_ids",
+        )
     },
 }
 NEEDED_IMPORTS = {  # of the definitions of a module

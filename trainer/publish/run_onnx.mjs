@@ -58,9 +58,14 @@ function textOf(ids, eos) {
     return ids.includes(eos) ? ids.slice(0, ids.indexOf(eos)) : ids;
 }
 
+const STYLES = ['plain', 'detailed', 'brief', 'alt', 'tags', 'ocr', 'human']; // usual ones, whose names are no questions
+
 /** Return the token ids of a prompt. Throws for a question to a captioner that answers none. */
 function promptOf({ prompts, kind, usual_style: usual }, tokenizer, text) {
     const styles = [...new Set(prompts.map(([, style]) => style).filter(Boolean))];
+    if (STYLES.includes(text) && !styles.includes(text)) {
+        throw new Error(`this captioner knows no style ${text}; it was trained on ${styles.join(', ') || 'answers alone'}`);
+    }
     const question = text && !styles.includes(text) ? text : '';
     const style = question ? '' : text || usual;
     const sources = prompts.filter(([, learned]) => learned === style).map(([source]) => source);
