@@ -1,9 +1,12 @@
 """Send the requests that the journal has no reply to, and journal each reply; then read all replies back."""
 
 import json
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -148,13 +151,10 @@ class RequestQueue:
 
     def keep(self, replies: list[Reply]) -> None:
         """Journal replies, and queue a retry for each that is unusable. Raise EngineError if too many are unusable."""
-        pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
-        try:
-            judged = self._judge(pairs)
+        with signals_wait():  # they are paid for
+            pairs = [(self._open.pop(reply.request_id), reply) for reply in replies]
+            judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
             self._journal.keep(judged)
-        except KeyboardInterrupt:  # they are paid for, and none is stored yet
-            self._journal.keep(self._judge(pairs))
-            raise
         for request, reply, flaw in judged:
             self._counts.add_reply(reply)
             if self._budget:
@@ -177,9 +177,6 @@ class RequestQueue:
         if self._budget and self._budget.room(0) == 0:
             raise self._budget.error()
 
-    def _judge(self, pairs: Sequence[tuple[Request, Reply]]) -> list[tuple[Request, Reply, str | None]]:
-        return [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
-
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
         if not self._own_tasks:
             return find_flaw(request, reply)
@@ -200,6 +197,27 @@ class RequestQueue:
             self._resumed.add(request.id)
         else:
             self._counts.done += 1
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM, however many of them, wait for the end of a few lines."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets them
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for waited, handler in before.items():
+            signal.signal(waited, handler)
+        for number in dict.fromkeys(arrived):
+            signal.raise_signal(number)
 
 
 def ask_about(
