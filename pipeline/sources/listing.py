@@ -96,7 +96,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
         raise SourceError(f"{file} names no image", hint="one path or URL stands on each line")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     if not {name.lower() for name in names} & {*IMAGE_COLUMNS}:
-        hint = f"name the column of paths {IMAGE_COLUMNS[0]}, that of addresses url"
+        hint = f"in the first line of the file, name the column of paths {IMAGE_COLUMNS[0]}, that of addresses url"
         raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
     if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {file.name}: {', '.join(names)}")

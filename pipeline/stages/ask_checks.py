@@ -293,6 +293,8 @@ class AnnotationChecker:
             before = stats.done
             for ready in ask_all(requests, self.plan.config, engine or self.services.engine, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
+            if done := stats.done - before:
+                progress(name, done, done)  # its end, which a line that is shown from time to time may pass over
             return read(journal)
 
 
