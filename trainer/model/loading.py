@@ -1,5 +1,6 @@
 """Load pretrained models of transformers whole, or say why not: nothing in them is run, and no weight is made up."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,19 @@ MAX_REASON_CHARACTERS = 200
 
 def load_config(model_id: str) -> PreTrainedConfig:
     """Return the config in a folder or on the Hub. Raises ValueError for quantized weights, and any of LOAD_ERRORS."""
+    if _is_path(model_id) and not Path(model_id).is_dir():
+        raise ValueError("there is no such folder")
     config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized, and would not learn: pass the model that they were made from")
     return config
+
+
+def _is_path(model_id: str) -> bool:
+    """Return whether a name can only be meant for a folder of this machine: the Hub would be asked for long in vain."""
+    path = Path(model_id)
+    is_written_so = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
+    return is_written_so or (len(path.parts) == 2 and path.parent.is_dir())
 
 
 def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
