@@ -198,12 +198,13 @@ def experiment(
     spec = read_experiment(file)
 
     from trainer.experiment.report import markdown, write_result  # see train
-    from trainer.experiment.runs import default_jobs, plan, run_cells
+    from trainer.experiment.runs import default_jobs, plan, require_models, run_cells
 
     folder = out or Path("experiments") / file.stem
     with translate_disk_errors(folder), DatasetDir(folder).lock():
         runs = plan(spec, cells_of(spec), open_data, folder)
         say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
+        require_models(runs)
         with show_progress() as progress:
             failed = run_cells(runs, jobs or default_jobs(), progress)
         finished = [run for run in runs if run.is_done]

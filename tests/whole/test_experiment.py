@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
 from tests.warm import run_synth
@@ -66,8 +68,14 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
     spec = yaml.safe_load((folder / "which.yaml").read_text())
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
+    refused = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
+    assert refused.returncode == 1 and "no encoder ./nowhere: there is no such folder" in refused.stderr
+    shutil.copytree(CLIP_MODELS[TINY_CLIP], folder / "damaged")
+    (folder / "damaged/model.safetensors").write_bytes(b"cut off")
+    spec["also"] = [{"data": ["facts"], "encoder": ["./damaged"]}]
+    (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     done = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
-    assert done.returncode == 1 and "failed: facts-nowhere-" in done.stderr and "1 of 3 cells failed" in done.stderr
+    assert done.returncode == 1 and "failed: facts-damaged-" in done.stderr and "1 of 3 cells failed" in done.stderr
     assert done.stdout.strip() == "whole/experiment.html"
     assert "| facts, tiny-clip, scratch |" in done.stderr
 

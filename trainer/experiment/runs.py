@@ -22,6 +22,8 @@ from pipeline.storage.files import write_json
 from trainer.config import TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images
 from trainer.experiment.grid import FACTORS, Cell, Experiment
+from trainer.model.loading import LOAD_ERRORS, load_config, reason_of
+from trainer.presets import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT
 from trainer.train import read_split_examples, train
 
 MIN_TEST_IMAGES = 2
@@ -115,6 +117,18 @@ def default_jobs() -> int:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_models(runs: list[Run]) -> None:
+    """Raise TrainError for an encoder or a decoder that cannot be had, before the first cell is trained."""
+    for factor, known, made_here in (("encoder", ENCODERS, (TINY_VIT,)), ("decoder", DECODERS, SCRATCH_DECODERS)):
+        for name in dict.fromkeys(getattr(run.config, factor) for run in runs if not run.is_done):
+            if name not in made_here:
+                try:
+                    load_config(known.get(name, name))
+                except LOAD_ERRORS as error:
+                    hint = f"see `{factor}` of the experiment file"
+                    raise TrainError(f"no {factor} {name}: {reason_of(error)}", hint=hint) from None
 
 
 def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:

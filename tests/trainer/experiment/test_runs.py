@@ -23,7 +23,7 @@ from trainer.config import TrainConfig
 from trainer.data import count_words, limit_captions, limit_images
 from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.report import write_result
-from trainer.experiment.runs import Run, plan, run_cells
+from trainer.experiment.runs import Run, plan, require_models, run_cells
 from trainer.train import read_split_examples
 
 SAMPLES = scene_samples(60)
@@ -142,3 +142,13 @@ def test_finished_cells_are_skipped_and_a_failed_cell_does_not_stop_the_others(
     assert {difference["than"].split(",")[0] for difference in result["differences"]} == {"facts"}
     assert (tmp_path / "experiment.html").read_text().count("data:image/webp;base64,") == len(result["examples"])
     assert "| facts, " in (tmp_path / "experiment.md").read_text()
+
+
+def test_a_model_that_is_not_there_is_refused_before_any_cell_is_trained(
+    versions: dict[str, Version], clip: str, tmp_path: Path
+) -> None:
+    require_models(planned(versions, clip, tmp_path, decoder=["scratch", "prefix"]))
+    for factor, name in (("encoder", "/nowhere/vit"), ("decoder", "./nowhere")):
+        with pytest.raises(TrainError, match=f"no {factor} {name}: there is no such folder") as raised:
+            require_models(planned(versions, clip, tmp_path, **{factor: [clip if factor == "encoder" else "scratch", name]}))
+        assert f"`{factor}` of the experiment file" in raised.value.hint
