@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, has_row_digest
+from pipeline.dataset.samples import READ_AGAIN
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import SynthError, one_line
 from pipeline.inference.journal import check_journal, repair_journal
@@ -102,7 +103,9 @@ def _check_table(path: Path) -> Checked:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        return Checked(str(path), f"damaged: {one_line(error)}", False, AGAIN)
+        is_of_images = path.parent.parent.name == "source"  # parts that were read, and images that no version has
+        hint = f"move it away, and {READ_AGAIN}" if is_of_images else AGAIN
+        return Checked(str(path), f"damaged: {one_line(error)}", False, hint)
     return Checked(str(path), f"{rows:,} rows")
 
 

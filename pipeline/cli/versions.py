@@ -1,6 +1,7 @@
 """Commands about the versions of a dataset: versions list, tag, rm, gc."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, AsJson, DataDir
 from pipeline.cli.output import echo, last_dataset, note_previews, say
+from pipeline.progress import WARNING
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def versions_rm(
     with translate_disk_errors(dataset.path), dataset.lock():
         pushed = dataset.pushed()
         before = bytes_beside(dataset)
-        removed = remove_versions(dataset, names)
+        removed = remove_versions(dataset, names, partial(say, style=WARNING))
         moved = bytes_beside(dataset) - before
     if as_json:
         freed = sum(one.num_bytes for one in removed) - moved

@@ -3,14 +3,14 @@
 A removed version's name is not given to another one: it may be on the Hub, in a model card, or in somebody's notes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import read_removed, read_tags, record_removed
-from pipeline.dataset.samples import keep_images
+from pipeline.dataset.samples import describe_lost, keep_images
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, is_shareable, read_version, share_file
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
@@ -29,7 +29,7 @@ class Leftover:
     num_bytes: int
 
 
-def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
+def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[str], None] = lambda _: None) -> list[Leftover]:
     """Remove versions, and return their folders. Their replies stay in the journal: a run can make the same rows again.
 
     Images that later runs need and no other version has are written beside the samples before. A version is gone at once or
@@ -42,7 +42,8 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
         if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
             hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
             raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
-    keep_images(dataset, {folder.name for folder in folders})
+    if lost := keep_images(dataset, {folder.name for folder in folders}, keeps_parts=True):
+        warn(describe_lost(lost))
     removed = []
     for folder in folders:
         freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))

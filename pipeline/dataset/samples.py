@@ -7,10 +7,10 @@ wrote the images with the samples.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.digests import file_digest
 from pipeline.errors import StoreError, SynthError
 from pipeline.images.metadata import REMOVED
 from pipeline.storage.files import open_parquet, open_table, remove, write_table
@@ -45,26 +46,30 @@ class _Group(NamedTuple):
 
 
 class SampleImages:
-    """Finds images by the ids of their samples, wherever in a dataset folder they lie; a file is opened when it is needed."""
+    """Finds images by the ids of their samples, wherever in a dataset folder they lie; a file is opened when it is needed.
 
-    def __init__(self, places: Iterator[Path]) -> None:
-        self._places = places  # Parquet files that are not looked into yet
+    Of images that lie in several places, a place that is damaged is passed over.
+    """
+
+    def __init__(self, places: Callable[[], Iterator[Path]]) -> None:
+        self._find_places = places  # Parquet files, in the order in which they are looked into
+        self._places = places()  # that are not looked into yet
         self._group_of: dict[str, _Group] = {}
         self._in_memory: OrderedDict[_Group, pa.Table] = OrderedDict()
+        self._damaged: dict[Path, StoreError] = {}
 
     @classmethod
     def of(cls, dataset: DatasetDir) -> "SampleImages":
         """Look into all that a dataset folder has: what was read of the source, the newest version, and older ones."""
-        folder = dataset.stage("source").parent
-        parts = sorted(folder.glob(f"{PARTS_FOLDER}/*.parquet"), key=lambda path: path.name)
-        return cls(iter([*parts, folder / REST_FILE, *_version_files(dataset)]))
+        rest = dataset.stage("source").parent / REST_FILE
+        return cls(lambda: chain(_part_files(dataset), [rest], (place.path for place in _version_files(dataset))))
 
     def find_lacking(self, sample_ids: Collection[str]) -> list[str]:
         """Return the samples whose images are nowhere, in their order."""
         while lacking := [sample_id for sample_id in sample_ids if sample_id not in self._group_of]:
             if (path := next(self._places, None)) is None:
                 return lacking
-            for sample_id, group in _ids_of(path):
+            for sample_id, group in _ids_of(path) if path not in self._damaged else ():
                 self._group_of.setdefault(sample_id, group)
             sample_ids = lacking
         return []
@@ -72,10 +77,15 @@ class SampleImages:
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
         """Return the images of each sample, lists of binary. Raise StoreError if they are nowhere, or damaged."""
         if lacking := self.find_lacking(sample_ids):
-            raise StoreError(f"the images of {len(lacking)} samples are gone, such as {lacking[0][:12]}", hint=READ_AGAIN)
-        groups = dict.fromkeys(self._group_of[sample_id] for sample_id in sample_ids)
-        wanted = pa.array(sample_ids, pa.string())
-        tables = list(map(self._read_group, groups))
+            gone = StoreError(f"the images of {len(lacking)} samples are gone, such as {lacking[0][:12]}", hint=READ_AGAIN)
+            raise next(iter(self._damaged.values()), gone)
+        wanted, tables = pa.array(sample_ids, pa.string()), list[pa.Table]()
+        for group in dict.fromkeys(self._group_of[sample_id] for sample_id in sample_ids):
+            try:
+                tables.append(self._read_group(group))
+            except UNREADABLE as error:
+                self._pass_over(group.path, error)
+                return self.read(sample_ids)
         if len(tables) != 1:
             tables = [rows.filter(pc.is_in(rows["sample_id"], wanted)) for rows in tables]
         found = pa.concat_tables([*tables, SAMPLE_IMAGES.empty_table()]).combine_chunks()
@@ -84,26 +94,48 @@ class SampleImages:
 
     def _read_group(self, group: _Group) -> pa.Table:
         if group not in self._in_memory:
-            try:
-                self._in_memory[group] = _images_of(open_parquet(group.path), group.number)
-            except UNREADABLE as error:
-                raise StoreError(f"{group.path} is damaged: {error}", hint=f"move it away, and {READ_AGAIN}") from None
+            self._in_memory[group] = _images_of(open_parquet(group.path), group.number)
             if len(self._in_memory) > KEPT_GROUPS:
                 self._in_memory.popitem(last=False)
         self._in_memory.move_to_end(group)
         return self._in_memory[group]
 
+    def _pass_over(self, path: Path, error: Exception) -> None:
+        """Look for all images anew, and not in this file, which is damaged."""
+        folder = path.parent if (path.parent / MANIFEST).exists() else path
+        self._damaged[path] = StoreError(f"{path} is damaged: {error}", hint=f"move {folder} away, and {READ_AGAIN}")
+        self._group_of, self._places = {}, self._find_places()
 
-def _version_files(dataset: DatasetDir, without: Collection[str] = ()) -> Iterator[Path]:
-    """Yield the files of versions that hold images without metadata, the newest first; not those of some names."""
+
+class _VersionFile(NamedTuple):
+    """A file of a version, with the digest that its manifest says."""
+
+    path: Path
+    version: str
+    sha256: str
+
+    def is_intact(self) -> bool:
+        """Return whether the file has these bytes."""
+        try:
+            return file_digest(self.path) == self.sha256
+        except OSError:
+            return False
+
+
+def _part_files(dataset: DatasetDir) -> list[Path]:
+    return sorted(dataset.stage("source").parent.glob(f"{PARTS_FOLDER}/*.parquet"), key=lambda path: path.name)
+
+
+def _version_files(dataset: DatasetDir) -> Iterator[_VersionFile]:
+    """Yield the files of versions that hold images without metadata, the newest version first."""
     versions: list[Version] = []
     for manifest in (dataset.path / "versions").glob(f"v*/{MANIFEST}"):
         with suppress(StoreError):
             versions.append(read_version(manifest.parent))
     for version in sorted(versions, reverse=True):
-        has_images = set(PIXELS) & set(version.manifest["columns"]) and version.manifest.get("image_metadata") == REMOVED
-        if has_images and version.name not in without:
-            yield from (version.path / name for name in sorted(version.manifest["files"]))
+        if set(PIXELS) & set(version.manifest["columns"]) and version.manifest.get("image_metadata") == REMOVED:
+            for name, entry in sorted(version.manifest["files"].items()):
+                yield _VersionFile(version.path / name, version.name, entry["sha256"])
 
 
 def _ids_of(path: Path) -> Iterator[tuple[str, _Group]]:
@@ -160,35 +192,60 @@ def bytes_beside(dataset: DatasetDir) -> int:
     return path.stat().st_size if not is_remote(path) and path.is_file() else 0
 
 
-def keep_images(dataset: DatasetDir, leaving: Collection[str] = ()) -> None:
-    """Write the images of samples that are in no version beside the samples.
+def keep_images(dataset: DatasetDir, leaving: Collection[str] = (), *, keeps_parts: bool = False) -> int:
+    """Write the images of samples that are nowhere else beside the samples; return how many could not be read.
 
-    The versions `leaving` are about to be removed. What they cannot give is read from the source by a later run.
+    The versions `leaving` are about to be removed, and what was read of the source unless it stays. All files of other
+    versions are read, to see that they are intact; but for those of the newest where none is leaving: it was just made.
     """
     if not lists_samples_only(dataset):
-        return
-    lacking = SampleImages(_version_files(dataset, leaving)).find_lacking(_sample_ids(dataset))
+        return 0
+
+    def held() -> Iterator[Path]:
+        files = [file for file in _version_files(dataset) if file.version not in leaving]
+        trusted = files[0].version if files and not leaving else None
+        yield from _part_files(dataset) if keeps_parts else ()
+        yield from (file.path for file in files if file.version == trusted or file.is_intact())
+
+    lacking = SampleImages(held).find_lacking(_sample_ids(dataset))
     path = dataset.stage("source").parent / REST_FILE
     if not lacking:
         remove(path.parent)
-        return
-    images = SampleImages.of(dataset)
-    missing = set(images.find_lacking(lacking))
-    found = [sample_id for sample_id in lacking if sample_id not in missing]
-    batches = (found[start : start + BATCH_SAMPLES] for start in range(0, len(found), BATCH_SAMPLES))
-    write_table(path, (table for batch in batches for table in _read_intact(images, batch)), SAMPLE_IMAGES)
+        return 0
+    images, kept = SampleImages.of(dataset), 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal kept
+        for start in range(0, len(lacking), BATCH_SAMPLES):
+            for table in _read_intact(images, lacking[start : start + BATCH_SAMPLES]):
+                kept += table.num_rows
+                yield table
+
+    write_table(path, tables(), SAMPLE_IMAGES)
+    return len(lacking) - kept
 
 
-def move_images_to_versions(dataset: DatasetDir) -> None:
-    """Remove what was read of the source, now that a version holds its images; what no version holds is kept beside."""
+def move_images_to_versions(dataset: DatasetDir, *, keeps_parts: bool) -> int:
+    """Remove what was read of the source, now that a version holds its images, unless the next run begins with it.
+
+    Images that no version holds are kept beside the samples; return how many of these could not be read.
+    """
     parts = dataset.stage("source").with_name(PARTS_FOLDER)
-    if lists_samples_only(dataset) and (parts.exists() or bytes_beside(dataset)):
-        keep_images(dataset)
+    if not lists_samples_only(dataset) or not (parts.exists() or bytes_beside(dataset)):
+        return 0
+    lost = keep_images(dataset, keeps_parts=keeps_parts)
+    if not keeps_parts:
         remove(parts)
+    return lost
+
+
+def describe_lost(count: int) -> str:
+    """Return what a user should know of images that could not be read from where they lay."""
+    return f"the images of {count:,} samples are damaged: the next run reads them from the source"
 
 
 def _read_intact(images: SampleImages, sample_ids: list[str]) -> Iterator[pa.Table]:
-    """Yield samples with their images (tables.SAMPLE_IMAGES), but for those whose files are damaged."""
+    """Yield samples with their images (tables.SAMPLE_IMAGES), but for those that are gone, or whose files are damaged."""
     try:
         yield pa.table([sample_ids, images.read(sample_ids)], schema=SAMPLE_IMAGES)
     except StoreError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
-from pipeline.dataset.samples import move_images_to_versions
+from pipeline.dataset.samples import describe_lost, move_images_to_versions
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish, require_own_replies
@@ -115,8 +115,8 @@ def run_locally(
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
-    if config.rows is None:  # else the next run begins with the images of the parts
-        move_images_to_versions(dataset)
+    if lost := move_images_to_versions(dataset, keeps_parts=config.rows is not None):
+        progress.warn(describe_lost(lost))
     return RunResult(version, is_new, stats, funnel)
 
 

@@ -84,8 +84,7 @@ class DuplicateImages:
             return None
         kept_row, kept_split = self.kept[sample_id]
         changes: dict[str, Any] = {}
-        if row["references"] or row["reference_qa"]:
-            self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
+        self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
         if source_row < kept_row:
             changes = {name: row[name] for name in SAMPLE.names if name not in ("sample_id", "images", "split")}
         if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # a copy in a held-out split holds out all of them
@@ -103,7 +102,7 @@ class DuplicateImages:
         return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the captions and questions of all copies of an image; nothing if no copy of it has any."""
+        """Return the captions and questions of all copies of an image; nothing if it has none."""
         if row["sample_id"] not in self.texts:
             return {}
         own = (row["source_row"], row["references"], row["reference_qa"])

@@ -45,7 +45,7 @@ from pipeline.stages.source import (
     write_rejected,
 )
 from pipeline.stages.source_parts import PART, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
-from pipeline.storage.files import read_json, remove, write_json, write_table
+from pipeline.storage.files import read_json, read_table, remove, write_json, write_table
 from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE
 from pipeline.types import Rejected, Sample, Source
 
@@ -120,7 +120,8 @@ class SourceReader:
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
             before = self._failed_before.get("may_pass") if self._failed_before.get("limit") == self._result["limit"] else None
-            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
+            counts = {"may_pass": count_passing(self.dataset), "may_pass_before": before}
+            result = self._result | counts | {"merges_texts": True}
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
 
     def close(self) -> None:
@@ -155,12 +156,19 @@ class SourceReader:
             files = self._earlier["files"]
             if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
                 return None
-            if find_samples_without_images(self.dataset):
+            if find_samples_without_images(self.dataset) or self._lacks_texts(result):
                 return None
             is_whole = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
             return dict(result) if is_whole else None
         except (OSError, LookupError, TypeError, AttributeError):
             return None
+
+    def _lacks_texts(self, result: dict[str, Any]) -> bool:
+        """Return whether an earlier release has read the texts of one of several rows about an image alone."""
+        if result.get("merges_texts") or self.config.keeps_human_texts:
+            return False
+        reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
+        return "duplicate_image" in reasons.unique().to_pylist()
 
     @cached_property
     def _failed_before(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pipeline.storage.files import read_table, write_table
 from pipeline.tables import LISTED_SAMPLE, SAMPLE_IMAGES, SPLITS
 from tests.notes import Notes
 from tests.pipeline.stages.test_source_reader import photo
-from tests.scene_data import make_version, sample_table, scene_samples
+from tests.scene_data import make_version, sample_table, scene_samples, true_captions
 
 SAMPLES = scene_samples(12)
 
@@ -125,15 +125,15 @@ def test_removing_versions_that_are_damaged_keeps_what_can_be_read(tmp_path: Pat
     dataset = DatasetDir(tmp_path)
     list_samples(dataset)
     version, _ = make_version(tmp_path, SAMPLES)
-    shards = [path for split in SPLITS for path in version.shards(split)]
-    in_others = sum(pq.read_metadata(path).num_rows for path in shards[1:])
-    data = bytearray(shards[0].read_bytes())
-    held = read_table(shards[0], ["image"]).to_pylist()[0]["image"]["bytes"]
-    data[data.index(held) + len(held) // 2] ^= 1
-    shards[0].write_bytes(data)
-    with pytest.raises(StoreError, match=rf"{shards[0].name} is damaged"):
+    damaged, *shards = (path for split in SPLITS for path in version.shards(split))
+    in_others = sum(pq.read_metadata(path).num_rows for path in shards)
+    damage(damaged)
+    with pytest.raises(StoreError, match=rf"{damaged.name} is damaged") as raised:
         images_of(dataset)
-    remove_versions(dataset, [version.name])
+    assert f"move {version.path} away" in raised.value.hint
+    told: list[str] = []
+    remove_versions(dataset, [version.name], told.append)
+    assert told == [f"the images of {len(SAMPLES) - in_others} samples are damaged: the next run reads them from the source"]
     assert len(SAMPLES) - len(find_samples_without_images(dataset)) == in_others > 0
 
 
@@ -220,3 +220,55 @@ def test_after_a_version_was_taken_away_the_images_come_from_the_source(photos: 
     assert "without --from-stage" in raised.value.hint
     again = generate_dataset(settings(photos), tmp_path / "d").version
     assert again.manifest["digest"] == version.manifest["digest"]
+
+
+def damage(path: Path) -> None:
+    """Change a bit of an image in a file."""
+    data = bytearray(path.read_bytes())
+    row = read_table(path).to_pylist()[0]
+    held = row["image"]["bytes"] if "image" in row else row["images"][0]
+    data[data.index(held) + len(held) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def two_versions(folder: Path) -> DatasetDir:
+    """Make two versions with the same images and other texts."""
+    list_samples(DatasetDir(folder))
+    captions = true_captions(SAMPLES)
+    for table in (captions, captions.filter(pc.equal(captions["style"], "brief"))):
+        make_version(folder, SAMPLES, table)
+    return DatasetDir(folder)
+
+
+def test_of_two_places_the_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    dataset = two_versions(tmp_path)
+    for path in dataset.versions()[1].shards("train"):
+        damage(path)
+    assert images_of(dataset) == of_samples()
+
+
+def test_a_version_is_not_relied_upon_that_is_damaged(tmp_path: Path) -> None:
+    dataset = two_versions(tmp_path)
+    for path in dataset.versions()[0].shards("train"):
+        damage(path)
+    told: list[str] = []
+    remove_versions(dataset, [dataset.versions()[1].name], told.append)
+    assert not told and images_of(dataset) == of_samples()
+
+
+def test_images_beside_that_are_damaged_are_told(photos: Path, tmp_path: Path) -> None:
+    generate_dataset(settings(photos), tmp_path / "d")
+    damage(tmp_path / "d/stages/source/images/rest.parquet")
+    notes = Notes()
+    generate_dataset(settings(photos), tmp_path / "d", progress=notes)
+    assert "warning: the images of 1 samples are damaged: the next run reads them from the source" in notes.texts
+    assert find_samples_without_images(DatasetDir(tmp_path / "d"))
+    generate_dataset(settings(photos), tmp_path / "d")
+    assert not find_samples_without_images(DatasetDir(tmp_path / "d"))
+
+
+def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path: Path) -> None:
+    version = generate_dataset(settings(photos, rows=5), tmp_path / "d").version
+    dataset = DatasetDir(tmp_path / "d")
+    remove_versions(dataset, [version.name])
+    assert not bytes_beside(dataset) and not find_samples_without_images(dataset)
