@@ -79,7 +79,9 @@ def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> C
     require_checkpoint(folder)
     try:
         with without_network():
-            return _load(folder, device)
+            checkpoint = _load(folder, device)
+        _require_numbers(checkpoint.captioner, folder)
+        return checkpoint
     except TrainError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
@@ -93,8 +95,6 @@ def describe_checkpoint(folder: Path) -> str:
             return "a training that has saved nothing so far"
         return f"an unfinished training at step {_read_resume(folder / 'resume.pt')['step']:,}, without a captioner so far"
     captioner = load_checkpoint(folder, torch.device("cpu")).captioner
-    if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights).all()]:
-        raise no_captioner(folder, f"{odd[0]} has weights that are not numbers")
     steps = max((entry["step"] for entry in read_log(folder / "log.jsonl")), default=0)
     parts = [
         f"a captioner of {sum(weights.numel() for weights in captioner.parameters()):,} weights",
@@ -110,6 +110,12 @@ def describe_checkpoint(folder: Path) -> str:
     if (folder / "resume.pt").exists():
         parts.append(f"a state to resume from at step {_read_resume(folder / 'resume.pt')['step']:,}")
     return ", ".join(parts)
+
+
+def _require_numbers(captioner: CaptionerModel, folder: Path) -> None:
+    """Raise TrainError for weights that are no numbers, which a damaged file may have: its captions would be empty."""
+    if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights.sum())]:
+        raise no_captioner(folder, f"{odd[0]} has weights that are not numbers")
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _divides_into_heads(self) -> "TrainConfig":
-        if self.decoder_width % (2 * self.decoder_heads):
+        if self.is_scratch and self.decoder_width % (2 * self.decoder_heads):
             raise ValueError(f"decoder_width {self.decoder_width} must divide into {self.decoder_heads} heads of an even width")
         return self
 

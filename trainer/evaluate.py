@@ -194,6 +194,7 @@ def evaluate_version(
         if (there := usual_texts(version.manifest)) == mixture:
             raise
         examples = examples_in(version, split, there, to_score=True)
+    examples = sorted(examples, key=lambda example: example.sample_id)  # as after its training: intervals are drawn by place
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.data.get("num_beams", 1))
     prompt = scored_prompt(config.prompts, style)

@@ -63,10 +63,14 @@ def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     is_long = forecast.seconds > MINUTES_FROM_S
     taken = f"{forecast.seconds / 60:.0f} min" if is_long else f"{forecast.seconds:.0f} s"
     return (
-        f"{preset}{forecast.weights / 1e6:.1f} million weights, {forecast.learning / 1e6:.1f} million of them learn; at most "
+        f"{preset}{_shown(forecast.weights)} weights, {_shown(forecast.learning)} of them learn; at most "
         f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.train_examples):.1f} epochs), "
         f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without the final test"
     )
+
+
+def _shown(weights: int) -> str:
+    return f"{weights / 1e6:.1f} million" if weights >= 100_000 else f"{weights:,}"
 
 
 def _fit(trainer: Trainer, size: int, progress: Progress) -> float:

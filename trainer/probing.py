@@ -132,4 +132,5 @@ def _score(answered: Sequence[tuple[Probe, str]]) -> dict[str, float]:
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
         "yes": len(yes) / max(1, len(pairs)),
+        "neither": sum(answer not in ("yes", "no") for _, answer in pairs) / max(1, len(pairs)),
     }

@@ -206,7 +206,8 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as exit_:
         if exit_.code == INTERRUPTED:
-            say("interrupted: what was done is kept; run the same command to go on (train: with --resume)")
+            how = "train: with --resume; caption --out txt: with --skip-existing"
+            say(f"interrupted: what was done is kept; run the same command to go on ({how})")
             if terminated:
                 raise SystemExit(TERMINATED) from None
         raise

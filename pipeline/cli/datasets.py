@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, BadParameter, Exit, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images, read_names
-from pipeline.cli.output import echo, last_dataset, note_previews, print_run_result, say, show
+from pipeline.cli.output import echo, last_dataset, note_other_data, note_previews, print_run_result, say, show
 from pipeline.errors import SynthError
 from pipeline.progress import WARNING, show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
@@ -180,6 +180,9 @@ def push(
     if data and not is_remote(data) and (data / "train.json").exists():
         if license_ or license_link or title or language:
             raise BadParameter("--license, --license-link, --title and --language go with datasets", param_hint="PATH")
+        if version or images is not None or acknowledge or also or repair:
+            text = "--version, --with-images, --no-images, --acknowledge, --also and --repair go with datasets"
+            raise BadParameter(text, param_hint="PATH")
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
@@ -341,6 +344,8 @@ def report(
 
     version = open_or_download(data or last_dataset())
     folder = version.dataset_dir
+    if checkpoint is not None:
+        note_other_data(checkpoint, version)
     with translate_disk_errors(folder):
         echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 
@@ -394,6 +399,7 @@ def send(
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     if dry_run:
+        say("nothing is sent: this is a dry run")
         if as_json is not None:
             show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None

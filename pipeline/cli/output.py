@@ -40,6 +40,18 @@ def note_unfinished(captioner: Path) -> None:
         say(f"note: the training of {captioner} has not ended; `synth train --resume` goes on with it", WARNING)
 
 
+def note_other_data(captioner: Path, version: "Version") -> None:
+    """Say that a captioner was trained on other data than a version. Of a folder that says nothing, others say why."""
+    from pipeline.storage.files import read_json
+
+    try:
+        trained_on = read_json(captioner / "metrics.json")["data"]["digest"]
+    except (OSError, ValueError, LookupError, TypeError, SynthError):
+        return
+    if trained_on != version.manifest["digest"]:
+        say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
+
+
 def note_previews(version: "Version", path: Path | None = None) -> None:
     """Say that a version is a preview, or that a newer one is and was passed over, unless `path` names the version itself."""
     from pipeline.dataset.directory import DatasetDir, split_version
@@ -161,9 +173,10 @@ def _things_in_words(things: dict[str, Any] | None) -> Iterator[str]:
     if people := things.get("people"):
         yield f"  captions of people, by the other references, {people['captions']:.0%}, {_of_things(people)}"
     for kind, scores in things.get("probes", {}).items():
+        neither = f", {scores['neither']:.0%} neither yes nor no" if scores.get("neither") else ""
         yield (
             f"asked for {kind} things {scores['count']} times, half of which are there: {scores['accuracy']:.0%} right,"
-            f" {scores['yes']:.0%} yes"
+            f" {scores['yes']:.0%} yes{neither}"
         )
 
 

@@ -120,6 +120,10 @@ def package_captioner(folder: Path, repo: str) -> "Package":
     from trainer.presets import DECODERS, ENCODERS
     from trainer.publish.files import transformers_files
 
+    if (folder / "model.safetensors").is_file():
+        from trainer.checkpoint import load_checkpoint  # what is damaged would be there for good
+
+        load_checkpoint(folder)
     return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
 
 
@@ -169,6 +173,8 @@ def evaluate(
     loaded = load_checkpoint(checkpoint)
     if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
         say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
+    elif split == "train":
+        say("note: it has learned from these images: the scores say how well it remembers them")
     if captions:
         with translate_disk_errors(captions):  # before minutes of scoring, and without a change to what is there
             captions.parent.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ def test_things_that_no_reference_names_are_told_beside_those_of_people(
     people: dict[str, float] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = {"captions": 0.25, "of_things": 0.125, "things": 3.0}
-    probes = {"popular": {"accuracy": 0.75, "yes": 0.6, "count": 12}}
+    probes = {"popular": {"accuracy": 0.75, "yes": 0.6, "neither": 0.1, "count": 12}}
     things = {"chair": own, "shuffled_chair": own | {"captions": 0.9}, "probes": probes} | (
         {"people": people} if people else {}
     )
@@ -118,7 +118,7 @@ def test_things_that_no_reference_names_are_told_beside_those_of_people(
         "25% of the captions name a thing that no reference names, 12% of 3.0 things a caption",
         "with shuffled images 90%, 12% of 3.0 things a caption",
         *(["captions of people, by the other references, 40%, 20% of 2.5 things a caption"] if people else []),
-        "asked for popular things 12 times, half of which are there: 75% right, 60% yes",
+        "asked for popular things 12 times, half of which are there: 75% right, 60% yes, 10% neither yes nor no",
     ]
 
 

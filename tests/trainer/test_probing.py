@@ -37,7 +37,7 @@ def test_scores_are_of_yes_and_an_answer_of_another_kind_is_wrong() -> None:
     probes = [Probe("x", f"Is there a {word} in the image?", word in "ab", ("random",)) for word in "abcd"]
     probing = PopeEvaluation({"x": probes}, "any", dict(zip(probes, ["Yes.", "no", "yes, there is", "maybe"], strict=True)))
     scores = probing.scores()["random"]
-    assert scores == {"count": 4, "accuracy": 0.25, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes": 0.5}
+    assert scores == {"count": 4, "accuracy": 0.25, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes": 0.5, "neither": 0.25}
     assert probing.scores()["popular"]["count"] == 0
 
 

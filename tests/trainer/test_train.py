@@ -951,3 +951,11 @@ def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> Non
     pace = trainer.loop.Pace(again.seconds)
     assert again.seconds == 20.0
     assert pace.after(Batch([], 9, 1, 4), 0)["seconds"] > 20.0
+
+
+def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:
+    """Intervals are drawn by place: in another order they would be others."""
+    train(version, replace(encoder=clip, steps=1), tmp_path)
+    tested = [json.loads(line)["sample_id"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    evaluated = evaluate_version(load_checkpoint(tmp_path), version, "test")["each"]
+    assert [row["sample_id"] for row in evaluated] == tested == sorted(tested)

@@ -29,11 +29,11 @@ class User:
         self.hub, self.folder = hub, folder
         folder.mkdir(exist_ok=True)
 
-    def synth(self, *arguments: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    def synth(self, *arguments: str, fails: bool = False, code: int | None = None) -> subprocess.CompletedProcess[str]:
         # Without Java, whose scores take ten seconds: tests of metrics have it.
         env = self.hub.env(self.folder / "home") | {"PATH": str(Path(sys.executable).parent)}
         done = run_synth(*arguments, cwd=self.folder, env=env)
-        assert done.returncode == int(fails), done.stderr
+        assert done.returncode == (int(fails) if code is None else code), done.stderr
         assert "Traceback" not in done.stderr
         return done
 
@@ -220,6 +220,17 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     assert config["data"].pop("has_unknown_license") is False
     config_file.write_text(json.dumps(config))  # as earlier releases saved it: its version is asked
     assert "me/captioner, public\n" in maker.synth("push", checkpoint, "--repo", "me/captioner", "--dry-run").stderr
+
+
+def test_what_goes_with_datasets_and_a_damaged_captioner_are_refused_before_a_push(maker: User) -> None:
+    checkpoint = maker.json("train", "--steps", "2")["path"]
+    for option in (["--version", "v1.0.0"], ["--no-images"], ["--also", "webdataset"], ["--repair"], ["--acknowledge", "x"]):
+        refused = maker.synth("push", checkpoint, "--repo", "me/x", *option, code=2)
+        assert "go with" in refused.stderr and "datasets" in refused.stderr
+    shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")
+    weights = maker.folder / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "no captioner in cut" in maker.synth("push", "cut", "--repo", "me/x", "--dry-run", fails=True).stderr
 
 
 def test_a_captioner_is_not_overwritten_by_one_of_other_settings(maker: User) -> None:

@@ -26,6 +26,8 @@ class OnnxCaptioner:
     def __init__(self, folder: Path, *, int8: bool = False) -> None:
         suffix = "_quantized" if int8 else ""
         parts = ("encoder_model", "decoder_model", "decoder_with_past_model")
+        if int8 and not (folder / "onnx" / f"encoder_model{suffix}.onnx").exists():
+            raise ValueError("there are no parts with weights of 8 bits: export it with `synth export-model --int8`")
         options = {"providers": ["CPUExecutionProvider"]}
         self.encoder, self.first, self.following = (
             onnxruntime.InferenceSession(str(folder / "onnx" / f"{part}{suffix}.onnx"), **options) for part in parts
@@ -120,8 +122,8 @@ def main() -> None:
     parser.add_argument("--text", default="", help="the name of a style, or a question")
     parser.add_argument("--int8", action="store_true", help="take the parts with weights of 8 bits")
     arguments = parser.parse_args()
-    captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
     try:
+        captioner = OnnxCaptioner(Path(__file__).parent, int8=arguments.int8)
         captioner.prompt(arguments.text)
     except ValueError as error:
         parser.error(str(error))
