@@ -500,7 +500,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="folder:PATH",
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
-    splits="as folders train, validation and test say, or files of captions, else by hash",
+    splits="as folders train, validation and test, metadata files or files of captions say, else by hash",
     size="yours",
     license="unknown, unless --license says it; unknown images are pushed to a private repository",
     needs="a vision-language model",
