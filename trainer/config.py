@@ -177,6 +177,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
     values = {TrainConfig.OLD_KEYS.get(name, name): value for name, value in given.items() if _says_something(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
+    stale = _derived_for_others(values, flags)
+    values = {name: value for name, value in values.items() if name not in stale}
     decoder = flags.get("decoder", values.get("decoder", "scratch"))
     if values.get("preset", "auto") not in ("auto", flags.get("preset", values.get("preset"))):
         hint = "leave --preset out, or begin with a file that has no preset"
@@ -187,8 +189,6 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
             hint = "name another --preset, or another --decoder"
             raise ConfigError(f"the preset {preset} is for {DECODER_KINDS[preset]}, and the decoder is {decoder}", hint=hint)
         values = {**PRESETS.get(preset, {}), **values}
-    stale = _derived_for_others(values, flags)
-    values = {name: value for name, value in values.items() if name not in stale}
     if "epochs" in flags:  # and no number of steps of a preset, or of a training that is over
         values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
     if "align_steps" in flags:
@@ -200,13 +200,15 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
 def _derived_for_others(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
     """Return which settings of a file were derived for another encoder, decoder or length than flags name.
 
-    The train.json of a checkpoint holds them beside those that were given.
+    The train.json of a checkpoint holds them beside those that were given; a file by hand holds few of them, which stay.
     """
+    if not {*DERIVED_KEYS} <= values.keys():
+        return set()
     changed = {name for name, value in flags.items() if name in values and values[name] != value}
     stale = {"encoder_lr"} if "encoder" in changed else set[str]()
     if changed & {"decoder", "lora_rank"}:
         stale |= {"decoder_lr", "connector_lr"}
-    if {"epochs", "steps"} <= values.keys() and changed & {"epochs", "steps", "batch_size"}:
+    if changed & {"epochs", "steps", "batch_size"}:
         stale |= {"evaluate_every"}
     return stale
 

@@ -42,8 +42,11 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
         if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
             hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
             raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
-    if lost := keep_images(dataset, {folder.name for folder in folders}, keeps_parts=True):
-        warn(describe_lost(lost))
+    try:
+        if lost := keep_images(dataset, {folder.name for folder in folders}, keeps_parts=True):
+            warn(describe_lost(lost))
+    except StoreError as error:  # the list of samples itself is damaged, and is made anew
+        warn(f"no images are kept for later runs: {error}")
     removed = []
     for folder in folders:
         freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))

@@ -32,7 +32,8 @@ from pipeline.types import SampleBatch
 PARTS_FOLDER = "parts"  # of the stage source: what was read of it (stages/source_parts.py)
 IS_COPY = "is_copy"  # a column of parts: whether a sample is a copy of an earlier one, and has no images there
 REST_FILE = Path("images", "rest.parquet")  # of the stage source: the images of samples that are in no version
-KEPT_GROUPS = 4  # row groups of images in memory: rows have one order, and those of each split lie in files of their own
+# Row groups of images in memory: rows have one order, but those of each split, and of each version, lie in files of their own.
+KEPT_GROUPS, KEPT_BYTES = 4, 16_000_000  # as many at least, and more of small images; memory that is new costs time
 BATCH_SAMPLES = 64
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
 READ_AGAIN = "run `synth generate` again without --from-stage, which reads the images from the source"
@@ -74,6 +75,11 @@ class SampleImages:
             sample_ids = lacking
         return []
 
+    def in_order(self, sample_ids: Collection[str]) -> list[str]:
+        """Return those of some samples whose images are there, in the order in which these lie."""
+        missing = {*self.find_lacking(sample_ids)}
+        return sorted((name for name in sample_ids if name not in missing), key=lambda name: (self._group_of[name], name))
+
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
         """Return the images of each sample, lists of binary. Raise StoreError if they are nowhere, or damaged."""
         if lacking := self.find_lacking(sample_ids):
@@ -95,7 +101,7 @@ class SampleImages:
     def _read_group(self, group: _Group) -> pa.Table:
         if group not in self._in_memory:
             self._in_memory[group] = _images_of(open_parquet(group.path), group.number)
-            if len(self._in_memory) > KEPT_GROUPS:
+            while len(self._in_memory) > KEPT_GROUPS and sum(kept.nbytes for kept in self._in_memory.values()) > KEPT_BYTES:
                 self._in_memory.popitem(last=False)
         self._in_memory.move_to_end(group)
         return self._in_memory[group]
@@ -180,7 +186,7 @@ def lists_samples_only(dataset: DatasetDir) -> bool:
 
 
 def find_samples_without_images(dataset: DatasetDir) -> list[str]:
-    """Return the samples of the stage source whose images are nowhere, since somebody has removed a version."""
+    """Return the samples of the stage source whose images are nowhere, since somebody has moved a version or a file away."""
     if not lists_samples_only(dataset):
         return []
     return SampleImages.of(dataset).find_lacking(_sample_ids(dataset))

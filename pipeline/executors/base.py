@@ -178,7 +178,8 @@ def publish(
     if not funnel[-1].kept:
         losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]
         hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
-        if funnel[2].rejected:  # by validate, which judges replies
+        judged = next(summary for summary in funnel if summary.stage == "validate")
+        if plan.config.tasks and 2 * judged.kept < judged.input:
             attempts = plan.config.generate.max_attempts
             hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
         raise TableError(f"no row is left to make a version of: {'; '.join(losses) or 'every stage rejected some'}", hint=hint)

@@ -104,7 +104,9 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
     for summary in funnel:
         same = summary.rejected.get("same_as_the_best", 0)
         if 2 * same > sum(summary.rejected.values()):
-            text = f"{same:,} of {summary.input:,} captions are the same as the best of their image"
+            text = (
+                f"{same:,} of {sum(summary.rejected.values()):,} captions that were not taken are the same as the one that was"
+            )
             yield f"{text}: the server may pay no heed to sample_temperature, so that --samples gives nothing"
         if summary.stage in choices:
             continue

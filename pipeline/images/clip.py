@@ -43,7 +43,6 @@ class ClipScorer:
     """
 
     def __init__(self, name: str) -> None:
-        hint = CLIP_HINT
         try:
             import torch
             from safetensors import SafetensorError
@@ -66,13 +65,13 @@ class ClipScorer:
             reason = str(error).strip().partition("\n")[0][:200]
             if "ignore_mismatched_sizes" in reason or "backend tokenizer" in reason:
                 reason = "it is another kind of model"
-            raise EngineError(f"no CLIP {name}: {reason}", hint=hint) from None
+            raise EngineError(f"no CLIP {name}: {reason}", hint=CLIP_HINT) from None
         finally:
             logging.set_verbosity(verbosity)
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:
-            raise EngineError(f"no CLIP {name}: it lacks its tokenizer, so it could read no text", hint=hint)
+            raise EngineError(f"no CLIP {name}: it lacks its tokenizer, so it could read no text", hint=CLIP_HINT)
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 

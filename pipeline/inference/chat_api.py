@@ -144,6 +144,8 @@ def _tokens(usage: Any, name: str) -> int:
 
 def _usual_reason(reason: Any) -> Any:
     """Return why a reply ended in the words of the protocol."""
+    if isinstance(reason, dict):
+        reason = reason.get("type") or reason.get("reason")
     return USUAL_REASONS.get(reason, reason) if isinstance(reason, str) else "stop"
 
 

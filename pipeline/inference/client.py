@@ -282,7 +282,9 @@ class Client:
         try:
             if error := task.exception():
                 raise error
-            in_flight.replies.append(task.result())
+            reply = task.result()
+            in_flight.unsent.pop(reply.request_id, None)  # an image that cannot be sent is a reply, too
+            in_flight.replies.append(reply)
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
             in_flight.fail(error)

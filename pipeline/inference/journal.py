@@ -218,7 +218,7 @@ def repair_journal(path: Path) -> tuple[int, int]:
     The damaged file stays beside it, with the suffix `.damaged-1` and so on. Replies in pages that cannot be read are not
     counted. Raises StoreError, and changes nothing, if none is intact.
     """
-    fresh = _repaired(path)
+    fresh = path.with_name(f"{path.name}.repairing")
     fresh.unlink(missing_ok=True)
     kept = lost = 0
     with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
@@ -238,15 +238,16 @@ def repair_journal(path: Path) -> tuple[int, int]:
             f"no reply in {path} can be read", hint="restore a copy of it, or move it away to ask everything again"
         )
     number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+    fresh.replace(_repaired(path))
     for suffix in ("", "-wal", "-shm"):  # killed from here on, `Journal` takes the new one
         with suppress(FileNotFoundError):
             path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-    fresh.replace(path)
+    _repaired(path).replace(path)
     return kept, lost
 
 
 def _repaired(path: Path) -> Path:
-    """Return where a repair writes the new journal. It is whole if the damaged one is gone from its place."""
+    """Return where a repair puts the new journal once it is whole, until the damaged one is gone from its place."""
     return path.with_name(f"{path.name}.repaired")
 
 

@@ -131,7 +131,7 @@ def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     dataset, listed = DatasetDir(folder), list[Path]()
     if wanted and lists_samples_only(dataset):
         images, listed = SampleImages.of(dataset), [dataset.stage("source")]
-        for name in wanted - {*images.find_lacking(wanted)}:
+        for name in images.in_order(wanted):
             with suppress(StoreError):  # a report shows the others
                 yield name, images.read([name])[0].as_py()[0]
     stored = [path for path in dataset.stage_files("source") if path not in listed]

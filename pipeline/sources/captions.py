@@ -32,19 +32,7 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
 from pipeline.types import ReferenceQA
 
-TWIN_SUFFIXES = (
-    ".txt",
-    ".json",
-    ".xml",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".dng",
-    ".raf",
-    ".orf",
-    ".rw2",
-)  # of one picture's files
+_SUFFIX = re.compile(r"\.(?:[a-z]{1,5}|jp2|j2k|cr2|cr3|rw2|sr2|3fr|mp4|mp3)", re.IGNORECASE)  # of any file about a picture
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
@@ -214,13 +202,19 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
     if any(name in value for name in NAMES):
         return iter([_row(value)])  # JSON lines with a single one
-    if lists := [rows for rows in value.values() if isinstance(rows, list) and any(map(_names_an_image, rows))]:
-        return (_object_row(row) for rows in lists for row in rows)  # {"data": [...]}
+    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and any(map(_names_a_file, rows))}
+    if lists and not any(_is_image_name(key) for key in value):  # {"data": [...]}, or a list for each split
+        splits = {key: SPLIT_OF_WORD.get(key.casefold()) for key in lists}
+        return (_object_row({SPLIT: splits[key], **row}) for key, rows in lists.items() for row in filter(_names_a_file, rows))
     return ((str(name), _texts(captions), None, None, 0) for name, captions in value.items())
 
 
-def _names_an_image(value: Any) -> bool:
-    return isinstance(value, dict) and any(name in value for name in NAMES)
+def _names_a_file(row: Any) -> bool:
+    return isinstance(row, dict) and ("image_id" in row or any(_is_image_name(row.get(name)) for name in FILE_NAMES))
+
+
+def _is_image_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _token_row(line: str) -> Row:
@@ -392,7 +386,7 @@ def _stem(name: str) -> str:
 def _stem_of_name(name: str) -> str:
     """Return a name for an image without the suffix of a file, if it has one: that of `2021.03.04_12` is none."""
     path = Path(_file_name(name))
-    return path.stem if path.suffix.lower() in (*IMAGE_SUFFIXES, *TWIN_SUFFIXES) else path.name
+    return path.stem if _SUFFIX.fullmatch(path.suffix) else path.name
 
 
 def _last_number(name: str) -> str:

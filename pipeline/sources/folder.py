@@ -404,6 +404,8 @@ def _add_splits(
         said = [(image_of(row), read_split(row.get(SPLIT))) for row in rows]
     except ValueError as error:
         return [f"{file}: the column {SPLIT} is not read: {error}"]
+    if "validation" not in {split for _, split in said}:  # some of those to train on are needed for it
+        said = [(path, split) for path, split in said if split != "train"]
     for path, split in said:
         if split and (held_out := most_held_out(split, splits.get(path))):
             splits[path] = held_out

@@ -94,6 +94,11 @@ class DuplicateImages:
         self.kept[sample_id] = (min(kept_row, source_row), kept_split)
         return Rejected(source_row=max(kept_row, source_row), reason="duplicate_image", detail=sample_id)
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether copies have captions or questions, which their images are to have."""
+        return any(references or questions for copies in self.texts.values() for _, references, questions in copies)
+
     def apply(self, samples: pa.Table) -> pa.Table:
         """Return samples (tables.SAMPLE, with or without images) with the changes that their copies have led to."""
         if not any(name in self.changes or name in self.texts for name in samples["sample_id"].to_pylist()):
@@ -287,7 +292,7 @@ def write_source(
             yield without_copies(batch.samples).drop_columns([NUM_PAGES])
 
     write_table(shard.stage("source"), tables(), SAMPLE)
-    if deduplicator.images.changes or deduplicator.images.texts:
+    if deduplicator.images.changes or deduplicator.images.has_texts:
         batches = map(pa.Table.from_batches, ([batch] for batch in read_samples(shard)))
         write_table(shard.stage("source"), map(deduplicator.images.apply, batches), SAMPLE)
     write_rejected(shard, [*rejected, *deduplicator.copies])

@@ -133,6 +133,14 @@ class SourceParts:
         return self.folder / f"{number:05d}.json"
 
 
+def key_of_parts(folder: Path) -> str | None:
+    """Return the key of what lies in a folder of parts; None if its first part says none."""
+    try:
+        return str(read_json(folder / "00000.json")["key"])
+    except (OSError, ValueError, LookupError, TypeError, SynthError):
+        return None
+
+
 def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
     """Return the columns of a row group; earlier releases did not count the pages of a sample."""
     if NUM_PAGES in file.schema_arrow.names or NUM_PAGES not in columns:

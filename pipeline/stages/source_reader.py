@@ -9,6 +9,7 @@ rows.
 
 import secrets
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,9 +20,9 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_exclusions
-from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, find_samples_without_images
+from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, find_samples_without_images, keep_images
 from pipeline.digests import digest, file_digest
-from pipeline.errors import SourceError, SynthError
+from pipeline.errors import SourceError, StoreError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
@@ -44,12 +45,12 @@ from pipeline.stages.source import (
     write_exclusions,
     write_rejected,
 )
-from pipeline.stages.source_parts import PART, POSITION, WITHOUT_PIXELS, SourceParts, without_copies
-from pipeline.storage.files import read_json, read_table, remove, write_json, write_table
+from pipeline.stages.source_parts import PART, POSITION, WITHOUT_PIXELS, SourceParts, key_of_parts, without_copies
+from pipeline.storage.files import read_json, remove, write_json, write_table
 from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE
 from pipeline.types import Rejected, Sample, Source
 
-READING = 2  # raise it when the same bytes would be read as other samples
+READING = 3  # raise it when the same bytes would be read as other samples
 # Settings that say which samples a source yields; all others are those of later stages, or stand in the key in another form.
 READ_SETTINGS = (
     "source",
@@ -120,8 +121,7 @@ class SourceReader:
             files = {path.name: file_digest(path) for path in paths}
             states = {path.name: state_of(path.stat()).hex() for path in paths}
             before = self._failed_before.get("may_pass") if self._failed_before.get("limit") == self._result["limit"] else None
-            counts = {"may_pass": count_passing(self.dataset), "may_pass_before": before}
-            result = self._result | counts | {"merges_texts": True}
+            result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
 
     def close(self) -> None:
@@ -156,19 +156,12 @@ class SourceReader:
             files = self._earlier["files"]
             if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
                 return None
-            if find_samples_without_images(self.dataset) or self._lacks_texts(result):
+            if find_samples_without_images(self.dataset):
                 return None
             is_whole = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
             return dict(result) if is_whole else None
         except (OSError, LookupError, TypeError, AttributeError):
             return None
-
-    def _lacks_texts(self, result: dict[str, Any]) -> bool:
-        """Return whether an earlier release has read the texts of one of several rows about an image alone."""
-        if result.get("merges_texts") or self.config.keeps_human_texts:
-            return False
-        reasons = read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"]
-        return "duplicate_image" in reasons.unique().to_pylist()
 
     @cached_property
     def _failed_before(self) -> dict[str, Any]:
@@ -218,14 +211,19 @@ class SourceReader:
     def _begin(self) -> SampleDeduplicator:
         """Open the source behind what lies in the parts, if its last row is still at its place.
 
-        Rows that failed in a reading that has ended are tried again.
+        Rows that failed in a reading that has ended are tried again. What lies there of another reading goes; the images of
+        the samples that are listed are kept, since this one may end before its first.
         """
         state = self._state()
-        if self._failed_before.get("may_pass") and "result" in self._earlier:
-            remove(self.dataset.stage("source").with_name(PARTS_FOLDER))
+        folder = self.dataset.stage("source").with_name(PARTS_FOLDER)
+        has_failed = bool(self._failed_before.get("may_pass")) and "result" in self._earlier
+        if folder.exists() and (has_failed or key_of_parts(folder) != digest(state)):
+            with suppress(StoreError):  # the list of samples is damaged, and made anew
+                keep_images(self.dataset)
+            remove(folder)
         write_json(self._path, state | self._failed_before)
         self._parts = parts = SourceParts(
-            self.dataset.stage("source").with_name(PARTS_FOLDER), digest(state), takes_failed=self.config.rows is None
+            folder, digest(state), takes_failed=self.config.rows is None
         )  # else nothing would be tried again: a reading for a number of rows has no end
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:

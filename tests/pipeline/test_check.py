@@ -135,3 +135,12 @@ def test_a_journal_on_a_disk_that_takes_no_file_is_read(dataset: DatasetDir, mon
     results = {Path(result.what).name: result for result in check_dataset(dataset)}
     assert results["local.sqlite"].is_ok and results["local.sqlite"].found == "16 replies"
     assert [path.name for path in dataset.journal.parent.iterdir()] == ["local.sqlite"]  # nothing was written beside it
+
+
+@pytest.mark.parametrize("name", ["parts/00000.parquet", "images/rest.parquet"])
+def test_images_that_are_damaged_come_from_the_source_again(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "stages/source" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PAR1")
+    (checked,) = check_dataset(DatasetDir(tmp_path))
+    assert not checked.is_ok and "reads the images from the source" in checked.hint

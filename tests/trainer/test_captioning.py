@@ -12,6 +12,8 @@ from PIL import Image
 
 import trainer
 from pipeline.errors import ImageError, TrainError
+from pipeline.tables import HUMAN
+from pipeline.tasks import prompts as built_in
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.tiny_models import save_vit, strengthen
 from trainer import Captioner
@@ -20,7 +22,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
-from trainer.prompts import choose_prompt
+from trainer.prompts import STYLES, choose_prompt
 from trainer.tokenizer import TargetText, train_tokenizer
 
 PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
@@ -169,3 +171,7 @@ def test_the_name_of_a_style_that_was_not_learned_is_no_question(prompts: list[t
         choose_prompt(prompts, "tags")
     if ("synthetic", "") in prompts:
         assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")
+
+
+def test_the_usual_styles_are_those_of_the_built_in_prompts() -> None:
+    assert {*STYLES} == {HUMAN, *(style for styles in built_in.STYLES.values() for style in styles)}

@@ -221,3 +221,8 @@ def test_too_little_memory_is_told_before_it_is_taken(trainer: Trainer, monkeypa
     shown = Messages()
     fit_and_forecast(trainer, shown)
     assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in shown.warnings[0]
+
+
+@pytest.mark.parametrize(("weights", "shown"), [(98_304, "98,304"), (100_000, "0.1 million"), (596_049_920, "596.0 million")])
+def test_few_weights_are_counted_and_many_are_rounded(weights: int, shown: str) -> None:
+    assert forecast._shown(weights) == shown

@@ -365,7 +365,6 @@ def test_half_precision_is_for_the_steps_alone(
 PROCESS = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from pipeline.dataset.version import read_version
 from trainer.config import resolve

@@ -27,8 +27,7 @@ def load_config(model_id: str) -> PreTrainedConfig:
 def _is_path(model_id: str) -> bool:
     """Return whether a name can only be meant for a folder of this machine: the Hub would be asked for long in vain."""
     path = Path(model_id)
-    is_written_so = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
-    return is_written_so or (len(path.parts) == 2 and path.parent.is_dir())
+    return path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
 
 
 def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -42,6 +42,7 @@ from pipeline.install import installed_version
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
+from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Stage, step_order
 from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading, open_exclusions, write_exclusions
 from pipeline.stages.version import WrittenRows
@@ -93,6 +94,7 @@ def run_on_cluster(
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
     require_own_replies(dataset, choice)
+    require_scorer(config)
     source = open_source(config)
     for text in (describe_start(config, choice, dataset), *source.messages):
         progress.message(text)

@@ -252,3 +252,11 @@ def test_a_version_in_an_object_store_is_removed(tmp_path: Path) -> None:
     assert [(leftover.path.name, leftover.num_bytes) for leftover in leftovers] == [("v1.0.0", 10)]
     remove_leftovers(leftovers)
     assert list(find_leftovers(dataset)) == []
+
+
+@pytest.mark.parametrize("folder", ["parts", "images"])
+def test_what_a_killed_run_left_beside_the_samples_is_found(dataset: DatasetDir, folder: str) -> None:
+    left = dataset.path / "stages/source" / folder / ".00000.parquet.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert [one.path for one in find_leftovers(dataset)] == [left]

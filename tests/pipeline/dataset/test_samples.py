@@ -148,6 +148,7 @@ def test_a_version_without_a_readable_manifest_is_passed_over(tmp_path: Path) ->
 
 def test_few_row_groups_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "KEPT_GROUPS", 2)
+    monkeypatch.setattr(samples, "KEPT_BYTES", 0)
     monkeypatch.setattr("pipeline.dataset.shards.GROUP_ROWS", 1)
     dataset = DatasetDir(tmp_path)
     list_samples(dataset)
@@ -272,3 +273,20 @@ def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path
     dataset = DatasetDir(tmp_path / "d")
     remove_versions(dataset, [version.name])
     assert not bytes_beside(dataset) and not find_samples_without_images(dataset)
+
+
+def test_a_list_of_samples_that_is_damaged_does_not_keep_a_version_from_being_removed(tmp_path: Path) -> None:
+    dataset = two_versions(tmp_path)
+    dataset.stage("source").write_bytes(b"PAR1")
+    told: list[str] = []
+    assert remove_versions(dataset, [dataset.versions()[0].name], told.append)
+    assert told[0].startswith("no images are kept for later runs: ") and len(dataset.versions()) == 1
+
+
+def test_images_come_in_the_order_in_which_they_lie(tmp_path: Path) -> None:
+    dataset = two_versions(tmp_path)
+    images = SampleImages.of(dataset)
+    ids = images.in_order({*of_samples(), "gone"})
+    of_split = {name: split for split, batch in dataset.versions()[1].batches(["sample_id"]) for name in batch[0].to_pylist()}
+    splits = [of_split[name] for name in ids]
+    assert sorted(ids) == sorted(of_split) and splits == sorted(splits)

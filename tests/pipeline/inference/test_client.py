@@ -975,7 +975,8 @@ def test_requests_that_an_interrupted_run_did_not_send_are_not_counted(tmp_path:
             assert isinstance(groups, Generator)
             groups.close()
         assert 0 < len(chat.bodies) < 20 < client.SENT_BATCH
-        assert journal.totals()["asked"] == stats.asked <= len(chat.bodies) + 2  # two may be on their way
+        asked = journal.totals()["asked"]
+        assert len(chat.bodies) - 1 <= asked == stats.asked <= len(chat.bodies) + 2  # a probe; two may be on their way
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STAGE], funnel)
-    assert text.startswith("3 of 6 captions are the same as the best of their image: ")
+    assert text.startswith("3 of 4 captions that were not taken are the same as the one that was: ")
     funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 3, "same_as_the_best": 1})]
     assert not list(describe_losses([STAGE], funnel))
 

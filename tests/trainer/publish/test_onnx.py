@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import onnx as onnx_format
 import pytest
 import torch
@@ -432,3 +433,12 @@ def test_the_command_of_an_export_tells_what_it_cannot_do_and_goes_on(
     with pytest.raises(SystemExit):
         run_onnx.main()
     assert "error: this captioner answers no questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flips", "shift", "is_near"), [(0, 0.0, True), (3, 0.0, True), (0, 0.002, False), (0, 1.0, False)])
+def test_values_of_an_encoder_may_be_rounded_otherwise_here_and_there(flips: int, shift: float, *, is_near: bool) -> None:
+    expected = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
+    values = expected + np.float32(shift)
+    values.flat[:flips] += 0.03
+    assert onnx._is_near(values, expected, is_rounded=True) == is_near
+    assert onnx._is_near(values, expected, is_rounded=False) == (not flips and not shift)
