@@ -198,20 +198,22 @@ def bytes_beside(dataset: DatasetDir) -> int:
     return path.stat().st_size if not is_remote(path) and path.is_file() else 0
 
 
-def keep_images(dataset: DatasetDir, leaving: Collection[str] = (), *, keeps_parts: bool = False) -> int:
+def keep_images(
+    dataset: DatasetDir, leaving: Collection[str] = (), *, made: str | None = None, keeps_parts: bool = False
+) -> int:
     """Write the images of samples that are nowhere else beside the samples; return how many could not be read.
 
     The versions `leaving` are about to be removed, and what was read of the source unless it stays. All files of other
-    versions are read, to see that they are intact; but for those of the newest where none is leaving: it was just made.
+    versions are read, to see that they are intact, but for those of one that was just `made`.
     """
     if not lists_samples_only(dataset):
         return 0
 
     def held() -> Iterator[Path]:
-        files = [file for file in _version_files(dataset) if file.version not in leaving]
-        trusted = files[0].version if files and not leaving else None
         yield from _part_files(dataset) if keeps_parts else ()
-        yield from (file.path for file in files if file.version == trusted or file.is_intact())
+        for file in _version_files(dataset):
+            if file.version not in leaving and (file.version == made or file.is_intact()):
+                yield file.path
 
     lacking = SampleImages(held).find_lacking(_sample_ids(dataset))
     path = dataset.stage("source").parent / REST_FILE
@@ -231,15 +233,16 @@ def keep_images(dataset: DatasetDir, leaving: Collection[str] = (), *, keeps_par
     return len(lacking) - kept
 
 
-def move_images_to_versions(dataset: DatasetDir, *, keeps_parts: bool) -> int:
+def move_images_to_versions(dataset: DatasetDir, made: str | None, *, keeps_parts: bool) -> int:
     """Remove what was read of the source, now that a version holds its images, unless the next run begins with it.
 
-    Images that no version holds are kept beside the samples; return how many of these could not be read.
+    `made` names the version if it is a new one. Images that no version holds are kept beside the samples; return how many of
+    these could not be read.
     """
     parts = dataset.stage("source").with_name(PARTS_FOLDER)
-    if not lists_samples_only(dataset) or not (parts.exists() or bytes_beside(dataset)):
+    if not lists_samples_only(dataset) or not (parts.exists() or (made and bytes_beside(dataset))):
         return 0
-    lost = keep_images(dataset, keeps_parts=keeps_parts)
+    lost = keep_images(dataset, made=made, keeps_parts=keeps_parts)
     if not keeps_parts:
         remove(parts)
     return lost

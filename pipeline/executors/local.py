@@ -115,7 +115,7 @@ def run_locally(
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
-    if lost := move_images_to_versions(dataset, keeps_parts=config.rows is not None):
+    if lost := move_images_to_versions(dataset, version.name if is_new else None, keeps_parts=config.rows is not None):
         progress.warn(describe_lost(lost))
     return RunResult(version, is_new, stats, funnel)
 

@@ -257,15 +257,17 @@ def test_a_version_is_not_relied_upon_that_is_damaged(tmp_path: Path) -> None:
     assert not told and images_of(dataset) == of_samples()
 
 
-def test_images_beside_that_are_damaged_are_told(photos: Path, tmp_path: Path) -> None:
+def test_images_beside_that_are_damaged_are_told_and_read_again(photos: Path, tmp_path: Path) -> None:
     generate_dataset(settings(photos), tmp_path / "d")
-    damage(tmp_path / "d/stages/source/images/rest.parquet")
-    notes = Notes()
-    generate_dataset(settings(photos), tmp_path / "d", progress=notes)
-    assert "warning: the images of 1 samples are damaged: the next run reads them from the source" in notes.texts
-    assert find_samples_without_images(DatasetDir(tmp_path / "d"))
-    generate_dataset(settings(photos), tmp_path / "d")
-    assert not find_samples_without_images(DatasetDir(tmp_path / "d"))
+    rest = tmp_path / "d/stages/source/images/rest.parquet"
+    damage(rest)
+    assert not generate_dataset(settings(photos), tmp_path / "d").is_new  # which reads no image
+    with pytest.raises(StoreError, match=r"rest\.parquet is damaged") as raised:
+        generate_dataset(settings(photos, seed=1), tmp_path / "d")
+    assert f"move {rest} away" in raised.value.hint
+    rest.unlink()
+    assert generate_dataset(settings(photos, seed=1), tmp_path / "d").is_new
+    assert len(images_of(DatasetDir(tmp_path / "d"))) == 12
 
 
 def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path: Path) -> None:
@@ -290,3 +292,13 @@ def test_images_come_in_the_order_in_which_they_lie(tmp_path: Path) -> None:
     of_split = {name: split for split, batch in dataset.versions()[1].batches(["sample_id"]) for name in batch[0].to_pylist()}
     splits = [of_split[name] for name in ids]
     assert sorted(ids) == sorted(of_split) and splits == sorted(splits)
+
+
+def test_what_was_read_anew_is_not_given_up_for_an_old_version_that_is_damaged(photos: Path, tmp_path: Path) -> None:
+    version = generate_dataset(settings(photos), tmp_path / "d").version
+    dataset = DatasetDir(tmp_path / "d")
+    before = images_of(dataset)
+    damage(version.shards("train")[0])
+    (tmp_path / "d/stages/source/read.json").unlink()
+    assert not generate_dataset(settings(photos), tmp_path / "d").is_new
+    assert bytes_beside(dataset) and images_of(dataset) == before
