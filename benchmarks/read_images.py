@@ -48,7 +48,7 @@ def convert(folder: Path) -> None:
             image.convert("RGB")
 
 
-def ours(folder: Path) -> None:
+def source(folder: Path) -> None:
     """Read as the folder source does."""
     for _ in open_folder(folder).rows:
         pass
@@ -73,7 +73,7 @@ def cpu_seconds() -> float:
     return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf("SC_CLK_TCK")
 
 
-STEPS: dict[str, Callable[[Path], None]] = {"bare": bare, "convert": convert, "ours": ours, "send": send, "shrink": shrink}
+STEPS: dict[str, Callable[[Path], None]] = {"bare": bare, "convert": convert, "source": source, "send": send, "shrink": shrink}
 
 
 def serve(step: str, folder: Path) -> None:

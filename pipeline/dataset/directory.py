@@ -130,6 +130,14 @@ class DatasetDir:
         folders = (self.path / "versions").glob("v*")
         return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
 
+    def readable_versions(self) -> list[Version]:
+        """Return the versions whose manifests can be read, oldest first: others may be damaged."""
+        versions: list[Version] = []
+        for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
+            with suppress(StoreError):
+                versions.append(read_version(manifest.parent))
+        return sorted(versions)
+
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
         """Return the version of that name or tag, or the newest; without `previews`, a preview only if all are previews.
 

@@ -4,14 +4,13 @@ A removed version's name is not given to another one: it may be on the Hub, in a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import read_removed, read_tags, record_removed
 from pipeline.dataset.samples import describe_lost, keep_images
-from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, is_shareable, read_version, share_file
+from pipeline.dataset.version import MANIFEST, VERSION_NAME, is_shareable, share_file
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote
@@ -103,7 +102,8 @@ def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
     """
     first: dict[str, Path] = {}
     freed: dict[int, int] = {}  # the size of each file, which may have several names, by its number
-    for version in _intact_versions(dataset):
+    own = (version for version in dataset.readable_versions() if not version.path.is_symlink())
+    for version in own:
         for name, entry in version.manifest["files"].items():
             path = version.path / name
             other = first.setdefault(entry["sha256"], path)
@@ -112,14 +112,6 @@ def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
                 if dry_run or share_file(path, other):
                     freed[before.st_ino] = before.st_size
     return sum(freed.values())
-
-
-def _intact_versions(dataset: DatasetDir) -> Iterator[Version]:
-    """Yield the versions that can be read and lie in the dataset folder itself."""
-    for manifest in sorted((dataset.path / "versions").glob(f"v*/{MANIFEST}")):
-        with suppress(StoreError):
-            if not manifest.parent.is_symlink():
-                yield read_version(manifest.parent)
 
 
 def _remove(path: Path) -> None:

@@ -8,7 +8,6 @@ wrote the images with the samples.
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import MANIFEST, Version, read_version
+from pipeline.dataset.version import MANIFEST
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError, SynthError
 from pipeline.images.metadata import REMOVED
@@ -94,8 +93,8 @@ class SampleImages:
                 return self.read(sample_ids)
         if len(tables) != 1:
             tables = [rows.filter(pc.is_in(rows["sample_id"], wanted)) for rows in tables]
-        found = pa.concat_tables([*tables, SAMPLE_IMAGES.empty_table()]).combine_chunks()
-        ids, images = (column.combine_chunks() for column in found.columns)
+        rows = pa.concat_tables([*tables, SAMPLE_IMAGES.empty_table()]).combine_chunks()
+        ids, images = (column.combine_chunks() for column in rows.columns)
         return images if ids.equals(wanted) else images.take(pc.index_in(wanted, ids))
 
     def _read_group(self, group: _Group) -> pa.Table:
@@ -134,11 +133,7 @@ def _part_files(dataset: DatasetDir) -> list[Path]:
 
 def _version_files(dataset: DatasetDir) -> Iterator[_VersionFile]:
     """Yield the files of versions that hold images without metadata, the newest version first."""
-    versions: list[Version] = []
-    for manifest in (dataset.path / "versions").glob(f"v*/{MANIFEST}"):
-        with suppress(StoreError):
-            versions.append(read_version(manifest.parent))
-    for version in sorted(versions, reverse=True):
+    for version in reversed(dataset.readable_versions()):
         if set(PIXELS) & set(version.manifest["columns"]) and version.manifest.get("image_metadata") == REMOVED:
             for name, entry in sorted(version.manifest["files"].items()):
                 yield _VersionFile(version.path / name, version.name, entry["sha256"])
@@ -291,14 +286,14 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     """Yield all samples, a batch at a time."""
     file = open_table(shard.stage("source"))
-    stored, found = file.schema_arrow.names, SampleImages.of(shard)
+    stored, images = file.schema_arrow.names, SampleImages.of(shard)
     lists_only = _lists_only(file)
 
     def read(column: str, group: int) -> list[Any]:
         return list(file.read_row_group(group, [old_name(column, stored)]).column(0).to_pylist())
 
     def read_images(group: int) -> list[tuple[bytes, ...]]:
-        of_group = found.read(read("sample_id", group)).to_pylist() if lists_only else read("images", group)
+        of_group = images.read(read("sample_id", group)).to_pylist() if lists_only else read("images", group)
         return list(map(tuple, of_group))
 
     for group in range(file.num_row_groups):

@@ -100,5 +100,5 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         references=row.get("references") or (),
         values={task: row[task] for task in own},
         pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
-        boxes=[box for found in answered for box in found] if answered else None,
+        boxes=[box for boxes in answered for box in boxes] if answered else None,
     )

@@ -401,12 +401,12 @@ def _add_splits(
 ) -> list[str]:
     """Add what the column `split` of a metadata file says; return a message if it says something else than splits."""
     try:
-        said = [(image_of(row), read_split(row.get(SPLIT))) for row in rows]
+        stated = [(image_of(row), read_split(row.get(SPLIT))) for row in rows]
     except ValueError as error:
         return [f"{file}: the column {SPLIT} is not read: {error}"]
-    if "validation" not in {split for _, split in said}:  # some of those to train on are needed for it
-        said = [(path, split) for path, split in said if split != "train"]
-    for path, split in said:
+    if "validation" not in {split for _, split in stated}:  # some of those to train on are needed for it
+        stated = [(path, split) for path, split in stated if split != "train"]
+    for path, split in stated:
         if split and (held_out := most_held_out(split, splits.get(path))):
             splits[path] = held_out
     return []

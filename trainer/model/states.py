@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BEFORE_PATCHES = (
-    0,
-    1,
-    2,
-    5,
-)  # tokens before the patches: none, a class token, with one of distillation, with registers of DINO
+# Tokens before the patches: none, a class token, that and one of distillation, that and the registers of DINO.
+BEFORE_PATCHES = (0, 1, 2, 5)
 
 
 def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layers: Sequence[int]) -> Tensor:

@@ -131,9 +131,11 @@ def test_removing_versions_that_are_damaged_keeps_what_can_be_read(tmp_path: Pat
     with pytest.raises(StoreError, match=rf"{damaged.name} is damaged") as raised:
         images_of(dataset)
     assert f"move {version.path} away" in raised.value.hint
-    told: list[str] = []
-    remove_versions(dataset, [version.name], told.append)
-    assert told == [f"the images of {len(SAMPLES) - in_others} samples are damaged: the next run reads them from the source"]
+    warnings: list[str] = []
+    remove_versions(dataset, [version.name], warnings.append)
+    assert warnings == [
+        f"the images of {len(SAMPLES) - in_others} samples are damaged: the next run reads them from the source"
+    ]
     assert len(SAMPLES) - len(find_samples_without_images(dataset)) == in_others > 0
 
 
@@ -252,9 +254,9 @@ def test_a_version_is_not_relied_upon_that_is_damaged(tmp_path: Path) -> None:
     dataset = two_versions(tmp_path)
     for path in dataset.versions()[0].shards("train"):
         damage(path)
-    told: list[str] = []
-    remove_versions(dataset, [dataset.versions()[1].name], told.append)
-    assert not told and images_of(dataset) == of_samples()
+    warnings: list[str] = []
+    remove_versions(dataset, [dataset.versions()[1].name], warnings.append)
+    assert not warnings and images_of(dataset) == of_samples()
 
 
 def test_images_beside_that_are_damaged_are_told_and_read_again(photos: Path, tmp_path: Path) -> None:
@@ -280,9 +282,9 @@ def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path
 def test_a_list_of_samples_that_is_damaged_does_not_keep_a_version_from_being_removed(tmp_path: Path) -> None:
     dataset = two_versions(tmp_path)
     dataset.stage("source").write_bytes(b"PAR1")
-    told: list[str] = []
-    assert remove_versions(dataset, [dataset.versions()[0].name], told.append)
-    assert told[0].startswith("no images are kept for later runs: ") and len(dataset.versions()) == 1
+    warnings: list[str] = []
+    assert remove_versions(dataset, [dataset.versions()[0].name], warnings.append)
+    assert warnings[0].startswith("no images are kept for later runs: ") and len(dataset.versions()) == 1
 
 
 def test_images_come_in_the_order_in_which_they_lie(tmp_path: Path) -> None:

@@ -192,8 +192,8 @@ def test_a_metadata_file_of_an_archive_that_cannot_be_read_is_told_and_stops_not
     (tmp_path / "p.zip").write_bytes(zip_of(FILES | {f"b/{name}": data}))
     assert len(samples(tmp_path / "p.zip")) == 4
     messages = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
-    said = f"p.zip/b/{name} is not used: " if name.endswith("csv") else f"cannot read p.zip/b/{name}: "
-    assert any(text.startswith(said) for text in messages)
+    message = f"p.zip/b/{name} is not used: " if name.endswith("csv") else f"cannot read p.zip/b/{name}: "
+    assert any(text.startswith(message) for text in messages)
     monkeypatch.setattr(archive_entries, "MAX_METADATA_BYTES", 3)
     messages = open_source(resolve(source=f"archive:{tmp_path / 'p.zip'}")).messages
     assert any(text.startswith(f"cannot read p.zip/b/{name}: more than") for text in messages)
