@@ -29,6 +29,8 @@ T = TypeVar("T", bound="FileDigests | None")
 _MAGIC = b"synth 1\n"
 _STATE = struct.Struct(">QQqqq")  # device, inode, size, and the times of the last write and of the last change
 _RECORD_BYTES = _STATE.size + hashlib.sha256().digest_size
+_MARK_BYTES = 8  # of a state, by which it is known again
+_ID_BYTES = _MARK_BYTES + hashlib.sha256().digest_size
 
 
 @dataclass(slots=True)
@@ -59,8 +61,11 @@ class FileDigests:
         self.known.clear()  # those of a million files would stay in memory as long as the run
         self.used.clear()
 
-    def digest(self, path: Path, opened: Callable[[], BufferedReader]) -> str:
-        """Return the sha256 of a file, which is opened only if it is not known. Raises what `opened` raises."""
+    def digest(self, path: Path, opened: Callable[[], BufferedReader]) -> tuple[bytes, bytes]:
+        """Return the sha256 of a file, which is opened only if it is not known, and its state, b"" if it may change unseen.
+
+        Raises what `opened` raises.
+        """
         self.count += 1
         if self.count % SHOWN_EACH == 0:
             self.progress("files of the source", self.count, None)
@@ -71,9 +76,29 @@ class FileDigests:
                 is_fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - FRESH_NS
                 state, sha256 = state_of(status), _sha256(file)
             if is_fresh:
-                return sha256.hex()
+                return sha256, b""
         self.used[state] = sha256
-        return sha256.hex()
+        return sha256, state
+
+
+class ImageIds:
+    """Ids of image files, by their number in a source: the digests of which its revision was made, of files as they were then.
+
+    40 bytes for each, since a source may have millions.
+    """
+
+    def __init__(self) -> None:
+        self._records = bytearray()
+
+    def add(self, sha256: bytes = b"", state: bytes = b"") -> None:
+        """Add the digest of the next file and its state; without them, nothing is known of it."""
+        self._records += _mark(state) + sha256 if state else bytes(_ID_BYTES)
+
+    def find(self, number: int, status: os.stat_result) -> str:
+        """Return the id of a file, counted from 0, which has been read and then has this status; "" if it is not known."""
+        start = number * _ID_BYTES
+        record = self._records[start : start + _ID_BYTES]
+        return record[_MARK_BYTES:].hex() if record[:_MARK_BYTES] == _mark(state_of(status)) else ""
 
 
 _current: ContextVar[FileDigests | None] = ContextVar("file_digests")
@@ -92,15 +117,23 @@ def use_file_digests(digests: T) -> Iterator[T]:
         _current.reset(token)
 
 
-def digest_of_file(path: Path, opened: Callable[[], BufferedReader]) -> str:
-    """Return the sha256 of a file of a source, which `opened` opens. Raises what it raises, or OSError."""
-    digests = _current.get(FileDigests())
-    return "" if digests is None else digests.digest(path, opened)
+def digest_of_file(path: Path, opened: Callable[[], BufferedReader], ids: ImageIds | None = None) -> str:
+    """Return the sha256 of a file of a source, which `opened` opens, and add it to `ids`. Raises what it raises, or OSError."""
+    if (digests := _current.get(FileDigests())) is None:
+        return ""
+    sha256, state = digests.digest(path, opened)
+    if ids is not None:
+        ids.add(sha256, state)
+    return sha256.hex()
 
 
 def state_of(status: os.stat_result) -> bytes:
     """Return what changes with the bytes of a file: its place on the disk, its size, and its times."""
     return _STATE.pack(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _mark(state: bytes) -> bytes:
+    return hashlib.blake2b(state, digest_size=_MARK_BYTES).digest()
 
 
 def _sha256(file: BufferedReader) -> bytes:

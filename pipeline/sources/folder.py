@@ -49,10 +49,19 @@ from pipeline.sources.captions import (
     spelled_alike,
     texts_by_model,
 )
-from pipeline.sources.file_digests import digest_of_file
+from pipeline.sources.file_digests import ImageIds, digest_of_file
 from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, read_regular
+from pipeline.storage.untrusted import (
+    NOT_A_FILE,
+    OUTSIDE,
+    TOO_LARGE,
+    UnsafeFileError,
+    is_hidden,
+    open_regular,
+    read_regular,
+    read_with_status,
+)
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
@@ -138,30 +147,37 @@ def open_folder(
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
     references.messages += _describe_empty(contexts.values(), columns) if part == ALL else []
-    contents = (
-        [
-            name,
-            digest_or_fault(row, bound),
-            references.captions.get(row, ()),
-            *([contexts[row]] if contexts else []),
-            *_more(references, row),
-        ]
-        for name, row in own
-        if isinstance(row, Path)
-    )
+    ids = ImageIds()
 
-    def read(row: Path | Rejected, name: str) -> RawSample | Rejected:
+    def contents() -> Iterator[list[Any]]:
+        for name, row in own:
+            if isinstance(row, Rejected):
+                ids.add()
+                continue
+            sha256, context = digest_or_fault(row, bound, ids=ids), [contexts[row]] if contexts else []
+            yield [name, sha256, references.captions.get(row, ()), *context, *_more(references, row)]
+
+    def read(number: int) -> RawSample | Rejected:
+        name, row = own[number]
         if isinstance(row, Rejected):
             return row
+        try:
+            data, status = read_with_status(row, bound, max_bytes=MAX_IMAGE_BYTES)
+        except UnsafeFileError as error:
+            return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
+        except OSError as error:
+            return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
         texts: dict[str, Any] = {"references": references.captions.get(row, ()), "context": contexts.get(row, ())}
         if has_questions:
             texts["reference_qa"] = references.questions.get(row, ())
-        return _read(row, bound, name, licence, **texts, split=references.splits.get(row))
+        texts["split"] = references.splits.get(row)
+        known = (image_id,) if (image_id := ids.find(number, status)) else ()
+        return RawSample(source_row=name, images=(data,), licence=licence, fields=texts, image_ids=known)
 
     return Source(
         name="folder",
-        revision=digest(list(contents)) if part == ALL else "",
-        read=lambda start: check_samples((read(row, name) for name, row in own[start:]), columns),
+        revision=digest(list(contents())) if part == ALL else "",
+        read=lambda start: check_samples(map(read, range(start, len(own))), columns),
         count=lambda: len(own),
         messages=tuple(_describe_content(content, references)) if part == ALL else (),
     )
@@ -475,22 +491,16 @@ def row_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
 
 
-def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES) -> str:
-    """Return the sha256 of a file, or that it cannot be read."""
+def digest_or_fault(
+    path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES, ids: ImageIds | None = None
+) -> str:
+    """Return the sha256 of a file, or that it cannot be read, and add it to `ids`."""
     try:
-        return digest_of_file(path, partial(open_regular, path, bound, max_bytes))
+        return digest_of_file(path, partial(open_regular, path, bound, max_bytes), ids)
     except (OSError, ValueError, UnsafeFileError):
+        if ids is not None:
+            ids.add()
         return "unreadable"
-
-
-def _read(path: Path, bound: Path | None, name: str, licence: str, **texts: Any) -> RawSample | Rejected:
-    try:
-        data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
-    except UnsafeFileError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
-    except OSError as error:
-        return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-    return RawSample(source_row=name, images=(data,), licence=licence, fields=texts)
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:

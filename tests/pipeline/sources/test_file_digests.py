@@ -16,11 +16,14 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dry_run import predict_run
 from pipeline.errors import SourceError
+from pipeline.images import decode
 from pipeline.preview import preview_run
 from pipeline.progress import NullProgress
 from pipeline.run import generate_dataset
-from pipeline.sources import file_digests
+from pipeline.sources import base, file_digests
 from pipeline.sources.file_digests import FileDigests, digest_of_file, use_file_digests
+from pipeline.sources.folder import open_folder
+from pipeline.types import Sample, Source, SourceSlice
 from tests.chat.server import ChatServer, running_chat
 from tests.pipeline.images.test_decode import encoded
 from tests.pipeline.images.test_similarity import photo
@@ -237,3 +240,62 @@ def test_a_look_at_a_few_images_reads_no_file_as_a_whole(kind: str, tmp_path: Pa
         config = resolve(source=source, tasks=("caption",), base_url=[server.url], model="model")
         assert len(preview_run(config, 2, tmp_path / "dataset").images) == 2
         assert predict_run(config, tmp_path / "dataset")["sampled_images"] == 3
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a folder of three photos, and of a file that is not read, which comes before two of them."""
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate("acd"):
+        (tmp_path / f"photos/{name}.png").write_bytes(encoded(photo(number)))
+    (tmp_path / "photos/b.png").symlink_to("/etc/passwd")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return the files whose ids are computed when they are read."""
+    files: list[bytes] = []
+
+    def image_id(data: bytes) -> str:
+        files.append(data)
+        return decode.image_id(data)
+
+    monkeypatch.setattr(base, "image_id", image_id)
+    return files
+
+
+def ids(source: Source, start: int = 0) -> dict[str, str]:
+    """Return the ids of the images of a source, by name."""
+    return {row.source_row: row.id for row in source.read(start) if isinstance(row, Sample)}
+
+
+def test_an_image_has_the_digest_of_the_revision_for_an_id(photos: Path, hashed: list[bytes]) -> None:
+    expected = {f"{name}.png": hashlib.sha256((photos / f"{name}.png").read_bytes()).hexdigest() for name in "acd"}
+    source = open_folder(photos)
+    assert ids(source) == expected
+    assert ids(source, 2) == {name: expected[name] for name in ("c.png", "d.png")}, "of those behind the first ones"
+    assert not hashed
+
+
+def test_an_image_that_has_changed_since_the_revision_has_the_id_of_what_is_read(photos: Path, hashed: list[bytes]) -> None:
+    source = open_folder(photos)
+    changed = encoded(photo(7))
+    size = (photos / "c.png").stat().st_size
+    rewrite(photos / "c.png", changed + b"\0" * (size - len(changed)) if len(changed) < size else changed)
+    read = (photos / "c.png").read_bytes()
+    assert ids(source)["c.png"] == hashlib.sha256(read).hexdigest()
+    assert hashed == [read], "the others are as they were"
+
+
+@pytest.mark.parametrize("case", ["fresh", "slice", "no revision"])
+def test_ids_are_computed_where_no_digest_is_known(
+    photos: Path, hashed: list[bytes], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_digests, "FRESH_NS", 10**15 if case == "fresh" else 0)
+    with use_file_digests(None if case == "no revision" else FileDigests()):
+        source = open_folder(photos, SourceSlice(0, 1) if case != "slice" else SourceSlice(0, 2))
+    found = ids(source)
+    assert found
+    assert all(of == hashlib.sha256((photos / name).read_bytes()).hexdigest() for name, of in found.items())
+    assert len(hashed) == len(found)
