@@ -14,7 +14,16 @@ from pipeline.config.section import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, EncoderStates, FeatureStorage, Precision, Preset
+from trainer.presets import (
+    DECODER_KINDS,
+    PRESETS,
+    SCRATCH_DECODERS,
+    TINY_VIT,
+    EncoderStates,
+    FeatureStorage,
+    Precision,
+    Preset,
+)
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
@@ -50,7 +59,7 @@ class TrainConfig(Section):
     }  # fmt: skip
 
     preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
-    encoder: str = "tiny-vit"
+    encoder: str = TINY_VIT
     encoder_layer: int | tuple[int, ...] = -1  # whose hidden states are used: -1 the last, -2 the one before; or several
     encoder_states: EncoderStates = "all"  # of the layers: all, patches averaged 2x2 or together (mean), or the class token
     feature_storage: FeatureStorage = "bf16"  # of the states of a frozen encoder on the disk
@@ -141,9 +150,39 @@ class TrainConfig(Section):
         return self.align_steps + self.steps + self.scst_steps
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether the encoder does not learn; unless a rate is given, tiny-vit alone does."""
+        return self.encoder != TINY_VIT if self.encoder_lr is None else self.encoder_lr == 0
+
+    @property
     def is_scratch(self) -> bool:
         """Whether the decoder is trained from scratch."""
         return self.decoder in SCRATCH_DECODERS
+
+    def without_effect(self) -> list[str]:
+        """Return which given settings change nothing beside the others, each with what they are of: `dropout (of ...)`.
+
+        For settings before `with_defaults`. The train.json of a training holds lengths beside those from which they follow.
+        """
+        of_scratch, is_whole = "of --decoder scratch and prefix", {*DERIVED_KEYS} <= self.model_fields_set
+        conditions = {
+            **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads", "vocab_size"), (self.is_scratch, of_scratch)),
+            "dropout": (self.decoder == "scratch", "of --decoder scratch alone"),
+            "lora_dropout": (self.lora_rank > 0, "of lora_rank"),
+            **dict.fromkeys(("scst_lr", "scst_samples"), (self.scst_steps > 0, "of scst_steps")),
+            "contrast_width": (self.contrastive_weight > 0, "of contrastive_weight"),
+            "align_lr": (self.align_steps > 0 or self.align_epochs > 0, "of align_steps and align_epochs"),
+            "align_epochs": (is_whole or not self.align_steps, "align_steps is given"),
+            **dict.fromkeys(("epochs", "min_steps"), (is_whole or not self.steps, "steps is given")),
+            "evaluate_epochs": (is_whole or not self.evaluate_every, "evaluate_every is given"),
+            "feature_storage": (self.is_frozen, "of an encoder that is frozen"),
+        }
+        usual = {name: field.default for name, field in type(self).model_fields.items()} | PRESETS.get(self.preset or "", {})
+        return [
+            f"{name} ({reason})"
+            for name, (has_effect, reason) in conditions.items()
+            if not has_effect and name in self.model_fields_set and getattr(self, name) != usual[name]
+        ]
 
     def digest_values(self) -> dict[str, Any]:
         """Return all settings as digests take them: under their first names, so that runs of earlier releases can resume."""
@@ -160,7 +199,7 @@ class TrainConfig(Section):
         rates = {"connector_lr": 1e-3, "decoder_lr": 1e-3} if self.is_scratch else {"connector_lr": 2e-4, "decoder_lr": 2e-5}
         if self.lora_rank:
             rates["decoder_lr"] = 2e-4
-        rates["encoder_lr"] = 1e-3 if self.encoder == "tiny-vit" else 0.0
+        rates["encoder_lr"] = 0.0 if self.is_frozen else 1e-3
         defaults = {name: rate for name, rate in rates.items() if getattr(self, name) is None}
         interval = math.ceil(self.evaluate_epochs * images / batch_size)
         times = EVALUATIONS if interval else 4

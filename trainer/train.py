@@ -78,6 +78,9 @@ def train(
     rank, processes = join_processes()
     device = _prepare_device(rank)
     torch.manual_seed(config.seed)
+    idle = config.without_effect()
+    if device.type == "cpu" and config.precision == "tf32":
+        idle.append("precision (tf32 is of GPUs)")
     sets, config = _choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
@@ -90,6 +93,8 @@ def train(
     checkpoint.captioner.to(device)
     # In each process: a language model is probed for it, before its products are rounded.
     _tell_of_texts(checkpoint, config, _texts(sets["train"]), report if rank == 0 else NullProgress())
+    if rank == 0 and idle:
+        report.warn(f"settings without an effect here: {', '.join(idle)}")
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
@@ -175,15 +180,13 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *,
 
 
 def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
-    """Say which texts lose their end, whether they take longer than usual, and which settings have no effect."""
+    """Say which texts lose their end, and whether they take longer than usual."""
     sources = {text.source for text in texts}
     if config.text_source == "mixed" and config.source_in_prompt and len(sources) == 1:
         progress.warn(f"all texts that are learned are {sources.pop()}: there are no others to mix with them")
     if cut := checkpoint.tokenizer.count_cut(texts, config.max_caption_tokens):
         share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
-    if config.decoder != "scratch" and config.dropout != TrainConfig.model_fields["dropout"].default:
-        progress.warn(f"dropout is of --decoder scratch alone: {config.decoder} learns without it")
     decoder = checkpoint.captioner.decoder
     if isinstance(decoder, PretrainedDecoder) and decoder.packing == "apart":
         progress.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")

@@ -931,13 +931,12 @@ def test_a_step_whose_loss_is_no_number_is_a_line_of_json(tmp_path: Path) -> Non
     assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
 
 
-@pytest.mark.parametrize(("decoder", "is_told"), [("prefix", True), ("scratch", False)])
-def test_dropout_that_has_no_effect_is_told(
-    version: Version, tmp_path: Path, clip: str, decoder: str, *, is_told: bool
-) -> None:
+def test_settings_that_have_no_effect_are_told(version: Version, tmp_path: Path, clip: str) -> None:
     notes = Notes()
-    train(version, replace(encoder=clip, decoder=decoder, dropout=0.3, steps=1), tmp_path, progress=notes)
-    assert any("dropout is of --decoder scratch alone" in text for text in notes.texts) == is_told
+    given = replace(encoder=clip, decoder="prefix", dropout=0.3, steps=1, epochs=7, precision="tf32", evaluate_every=0)
+    train(version, given, tmp_path, progress=notes)
+    told = "dropout (of --decoder scratch alone), epochs (steps is given), precision (tf32 is of GPUs)"
+    assert f"warning: settings without an effect here: {told}" in notes.texts
 
 
 def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> None:
