@@ -185,7 +185,7 @@ def _predict(
     of_unanswered = sample.new / (sample.new + sample.complete) if sample.new else 0.0
     remaining = round(max(0, images - sample.answered) * of_unanswered)
     of_remaining = remaining / sample.new if sample.new else 0.0
-    prompt_tokens, reply_tokens = round(stats.prompt_tokens * of_remaining), round(stats.reply_tokens * of_remaining)
+    cost = stats.cost(config.server)
     passed_over = sum(sum(summary.rejected.values()) for summary in funnel if summary.stage in choices)
     first_attempts = of_stage["generate"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
@@ -199,9 +199,9 @@ def _predict(
         "verify_requests": round((stats.total - first_attempts) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * of_remaining),
         "hours": round(stats.asking_s * of_remaining / 3600, 4),  # the stages take microseconds a row
-        "prompt_tokens": prompt_tokens,
-        "reply_tokens": reply_tokens,
-        "cost": config.server.price(prompt_tokens, reply_tokens),
+        "prompt_tokens": round(stats.prompt_tokens * of_remaining),
+        "reply_tokens": round(stats.reply_tokens * of_remaining),
+        "cost": None if cost is None else cost * of_remaining,
         "bytes": round((image_bytes + BYTES_A_TOKEN * stats.reply_tokens) * scale),
         "annotations": round(written * scale),
         "kept_annotations": round(kept * scale),

@@ -223,7 +223,7 @@ def print_run_result(
     if result.version.manifest["model"]["name"] != NO_MODEL:
         say(f"asked the model {counts.asked} times for {counts.total} replies{known}")
     if counts.asked:
-        cost = server.price(counts.prompt_tokens, counts.reply_tokens) if server else None
+        cost = counts.cost(server) if server else None
         paid = f"; cost: {cost:,.2f}" if cost is not None else ""
         say(f"tokens: {counts.shown_about}{counts.prompt_tokens:,} read, {counts.reply_tokens:,} written{paid}")
     if set(counts.attempts) - {1}:

@@ -157,6 +157,8 @@ class ServerConfig(Section):
     enforced_schema: bool = True  # a server that does not enforce JSON schemas is refused
     price_in: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are read; max_cost counts by it
     price_out: Annotated[float, Field(ge=0)] | None = None  # of a million tokens that are written
+    judge_price_in: Annotated[float, Field(ge=0)] | None = None  # of what the judge reads; None: as for the writer
+    judge_price_out: Annotated[float, Field(ge=0)] | None = None
     max_requests: Annotated[int, Field(ge=1)] | None = None  # that all runs in the dataset folder may send
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None  # that they may read and write
     max_cost: Annotated[float, Field(gt=0)] | None = None  # that they may cost, by the prices above
@@ -164,7 +166,7 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _knows_what_the_budget_buys(self) -> "ServerConfig":
-        if self.max_cost is not None and self.price_in is None and self.price_out is None:
+        if self.max_cost is not None and not self._has_prices:
             raise ValueError("max_cost needs a price: price_in, price_out or both")
         return self
 
@@ -173,11 +175,19 @@ class ServerConfig(Section):
         """Whether requests, tokens or money are limited."""
         return (self.max_requests, self.max_total_tokens, self.max_cost) != (None, None, None)
 
-    def price(self, prompt_tokens: float, reply_tokens: float) -> float | None:
-        """Return what so many tokens cost; None if no price is known."""
-        if self.price_in is None and self.price_out is None:
+    @property
+    def _has_prices(self) -> bool:
+        return any(price is not None for price in (self.price_in, self.price_out, self.judge_price_in, self.judge_price_out))
+
+    def price(self, read: float, written: float, judge_read: float = 0, judge_written: float = 0) -> float | None:
+        """Return what so many tokens cost, those of the judge included; None if no price is known."""
+        if not self._has_prices:
             return None
-        return (prompt_tokens * (self.price_in or 0) + reply_tokens * (self.price_out or 0)) / 1e6
+        price_in, price_out = self.price_in or 0, self.price_out or 0
+        judge_in = price_in if self.judge_price_in is None else self.judge_price_in
+        judge_out = price_out if self.judge_price_out is None else self.judge_price_out
+        of_writer = (read - judge_read) * price_in + (written - judge_written) * price_out
+        return (of_writer + judge_read * judge_in + judge_written * judge_out) / 1e6
 
 
 class FilterConfig(Section):

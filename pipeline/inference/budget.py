@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
-from pipeline.types import UNANSWERED, Reply
+from pipeline.tasks import RATE
+from pipeline.types import UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100  # in a row, of which too many must be unusable
 ASSUMED_PROMPT_TOKENS = 1500  # of a reply whose server does not count: an image of a megapixel, and a prompt
@@ -41,20 +42,21 @@ class Budget:
 
     server: ServerConfig
     requests: int
-    prompt_tokens: int
-    reply_tokens: int
+    tokens: int
+    cost: float
     _replies: int = 0  # of this run
     _tokens: int = 0  # of these
     _cost: float = 0.0
 
-    def add(self, reply: Reply) -> None:
+    def add(self, request: Request, reply: Reply) -> None:
         """Count the tokens of a reply; where its server has not, those that are likely."""
         read, written = likely_tokens(reply)
-        self.prompt_tokens += read
-        self.reply_tokens += written
+        cost = self.server.price(read, written, *((read, written) if request.task == RATE.name else ())) or 0.0
+        self.tokens += read + written
+        self.cost += cost
         self._replies += 1
         self._tokens += read + written
-        self._cost += self.server.price(read, written) or 0.0
+        self._cost += cost
 
     def room(self, unanswered: int) -> int | None:
         """Return how many requests may be sent beside the `unanswered` ones; None without a limit.
@@ -65,7 +67,7 @@ class Budget:
         rooms = [] if server.max_requests is None else [server.max_requests - self.requests]
         assumed = ASSUMED_PROMPT_TOKENS, ASSUMED_REPLY_TOKENS
         for limit, spent, of_run, of_one in (
-            (server.max_total_tokens, self.prompt_tokens + self.reply_tokens, self._tokens, sum(assumed)),
+            (server.max_total_tokens, self.tokens, self._tokens, sum(assumed)),
             (server.max_cost, self.cost, self._cost, server.price(*assumed) or 0.0),
         ):
             if limit is None:
@@ -80,17 +82,12 @@ class Budget:
                 rooms.append(int((limit - spent) / (of_run / self._replies)) - unanswered)
         return max(0, min(rooms)) if rooms else None
 
-    @property
-    def cost(self) -> float:
-        """The price of all tokens."""
-        return self.server.price(self.prompt_tokens, self.reply_tokens) or 0.0
-
     def error(self) -> BudgetError:
         """Return the error that the budget is used up."""
         digits = 2 if (self.server.max_cost or 1) >= 1 else 6
         limits = (
             ("{:,} of {:,} requests", self.requests, self.server.max_requests),
-            ("{:,} of {:,} tokens", self.prompt_tokens + self.reply_tokens, self.server.max_total_tokens),
+            ("{:,} of {:,} tokens", self.tokens, self.server.max_total_tokens),
             (f"{{:,.{digits}f}} of {{:,.{digits}f}} to pay", self.cost, self.server.max_cost),
         )
         spent = [text.format(count, limit) for text, count, limit in limits if limit is not None]

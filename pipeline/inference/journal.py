@@ -156,15 +156,15 @@ class Journal:
             replies.update(repr(row).encode())  # which has escapes for halves of surrogate pairs
         return replies.hexdigest()
 
-    def likely_tokens(self) -> tuple[int, int]:
-        """Return the tokens of all replies that were read and written, by budget.likely_tokens."""
+    def likely_tokens(self, task: str = "") -> tuple[int, int]:
+        """Return the tokens of all replies, or of those for a task, that were read and written, by budget.likely_tokens."""
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
         likely = f"CASE WHEN {is_uncounted} THEN {ASSUMED_PROMPT_TOKENS} ELSE prompt_tokens END"
         written = (
             f"CASE WHEN {is_uncounted} THEN MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN}) ELSE reply_tokens END"
         )
-        sums = f"SELECT COALESCE(SUM({likely}), 0), COALESCE(SUM({written}), 0) FROM replies"  # noqa: S608
-        read, replied = self._db.execute(sums).fetchone()
+        sums = f"SELECT COALESCE(SUM({likely}), 0), COALESCE(SUM({written}), 0) FROM replies WHERE ? IN ('', task)"  # noqa: S608
+        read, replied = self._db.execute(sums, (task,)).fetchone()
         return read, replied
 
     def totals(self) -> dict[str, int]:

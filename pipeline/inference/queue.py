@@ -28,7 +28,7 @@ from pipeline.inference.requests import (
     with_images,
 )
 from pipeline.tables import ANNOTATION
-from pipeline.tasks import find_task
+from pipeline.tasks import RATE, find_task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
@@ -51,6 +51,8 @@ class RequestStats:
     flaws: Counter[str] = field(default_factory=Counter)  # flaw -> unusable replies of this run
     prompt_tokens: int = 0  # of the replies of this run; likely ones, where the server does not count
     reply_tokens: int = 0
+    judge_prompt_tokens: int = 0  # those of the judge among them, which may have prices of their own
+    judge_reply_tokens: int = 0
     uncounted: int = 0  # such replies
     asking_s: float = 0.0  # seconds in which it was asked
     seconds: dict[str, float] | None = None  # by request id, how long its last reply took; counted only where it is a dict
@@ -59,9 +61,12 @@ class RequestStats:
         """Forget the requests of the pass before, over fewer images; what was asked and paid stays counted."""
         self.total = self.done = 0
 
-    def add_reply(self, reply: Reply) -> None:
+    def add_reply(self, request: Request, reply: Reply) -> None:
         """Count the tokens of a reply that came now."""
         read, written = likely_tokens(reply)
+        if request.task == RATE.name:
+            self.judge_prompt_tokens += read
+            self.judge_reply_tokens += written
         self.prompt_tokens += read
         self.reply_tokens += written
         self.uncounted += is_uncounted(reply)
@@ -73,9 +78,13 @@ class RequestStats:
         """What stands before a number of tokens: "about", where a server does not count them."""
         return "about " if self.uncounted else ""
 
+    def cost(self, server: ServerConfig) -> float | None:
+        """Return what the tokens of this run cost; None if no price is known."""
+        return server.price(self.prompt_tokens, self.reply_tokens, self.judge_prompt_tokens, self.judge_reply_tokens)
+
     def metrics(self, server: ServerConfig) -> dict[str, str]:
         """Return metrics for the progress display: tokens and their price, retries, replies that were not usable."""
-        cost = server.price(self.prompt_tokens, self.reply_tokens)
+        cost = self.cost(server)
         return {
             "tokens": f"{self.shown_about}{self.prompt_tokens:,} read, {self.reply_tokens:,} written",
             **({"cost": f"{cost:,.2f}"} if cost is not None else {}),
@@ -94,7 +103,9 @@ class RequestQueue:
         self._counts = counts
         self._budget = None
         if config.server.has_budget:
-            self._budget = Budget(config.server, journal.totals()["asked"], *journal.likely_tokens())
+            read, written = journal.likely_tokens()
+            cost = config.server.price(read, written, *journal.likely_tokens(RATE.name)) or 0.0
+            self._budget = Budget(config.server, journal.totals()["asked"], read + written, cost)
         self._breaker = CircuitBreaker(config.server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
@@ -156,9 +167,9 @@ class RequestQueue:
             judged = [(request, reply, self._find_flaw(request, reply)) for request, reply in pairs]
             self._journal.keep(judged)
         for request, reply, flaw in judged:
-            self._counts.add_reply(reply)
+            self._counts.add_reply(request, reply)
             if self._budget:
-                self._budget.add(reply)
+                self._budget.add(request, reply)
             if request.attempt == 0 or request.id in self._resumed:
                 self._resumed.discard(request.id)
                 self._breaker.add(reply, flaw)

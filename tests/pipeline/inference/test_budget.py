@@ -12,13 +12,14 @@ from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, CircuitBreaker
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about
+from pipeline.inference.queue import RequestQueue, RequestStats, ask_about
 from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(20)
+REQUEST = next(iter(build_requests("a" * 64, resolve(source="scenes"), "r")))
 
 
 def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
@@ -69,25 +70,66 @@ def test_tokens_stop_a_run_close_to_their_limit(tmp_path: Path) -> None:
 
 def test_the_cost_of_earlier_runs_counts() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
-    budget = Budget(server, 10, 600_000, 100_000)
-    assert budget.cost == pytest.approx(0.8)
+    budget = Budget(server, 10, 700_000, 0.8)
     assert budget.room(0) == 2  # of 0.2, by what a request has cost
-    budget.add(reply(prompt_tokens=20_000, reply_tokens=0))
+    budget.add(REQUEST, reply(prompt_tokens=20_000, reply_tokens=0))
     assert budget.room(3) in (5, 6)  # 0.18 left, 0.02 each
-    budget.add(reply(prompt_tokens=180_000, reply_tokens=0))
+    budget.add(REQUEST, reply(prompt_tokens=180_000, reply_tokens=0))
     assert budget.room(0) == 0
     assert "1.00 of 1.00 to pay" in str(budget.error())
 
 
 def test_a_server_that_does_not_count_is_charged_what_is_likely() -> None:
-    budget = Budget(ServerConfig(max_total_tokens=10_000), 2, 3000, 0)
+    budget = Budget(ServerConfig(max_total_tokens=10_000), 2, 3000, 0.0)
     for _ in range(4):
-        budget.add(reply(prompt_tokens=0, reply_tokens=0))
+        budget.add(REQUEST, reply(prompt_tokens=0, reply_tokens=0))
     assert budget.room(0) == 0
 
 
+def test_a_judge_is_paid_at_its_own_prices() -> None:
+    server = ServerConfig(price_in=1.0, price_out=2.0, judge_price_in=10.0, judge_price_out=20.0, max_cost=1.0)
+    rating = dataclasses.replace(REQUEST, task="rate")
+    budget, stats = Budget(server, 0, 0, 0.0), RequestStats()
+    for request in (REQUEST, rating):
+        budget.add(request, reply(prompt_tokens=10_000, reply_tokens=1000))
+        stats.add_reply(request, reply(prompt_tokens=10_000, reply_tokens=1000))
+    assert budget.cost == stats.cost(server) == pytest.approx(0.012 + 0.12)
+    assert (stats.prompt_tokens, stats.reply_tokens) == (20_000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("prices", "expected"),
+    [
+        ({}, None),
+        ({"price_in": 1.0}, 3.0),  # as for the writer
+        ({"price_in": 1.0, "judge_price_in": 4.0}, 9.0),
+        ({"judge_price_in": 4.0}, 8.0),  # of a writer that costs nothing
+        ({"price_in": 1.0, "judge_price_in": 0.0}, 1.0),  # and of such a judge
+        ({"price_out": 1.0}, 5.0),
+        ({"price_out": 1.0, "judge_price_out": 2.0}, 6.0),
+    ],
+)
+def test_prices_of_a_judge_that_nobody_names_are_those_of_the_writer(prices: dict[str, Any], expected: float | None) -> None:
+    """Of 3 million tokens that are read and 5 million that are written, of which 2 million and 1 million by the judge."""
+    assert ServerConfig(**prices).price(3e6, 5e6, 2e6, 1e6) == expected
+
+
+def test_a_later_run_knows_what_the_judge_was_paid(tmp_path: Path) -> None:
+    server = ServerConfig(price_in=1.0, judge_price_in=10.0, max_cost=1.0)
+    with Journal(tmp_path / "j") as journal:
+        for task in ("caption", "rate", "rate"):
+            request = dataclasses.replace(REQUEST, id=f"{task}-{journal.totals()['replies']}", task=task)
+            journal.keep([(request, request.reply("text", "stop", 10_000, 0), None)])
+        assert journal.likely_tokens() == (30_000, 0)
+        assert journal.likely_tokens("rate") == (20_000, 0)
+        config = resolve(source="scenes", server=server.model_dump(exclude_unset=True) | {"max_cost": 0.21})
+        queue = RequestQueue(iter(()), config, journal, RequestStats())
+        with pytest.raises(BudgetError, match=r"0\.210000 of 0\.210000 to pay"):
+            queue.require_room()
+
+
 def test_without_a_limit_there_is_room_for_anything() -> None:
-    assert Budget(ServerConfig(), 10**9, 0, 0).room(10**6) is None
+    assert Budget(ServerConfig(), 10**9, 0, 0.0).room(10**6) is None
 
 
 def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: Path) -> None:
@@ -99,7 +141,7 @@ def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: 
     with Journal(tmp_path / "j") as journal:
         for request, one in zip(requests, replies, strict=True):
             journal.keep([(request, dataclasses.replace(one, request_id=request.id), None)])
-            stats.add_reply(one)
+            stats.add_reply(request, one)
         assert journal.likely_tokens() == (stats.prompt_tokens, stats.reply_tokens) == (1507, 3 + len(replies[0].text) // 4)
     assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
 
@@ -177,6 +219,6 @@ def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_pa
 def test_the_first_request_of_a_later_run_fits_the_budget_too() -> None:
     """As far as that can be told by what earlier ones have cost."""
     server = ServerConfig(price_in=1.0, price_out=1.0, max_cost=1.0)
-    assert Budget(server, 10, 900_000, 0).room(0) == 1
-    assert Budget(server, 10, 990_000, 0).room(0) == 0
-    assert Budget(server, 0, 0, 0).room(0) == 32
+    assert Budget(server, 10, 900_000, 0.9).room(0) == 1
+    assert Budget(server, 10, 990_000, 0.99).room(0) == 0
+    assert Budget(server, 0, 0, 0.0).room(0) == 32
