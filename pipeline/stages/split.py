@@ -1,6 +1,7 @@
 """Stage: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
 
-The hash does not depend on other images, so that an image stays in its split when images are added or removed. Near-duplicate
+The hash does not depend on other images, so that an image stays in its split when images are added or removed. Images that the
+source holds out are all of their split: of the others, none is drawn for it. Near-duplicate
 images share the hash of the first of them, and so their split. Images of one folder, or frames of one video, need not look
 alike: if the settings ask for it, they share a split by their names.
 """
@@ -28,7 +29,7 @@ GROUPS = pa.schema({"image_group": STRING, "split_group": STRING})
 NAMES = pa.schema({"sample_id": STRING, "key": STRING})  # what names of the rows of the source have in common
 MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 FIRST_KEYS = pa.schema({"key": STRING, "first_key": STRING})
-ADDS = pa.schema({"stated_split": STRING, "split_group": STRING})
+ADDS = pa.schema({"stated_split": STRING, "split_group": STRING, "held_out": pa.list_(STRING)})
 _NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
@@ -43,7 +44,10 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
 
 
 def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the split that the source states for each row, or for another image of its group: the most held-out one."""
+    """Return the split that the source states for each row, or for another image of its group: the most held-out one.
+
+    Beside it stand the splits that the source holds out.
+    """
     db = comparison.db
     load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
     load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS)
@@ -53,13 +57,15 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
         WITH grouped AS (
             SELECT row, source_split, coalesce(split_group, image_group) AS split_group
             FROM stated LEFT JOIN named_groups USING (image_group)
+        ), of_source AS (
+            SELECT list(DISTINCT source_split) FILTER (source_split <> 'train') AS held_out FROM stated
         )
-        SELECT row, coalesce(grouped.source_split, groups.source_split) AS stated_split, split_group
-        FROM grouped LEFT JOIN (
+        SELECT row, coalesce(grouped.source_split, groups.source_split) AS stated_split, split_group, held_out
+        FROM of_source CROSS JOIN grouped LEFT JOIN (
             SELECT split_group, arg_max(source_split, rank) AS source_split
             FROM grouped JOIN ranks USING (source_split) GROUP BY split_group
         ) AS groups USING (split_group)
-        WHERE groups.source_split IS NOT NULL OR split_group IN (SELECT split_group FROM named_groups)
+        WHERE held_out IS NOT NULL OR groups.source_split IS NOT NULL OR split_group IN (SELECT split_group FROM named_groups)
         """
     )
 
@@ -140,10 +146,19 @@ def join_keys(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """Append `split`: `stated_split` where there is one, else by a hash of the group. No row is rejected."""
+    """Append `split`: `stated_split` where there is one, else by a hash of the group; no row is rejected.
+
+    What the hash would hold out beside the images that the source holds out is for training.
+    """
     require_columns(table, "image_group", *ADDS.names)
     groups = pc.coalesce(table["split_group"], table["image_group"])
-    hashed = map_distinct(groups, lambda group: split_of(group, plan.config.split, plan.config.seed))
+    held_out = frozenset(pc.list_flatten(table["held_out"]).unique().to_pylist())  # the same in each row
+
+    def draw(group: str) -> str:
+        split = split_of(group, plan.config.split, plan.config.seed)
+        return "train" if split in held_out else split
+
+    hashed = map_distinct(groups, draw)
     splits = pc.coalesce(table["stated_split"], hashed)
     return with_reason(table.drop_columns(ADDS.names).append_column("split", splits), [None] * table.num_rows)
 

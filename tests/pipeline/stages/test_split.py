@@ -77,6 +77,28 @@ def test_an_image_goes_along_with_the_most_held_out_one_of_its_group() -> None:
     assert splits(rows) == ["train", "test", "test", "validation"]
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("stated", "drawn"),
+    [
+        ({"test"}, {"train", "validation"}),
+        ({"validation"}, {"train", "test"}),
+        ({"test", "validation"}, {"train"}),
+        ({"train"}, {"train", "validation", "test"}),
+        (set(), {"train", "validation", "test"}),
+    ],
+)
+def test_none_is_drawn_for_a_split_that_the_source_holds_out(stated: set[str], drawn: set[str], shards: int) -> None:
+    given = pa.array([*sorted(stated), *[None] * 300], pa.string())
+    rows = table(IDS[: len(given)]).set_column(3, "source_split", given)
+    assigned = splits(rows, shards=shards)
+    assert assigned[: len(stated)] == sorted(stated)
+    assert {*assigned[len(stated) :]} == drawn
+    assert splits(table(IDS[: len(given)])) == assigned or stated - {"train"}, (
+        "a split that is stated for training changes nothing"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "prefix"),
     [
