@@ -181,14 +181,17 @@ class Client:
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
         lengths: list[int | None] = []
-        for endpoint in self._endpoints:
-            try:
-                lengths.append(await self._check_server(endpoint))
-            except ServerFaultError as fault:
-                endpoint.fault = str(fault)
+        found = await asyncio.gather(*map(self._check_server, self._endpoints), return_exceptions=True)
+        for endpoint, length in zip(self._endpoints, found, strict=True):
+            if isinstance(length, ServerFaultError):
+                endpoint.fault = str(length)
                 endpoint.is_up.clear()
-            except EngineError as refusal:
-                self._retire(endpoint, refusal)
+            elif isinstance(length, EngineError):
+                self._retire(endpoint, length)
+            elif isinstance(length, BaseException):
+                raise length
+            else:
+                lengths.append(length)
         if not lengths:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
@@ -232,7 +235,10 @@ class Client:
     async def _next_group(self, in_flight: InFlight) -> list[Reply]:
         """Keep requests in flight until a group of replies is complete; return it, or an empty list when all is done."""
         loop = asyncio.get_running_loop()
-        self._fill(in_flight)
+        try:
+            self._fill(in_flight)
+        except Exception as error:  # noqa: BLE001  # raised below, once what is in flight has come
+            in_flight.fail(error)
         while len(in_flight.replies) < self._group_size() and in_flight.running:
             if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
                 break

@@ -182,6 +182,7 @@ class Endpoints(list[Endpoint]):
         self._failure = failure
         self._waiters: set[asyncio.Task[None]] = set()
         self._of_sample: dict[str, Endpoint] = {}
+        self._is_over = asyncio.Event()  # all are retired
         for endpoint in self:
             endpoint.is_up.set()
 
@@ -226,6 +227,8 @@ class Endpoints(list[Endpoint]):
         was_retired, endpoint.is_retired = endpoint.is_retired, True
         endpoint.is_up.clear()
         endpoint.busy.end()
+        if all(one.is_retired for one in self):
+            self._is_over.set()
         return not was_retired
 
     def wait_for(self, endpoint: Endpoint) -> None:
@@ -253,14 +256,14 @@ class Endpoints(list[Endpoint]):
                     log.debug("%s gave no metrics: %s", endpoint.url, error)
 
     async def _wait_for_any(self) -> None:
-        waits = {asyncio.ensure_future(endpoint.is_up.wait()) for endpoint in self}
+        waits = {asyncio.ensure_future(event.wait()) for event in (self._is_over, *(endpoint.is_up for endpoint in self))}
         try:
             done, _ = await asyncio.wait(waits, timeout=self._startup_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await cancel_tasks(waits)
         if failure := self._failure():
             raise failure
-        if not done:
+        if not done or self._is_over.is_set():
             raise no_server(self)
 
     async def _revive(self, endpoint: Endpoint) -> None:

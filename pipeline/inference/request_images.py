@@ -67,6 +67,8 @@ class RequestImages:
             self._encoded[shown] = future
             while len(self._encoded) > self.keep:
                 self._drop(next(iter(self._encoded)))
+        elif shown:  # one that is used again is dropped last: a server may not have read its file yet
+            self._encoded[shown] = self._encoded.pop(shown)
         return await asyncio.shield(future)
 
     def max_pixels(self, num_images: int) -> int | None:

@@ -48,8 +48,7 @@ def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
 
 
 async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
-    limit = aiohttp.ClientTimeout(total=MODELS_SECONDS)
-    async with aiohttp.ClientSession(timeout=limit, auto_decompress=False) as session:
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
         for endpoint in endpoints:
             try:
                 models = await list_models(session, endpoint)
@@ -82,7 +81,11 @@ async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dic
     """
     try:
         async with session.get(
-            f"{endpoint.url}/models", headers=endpoint.headers, proxy=endpoint.proxy, allow_redirects=False
+            f"{endpoint.url}/models",
+            headers=endpoint.headers,
+            proxy=endpoint.proxy,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=MODELS_SECONDS),
         ) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
         if answer.status in (404, 405, 501):

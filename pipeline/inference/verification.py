@@ -20,7 +20,7 @@ from pipeline.tables import RUBRIC
 from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_broken_rule
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
-from pipeline.text.vqa_answers import normalize_answer
+from pipeline.text.vqa_answers import is_negative, normalize_answer
 from pipeline.types import Reply, Request, SampleBatch
 
 _RATED = {"caption": "text", "question": "question", "answer": "answer"}  # values of the template, and what they come from
@@ -184,5 +184,6 @@ def is_confirmed(check: Mapping[str, Any]) -> bool:
 
 def _plain(answer: str) -> str:
     """Return a normalized answer; yes and no of any language in English."""
-    normal = normalize_answer(answer.rstrip(SENTENCE_ENDS))
-    return YES_OR_NO.get(normal, normal)
+    answer = answer.rstrip(SENTENCE_ENDS)
+    normal = normalize_answer(answer)
+    return f"-{normalize_answer(answer.strip()[1:])}" if is_negative(answer) else YES_OR_NO.get(normal, normal)

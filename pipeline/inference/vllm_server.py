@@ -96,6 +96,7 @@ class Server:
             await self._kill()
             if self.restarted == self.launch.max_restarts:
                 self.failure = self._startup_error(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
+                self._process = None  # its number may be given to another process
                 self.gave_up.set()
                 return
             self.restarted += 1

@@ -10,12 +10,14 @@ import lzma
 import posixpath
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -29,6 +31,7 @@ MAX_HEADER_BYTES = 1_000_000  # of a long name in a tar file
 MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # to how many times its size an archive may unpack, beyond the first
 MAX_SPARSE_BLOCKS, MAX_ZERO_BLOCKS = 10_000, 20_000  # of the map of a sparse file, and behind the end of an archive
 BLOCK_BYTES = 1 << 20
+MAX_DECODER_BYTES = 300_000_000  # of the dictionary of LZMA; its strongest usual setting takes 65 MB
 MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
 _DECODERS: dict[bytes, Callable[[Any], Any]] = {  # by how a file begins; each reads several streams, and gives little at once
@@ -42,6 +45,8 @@ _DAMAGES = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
+    MemoryError,
+    struct.error,
     NotImplementedError,
     ValueError,
     LookupError,
@@ -202,6 +207,8 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
         return Entry(_as_text(info.filename), None, "encrypted")
 
     def read(most_bytes: int) -> bytes:
+        if info.compress_type in _BOUNDED_DECODERS:
+            return _decode_bounded(archive, info, most_bytes)
         with archive.open(info) as content:
             return content.read(most_bytes)
 
@@ -213,6 +220,38 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
         if error.errno is None:  # of bz2, for damaged data; else the disk fails
             return Entry(_as_text(info.filename), None, "unreadable_entry")
         raise
+
+
+def _decode_bounded(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> bytes:
+    """Return an entry that is packed by bzip2 or LZMA, of which zipfile decodes all at once, whatever the directory says.
+
+    Raise ValueError if it is longer than the directory says, or another content.
+    """
+    packed = copy(info)
+    packed.compress_type, packed.file_size, packed.CRC = zipfile.ZIP_STORED, info.compress_size, None  # type: ignore[assignment]
+    data, longest = bytearray(), min(most_bytes, info.file_size + 1)
+    with archive.open(packed) as content:
+        decoder = _BOUNDED_DECODERS[info.compress_type](content, info)
+        while len(data) < longest and not decoder.eof and (block := content.read(BLOCK_BYTES) if decoder.needs_input else b"x"):
+            data += decoder.decompress(block if decoder.needs_input else b"", longest - len(data))
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise ValueError("it is not what the directory says")
+    return bytes(data)
+
+
+def _lzma_decoder(content: IO[bytes], info: zipfile.ZipInfo) -> lzma.LZMADecompressor:
+    """Return a decoder of the rest of an LZMA entry, whose own header becomes that of a .lzma file."""
+    _, _, size = struct.unpack("<BBH", content.read(4))  # two parts of a version, and how long the properties are
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_DECODER_BYTES)
+    has_end_mark = info.flag_bits & 2
+    decoder.decompress(content.read(size) + (b"\xff" * 8 if has_end_mark else struct.pack("<Q", info.file_size)), 0)
+    return decoder
+
+
+_BOUNDED_DECODERS: dict[int, Callable[[IO[bytes], zipfile.ZipInfo], Any]] = {
+    zipfile.ZIP_BZIP2: lambda *_: bz2.BZ2Decompressor(),
+    zipfile.ZIP_LZMA: _lzma_decoder,
+}
 
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:

@@ -50,7 +50,7 @@ from pipeline.sources.captions import (
     texts_by_model,
 )
 from pipeline.sources.file_digests import ImageIds, digest_of_file
-from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
+from pipeline.sources.parquet import SPLIT_OF_WORD, plain_batches, split_of_path
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import (
     NOT_A_FILE,
@@ -474,10 +474,13 @@ def _read_parquet(data: bytes) -> list[dict[str, Any]]:
     table = pq.ParquetFile(pa.BufferReader(data))
     if "file_name" not in table.schema_arrow.names:  # another program's table of that name
         return []
-    groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
-    if sum(group.total_byte_size for group in groups) > MAX_METADATA_BYTES:
-        raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-    rows: list[dict[str, Any]] = table.read().to_pylist()
+    rows: list[dict[str, Any]] = []
+    num_bytes = 0
+    for batch in plain_batches(table):  # a value of a dictionary may stand in every row
+        num_bytes += batch.nbytes
+        if num_bytes > MAX_METADATA_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
+        rows += batch.to_pylist()
     return rows
 
 

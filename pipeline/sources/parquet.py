@@ -131,6 +131,13 @@ class Tables:
         return schema
 
 
+def plain_batches(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a file in batches that take little memory each."""
+    for group in range(parquet.num_row_groups):
+        batch_rows = _batch_rows(parquet, group, parquet.schema_arrow.names)
+        yield from map(_plain, parquet.iter_batches(batch_rows, row_groups=[group]))
+
+
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
     """Return how many rows to decode at once.
 

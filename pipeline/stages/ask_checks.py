@@ -40,6 +40,7 @@ from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.scenes.claims import Claim
 from pipeline.sources import find_source, holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost
+from pipeline.storage.files import read_json
 from pipeline.tables import FILTERED, HUMAN, STRING
 from pipeline.tasks import REPAIR
 from pipeline.text.content_keys import content_words
@@ -93,7 +94,9 @@ class AnnotationChecker:
     def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
         from pipeline.inference.judge import choose_judge
 
-        judge = choose_judge(self.plan.config, self.plan.revision, self.services.progress)
+        generated = self.plan.dataset.provenance("generate")
+        writer = read_json(generated).get("name") if generated.exists() else None
+        judge = choose_judge(self.plan.config, self.plan.revision, self.services.progress, writer)
         return judge, self._stack.enter_context(open_engine(lambda: judge))
 
     @cached_property

@@ -8,6 +8,7 @@ import re
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
+_NEGATIVE = re.compile(r"[-\u2212]\s?[^\w\s]?\d[\d.,]*\s?%?")  # -5 %, and -$5
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
@@ -55,6 +56,11 @@ def _without_punctuation(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_space or _NUMBER_WITH_COMMA.search(text) else " ")
     return _PERIOD.sub("", out, count=_PERIODS_TAKEN)
+
+
+def is_negative(answer: str) -> bool:
+    """Return whether an answer is a number below zero, whose sign `normalize_answer` drops."""
+    return bool(_NEGATIVE.fullmatch(answer.strip()))
 
 
 def kind_of_answer(answer: str) -> str:

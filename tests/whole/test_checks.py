@@ -290,6 +290,13 @@ def test_what_a_judge_cannot_be_is_said_before_anything_is_asked(tmp_path: Path,
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
         assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not model.asked
+    generate(tmp_path, server, *CAPTIONS)
+    with running_chat(ChatServer(rate)) as elsewhere:  # the writer's name, and another revision
+        elsewhere.model_root = "elsewhere"
+        for start in ((), ("--from-stage", "verify")):
+            done = run(tmp_path, server, *CAPTIONS, *start, "--judge", f"model@{elsewhere.url}")
+            assert done.returncode == 1 and "is the model that writes" in done.stderr, done.stderr
+        assert not elsewhere.bodies
     (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
     server.script = lambda times, body: rate(times, body) if "flaw" in json.dumps(body) else model(times, body)
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")

@@ -8,7 +8,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, SourceError
 from pipeline.inference import client, concurrency, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
@@ -31,7 +31,7 @@ from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.served_models import find_model
 from pipeline.progress import NullProgress, Progress
-from pipeline.types import Sample, SampleInfo
+from pipeline.types import Sample, SampleBatch, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.notes import Notes
 from tests.scene_data import batch_of, scene_samples
@@ -381,6 +381,22 @@ def test_requests_in_flight_are_kept_when_a_run_ends_with_an_error(tmp_path: Pat
         asked = len(chat.bodies)
     with Journal(path) as journal:
         assert journal.totals()["replies"] == asked - 1
+
+
+def test_requests_in_flight_are_kept_when_the_source_of_requests_fails(tmp_path: Path) -> None:
+    """As if the disk of the images were gone behind the first of them."""
+
+    def chunks() -> Iterator[SampleBatch]:
+        yield batch_of(SAMPLES)
+        raise SourceError("the disk is gone", hint="look at it")
+
+    with running_chat(ChatServer(lambda times, body: Act(seconds=0.02 * times + 0.01 * (len(chat.bodies) % 30)))) as chat:
+        config = resolve(source="scenes", base_url=[chat.url], model="model", server={"concurrency": 8})
+        with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
+            with pytest.raises(SourceError, match="the disk is gone"):
+                for _ in ask_about(chunks(), config, "r", lambda: engine, journal, RequestStats()):
+                    pass
+            assert journal.totals()["replies"] == len(chat.bodies) == journal.totals()["asked"]
 
 
 def test_a_run_that_ends_does_not_wait_for_a_request_that_is_told_to_wait(

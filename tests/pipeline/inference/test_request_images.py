@@ -93,6 +93,21 @@ def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}
 
 
+def test_an_image_that_is_sent_again_is_dropped_last(tmp_path: Path) -> None:
+    """A server may not have opened its file yet."""
+    images = {name: encoded(size=(30 + number, 30)) for number, name in enumerate("abc")}
+
+    async def send(names: str) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            request_images = RequestImages(tmp_path, None, None, pool)
+            request_images.keep = 2
+            for name in names:
+                await request_images.parts(name, (images[name],))
+
+    asyncio.run(send("abac"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a-0", "c-0"}
+
+
 def test_an_animation_whose_second_frame_is_damaged_is_sent_as_its_first() -> None:
     out = io.BytesIO()
     Image.new("P", (40, 30), 3).save(out, "GIF")

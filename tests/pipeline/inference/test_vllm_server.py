@@ -152,6 +152,7 @@ def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path:
                 await vllm_server.answers_200(f"{running.root}/die")
                 await asyncio.sleep(0.05)
             assert running.root == address  # the address stays the same after a restart
+            assert running._process is None  # its number may be given to another process, which nobody is to kill
             return running.restarted, str(running.failure)
 
     restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))

@@ -399,6 +399,39 @@ def test_a_bomb_is_an_error_before_it_fills_memory(tmp_path: Path, name: str, ma
         rows(tmp_path / name)
 
 
+def packed_zip(method: int, data: bytes, says_bytes: int | None = None) -> bytes:
+    """Return a zip file of `x.jpg`, packed by a method, whose headers say that it has so many bytes, and of a good image."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("x.jpg", data)
+        archive.writestr("good.jpg", photo(0))
+    file = bytearray(out.getvalue())
+    if says_bytes is not None:
+        for place in (22, file.index(b"PK\1\2") + 24):
+            file[place : place + 4] = says_bytes.to_bytes(4, "little")
+    return bytes(file)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_images_may_be_packed_by_other_methods(tmp_path: Path, method: int) -> None:
+    (tmp_path / "p.zip").write_bytes(packed_zip(method, photo(1)))
+    assert samples(tmp_path / "p.zip")["p.zip/x.jpg"].images == (photo(1),)
+    file = bytearray((tmp_path / "p.zip").read_bytes())
+    file[14] ^= 1
+    file[file.index(b"PK\1\2") + 16] ^= 1  # the checksum
+    (tmp_path / "p.zip").write_bytes(file)
+    assert reasons(tmp_path / "p.zip") == {"p.zip/x.jpg": "unreadable_entry", "p.zip/good.jpg": None}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_entry_that_is_longer_than_the_directory_says_takes_no_memory(tmp_path: Path, method: int) -> None:
+    """zipfile unpacks all of such an entry at once."""
+    (tmp_path / "p.zip").write_bytes(packed_zip(method, bytes(BOMB_BYTES), says_bytes=1000))
+    assert (tmp_path / "p.zip").stat().st_size < 100_000
+    with bounded_memory(100_000_000):
+        assert reasons(tmp_path / "p.zip") == {"p.zip/x.jpg": "unreadable_entry", "p.zip/good.jpg": None}
+
+
 def test_a_sparse_file_is_refused_and_takes_no_memory(tmp_path: Path) -> None:
     """A tar file of some kilobytes may hold files of any size that are all hole."""
     info = tarfile.TarInfo("x.jpg")

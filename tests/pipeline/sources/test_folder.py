@@ -16,10 +16,11 @@ from PIL import Image
 from pipeline.config.files import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
-from pipeline.sources import open_source
+from pipeline.sources import folder, open_source
 from pipeline.sources.folder import open_folder
 from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
+from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
 
 
@@ -450,3 +451,18 @@ def test_images_without_a_value_for_a_prompt_are_counted(tmp_path: Path) -> None
     messages = open_folder(tmp_path, columns=["title", "folder"]).messages
     assert "2 of 3 images have no value in the column title" in messages
     assert not any("column folder" in text for text in messages)
+
+
+def test_a_table_of_metadata_that_repeats_a_large_value_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value of a dictionary stands in the file once, and may stand in every row."""
+    (tmp_path / "a.png").write_bytes(photo(0))
+    rows = 3000
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 100_000]))
+    names = pa.array(["a.png"] * rows)
+    pq.write_table(pa.table({"file_name": names, "caption": large}), tmp_path / "metadata.parquet", store_schema=False)
+    assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
+    monkeypatch.setattr(folder, "MAX_METADATA_BYTES", 10_000_000)
+    with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
+        open_folder(tmp_path)

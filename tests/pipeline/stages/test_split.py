@@ -94,9 +94,6 @@ def test_none_is_drawn_for_a_split_that_the_source_holds_out(stated: set[str], d
     assigned = splits(rows, shards=shards)
     assert assigned[: len(stated)] == sorted(stated)
     assert {*assigned[len(stated) :]} == drawn
-    assert splits(table(IDS[: len(given)])) == assigned or stated - {"train"}, (
-        "a split that is stated for training changes nothing"
-    )
 
 
 @pytest.mark.parametrize(

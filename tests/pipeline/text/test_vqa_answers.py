@@ -45,3 +45,20 @@ def test_an_answer_with_the_mark_of_its_language_is_the_same_answer() -> None:
     assert is_confirmed({"answer": "公園。", "expected": "公園"})
     assert is_confirmed({"answer": "はい。", "expected": "yes"})
     assert not is_confirmed({"answer": "公園。", "expected": "駅"})
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "is_right"),
+    [
+        ("5%", "-5%", False),
+        ("-5%", "5%", False),
+        ("-5%", "\u22125%", True),
+        ("-5", "-5.", True),
+        ("-$5", "$5", False),
+        ("10-20", "10 - 20", True),  # as the official evaluation compares them
+        ("t-shirt", "t-shirt", True),
+        ("-", "-", True),
+    ],
+)
+def test_a_number_below_zero_is_another_one(expected: str, answer: str, *, is_right: bool) -> None:
+    assert is_confirmed({"answer": answer, "expected": expected}) == is_right
