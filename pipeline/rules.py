@@ -55,6 +55,8 @@ _HEDGE_WORDS = frozenset(
 )
 REMEMBERED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 2000
+MIN_ENGLISH_WORDS, MIN_OTHER_WORDS = 5, 3  # of a caption: other languages do with fewer ("Musta kissa nukkuu sohvalla")
+MIN_CLOSE_SCORE = 0.9  # of the detector, to take one of two close languages for the other
 MIN_WORDS_FOR_REPETITION = 12
 MIN_WORDS_OF_A_SENTENCE = 4  # that must not be said twice
 MAX_EQUAL_PARTS = 5  # of a list: "a cat on the left, a cat on the right, ..."
@@ -152,7 +154,10 @@ def is_personal(of: RuleInput) -> bool:
 
 def is_too_short(of: RuleInput) -> bool:
     """Return True if a caption or a question has too few words."""
-    return of.scores.word_count < (of.config.min_question_words if of.is_question else of.config.min_caption_words)
+    least = of.config.min_question_words if of.is_question else of.config.min_caption_words
+    if least is None:
+        least = MIN_ENGLISH_WORDS if of.config.language in ("en", None) else MIN_OTHER_WORDS
+    return of.scores.word_count < least
 
 
 def is_too_long(of: RuleInput) -> bool:
@@ -181,7 +186,12 @@ def is_other_language(of: RuleInput) -> bool:
         answer_frac = language.non_latin_frac(scores.clean_answer or "") if not _asks_to_read(of.words) else 0.0
         if max(scores.non_latin_frac, answer_frac) > config.max_non_latin_frac:
             return True
-    return scores.language not in (None, config.language) and scores.language_score >= config.min_language_score
+    if scores.language in (None, config.language):
+        return False
+    if config.language == "en" and not language.has_english_words(of.main):  # the detector is unsure of short texts
+        return True
+    is_close = any(config.language in close and scores.language in close for close in language.CLOSE)
+    return scores.language_score >= (max(MIN_CLOSE_SCORE, config.min_language_score) if is_close else config.min_language_score)
 
 
 def is_cut_off(of: RuleInput) -> bool:

@@ -199,7 +199,7 @@ class FilterConfig(Section):
         "max_foreign_letters": "max_non_latin_frac",
     }
 
-    min_caption_words: int = Field(default=5, ge=1)
+    min_caption_words: Annotated[int, Field(ge=1)] | None = None  # None: 5 in English, and 3 in languages that need fewer
     max_caption_words: int = Field(default=150, ge=1)
     min_question_words: int = Field(default=3, ge=1)
     max_question_words: int = Field(default=30, ge=1)
@@ -214,7 +214,7 @@ class FilterConfig(Section):
     def _allows_some_length(self) -> "FilterConfig":
         for name in ("caption", "question"):
             least, most = getattr(self, f"min_{name}_words"), getattr(self, f"max_{name}_words")
-            if least > most:
+            if least is not None and least > most:
                 raise ValueError(f"min_{name}_words is {least}, and max_{name}_words {most}: no text is so long")
         return self
 

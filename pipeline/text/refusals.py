@@ -36,12 +36,14 @@ _ANYWHERE = (
     rf"\b{_IMAGES} (?:\w+ )?{_CANNOT} be {_SEEN}",
     rf"\b{_IMAGES} (?:\w+ ){{0,2}}?{_DOES_NOT} (?:load|display|open|appear|show up|come up|work)",
     rf"\b{_FILE} {_IS} (?:\w+ )?(?:broken|missing|corrupt(?:ed)?|unavailable|inaccessible)\b",
-    rf"\b{_FILE} {_IS} not (?:loading|showing|available|displayed|provided|attached|here)\b",
+    rf"\b{_FILE} (?:{_IS} )?not (?:loading|showing|available|displayed|provided|attached|here)\b",
     r"\b(?:there (?:is|was)|there['\u2019]s|i see|i have) no (?:image|picture|photo)\b(?! (?:of|on|in|hanging|frame))",
     rf"\bno (?:image|picture|photo)s? (?:{_IS} )?(?:provided|attached|given|uploaded|included|shown|here|available|loaded)\b",
     r"\b(?:violates?|violation of|against (?:our|my)) (?:our |the |my )?(?:\w+ )?(?:polic(?:y|ies)|guidelines|terms)\b",
     r"\b(?:due to|because of) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b|\binappropriate (?:content|material)\b",
     rf"\b(?:please|you) {_SEND}(?: me)? (?:the |an |a |another |your )?(?:\w+ )?(?:image|picture|photo)\b",
+    r"\bi(?:['\u2019]m| am) (?:unable|not able) to\b",
+    r"\btoo (?:blurry|blurred|dark|small|unclear) for me to\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
@@ -52,7 +54,7 @@ sorry afraid unable able apology apologies apologize apologise can can't can\u20
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not no please
 would impossible possible enough insufficient quality ai artificial language text assistant decline failed broken
 missing corrupt corrupted unavailable inaccessible policy policies guidelines terms inappropriate upload attach share
-send provide without
+send provide without blurry blurred dark small unclear
 """
 _HINT_WORDS = frozenset(_HINTS.split())
 _ON_A_SIGN = ("afraid", "sorry", "please")

@@ -97,6 +97,19 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A man holds a 伞 over the harbour.", "other_language"),
         ("A man holds a sign that says '出口' in red.", None),
         (("What color is the kite?", "棕色"), "other_language"),
+        ("Unfortunately the picture is too blurry for me to describe.", "refusal"),
+        ("N/A - image not available for description", "refusal"),
+        ("Since no details are known, I'm unable to add anything about the harbour.", "refusal"),
+        ("A room that is too dark for a plant.", None),
+        ("The user wants a caption. A kite flies over a harbour.", "label"),
+        ("As requested, a sentence: a kite flies over a harbour.", "label"),
+        ("A kite flies over the grey harbour. Hope this helps!", "label"),
+        ("A kite flies over a harbour. (Note: its color is not clear.)", "label"),
+        ("A kite flies. Description: A kite flies over a harbour.", "label"),
+        ("A kite flies over a harbour. Possible prompt: what flies?", "label"),
+        ("[Image of a kite over a grey harbour at noon]", "junk"),
+        ("A kite <!-- red --> flies over the grey harbour.", "junk"),
+        ("A kite \u202eflies over the grey harbour.", "junk"),
     ],
 )
 def test_a_fault_has_its_reason_and_a_clean_row_has_none(row: str | tuple[str, str], reason: str | None) -> None:
@@ -120,6 +133,26 @@ def test_a_threshold_alone_decides_over_a_stored_score() -> None:
     assert reasons(german, language=None) == [None]
     assert reasons(german, language="de") == [None]
     assert reasons("A man with a red kite walks along the grey harbour at noon.", language="de") == ["other_language"]
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "reason"),
+    [
+        ("Zwarte kat slaapt op de bank", {}, "other_language"),  # of which the detector is unsure
+        ("Seekor anjing berlari di pantai", {}, "other_language"),
+        ("En sort hund løber på stranden", {}, "other_language"),
+        ("Tom Brady throws a football to Gronkowski at Foxborough", {}, None),
+        ("Musta kissa nukkuu sohvalla", {"language": "fi"}, None),  # four words, and all is said
+        ("Musta kissa", {"language": "fi"}, "too_short"),
+        ("Musta kissa nukkuu sohvalla", {"language": "fi", "min_caption_words": 5}, "too_short"),
+        ("Musta kissa nukkuu sohvalla", {"language": None}, "too_short"),
+        ("Black cat on sofa", {}, "too_short"),
+        ("Et barn på en cykel", {"language": "da"}, None),  # which the detector takes for Swedish
+        ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
+    ],
+)
+def test_texts_are_judged_in_the_language_that_is_asked_for(text: str, settings: dict[str, Any], reason: str | None) -> None:
+    assert reasons(text, **settings) == [reason]
 
 
 def test_scenes_lose_nothing() -> None:
