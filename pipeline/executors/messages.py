@@ -16,7 +16,7 @@ from pipeline.inference.engines import EngineChoice
 from pipeline.inference.families import find_family
 from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
-from pipeline.stages.source import ADVICE
+from pipeline.stages.source import ADVICE, REPEATED
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import find_task, tasks_making
@@ -110,11 +110,12 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
             yield f"{text}: the server may pay no heed to sample_temperature, so that --samples gives nothing"
         if summary.stage in choices:
             continue
-        lost = sum(summary.rejected.values())
-        if 2 * lost > summary.input:
-            reason, count = max(summary.rejected.items(), key=lambda item: item[1])
+        losses = {reason: count for reason, count in summary.rejected.items() if reason != REPEATED}  # its texts are kept
+        lost, total = sum(losses.values()), summary.input - summary.rejected.get(REPEATED, 0)
+        if 2 * lost > total:
+            reason, count = max(losses.items(), key=lambda item: item[1])
             hint = advice.get(summary.stage, {}).get(reason, shown)
-            share = f"{lost:,} of {summary.input:,} {summary.unit}"
+            share = f"{lost:,} of {total:,} {summary.unit}"
             yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 

@@ -11,6 +11,7 @@
 Each may be compressed by gzip.
 """
 
+import ast
 import csv
 import gzip
 import io
@@ -20,6 +21,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answ
 HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")  # of what a model wrote
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
+_WITHOUT_COMMA = re.compile(r"['\"]\s+['\"]")
 _NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
 
 
@@ -314,8 +317,23 @@ def _texts(value: Any, text_of: Callable[[Any], str] = lambda item: item if isin
         if _is_by_model(value):
             return []
         return _texts(next((value[key] for key in TEXT_KEYS if key in value), None), text_of)
+    if isinstance(value, str) and (listed := list_in_cell(value)) is not None:
+        return _texts(listed, text_of)
     text = _encodable(text_of(value)).strip()
     return [text] if text else []
+
+
+def list_in_cell(text: str) -> list[Any] | None:
+    """Return the list that stands in a cell of a table as JSON, or as Python writes it; None for any other text."""
+    if not (text[:1] == "[" and text[-1:] == "]"):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        if parse is ast.literal_eval and _WITHOUT_COMMA.search(text):  # as numpy writes a list: Python would join its texts
+            return None
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = parse(text)
+            return value if isinstance(value, list) else None
+    return None
 
 
 def _answer(value: Any) -> str:

@@ -18,7 +18,16 @@ from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import CAPTION_COLUMNS, FILE_NAMES, TEXT_KEYS, read_question, read_texts
+from pipeline.sources.captions import (
+    ANSWERS,
+    CAPTION_COLUMNS,
+    FILE_NAMES,
+    QUESTION,
+    TEXT_KEYS,
+    list_in_cell,
+    read_question,
+    read_texts,
+)
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
@@ -148,8 +157,12 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         raise SourceError(f"the column {mapping['references']} holds {kind}, and no captions", hint=_MAPPING_HINT)
     if "question" not in mapping and _is_own_version(schema) and "reference_qa" in schema.names:
         columns["reference_qa"] = ["reference_qa"]
-    if ("question" in columns) != ("answer" in columns):
+    if "question" not in mapping and "answer" not in mapping:
+        columns |= _guess_questions(schema)
+    if len(columns.get("question", ())) != len(columns.get("answer", ())):
         raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")
+    if len(columns.get("split", ())) > 1:
+        raise SourceError(f"several columns are the split: {', '.join(columns['split'])}", hint="name one of them")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
@@ -162,8 +175,7 @@ def _read_row(
     images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
     if "pages" not in columns and len(images) > 1:
         return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
-    texts = _listed(row[columns["references"][0]]) if columns.get("references") else []
-    texts = [text for item in texts for text in (read_texts({"": item}, ("",)) if isinstance(item, dict) else [item])]
+    texts = [text for column in columns.get("references", ()) for item in _listed(row[column]) for text in _texts_of(item)]
     fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
     fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
     if "question" in columns:
@@ -207,6 +219,14 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
                 f"the column {name} holds {kind}, which no prompt can say", hint="name columns of texts or numbers"
             )
     return columns
+
+
+def _guess_questions(schema: pa.Schema) -> Columns:
+    answer = next((name for name in ANSWERS if name in schema.names), None)
+    if answer is None or QUESTION not in schema.names or _is_own_version(schema):
+        return {}
+    kind = schema.field(QUESTION).type
+    return {"question": [QUESTION], "answer": [answer]} if is_text(kind) or (is_list(kind) and is_text(kind.value_type)) else {}
 
 
 def _guess_images(schema: pa.Schema) -> Columns:
@@ -279,8 +299,12 @@ def build_sample(
 
 def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:
     """Return the questions of a row and the answers to each: of one question they may be a list."""
-    question, answer = (row[columns[role][0]] for role in ("question", "answer"))
-    return (question, _listed(answer)) if isinstance(question, list) else ([question], [answer])
+    questions, answers = list[Any](), list[Any]()
+    for asked, answered in zip(columns["question"], columns["answer"], strict=True):
+        question, answer = row[asked], row[answered]
+        questions += question if isinstance(question, list) else [question]
+        answers += _listed(answer) if isinstance(question, list) else [answer]
+    return questions, answers
 
 
 def _questions(questions: list[Any], answers: list[Any]) -> tuple[ReferenceQA, ...]:
@@ -290,6 +314,12 @@ def _questions(questions: list[Any], answers: list[Any]) -> tuple[ReferenceQA, .
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _texts_of(item: Any) -> list[Any]:
+    """Return the texts of an item of a column of captions: of an object, or of a list that stands in a cell, several."""
+    is_several = isinstance(item, dict) or (isinstance(item, str) and list_in_cell(item) is not None)
+    return read_texts({"": item}, ("",)) if is_several else [item]
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:

@@ -213,13 +213,13 @@ def _first_folders(names: Collection[str]) -> dict[str, str]:
 
 
 def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits that names say, such as those of the folders of images: none unless they say different ones.
+    """Return the splits that names say, such as those of the folders of images: none if all say the same, or none holds out.
 
     Without a split to validate on, those of the split train are left out: some of them are needed for it.
     """
     splits = {key: SPLIT_OF_WORD.get(name.casefold()) for key, name in names.items()}
-    named = {*splits.values()} - {None}
-    if len(named) < 2:
+    named = {*splits.values()}
+    if len(named) < 2 or named == {"train", None}:  # all are of one split, or nothing is held out
         return {}
     return {key: split for key, split in splits.items() if split and (split != "train" or "validation" in named)}
 

@@ -55,7 +55,8 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "unreadable_folder": "change the permissions of the folders",
 }
 # The detail of these is the id or the name of the other image.
-_REJECTED_FOR_ANOTHER_IMAGE = ("duplicate_image", "near_duplicate_image", "near_held_out_image", "banned_image")
+REPEATED = "duplicate_image"  # of a row about the image of another one, which gets its texts
+_REJECTED_FOR_ANOTHER_IMAGE = ("near_duplicate_image", "near_held_out_image", "banned_image")
 
 
 RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # the row of a source, its references and questions
@@ -92,7 +93,7 @@ class DuplicateImages:
         if changes:
             self.changes.setdefault(sample_id, {}).update(changes)
         self.kept[sample_id] = (min(kept_row, source_row), kept_split)
-        return Rejected(source_row=max(kept_row, source_row), reason="duplicate_image", detail=sample_id)
+        return Rejected(source_row=max(kept_row, source_row), reason=REPEATED, detail=sample_id)
 
     @property
     def has_texts(self) -> bool:
@@ -333,6 +334,10 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
     table = read_table(shard.stage("source", "rejected"))
     for row in sorted(table["reason"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])):
         of_reason = table.filter(pc.equal(table["reason"], row["values"])).slice(0, NAMED_ROWS + 1).to_pylist()
+        if row["values"] == REPEATED:
+            shown = first_names([one["source_row"] for one in of_reason])
+            yield f"source: {row['counts']:,} rows are about images of other rows, and their texts are added there ({shown})"
+            continue
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
         names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]
         # Slides of one design look alike, and nobody would look for that in a setting.

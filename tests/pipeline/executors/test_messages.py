@@ -9,6 +9,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import TableError
 from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
@@ -96,3 +97,12 @@ def test_a_title_that_makes_no_version_is_told(tmp_path: Path) -> None:
     assert list(describe_title(version, resolve(source="scenes"))) == []
     (warning,) = describe_title(version, resolve(source="scenes", title="Rings"))
     assert warning == "v1.0.0 keeps a card without a title: a title alone makes no version"
+
+
+def test_rows_about_an_image_that_is_there_are_no_losses() -> None:
+    """Tables have a row for each caption: their texts are added to the image."""
+    repeated = StageSummary("source", "images", 134, 20, {"duplicate_image": 114})
+    assert not list(describe_losses(STAGES, [repeated]))
+    damaged = StageSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
+    (text,) = describe_losses(STAGES, [damaged])
+    assert text.startswith("source rejected 16 of 20 images, 16 for unreadable image")

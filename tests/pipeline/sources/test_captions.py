@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import captions
-from pipeline.sources.captions import Written, captions_of_people, match_images, read_captions
+from pipeline.sources.captions import Written, captions_of_people, match_images, read_captions, read_texts
 from pipeline.sources.folder import open_folder
 from pipeline.types import Sample, SourceSlice
 
@@ -68,6 +68,23 @@ def test_odd_values_are_no_captions_and_odd_line_ends_no_lines(tmp_path: Path) -
     assert read_captions(tmp_path / "a.jsonl")["a.jpg"].captions == ["A\u2028dog."]
     (tmp_path / "b.txt").write_bytes("a.jpg#0\tA dog\u2028runs.\r\na.jpg#1\tA dog.\r\n".encode())
     assert read_captions(tmp_path / "b.txt")["a.jpg"].captions == ["A dog\u2028runs.", "A dog."]
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ('["A dog runs.", "A cat."]', ["A dog runs.", "A cat."]),
+        ("['A dog runs.', \"A cat's.\"]", ["A dog runs.", "A cat's."]),
+        ('[{"caption": "A dog runs."}]', ["A dog runs."]),
+        ("['A dog runs.' 'A cat.']", ["['A dog runs.' 'A cat.']"]),  # of numpy, which Python would read as one text
+        ("[A dog runs.]", ["[A dog runs.]"]),
+        ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
+        ("[1, 2]", []),
+        ("[]", []),
+    ],
+)
+def test_a_list_in_a_cell_of_a_table_is_a_list(cell: str, texts: list[str]) -> None:
+    assert read_texts({"caption": cell}, ("caption",)) == texts
 
 
 def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:

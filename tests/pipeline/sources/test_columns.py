@@ -86,6 +86,40 @@ def test_captions_in_objects_are_read_as_karpathy_writes_them(columns: dict[str,
     assert (row.references, row.split) == (("A dog runs.", "A brown dog."), "test")
 
 
+def first_row(tmp_path: Path, table: dict[str, Any], **columns: str) -> Sample:
+    pq.write_table(pa.table({"image": [photo(1)], **table}), tmp_path / "a.parquet")
+    row = next(open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows)
+    assert isinstance(row, Sample)
+    return row
+
+
+def test_a_star_names_columns_whose_captions_all_count(tmp_path: Path) -> None:
+    table = {"caption_10": ["The last one."], "caption_1": ["A dog runs."], "caption_2": ["A brown dog."]}
+    assert first_row(tmp_path, table, references="caption_*").references == ("A dog runs.", "A brown dog.", "The last one.")
+
+
+def test_a_star_pairs_questions_with_answers(tmp_path: Path) -> None:
+    table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
+    asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
+    assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]
+    with pytest.raises(SourceError, match="questions need answers"):
+        first_row(tmp_path, {name: table[name] for name in ("q1", "q2", "a1")}, question="q*", answer="a*")
+
+
+@pytest.mark.parametrize("answers", ["answer", "answers"])
+def test_questions_are_found_by_their_usual_names(tmp_path: Path, answers: str) -> None:
+    (asked,) = first_row(tmp_path, {"question": ["What runs?"], answers: [["a dog", "dog"]]}).reference_qa or ()
+    assert (asked.question, asked.answers) == ("What runs?", ("a dog", "dog"))
+    assert not first_row(tmp_path, {"question": [7], answers: ["a dog"]}).reference_qa
+
+
+def test_lists_in_cells_are_lists(tmp_path: Path) -> None:
+    table = {"caption": ['["A dog runs.", "A brown dog."]'], "question": ["What?"], "answer": ["['dog', 'dog', 'cat']"]}
+    row = first_row(tmp_path, table)
+    assert row.references == ("A dog runs.", "A brown dog.")
+    assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
+
+
 def test_a_named_column_without_texts_is_one_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="the column stars holds int64, and no captions"):

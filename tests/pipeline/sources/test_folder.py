@@ -381,6 +381,8 @@ def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_pat
         (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], ["train", "validation", None]),
         (["train/a.jpg", "car/b.jpg", "bus/c.jpg"], [None] * 3),  # classes
         (["test/a.jpg", "test/b.jpg"], [None] * 2),
+        (["test/a.jpg", "b.jpg", "dogs/c.jpg"], ["test", None, None]),
+        (["dev/a.jpg", "dogs/b.jpg"], ["validation", None]),
     ],
 )
 def test_folders_that_are_named_after_splits_say_them(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
