@@ -21,6 +21,8 @@ _REPETITION = {"max_pattern_size": 32, "min_count": 6}
 _PROOF = "synth-7f3a"
 # Fields that servers may not know. Without a temperature, a server samples at one of its own.
 OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
+LIMITS = ("max_tokens", "max_completion_tokens", "")  # names of the limit of tokens, in the order in which they are tried
+_UNKNOWN = re.compile(r"unrecogni[sz]ed|unsupported|unknown|unexpected|extra|invalid|not (?:supported|allowed|permitted)", re.I)
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
@@ -43,7 +45,7 @@ class Dialect:
     """What a server takes: optional fields that are left out, the name of the token limit, the format of replies."""
 
     left_out: frozenset[str] = frozenset()  # of OPTIONAL
-    limit_name: str = "max_tokens"
+    limit_name: str = LIMITS[0]
     format: str = FORMATS[0]
 
     def after_refusal(self, message: str) -> "Dialect | None":
@@ -51,8 +53,9 @@ class Dialect:
         named = {name for name in OPTIONAL if name not in self.left_out and re.search(rf"\b{name}\b", message)}
         if named:
             return replace(self, left_out=self.left_out | named)
-        if self.limit_name == "max_tokens" and "max_completion_tokens" in message:
-            return replace(self, limit_name="max_completion_tokens")
+        is_unknown = re.search(rf"\b{self.limit_name}\b", message) and _UNKNOWN.search(message)  # and not a number too large
+        if self.limit_name and (is_unknown or (self.limit_name == LIMITS[0] and LIMITS[1] in message)):
+            return replace(self, limit_name=LIMITS[LIMITS.index(self.limit_name) + 1])
         return None
 
     def looser(self) -> "Dialect | None":
@@ -62,10 +65,8 @@ class Dialect:
 
     def describe(self) -> str:
         """Return what is left out, for people; empty if nothing is."""
-        parts = sorted(self.left_out) + (
-            ["max_tokens (max_completion_tokens is sent)"] if self.limit_name != "max_tokens" else []
-        )
-        return ", ".join(parts)
+        instead = f" ({self.limit_name} is sent)" if self.limit_name else ""
+        return ", ".join(sorted(self.left_out) + ([f"{LIMITS[0]}{instead}"] if self.limit_name != LIMITS[0] else []))
 
 
 FULL = Dialect()
@@ -190,8 +191,9 @@ def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -
 
 def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
     """Return the body of a chat about an image, whose part of the message is `image`."""
-    values = _text(model), image, _text("Say hello."), dialect.limit_name.encode()
-    return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}],"%s":1}' % values
+    limit = b',"%s":1' % dialect.limit_name.encode() if dialect.limit_name else b""
+    values = _text(model), image, _text("Say hello."), limit
+    return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}]%s}' % values
 
 
 def misses_image(message: str) -> bool:
@@ -247,7 +249,7 @@ def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
     return b"".join(
         b',"%s":%s' % (name.encode(), json.dumps(value).encode())
         for name, value in fields.items()
-        if name not in dialect.left_out
+        if name and name not in dialect.left_out
     )
 
 

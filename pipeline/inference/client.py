@@ -41,17 +41,18 @@ from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
-from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, RetryState, stated_wait
+from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, LONGEST_STATED_SECONDS, RetryState, stated_wait
 from pipeline.inference.served_models import list_models, not_served
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
-from pipeline.progress import NullProgress, Progress
+from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
+REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
 LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
 MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
@@ -345,13 +346,17 @@ class Client:
             self._retire(endpoint, refusal)
             return None
         except ServerBusyError as complaint:
-            pause = failures.after_busy(complaint.args[0])
+            stated_s = complaint.args[0]
+            if stated_s and stated_s > LONGEST_STATED_SECONDS and self._is_last(endpoint):
+                hint = "run the same command then: it goes on where it stopped"
+                raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
+            pause = failures.after_busy(stated_s)
             if pause is None:
                 return request.reply("the server is too busy", SERVER_ERROR)
             endpoint.rest(pause)
             if self._endpoints.has_free:
                 return 0.0
-            self._slow_down(endpoint, pause)
+            self._slow_down(endpoint, stated_s or pause)
             return pause
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
@@ -365,13 +370,18 @@ class Client:
             log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
             return 0.0 if self._endpoints.has_free else pause
 
+    def _is_last(self, endpoint: Endpoint) -> bool:
+        """Return whether no other server answers before long."""
+        others = [one for one in self._endpoints if one is not endpoint and one.is_up.is_set()]
+        return all(one.delay() > LONGEST_STATED_SECONDS for one in others)
+
     def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
         """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
         self._concurrency.slow_down()
         self._keep_images()
         if pause_s >= LONG_WAIT_SECONDS and not endpoint.has_asked_for_long:
             endpoint.has_asked_for_long = True
-            self._progress.warn(f"{endpoint.url} asks to wait for {pause_s:,.0f} s before a request is sent again")
+            self._progress.warn(f"{endpoint.url} asks to wait for {duration(pause_s)} before a request is sent again")
 
     async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight, *, may_name: bool) -> Reply:
         """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
@@ -396,9 +406,9 @@ class Client:
                 kept.count(is_known=False)
                 raise OtherDialectError from None
             if isinstance(error, RefusedError):
-                return self._take_refusal(endpoint, request, error, dialect, in_flight)
+                return await self._take_refusal(endpoint, request, error, dialect, in_flight)
             if isinstance(error, chat_api.BadAnswerError):
-                self._count_refusal(endpoint, str(error), in_flight)
+                await self._count_refusal(endpoint, str(error), in_flight)
             raise ServerFaultError(str(error)) from None
         if kept and request.shows_image:
             kept.add(request.shown)
@@ -450,13 +460,13 @@ class Client:
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
 
-    def _take_refusal(
+    async def _take_refusal(
         self, endpoint: Endpoint, request: Request, refusal: RefusedError, dialect: chat_api.Dialect, in_flight: InFlight
     ) -> Reply:
         """Return the reply to a request that a server refuses in this dialect; raise OtherDialectError if not in another."""
         if refusal.status in REFUSED_STATUSES:
             self._adapt(endpoint, dialect, str(refusal))
-        self._count_refusal(endpoint, str(refusal), in_flight)
+        await self._count_refusal(endpoint, str(refusal), in_flight)
         return request.reply(str(refusal), REFUSED_BY_SERVER)
 
     def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
@@ -488,12 +498,23 @@ class Client:
         if endpoint.dialect != dialect:
             raise OtherDialectError
 
-    def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a request that a server does not answer. Raises EngineError if it has answered none so far."""
+    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a request that a server does not answer. Raises EngineError if it has answered none so far.
+
+        It refuses faster than it answers: those that it still works on are waited for.
+        """
         endpoint.refused += 1
-        is_useless = endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered
-        if is_useless and (len(self._endpoints) > 1 or not in_flight.work.answered()):
-            raise EngineError(f"{endpoint.url} refuses every request: {message}", hint="mend that, then run the same command")
+        if len(self._endpoints) == 1 and in_flight.work.answered():
+            return
+        endpoint.refused_in_flight += 1
+        try:
+            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
+                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
+                    hint = "mend that, then run the same command; images that are too large: generate.max_pixels"
+                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
+                await asyncio.sleep(REFUSAL_POLL_SECONDS)
+        finally:
+            endpoint.refused_in_flight -= 1
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
         in_flight.resting += 1

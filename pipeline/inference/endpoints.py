@@ -119,6 +119,7 @@ class Endpoint:
     answered: int = 0
     refused: int = 0
     denied: int = 0  # answers in a row that say 403 or 404, after others that did not
+    refused_in_flight: int = 0  # requests that it has refused, and that wait for whether it answers any
     has_asked_for_long: bool = False  # to wait for LONG_WAIT_SECONDS, of which the user was told
     fault: str = ""  # why it did not answer when the run began
     waiting: float = 0

@@ -10,6 +10,8 @@ from time import monotonic
 
 BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
+LONGEST_STATED_SECONDS = 3600.0  # that a server may ask to wait for; a run that is told to wait longer ends
+MAX_LONG_WAITS = 3  # of one request
 MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
 MAX_DEATHS = 2  # of servers at one request, after which it is sent alone, and abandoned at the next
 FIRST_BACKOFF_SECONDS = 0.5
@@ -30,10 +32,11 @@ def backoff_seconds(failures: int) -> float:
 class RetryState:
     """How one request has failed so far."""
 
-    patience_s: float  # from the first answer that asks to wait
+    patience_s: float  # from the first answer that asks to wait, or from the end of a long wait that it asks for
     faults: int = 0  # of healthy servers
     deaths: int = 0  # of servers that it was sent to
     busy: int = 0
+    long_waits: int = 0  # beyond the patience, as a server has asked for
     _busy_until: float | None = field(default=None)
 
     @property
@@ -43,12 +46,17 @@ class RetryState:
 
     def after_busy(self, stated_s: float | None) -> float | None:
         """Return the seconds to wait after an answer that asks for it, by its own word if it has one; None to give up."""
-        self._busy_until = self._busy_until or monotonic() + self.patience_s
-        if monotonic() > self._busy_until:
+        now = monotonic()
+        self._busy_until = self._busy_until or now + self.patience_s
+        if now > self._busy_until:
             return None
         self.busy += 1
         if stated_s:
-            return min(stated_s, self.patience_s) * random.uniform(1.0, 1.2)
+            wait_s = stated_s * random.uniform(1.0, 1.2)
+            if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
+                self.long_waits += 1
+                self._busy_until = now + wait_s + self.patience_s
+            return wait_s
         return backoff_seconds(self.busy) * random.uniform(0.5, 1.5)
 
     def after_fault(self) -> float | None:

@@ -345,6 +345,28 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
         assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
+def test_a_server_that_refuses_faster_than_it_answers_is_asked_on(tmp_path: Path) -> None:
+    """As one that refuses large images at once, and takes its time for the others."""
+    large = {sample.id for sample in SAMPLES[:8]}
+    script: Script = lambda times, body: Act(status=413) if uuid_of(body) in large else Act(seconds=0.4)  # noqa: E731
+    with running_chat(ChatServer(script)) as chat:
+        _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 40})
+    assert errors == {None: ASKED - 3 * len(large), "refused_by_server": 3 * len(large)}
+
+
+def test_a_server_that_asks_to_wait_for_hours_ends_the_run(tmp_path: Path) -> None:
+    waits = Act(status=429, headers={"Retry-After": "7300"})
+    with running_chat(ChatServer()) as chat:
+        chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
+        with pytest.raises(EngineError, match="asks to wait for 2 h 2 min") as caught:
+            run(tmp_path / "j", chat.url, server={"concurrency": 1})
+    assert "the same command" in caught.value.hint
+    with running_chat(ChatServer(lambda times, body: waits)) as chat, running_chat(ChatServer()) as other:
+        chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
+        _, errors = run(tmp_path / "k", chat.url, other.url, server={"concurrency": 2})
+    assert errors == {None: ASKED}
+
+
 @pytest.mark.parametrize("status", [502, 504, 522, 529])
 def test_a_gateway_whose_server_is_away_for_a_while_costs_no_request(tmp_path: Path, status: int) -> None:
     with running_chat(ChatServer()) as chat:

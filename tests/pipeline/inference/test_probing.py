@@ -1,5 +1,6 @@
 """Probing: of each kind of server it is found out what it takes, and a run on it loses nothing."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pipeline.inference.pace import Pace
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
-from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind
+from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PLAIN, PROXY, ServerKind
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.notes import Notes
 from tests.scene_data import batch_of, scene_samples
@@ -420,3 +421,27 @@ def test_a_list_of_models_may_be_bare_or_no_list_at_all(tmp_path: Path, listed: 
     with running_chat(ChatServer()) as chat:
         errors, *_ = ask(tmp_path / "j", chat)
     assert set(errors) == {None}
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        ({"max_completion_tokens"}, "max_tokens (max_completion_tokens is sent)"),
+        (set(), "max_tokens"),
+    ],
+)
+def test_a_server_that_knows_no_max_tokens_is_asked_without(tmp_path: Path, known: set[str], told: str) -> None:
+    """Its refusal names no other limit."""
+    openai = next(kind for kind in KINDS if kind.name == "openai")
+    strict = dataclasses.replace(openai, fields=PLAIN - {"max_tokens", "max_completion_tokens"} | known)
+    with running_chat(ChatServer(kind=strict)) as chat:
+        errors, texts, _ = ask(tmp_path / "j", chat)
+    assert {*errors} == {None}
+    assert any(text.endswith(f"left out: repetition_detection, uuid, {told}") for text in texts), texts
+
+
+def test_a_limit_that_is_too_large_is_no_unknown_field(tmp_path: Path) -> None:
+    refusal = 400, {"error": {"message": "max_tokens is too large: 256. This model allows 100."}}
+    small = ServerKind(name="small", model_fields={}, extra=lambda body: refusal)
+    with running_chat(ChatServer(kind=small)) as chat, pytest.raises(EngineError, match="max_tokens is too large"):
+        ask(tmp_path / "j", chat)
