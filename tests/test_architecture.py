@@ -16,7 +16,7 @@ FILES = {
     "pipeline/cli": "__init__ __main__ captioners datasets features generate options output run_options training versions",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
-        rejections removal samples reviews schema shards statistics version""",
+        rejections removal samples reviews schema shards statistics text_columns version""",
     "pipeline/executors": "__init__ base local messages",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ export formats items",

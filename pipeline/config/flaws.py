@@ -1,6 +1,7 @@
 """Checks keys and values against the settings there are, and says what is wrong with one."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -49,6 +50,8 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
 def _flaw(error: "ErrorDetails") -> str:
     """Return what is wrong with a value, in our words."""
     value, context = error["input"], error.get("ctx", {})
+    if isinstance(value, list | tuple):
+        value = [str(item) if isinstance(item, Path) else item for item in value]
     shown = repr(value) if len(repr(value)) <= MAX_SHOWN_CHARACTERS else f"{repr(value)[:MAX_SHOWN_CHARACTERS]}..."
     is_secret = not SECRET_KEYS.isdisjoint(error["loc"])
     if is_secret:

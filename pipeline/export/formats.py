@@ -31,11 +31,13 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.text_columns import ANSWERS, CAPTIONS, QUESTION, REFERENCE_QA
 from pipeline.errors import ConfigError
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
 from pipeline.storage.own_lines import note_own_lines
 from pipeline.tables import BY_MODEL, IMAGE, STRING, WRITTEN_BY, fields
+from pipeline.tables import REFERENCE_QA as QUESTION_OF_PEOPLE
 from pipeline.tasks.boxes import BOX_FIELDS
 
 DRAFT, LINES_AT_ONCE = ".metadata.jsonl", 10_000
@@ -70,6 +72,16 @@ class _Format:
     def caption_entries(self, item: Item) -> list[dict[str, str]]:
         """Return the captions that are wanted as objects, which say who wrote each."""
         return [{"style": style, "text": text, WRITTEN_BY: item.writer(text)} for style, text in self.captions(item)]
+
+    def texts(self, item: Item) -> dict[str, Any]:
+        """Return all texts of an image, by column."""
+        return {
+            "text": item.caption(self.style),
+            "captions": self.caption_entries(item),
+            "qa": _question_entries(item),
+            "references": [*item.references],
+            REFERENCE_QA: [*item.reference_qa],
+        }
 
     def put_image(self, item: Item, folder: str) -> str:
         """Write the file of an image, unless an interrupted export has; return its path within the export."""
@@ -108,11 +120,12 @@ def _question_entries(item: Item) -> list[dict[str, str]]:
 def _with_values(about: dict[str, Any], item: Item) -> dict[str, Any]:
     """Return what a format says of an image with the values of own tasks; a name that the format uses gets an underscore.
 
-    It says who wrote its text; values of own tasks are a model's. Objects in lists say it by themselves, and references are
-    people's.
+    It says who wrote its text; but a value of an own task that has the name of a column of texts is a model's, and so all of
+    them. Objects in lists say it by themselves, and references are people's.
     """
     values = item.values
-    about = about | {WRITTEN_BY: BY_MODEL if values else item.writer(about.get("text") or "")}
+    is_like_text = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(values)
+    about = about | {WRITTEN_BY: BY_MODEL if is_like_text else item.writer(about.get("text") or "")}
     return about | {f"{name}_" if name in about else name: value for name, value in values.items()}
 
 
@@ -122,10 +135,7 @@ class ImageFolder(_Format):
     def add(self, item: Item) -> bool:
         """See Format."""
         self.put_image(item, item.split)
-        captions = self.caption_entries(item)
-        questions = _question_entries(item)
-        texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
-        about = {"file_name": item.file_name, **texts, "license": item.license, "source_row": item.source_row}
+        about = {"file_name": item.file_name, **self.texts(item), "license": item.license, "source_row": item.source_row}
         self.line(f"{item.split}/{DRAFT}", _with_values(about, item))
         return True
 
@@ -184,16 +194,15 @@ class WebDataset(_Format):
         """See Format."""
         if item.split != self._split or self._bytes >= self.shard_bytes:
             self._next_shard(item.split)
+        texts = self.texts(item)
+        text = texts.pop("text")
         about = {
-            "captions": self.caption_entries(item),
-            "qa": _question_entries(item),
-            "references": [*item.references],
+            **texts,
             "width": item.width_px,
             "height": item.height_px,
             "license": item.license,
         }
         members = {item.suffix: item.image, "json": _json(_with_values(about, item)).encode()}
-        text = item.caption(self.style)
         members |= {"txt": text.encode()} if text is not None else {}
         for suffix, data in members.items():
             self._bytes += len(data)
@@ -439,6 +448,7 @@ class Lance(_Format):
             pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
             pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
             pa.field("references", pa.list_(STRING)),
+            pa.field(REFERENCE_QA, pa.list_(QUESTION_OF_PEOPLE)),
             *fields(STRING, "values", "license", "source_row"),  # values of own tasks are JSON
         ]
     )
@@ -456,12 +466,9 @@ class Lance(_Format):
         if item.split != self._split or len(self._rows) >= ROWS_AT_ONCE:
             self._write()
             self._split = item.split
-        captions = self.caption_entries(item)
-        questions = _question_entries(item)
-        texts = {"text": item.caption(self.style), "captions": captions, "qa": questions, "references": [*item.references]}
         about = {"license": item.license, "source_row": item.source_row, "values": _json(item.values)}
         sizes = {"width": item.width_px, "height": item.height_px}
-        self._rows.append({"sample_id": item.sample_id, "image": item.image, **sizes, **texts, **about})
+        self._rows.append({"sample_id": item.sample_id, "image": item.image, **sizes, **self.texts(item), **about})
         return True
 
     def close(self) -> None:

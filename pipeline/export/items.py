@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.dataset.conversation import preferred_caption
+from pipeline.dataset.text_columns import REFERENCE_QA
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
@@ -34,6 +35,7 @@ class Item:
     of_people: frozenset[str]  # those captions and questions that people wrote
     questions: Sequence[tuple[str, str]]  # and their answers
     references: Sequence[str]
+    reference_qa: Sequence[dict[str, Any]] = ()  # questions of people, with all answers
     values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
     boxes: Sequence[dict[str, Any]] | None = None  # of own tasks of that kind; none that was answered is no empty image
     pairs: Sequence[tuple[str, str, str]] = ()  # style of captions, the best of several and the worst
@@ -62,7 +64,19 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
             raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
         raise ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
-    wanted = ["sample_id", "image", "width_px", "height_px", "licence", "source_row", "references", "captions", "qa", *own]
+    wanted = [
+        "sample_id",
+        "image",
+        "width_px",
+        "height_px",
+        "licence",
+        "source_row",
+        "references",
+        REFERENCE_QA,
+        "captions",
+        "qa",
+        *own,
+    ]
     for split, batch in version.batches([name for name in wanted if name in columns], ROWS_AT_ONCE, splits):
         for row in batch.to_pylist():
             yield _item(row, split, own)
@@ -98,6 +112,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         ),
         questions=[(pair["question"], pair["answer"]) for pair in questions],
         references=row.get("references") or (),
+        reference_qa=row.get(REFERENCE_QA) or (),
         values={task: row[task] for task in own},
         pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
         boxes=[box for boxes in answered for box in boxes] if answered else None,

@@ -20,18 +20,13 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
+from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QUESTION, SPLIT
 from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import (
-    ANSWER_TYPE,
-    ANSWERS,
-    CAPTIONS,
-    QA,
-    QUESTION,
-    SPLIT,
     captions_of_people,
     decode_text,
     describe_by_model,

@@ -26,24 +26,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.text_columns import (
+    ANSWER_TYPE,
+    ANSWERS,
+    CAPTION_COLUMNS,
+    CAPTIONS,
+    QA,
+    QUESTION,
+    REFERENCE_QA,
+    REFERENCES,
+    SPLIT,
+)
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
-from pipeline.sources.parquet import SPLIT_OF_WORD
+from pipeline.sources.parquet import SPLIT_OF_WORD, plain_batches
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
+from pipeline.text.escape import printable
 from pipeline.types import ReferenceQA
 
 _SUFFIX = re.compile(r"\.(?:[a-z]{1,5}|jp2|j2k|cr2|cr3|rw2|sr2|3fr|mp4|mp3)", re.IGNORECASE)  # of any file about a picture
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be
-REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
-CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
-QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
-HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
+HINT = (
+    "it may be COCO's or Karpathy's JSON, Parquet, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
+)
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")  # of what a model wrote
+_PARQUET = b"PAR1"  # with which such a file begins
+MAX_SHOWN_CHARACTERS = 200
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
 _WITHOUT_COMMA = re.compile(r"['\"]\s+['\"]")
 _NUMBER, _DIGITS, MAX_DIGITS = re.compile(r"([0-9]+)$"), re.compile("[0-9]+"), 18
@@ -68,7 +83,7 @@ def read_captions(path: Path) -> dict[str, Written]:
                 data = file.read(MAX_METADATA_BYTES + 1)
             if len(data) > MAX_METADATA_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        rows = list(_rows(decode_text(data).lstrip()))
+        rows = list(_rows_of_parquet(data) if data.startswith(_PARQUET) else _rows(decode_text(data).lstrip()))
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except (
@@ -81,6 +96,7 @@ def read_captions(path: Path) -> dict[str, Written]:
         AttributeError,
         RecursionError,
         csv.Error,
+        pa.ArrowException,
     ) as error:
         problem = f"{error!r}" if isinstance(error, LookupError | AttributeError | TypeError) else str(error)
         if isinstance(error, OSError) and error.strerror:
@@ -101,7 +117,7 @@ def read_captions(path: Path) -> dict[str, Written]:
         if any(about.num_by_model for about in written.values()):
             hint = f"people's are wanted here; without the values {WRITTEN_BY!r} they are taken for those"
             raise SourceError(f"a model wrote all that is in {path}", hint=hint)
-        raise SourceError(f"{path} has no caption and no question", hint=HINT)
+        raise SourceError(f"{path} has no caption and no question{_describe_form(data)}", hint=HINT)
     return dict(written)
 
 
@@ -128,6 +144,32 @@ def _rows(text: str) -> Iterator[Row]:
     if _TOKEN.fullmatch(lines[0].rstrip("\r")):
         return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
     return (_row({name.lower(): value for name, value in row.items()}) for row in read_table(text))
+
+
+def _rows_of_parquet(data: bytes) -> Iterator[Row]:
+    """Yield the rows of a table. Raise ValueError if it unpacks to very much."""
+    num_bytes = 0
+    for batch in plain_batches(pq.ParquetFile(pa.BufferReader(data))):
+        num_bytes += batch.nbytes
+        if num_bytes > MAX_METADATA_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
+        yield from (_row({name.lower(): value for name, value in row.items()}) for row in batch.to_pylist())
+
+
+def _describe_form(data: bytes) -> str:
+    """Return what a file has in place of captions: the names in its first object, or its first line."""
+    if data.startswith(_PARQUET):
+        names = pq.read_schema(pa.BufferReader(data)).names
+    else:
+        text = decode_text(data).lstrip()
+        line = text.partition("\n")[0]
+        try:
+            value = json.loads(text if text[:1] == "[" else line if line.rstrip()[-1:] == "}" else text)
+            value = value[0] if isinstance(value, list) and value else value
+            names = [*value] if isinstance(value, dict) else []
+        except ValueError:
+            names = line.strip().split(",")
+    return f": it has {printable(', '.join(map(str, names)))[:MAX_SHOWN_CHARACTERS]}" if names else ""
 
 
 def _rows_of_lines(text: str) -> Iterator[Row]:
@@ -264,10 +306,13 @@ def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_CO
 
 
 def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a row: its own, and those of a list `qa`."""
-    listed = row.get(QA)
-    rows = [row, *(one for one in listed if isinstance(one, dict))] if isinstance(listed, list) else [row]
-    return tuple(question for one in rows if (question := read_question(one)))
+    """Return the questions of a row: its own, and those of a list `qa`; of an export of ours, each once with all answers."""
+    is_export = WRITTEN_BY in row
+    lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
+    rows = [row, *(one for listed in lists if isinstance(listed, list) for one in listed if isinstance(one, dict))]
+    questions = [question for one in rows if (question := read_question(one))]
+    first = {one.question: one for one in reversed(questions)}
+    return tuple(one for one in questions if not is_export or one is first[one.question])
 
 
 def texts_by_model(row: Mapping[str, Any]) -> list[str]:

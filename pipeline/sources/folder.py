@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
+from pipeline.dataset.text_columns import CAPTION_COLUMNS, QUESTION, SPLIT
 from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -32,9 +33,6 @@ from pipeline.sources.base import (
     refuse_roles,
 )
 from pipeline.sources.captions import (
-    CAPTION_COLUMNS,
-    QUESTION,
-    SPLIT,
     captions_of_people,
     decode_text,
     describe_by_model,

@@ -16,20 +16,14 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
+from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTION_COLUMNS, CAPTIONS, QA, QUESTION, SPLIT
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import (
-    ANSWER_TYPE,
-    ANSWERS,
-    CAPTION_COLUMNS,
-    CAPTIONS,
     FILE_NAMES,
-    QA,
-    QUESTION,
-    SPLIT,
     captions_of_people,
     decode_text,
     questions_of_people,

@@ -87,8 +87,10 @@ class Task:
         return fields if self.text_field is None else {**fields, "text": fields.get(self.text_field)}
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply; None if it has no rows."""
-        rows = reply.get(self.rows_field) if self.rows_field and isinstance(reply, dict) else [reply]
+        """Return the rows of a parsed reply, which may be the bare list of them; None if it has no rows."""
+        rows: Any = [reply]
+        if self.rows_field:
+            rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
         return rows if isinstance(rows, list) and rows else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:

@@ -92,10 +92,14 @@ class OwnTask(Task):
         return self.settings.temperature
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, an empty list if it found nothing; None if it has no rows."""
+        """Return the rows of a parsed reply, an empty list if it found nothing; None if it has no rows.
+
+        A server that enforces no schema may leave out the object around a list, as Qwen2.5-VL was trained to do with boxes.
+        """
         if self.rows_field is None:
-            return [reply]
-        rows = reply.get(self.rows_field) if isinstance(reply, dict) else None
+            is_bare = isinstance(reply, list) and self.field is not None and self.value["type"] == "array"
+            return [{self.field: reply} if is_bare else reply]
+        rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
         return rows if isinstance(rows, list) else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
@@ -106,6 +110,7 @@ class OwnTask(Task):
         """See Task. A box is put into pixels of the image of the `frame`."""
         if has_surrogate(item):
             return {}, "off_schema"
+        item = self._as_asked(item)
         if flaw := find_unusable(texts_in(item)):
             return {}, flaw
         try:
@@ -120,6 +125,27 @@ class OwnTask(Task):
         if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, self.settings.coordinates)):
             return {}, flaw
         return self._columns(fields), None
+
+    def _as_asked(self, item: Any) -> Any:
+        """Return an annotation with labels as they are allowed, where case or space is other, and boxes of whole pixels."""
+        if self.settings.kind not in ("labels", "boxes"):
+            return item
+        allowed = {text.casefold(): text for text in self.allowed_texts()}
+
+        def respell(value: Any) -> Any:
+            if isinstance(value, str):
+                return allowed.get(value.strip().casefold(), value)
+            if isinstance(value, list):
+                return [respell(one) for one in value]
+            return {name: respell(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+        item = respell(item)
+        box = item.get(self.box_field) if self.box_field and isinstance(item, dict) else None
+        if (
+            isinstance(box, list) and box and all(isinstance(side, float | int) for side in box) and max(box) > 1
+        ):  # no fractions
+            return item | {self.box_field: [round(side) for side in box]}
+        return item
 
     def _columns(self, fields: Any) -> dict[str, Any]:
         if self.settings.kind == "question":

@@ -201,6 +201,30 @@ def test_an_export_of_people_says_that_they_wrote_it(version: Version, tmp_path:
     assert not any("a model wrote" in text for text in opened.messages)
 
 
+@pytest.mark.parametrize(("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")])
+def test_who_wrote_a_text_does_not_follow_from_values_but_where_they_could_be_texts(
+    version: Version, tmp_path: Path, values: dict[str, Any], writer: str
+) -> None:
+    (item, *_) = read_items(version, ["train"])
+    text = item.caption(None) or ""
+    asked = [{"question": "What?", "answers": ["a dog", "dog"], "answer_type": None}]
+    item = replace(item, of_people=frozenset([text]), values=values, reference_qa=asked)
+    export = FORMATS["imagefolder"](tmp_path, None)
+    export.add(item)
+    export.close()
+    (row,) = pq.read_table(tmp_path / "train/metadata.parquet").to_pylist()
+    assert (row["text"], row["written_by"]) == (text, writer)
+    assert row["reference_qa"] == asked
+
+
+def test_a_style_of_a_version_without_captions_is_refused(version: Version, tmp_path: Path) -> None:
+    manifest = version.manifest | {"columns": [name for name in version.manifest["columns"] if name != "captions"]}
+    manifest["measured"] = {}
+    with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style plain") as refused:
+        export_version(replace(version, manifest=manifest), "llava", tmp_path / "out", style="plain")
+    assert "leave --style out" in refused.value.hint
+
+
 def test_a_table_of_captions_is_read_as_a_list(version: Version, tmp_path: Path) -> None:
     export_version(version, "csv", tmp_path / "out")
     file = tmp_path / "out/train.csv"

@@ -6,12 +6,21 @@ import json
 import unicodedata
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import captions
-from pipeline.sources.captions import Written, captions_of_people, match_images, read_captions, read_texts
+from pipeline.sources.captions import (
+    Written,
+    captions_of_people,
+    match_images,
+    questions_of_people,
+    read_captions,
+    read_texts,
+)
 from pipeline.sources.folder import open_folder
 from pipeline.types import Sample, SourceSlice
 
@@ -316,3 +325,43 @@ def test_rows_within_an_object_are_rows(tmp_path: Path, key: str) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"info": {"year": 2024}, key: rows, "licenses": []}))
     written = read_captions(tmp_path / "c.json")
     assert {name: about.captions for name, about in written.items()} == {"a.jpg": ["A dog."], "b.jpg": ["A cat."]}
+
+
+def test_a_table_of_parquet_is_a_file_of_captions(tmp_path: Path) -> None:
+    table = pa.table({"File_Name": ["a.jpg", "b.jpg"], "caption": [["A dog.", "A brown dog."], None], "split": ["val", None]})
+    pq.write_table(table, tmp_path / "c.parquet")
+    written = read_captions(tmp_path / "c.parquet")
+    assert (written["a.jpg"].captions, written["a.jpg"].split) == (["A dog.", "A brown dog."], "validation")
+    (tmp_path / "damaged.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-20])
+    with pytest.raises(SourceError, match="cannot read"):
+        read_captions(tmp_path / "damaged.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"questions": [{"question_id": 1, "image_id": 2, "question": "Is it?"}], "license": {}}', "questions, license"),
+        ('[{"image": "a.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]', "image, conversations"),
+        ('{"image": "a.jpg", "messages": []}\n{"image": "b.jpg", "messages": []}', "image, messages"),
+        ("file_name,caption_1,caption_2\na.jpg,A dog.,A cat.", "file_name, caption_1, caption_2"),
+    ],
+)
+def test_a_file_without_captions_is_refused_with_what_it_has(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(SourceError, match=f"has no caption and no question: it has {told}"):
+        read_captions(tmp_path / "c.json")
+    pq.write_table(pa.table({"image": ["a.jpg"], "stars": [5]}), tmp_path / "c.parquet")
+    with pytest.raises(SourceError, match="has no caption and no question: it has image, stars"):
+        read_captions(tmp_path / "c.parquet")
+
+
+def test_an_export_keeps_all_answers_to_a_question() -> None:
+    asked = {"question": "What runs?", "answers": ["dog", "dog", "a dog"], "answer_type": "other"}
+    own = {"question": "What runs?", "answer": "dog", "written_by": "people"}
+    row = {"written_by": "people", "qa": [own, {**own, "question": "Where?"}], "reference_qa": [asked]}
+    assert [(one.question, one.answers) for one in questions_of_people(row)] == [
+        ("What runs?", ("dog", "dog", "a dog")),
+        ("Where?", ("dog",)),
+    ]
+    del row["written_by"]  # of somebody else
+    assert [one.answers for one in questions_of_people(row)] == [("dog",), ("dog",)]

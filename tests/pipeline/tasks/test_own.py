@@ -116,6 +116,34 @@ def test_what_a_reply_lacks_is_named_row_by_row(own: OwnTask, reply: Any, reason
     assert [error for _, error in read(own, reply)] == reasons
 
 
+@pytest.mark.parametrize(
+    ("own", "reply", "usual"),
+    [
+        (
+            task("boxes"),
+            [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}],
+            {"boxes": [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]},
+        ),
+        (task("labels"), ["lamp"], {"labels": ["lamp"]}),
+        (task("labels", labels=["lamp", "TV"]), {"labels": ["Lamp ", "tv"]}, {"labels": ["lamp", "TV"]}),
+        (
+            task("boxes"),
+            {"boxes": [{"bbox_2d": [1.4, 2, 30.0, 39.6], "label": "dog"}]},
+            {"boxes": [{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]},
+        ),
+        (task("question"), [{"question": "Who?", "answer": "me"}], {"qa": [{"question": "Who?", "answer": "me"}]}),
+    ],
+)
+def test_a_reply_is_read_as_models_write_it_where_no_schema_is_enforced(own: OwnTask, reply: Any, usual: Any) -> None:
+    assert read(own, reply) == read(own, usual)
+    assert all(error is None for _, error in read(own, reply))
+
+
+def test_fractions_of_an_image_are_no_pixels() -> None:
+    ((_, error),) = read(task("boxes"), [{"bbox_2d": [0.1, 0.2, 0.5, 1.0], "label": "dog"}])
+    assert error == "bbox_2d_int_from_float"
+
+
 def test_a_question_without_a_mark_breaks_a_rule() -> None:
     ((fields, error),) = read(task("question"), {"qa": [{"question": "Who", "answer": "me"}]})
     assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"

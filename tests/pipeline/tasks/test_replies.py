@@ -63,6 +63,8 @@ def test_one_bad_question_does_not_cost_its_siblings() -> None:
         (BRIEF, "[" * 100_000, "not_json"),
         (QA, '{"qa":[]}', "off_schema"),
         (QA, '{"qa":["x"]}', "off_schema"),
+        (QA, '["x"]', "off_schema"),
+        (QA, "[]", "off_schema"),
         (QA, '{"caption":"x"}', "off_schema"),
         (QA, "null", "off_schema"),
     ],
