@@ -227,7 +227,11 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
         if preset in DECODER_KINDS and (decoder in SCRATCH_DECODERS) != (DECODER_KINDS[preset] == "scratch"):
             hint = "name another --preset, or another --decoder"
             raise ConfigError(f"the preset {preset} is for {DECODER_KINDS[preset]}, and the decoder is {decoder}", hint=hint)
-        values = {**PRESETS.get(preset, {}), **values}
+        of_preset = dict(PRESETS.get(preset, {}))
+        for name, instead in (("epochs", "min_steps"), ("align_steps", "align_epochs")):
+            if name in values and instead not in values:  # what a file says is not undone by the preset
+                of_preset.pop(instead, None)
+        values = {**of_preset, **values}
     if "epochs" in flags:  # and no number of steps of a preset, or of a training that is over
         values = {name: value for name, value in values.items() if name not in ("steps", "min_steps")}
     if "align_steps" in flags:

@@ -5,6 +5,7 @@ warm-up and a cosine schedule. An optional third rewards captions that it draws.
 a CPU.
 """
 
+import math
 from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
@@ -43,7 +44,7 @@ from trainer.model.encoder import Encoder, load_encoder, weights_digest
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.precision import products_in
 from trainer.presets import PREFIX
-from trainer.prompts import scored_prompt
+from trainer.prompts import prompt_parts, scored_prompt
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import TargetText, train_tokenizer
 
@@ -91,6 +92,7 @@ def train(
         return metrics if rank == 0 else {}
     checkpoint = _build(version, config, sets["train"])
     checkpoint.captioner.to(device)
+    _require_positions(checkpoint, config, _texts([*sets["train"], *sets["validation"]]))
     # In each process: a language model is probed for it, before its products are rounded.
     _tell_of_texts(checkpoint, config, _texts(sets["train"]), report if rank == 0 else NullProgress())
     if rank == 0 and idle:
@@ -190,6 +192,22 @@ def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[Targ
     decoder = checkpoint.captioner.decoder
     if isinstance(decoder, PretrainedDecoder) and decoder.packing == "apart":
         progress.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
+
+
+def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:
+    """Raise TrainError if the language model has fewer positions than an image and the longest text take."""
+    decoder, tokenizer = checkpoint.captioner.decoder, checkpoint.tokenizer
+    if not isinstance(decoder, PretrainedDecoder) or decoder.max_positions == math.inf:
+        return
+    num_states = checkpoint.captioner.encoder.count_states()
+
+    def most_tokens(text: TargetText) -> int:  # each of which has at least a byte
+        prompt = prompt_parts(tokenizer.kind, text.source, text.style, text.question)
+        return sum(len(part.encode()) for part, _ in prompt) + min(len(text.text.encode()) + 2, config.max_caption_tokens)
+
+    may_be_long = (text for text in texts if num_states + most_tokens(text) > decoder.max_positions)
+    encoded = (tokenizer.encode(text, config.max_caption_tokens) for text in may_be_long)
+    decoder.require_positions(num_states, max((len(one.prompt) + len(one.target) for one in encoded), default=0))
 
 
 def _trainer_of(

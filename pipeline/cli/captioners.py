@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Style
-from pipeline.cli.output import echo, note_unfinished, say, show
+from pipeline.cli.output import echo, note_seen, note_unfinished, say, show
 from pipeline.cli.training import open_data
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
@@ -210,7 +210,13 @@ def compare(
     for folder in folders.values():
         require_checkpoint(folder)
         note_unfinished(folder)
-    shown = _images_named(images, captions, limit) if images else _images_of(open_data(data, None), split, limit)
+    if images:
+        shown = _images_named(images, captions, limit)
+    else:
+        version = open_data(data, None)
+        shown = _images_of(version, split, limit)
+        for folder in folders.values():
+            note_seen(folder, version, split)
 
     from trainer.side_by_side import compare_captioners, write_page  # see train
 

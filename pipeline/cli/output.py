@@ -42,14 +42,27 @@ def note_unfinished(captioner: Path) -> None:
 
 def note_other_data(captioner: Path, version: "Version") -> None:
     """Say that a captioner was trained on other data than a version. Of a folder that says nothing, others say why."""
+    if _data_of(captioner) not in (None, version.manifest["digest"]):
+        say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
+
+
+def _data_of(captioner: Path) -> str | None:
+    """Return the digest of the version that a captioner was trained on; None if its folder does not say it."""
     from pipeline.storage.files import read_json
 
     try:
-        trained_on = read_json(captioner / "metrics.json")["data"]["digest"]
+        return str(read_json(captioner / "config.json")["data"]["digest"])
     except (OSError, ValueError, LookupError, TypeError, SynthError):
-        return
+        return None
+
+
+def note_seen(captioner: Path, version: "Version", split: str) -> None:
+    """Say that a captioner may have learned from the images of a split."""
+    trained_on = _data_of(captioner)
     if trained_on != version.manifest["digest"]:
-        say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
+        say(f"note: {captioner} was trained on other data than {version.path}; the split may hold images it has seen")
+    elif split == "train":
+        say(f"note: {captioner} has learned from these images: the scores say how well it remembers them")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:

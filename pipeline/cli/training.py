@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, read_names
-from pipeline.cli.output import last_dataset, note_previews, note_unfinished, print_scores, say, show
+from pipeline.cli.output import last_dataset, note_previews, note_seen, note_unfinished, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import parse_dataset_path
@@ -87,19 +87,24 @@ def train(
     if not resume:
         resolve(config, **options)  # a mistake is an error before data is fetched
     version = open_data(data, images)
-    planned = plan_training(version, options, config, out, say, resume=resume)
-    settings, folder = planned.config, planned.folder
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
+    tell = say if is_first else _nothing
+    planned = plan_training(version, options, config, out, tell, resume=resume)
+    settings, folder = planned.config, planned.folder
     from trainer.train import train as train_captioner  # torch takes seconds: only once paths and settings are right
 
     texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
-    say(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
+    tell(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
     lock = DatasetDir(folder).lock() if is_first else nullcontext()
     with show_progress() as progress, translate_disk_errors(folder), lock:
         metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, progress=progress)
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
+
+
+def _nothing(_: str) -> None:
+    """Say nothing."""
 
 
 def check_checkpoint(folder: Path) -> "Checked":
@@ -171,10 +176,7 @@ def evaluate(
     from trainer.evaluate import evaluate_version
 
     loaded = load_checkpoint(checkpoint)
-    if version.manifest["digest"] != loaded.captioner.config.data.get("digest"):
-        say(f"note: this captioner was trained on other data than {version.path}; the split may hold images it has seen")
-    elif split == "train":
-        say("note: it has learned from these images: the scores say how well it remembers them")
+    note_seen(checkpoint, version, split)
     if captions:
         with translate_disk_errors(captions):  # before minutes of scoring, and without a change to what is there
             captions.parent.mkdir(parents=True, exist_ok=True)

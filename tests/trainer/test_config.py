@@ -130,3 +130,19 @@ def test_lengths_that_a_training_derived_are_not_told(tmp_path: Path) -> None:
     trained = TrainConfig(epochs=3, evaluate_epochs=0.5, align_epochs=0.2).with_defaults(100)
     write_json(tmp_path / "train.json", trained.model_dump(mode="json"))
     assert resolve(tmp_path / "train.json").without_effect() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("preset: photos-few\nepochs: 2\n", {"epochs": 2, "min_steps": 0}),
+        ("preset: photos-few\nepochs: 2\nmin_steps: 7\n", {"epochs": 2, "min_steps": 7}),
+        ("preset: photos-few\n", {"epochs": 40, "min_steps": 400}),
+        ("preset: photos-lm\ndecoder: qwen3\nalign_steps: 0\n", {"align_steps": 0, "align_epochs": 0.0}),
+        ("preset: photos-lm\ndecoder: qwen3\n", {"align_epochs": 1.0}),
+    ],
+)
+def test_a_preset_does_not_undo_what_a_file_says(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    config = resolve(tmp_path / "c.yaml")
+    assert {name: getattr(config, name) for name in expected} == expected

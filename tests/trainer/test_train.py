@@ -957,3 +957,16 @@ def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version,
     tested = [json.loads(line)["sample_id"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     evaluated = evaluate_version(load_checkpoint(tmp_path), version, "test")["each"]
     assert [row["sample_id"] for row in evaluated] == tested == sorted(tested)
+
+
+def test_texts_that_are_too_long_for_a_language_model_are_refused_before_the_first_step(
+    version: Version, tmp_path: Path, clip: str
+) -> None:
+    save_language_model(tmp_path / "lm", "llama")
+    settings = json.loads((tmp_path / "lm/config.json").read_text())
+    (tmp_path / "lm/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 70}))
+    config = replace(encoder=clip, decoder=str(tmp_path / "lm"), steps=2, max_caption_tokens=64)
+    with pytest.raises(TrainError, match="positions, and the language model has 70") as refused:
+        train(version, config, tmp_path / "c")
+    assert "--encoder-states" in refused.value.hint
+    assert not (tmp_path / "c").exists()

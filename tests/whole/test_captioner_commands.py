@@ -206,8 +206,14 @@ def test_captioners_are_compared_on_named_images_and_on_a_version(
     assert {Path(row["image"]).name: row["references"] for row in printed["images"]}["2.png"] == ["A cat.", "A black cat."]
     compare(captioners, images=images, out=tmp_path / "c.html", as_json=True)  # of which nobody has said anything
     assert json.loads(capsys.readouterr().out)["scored_images"] == 0 and "<html" in (tmp_path / "c.html").read_text()
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    config["data"] = {"digest": version.manifest["digest"]}
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
     compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'one'} has learned from these images" in said.err
+    assert f"{tmp_path / 'other'} was trained on other data" in said.err
+    printed = json.loads(said.out)
     assert len(printed["images"]) == 4 == printed["scored_images"]
     assert "<html" in (tmp_path / "b.html").read_text()
 

@@ -98,6 +98,12 @@ class Encoder(nn.Module):
         prepared: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return prepared
 
+    @torch.inference_mode()
+    def count_states(self) -> int:
+        """Return how many hidden states of an image a decoder reads."""
+        device = next(self.parameters()).device
+        return int(self(self.pixels([_TEST_IMAGE]).to(device)).shape[1])
+
     def key(self) -> str:
         """Return a digest of the encoder's settings and of every weight."""
         about: list[Any] = [self.config.model, self.config.processor, self.config.layer]

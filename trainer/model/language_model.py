@@ -112,7 +112,7 @@ class PretrainedDecoder(nn.Module):
         self, prefix_BPD: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
     ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
-        self._require_positions(prefix_BPD.shape[1], texts.ids_CT.shape[1])
+        self.require_positions(prefix_BPD.shape[1], texts.ids_CT.shape[1])
         packed = pack(texts, len(prefix_BPD)) if self.packing != "apart" else None
         if packed is None or self._window < prefix_BPD.shape[1] + packed.ids_BS.shape[1]:
             texts = texts.to(prefix_BPD.device)
@@ -127,13 +127,13 @@ class PretrainedDecoder(nn.Module):
         head = self.model.get_output_embeddings()
         return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self._probed.form)
 
-    def _require_positions(self, num_states: int, num_tokens: int) -> None:
+    def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
         """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
         if num_states + num_tokens > self.max_positions:
             problem = (
                 f"an image of {num_states} states and a text of {num_tokens} tokens need {num_states + num_tokens} positions"
             )
-            hint = "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
+            hint = hint or "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
             raise TrainError(f"{problem}, and the language model has {self.max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
@@ -259,7 +259,7 @@ class PretrainedDecoder(nn.Module):
 
     def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
         """Return what `generate` of transformers does for a prompt behind images."""
-        self._require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1)
+        self.require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1, hint="ask a shorter question")
         max_tokens = int(min(max_tokens, self.max_positions - prefix_BPD.shape[1] - prompt_BT.shape[1]))
         words_BTD = self.model.get_input_embeddings()(prompt_BT)
         embeds_BLD = torch.cat([prefix_BPD.to(words_BTD.dtype), words_BTD], 1)

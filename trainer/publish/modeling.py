@@ -156,6 +156,7 @@ class _Prefixed(nn.Module):
         super().__init__()
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
         self.width = self.model.get_input_embeddings().embedding_dim
+        self.positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
@@ -303,10 +304,18 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Return token ids, the prompt first, as `GenerationMixin.generate` does with these options.
 
-        Images are encoded once, whatever the number of beams.
+        Images are encoded once, whatever the number of beams. A text ends where the language model has no more positions.
+        Raises ValueError if it has none for a text.
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
+        if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.positions:
+            left = self.decoder.positions - options["image_states"].shape[1] - input_ids.shape[1]
+            if left < 1:
+                raise ValueError(f"a prompt of {input_ids.shape[1]} tokens leaves no room for a text: ask a shorter question")
+            most = options.get("max_new_tokens", (options.get("generation_config") or self.generation_config).max_new_tokens)
+            if "max_length" not in options and (most is None or most > left):
+                options["max_new_tokens"] = left
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
             options.setdefault("early_stopping", "never")  # a longer text may have the better mean
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
@@ -326,9 +335,12 @@ class SynthCaptionerProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
         """Return `pixel_values`, `input_ids` and `attention_mask` of images (PIL, paths or URLs), with one text or one each.
 
-        Raises ValueError for a question to a captioner that has learned no answers.
+        Raises ValueError for a question to a captioner that has learned no answers, and without an image.
         """
-        images = images if isinstance(images, list | tuple) else [images]
+        if images is None:
+            raise ValueError('a captioner needs an image: images=..., and of a pipeline text="" beside it')
+        is_batch = getattr(images, "ndim", 0) == 4  # of an array or tensor
+        images = list(images) if is_batch or isinstance(images, list | tuple) else [images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
             raise ValueError(f"there are {len(images)} images and {len(texts)} texts")

@@ -229,14 +229,11 @@ def _config(captioner: CaptionerModel, processor: dict[str, Any]) -> dict[str, A
     }
 
 
-@torch.inference_mode()
 def _text_positions(captioner: CaptionerModel) -> int | None:
     """Return how many tokens a prompt and its text may have behind an image; None if that has no end."""
     if captioner.decoder.max_positions == math.inf:
         return None
-    encoder = captioner.encoder
-    num_states: int = encoder(encoder.pixels([Image.new("RGB", (8, 8))])).shape[1]
-    return int(captioner.decoder.max_positions) - num_states
+    return int(captioner.decoder.max_positions) - captioner.encoder.count_states()
 
 
 def _start(loaded: Checkpoint) -> dict[str, int]:

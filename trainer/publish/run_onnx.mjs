@@ -77,6 +77,10 @@ function promptOf({ prompts, kind, usual_style: usual }, tokenizer, text) {
     }
     const source = sources.includes('human') ? 'human' : sources[0];
     const ids = (words) => Array.from(tokenizer.encode(words, { add_special_tokens: false }), Number);
+    const special = question && ids(question).find((id) => tokenizer.decode([id]) && !tokenizer.decode([id], { skip_special_tokens: true }));
+    if (special != null && special !== '') {
+        throw new Error(`the question holds ${tokenizer.decode([special])}, which is a token of its own here`);
+    }
     if (kind === 'pretrained') {
         return ids(question ? ` Question: ${question} Answer:` : ` A ${style} caption (${source}):`);
     }

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -80,6 +81,7 @@ class CaptionServer:
     seconds: float = 0.0
     held_requests: int = 0
     held_bytes: int = 0
+    _num_states: int = 0  # of an image, once it is asked for
     batcher: Batcher = field(init=False)
     model_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS))
@@ -193,7 +195,7 @@ class CaptionServer:
             except TrainError as error:  # such as of a question that is too long for the model
                 raise RefusedError(str(error)) from None
             kept = ids[: asked.max_tokens]
-            is_cut = len(kept) < len(ids) or len(ids) == self.captioner.checkpoint.captioner.config.max_caption_tokens
+            is_cut = len(kept) < len(ids) or len(ids) == self._most_tokens(len(prompt))
             text, has_stopped = until(asked, self.captioner.checkpoint.tokenizer.decode(kept))
             is_cut = is_cut and not has_stopped
             tokens = (len(prompt), len(kept))
@@ -258,6 +260,14 @@ class CaptionServer:
         seen.seen.save(picture, "PNG")
         address = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
         return web.json_response(seen.values() | {"seen": address})
+
+    def _most_tokens(self, prompt_tokens: int) -> int:
+        """Return how many tokens a text has that was cut by the captioner and not by a request."""
+        captioner = self.captioner.checkpoint.captioner
+        if captioner.decoder.max_positions == math.inf:
+            return captioner.config.max_caption_tokens
+        self._num_states = self._num_states or captioner.encoder.count_states()
+        return captioner.most_tokens(self._num_states, prompt_tokens)
 
     def _prompt(self, style: str | None, question: str) -> list[int]:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -24,7 +24,7 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
-from trainer.model.language_model import load_decoder, new_decoder
+from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.publish.files import transformers_files
 from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TargetText, train_tokenizer
@@ -201,6 +201,10 @@ def test_half_precision_arrays_and_tensors_are_taken(checkpoint: Path, photos: l
     )
     with pytest.raises(ValueError, match="a captioner needs an image"):
         model.generate(input_ids=torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match=r'a captioner needs an image: images=\.\.\., and of a pipeline text=""'):
+        processor(text="a photo")
+    batch = processor(images=torch.stack([tensor, tensor]), text=["", "detailed"])["pixel_values"]
+    assert torch.equal(batch, same[:2])
 
 
 def test_our_own_loader_takes_what_was_published(checkpoint: Path, tmp_path: Path) -> None:
@@ -259,3 +263,32 @@ def test_a_published_captioner_writes_with_the_beams_that_were_scored(
     asked = model.generate(ids, image_states=states, num_beams=beams)
     assert model.generate(ids, image_states=states).tolist() == asked.tolist()
     assert settings.get("num_beams", 1) == beams
+
+
+def test_a_published_captioner_ends_a_text_where_its_language_model_has_no_more_positions(
+    photos: list[Path], tmp_path: Path
+) -> None:
+    _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
+    question = TargetText("synthetic", "", question=QUESTIONS[0])
+    num_states, prompt_tokens = 5, len(tokenizer.prompt(question))
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258}
+    sizes["n_positions"] = num_states + prompt_tokens + 3
+    decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
+    captioner = build_captioner(
+        load_encoder(save_vit(tmp_path / "vit")), decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={}
+    )
+    strengthen(captioner, 8)
+    (tmp_path / "c").mkdir()
+    Checkpoint(captioner, tokenizer).save(tmp_path / "c")
+    folder = publish(tmp_path / "c", tmp_path / "p")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    for options in ({}, {"max_new_tokens": 12}, {"num_beams": 2}):
+        written = model.generate(**processor(images=photos[:4], text=QUESTIONS[0]), **options)
+        assert written.shape[1] <= prompt_tokens + 3
+    assert model.generate(**processor(images=photos[0], text=QUESTIONS[0]), max_new_tokens=2).shape[1] <= prompt_tokens + 2
+    expected = ours(load_checkpoint(tmp_path / "c", torch.device("cpu")), photos[:4], question)
+    rows = model.generate(**processor(images=photos[:4], text=QUESTIONS[0]))[:, prompt_tokens:].tolist()
+    assert [row[: row.index(257)] if 257 in row else row for row in rows] == expected
+    with pytest.raises(ValueError, match="leaves no room for a text: ask a shorter question"):
+        model.generate(**processor(images=photos[0], text="What is " * 9 + "?"))

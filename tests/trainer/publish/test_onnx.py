@@ -234,6 +234,18 @@ def test_the_program_of_an_export_names_an_image_that_it_cannot_read_and_goes_on
     assert "bad.jpg cannot be captioned" in done.stderr and str(photos[0]) in done.stdout
 
 
+def test_a_question_that_names_a_token_is_refused_in_node(exported: Path, photos: list[Path], node_modules: Path) -> None:
+    """Python takes the name for a text; transformers.js would take it for the token."""
+    (exported / "node_modules").symlink_to(node_modules)
+    program = ["node", str(exported / "caption.mjs"), str(photos[0]), "--text"]
+    said = [
+        subprocess.run([*program, text], capture_output=True, text=True, timeout=300) for text in ("Is <eos> a dog?", QUESTION)
+    ]
+    (exported / "node_modules").unlink()
+    assert [done.returncode for done in said] == [1, 0]
+    assert "the question holds <eos>, which is a token of its own here" in said[0].stderr
+
+
 def test_a_text_ends_where_a_language_model_has_no_more_positions(
     photos: list[Path], node_modules: Path, tmp_path: Path
 ) -> None:

@@ -118,13 +118,21 @@ def test_two_hundred_requests_at_once_are_all_answered_and_share_batches(caption
     assert 'requests_total{status="200"} 200' in metrics
 
 
-def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(url: str, captioner: Captioner) -> None:
+def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(
+    url: str, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, whole, headers = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed")))
     assert content_of(whole) == captioner.caption(png(1), style="detailed")[0]
     assert whole["usage"]["total_tokens"] == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
     _, cut, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed", max_tokens=1)))
     assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (1, "length")
     assert "script-src 'self'" in headers["Content-Security-Policy"]
+    model = captioner.checkpoint.captioner
+    room = model.encoder.count_states() + whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
+    with monkeypatch.context() as few:
+        few.setattr(model.decoder, "max_positions", room, raising=False)  # it ends where the model has no more positions
+        _, ended, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed")))
+    assert (content_of(ended), ended["choices"][0]["finish_reason"]) == (content_of(whole), "length")
     status, events, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed", stream=True)))
     assert status == 200 and events.endswith("data: [DONE]\n\n")
     assert json.loads(events.split("\n\n")[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == content_of(whole)
