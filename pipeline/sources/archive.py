@@ -37,7 +37,7 @@ from pipeline.sources.captions import (
 )
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
-from pipeline.sources.folder import OF_EVERY_IMAGE, describe_metadata, parse_metadata
+from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, parse_metadata
 from pipeline.sources.parquet import describe_held_out, split_of_path
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice

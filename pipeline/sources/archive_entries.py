@@ -22,7 +22,8 @@ from typing import IO, Any, BinaryIO, Literal, cast
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import MAX_METADATA_BYTES
-from pipeline.sources.folder import METADATA_FILES, UNREAD_SUFFIXES
+from pipeline.sources.local_files import UNREAD_SUFFIXES
+from pipeline.sources.metadata_files import METADATA_FILES
 from pipeline.storage.untrusted import is_hidden
 
 TEXT_SUFFIXES = (".txt", ".json")

@@ -32,8 +32,8 @@ from pipeline.sources.captions import (
     read_table,
 )
 from pipeline.sources.columns import stored_split
-from pipeline.sources.folder import REFUSALS, digest_or_fault
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
+from pipeline.sources.local_files import REFUSALS, digest_or_fault
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import WRITTEN_BY
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.config.files import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
-from pipeline.sources import folder, open_source
+from pipeline.sources import metadata_files, open_source
 from pipeline.sources.folder import open_folder
 from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
@@ -211,7 +211,7 @@ def test_a_slice_reads_the_captions_of_its_own_images_only(tmp_path: Path, monke
         opened.extend([path.name] if path.suffix == ".txt" else [])
         return read_regular(path, *arguments, **options)
 
-    monkeypatch.setattr("pipeline.sources.folder.read_regular", count)
+    monkeypatch.setattr("pipeline.sources.references.read_regular", count)
     source = open_folder(tmp_path, SourceSlice(1, 3))
     rows = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
     assert rows == {"1.png": ("Caption 1.",), "4.png": ("Caption 4.",)}
@@ -346,7 +346,7 @@ def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: P
     fill(tmp_path)
     path = tmp_path / "metadata.parquet"
     pq.write_table(pa.table({"file_name": ["a.JPG"] * 500, "text": [f"A dog {number}." for number in range(500)]}), path)
-    monkeypatch.setattr("pipeline.sources.folder.MAX_METADATA_BYTES", 5000)
+    monkeypatch.setattr("pipeline.sources.metadata_files.MAX_METADATA_BYTES", 5000)
     with pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)
     path.write_bytes(b"PAR1 and no more")
@@ -465,6 +465,6 @@ def test_a_table_of_metadata_that_repeats_a_large_value_takes_no_memory(
     names = pa.array(["a.png"] * rows)
     pq.write_table(pa.table({"file_name": names, "caption": large}), tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(folder, "MAX_METADATA_BYTES", 10_000_000)
+    monkeypatch.setattr(metadata_files, "MAX_METADATA_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)

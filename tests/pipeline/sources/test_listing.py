@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
-from pipeline.sources.folder import digest_or_fault
+from pipeline.sources.local_files import digest_or_fault
 from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
 from tests.hub.datasets import photo
 

@@ -1,0 +1,114 @@
+"""Find and open the files of a source on this disk."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.sources.base import first_names
+from pipeline.sources.file_digests import ImageIds, digest_of_file
+from pipeline.storage.own_lines import OWN_LINES
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular
+from pipeline.types import Rejected
+
+UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
+    f".{name}"
+    for name in (
+        "jp2", "j2k", "jpx", "jxl", "psd", "svg", "svgz", "tga", "ico", "icns", "sgi", "eps", "exr", "hdr", "ppm", "pgm", "pbm",
+        "pnm", "qoi", "xcf", "raw", "cr2", "cr3", "nef", "nrw", "arw", "srf", "dng", "orf", "rw2", "raf", "pef", "sr2", "3fr",
+    )
+)  # fmt: skip
+UNREADABLE_FOLDER = "unreadable_folder"
+REFUSALS = {  # by reason, without a path of this machine
+    OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
+    NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
+    TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
+}
+
+
+@dataclass(slots=True)
+class FolderContent:
+    """The files under a folder by what they are for."""
+
+    images: list[Path] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)  # images in other formats, and folders that cannot be listed
+    others: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)  # to folders, which are not entered
+    hidden: list[Path] = field(default_factory=list)  # files and folders that systems and programs keep there for themselves
+
+
+def list_files(root: Path) -> FolderContent:
+    """Return all files under a folder. Folders that links lead to are not entered: a link to a parent would never end."""
+    content = FolderContent()
+    waiting = [root]  # not os.walk, which recurses: a tree may be deeper than Python's stack
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            name, detail = row_name(folder, root), error.strerror or "unknown"
+            content.rejected.append(Rejected(source_row=name, reason=UNREADABLE_FOLDER, detail=detail))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if is_hidden(entry.name):
+                content.hidden.append(path)
+                continue
+            is_link = entry.is_symlink()
+            if path.is_dir() if is_link else entry.is_dir():  # a link to itself is an error for an entry, and none for a path
+                (content.links if is_link else waiting).append(path)
+                continue
+            suffix = path.suffix.lower()
+            if suffix in UNREAD_SUFFIXES:
+                detail = f"{suffix} files are not read: convert them to JPEG or PNG"
+                content.rejected.append(Rejected(source_row=row_name(path, root), reason="unsupported_format", detail=detail))
+            else:
+                (content.images if suffix in IMAGE_SUFFIXES else content.others).append(path)
+    content.others.sort(key=lambda path: row_name(path, root))
+    return content
+
+
+def count_by_suffix(paths: Iterable[Path]) -> str:
+    """Return how many files there are of each suffix, with the first names: `2 .mp4 (a.mp4, b.mp4), 1 .txt (notes.txt)`."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
+    most_first = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))
+    return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
+
+
+def describe_folders(content: FolderContent) -> list[str]:
+    """Return which folders cannot be read."""
+    folders = sorted(row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER)
+    return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
+
+
+def describe_links(content: FolderContent) -> list[str]:
+    """Return which links to folders are not entered."""
+    names = sorted(path.name for path in content.links)
+    return [f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"] if names else []
+
+
+def describe_hidden(content: FolderContent) -> list[str]:
+    """Return which hidden files and folders are not read, but for the notes of synth itself."""
+    names = sorted(path.name for path in content.hidden if path.name != OWN_LINES)
+    return [f"hidden, and not read: {len(names):,} ({first_names(names)})"] if names else []
+
+
+def row_name(path: Path, root: Path) -> str:
+    """Return the path relative to the root; bytes that are not UTF-8 become escapes."""
+    return os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace")
+
+
+def digest_or_fault(
+    path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES, ids: ImageIds | None = None
+) -> str:
+    """Return the sha256 of a file, or that it cannot be read, and add it to `ids`."""
+    try:
+        return digest_of_file(path, partial(open_regular, path, bound, max_bytes), ids)
+    except (OSError, ValueError, UnsafeFileError):
+        if ids is not None:
+            ids.add()
+        return "unreadable"
