@@ -26,19 +26,13 @@ from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.captions import (
-    captions_of_people,
-    decode_text,
-    describe_by_model,
-    questions_of_people,
-    read_split,
-    spelled_alike,
-    texts_by_model,
-)
 from pipeline.sources.columns import stored_split
 from pipeline.sources.file_digests import digest_of_file
+from pipeline.sources.image_names import spelled_alike
 from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, parse_metadata
 from pipeline.sources.parquet import describe_held_out, split_of_path
+from pipeline.sources.row_texts import captions_of_people, describe_by_model, questions_of_people, read_split, texts_by_model
+from pipeline.sources.text_tables import decode_text
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 

@@ -19,10 +19,11 @@ from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
-from pipeline.sources.captions import FILE_NAMES, TEXT_KEYS, list_in_cell, read_question, read_texts
+from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
+from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice

@@ -17,7 +17,6 @@ from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, check_samples, refuse_roles
-from pipeline.sources.captions import describe_by_model
 from pipeline.sources.file_digests import ImageIds
 from pipeline.sources.local_files import (
     REFUSALS,
@@ -32,6 +31,7 @@ from pipeline.sources.local_files import (
 )
 from pipeline.sources.metadata_files import METADATA_FILES, OF_EVERY_IMAGE
 from pipeline.sources.references import References, add_caption_files, add_splits_of_folders, read_references, texts_of_revision
+from pipeline.sources.row_texts import describe_by_model
 from pipeline.storage.untrusted import UnsafeFileError, read_with_status
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlice

@@ -22,18 +22,12 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
-from pipeline.sources.captions import (
-    FILE_NAMES,
-    captions_of_people,
-    decode_text,
-    questions_of_people,
-    read_lines,
-    read_split,
-    read_table,
-)
+from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.columns import stored_split
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.local_files import REFUSALS, digest_or_fault
+from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_split
+from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import WRITTEN_BY
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -100,7 +94,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
 def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a list with their numbers; of a text, those of its lines."""
     if suffix in TABLE_SUFFIXES:
-        return list(enumerate(read_table(text), 1))
+        return list(enumerate(read_csv(text), 1))
     if suffix in JSON_SUFFIXES:
         rows = json.loads(text) if text.lstrip().startswith("[") else list(read_lines(text))
         if not all(isinstance(row, dict) for row in rows):

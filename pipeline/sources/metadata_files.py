@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from pipeline.dataset.text_columns import CAPTION_COLUMNS, QUESTION
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
-from pipeline.sources.captions import decode_text, read_lines, read_table
-from pipeline.sources.parquet import plain_batches
+from pipeline.sources.parquet import read_plain_rows
+from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -50,7 +50,7 @@ def parse_metadata(data: bytes, name: str) -> list[dict[str, Any]]:
         if name.endswith(".parquet"):
             rows = _read_parquet(data)
         elif name.endswith(".csv"):
-            rows = list(read_table(decode_text(data), is_quoted=True))
+            rows = list(read_csv(decode_text(data), is_quoted=True))
         else:
             rows = list(read_lines(decode_text(data)))
         named = [row for row in rows if row.get("file_name")]
@@ -62,15 +62,7 @@ def parse_metadata(data: bytes, name: str) -> list[dict[str, Any]]:
 
 
 def _read_parquet(data: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a table. Raise ValueError if it is larger than its file may be."""
-    table = pq.ParquetFile(pa.BufferReader(data))
-    if "file_name" not in table.schema_arrow.names:  # another program's table of that name
+    """Return the rows of a table. Raise ValueError if it unpacks to very much."""
+    if "file_name" not in pq.read_schema(pa.BufferReader(data)).names:  # another program's table of that name
         return []
-    rows: list[dict[str, Any]] = []
-    num_bytes = 0
-    for batch in plain_batches(table):  # a value of a dictionary may stand in every row
-        num_bytes += batch.nbytes
-        if num_bytes > MAX_METADATA_BYTES:
-            raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        rows += batch.to_pylist()
-    return rows
+    return list(read_plain_rows(data, MAX_METADATA_BYTES))

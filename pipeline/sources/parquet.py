@@ -131,11 +131,16 @@ class Tables:
         return schema
 
 
-def plain_batches(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a file in batches that take little memory each."""
+def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a small table. Raise ValueError once they are larger than `max_bytes`: few bytes may hold very many."""
+    parquet, num_bytes = pq.ParquetFile(pa.BufferReader(data)), 0
     for group in range(parquet.num_row_groups):
-        batch_rows = _batch_rows(parquet, group, parquet.schema_arrow.names)
-        yield from map(_plain, parquet.iter_batches(batch_rows, row_groups=[group]))
+        for batch in parquet.iter_batches(_batch_rows(parquet, group, parquet.schema_arrow.names), row_groups=[group]):
+            plain = _plain(batch)
+            num_bytes += plain.nbytes
+            if num_bytes > max_bytes:
+                raise ValueError(f"it unpacks to more than {max_bytes:,} bytes")
+            yield from plain.to_pylist()
 
 
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:

@@ -10,20 +10,12 @@ from typing import Any
 from pipeline.dataset.text_columns import SPLIT
 from pipeline.errors import SourceError
 from pipeline.sources.base import as_text, first_names
-from pipeline.sources.captions import (
-    captions_of_people,
-    describe_unknown,
-    match_images,
-    most_held_out,
-    questions_of_people,
-    read_captions,
-    read_split,
-    spelled_alike,
-    texts_by_model,
-)
+from pipeline.sources.captions import read_captions
+from pipeline.sources.image_names import describe_unknown, match_images, spelled_alike
 from pipeline.sources.local_files import row_name
 from pipeline.sources.metadata_files import METADATA_FILES, describe_metadata, read_metadata
 from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
+from pipeline.sources.row_texts import captions_of_people, most_held_out, questions_of_people, read_split, texts_by_model
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.types import ReferenceQA

@@ -13,15 +13,10 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import captions
-from pipeline.sources.captions import (
-    Written,
-    captions_of_people,
-    match_images,
-    questions_of_people,
-    read_captions,
-    read_texts,
-)
+from pipeline.sources.captions import read_captions
 from pipeline.sources.folder import open_folder
+from pipeline.sources.image_names import Written, match_images
+from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_texts
 from pipeline.types import Sample, SourceSlice
 
 COCO = {

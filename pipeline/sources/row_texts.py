@@ -1,0 +1,142 @@
+"""Read what people wrote about an image from a row: captions, questions, its split; and tell it from what a model wrote."""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pipeline.dataset.text_columns import (
+    ANSWER_TYPE,
+    ANSWERS,
+    CAPTION_COLUMNS,
+    CAPTIONS,
+    QA,
+    QUESTION,
+    REFERENCE_QA,
+    REFERENCES,
+)
+from pipeline.sources.parquet import SPLIT_OF_WORD
+from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
+from pipeline.types import ReferenceQA
+
+TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be
+_PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")  # of what a model wrote
+_WITHOUT_COMMA = re.compile(r"['\"]\s+['\"]")
+
+
+def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the captions of a row: the texts in the first of these columns that has a value, if people wrote them.
+
+    Of a row that is a model's, they are those in lists of objects, each of which says by itself who wrote it.
+    """
+    value = next((row[name] for name in names if row.get(name)), None)
+    if _is_by_model(row):
+        value = [one for one in value if isinstance(one, dict) and WRITTEN_BY in one] if isinstance(value, list) else None
+    return texts_of_value(value)
+
+
+def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
+    """Return the captions of a row; of an export of ours also those in its column `references`, each once."""
+    references = texts_of_value(row.get(REFERENCES)) if WRITTEN_BY in row else []
+    if not references:
+        return read_texts(row, names)
+    texts: dict[str, str] = {}
+    for text in (*read_texts(row, names), *references):
+        texts.setdefault(" ".join(text.split()), text)  # a caption in a version is tidy, and a reference as it was given
+    return [*texts.values()]
+
+
+def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
+    """Return the questions of a row: its own, and those of a list `qa`; of an export of ours, each once with all answers."""
+    is_export = WRITTEN_BY in row
+    lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
+    rows = [row, *(one for listed in lists if isinstance(listed, list) for one in listed if isinstance(one, dict))]
+    questions = [question for one in rows if (question := read_question(one))]
+    first = {one.question: one for one in reversed(questions)}
+    return tuple(one for one in questions if not is_export or one is first[one.question])
+
+
+def texts_by_model(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of which a row, or an object in a list of it, says that a model wrote them, each once."""
+    listed = (one for name in (*CAPTIONS, QA) if isinstance(row.get(name), list) for one in row[name])
+    by_model = [one for one in (row, *listed) if isinstance(one, Mapping) and _is_by_model(one)]
+    texts = (one.get(name) for one in by_model for name in (*CAPTIONS, QUESTION))
+    return [text for text in dict.fromkeys(text for text in texts if isinstance(text, str)) if text]
+
+
+def describe_by_model(count: int, place: str = "") -> list[str]:
+    """Return what a user should know of texts that are left out, since a model wrote them."""
+    return [f"texts that a model wrote, which are none of people{place}: {count:,}"] if count else []
+
+
+def _is_by_model(row: Mapping[str, Any]) -> bool:
+    prompt_id = row.get("prompt_id")  # of a caption in a version; that of an own file says nothing here
+    is_of_version = isinstance(prompt_id, str) and _PROMPT_ID.fullmatch(prompt_id) is not None
+    return row.get(WRITTEN_BY) == BY_MODEL or is_of_version
+
+
+def read_split(value: Any) -> str | None:
+    """Return the split of a word such as `val`. Raise ValueError for an unknown one, whose images could land anywhere."""
+    word = str(value).strip().casefold() if value else ""
+    if word and word not in SPLIT_OF_WORD:
+        raise ValueError(f"{value!r} is not a split: it may be train, validation, test, or a usual word for one of them")
+    return SPLIT_OF_WORD.get(word)
+
+
+def read_question(row: Mapping[str, Any]) -> ReferenceQA | None:
+    """Return the question of a row with a column `question` and one of `answers` or `answer`; None if people wrote none."""
+    if _is_by_model(row):
+        return None
+    question = row.get(QUESTION)
+    answers = next((texts_of_value(row[key], _answer) for key in ANSWERS if row.get(key) not in (None, "", [])), [])
+    if not isinstance(question, str) or not question.strip() or not answers:
+        return None
+    kind = row.get(ANSWER_TYPE)
+    return ReferenceQA(question=_encodable(question.strip()), answers=tuple(answers), answer_type=str(kind) if kind else None)
+
+
+def texts_of_value(value: Any, text_of: Callable[[Any], str] = lambda item: item if isinstance(item, str) else "") -> list[str]:
+    """Return the texts in a value: itself, those of lists, or those of objects with a `raw`, `caption`, `text` or `answer`."""
+    if isinstance(value, list):
+        return [text for item in value for text in texts_of_value(item, text_of)]
+    if isinstance(value, dict):
+        if _is_by_model(value):
+            return []
+        return texts_of_value(next((value[key] for key in TEXT_KEYS if key in value), None), text_of)
+    if isinstance(value, str) and (listed := list_in_cell(value)) is not None:
+        return texts_of_value(listed, text_of)
+    text = _encodable(text_of(value)).strip()
+    return [text] if text else []
+
+
+def list_in_cell(text: str) -> list[Any] | None:
+    """Return the list that stands in a cell of a table as JSON, or as Python writes it; None for any other text."""
+    if not (text[:1] == "[" and text[-1:] == "]"):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        if parse is ast.literal_eval and _WITHOUT_COMMA.search(text):  # as numpy writes a list: Python would join its texts
+            return None
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = parse(text)
+            return value if isinstance(value, list) else None
+    return None
+
+
+def _answer(value: Any) -> str:
+    """Return an answer as people say it: yes for true, 2 for 2.0, nothing for null."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_missing = value is None or value != value  # NaN
+    return "" if is_missing else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _encodable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def most_held_out(one: str | None, other: str | None) -> str | None:
+    """Return the split, of two that an image is said to be in, that is held out more."""
+    return max(one, other, key=SPLIT_RANK.__getitem__)
