@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.config.files import current_settings
 from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
-from pipeline.dataset.version import MANIFEST, Version, dataset_dir_of, read_version
+from pipeline.dataset.version import MANIFEST, NewerVersionError, Version, dataset_dir_of, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import read_json, read_table, write_json
@@ -126,9 +126,18 @@ class DatasetDir:
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def versions(self) -> list[Version]:
-        """Return all finished versions, oldest first."""
-        folders = (self.path / "versions").glob("v*")
-        return sorted(read_version(folder) for folder in folders if (folder / MANIFEST).exists())
+        """Return all finished versions, oldest first. Raise StoreError if one is damaged."""
+        versions: list[Version] = []
+        for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
+            try:
+                versions.append(read_version(manifest.parent))
+            except NewerVersionError:
+                raise
+            except StoreError as error:
+                name = manifest.parent.name
+                hint = f"move {manifest.parent} away, or remove it: synth versions rm {name} --data {self.path}"
+                raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
+        return sorted(versions)
 
     def readable_versions(self) -> list[Version]:
         """Return the versions whose manifests can be read, oldest first: others may be damaged."""

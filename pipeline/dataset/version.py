@@ -190,6 +190,10 @@ def parse_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups())
 
 
+class NewerVersionError(StoreError):
+    """Raised for a version that a later release has made."""
+
+
 def read_version(folder: Path) -> Version:
     """Open a version folder. In the Hub's cache (.../snapshots/COMMIT) its files are links into the same repository's cache.
 
@@ -210,7 +214,7 @@ def read_version(folder: Path) -> Version:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise StoreError(f"not a version: {folder} ({error})", hint="pass a dataset folder or one of its versions") from None
     if newer:
-        raise StoreError(f"{folder} was made by a newer synth", hint="upgrade synth")
+        raise NewerVersionError(f"{folder} was made by a newer synth", hint="upgrade synth")
     return Version(folder, manifest)
 
 

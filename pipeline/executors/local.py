@@ -72,6 +72,7 @@ def run_locally(
     asks = position <= order.index("generate")
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
+        dataset.versions()  # one that is damaged is an error at the end, too
         require_own_replies(dataset, choose())
         require_scorer(config)
         progress.message(describe_start(config, choose(), dataset))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pipeline.config import TINY, Config
 from pipeline.config.files import resolve
 from pipeline.digests import file_digest
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
 from pipeline.images.similarity import ImageKind
 from pipeline.sources import archive, columns, documents, flickr30k, folder, hub, listing, scenes, slidevqa, vqav2
@@ -127,7 +127,10 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
     spec.check_options(config)
     if ":" in spec.name and not argument:
         raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {spec.example}")
-    source = spec.open(config, argument, part)
+    try:
+        source = spec.open(config, argument, part)
+    except PermissionError as error:
+        raise SourceError(f"cannot read {error.filename or argument}: {error.strerror}", hint="check its permissions") from None
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
         content, supported = ("decks of pages", "deck_qa") if source.decks else ("single images", "caption,qa")

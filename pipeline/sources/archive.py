@@ -7,11 +7,10 @@ store, which is read once, those that stand next to their image, and no metadata
 """
 
 import json
-import os
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -21,19 +20,17 @@ from typing import Any, BinaryIO
 from pipeline.config import Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QUESTION, SPLIT
-from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.columns import stored_split
-from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_names import spelled_alike
+from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, parse_metadata
 from pipeline.sources.parquet import describe_held_out, split_of_path
 from pipeline.sources.row_texts import captions_of_people, describe_by_model, questions_of_people, read_split, texts_by_model
 from pipeline.sources.text_tables import decode_text
-from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -53,6 +50,7 @@ class Archives:
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
     is_local: bool = False
+    messages: tuple[str, ...] = ()  # about folders that were not read
 
 
 @dataclass(slots=True)
@@ -220,37 +218,11 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
             raise missing
         return Archives(names, files.revision, files.open, partial(translate_errors, path))
     root = Path(path).expanduser()
-    candidates = [root] if root.is_file() else sorted(path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
-    paths = [path for path in candidates if path.name.lower().endswith(SUFFIXES) and path.is_file()]
-    if not paths:
+    local = find_local_files(root, SUFFIXES, follow_links=follow_links, is_whole=is_whole)
+    if not local.names:
         raise missing
-    base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
-    path_of = {os.fsencode(file.relative_to(base)).decode("utf-8", "backslashreplace"): file for file in paths}
-    translate = partial(_translate_disk_errors, root)
-
-    def open_local(name: str) -> BinaryIO:
-        return open_regular(path_of[name], bound)
-
-    with translate():
-        contents = []
-        for name, file_path in path_of.items():
-            require_regular(file_path, bound)
-            if is_whole:
-                contents.append([name, digest_of_file(file_path, partial(open_regular, file_path, bound))])
-    return Archives([*path_of], digest(contents) if is_whole else "", open_local, translate, is_local=True)
-
-
-@contextmanager
-def _translate_disk_errors(root: Path) -> Iterator[None]:
-    """Turn errors of this disk into SourceError."""
-    try:
-        yield
-    except UnsafeFileError as error:
-        raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
-    except OSError as error:
-        raise SourceError(
-            f"cannot read {root}: {error.strerror or error}", hint="check its permissions, and the disk"
-        ) from None
+    translate = partial(translate_disk_errors, root)
+    return Archives(local.names, local.revision, local.open, translate, is_local=True, messages=local.messages)
 
 
 def open_archives(
@@ -300,6 +272,8 @@ def open_archives(
         for name in names:
             by_split.setdefault(split_of_path(_without_suffix(name)), []).append(name)
         messages = (*messages, *describe_held_out(by_split))
+    if part == ALL:
+        messages = (*archives.messages, *messages)
     return Source(
         name="archive",
         revision=archives.revision if part == ALL else "",

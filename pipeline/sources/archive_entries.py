@@ -170,12 +170,14 @@ def _read_tar(stream: Any, packed: _CountedFile, name: str, wanted: Wanted) -> I
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which would keep every header
             is_wanted = _is_wanted(member.name, wanted)
-            if not member.isreg() or member.issparse():
-                if is_wanted:
-                    yield Entry(_as_text(member.name), None, "unreadable_entry" if member.isreg() else "not_a_file")
+            is_file = member.isreg() and not member.issparse()
+            if not is_file and is_wanted:
+                yield Entry(_as_text(member.name), None, "unreadable_entry" if member.isreg() else "not_a_file")
+            if not is_file and member.type in tarfile.SUPPORTED_TYPES:
                 continue
-            content = tar.extractfile(member)
+            content = tar.extractfile(member)  # also of an unknown type, which has data as well
             assert content is not None
+            is_wanted = is_wanted and is_file
             if is_wanted and _has_data(member.name, wanted):
                 entry = _read_entry(member.name, member.size, content.read)
                 unpacked_bytes += len(entry.data or b"")

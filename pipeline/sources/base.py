@@ -116,15 +116,15 @@ def refuse_roles(config: Config, what: str, hint: str) -> None:
         raise ConfigError(f"{what} has no column to be the {roles[0]}", hint=hint)
 
 
-def as_text(value: Any) -> str:
+def as_text(value: Any, what: str = "a column of the context") -> str:
     """Return a value of a column as a prompt says it: lists with commas, nothing for null.
 
-    Raise SourceError for an object, or a list of lists: nobody would write them into a prompt.
+    Raise SourceError, which says `what` it is, for an object, or a list of lists: nobody would write them into a prompt.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
-        return ", ".join(text for item in value if (text := as_text(item)))
+        return ", ".join(text for item in value if (text := as_text(item, what)))
     if isinstance(value, dict | list):
-        raise SourceError("a column of the context holds objects or lists of lists", hint="name columns of texts or numbers")
+        raise SourceError(f"{what} holds objects or lists of lists", hint="name columns of texts or numbers")
     is_missing = value is None or value != value  # NaN
     return "" if is_missing else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
 

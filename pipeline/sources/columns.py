@@ -15,16 +15,14 @@ import pyarrow as pa
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.dataset.text_columns import ANSWERS, CAPTION_COLUMNS, QUESTION
-from pipeline.digests import digest
 from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
-from pipeline.sources.file_digests import digest_of_file
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
+from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
 from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
-from pipeline.storage.untrusted import UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
@@ -98,33 +96,21 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
     )
 
 
-def open_parquet(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> Tables:
-    """Return the tables of a Parquet file, or of all under a folder; a slice has no revision. Raise SourceError for no file.
+def open_local(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> tuple[Tables, tuple[str, ...]]:
+    """Return the tables of a Parquet file, or of all under a folder, and messages; a slice has no revision.
 
-    A link to the outside of the folder is such an error, unless `follow_links` is set.
+    Raise SourceError for no file, and for a link to the outside of the folder, unless `follow_links` is set.
     """
-    below = (file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path)) and file.is_file())
-    paths = [path] if path.is_file() else sorted(below)
-    if not paths:
+    files = find_local_files(path, (".parquet",), follow_links=follow_links, is_whole=part == ALL)
+    if not files.names:
         hint = "pass a file or a folder: --source parquet:PATH"
         if any(path.rglob("*.arrow")):
             hint = f"datasets.load_from_disk({str(path)!r}) reads it: write it with to_parquet first"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
-    root = path.parent if path.is_file() else path
-    names = [str(file.relative_to(root)) for file in paths]
-    bound = None if follow_links or path.is_file() else root
-    digests = []
-    try:
-        for name in names:
-            require_regular(root / name, bound)
-            if part == ALL:
-                digests.append([name, digest_of_file(root / name, partial(open_regular, root / name, bound))])
-    except UnsafeFileError as error:
-        raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
-    revision = digest(digests) if part == ALL else ""
+    where = partial(translate_disk_errors, path)
     return Tables(
-        path.resolve().name, revision, UNKNOWN, group_by_split(names), lambda name: open_regular(root / name, bound), part=part
-    )
+        path.resolve().name, files.revision, UNKNOWN, group_by_split(files.names), files.open, where, part=part
+    ), files.messages
 
 
 def check_split(tables: Tables, split: str | None) -> None:
@@ -316,14 +302,16 @@ def _texts_of(item: Any) -> list[Any]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
+    messages: tuple[str, ...] = ()
     if "://" in path:
         from pipeline.sources.remote import open_remote  # fsspec is imported only when needed
 
         tables = replace(open_remote(path), part=part)
     else:
-        tables = open_parquet(Path(path).expanduser(), part, follow_links=config.follow_links)
+        tables, messages = open_local(Path(path).expanduser(), part, follow_links=config.follow_links)
     tables = replace(tables, licence=config.license or UNKNOWN)
-    return open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
+    source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
+    return replace(source, messages=(*messages, *source.messages))
 
 
 SPEC = SourceSpec(

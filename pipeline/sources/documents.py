@@ -89,7 +89,7 @@ def open_files(
     if not files:
         raise SourceError(f"no {kind} file at {given}", hint=f"a file, or a folder of files that end in {', '.join(suffixes)}")
     every_s = config.frame_seconds or FRAME_SECONDS
-    bound = None if config.follow_links else root
+    bound = None if config.follow_links or not given.is_dir() else root
     own = files[part.number :: part.of]
     read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, licence=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]

@@ -69,14 +69,17 @@ class FileDigests:
         self.count += 1
         if self.count % SHOWN_EACH == 0:
             self.progress("files of the source", self.count, None)
-        state = state_of(path.stat()) if self.known else b""
+        # Where a link may lead is known only to `opened`.
+        state = state_of(path.stat()) if self.known and not path.is_symlink() else b""
         if (sha256 := self.known.get(state)) is None:
             with opened() as file:
                 status = os.fstat(file.fileno())  # a change from now on leads to another state
-                is_fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - FRESH_NS
-                state, sha256 = state_of(status), _sha256(file)
-            if is_fresh:
-                return sha256, b""
+                state = state_of(status)
+                if (sha256 := self.known.get(state)) is None:
+                    is_fresh = max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - FRESH_NS
+                    sha256 = _sha256(file)
+                    if is_fresh:
+                        return sha256, b""
         self.used[state] = sha256
         return sha256, state
 

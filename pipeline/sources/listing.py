@@ -117,7 +117,7 @@ def _listed(number: int, row: dict[str, Any], columns: Sequence[str], file: Path
         split, fault = read_split(values.get(SPLIT)), ""
     except ValueError as error:
         split, fault = None, str(error)
-    context = tuple((column, as_text(row.get(column))) for column in columns)
+    context = tuple((column, as_text(row.get(column), f"{file}, row {number}: the column {column}")) for column in columns)
     captions = tuple(captions_of_people(values, CAPTIONS if WRITTEN_BY in values else CAPTION_COLUMNS))  # an export has a title
     return ListedImage(name, address, captions, questions_of_people(values), split, context, fault)
 

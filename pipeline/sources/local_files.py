@@ -1,16 +1,20 @@
 """Find and open the files of a source on this disk."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
+from pipeline.digests import digest
+from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import first_names
 from pipeline.sources.file_digests import ImageIds, digest_of_file
 from pipeline.storage.own_lines import OWN_LINES
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular
+from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import Rejected
 
 UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
@@ -112,3 +116,46 @@ def digest_or_fault(
         if ids is not None:
             ids.add()
         return "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """Files of a source, such as archives, by names that any program can write, with a digest of their contents."""
+
+    names: list[str]
+    revision: str
+    open: Callable[[str], BinaryIO]
+    messages: tuple[str, ...] = ()  # about folders that were not read
+
+
+def find_local_files(root: Path, suffixes: tuple[str, ...], *, follow_links: bool = False, is_whole: bool = True) -> LocalFiles:
+    """Return a file, or all below a folder whose names end so, in order. `is_whole`: also compute the digest of their contents.
+
+    Raise SourceError for a link to the outside of the folder, unless links are followed, and for a file that cannot be read.
+    """
+    content = FolderContent(others=[root]) if root.is_file() else list_files(root) if root.is_dir() else FolderContent()
+    base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
+    paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
+    path_of = {row_name(path, base): path for path in paths}
+    contents = []
+    with translate_disk_errors(root):
+        for name, path in path_of.items():
+            require_regular(path, bound)
+            if is_whole:
+                contents.append([name, digest_of_file(path, partial(open_regular, path, bound))])
+    revision = digest(contents) if is_whole else ""
+    messages = (*describe_folders(content), *describe_links(content))
+    return LocalFiles([*path_of], revision, lambda name: open_regular(path_of[name], bound), messages)
+
+
+@contextmanager
+def translate_disk_errors(root: Path) -> Iterator[None]:
+    """Turn errors of this disk into SourceError."""
+    try:
+        yield
+    except UnsafeFileError as error:
+        raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {error.filename or root}: {error.strerror or error}", hint="check its permissions, and the disk"
+        ) from None

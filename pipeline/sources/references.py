@@ -128,7 +128,8 @@ def read_references(
                 rows = read_metadata(file, bound)
                 references.columns.update(str(name) for row in rows for name in row)
                 for row in rows if columns else ():
-                    own = {name: as_text(row[name]) for name in columns if name in row}
+                    where = f"{file}, {row['file_name']}: the column"
+                    own = {name: as_text(row[name], f"{where} {name}") for name in columns if name in row}
                     references.values.setdefault(image_of(folder, row), {}).update(own)
                 references.messages += _add_captions(file, rows, captions, images, partial(image_of, folder))
                 references.messages += _add_splits(file, rows, references.splits, partial(image_of, folder))

@@ -91,6 +91,8 @@ def translate_errors(url: str) -> Iterator[None]:
     except ImportError as error:
         raise SourceError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
     except ValueError as error:
+        if scheme in fsspec.available_protocols():  # such as of a server that does not say how large a file is
+            raise SourceError(f"cannot read {url}: {error}", hint="download it, and read it from the disk") from None
         schemes = ", ".join(name for name in ("s3", "gs", "az", "hf", "https") if name in fsspec.available_protocols())
         raise SourceError(f"cannot read {url}: {error}", hint=f"known are {schemes}, and what fsspec knows besides") from None
     except FileNotFoundError:

@@ -93,6 +93,7 @@ def run_on_cluster(
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
+    dataset.versions()  # one that is damaged is an error at the end, too
     require_own_replies(dataset, choice)
     require_scorer(config)
     source = open_source(config)

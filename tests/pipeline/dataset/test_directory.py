@@ -78,6 +78,19 @@ def test_a_version_of_a_newer_synth_is_refused(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path) -> None:
+    (tmp_path / "versions/v2.0.0").mkdir(parents=True)
+    (tmp_path / "versions/v2.0.0/manifest.json").write_text("{")
+    with pytest.raises(StoreError, match=r"the version v2\.0\.0 cannot be read: not a version") as refused:
+        DatasetDir(tmp_path).versions()
+    assert f"synth versions rm v2.0.0 --data {tmp_path}" in refused.value.hint
+    newer = {"version": "v2.0.0", "table_version": 99, "files": {}}
+    (tmp_path / "versions/v2.0.0/manifest.json").write_text(json.dumps(newer))
+    with pytest.raises(StoreError, match="newer synth") as refused:
+        DatasetDir(tmp_path).versions()
+    assert refused.value.hint == "upgrade synth"
+
+
 def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": {}}))
     with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
-from pipeline.errors import TableError
+from pipeline.errors import StoreError, TableError
 from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
     describe_empty_splits,
@@ -106,3 +106,12 @@ def test_rows_about_an_image_that_is_there_are_no_losses() -> None:
     damaged = StageSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STAGES, [damaged])
     assert text.startswith("source rejected 16 of 20 images, 16 for unreadable image")
+
+
+def test_a_damaged_version_ends_a_run_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "versions/v9.0.0").mkdir(parents=True)
+    (tmp_path / "versions/v9.0.0/manifest.json").write_text("{")
+    with running_chat(ChatServer()) as chat:
+        with pytest.raises(StoreError, match=r"the version v9\.0\.0 cannot be read"):
+            generate_dataset(resolve(source="scenes", limit=2, base_url=[chat.url], model="model"), tmp_path)
+        assert not chat.bodies

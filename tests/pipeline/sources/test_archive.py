@@ -384,6 +384,13 @@ def tar_bomb() -> bytes:
     return gzip.compress(tar_of({"a.jpg": bytes(BOMB_BYTES), "b.jpg": photo(0)}), 9)
 
 
+def unknown_bomb() -> bytes:
+    """Return a tar file whose entry is of a type that nobody knows, and so has data."""
+    info = tarfile.TarInfo("x.bin")
+    info.type, info.size = b"Z", BOMB_BYTES
+    return gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(BOMB_BYTES), 9)
+
+
 def header_bomb() -> bytes:
     """Return a tar file with a name of 300 MB."""
     info = tarfile.TarInfo("././@LongLink")
@@ -391,7 +398,10 @@ def header_bomb() -> bytes:
     return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
 
 
-@pytest.mark.parametrize(("name", "make"), [("p.zip", zip_bomb), ("p.tar.gz", tar_bomb), ("p.tgz", header_bomb)])
+BOMBS = [("p.zip", zip_bomb), ("p.tar.gz", tar_bomb), ("p.tgz", header_bomb), ("q.tgz", unknown_bomb)]
+
+
+@pytest.mark.parametrize(("name", "make"), BOMBS)
 def test_a_bomb_is_an_error_before_it_fills_memory(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
     (tmp_path / name).write_bytes(make())
     assert (tmp_path / name).stat().st_size < 1_000_000
@@ -534,7 +544,7 @@ def test_an_archive_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatc
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(archives, "open_regular", refuse)
+    monkeypatch.setattr("pipeline.sources.local_files.open_regular", refuse)
     with pytest.raises(SourceError, match="Permission denied"):
         rows(tmp_path)
 

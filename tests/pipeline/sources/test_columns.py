@@ -1,5 +1,6 @@
 """Columns: rows of tables whose images are named by their addresses."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,3 +167,12 @@ def test_a_column_named_split_that_says_something_else_can_be_left_alone(tmp_pat
     assert "'fold0' in the column split is none of train" in str(refused[0])
     rows = list(open_source(resolve(source=source, columns={"split": "none"})).rows)
     assert [row.split for row in rows if isinstance(row, Sample)] == [None, None]
+
+
+def test_a_file_whose_name_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [photo(1)]}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    source = open_source(resolve(source=f"parquet:{tmp_path}"))
+    (row,) = source.rows
+    assert row.source_row.startswith("caf\\xe9.parquet")
+    assert source.revision

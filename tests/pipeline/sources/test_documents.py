@@ -137,6 +137,8 @@ def test_a_link_to_a_private_document_is_read_only_where_that_is_allowed(tmp_pat
     }  # fmt: skip
     allowed = rows(opened(f"pdf:{tmp_path / 'folder'}", follow_links=True))
     assert isinstance(allowed["a.pdf/0001-0001"], Sample)
+    named = rows(opened(f"pdf:{tmp_path / 'folder/a.pdf'}"))  # which the user means
+    assert isinstance(named["a.pdf/0001-0001"], Sample)
 
 
 def test_what_cannot_be_read_is_one_error(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,3 +299,16 @@ def test_ids_are_computed_where_no_digest_is_known(
     assert found
     assert all(of == hashlib.sha256((photos / name).read_bytes()).hexdigest() for name, of in found.items())
     assert len(hashed) == len(found)
+
+
+def test_a_link_to_the_outside_is_refused_though_its_digest_is_known(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.png").write_bytes(encoded(photo(9)))
+    (photos / "e.png").symlink_to(tmp_path / "elsewhere.png")
+    refused = open_folder(photos).revision
+    with use_file_digests(FileDigests.read(tmp_path / "d", NullProgress())) as digests:
+        assert open_folder(photos, follow_links=True).revision != refused
+        digests.save(tmp_path / "d")
+    known = FileDigests.read(tmp_path / "d", NullProgress())
+    assert known.known
+    with use_file_digests(known):
+        assert open_folder(photos).revision == refused

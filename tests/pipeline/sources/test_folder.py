@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,47 @@ def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monk
     source = open_folder(tmp_path)
     assert "folders that cannot be read: 1 (b/c)" in source.messages
     assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_image", "unreadable_folder"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "archive"])
+def test_files_in_a_folder_that_cannot_be_listed_are_told(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    pq.write_table(pa.table({"image": [photo(1)]}), tmp_path / "a.parquet")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", photo(1))
+    listing = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = open_source(resolve(source=f"{kind}:{tmp_path}"))
+    assert "folders that cannot be read: 1 (closed)" in source.messages
+    assert len(list(source.rows)) == 1
+
+
+def test_a_file_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(photo(1))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "metadata.csv"))
+
+    monkeypatch.setattr("pipeline.sources.references.read_metadata", refuse)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n")
+    with pytest.raises(SourceError, match=r"cannot read .*metadata\.csv: Permission denied"):
+        open_source(resolve(source=f"folder:{tmp_path}"))
+
+
+def test_a_value_that_no_prompt_can_say_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(photo(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "title": {"en": "A dog"}}\n')
+    with pytest.raises(SourceError, match=r"metadata\.jsonl, a\.png: the column title holds objects"):
+        open_source(resolve(source=f"folder:{tmp_path}", columns={"context": "title"}))
+    (tmp_path / "l.jsonl").write_text('{"file_name": "a.png"}\n{"file_name": "a.png", "title": [["A dog"]]}\n')
+    with pytest.raises(SourceError, match=r"l\.jsonl, row 2: the column title holds objects"):
+        open_source(resolve(source=f"list:{tmp_path / 'l.jsonl'}", columns={"context": "title"}))
 
 
 def test_a_slice_reads_the_captions_of_its_own_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
