@@ -89,7 +89,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
         image = upright_file(row["image"]["bytes"])  # many readers know nothing of EXIF
-        with open_image(image, is_decoded=False) as header:
+        with open_image(image, counts_scans=False) as header:
             kind = header.format or ""
     except ImageError as error:
         raise ConfigError(

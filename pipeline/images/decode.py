@@ -59,9 +59,12 @@ class ImageInfo:
     pdq_hash: bytes
 
 
-def check_image(data: bytes) -> ImageInfo:
-    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
-    image, (width_px, height_px) = _decode_for_hash(data)
+def check_image(data: bytes, *, is_stripped: bool = False) -> ImageInfo:
+    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large.
+
+    Of a file that `strip_metadata` has returned (`is_stripped`), the scans are not counted again.
+    """
+    image, (width_px, height_px) = _decode_for_hash(data, counts_scans=not is_stripped)
     pdq = pdq_hash(image)
     if not pdq and image.mode == "L":  # its detail may be in its colors
         pdq = pdq_hash(_decode(data)[0])
@@ -94,22 +97,24 @@ def decode_for_hash(data: bytes) -> Image.Image:
     return _decode_for_hash(data)[0]
 
 
-def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+def _decode_for_hash(data: bytes, *, counts_scans: bool = True) -> tuple[Image.Image, tuple[int, int]]:
     try:
-        return _decode(data, for_hash=True)
+        return _decode(data, for_hash=True, counts_scans=counts_scans)
     except ImageError:
         if not data.startswith(_JPEG):
             raise
         return _decode(data)  # a lossless JPEG cannot be decoded as luma; what is damaged is refused again
 
 
-def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(
+    data: bytes | memoryview, *, for_hash: bool = False, counts_scans: bool = True
+) -> tuple[Image.Image, tuple[int, int]]:
     """Return an image, upright in RGB over white, and its size.
 
     With `for_hash`, the colors of a JPEG are parsed and not decoded: PDQ looks at the luma alone. The sides of a large one are
     halved up to three times while both keep MIN_HASHED_SIDE_PX. Still what is damaged is found, since all is parsed.
     """
-    with open_image(data) as image:
+    with open_image(data, counts_scans=counts_scans) as image:
         size_px, upright_px = image.size, _upright_size(image)
         if for_hash:
             image.draft("L" if _has_usual_sampling(image) else None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
@@ -133,7 +138,7 @@ def upright_file(data: bytes) -> bytes:
 
     Raise ImageError as `check_image` does.
     """
-    with open_image(data, is_decoded=False) as header:
+    with open_image(data, counts_scans=False) as header:
         if header.getexif().get(ORIENTATION, 1) not in range(2, 9) or header.format == "TIFF":
             return data
     with open_image(data) as image:
@@ -157,7 +162,7 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:
     """Return the width and height in pixels of an image as its header says. Raise ImageError as `check_image` does."""
-    with open_image(data, is_decoded=False) as image:
+    with open_image(data, counts_scans=False) as image:
         return _upright_size(image)
 
 
@@ -169,10 +174,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator[Image.Image]:
+def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterator[Image.Image]:
     """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError.
 
-    Only where pixels are decoded do many scans matter, whose counting takes longer than the header.
+    Only where pixels are decoded do many scans matter, whose counting takes longer than the header (`counts_scans`).
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
@@ -180,8 +185,8 @@ def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(image)
-            if is_decoded and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
-                raise ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
+            if counts_scans and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+                raise too_many_scans()
             if image.mode in ("I", "F"):
                 raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
             yield image
@@ -197,6 +202,11 @@ def open_image(data: bytes | memoryview, *, is_decoded: bool = True) -> Iterator
         raise ImageError("unreadable_image", "not an image of a known format") from None
     except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
         raise ImageError("unreadable_image", one_line(error)) from None
+
+
+def too_many_scans() -> ImageError:
+    """Return why a JPEG that takes very long to decode is refused."""
+    return ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
 
 
 def is_heic(data: bytes | memoryview) -> bool:

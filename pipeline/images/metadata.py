@@ -16,7 +16,7 @@ from typing import Any
 from PIL import ExifTags, ImageOps, TiffImagePlugin
 
 from pipeline.errors import ImageError
-from pipeline.images.decode import ORIENTATION, open_image
+from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
 REMOVED = "removed"  # what provenance and manifests say of images without metadata; earlier releases kept it, and said nothing
 _ICC_PROFILE = b"ICC_PROFILE\0"
@@ -89,7 +89,10 @@ def strip_metadata(data: bytes) -> bytes:
 
 
 def strip_undecoded(data: bytes) -> bytes | None:
-    """Do as `strip_metadata` does without decoding; return None where that is not possible."""
+    """Do as `strip_metadata` does without decoding; return None where that is not possible.
+
+    Raise ImageError for a JPEG of too many scans.
+    """
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
     if strip is None:
         return None
@@ -103,7 +106,7 @@ def strip_undecoded(data: bytes) -> bytes | None:
 def _strip_jpeg(data: bytes) -> Iterator[bytes]:
     """Yield the parts of a JPEG file that its pixels are decoded from (ITU T.81, annex B), up to the end of its first image."""
     yield b"\xff\xd8"
-    start, is_turned = 2, False
+    start, is_turned, num_scans = 2, False, 0
     while True:
         if data[start] != 0xFF:
             raise ValueError("a segment was expected")
@@ -130,6 +133,9 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
             yield data[start:end]
         start = end
         if kind == 0xDA:  # start of scan: its data follows
+            num_scans += 1
+            if num_scans > MAX_SCANS:
+                raise too_many_scans()
             marker = _MARKER_AFTER_SCAN.search(data, start)
             if marker is None:
                 raise ValueError("no end of image")

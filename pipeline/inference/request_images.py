@@ -123,7 +123,7 @@ def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:
 def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
     """Return the format of an image that can be sent unchanged, from its header alone; None if it must be re-encoded."""
     # A second frame may be damaged: the first one is re-encoded.
-    with suppress(ImageError), open_image(image, is_decoded=False) as header:
+    with suppress(ImageError), open_image(image, counts_scans=False) as header:
         kind = _SENDABLE_FORMATS.get(header.format or "")
         plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
         turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1

@@ -61,14 +61,15 @@ def open_folder(
         if any(path.suffix == ".arrow" for path in content.others):
             hint = f"datasets.load_from_disk({str(root)!r}) reads it: write it with to_parquet, and read that with parquet:PATH"
         raise SourceError("; ".join([f"no image in {root}", *describe_folders(content), *describe_hidden(content)]), hint=hint)
-    rows: dict[str, Path | Rejected] = {row_name(path, root): path for path in content.images}
+    images = {row_name(path, root): path for path in content.images}
+    rows: dict[str, Path | Rejected] = {**images}
     rows |= {row.source_row: row for row in content.rejected}
     own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
     paths = [row for _, row in own if isinstance(row, Path)]
     bound = None if follow_links else root
     references = read_references(root, paths, columns, content.images, follow_links=follow_links)
-    add_caption_files(references, caption_files, root, content.images)
-    add_splits_of_folders(references, {row_name(path, root): path for path in content.images})  # of all, also for a slice
+    add_caption_files(references, caption_files, root, images)
+    add_splits_of_folders(references, images)  # of all, also for a slice
     has_questions = bool(references.questions)
     contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
     unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE} and not is_exif_name(name)]

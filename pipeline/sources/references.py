@@ -12,7 +12,6 @@ from pipeline.errors import SourceError
 from pipeline.sources.base import as_text, first_names
 from pipeline.sources.captions import read_captions
 from pipeline.sources.image_names import describe_unknown, match_images, spelled_alike
-from pipeline.sources.local_files import row_name
 from pipeline.sources.metadata_files import METADATA_FILES, describe_metadata, read_metadata
 from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
 from pipeline.sources.row_texts import captions_of_people, most_held_out, questions_of_people, read_split, texts_by_model
@@ -74,20 +73,19 @@ def texts_of_revision(references: References, path: Path) -> list[Any]:
     return [*([asked] if asked else []), *([{"split": split}] if split else [])]
 
 
-def add_caption_files(references: References, files: Sequence[Path], root: Path, images: Sequence[Path]) -> None:
-    """Add what files of captions say of the images of a folder. Raise SourceError if none of it is about them."""
-    by_name = {row_name(path, root): path for path in images}
+def add_caption_files(references: References, files: Sequence[Path], root: Path, images: Mapping[str, Path]) -> None:
+    """Add what files of captions say of the images of a folder, by name. Raise SourceError if none of it is about them."""
     splits = splits_of_names({str(file): split_of_path(file.stem) or "" for file in files})  # captions_val2017.json
     read_before = {path.resolve() for path in references.files}
     for file in (path for path in files if path.resolve() not in read_before):
-        matched, unknown = match_images(read_captions(file), list(by_name))
+        matched, unknown = match_images(read_captions(file), list(images))
         if not matched:
-            hint = f"names as the images have them are looked for, such as {next(iter(by_name))}"
+            hint = f"names as the images have them are looked for, such as {next(iter(images))}"
             raise SourceError(f"{file} names no image of {root}; it names {first_names(unknown)}", hint=hint)
         references.files.add(file)
         references.messages += describe_unknown(file, unknown)
         for name, about in matched.items():
-            path = by_name[name]
+            path = images[name]
             references.captions[path] = (*references.captions.get(path, ()), *about.captions)
             references.questions[path] = (*references.questions.get(path, ()), *about.questions)
             if split := most_held_out(about.split or splits.get(str(file)), references.splits.get(path)):

@@ -21,10 +21,10 @@ PATCHED = """
 import os, signal, sys
 from pipeline.images import isolation
 check = isolation.check_image
-def patched(data):
+def patched(data, **options):
     if data.startswith(b"EVIL"):
         {attack}
-    return check(data)
+    return check(data, **options)
 isolation.check_image = patched
 strip = isolation.strip_metadata
 isolation.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
