@@ -17,7 +17,7 @@ from pipeline.config.files import resolve
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_deck, draw_sample
-from pipeline.stages.source import BATCH_SAMPLES
+from pipeline.stages.source_copies import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample, SampleBatch
 from tests.scene_data import score_annotations, score_decks

@@ -13,26 +13,27 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check digests doctor dry_run errors hub_errors install logs preview progress project
         rules run tables types""",
-    "pipeline/cli": "__init__ __main__ captioners datasets features generate options output run_options training versions",
+    "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options training
+        versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
         rejections removal samples reviews schema shards statistics text_columns version""",
     "pipeline/executors": "__init__ base local messages",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
-    "pipeline/export": "__init__ export formats items",
+    "pipeline/export": "__init__ base export formats items table_formats",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity upright",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus in_flight
-        journal judge kept_images named_endpoints pace probing queue request_images requests retry
-        served_models transformers_engine verification vllm_launch vllm_server""",
+        journal judge kept_images named_endpoints pace probing proxies queue request_images requests retry
+        served_models server_errors transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
     "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions file_digests
         flickr30k folder hub image_names image_urls listing local_files metadata_files parquet questions references remote
-        row_texts scenes slidevqa text_tables vqav2""",
-    "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_parts
-        source_reader split trim validate verify version""",
+        row_texts scenes slidevqa table_rows text_tables vqav2""",
+    "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
+        source_exclusions source_parts source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ database file_lock files lock object_store own_lines sidecars untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",

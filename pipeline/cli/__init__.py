@@ -18,10 +18,11 @@ from typer.core import TyperGroup
 
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, compare, demo, export_model, look, serve_captioner
-from pipeline.cli.datasets import check, diff, export, push, report, review_apply
+from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
+from pipeline.cli.push import push
 from pipeline.cli.training import evaluate, experiment, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError

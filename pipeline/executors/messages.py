@@ -16,7 +16,8 @@ from pipeline.inference.engines import EngineChoice
 from pipeline.inference.families import find_family
 from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
-from pipeline.stages.source import ADVICE, REPEATED
+from pipeline.stages.source import ADVICE
+from pipeline.stages.source_copies import REPEATED
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import find_task, tasks_making

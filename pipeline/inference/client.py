@@ -24,25 +24,21 @@ from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import read_body
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
-from pipeline.inference.endpoints import (
-    CONNECTION_ERRORS,
-    REFUSED_STATUSES,
-    Endpoint,
-    Endpoints,
-    OtherDialectError,
-    RefusedError,
-    ServerBusyError,
-    ServerFaultError,
-    cancel_tasks,
-    no_server,
-    raise_for_access,
-)
+from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, no_server, raise_for_access
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, LONGEST_STATED_SECONDS, RetryState, stated_wait
 from pipeline.inference.served_models import list_models, not_served
+from pipeline.inference.server_errors import (
+    CONNECTION_ERRORS,
+    REFUSED_STATUSES,
+    OtherDialectError,
+    RefusedError,
+    ServerBusyError,
+    ServerFaultError,
+)
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress, duration

@@ -1,7 +1,6 @@
 """Model servers: their health and load, what their answers mean, and the choice of a server for each request."""
 
 import asyncio
-import ipaddress
 import logging
 import math
 import re
@@ -10,8 +9,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -22,43 +19,23 @@ from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.pace import Pace
+from pipeline.inference.proxies import proxy_for
 from pipeline.inference.retry import backoff_seconds
+from pipeline.inference.server_errors import CONNECTION_ERRORS
 from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
 
 KEY = "SYNTH_API_KEY"  # environment variables
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
-REFUSED_STATUSES = (400, 422)  # for something in the request
 BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
-MAX_SHOWN_CHARACTERS = 200
-CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
-
-
-class ServerFaultError(Exception):
-    """Raised when a server fails at a request, which may be sent again."""
-
-
-class ServerBusyError(Exception):
-    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
-
-
-class OtherDialectError(Exception):
-    """Raised when a server refuses a part of a request without which it may take it: a field, or the name of an image."""
-
-
-class RefusedError(Exception):
-    """Raised when a server refuses one request; `status` is that of its answer."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(slots=True)
@@ -126,11 +103,13 @@ class Endpoint:
     running: float = 0
     cache: tuple[float, float] = (0, 0)  # tokens queried in the prefix cache, and hits, since the server started
     proxy: str | None = field(init=False)
+    has_key: bool = field(init=False)
     keys: list[str] = field(init=False, repr=False)  # in its headers; a server may repeat them in a message, which is kept
 
     def __post_init__(self) -> None:
         self.proxy = proxy_for(self.url)
         values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
+        self.has_key = bool(values)
         parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
         self.keys = [part for part in parts if len(part) >= LEAST_KEY_CHARACTERS]
 
@@ -278,55 +257,6 @@ class Endpoints(list[Endpoint]):
             endpoint.is_up.set()
 
 
-def raise_for_access(
-    response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
-) -> None:
-    """Raise EngineError for answers that every request would get.
-
-    The key is refused or has no credit left, the address does not exist, or it sends requests on to another one, which would
-    get the images. `tolerated`: statuses that here may be about the image of one request.
-    """
-    status = response.status
-    if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
-        hint = "add credit there, then run the same command: it goes on where it stopped"
-        raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
-    if 300 <= status < 400:
-        location = chat_api.without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
-        hint = "if that is your server, pass its address with --base-url"
-        raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
-    if status in tolerated:
-        return
-    if status in (401, 403):
-        has_key = any(map(_HOLDS_KEY.search, endpoint.headers))
-        wants = "wants another key" if has_key else "wants a key, and none is set"
-        raise EngineError(
-            f"{endpoint.url} {wants}: {endpoint.error_message(answer)}",
-            hint=f"put it into the environment: {endpoint.key_name}=...",
-        )
-    if status == 404:
-        raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")
-
-
-def proxy_for(url: str) -> str | None:
-    """Return the proxy that the environment names for an address (HTTPS_PROXY, HTTP_PROXY, and NO_PROXY for exceptions).
-
-    Servers of this machine and of a private network, and hosts without a dot in their name, are asked directly.
-    """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    try:
-        is_near = not ipaddress.ip_address(host).is_global
-    except ValueError:
-        is_near = "." not in host
-    proxies = getproxies()
-    # *.example.com, which `proxy_bypass` does not know, as many write .example.com.
-    subdomains = tuple(entry.strip()[1:] for entry in proxies.get("no", "").split(",") if entry.strip().startswith("*."))
-    if is_near or host.endswith(subdomains) or proxy_bypass(parts.netloc.rpartition("@")[2]):
-        return None
-    proxy = proxies.get(parts.scheme)
-    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
-
-
 def no_server(endpoints: list[Endpoint]) -> EngineError:
     """Return the error that no server answers."""
     urls = ", ".join(endpoint.url for endpoint in endpoints)
@@ -364,3 +294,31 @@ def _count(text: str) -> float:
     except ValueError:
         return 0.0
     return value if math.isfinite(value) and value >= 0 else 0.0
+
+
+def raise_for_access(
+    response: aiohttp.ClientResponse, endpoint: Endpoint, answer: bytes, tolerated: Collection[int] = ()
+) -> None:
+    """Raise EngineError for answers that every request would get.
+
+    The key is refused or has no credit left, the address does not exist, or it sends requests on to another one, which would
+    get the images. `tolerated`: statuses that here may be about the image of one request.
+    """
+    status = response.status
+    if status == PAYMENT_REQUIRED or (400 <= status < 500 and _OUT_OF_CREDIT.search(answer)):
+        hint = "add credit there, then run the same command: it goes on where it stopped"
+        raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
+    if 300 <= status < 400:
+        location = chat_api.without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
+        hint = "if that is your server, pass its address with --base-url"
+        raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
+    if status in tolerated:
+        return
+    if status in (401, 403):
+        wants = "wants another key" if endpoint.has_key else "wants a key, and none is set"
+        raise EngineError(
+            f"{endpoint.url} {wants}: {endpoint.error_message(answer)}",
+            hint=f"put it into the environment: {endpoint.key_name}=...",
+        )
+    if status == 404:
+        raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")

@@ -14,17 +14,11 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.endpoints import (
-    CONNECTION_ERRORS,
-    REFUSED_STATUSES,
-    Endpoint,
-    Endpoints,
-    cancel_tasks,
-    raise_for_access,
-)
+from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, raise_for_access
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.request_images import named_image
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
+from pipeline.inference.server_errors import CONNECTION_ERRORS, REFUSED_STATUSES
 from pipeline.progress import Progress
 
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image

@@ -11,15 +11,9 @@ from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
-from pipeline.inference.endpoints import (
-    CONNECTION_ERRORS,
-    MAX_SHOWN_CHARACTERS,
-    Endpoint,
-    ServerFaultError,
-    no_server,
-    raise_for_access,
-)
+from pipeline.inference.endpoints import MAX_SHOWN_CHARACTERS, Endpoint, no_server, raise_for_access
 from pipeline.inference.named_endpoints import named_endpoints
+from pipeline.inference.server_errors import CONNECTION_ERRORS, ServerFaultError
 
 MODELS_SECONDS = 30.0
 UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force

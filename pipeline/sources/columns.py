@@ -15,22 +15,20 @@ import pyarrow as pa
 from pipeline.config import CONTEXT, Config
 from pipeline.dataset.licenses import UNKNOWN
 from pipeline.dataset.text_columns import ANSWERS, CAPTION_COLUMNS, QUESTION
-from pipeline.errors import ImageError, SourceError
+from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
-from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, embedded_bytes, group_by_split, is_list, is_text
+from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, group_by_split, is_list, is_text, stored_split
 from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
-from pipeline.tasks.base import MAX_PAGES
+from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_split, named_columns
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
-ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 NO_COLUMN = "none"  # for the split: a column of that name says something else
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
-PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
 
@@ -113,12 +111,6 @@ def open_local(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fals
     ), files.messages
 
 
-def check_split(tables: Tables, split: str | None) -> None:
-    """Raise SourceError if the tables lack the split."""
-    if split is not None and split not in tables.files:
-        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
-
-
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
     has_no_split = mapping.get("split") == NO_COLUMN and NO_COLUMN not in schema.names
@@ -167,17 +159,6 @@ def _read_row(
         listed = row[columns["reference_qa"][0]] or ()
         fields["reference_qa"] = tuple(question for one in listed if (question := read_question(one)))
     return partial(build_sample, name, images, allow_urls=allow_urls, **fields)
-
-
-def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
-    """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
-    if role not in ROLES:
-        raise SourceError(f"--columns knows no {role}", hint=f"it maps {', '.join(ROLES)}")
-    pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-    numbered = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
-    if not numbered:
-        raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
-    return [column for _, column in sorted(numbered)]
 
 
 def _is_missing(value: object) -> bool:
@@ -252,28 +233,8 @@ def _is_own_version(schema: pa.Schema) -> bool:
     return bool(kind is not None and pa.types.is_struct(kind) and kind.get_field_index("prompt_id") >= 0)
 
 
-def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store; None if only training rows were requested, because some of them will be held out."""
-    return None if requested_split == "train" else row_split
-
-
 def _do(job: Rejected | partial[RawSample | Rejected]) -> RawSample | Rejected:
     return job if isinstance(job, Rejected) else job()
-
-
-def build_sample(
-    name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
-) -> RawSample | Rejected:
-    """Return the images of a row, or its rejection. Empty pages at the end of a deck are dropped."""
-    while len(images) > 1 and images[-1] is None:
-        images = images[:-1]
-    if len(images) > MAX_PAGES:
-        return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
-    try:
-        pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
-    except ImageError as error:
-        return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    return RawSample(source_row=name, images=pages, licence=licence, fields={"split": split, **more})
 
 
 def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:

@@ -23,9 +23,9 @@ from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import FILE_NAMES
-from pipeline.sources.columns import stored_split
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.local_files import REFUSALS, digest_or_fault
+from pipeline.sources.parquet import stored_split
 from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_split
 from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular

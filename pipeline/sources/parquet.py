@@ -243,3 +243,8 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
     if len(value) > MAX_IMAGE_BYTES:
         raise ImageError("file_too_large", f"more than {MAX_IMAGE_BYTES:,} bytes")
     return value
+
+
+def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
+    """Return the split to store; None if only training rows were requested, because some of them will be held out."""
+    return None if requested_split == "train" else row_split

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.sources.base import check_samples
-from pipeline.sources.columns import PARTIAL_MESSAGE, build_sample, check_split, stored_split
-from pipeline.sources.parquet import Tables
+from pipeline.sources.parquet import Tables, stored_split
+from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_split
 from pipeline.types import RawSample, ReferenceQA, Rejected, Source
 
 

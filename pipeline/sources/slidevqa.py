@@ -8,9 +8,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.dataset.licenses import NTT_EVALUATION
 from pipeline.sources.base import DECK_TASKS, SourceSpec
-from pipeline.sources.columns import named_columns
 from pipeline.sources.hub import open_hub
 from pipeline.sources.questions import open_questions
+from pipeline.sources.table_rows import named_columns
 from pipeline.types import ReferenceQA, Source, SourceSlice
 
 REPO = "NTT-hil-insight/SlideVQA"

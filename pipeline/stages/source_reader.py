@@ -33,18 +33,15 @@ from pipeline.stages.base import require_stage
 from pipeline.stages.source import (
     ADVICE,
     READING_FILE,
-    DuplicateImages,
-    Exclusion,
-    SampleDeduplicator,
     count_passing,
     describe_rejected,
     describe_source,
     forget_near_duplicates,
     is_worth_another_try,
-    open_exclusions,
-    write_exclusions,
     write_rejected,
 )
+from pipeline.stages.source_copies import DuplicateImages, SampleDeduplicator
+from pipeline.stages.source_exclusions import Exclusion, open_exclusions, write_exclusions
 from pipeline.stages.source_parts import PART, POSITION, WITHOUT_PIXELS, SourceParts, key_of_parts, without_copies
 from pipeline.storage.files import read_json, remove, write_json, write_table
 from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE

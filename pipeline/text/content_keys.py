@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.text.normalize import _OPENINGS, Indices, strip_opening, text_key, words_of
+from pipeline.text.normalize import OPENINGS, Indices, strip_opening, text_key, words_of
 
 # Words that carry no fact. Prepositions do, and so does "is": "the ring is red, the star blue" is not "a blue ring, red star".
 # Before a verb it does not: "a man is running", "a man running". "There" is a fact in a question alone: "Is there a window?",
@@ -26,7 +26,7 @@ _NO_VERBS = frozenset(_NO_VERBS_IN_ING.split())
 _NOTHING, _THERE, _BE, _ING = 1, 2, 3, 4  # how `_content_words` treats a word
 _KINDS = {"": _NOTHING} | dict.fromkeys(_EMPTY, _NOTHING) | dict.fromkeys(_IS, _BE) | {"there": _THERE}
 _LETTERS = np.array([bool(re.match(r"\w", chr(code))) for code in range(128)])
-_OPENS = f"^(?:{_OPENINGS.pattern})"
+_OPENS = f"^(?:{OPENINGS.pattern})"
 _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 

@@ -27,7 +27,7 @@ _MAY_HAVE_MARKS = re.compile(
 _VIEW = r"(?:image|picture|photo|photograph|slide|scene|illustration|drawing)"
 _SEEN = r"(?:there (?:is|are)|(?:we|you) (?:can )?see)\s+"
 # Openings about the image itself: "The image shows", "In this photo, we can see", "This is a picture of".
-_OPENINGS = re.compile(
+OPENINGS = re.compile(
     rf"\s*(?:(?:the|this) {_VIEW}(?: clearly)? (?:shows|depicts|features|displays|captures|contains|is of)\s+"
     rf"|(?:here|in) (?:this|the) {_VIEW}(?:,\s+(?:{_SEEN})?|\s+{_SEEN})"
     rf"|(?:this|here) is an? {_VIEW} (?:of|showing|that shows)\s+"
@@ -94,7 +94,7 @@ def _marked_noise() -> re.Pattern[str]:
 
 def strip_opening(text: str) -> str:
     """Return a text without an opening such as "The image shows"; a text that is only an opening is unchanged."""
-    match = _OPENINGS.match(text)
+    match = OPENINGS.match(text)
     rest = text[match.end() :] if match else text
     return rest[0].upper() + rest[1:] if match and words_of(rest) else text
 

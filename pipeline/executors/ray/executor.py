@@ -44,7 +44,8 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Stage, step_order
-from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading, open_exclusions, write_exclusions
+from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading
+from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder

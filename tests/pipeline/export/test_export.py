@@ -393,7 +393,7 @@ def test_lance_reads_all_texts_and_images(version: Version, tmp_path: Path) -> N
 def test_a_format_whose_package_is_missing_is_one_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.export.table_formats.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="written by the package pylance"):
         export_version(version, "lance", tmp_path / "out")
 

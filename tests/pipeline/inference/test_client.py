@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError, SourceError
-from pipeline.inference import client, concurrency, endpoints, probing, retry
+from pipeline.inference import client, concurrency, endpoints, probing, proxies, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import Endpoint, Endpoints
@@ -1150,7 +1150,7 @@ def test_servers_nearby_are_asked_without_a_proxy(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
     monkeypatch.setenv("NO_PROXY", no_proxy)
-    assert endpoints.proxy_for(url) == proxy
+    assert proxies.proxy_for(url) == proxy
 
 
 def test_a_short_name_of_two_models_is_one_error() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.source import DuplicateImages
+from pipeline.stages.source_copies import DuplicateImages
 from pipeline.tables import SAMPLE
 from pipeline.types import Sample
 from tests.scene_data import scene_samples

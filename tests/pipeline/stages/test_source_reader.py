@@ -76,7 +76,7 @@ def fill(folder: Path, count: int = 40) -> None:
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder of photos that are read in batches of four, each a part of its own."""
-    monkeypatch.setattr("pipeline.stages.source.BATCH_SAMPLES", 4)
+    monkeypatch.setattr("pipeline.stages.source_copies.BATCH_SAMPLES", 4)
     monkeypatch.setattr(source_parts, "PART_SECONDS", 0.0)
     (tmp_path / "photos").mkdir()
     fill(tmp_path / "photos")
@@ -494,8 +494,8 @@ from dataclasses import replace
 from pathlib import Path
 import pipeline.run
 from pipeline.config.files import resolve
-from pipeline.stages import source, source_parts
-source.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
+from pipeline.stages import source_copies, source_parts
+source_copies.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
 opened = pipeline.run.open_source
 def read(rows):
     for number, row in enumerate(rows):

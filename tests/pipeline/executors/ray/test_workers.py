@@ -13,19 +13,13 @@ from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import SourceError
 from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
-from pipeline.executors.ray.workers import (
-    FILLED,
-    FillResult,
-    ShardWorker,
-    is_to_be_tried_again,
-    read_fill_result,
-    read_slice,
-)
+from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, is_to_be_tried_again, read_fill_result, read_slice
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.source import open_exclusions, write_exclusions, write_rejected, write_source
+from pipeline.stages.source import write_rejected, write_source
+from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
 from pipeline.storage.files import remove, write_json
 from pipeline.storage.object_store import parse_dataset_path
 from tests.hub import datasets
