@@ -17,7 +17,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.dataset.text_columns import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.base import UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
@@ -280,7 +280,7 @@ SPEC = SourceSpec(
     what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
     splits="as the file names say, else by hash",
     size="yours",
-    license="unknown, unless --license says it; unknown images are pushed to a private repository",
+    license=UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open,

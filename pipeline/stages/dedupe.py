@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
+from pipeline.images import similarity
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
@@ -143,7 +144,6 @@ STAGE = Stage(
     advice={
         "caption_of_many_images": "raise dedupe.max_images_per_caption, or ask for captions of what sets images apart",
         "duplicate": "ask for fewer caption styles, or for styles that differ: generate.caption_styles",
-        "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
-        "near_held_out_image": "dedupe.images: none keeps images that look alike",
+        **similarity.ADVICE,
     },
 )

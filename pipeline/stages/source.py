@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.samples import PARTS_FOLDER, REST_FILE, read_samples
 from pipeline.digests import file_digest
+from pipeline.images import similarity
 from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.progress import Progress
@@ -30,8 +31,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "too_many_pages": "split the decks",
     "unpaired_answers": "a list of questions needs a list of as many answers",
     "unknown_split": "of a table, --columns split=none leaves that column alone, and split=COLUMN names another",
-    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
-    "near_held_out_image": "dedupe.images: none keeps images that look alike",
+    **similarity.ADVICE,
     "banned_image": "they are in a dataset of --exclude",
     "url_unreachable": "check the network, and run the same command again: it reads all images anew, once",
     "url_not_found": "the hosts no longer have these images, or give them to nobody; a folder of its own (--out) asks again",
