@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
 from trainer.caption_files import SIDECARS, CaptionFile
 from trainer.captioning import Captioner
 
-Unread = list[tuple[Path, ImageError]]  # images that could not be read
+
+@dataclass(slots=True)
+class CaptionedImages:
+    """What became of images: how many texts were written now, and which could not be read."""
+
+    num_written: int = 0
+    unread: list[tuple[Path, ImageError]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,8 @@ def caption_images(
     checkpoint: Path,
     progress: Progress,
     show: Callable[[dict[str, Any]], None],
-) -> Unread:
-    """Write captions to a file, beside the images, or by `show`; return the images that could not be read.
+) -> CaptionedImages:
+    """Write captions to a file, beside the images, or by `show`; return how many, and the images that could not be read.
 
     An image that was done by an interrupted run is not captioned again. Raises ConfigError for files that are there, if
     `existing` is refuse.
@@ -73,19 +79,20 @@ def caption_images(
 
 def _write_rows(
     job: CaptionTask, done: set[tuple[str, str, str]], add: Callable[[dict[str, Any]], None], progress: Progress
-) -> Unread:
-    unread: Unread = []
+) -> CaptionedImages:
+    result = CaptionedImages()
     left = [path for path in job.images if any(key not in done for key in _keys(job, path))]
     progress("caption", len(job.images) - len(left), len(job.images))  # captions come in batches
     for count, (path, texts) in enumerate(job.texts(left), start=len(job.images) - len(left) + 1):
         if isinstance(texts, ImageError):
-            unread.append((path, texts))
+            result.unread.append((path, texts))
         else:
             for key, style, text in zip(_keys(job, path), job.styles, texts, strict=True):
                 if key not in done:
                     add(job.row(path, style, text))
+                    result.num_written += 1
         progress("caption", count, len(job.images))
-    return unread
+    return result
 
 
 def _keys(job: CaptionTask, path: Path) -> list[tuple[str, str, str]]:
@@ -93,14 +100,15 @@ def _keys(job: CaptionTask, path: Path) -> list[tuple[str, str, str]]:
     return [(shown_path(path), style, job.question) for style in job.styles]
 
 
-def _write_sidecars(job: CaptionTask, existing: Existing, progress: Progress) -> Unread:
-    unread: Unread = []
+def _write_sidecars(job: CaptionTask, existing: Existing, progress: Progress) -> CaptionedImages:
+    result = CaptionedImages()
     images = images_to_write(job.images, existing)
     progress("caption", 0, len(images))
     for count, (path, texts) in enumerate(job.texts(images), start=1):
         if isinstance(texts, ImageError):
-            unread.append((path, texts))
+            result.unread.append((path, texts))
         else:
             write_sidecar(path, texts, existing)
+            result.num_written += len(texts)
         progress("caption", count, len(images))
-    return unread
+    return result

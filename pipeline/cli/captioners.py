@@ -47,7 +47,7 @@ def caption(
     With --out FILE, the same command goes on where it was stopped.
     """
     from pipeline.storage.files import translate_disk_errors
-    from trainer.caption_files import find_images
+    from trainer.caption_files import SIDECARS, find_images
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner
 
@@ -77,12 +77,17 @@ def caption(
         existing = cast("Existing", chosen[0] if chosen else "refuse")
         names = ("image", "caption", "answer", *(["style"] if len(styles) > 1 else []))
         show_row = partial(_print_caption, names=names, as_json=as_json)
-        unread = caption_images(job, out, existing, folder, progress, show_row)
-    for path, error in unread:
+        result = caption_images(job, out, existing, folder, progress, show_row)
+    for path, error in result.unread:
         say(f"cannot read {path}: {error}", WARNING)
-    if out is not None and out.is_file():
-        say(f"wrote {out}")
-    if len(unread) == len(paths):
+    if out is not None and out != SIDECARS and result.num_written:
+        say(f"wrote {out} ({result.num_written:,} new)")
+    elif out is not None and not result.num_written and len(result.unread) < len(paths):
+        say(f"nothing new: {out} has a text of each image already, maybe of another captioner; --overwrite writes it anew")
+    if out is not None and as_json:
+        unread = [str(path) for path, _ in result.unread]
+        echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))
+    if len(result.unread) == len(paths):
         raise TrainError("no image could be read", hint="pass image files")
 
 

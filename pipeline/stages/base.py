@@ -237,13 +237,14 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
     try:
         yield
     finally:
-        if stats.asked > asked:
-            before = read_json(dataset.cost) if dataset.cost.exists() else {"timed": 0, "seconds": 0.0}
+        before = read_json(dataset.cost) if dataset.cost.exists() else {"asked": 0, "timed": 0, "seconds": 0.0}
+        totals = journal.totals()
+        if stats.asked > asked or totals["asked"] != before["asked"]:  # a dry run may have asked for all
             timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time
-            seconds = round(before["seconds"] + time.monotonic() - start, 1)
+            seconds = round(before["seconds"] + (time.monotonic() - start if stats.asked > asked else 0.0), 1)
             read, written = journal.likely_tokens()
             tokens = {"prompt_tokens": read, "reply_tokens": written}
-            write_json(dataset.cost, {**journal.totals(), **tokens, "timed": timed, "seconds": seconds})
+            write_json(dataset.cost, {**totals, **tokens, "timed": timed, "seconds": seconds})
         else:
             temporary_path(dataset.cost).unlink(missing_ok=True)  # of a run that was killed while it wrote
 

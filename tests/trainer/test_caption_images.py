@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ImageError
 from pipeline.progress import NullProgress
 from pipeline.sources.folder import open_folder
 from pipeline.storage.sidecars import Existing, images_to_write
@@ -19,7 +19,7 @@ from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.caption_files import CaptionFile, find_images
-from trainer.caption_images import CaptionTask, Unread, caption_images
+from trainer.caption_images import CaptionTask, caption_images
 
 COUNT = 10
 
@@ -50,7 +50,7 @@ class Stop(NullProgress):
 
 def run(
     model: Path, names: list[str], out: Path | None, existing: Existing = "refuse", stop: int = -1, **options: Any
-) -> tuple[Unread, list[dict[str, Any]], list[Path]]:
+) -> tuple[list[tuple[Path, ImageError]], list[dict[str, Any]], list[Path]]:
     """Caption images; return those that could not be read, the rows that were shown, and the images that were looked at."""
     seen: list[Path] = []
     rows: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ def run(
     settings: dict[str, Any] = {"styles": ("brief",), "batch_size": 2} | options
     job = CaptionTask(captioner, find_images(names), **settings)
     try:
-        unread = caption_images(job, out, existing, model, Stop(stop), rows.append)
+        unread = caption_images(job, out, existing, model, Stop(stop), rows.append).unread
     except KeyboardInterrupt:
         unread = []
     return unread, rows, seen

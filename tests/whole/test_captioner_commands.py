@@ -154,6 +154,21 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
         caption(captioner, [str(image)], question=" ")
 
 
+def test_a_file_of_captions_is_told_with_how_many_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
+    photo(3).save(tmp_path / "photo.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    images, out = [str(tmp_path / "photo.png"), str(tmp_path / "bad.png")], tmp_path / "said.jsonl"
+    caption(captioners[0], images, out=out, as_json=True)
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"path": str(out), "written": 1, "unread": [images[1]]}
+    assert f"wrote {out} (1 new)" in said.err.replace("\n", "")
+    before = out.read_bytes()
+    caption(captioners[1], images, out=out, append=True)
+    assert "has a text of each image already, maybe of another captioner" in capsys.readouterr().err.replace("\n", " ")
+    assert out.read_bytes() == before
+
+
 def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,8 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     made = json.loads(run(photos, *command, "--json").stdout)
     assert len(server.bodies) == asked
     assert made["requests"]["asked"] == 0
+    took = json.loads((photos / "data/folder-photos/stages/generate/cost.json").read_text())
+    assert (took["asked"], took["seconds"]) == (asked, 0.0)  # which the report shows
     kept = made["stages"]
     assert (predicted["annotations"], predicted["kept_annotations"]) == (kept["validate"]["input"], kept["review"]["kept"])
     assert predicted["kept_images"] == kept["version"]["kept"]
