@@ -6,51 +6,36 @@ server. When a *reply* is unusable, inference/queue.py asks the model again with
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
-import time
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from pipeline.config import Config
-from pipeline.errors import EngineError, one_line
-from pipeline.inference import chat_api
-from pipeline.inference.bodies import read_body
+from pipeline.errors import EngineError
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, no_server, raise_for_access
+from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, no_server
+from pipeline.inference.exchange import Exchange
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
-from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, LONGEST_STATED_SECONDS, RetryState, stated_wait
+from pipeline.inference.retry import LONGEST_STATED_SECONDS, RetryState
 from pipeline.inference.served_models import list_models, not_served
-from pipeline.inference.server_errors import (
-    CONNECTION_ERRORS,
-    REFUSED_STATUSES,
-    OtherDialectError,
-    RefusedError,
-    ServerBusyError,
-    ServerFaultError,
-)
+from pipeline.inference.server_errors import OtherDialectError, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress, duration
-from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
+from pipeline.types import SERVER_ERROR, Reply, Request, RequestSource
 
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
-MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
-REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
 LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
-MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
@@ -86,7 +71,6 @@ class Client:
         self._progress: Progress = progress or NullProgress()
         self._name = launches[0].name if launches else model
         self._retried = 0
-        self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._suspects = asyncio.Lock()
 
     def __enter__(self) -> "Client":
@@ -120,11 +104,11 @@ class Client:
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
-        (start, start_tokens), (end, end_tokens) = self._tokens[0], self._tokens[-1]
+        speed = self._exchange.tokens_per_second
         queries, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
-            "tokens/s": f"{(end_tokens - start_tokens) / (end - start):,.0f}" if end > start else "-",
+            "tokens/s": "-" if speed is None else f"{speed:,.0f}",
             "prefix cache": f"{hits / queries:.0%}" if queries else "-",
             "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
@@ -153,6 +137,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
+        self._exchange = Exchange(self._name, self._endpoints, self._sessions, self._images, self._progress)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
         if settings.concurrency and settings.concurrency > connections:
@@ -335,7 +320,7 @@ class Client:
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():  # it died meanwhile
                 return None
-            return await self._post(endpoint, request, in_flight, may_name=may_name)
+            return await self._exchange.post(endpoint, request, in_flight, may_name=may_name)
         except OtherDialectError:
             return None
         except EngineError as refusal:
@@ -379,102 +364,6 @@ class Client:
             endpoint.has_asked_for_long = True
             self._progress.warn(f"{endpoint.url} asks to wait for {duration(pause_s)} before a request is sent again")
 
-    async def _post(self, endpoint: Endpoint, request: Request, in_flight: InFlight, *, may_name: bool) -> Reply:
-        """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
-
-        Raises OtherDialectError if it may be taken in another form, and what `_send` raises.
-        """
-        try:
-            parts = await self._images.parts(request.shown, request.images, request.pages)
-        except OSError:  # of the disk that a server reads images from
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
-            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        kept, dialect = endpoint.kept, endpoint.dialect
-        is_named = may_name and request.shown in (endpoint.named_images or ())
-        body = chat_api.body(request, parts.named if is_named else parts.whole, self._name, dialect)
-        try:
-            reply = await self._send(endpoint, request, body, in_flight)
-        except (ServerFaultError, RefusedError, chat_api.BadAnswerError) as error:
-            if kept:
-                kept.forget(request.shown)
-            if kept and is_named:  # whatever it says
-                kept.count(is_known=False)
-                raise OtherDialectError from None
-            if isinstance(error, RefusedError):
-                return await self._take_refusal(endpoint, request, error, dialect, in_flight)
-            if isinstance(error, chat_api.BadAnswerError):
-                await self._count_refusal(endpoint, str(error), in_flight)
-            raise ServerFaultError(str(error)) from None
-        if kept and request.shows_image:
-            kept.add(request.shown)
-        if kept and is_named:
-            kept.count(is_known=True)
-        return reply
-
-    async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
-        """Send the body of a request once, and return the reply.
-
-        Raises ServerBusyError, ServerFaultError, RefusedError or BadAnswerError; EngineError for what all requests would get.
-        """
-        sent = time.monotonic()
-        in_flight.sent.add(asyncio.current_task())
-        in_flight.unsent.pop(request.id, None)
-        try:
-            async with self._session_of(endpoint).post(
-                f"{endpoint.url}/chat/completions",
-                data=body,
-                headers=endpoint.headers,
-                proxy=endpoint.proxy,
-                allow_redirects=False,
-            ) as answer:
-                text = await read_body(answer, chat_api.max_answer_bytes(request))
-        except CONNECTION_ERRORS as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
-                log.warning("no more files can be opened for connections: %s", error)
-                raise ServerBusyError(None) from None
-            raise ServerFaultError(one_line(error, 1000)) from None
-        finally:
-            in_flight.sent.discard(asyncio.current_task())
-        tolerated = self._statuses_of_one_request(endpoint)
-        raise_for_access(answer, endpoint, text, tolerated)
-        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
-        message = endpoint.error_message(text) if answer.status >= 400 else ""
-        # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
-        if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
-            endpoint.busy.start(answer.status, message)
-            raise ServerBusyError(stated_wait(answer.headers))
-        endpoint.busy.end()
-        if answer.status >= 500:
-            raise ServerFaultError(f"{answer.status}: {message}")
-        if answer.status >= 400:
-            raise RefusedError(message, answer.status)
-        reply = chat_api.read_reply(request, text, endpoint.keys)
-        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
-        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
-        self._count_tokens(reply.reply_tokens)
-        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
-        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
-
-    async def _take_refusal(
-        self, endpoint: Endpoint, request: Request, refusal: RefusedError, dialect: chat_api.Dialect, in_flight: InFlight
-    ) -> Reply:
-        """Return the reply to a request that a server refuses in this dialect; raise OtherDialectError if not in another."""
-        if refusal.status in REFUSED_STATUSES:
-            self._adapt(endpoint, dialect, str(refusal))
-        await self._count_refusal(endpoint, str(refusal), in_flight)
-        return request.reply(str(refusal), REFUSED_BY_SERVER)
-
-    def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that a server may answer for the image of one request, and not to all of them.
-
-        It has answered before: the request by which its dialect was learned, for one. Where there is another server, one that
-        is not found is left out, and its request goes there.
-        """
-        if endpoint.denied >= MAX_DENIED:
-            return ()
-        return (403,) if len(self._endpoints) > 1 else (403, 404)
-
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""
         async with endpoint.learning:
@@ -485,32 +374,6 @@ class Client:
                 session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
                 await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress)
                 endpoint.is_learned = True
-
-    def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
-        """Raise OtherDialectError if a server that refused a request in this dialect may take it in another one."""
-        if endpoint.dialect == dialect and (better := dialect.after_refusal(message)):
-            endpoint.dialect = better
-            self._progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {better.describe()}")
-        if endpoint.dialect != dialect:
-            raise OtherDialectError
-
-    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a request that a server does not answer. Raises EngineError if it has answered none so far.
-
-        It refuses faster than it answers: those that it still works on are waited for.
-        """
-        endpoint.refused += 1
-        if len(self._endpoints) == 1 and in_flight.work.answered():
-            return
-        endpoint.refused_in_flight += 1
-        try:
-            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
-                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "mend that, then run the same command; images that are too large: generate.max_pixels"
-                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
-                await asyncio.sleep(REFUSAL_POLL_SECONDS)
-        finally:
-            endpoint.refused_in_flight -= 1
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
         in_flight.resting += 1
@@ -558,10 +421,3 @@ class Client:
                 most=self._images.bound(FLIGHT_BYTES),
             )
             self._keep_images()
-
-    def _count_tokens(self, tokens: int) -> None:
-        now = time.monotonic()
-        total = self._tokens[-1][1] + tokens
-        self._tokens.append((now, total))
-        while len(self._tokens) > 2 and now - self._tokens[0][0] > 10:
-            self._tokens.popleft()

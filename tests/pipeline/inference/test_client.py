@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError, SourceError
-from pipeline.inference import client, concurrency, endpoints, probing, proxies, retry
+from pipeline.inference import client, concurrency, endpoints, exchange, probing, proxies, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import Endpoint, Endpoints
@@ -342,7 +342,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
         with pytest.raises(EngineError, match="refuses every request: scripted 400"):
             run(tmp_path / "j", chat.url)
-        assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
+        assert len(chat.bodies) < 2 * exchange.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
 def test_a_server_that_refuses_faster_than_it_answers_is_asked_on(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_server_that_denies_one_request_is_asked_the_others(tmp_path: Path, st
         chat.script = lambda times, body: Act(status=status) if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match=f"scripted {status}"):  # to all, from then on
             run(tmp_path / "k", chat.url, samples=scene_samples(20), server={"concurrency": 1})
-        assert len(chat.bodies) <= 6 + client.MAX_DENIED
+        assert len(chat.bodies) <= 6 + exchange.MAX_DENIED
 
 
 def test_requests_in_flight_are_kept_when_a_run_ends_with_an_error(tmp_path: Path) -> None:
@@ -1123,7 +1123,7 @@ def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answer
         _, errors = run(tmp_path / "j", answers.url, refuses.url, samples=scene_samples(60), server={"concurrency": 4})
     refused = errors.pop("refused_by_server")
     assert errors == {None: 180 - refused}
-    assert refused < client.MAX_REFUSALS_BEFORE_REPLY + 4
+    assert refused < exchange.MAX_REFUSALS_BEFORE_REPLY + 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,188 @@
+"""Send a request to a server once, and take what it answers: a reply, or what the answer means for the request."""
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+
+from pipeline.errors import EngineError, one_line
+from pipeline.inference import chat_api
+from pipeline.inference.bodies import read_body
+from pipeline.inference.endpoints import Endpoint, Endpoints, raise_for_access
+from pipeline.inference.in_flight import InFlight
+from pipeline.inference.request_images import RequestImages
+from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, stated_wait
+from pipeline.inference.server_errors import (
+    CONNECTION_ERRORS,
+    REFUSED_STATUSES,
+    OtherDialectError,
+    RefusedError,
+    ServerBusyError,
+    ServerFaultError,
+)
+from pipeline.progress import Progress
+from pipeline.types import REFUSED_BY_SERVER, Reply, Request
+
+MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
+MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
+REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
+SPEED_SECONDS = 10  # over which tokens a second are counted
+log = logging.getLogger(__name__)
+
+
+class Exchange:
+    """Requests and answers of a run: in the form that each server takes, with images or their names."""
+
+    def __init__(
+        self,
+        model: str,
+        endpoints: Endpoints,
+        sessions: Mapping[Path | None, aiohttp.ClientSession],
+        images: RequestImages,
+        progress: Progress,
+    ) -> None:
+        """Prepare to ask for a model by this name; `sessions` are by the socket of a server."""
+        self._name, self._endpoints, self._sessions = model, endpoints, sessions
+        self._images, self._progress = images, progress
+        self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How many tokens servers write, lately; None before the first."""
+        (start, start_tokens), (end, end_tokens) = self._tokens[0], self._tokens[-1]
+        return (end_tokens - start_tokens) / (end - start) if end > start else None
+
+    async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight, *, may_name: bool) -> Reply:
+        """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
+
+        Raises OtherDialectError if it may be taken in another form, and what `_send` raises.
+        """
+        try:
+            parts = await self._images.parts(request.shown, request.images, request.pages)
+        except OSError:  # of the disk that a server reads images from
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
+            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
+        kept, dialect = endpoint.kept, endpoint.dialect
+        is_named = may_name and request.shown in (endpoint.named_images or ())
+        body = chat_api.body(request, parts.named if is_named else parts.whole, self._name, dialect)
+        try:
+            reply = await self._send(endpoint, request, body, in_flight)
+        except (ServerFaultError, RefusedError, chat_api.BadAnswerError) as error:
+            if kept:
+                kept.forget(request.shown)
+            if kept and is_named:  # whatever it says
+                kept.count(is_known=False)
+                raise OtherDialectError from None
+            if isinstance(error, RefusedError):
+                return await self._take_refusal(endpoint, request, error, dialect, in_flight)
+            if isinstance(error, chat_api.BadAnswerError):
+                await self._count_refusal(endpoint, str(error), in_flight)
+            raise ServerFaultError(str(error)) from None
+        if kept and request.shows_image:
+            kept.add(request.shown)
+        if kept and is_named:
+            kept.count(is_known=True)
+        return reply
+
+    async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
+        """Send the body of a request once, and return the reply.
+
+        Raises ServerBusyError, ServerFaultError, RefusedError or BadAnswerError; EngineError for what all requests would get.
+        """
+        sent = time.monotonic()
+        in_flight.sent.add(asyncio.current_task())
+        in_flight.unsent.pop(request.id, None)
+        try:
+            async with self._sessions[endpoint.socket_path].post(
+                f"{endpoint.url}/chat/completions",
+                data=body,
+                headers=endpoint.headers,
+                proxy=endpoint.proxy,
+                allow_redirects=False,
+            ) as answer:
+                text = await read_body(answer, chat_api.max_answer_bytes(request))
+        except CONNECTION_ERRORS as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
+                log.warning("no more files can be opened for connections: %s", error)
+                raise ServerBusyError(None) from None
+            raise ServerFaultError(one_line(error, 1000)) from None
+        finally:
+            in_flight.sent.discard(asyncio.current_task())
+        tolerated = self._statuses_of_one_request(endpoint)
+        raise_for_access(answer, endpoint, text, tolerated)
+        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
+        message = endpoint.error_message(text) if answer.status >= 400 else ""
+        # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
+        if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
+            endpoint.busy.start(answer.status, message)
+            raise ServerBusyError(stated_wait(answer.headers))
+        endpoint.busy.end()
+        if answer.status >= 500:
+            raise ServerFaultError(f"{answer.status}: {message}")
+        if answer.status >= 400:
+            raise RefusedError(message, answer.status)
+        reply = chat_api.read_reply(request, text, endpoint.keys)
+        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
+        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
+        self._count_tokens(reply.reply_tokens)
+        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
+        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
+
+    async def _take_refusal(
+        self, endpoint: Endpoint, request: Request, refusal: RefusedError, dialect: chat_api.Dialect, in_flight: InFlight
+    ) -> Reply:
+        """Return the reply to a request that a server refuses in this dialect; raise OtherDialectError if not in another."""
+        if refusal.status in REFUSED_STATUSES:
+            self._adapt(endpoint, dialect, str(refusal))
+        await self._count_refusal(endpoint, str(refusal), in_flight)
+        return request.reply(str(refusal), REFUSED_BY_SERVER)
+
+    def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
+        """Return the statuses that a server may answer for the image of one request, and not to all of them.
+
+        It has answered before: the request by which its dialect was learned, for one. Where there is another server, one that
+        is not found is left out, and its request goes there.
+        """
+        if endpoint.denied >= MAX_DENIED:
+            return ()
+        return (403,) if len(self._endpoints) > 1 else (403, 404)
+
+    def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
+        """Raise OtherDialectError if a server that refused a request in this dialect may take it in another one."""
+        if endpoint.dialect == dialect and (better := dialect.after_refusal(message)):
+            endpoint.dialect = better
+            self._progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {better.describe()}")
+        if endpoint.dialect != dialect:
+            raise OtherDialectError
+
+    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a request that a server does not answer. Raises EngineError if it has answered none so far.
+
+        It refuses faster than it answers: those that it still works on are waited for.
+        """
+        endpoint.refused += 1
+        if len(self._endpoints) == 1 and in_flight.work.answered():
+            return
+        endpoint.refused_in_flight += 1
+        try:
+            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
+                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
+                    hint = "mend that, then run the same command; images that are too large: generate.max_pixels"
+                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
+                await asyncio.sleep(REFUSAL_POLL_SECONDS)
+        finally:
+            endpoint.refused_in_flight -= 1
+
+    def _count_tokens(self, tokens: int) -> None:
+        now = time.monotonic()
+        total = self._tokens[-1][1] + tokens
+        self._tokens.append((now, total))
+        while len(self._tokens) > 2 and now - self._tokens[0][0] > SPEED_SECONDS:
+            self._tokens.popleft()
