@@ -8,6 +8,7 @@ import csv
 import glob
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,12 +109,14 @@ class CaptionFile:
                     _write_rows(self.path, self.rows)
                 self._draft.unlink()
 
-    def _resume(self) -> tuple[bool, list[dict[str, Any]]]:
+    def _resume(self) -> tuple[bool, list[dict[str, Any]]] | None:
         """Return whether an interrupted run writes the file anew, and its rows; a line without its end was cut off.
 
-        Raises ConfigError for other settings.
+        None if it has no rows, or other ones are to be written in their place. Raises ConfigError for other settings.
         """
         first, *lines = read_regular(self._draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace").split("\n")
+        if self.existing == "overwrite" or not any(lines):
+            return None
         try:
             header, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
             if header["settings"] == self.settings:
@@ -171,3 +174,8 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(rows)
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as text; bytes that are not UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,6 +1,5 @@
 """Caption many images, and write the captions to where they go, in the order of the images."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from pipeline.digests import digest, file_digest
 from pipeline.errors import ImageError
 from pipeline.progress import Progress
 from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
-from trainer.caption_files import SIDECARS, CaptionFile
+from trainer.caption_files import SIDECARS, CaptionFile, shown_path
 from trainer.captioning import Captioner
 
 
@@ -43,11 +42,6 @@ class CaptionTask:
         """Return the row of a caption or an answer."""
         fields = {"question": self.question, "answer": text} if self.question else {"style": style, "caption": text}
         return {"image": shown_path(image), **fields}
-
-
-def shown_path(path: Path) -> str:
-    """Return a path as text; bytes that are not UTF-8 become escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def caption_images(

@@ -64,7 +64,7 @@ class Captioner:
     @property
     def usual_beams(self) -> int:
         """The candidates of the search with which it was scored after its training; 1 if it does not say."""
-        return int(self.checkpoint.captioner.config.data.get("num_beams", 1))
+        return self.checkpoint.captioner.config.num_beams
 
     @property
     def answers(self) -> bool:

@@ -44,6 +44,7 @@ from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
 
 MAX_CONFIG_BYTES = 10_000_000
 PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
+MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
 MAX_TOKENIZER_BYTES = 100_000_000
 MAX_LOG_BYTES = 1_000_000_000
 MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
@@ -152,6 +153,8 @@ def read_config(folder: Path) -> CaptionerConfig:
         raise ValueError("it has learned no prompt")
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
+    if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
+        raise ValueError(f"num_beams is {config.num_beams!r}")
     require_few_layers(config.decoder)
     return config
 

@@ -90,7 +90,8 @@ def read_examples(
     examples = [_example(row, images[row["sample_id"]], mixture, **options) for row in rows]
     if styles:
         there = sorted({text.style for example in examples for text in example.texts if text.style})
-        if there and not set(there).intersection(styles):
+        has_references = to_score and any(example.references for example in examples)
+        if there and not set(there).intersection(styles) and not has_references:
             raise TrainError(
                 f"no caption of the styles {', '.join(styles)}",
                 hint=f"set styles to some of those that there are: {', '.join(there)}",

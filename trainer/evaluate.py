@@ -196,7 +196,7 @@ def evaluate_version(
         examples = examples_in(version, split, there, to_score=True)
     examples = sorted(examples, key=lambda example: example.sample_id)  # as after its training: intervals are drawn by place
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    decoding = DecodingConfig(num_beams=beams or config.data.get("num_beams", 1))
+    decoding = DecodingConfig(num_beams=beams or config.num_beams)
     prompt = scored_prompt(config.prompts, style)
     options = EvalOptions(prompt, decoding, questions=True, thorough=True, spice=with_spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}

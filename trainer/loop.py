@@ -82,7 +82,8 @@ class Trainer:
     critic: SelfCritic | None = None  # of the last stage
     gradient_norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # steps in a row
-    best_score: float = -math.inf  # of the saved captioner
+    best_score: float = -math.inf  # of the saved captioner, by which others are compared with it
+    best_cider_d: float | None = None  # of the saved captioner; None for a single image
     best_loss: float = math.inf  # its validation loss, which decides between equal scores
     rewards: list[float] = field(default_factory=list)  # of the captions that the last step has drawn
     evaluations_without_gain: int = 0  # in a row, of the score
@@ -218,9 +219,9 @@ class Trainer:
     def should_step(self, loss: float, norm: float) -> bool:
         """Return whether to apply a step: loss and gradient norm are finite, and the norm is not a spike. Records the norm."""
         median = statistics.median(self.gradient_norms) if len(self.gradient_norms) >= SPIKE_STEPS // 4 else math.inf
-        is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), norm > SPIKE * median
+        is_finite, is_spike = math.isfinite(loss) and math.isfinite(norm), 0 < SPIKE * median < norm
         is_good = is_finite and (not is_spike or self.skipped_steps >= MOST_SPIKES)
-        if is_good:
+        if is_good and norm:  # none, where all rewards of a step are equal, says nothing of the others
             self.gradient_norms = [norm] if is_spike else [*self.gradient_norms[1 - SPIKE_STEPS :], norm]
         self.skipped_steps = 0 if is_good else self.skipped_steps + 1
         return is_good
@@ -263,6 +264,7 @@ class Trainer:
             if quality > (self.best_score, -self.best_loss):
                 self.checkpoint.save(out)
                 (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, -likeness, 0
+                self.best_cider_d = cider_d if scored["images"] > 1 else None
             elif done > self.config.align_steps:  # the first stage is not to end the second
                 self.evaluations_without_gain += 1
 
@@ -288,6 +290,7 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "step": done,
             "best": self.best_score,
+            "best_cider_d": self.best_cider_d,
             "best_loss": self.best_loss,
             "norms": self.gradient_norms,
             "skipped": self.skipped_steps,
@@ -312,6 +315,7 @@ class Trainer:
                 state["norms"],
                 state.get("unimproved", 0),
             )
+            self.best_cider_d = state.get("best_cider_d", self.best_score)
             # Earlier releases did not keep these.
             self.best_loss, self.skipped_steps = state.get("best_loss", math.inf), state.get("skipped", 0)
             if self.average and "average" in state:
@@ -354,6 +358,8 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                 saved = time.monotonic()
             if is_interrupted:
                 break
+        if not is_interrupted:  # a signal may have come while the last state was saved
+            is_interrupted = bool(max_over_processes(len(interrupted), trainer.device, trainer.processes))
     if is_interrupted:
         if signal.SIGTERM in interrupted and callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)  # the command knows it by another exit code

@@ -240,7 +240,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dic
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(weights.numel() for weights in chosen.captioner.parameters()),
-        "best_validation": trainer.best_score,
+        "best_validation": trainer.best_cider_d,
         **evaluate(chosen, examples, options, features),
     }
     write_captions(out / "captions.jsonl", metrics.pop("each"))

@@ -252,10 +252,10 @@ def _images_named(names: list[str], captions: Path | None, limit: int) -> list["
     """Return the images that names lead to, with what a file of captions says of them."""
     from pipeline.sources.captions import read_captions
     from pipeline.sources.image_names import describe_unknown, match_images
-    from trainer.caption_files import find_images
+    from trainer.caption_files import find_images, shown_path
     from trainer.side_by_side import Shown
 
-    paths = {str(path): path for path in find_images(names)}
+    paths = {shown_path(path): path for path in find_images(names)}
     written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
     for warning in describe_unknown(captions, unknown) if captions and unknown else ():
         say(warning, WARNING)

@@ -49,8 +49,10 @@ def write_sidecar(image: Path, texts: Sequence[str], existing: Existing, own: Co
     """
     target = image.with_suffix(".txt")
     lines = _lines(target) if existing == "append" and target.exists() else []
-    new = [text for text in texts if text not in lines]
-    note_own_lines(target, [text for text in new if own is None or text in own])
+    one_line = [" ".join(text.split()) for text in texts]
+    new = [text for text in one_line if text not in lines]
+    of_model = None if own is None else {" ".join(text.split()) for text in own}
+    note_own_lines(target, [text for text in new if of_model is None or text in of_model])
     write_text(target, "\n".join([*lines, *new]) + "\n")
 
 

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import ConfigError, ImageError
 from pipeline.progress import NullProgress
 from pipeline.sources.folder import open_folder
-from pipeline.storage.sidecars import Existing, images_to_write
+from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
@@ -108,6 +108,27 @@ def test_other_settings_do_not_go_on_with_a_file(model: Path, photos: Path, tmp_
         run(model, [str(photos)], tmp_path / "c.jsonl", styles=("detailed",))
     with pytest.raises(ConfigError, match="begun with another captioner or other settings"):
         run(save_captioner(tmp_path / "other", seed=5), [str(photos)], tmp_path / "c.jsonl")
+
+
+def test_a_draft_without_captions_and_one_that_is_to_be_replaced_are_in_no_ones_way(tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["brief"]}):
+        raise KeyboardInterrupt
+    row = {"image": "a.png", "style": "plain", "caption": "A dog."}
+    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["plain"]}) as file:
+        file.add(row)
+        raise KeyboardInterrupt
+    with pytest.raises(ConfigError, match="was begun with another captioner or other settings"):
+        CaptionFile(out, {"styles": ["detailed"]}).__enter__()
+    with CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:
+        file.add(row | {"style": "detailed"})
+    assert [json.loads(line)["style"] for line in out.read_text().splitlines()] == ["detailed"]
+
+
+def test_a_text_of_several_lines_is_one_line_beside_an_image(tmp_path: Path) -> None:
+    for _ in range(3):
+        write_sidecar(tmp_path / "a.png", ["A dog\nruns."], "append")
+    assert (tmp_path / "a.txt").read_text() == "A dog runs.\n"
 
 
 def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, photos: Path, tmp_path: Path) -> None:

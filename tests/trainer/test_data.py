@@ -96,6 +96,8 @@ def test_styles_can_be_chosen_and_the_source_can_be_left_out_of_the_prompt() -> 
     captions = {(text.source, text.text) for text in example.texts if text.style}
     assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
     assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
+    (scored,) = read_examples(table({"captions": two}), IMAGES, styles=("alt",), to_score=True)  # by its references
+    assert scored.references and not any(text.style for text in scored.texts)
     with pytest.raises(TrainError, match="no caption of the styles alt") as caught:
         read_examples(table({}), IMAGES, styles=("alt",))
     assert caught.value.hint.endswith("those that there are: brief")

@@ -970,3 +970,38 @@ def test_texts_that_are_too_long_for_a_language_model_are_refused_before_the_fir
         train(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
+
+
+def test_steps_without_a_gradient_make_no_spikes_of_the_others(version: Version, clip: str) -> None:
+    """As where all rewards of a step are equal."""
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = trainer.train._build(version, config, examples)
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    judge = Trainer(checkpoint, config, examples, examples[:3], features, CPU)
+    assert all(judge.should_step(1.0, float(step % 4 == 0)) for step in range(200))
+    assert not judge.should_step(1.0, 1e6)
+
+
+def test_the_best_score_of_a_single_image_is_none(version: Version, tmp_path: Path, clip: str) -> None:
+    metrics = train(version, replace(encoder=clip, steps=1, evaluate_images=1), tmp_path / "one")
+    assert metrics["best_validation"] is None  # CIDEr-D is 0 there, and the loss decides
+    several = train(version, replace(encoder=clip, steps=1, evaluate_images=3), tmp_path / "three")
+    assert several["best_validation"] >= 0
+
+
+def test_a_signal_during_the_last_save_is_no_end_without_a_word(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.checkpoint import save_resume as save
+
+    def save_and_interrupt(folder: Path, state: dict[str, Any]) -> None:
+        save(folder, state)
+        if state["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c")
+    monkeypatch.setattr(trainer.loop, "save_resume", save)
+    assert train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c", resume=True)["scores"]

@@ -2,6 +2,7 @@
 and how the server of one ends."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -231,6 +232,16 @@ def test_captioners_are_compared_on_named_images_and_on_a_version(
     printed = json.loads(said.out)
     assert len(printed["images"]) == 4 == printed["scored_images"]
     assert "<html" in (tmp_path / "b.html").read_text()
+
+
+def test_a_name_that_is_no_utf_8_does_not_lose_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
+    (tmp_path / "photos").mkdir()
+    photo(1).save(tmp_path / "photo.png")
+    (tmp_path / "photo.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/photos/b\xff.png"))
+    compare(captioners, images=[str(tmp_path / "photos")], out=tmp_path / "a.html", as_json=True)
+    assert json.loads(capsys.readouterr().out)["images"][0]["image"].endswith("b\\xff.png")
+    assert "<html" in (tmp_path / "a.html").read_text()
 
 
 def test_captioners_are_not_compared_on_decks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from trainer.experiment.runs import Run
 from trainer.experiment.slices import SLICES, slice_scores
 from trainer.metrics import cider_d, tokenize
 
+# The 97.5 % point of Student's t by degrees of freedom, as in any table of it.
+STUDENT_T = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042, math.inf: 1.96,
+}  # fmt: skip
 DRAWS = 2000
 Scores = npt.NDArray[np.float64]
 
@@ -82,15 +87,17 @@ def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, 
     """Return the 95 % interval of a mean over seeds and images, or of its difference from another mean.
 
     Two-level bootstrap: images are drawn with replacement, the same for both arms, which were scored on the same images; seeds
-    are drawn for each arm. Means of S drawn seeds have (S - 1) / S of the true variance, so they are rescaled. With one seed,
+    are drawn for each arm. Means of S drawn seeds have (S - 1) / S of the true variance, so they are rescaled; and since that
+    variance is estimated from few seeds, by Student's t as well, with the degrees of freedom of Welch (1947). With one seed,
     the variance between seeds is unknown and not included.
     """
+    widened = _student_factor([scores_SI] if other_SI is None else [scores_SI, other_SI])
     rng = np.random.default_rng(0)
     images_RI = rng.integers(scores_SI.shape[1], size=(DRAWS, scores_SI.shape[1]))
 
     def drawn_R(values_SI: Scores) -> Scores:
         seeds = len(values_SI)
-        mean_I, spread = values_SI.mean(0), np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+        mean_I, spread = values_SI.mean(0), widened * np.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
         seeds_RS = rng.integers(seeds, size=(DRAWS, seeds))
         drawn = (mean_I + spread * (values_SI[s].mean(0) - mean_I) for s in seeds_RS)
         return np.array([values_I[i].mean() for values_I, i in zip(drawn, images_RI, strict=True)])
@@ -99,6 +106,17 @@ def interval(scores_SI: Scores, other_SI: Scores | None = None) -> tuple[float, 
     low, high = np.quantile(means_R, [0.025, 0.975])
     lowest = 0.0 if other_SI is None else -np.inf  # rescaled draws may lie below any score
     return max(float(low), lowest), max(float(high), lowest)
+
+
+def _student_factor(arms: Sequence[Scores]) -> float:
+    """Return by how much Student's t is wider than the normal distribution, at 95 %, for the means of arms (seeds, images)."""
+    variances = [float(scores_SI.mean(1).var(ddof=1)) / len(scores_SI) for scores_SI in arms if len(scores_SI) > 1]
+    freedoms = [len(scores_SI) - 1 for scores_SI in arms if len(scores_SI) > 1]
+    if not sum(variances):
+        return 1.0
+    freedom = sum(variances) ** 2 / sum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
+    known = sorted(STUDENT_T)
+    return float(np.interp(-1 / freedom, [-1 / one for one in known], [STUDENT_T[one] for one in known])) / STUDENT_T[math.inf]
 
 
 def verdict(low: float, high: float, seeds: int = 2) -> str:

@@ -142,9 +142,10 @@ def cells_of(experiment: Experiment) -> list[Cell]:
     grids = [(tuple(experiment.data), first, "")]
     for more in experiment.also:
         replaced = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
-        changed = {name: value for name, value in more.settings.items() if experiment.settings.get(name) != value}
+        usual, given = (_by_new_names(settings) for settings in (experiment.settings, more.settings))
+        changed = {name: value for name, value in given.items() if usual.get(name) != value}
         overrides = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
-        settings = {**experiment.settings, **changed}
+        settings = {**usual, **changed}
         grids.append((more.data or tuple(experiment.data), {**first, **replaced, "settings": settings}, overrides))
     cells: dict[tuple[Any, ...], Cell] = {}
     for names, grid, overrides in grids:
@@ -152,8 +153,12 @@ def cells_of(experiment: Experiment) -> list[Cell]:
         for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
             config = _config(experiment.data[data], encoder, decoder, alignment, images, seed, grid["settings"])
             cell = Cell(data, encoder, decoder, alignment, images, seed, config, overrides)
-            cells.setdefault((*cell.arm, seed), cell)
+            cells.setdefault((data, digest(config.digest_values())), cell)  # a setting may be the usual one
     return list(cells.values())
+
+
+def _by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    return {TrainConfig.OLD_KEYS.get(name, name): value for name, value in settings.items()}
 
 
 def _config(

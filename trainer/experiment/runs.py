@@ -28,6 +28,7 @@ from trainer.train import read_split_examples, train
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")
+MAX_MESSAGE_CHARACTERS = 2000  # of a cell that has failed: a pipe holds little that nobody reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,8 @@ def _train(run: Run, threads: int, gpu: str | None, parent: int, sender: Any) ->
     except KeyboardInterrupt:
         sys.exit(130)  # the parent was interrupted as well, and reports it
     except Exception as error:  # noqa: BLE001
-        sender.send(str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}")
+        message = str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}"
+        sender.send(message[:MAX_MESSAGE_CHARACTERS])  # the parent reads it once this process has ended
         sys.exit(1)
 
 

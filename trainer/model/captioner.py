@@ -43,6 +43,12 @@ class CaptionerConfig:
     contrast_width: int = 0  # of the contrastive space of images and texts; 0: no contrastive head
     data: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_beams(self) -> int:
+        """The candidates of the search with which it was scored after its training; 1 if it does not say."""
+        beams: int = self.data.get("num_beams", 1)
+        return beams
+
 
 class CaptionerModel(nn.Module, PyTorchModelHubMixin):
     """Saved and loaded with `save_pretrained` and `from_pretrained`: config.json and model.safetensors.

@@ -33,7 +33,7 @@ class DecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.width % (2 * self.heads):
+        if self.heads < 1 or self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even width")
 
 

@@ -100,3 +100,12 @@ def test_what_is_no_experiment_is_one_error(tmp_path: Path, content: bytes | Non
 
 def test_the_example_in_the_documentation_is_one() -> None:
     assert len(cells_of(read_experiment(ROOT / "docs" / "experiment.yaml"))) == 20
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"batch_images": 16}])
+def test_a_setting_as_it_is_anyway_is_no_other_arm(settings: dict[str, Any]) -> None:
+    """Two cells would have one folder, and be trained there at the same time."""
+    usual = {"steps": 100, "batch_size": 16}
+    cells = cells_of(experiment(settings=usual, also=[{"settings": settings}]))
+    assert len(cells) == len(cells_of(experiment(settings=usual)))
+    assert len({cell.folder() for cell in cells}) == len(cells)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
@@ -21,7 +23,8 @@ from tests.scene_data import make_version, scene_samples, true_captions
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
 from trainer.data import count_words, limit_captions, limit_images
-from trainer.experiment.grid import Experiment, cells_of
+from trainer.experiment import runs
+from trainer.experiment.grid import FACTORS, Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, require_models, run_cells
 from trainer.train import read_split_examples
@@ -152,3 +155,19 @@ def test_a_model_that_is_not_there_is_refused_before_any_cell_is_trained(
         with pytest.raises(TrainError, match=f"no {factor} {name}: there is no such folder") as raised:
             require_models(planned(versions, clip, tmp_path, **{factor: [clip if factor == "encoder" else "scratch", name]}))
         assert f"`{factor}` of the experiment file" in raised.value.hint
+
+
+def test_a_long_error_of_a_cell_fits_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent reads it once the process of the cell has ended, which would wait for ever for room."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TrainError("x" * 300_000, hint="")
+
+    monkeypatch.setattr(runs, "train", fail)
+    receiver, sender = runs.CONTEXT.Pipe(duplex=False)
+    version = SimpleNamespace(name="v", manifest={"digest": "d"})
+    cell = SimpleNamespace(**dict.fromkeys((*FACTORS, "otherwise", "seed"), "a"))
+    run: Any = SimpleNamespace(folder=tmp_path / "c", cell=cell, version=version, config=None, only=None)
+    with pytest.raises(SystemExit):
+        runs._train(run, torch.get_num_threads(), None, os.getppid(), sender)
+    assert len(receiver.recv()) == runs.MAX_MESSAGE_CHARACTERS
