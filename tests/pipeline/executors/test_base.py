@@ -43,8 +43,9 @@ OF_KEPT = (
     "cluster", "image_group", "question_type", "final_pair_id", "keep_probability", "entries", "split", "final_text",
     "final_question", "agreement", "answered_blind",
 )  # fmt: skip
-# Digests by seed, from the single-process algorithms that the queries replaced, on the same rows.
-OUTCOMES = {1: "4a88ccf1b22a990b", 3: "4dbbb30b977c50d9", 8: "7d16af2584271fcf"}
+# Digests by seed, from the single-process algorithms that the queries replaced, on the same rows; but for the split of a few
+# images that the source does not name, and that were drawn for its split `test` then: six, five and eight.
+OUTCOMES = {1: "b59c7a9c4988ed62", 3: "1861abc4bf2bf50d", 8: "d5c3f753f4ae3a42"}
 
 
 def settings() -> Config:
