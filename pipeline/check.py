@@ -86,7 +86,7 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     with dataset.lock():
         kept, lost = repair_journal(path)
     hint = f"the damaged one is {path.name}.damaged-*; run `synth generate` again: it asks what is missing"
-    return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed", True, hint)
+    return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} are gone", True, hint)
 
 
 def _stage_files(dataset: DatasetDir) -> list[Path]:

@@ -8,7 +8,7 @@ none: a rotten bit would change a dataset without a word.
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
+from pipeline.inference.journal_pages import read_rows
 from pipeline.types import UNANSWERED, Reply, Request
 
 FORMAT = 4  # raise when a table changes
@@ -129,7 +130,7 @@ class Journal:
     def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
         """Store rows of another journal as they are."""
         with self._db:
-            self._db.executemany("INSERT INTO asked VALUES (?, ?)", asked)
+            self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", asked)
             self._db.executemany(_KEEP, replies)
 
     def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
@@ -166,6 +167,12 @@ class Journal:
         sums = f"SELECT COALESCE(SUM({likely}), 0), COALESCE(SUM({written}), 0) FROM replies WHERE ? IN ('', task)"  # noqa: S608
         read, replied = self._db.execute(sums, (task,)).fetchone()
         return read, replied
+
+    def count_unanswered(self) -> int:
+        """Return how many requests were sent and have no reply."""
+        without = "SELECT COUNT(*) FROM asked WHERE request_id NOT IN (SELECT request_id FROM replies)"
+        (count,) = self._db.execute(without).fetchone()
+        return int(count)
 
     def totals(self) -> dict[str, int]:
         """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""
@@ -215,23 +222,28 @@ def check_journal(path: Path) -> JournalState:
 def repair_journal(path: Path) -> tuple[int, int]:
     """Replace a damaged journal by one of all replies that are intact; return how many are kept, and how many are not.
 
-    The damaged file stays beside it, with the suffix `.damaged-1` and so on. Replies in pages that cannot be read are not
-    counted. Raises StoreError, and changes nothing, if none is intact.
+    What SQLite cannot reach is looked for page by page. The damaged file stays beside it, as `.damaged-1` and so on.
+    Not kept are replies with another checksum, and those that are gone: of requests that were sent and have none.
+
+    Raises StoreError, and changes nothing, if none is intact.
     """
     fresh = path.with_name(f"{path.name}.repairing")
     fresh.unlink(missing_ok=True)
-    kept = lost = 0
+    lost = 0
     with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
         source.text_factory = _damaged_text
-        for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # a page that cannot be read costs its own range alone
+        for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # in ranges: one that cannot be read costs no other
             asked, rows = list[Any](), list[Sequence[Any]]()
             with suppress(sqlite3.DatabaseError):
                 asked.extend(source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids))
             with suppress(sqlite3.DatabaseError):
                 rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
             intact = [row for row in rows if _is_intact(row)]
-            kept, lost = kept + len(intact), lost + len(rows) - len(intact)
+            lost += len(rows) - len(intact)
             journal.copy(asked, intact)
+        journal.copy(_sent_in_pages(path), _replies_in_pages(path))
+        kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
+        lost = max(lost, unanswered)
     if not kept:
         fresh.unlink()
         raise StoreError(
@@ -244,6 +256,23 @@ def repair_journal(path: Path) -> tuple[int, int]:
             path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
     _repaired(path).replace(path)
     return kept, lost
+
+
+def _replies_in_pages(path: Path) -> Iterator[Sequence[Any]]:
+    """Yield the intact replies in the pages of a file, as `_read_replies` does."""
+    for values in read_rows(path):
+        if len(values) in (12, 13):  # the table has its columns in another order, and no sizes of images at first
+            first, (checksum, max_pixels) = values[:11], (values[11], values[12] if len(values) == 13 else None)
+            row = (*first, max_pixels, checksum)
+            if checksum is not None and _is_intact(row):
+                yield row
+
+
+def _sent_in_pages(path: Path) -> Iterator[Sequence[Any]]:
+    """Yield the requests in the pages of a file, with how often each was sent."""
+    for values in read_rows(path):
+        if len(values) == 2 and isinstance(values[0], str) and isinstance(values[1], int):
+            yield values
 
 
 def _repaired(path: Path) -> Path:

@@ -12,6 +12,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import StoreError
 from pipeline.inference.journal import Journal, JournalState, check_journal, repair_journal
+from pipeline.inference.journal_pages import read_rows
 from pipeline.inference.requests import build_requests
 from pipeline.inference.verification import Check, build_check, build_claims
 from pipeline.storage.files import translate_disk_errors
@@ -191,6 +192,43 @@ def test_text_that_is_no_utf8_any_more_costs_its_own_reply_alone(tmp_path: Path)
     with Journal(path) as journal, pytest.raises(StoreError, match="has another checksum"):
         journal.last(requests[7].id)
     assert repair_journal(path) == (299, 1)
+
+
+def test_a_page_that_is_gone_costs_no_replies_of_others(tmp_path: Path) -> None:
+    """SQLite reaches nothing below a page that it cannot read; the pages below are there."""
+    path = tmp_path / "journal" / "j.sqlite"
+    filled(path, 2000)
+    whole = path.read_bytes()
+    kinds = {number: whole[4096 * number] for number in range(1, len(whole) // 4096)}
+    above = [number for number, kind in kinds.items() if kind == 2]
+    assert len(above) > 3
+    for number in above:
+        rows = len(whole[4096 * number : 4096 * (number + 1)]) // 150
+        path.write_bytes(whole[: 4096 * number] + bytes(4096) + whole[4096 * (number + 1) :])
+        assert not check_journal(path).is_intact
+        kept, lost = repair_journal(path)
+        assert kept >= 2000 - rows
+        assert check_journal(path).is_intact
+        with Journal(path) as journal:
+            assert journal.totals()["replies"] == kept
+            assert journal.count_unanswered() == lost or number == above[0]
+        for old in path.parent.glob("*.damaged-*"):
+            old.unlink()
+
+
+def test_long_replies_are_put_together_from_their_pages(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    (request, *_) = build_requests("a" * 64, resolve(source="scenes"), "r")
+    texts = ["é" * size for size in (1, 400, 900, 4000, 40_000)]
+    with Journal(path) as journal:
+        for number, text in enumerate(texts):
+            one = replace(request, id=f"{number:064x}")
+            journal.record_sent([one])
+            journal.keep([(one, one.reply(text, "stop", 300, 70_000), "odd" if number else None)])
+    rows = [row for row in read_rows(path) if len(row) == 13]
+    assert [row[6] for row in rows] == texts
+    with closing(sqlite3.connect(path)) as db:
+        assert rows == db.execute("SELECT * FROM replies ORDER BY request_id").fetchall()
 
 
 def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -> None:
