@@ -36,6 +36,10 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     another process writes to the folder meanwhile.
     """
     journals = [] if is_remote(dataset.path) else [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]
+    if is_remote(dataset.path) and (remote := sorted(map(str, dataset.path.glob("shards/*/journal/*.sqlite")))):
+        yield Checked(
+            remote[0], f"{len(remote)} journals in the store are not checked: copy the folder to a disk, and check it there"
+        )
     for path in journals:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)

@@ -114,13 +114,13 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             known = {*rows, *(review.resulting_name for review in before)}
             if not any(review.name in known for review, _ in new):
                 raise ConfigError(
-                    f"none of the {len(new)} marks is about a text of {dataset.path}",
-                    hint="name the dataset folder that the report was made of",
+                    f"none of the {len(new)} marks is about a text that {dataset.path} has now",
+                    hint="name the dataset folder that the report was made of; its texts may be those of an older version",
                 )
             merged = merge_reviews(before, [review for review, _ in new], rows)
             for name, flaw in check_edits(merged, rows, config.own_tasks).items():
                 review, from_file = merged[name], {review.resulting_name: path for review, path in new}
-                text = review.text or f"{review.question} {review.answer}"
+                text = f"{review.question} {review.answer}" if review.text is None else review.text
                 path = from_file.get(review.resulting_name, dataset.reviews)
                 raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
             write_text(dataset.reviews, format_reviews(merged.values()))

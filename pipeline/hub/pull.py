@@ -1,5 +1,6 @@
 """Download a version from the Hub or an object store once, check it against its manifest, and open it."""
 
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -49,13 +50,21 @@ def pull_version(name: str) -> Version:
         if revision is None:
             hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
             raise StoreError(f"{repo} is not a folder here, and no version of it is known", hint=hint)
+        fetch = partial(snapshot_download, repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
         try:
-            folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
+            folder = Path(fetch())
+            damage = _damage_of(folder)
+            if damage:  # its files are links to others in the cache, which would be linked again
+                folder = Path(fetch(force_download=True))
+                damage = _damage_of(folder)
         except errors.RevisionNotFoundError:
             versions = ", ".join(_tags(repo)) or "none"
             raise StoreError(f"{repo} has no version {requested}", hint=f"versions there: {versions}") from None
-    version = read_version(Path(folder))
-    _check(version, name, f"fetch it again: remove {version.path}")
+    if damage:
+        raise StoreError(
+            f"{name} is damaged: {damage}", hint="it was fetched anew, and is so on the Hub: do not use the dataset"
+        )
+    version = read_version(folder)
     return Version(version.path, version.manifest, repo)
 
 
@@ -106,6 +115,11 @@ def _tags(repo: str) -> list[str]:
         cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo and entry.repo_type == "dataset"]
         names = [name for entry in cached for name in entry.refs]
     return sorted(filter(VERSION_NAME.fullmatch, names), key=parse_version)
+
+
+def _damage_of(folder: Path) -> str:
+    """Return what is wrong with the files of a version; "" if nothing is. Raise StoreError if it is none."""
+    return next(iter(find_damage(read_version(folder))), "")
 
 
 def _check(version: Version, name: str, hint: str) -> None:

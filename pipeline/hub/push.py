@@ -30,6 +30,7 @@ from pipeline.progress import NullProgress, Progress
 MAX_ATTEMPTS = 6
 MAX_PAUSE_SECONDS = 330.0  # the windows of the Hub's rate limits have five minutes
 RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
+STATED = ("license", "license_link", "title", "language", "acknowledged")  # of a manifest: what a user says of the data
 NEW_REPO = (".gitattributes", "README.md")  # what the Hub may put into a new repository
 
 
@@ -142,8 +143,18 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    warning = "" if is_new else _metadata_warning(package, remote)
+    warning = "" if is_new else _metadata_warning(package, remote) or _stated_otherwise(package, remote)
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
+
+
+def _stated_otherwise(package: Package, remote: dict[str, Any]) -> str:
+    """Return a warning if the Hub has this version with other statements about its data than this push makes."""
+    names = [name for name in STATED if name in package.manifest and package.manifest[name] != remote.get(name)]
+    said = ", ".join(f"{name} {remote.get(name) or 'not stated'}, now {package.manifest[name]}" for name in names)
+    if not said or package.kind != "dataset":
+        return ""
+    hint = "A tag never moves: push a new version, or to another repository"
+    return f"{package.name} lies there with other statements ({said}). {hint}"
 
 
 def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
@@ -166,7 +177,8 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
     if remote and remote["version"] == name:
         _require_same(package, remote, repo)
-        return head  # an earlier push was cut off between its commit and its tag
+        if not _stated_otherwise(package, remote):
+            return head  # an earlier push was cut off between its commit and its tag
     if remote and package.kind == "dataset" and parse_version(remote["version"]) > parse_version(name):
         hint = "push the newest version, or an older one to a repository of its own"
         raise PushError(f"{repo} already holds {remote['version']}, which is newer than {name}", hint=hint)

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -47,6 +47,7 @@ _KEEP = (
     "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
+_OF_DISKS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
 
@@ -199,11 +200,16 @@ class JournalState:
 
 def check_journal(path: Path) -> JournalState:
     """Read all of a journal, and return its state. Raises StoreError if another version of synth wrote it."""
+    # Even to read a journal, SQLite writes a file beside it, which a read-only disk does not take, and a full one neither.
+    state = _check_journal(path, "mode=ro") if os.access(path.parent, os.W_OK) else None
+    return state or _check_journal(path, "mode=ro&immutable=1") or JournalState(0, 0, (), "it cannot be read")
+
+
+def _check_journal(path: Path, options: str) -> JournalState | None:
+    """Return the state of a journal that is opened with these options; None if the disk, and not the file, is at fault."""
     replies = unchecked = 0
     damaged: list[str] = []
     problem = ""
-    # Even to read a journal, SQLite writes a file beside it, which a read-only disk does not take.
-    options = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)) as db:
         db.text_factory = _damaged_text
         try:
@@ -215,6 +221,8 @@ def check_journal(path: Path) -> JournalState:
                 unchecked += row[-1] is None
                 damaged += [] if _is_intact(row) else [str(row[0])]
         except sqlite3.DatabaseError as error:
+            if "immutable" not in options and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_DISKS:
+                return None
             problem = problem or str(error)
     return JournalState(replies, unchecked, tuple(damaged), " ".join(problem.split()))
 
@@ -230,7 +238,7 @@ def repair_journal(path: Path) -> tuple[int, int]:
     fresh = path.with_name(f"{path.name}.repairing")
     fresh.unlink(missing_ok=True)
     lost = 0
-    with closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
+    with _removed_on_failure(fresh), closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
         source.text_factory = _damaged_text
         for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # in ranges: one that cannot be read costs no other
             asked, rows = list[Any](), list[Sequence[Any]]()
@@ -256,6 +264,16 @@ def repair_journal(path: Path) -> tuple[int, int]:
             path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
     _repaired(path).replace(path)
     return kept, lost
+
+
+@contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        _remove_log(file)
+        raise
 
 
 def _replies_in_pages(path: Path) -> Iterator[Sequence[Any]]:

@@ -29,8 +29,9 @@ if os.environ.get("HASTY"):
     wait = time.sleep
     time.sleep = lambda seconds: wait(min(seconds, 0.02))
 
-def push(version, repo, images=None, acknowledged=(), private=False):
-    with build_package(read_version(Path(version)), repo, images=images, acknowledged=acknowledged) as package:
+def push(version, repo, images=None, acknowledged=(), private=False, stated=None):
+    options = {"images": images, "acknowledged": acknowledged, "stated": stated}
+    with build_package(read_version(Path(version)), repo, **options) as package:
         pushed = push_package(package, repo, private=private)
     fields = ("commit", "tag", "is_new", "url", "repo", "warning")
     return {name: getattr(pushed, name) for name in fields}

@@ -37,7 +37,10 @@ def test_invalid_reviews_are_reported_and_change_nothing(marked: Callable[..., P
     assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
     assert "marks.jsonl" in error
     (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
-    assert "none of the 1 marks is about a text of d" in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
+    assert (
+        "none of the 1 marks is about a text that d has now"
+        in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
+    )
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "no mark in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
     assert not DatasetDir(tmp_path / "d").reviews.exists()

@@ -84,14 +84,36 @@ def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: 
     assert len(hub.hub.log) == num_requests
 
 
-def test_a_damaged_file_is_found(hub: RunningHub, tmp_path: Path) -> None:
+def damage(shard: Path) -> bytes:
+    """Change the last byte of a file of the cache; return what it held."""
+    whole = shard.read_bytes()
+    shard.chmod(0o644)
+    shard.write_bytes(whole[:-1] + b"?")
+    return whole
+
+
+def test_a_file_that_is_damaged_in_the_cache_is_fetched_again(hub: RunningHub, tmp_path: Path) -> None:
+    """Its folder holds links: to remove that brings the same bytes back."""
     (pulled,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
     shard = next(Path(pulled["path"]).glob("train-*.parquet")).resolve()
-    shard.chmod(0o644)
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    assert "me/scenes@v1.0.0 is damaged: train-00000.parquet is not what the manifest says" in refused["error"]
-    assert str(Path(pulled["path"])) in refused["hint"]
+    whole = damage(shard)
+    (again,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
+    assert again["rows"] == pulled["rows"]
+    assert next(Path(again["path"]).glob("train-*.parquet")).read_bytes() == whole
+
+
+def test_a_file_that_is_damaged_on_the_hub_is_found(hub: RunningHub, tmp_path: Path) -> None:
+    repo = hub.hub.storage.repos["dataset", "me/scenes"]
+    files = repo.commits[repo.tags["v1.0.0"]].files
+    name = next(name for name in files if name.startswith("train-"))
+    before = files[name]
+    files[name] = replace(hub.hub.storage.put(b"odd"), lfs=before.lfs)
+    try:
+        (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
+    finally:
+        files[name] = before
+    assert f"me/scenes@v1.0.0 is damaged: {name} is not what the manifest says" in refused["error"]
+    assert "do not use the dataset" in refused["hint"]
 
 
 def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: Path) -> None:

@@ -195,6 +195,20 @@ def test_what_an_earlier_release_pushed_with_metadata_is_named(client: Pusher, t
     assert "with EXIF, GPS positions and other metadata of its images" in again["warning"]
 
 
+def test_statements_about_a_version_that_is_there_are_no_news_and_that_is_told(client: Pusher, version: Version) -> None:
+    """Its tag never moves; but a commit without a tag, of a push that was cut off, is made anew."""
+    client.push(version, "me/stated", stated={"license": "mit"})
+    again = client.push(version, "me/stated", stated={"license": "cc-by-4.0", "title": "Mine"})
+    assert not again["is_new"]
+    assert "other statements (license mit, now cc-by-4.0, title not stated, now Mine)" in again["warning"]
+    assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
+    repo = repo_of(client, "me/stated")
+    repo.tags.clear()
+    client.push(version, "me/stated", stated={"license": "cc-by-4.0"})
+    storage, card = client.hub.hub.storage, repo.commits[repo.tags["v1.0.0"]].files["README.md"]
+    assert b"license: cc-by-4.0" in storage.path(card.sha256).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["me/my photos", "https://huggingface.co/datasets/me/x", "a/b/c"])
 def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_sent(name: str) -> None:
     with pytest.raises(PushError, match="not a repository name") as caught:
