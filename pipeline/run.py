@@ -145,10 +145,9 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
         source = before["source"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{dataset.run_file} is not ours", hint="choose another folder: --out DIR") from None
-    if source != config.source:
-        raise ConfigError(
-            f"{dataset.path} holds data from {source}, not {config.source}", hint="choose another folder: --out DIR"
-        )
+    if not _is_same_source(source, config.source):
+        hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
+        raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
     later = ORDER[ORDER.index(start) :]
     free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
     free |= {"rows"} if "trim" in later else set()
@@ -159,6 +158,15 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
     changed = [name for name in now if start != ORDER[0] and name not in free and now[name] != before.get(name)]
     if changed:
         raise ConfigError(f"{changed[0]} has changed since the stages before {start} ran", hint="run without --from-stage")
+
+
+def _is_same_source(one: str, other: str) -> bool:
+    """Return whether two names mean one source: a path may be spelled in several ways."""
+    (kind, _, path), (other_kind, _, other_path) = one.partition(":"), other.partition(":")
+    is_local = bool(path and other_path) and "://" not in path + other_path
+    return one == other or (
+        kind == other_kind and is_local and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
+    )
 
 
 def _without_bounds(own_tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:

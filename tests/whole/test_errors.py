@@ -1,11 +1,17 @@
 """A user's mistake gives one line with the problem and one with a hint, and leaves nothing half-written."""
 
+import json
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipeline.config.files import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import ConfigError
+from pipeline.run import refuse_other_settings
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 
@@ -73,6 +79,31 @@ def test_another_source_in_the_same_folder_is_refused(synth: Run, tmp_path: Path
     (tmp_path / "d" / "run.json").write_text('{"source": "folder:x"}')
     error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
     assert "holds data from folder:x, not scenes" in error
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_same"),
+    [
+        ("folder:photos", "folder:./photos/", True),
+        ("folder:photos", "folder:{here}/photos", True),
+        ("folder:photos", "folder:../{name}/photos", True),
+        ("folder:photos", "folder:other", False),
+        ("folder:photos", "archive:photos", False),
+        ("scenes", "decks", False),
+        ("parquet:s3://a/b", "parquet:s3://a/./b", False),
+    ],
+)
+def test_a_folder_that_is_spelled_in_another_way_is_the_same_source(
+    before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(source=now.format(here=tmp_path, name=tmp_path.name))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "run.json").write_text(json.dumps({"source": before}))
+    with (
+        nullcontext() if is_same else pytest.raises(ConfigError, match=f"name it as before: --source {before}|holds data from")
+    ):
+        refuse_other_settings(DatasetDir(tmp_path / "d"), config, "source")
 
 
 def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:

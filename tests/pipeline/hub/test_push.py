@@ -204,9 +204,9 @@ def test_statements_about_a_version_that_is_there_are_no_news_and_that_is_told(c
     assert client.push(version, "me/stated", stated={"license": "mit"})["warning"] == ""
     repo = repo_of(client, "me/stated")
     repo.tags.clear()
-    client.push(version, "me/stated", stated={"license": "cc-by-4.0"})
+    client.push(version, "me/stated", stated={"title": "Mine"})
     storage, card = client.hub.hub.storage, repo.commits[repo.tags["v1.0.0"]].files["README.md"]
-    assert b"license: cc-by-4.0" in storage.path(card.sha256).read_bytes()
+    assert b"pretty_name: Mine" in storage.path(card.sha256).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["me/my photos", "https://huggingface.co/datasets/me/x", "a/b/c"])
