@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, require_nameable
 from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.errors import ConfigError, SynthError, did_you_mean
@@ -54,6 +54,7 @@ def generate_dataset(
     """
     progress = progress or NullProgress()
     dataset = DatasetDir(out or dataset_folder(config.source))
+    require_nameable(dataset.path)
     if is_remote(dataset.path) and cluster is None:
         hint = "pass a folder of this disk, or a cluster: --executor ray"
         raise ConfigError(f"a run in one process cannot write to {dataset.path}", hint=hint)

@@ -270,4 +270,9 @@ def show(values: dict[str, Any], as_json: bool, key: str) -> None:
 
 def echo(text: object) -> None:
     """Print data to stdout. Model texts and names of files may hold what a terminal obeys: that is escaped."""
-    typer.echo(printable(str(text)))
+    try:
+        typer.echo(printable(str(text)))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SynthError(f"cannot write to the standard output: {error.strerror or error}", hint="free some space") from None

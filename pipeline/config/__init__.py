@@ -35,12 +35,20 @@ HUMAN_STYLE = "human"
 HumanTexts = Literal["compare", "keep", "fill"]
 
 
+def _as_text(source: str) -> str:
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a path that is no UTF-8 cannot be kept: rename the folder") from None
+    return source
+
+
 class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
 
     OLD_KEYS: ClassVar = {"never": "exclude"}
 
-    source: str
+    source: Annotated[str, AfterValidator(_as_text)]
     source_split: Literal["train", "validation", "test"] | None = None
     license: Annotated[str, Field(pattern=LICENSE, max_length=100)] | None = None  # of one's own images
     title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None  # of the dataset's card

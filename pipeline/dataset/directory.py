@@ -6,6 +6,7 @@ object store (storage/object_store.py): files are then written to a disk and upl
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -184,12 +185,22 @@ class DatasetDir:
             yield lambda: None
 
 
+def require_nameable(path: Path) -> None:
+    """Raise ConfigError for a path that is no UTF-8, at which Parquet files can neither be written nor read."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"the name of the folder {shown} is no UTF-8", hint="rename it") from None
+
+
 def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
     """Open a version of a dataset or version folder, or of the one made last. Raise StoreError if there is none.
 
     FOLDER@VERSION names a version too, or a tag; for `previews`, see `DatasetDir.version`.
     """
     path, version = (path or last_made(), version) if version else split_version(path or last_made())
+    require_nameable(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):

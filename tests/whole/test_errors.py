@@ -1,6 +1,7 @@
 """A user's mistake gives one line with the problem and one with a hint, and leaves nothing half-written."""
 
 import json
+import os
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
 from pipeline.run import refuse_other_settings
+from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 
@@ -104,6 +106,27 @@ def test_a_folder_that_is_spelled_in_another_way_is_the_same_source(
         nullcontext() if is_same else pytest.raises(ConfigError, match=f"name it as before: --source {before}|holds data from")
     ):
         refuse_other_settings(DatasetDir(tmp_path / "d"), config, "source")
+
+
+def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(synth: Run, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / odd).mkdir()
+    (tmp_path / odd / "a.png").write_bytes(photo(1))
+    tiny = ("--engine", "embedded", "--model", "tiny")
+    error, _ = read_failure(synth("generate", "--source", f"folder:{odd}", *tiny))
+    assert "a path that is no UTF-8 cannot be kept: rename the folder" in error
+    error, _ = read_failure(synth("generate", "--source", "scenes", "--limit", "1", "--out", odd, *tiny))
+    assert r"the name of the folder caf\xe9 is no UTF-8" in error
+    error, _ = read_failure(synth("report", odd))
+    assert r"the name of the folder caf\xe9 is no UTF-8" in error
+
+
+def test_an_output_that_takes_nothing_is_one_error(tmp_path: Path) -> None:
+    command = f"{SYNTH} sources > /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "cannot write to the standard output: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> subprocess.CompletedProcess[str]:
