@@ -88,9 +88,10 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
         hint = f"`synth check {dataset.path} --repair` keeps every other reply; the next run asks the damaged ones again"
         return Checked(str(path), problem, False, hint)
     with dataset.lock():
-        kept, lost = repair_journal(path)
+        kept, lost, unanswered = repair_journal(path)
+    gone = f"; of {unanswered:,} requests that were sent there is none" if unanswered else ""
     hint = f"the damaged one is {path.name}.damaged-*; run `synth generate` again: it asks what is missing"
-    return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} are gone", True, hint)
+    return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed{gone}", True, hint)
 
 
 def _stage_files(dataset: DatasetDir) -> list[Path]:

@@ -188,7 +188,8 @@ def is_other_language(of: RuleInput) -> bool:
             return True
     if scores.language in (None, config.language):
         return False
-    if config.language == "en" and not language.has_english_words(of.main):  # the detector is unsure of short texts
+    # The detector is unsure of short texts.
+    if config.language == "en" and 3 * scores.language_score >= config.min_language_score and language.is_foreign(of.main):
         return True
     is_close = any(config.language in close and scores.language in close for close in language.CLOSE)
     return scores.language_score >= (max(MIN_CLOSE_SCORE, config.min_language_score) if is_close else config.min_language_score)

@@ -23,9 +23,9 @@ FILES = {
     "pipeline/export": "__init__ base export formats items table_formats",
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity upright",
-    "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines exchange families gpus
-        in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images requests
-        retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
+    "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus
+        in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
+        request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",

@@ -115,7 +115,7 @@ class CaptionFile:
         None if it has no rows, or other ones are to be written in their place. Raises ConfigError for other settings.
         """
         first, *lines = read_regular(self._draft, max_bytes=MAX_TEXT_BYTES).decode("utf-8", "replace").split("\n")
-        if self.existing == "overwrite" or not any(lines):
+        if not any(lines):
             return None
         try:
             header, rows = json.loads(first), [json.loads(line) for line in lines[:-1]]
@@ -123,6 +123,8 @@ class CaptionFile:
                 return bool(header["anew"]), _checked(rows)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass
+        if self.existing == "overwrite":
+            return None
         hint = f"use the same, remove {self._draft}, or choose another --out"
         raise ConfigError(f"{self.path} was begun with another captioner or other settings", hint=hint)
 

@@ -83,7 +83,8 @@ def caption(
     if out is not None and out != SIDECARS and result.num_written:
         say(f"wrote {out} ({result.num_written:,} new)")
     elif out is not None and not result.num_written and len(result.unread) < len(paths):
-        say(f"nothing new: {out} has a text of each image already, maybe of another captioner; --overwrite writes it anew")
+        which = "every other image" if result.unread else "each image"
+        say(f"nothing new: {out} has a text of {which} already, maybe of another captioner; --overwrite writes it anew")
     if out is not None and as_json:
         unread = [str(path) for path, _ in result.unread]
         echo(json.dumps({"path": str(out), "written": result.num_written, "unread": unread}))

@@ -1,4 +1,4 @@
-"""Commands about finished datasets: check, diff, push, export, report, review."""
+"""Commands about finished datasets: check, diff, export, report, review."""
 
 import json
 from collections.abc import Iterator

@@ -42,11 +42,11 @@ def note_unfinished(captioner: Path) -> None:
 
 def note_other_data(captioner: Path, version: "Version") -> None:
     """Say that a captioner was trained on other data than a version. Of a folder that says nothing, others say why."""
-    if _data_of(captioner) not in (None, version.manifest["digest"]):
+    if _training_digest(captioner) not in (None, version.manifest["digest"]):
         say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
 
 
-def _data_of(captioner: Path) -> str | None:
+def _training_digest(captioner: Path) -> str | None:
     """Return the digest of the version that a captioner was trained on; None if its folder does not say it."""
     from pipeline.storage.files import read_json
 
@@ -57,8 +57,8 @@ def _data_of(captioner: Path) -> str | None:
 
 
 def note_seen(captioner: Path, version: "Version", split: str) -> None:
-    """Say that a captioner may have learned from the images of a split."""
-    trained_on = _data_of(captioner)
+    """Say that a captioner may have learned from the images of a split: if it was trained on them, or does not say on what."""
+    trained_on = _training_digest(captioner)
     if trained_on != version.manifest["digest"]:
         say(f"note: {captioner} was trained on other data than {version.path}; the split may hold images it has seen")
     elif split == "train":

@@ -10,7 +10,7 @@ from typer import Argument, BadParameter, Option
 from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, read_names
 from pipeline.cli.output import last_dataset, note_previews, note_seen, note_unfinished, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import show_progress
+from pipeline.progress import NullProgress, show_progress
 from pipeline.storage.object_store import parse_dataset_path
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def train(
         resolve(config, **options)  # a mistake is an error before data is fetched
     version = open_data(data, images)
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
-    tell = say if is_first else _nothing
+    tell = say if is_first else NullProgress().message
     planned = plan_training(version, options, config, out, tell, resume=resume)
     settings, folder = planned.config, planned.folder
     from trainer.train import train as train_captioner  # torch takes seconds: only once paths and settings are right
@@ -101,10 +101,6 @@ def train(
     if metrics:  # only the first of several processes has them
         print_scores(metrics)
         show(metrics | {"path": str(folder)}, as_json, "path")
-
-
-def _nothing(_: str) -> None:
-    """Say nothing."""
 
 
 def check_checkpoint(folder: Path) -> "Checked":

@@ -39,7 +39,7 @@ def _as_text(source: str) -> str:
     try:
         source.encode()
     except UnicodeEncodeError:
-        raise ValueError("a path that is no UTF-8 cannot be kept: rename the folder") from None
+        raise ValueError("a path that is no UTF-8 cannot be kept: rename it") from None
     return source
 
 

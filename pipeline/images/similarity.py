@@ -20,10 +20,6 @@ from pipeline.images.near_pairs import NearPairs, Rows, find_near_pairs
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]
-ADVICE = {  # by reason: what to change if too many images are rejected for it
-    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
-    "near_held_out_image": "dedupe.images: none keeps images that look alike",
-}
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 SURE_BITS = {"photos": 64, "graphics": 31}  # up to here 995 of 1,000 pairs are found among however many hashes
 ALL_PAIRS_HASHES = 20_000

@@ -22,7 +22,8 @@ _PROOF = "synth-7f3a"
 # Fields that servers may not know. Without a temperature, a server samples at one of its own.
 OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
 LIMITS = ("max_tokens", "max_completion_tokens", "")  # names of the limit of tokens, in the order in which they are tried
-_UNKNOWN = re.compile(r"unrecogni[sz]ed|unsupported|unknown|unexpected|extra|invalid|not (?:supported|allowed|permitted)", re.I)
+_UNKNOWN = re.compile(r"unrecogni[sz]ed|unsupported|unknown|unexpected|not (?:supported|allowed|permitted)", re.IGNORECASE)
+_OF_VALUE = re.compile(r"\b(?:values?|range|maximum|minimum|large|small|least|most|between|exceeds?|integer)\b", re.IGNORECASE)
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
@@ -53,7 +54,8 @@ class Dialect:
         named = {name for name in OPTIONAL if name not in self.left_out and re.search(rf"\b{name}\b", message)}
         if named:
             return replace(self, left_out=self.left_out | named)
-        is_unknown = re.search(rf"\b{self.limit_name}\b", message) and _UNKNOWN.search(message)  # and not a number too large
+        is_named = re.search(rf"\b{self.limit_name}\b", message)
+        is_unknown = is_named and _UNKNOWN.search(message) and not _OF_VALUE.search(message)
         if self.limit_name and (is_unknown or (self.limit_name == LIMITS[0] and LIMITS[1] in message)):
             return replace(self, limit_name=LIMITS[LIMITS.index(self.limit_name) + 1])
         return None

@@ -7,6 +7,7 @@ server. When a *reply* is unusable, inference/queue.py asks the model again with
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,11 @@ from pipeline.config import Config
 from pipeline.errors import EngineError
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
 from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, no_server
-from pipeline.inference.exchange import Exchange
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
+from pipeline.inference.request_sender import RequestSender
 from pipeline.inference.retry import LONGEST_STATED_SECONDS, RetryState
 from pipeline.inference.served_models import list_models, not_served
 from pipeline.inference.server_errors import OtherDialectError, ServerBusyError, ServerFaultError
@@ -104,7 +105,7 @@ class Client:
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
-        speed = self._exchange.tokens_per_second
+        speed = self._sender.tokens_per_second
         queries, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
@@ -137,7 +138,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
-        self._exchange = Exchange(self._name, self._endpoints, self._sessions, self._images, self._progress)
+        self._sender = RequestSender(self._name, self._endpoints, self._sessions, self._images, self._progress)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
         if settings.concurrency and settings.concurrency > connections:
@@ -163,17 +164,17 @@ class Client:
     async def _check_servers(self) -> int | None:
         """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
         lengths: list[int | None] = []
-        found = await asyncio.gather(*map(self._check_server, self._endpoints), return_exceptions=True)
-        for endpoint, length in zip(self._endpoints, found, strict=True):
-            if isinstance(length, ServerFaultError):
-                endpoint.fault = str(length)
+        results = await asyncio.gather(*map(self._check_server, self._endpoints), return_exceptions=True)
+        for endpoint, result in zip(self._endpoints, results, strict=True):
+            if isinstance(result, ServerFaultError):
+                endpoint.fault = str(result)
                 endpoint.is_up.clear()
-            elif isinstance(length, EngineError):
-                self._retire(endpoint, length)
-            elif isinstance(length, BaseException):
-                raise length
+            elif isinstance(result, EngineError):
+                self._retire(endpoint, result)
+            elif isinstance(result, BaseException):
+                raise result
             else:
-                lengths.append(length)
+                lengths.append(result)
         if not lengths:
             raise no_server(self._endpoints)
         for endpoint in self._endpoints:
@@ -320,7 +321,7 @@ class Client:
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():  # it died meanwhile
                 return None
-            return await self._exchange.post(endpoint, request, in_flight, may_name=may_name)
+            return await self._sender.post(endpoint, request, in_flight, may_name=may_name)
         except OtherDialectError:
             return None
         except EngineError as refusal:
@@ -328,17 +329,18 @@ class Client:
             return None
         except ServerBusyError as complaint:
             stated_s = complaint.args[0]
-            if stated_s and stated_s > LONGEST_STATED_SECONDS and self._is_last(endpoint):
+            soonest_s = self._soonest_other(endpoint)
+            if stated_s and min(stated_s, soonest_s) > LONGEST_STATED_SECONDS:
                 hint = "run the same command then: it goes on where it stopped"
                 raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
             pause = failures.after_busy(stated_s)
             if pause is None:
                 return request.reply("the server is too busy", SERVER_ERROR)
-            endpoint.rest(pause)
+            endpoint.rest(max(pause, stated_s or 0.0))
             if self._endpoints.has_free:
                 return 0.0
             self._slow_down(endpoint, stated_s or pause)
-            return pause
+            return min(pause, max(soonest_s, POLL_SECONDS))
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
                 self._mark_down(endpoint)
@@ -351,10 +353,10 @@ class Client:
             log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
             return 0.0 if self._endpoints.has_free else pause
 
-    def _is_last(self, endpoint: Endpoint) -> bool:
-        """Return whether no other server answers before long."""
-        others = [one for one in self._endpoints if one is not endpoint and one.is_up.is_set()]
-        return all(one.delay() > LONGEST_STATED_SECONDS for one in others)
+    def _soonest_other(self, endpoint: Endpoint) -> float:
+        """Return in how many seconds another server may answer; infinity if there is none."""
+        others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
+        return min(others, default=math.inf)
 
     def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
         """Send fewer requests at once, since a server asks to wait; say so if it is for long."""

@@ -31,6 +31,7 @@ BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+LONG_REST_SECONDS = 60.0
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
@@ -132,6 +133,10 @@ class Endpoint:
         """Return in how many seconds a request may be sent; endless while one finds out whether a failure is over."""
         if self.failures and self.outstanding:
             return math.inf
+        return self.rest_s()
+
+    def rest_s(self) -> float:
+        """Return for how many seconds its pace, or what it has asked for, holds requests back."""
         return max(0.0, self.pace.delay(), self.rests_until - time.monotonic())
 
     async def is_healthy(self) -> bool:
@@ -177,8 +182,14 @@ class Endpoints(list[Endpoint]):
 
         The servers of the last `remembered` samples are known. Raises EngineError if no server comes up.
         """
-        while not (up := [endpoint for endpoint in self if endpoint.is_up.is_set()]):
-            await self._wait_for_any()
+        while True:
+            up = [endpoint for endpoint in self if endpoint.is_up.is_set()]
+            if not up:
+                await self._wait_for_any()
+            elif min(endpoint.delay() for endpoint in up) > LONG_REST_SECONDS and any(one.delay() == math.inf for one in up):
+                await asyncio.sleep(POLL_SECONDS)  # for the one of which is found out whether it answers again
+            else:
+                break
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay() > 0:
             # A request that waits for a server cannot move to another, and one that fails at once is idle.

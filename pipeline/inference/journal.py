@@ -7,6 +7,7 @@ none: a rotten bit would change a dataset without a word.
 
 import hashlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -47,6 +48,7 @@ _KEEP = (
     "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
+_ID, MOST_TIMES = re.compile("[0-9a-f]{64}"), 10_000  # of a request, and how often it may have been sent
 _OF_DISKS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
 
@@ -227,12 +229,12 @@ def _check_journal(path: Path, options: str) -> JournalState | None:
     return JournalState(replies, unchecked, tuple(damaged), " ".join(problem.split()))
 
 
-def repair_journal(path: Path) -> tuple[int, int]:
-    """Replace a damaged journal by one of all replies that are intact; return how many are kept, and how many are not.
+def repair_journal(path: Path) -> tuple[int, int, int]:
+    """Replace a damaged journal by one of all replies that are intact.
+
+    Return how many are kept, how many have another checksum, and how many requests were sent of which there is no reply.
 
     What SQLite cannot reach is looked for page by page. The damaged file stays beside it, as `.damaged-1` and so on.
-    Not kept are replies with another checksum, and those that are gone: of requests that were sent and have none.
-
     Raises StoreError, and changes nothing, if none is intact.
     """
     fresh = path.with_name(f"{path.name}.repairing")
@@ -243,7 +245,8 @@ def repair_journal(path: Path) -> tuple[int, int]:
         for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # in ranges: one that cannot be read costs no other
             asked, rows = list[Any](), list[Sequence[Any]]()
             with suppress(sqlite3.DatabaseError):
-                asked.extend(source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids))
+                sent = source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids)
+                asked.extend(values for values in sent if _is_sent(values))
             with suppress(sqlite3.DatabaseError):
                 rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
             intact = [row for row in rows if _is_intact(row)]
@@ -251,7 +254,6 @@ def repair_journal(path: Path) -> tuple[int, int]:
             journal.copy(asked, intact)
         journal.copy(_sent_in_pages(path), _replies_in_pages(path))
         kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
-        lost = max(lost, unanswered)
     if not kept:
         fresh.unlink()
         raise StoreError(
@@ -263,7 +265,7 @@ def repair_journal(path: Path) -> tuple[int, int]:
         with suppress(FileNotFoundError):
             path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
     _repaired(path).replace(path)
-    return kept, lost
+    return kept, lost, unanswered
 
 
 @contextmanager
@@ -288,9 +290,14 @@ def _replies_in_pages(path: Path) -> Iterator[Sequence[Any]]:
 
 def _sent_in_pages(path: Path) -> Iterator[Sequence[Any]]:
     """Yield the requests in the pages of a file, with how often each was sent."""
-    for values in read_rows(path):
-        if len(values) == 2 and isinstance(values[0], str) and isinstance(values[1], int):
-            yield values
+    yield from (values for values in read_rows(path) if len(values) == 2 and _is_sent(values))
+
+
+def _is_sent(values: Sequence[Any]) -> bool:
+    """Return whether a row of `asked`, which has no checksum, is whole."""
+    request_id, times = values
+    is_id = isinstance(request_id, str) and _ID.fullmatch(request_id) is not None
+    return is_id and isinstance(times, int) and 0 < times < MOST_TIMES
 
 
 def _repaired(path: Path) -> Path:

@@ -53,7 +53,7 @@ class RetryState:
             return None
         self.busy += 1
         if stated_s:
-            wait_s = stated_s * random.uniform(1.0, 1.2)
+            wait_s = min(stated_s, LONGEST_STATED_SECONDS) * random.uniform(1.0, 1.2)
             if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
                 self.long_waits += 1
                 self._busy_until = now + wait_s + self.patience_s

@@ -23,7 +23,7 @@ from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QU
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
-from pipeline.sources.base import UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
+from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.image_names import spelled_alike
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, parse_metadata
@@ -372,7 +372,7 @@ SPEC = SourceSpec(
     what="the images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
     splits="as the names of the archives say, or split in NAME.json, else by hash",
     size="yours",
-    license=UNLESS_SAID,
+    license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source archive:photos.zip",
     open=_open,

@@ -15,7 +15,7 @@ from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
-UNLESS_SAID = "unknown, unless --license says it; unknown images are pushed to a private repository"  # a license
+LICENSE_UNLESS_SAID = "unknown, unless --license says it; unknown images are pushed to a private repository"  # a license
 NAMED_ROWS = 3  # of those that a message counts
 MAX_METADATA_BYTES = 256_000_000  # of a file about many images
 # Options that only some sources support, by their config key: the error message for other sources, and its hint.

@@ -5,7 +5,7 @@
 | COCO | JSON with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`) |
 | Karpathy | JSON with `images`: `filename`, `split`, and `sentences` with `raw` |
 | a JSON object | names of images with their captions |
-| rows | a JSON list, JSON lines, or CSV with a header: a name, and captions, or a question with answers |
+| rows | a JSON list, JSON lines, Parquet, or CSV with a header: a name, and captions, or a question with answers |
 | Flickr30k | lines `NAME#0<tab>CAPTION` |
 
 Each may be compressed by gzip.

@@ -17,7 +17,7 @@ from pipeline.dataset.licenses import UNKNOWN
 from pipeline.dataset.text_columns import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import UNLESS_SAID, SourceSpec, as_text, check_samples
+from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
@@ -27,7 +27,8 @@ from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_spl
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
-NO_COLUMN = "none"  # for the split: a column of that name says something else
+NO_COLUMN = "none"  # for the split and the question: a column of that name says something else
+_OF_CHOICES = frozenset(("choices", "options", "candidates"))  # of which an answer may be a number or a letter
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 
@@ -113,8 +114,8 @@ def open_local(path: Path, part: SourceSlice = ALL, *, follow_links: bool = Fals
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
-    has_no_split = mapping.get("split") == NO_COLUMN and NO_COLUMN not in schema.names
-    roles = {role: name for role, name in mapping.items() if role != CONTEXT and not (role == "split" and has_no_split)}
+    left_alone = {role for role in ("split", QUESTION) if mapping.get(role) == NO_COLUMN and NO_COLUMN not in schema.names}
+    roles = {role: name for role, name in mapping.items() if role != CONTEXT and role not in left_alone}
     columns = {role: named_columns(schema, role, name) for role, name in roles.items()}
     if CONTEXT in mapping:
         columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
@@ -182,11 +183,14 @@ def _context_columns(schema: pa.Schema, names: str) -> list[str]:
 
 
 def _guess_questions(schema: pa.Schema) -> Columns:
+    """Return the columns of questions and answers by their usual names, if they fit together and offer no choices."""
     answer = next((name for name in ANSWERS if name in schema.names), None)
-    if answer is None or QUESTION not in schema.names or _is_own_version(schema):
+    if answer is None or QUESTION not in schema.names or _is_own_version(schema) or not _OF_CHOICES.isdisjoint(schema.names):
         return {}
-    kind = schema.field(QUESTION).type
-    return {"question": [QUESTION], "answer": [answer]} if is_text(kind) or (is_list(kind) and is_text(kind.value_type)) else {}
+    asked, answered = schema.field(QUESTION).type, schema.field(answer).type
+    are_several = is_list(asked) and is_text(asked.value_type)
+    fits = is_list(answered) if are_several else is_text(asked)
+    return {"question": [QUESTION], "answer": [answer]} if fits and _holds_texts(answered) else {}
 
 
 def _guess_images(schema: pa.Schema) -> Columns:
@@ -280,7 +284,7 @@ SPEC = SourceSpec(
     what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
     splits="as the file names say, else by hash",
     size="yours",
-    license=UNLESS_SAID,
+    license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open,

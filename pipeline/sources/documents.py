@@ -19,7 +19,7 @@ from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
-from pipeline.sources.base import DECK_TASKS, UNLESS_SAID, SourceSpec, check_samples
+from pipeline.sources.base import DECK_TASKS, LICENSE_UNLESS_SAID, SourceSpec, check_samples
 from pipeline.sources.local_files import (
     REFUSALS,
     UNREADABLE_FOLDER,
@@ -155,7 +155,7 @@ PDF = SourceSpec(
     what="PDF documents as decks: a file, or all below a folder",
     splits="by hash",
     size=f"yours; decks of at most {MAX_PAGES} pages",
-    license=UNLESS_SAID,
+    license=LICENSE_UNLESS_SAID,
     needs="a vision-language model that takes several images; pip install 'synth-captioner[pdf]'",
     example="synth generate --source pdf:slides --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=partial(_open, "pdf", split_into_decks, decks=True),

@@ -16,7 +16,7 @@ from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import UNLESS_SAID, SourceSpec, check_samples, refuse_roles
+from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, check_samples, refuse_roles
 from pipeline.sources.file_digests import ImageIds
 from pipeline.sources.local_files import (
     REFUSALS,
@@ -162,7 +162,7 @@ SPEC = SourceSpec(
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
     splits="as folders train, validation and test, metadata files or files of captions say, else by hash",
     size="yours",
-    license=UNLESS_SAID,
+    license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=_open,

@@ -21,7 +21,7 @@ from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import MAX_METADATA_BYTES, UNLESS_SAID, SourceSpec, as_text, check_samples, refuse_roles
+from pipeline.sources.base import LICENSE_UNLESS_SAID, MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.local_files import REFUSALS, digest_or_fault
@@ -237,7 +237,7 @@ SPEC = SourceSpec(
     what="the images that a text, CSV, TSV or JSON file names, as paths beside it, or as URLs with --allow-urls",
     splits="by a column split, else by hash",
     size="yours",
-    license=UNLESS_SAID,
+    license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source list:urls.csv --allow-urls",
     open=_open,

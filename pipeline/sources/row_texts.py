@@ -1,6 +1,5 @@
 """Read what people wrote about an image from a row: captions, questions, its split; and tell it from what a model wrote."""
 
-import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,9 @@ from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be
 _PROMPT_ID = re.compile(r"[a-z][a-z0-9_]*/[\w.-]+@[0-9a-f]{12,64}")  # of what a model wrote
-_WITHOUT_COMMA = re.compile(r"['\"]\s+['\"]")
+_PYTHON_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_PYTHON_LIST = re.compile(rf"\[\s*(?:{_PYTHON_TEXT.pattern})(?:\s*,\s*(?:{_PYTHON_TEXT.pattern}))*\s*,?\s*\]")
+_ESCAPE, _ESCAPED = re.compile(r"\\(.)"), {"n": "\n", "t": "\t"}
 
 
 def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -112,16 +113,15 @@ def texts_of_value(value: Any, text_of: Callable[[Any], str] = lambda item: item
 
 
 def list_in_cell(text: str) -> list[Any] | None:
-    """Return the list that stands in a cell of a table as JSON, or as Python writes it; None for any other text."""
+    """Return the list of texts, or of objects, that stands in a cell of a table as JSON, or as Python writes it; else None."""
     if not (text[:1] == "[" and text[-1:] == "]"):
         return None
-    for parse in (json.loads, ast.literal_eval):
-        if parse is ast.literal_eval and _WITHOUT_COMMA.search(text):  # as numpy writes a list: Python would join its texts
-            return None
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = parse(text)
-            return value if isinstance(value, list) else None
-    return None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        return value if value and all(isinstance(item, str | dict) for item in value) else None
+    if not _PYTHON_LIST.fullmatch(text):
+        return None
+    return [_ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), part[1:-1]) for part in _PYTHON_TEXT.findall(text)]
 
 
 def _answer(value: Any) -> str:

@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
-from pipeline.images import similarity
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
-from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
+from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields
@@ -144,6 +143,6 @@ STAGE = Stage(
     advice={
         "caption_of_many_images": "raise dedupe.max_images_per_caption, or ask for captions of what sets images apart",
         "duplicate": "ask for fewer caption styles, or for styles that differ: generate.caption_styles",
-        **similarity.ADVICE,
+        **LOOK_ALIKE_ADVICE,
     },
 )

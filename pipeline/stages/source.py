@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.samples import PARTS_FOLDER, REST_FILE, read_samples
 from pipeline.digests import file_digest
-from pipeline.images import similarity
 from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.progress import Progress
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.stages.base import LOOK_ALIKE_ADVICE
 from pipeline.stages.source_copies import REPEATED, DuplicateImages, SampleDeduplicator
 from pipeline.stages.source_parts import PASSING_REASONS, without_copies
 from pipeline.storage.files import read_table, remove, write_table
@@ -31,7 +31,7 @@ ADVICE = {  # by reason: what to change if it rejects too many rows
     "too_many_pages": "split the decks",
     "unpaired_answers": "a list of questions needs a list of as many answers",
     "unknown_split": "of a table, --columns split=none leaves that column alone, and split=COLUMN names another",
-    **similarity.ADVICE,
+    **LOOK_ALIKE_ADVICE,
     "banned_image": "they are in a dataset of --exclude",
     "url_unreachable": "check the network, and run the same command again: it reads all images anew, once",
     "url_not_found": "the hosts no longer have these images, or give them to nobody; a folder of its own (--out) asks again",
@@ -128,7 +128,7 @@ def describe_rejected(shard: DatasetDir) -> Iterator[str]:
         of_reason = table.filter(pc.equal(table["reason"], row["values"])).slice(0, NAMED_ROWS + 1).to_pylist()
         if row["values"] == REPEATED:
             shown = first_names([one["source_row"] for one in of_reason])
-            yield f"source: {row['counts']:,} rows are about images of other rows, and their texts are added there ({shown})"
+            yield f"source: {row['counts']:,} rows are about images of other rows, and add their texts to them ({shown})"
             continue
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
         names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]

@@ -1,8 +1,8 @@
 """Stage: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
 
-The hash does not depend on other images, so that an image stays in its split when images are added or removed. Images that the
-source holds out are all of their split: of the others, none is drawn for it. Near-duplicate
-images share the hash of the first of them, and so their split. Images of one folder, or frames of one video, need not look
+The hash does not depend on other images, so that an image stays in its split when images are added or removed; but where the
+source says which images are for testing, or for validation, no others are drawn for that. Near-duplicate images share the hash
+of the first of them, and so their split. Images of one folder, or frames of one video, need not look
 alike: if the settings ask for it, they share a split by their names.
 """
 

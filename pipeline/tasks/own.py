@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from typing import Any, get_args, get_origin
 
 import pyarrow as pa
@@ -110,10 +111,10 @@ class OwnTask(Task):
         """See Task. A box is put into pixels of the image of the `frame`."""
         if has_surrogate(item):
             return {}, "off_schema"
-        item = self._as_asked(item)
         if flaw := find_unusable(texts_in(item)):
             return {}, flaw
         try:
+            item = self._as_asked(item)
             fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
             if self.model:
                 self.model.validate_python(fields)
@@ -130,7 +131,7 @@ class OwnTask(Task):
         """Return an annotation with labels as they are allowed, where case or space is other, and boxes of whole pixels."""
         if self.settings.kind not in ("labels", "boxes"):
             return item
-        allowed = {text.casefold(): text for text in self.allowed_texts()}
+        allowed = _spellings(self)
 
         def respell(value: Any) -> Any:
             if isinstance(value, str):
@@ -141,9 +142,7 @@ class OwnTask(Task):
 
         item = respell(item)
         box = item.get(self.box_field) if self.box_field and isinstance(item, dict) else None
-        if (
-            isinstance(box, list) and box and all(isinstance(side, float | int) for side in box) and max(box) > 1
-        ):  # no fractions
+        if isinstance(box, list) and _is_in_pixels(box):
             return item | {self.box_field: [round(side) for side in box]}
         return item
 
@@ -180,6 +179,18 @@ class OwnTask(Task):
                 parts += [inner for key, inner in part.items() if key != "enum"]
             elif isinstance(part, list):
                 parts += part
+
+
+@lru_cache(256)
+def _spellings(task: OwnTask) -> dict[str, str]:
+    """Return the texts that a task allows by name, by how they are in lower case."""
+    return {text.casefold(): text for text in task.allowed_texts()}
+
+
+def _is_in_pixels(box: list[Any]) -> bool:
+    """Return whether the sides of a box are numbers, and no fractions of the image."""
+    are_numbers = all(isinstance(side, float | int) and not isinstance(side, bool) and isfinite(side) for side in box)
+    return bool(box) and are_numbers and max(box) >= 2
 
 
 def own_columns(tasks: OwnTasks) -> list[OwnColumn]:

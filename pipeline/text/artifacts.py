@@ -32,14 +32,15 @@ _NAMES = (
 _LABEL = re.compile(
     rf"^\s*(?:(?:the|a|an|my|short|brief|plain|detailed|image|photo|picture|possible|final|suggested|example)\s+){{0,3}}"
     rf"(?:{_NAMES})(?:\s+(?:\d+|text|description|caption))?\s*[:=]\s*\S"
-    r"|[.!?\"]\s+\(?(?:(?:image|photo|detailed|short|possible)\s+)?"
-    r"(?:caption|description|prompt|answer|question|output|response|note|instruction|context|user|assistant|human|q|a)s?\s*\d*\s*:"
+    r"|[.!?\"]\s+\(?(?:(?:image|photo|detailed|short|possible(?=\s+c))\s+)?"
+    r"(?:caption|description|possible\s+prompt|answer|question|output|response|note|instruction|context|user|assistant|human|q|a)s?\s*\d*\s*:"
     r"|^\s*\(?(?:note|question|instruction|context|q|a)s?\s*\d*\s*:",
     re.IGNORECASE,
 )
 _CHAT_START = re.compile(
     r"\s*(?:(?:sure|certainly|absolutely|of course|okay|ok|alright|great question|no problem)\b\s*(?:thing)?\s*[!,.:;-]"
-    r"|as (?:you )?requested\s*[,:]|the user (?:wants|asks|asked|requests|requested|is asking)\b"
+    r"|as (?:you )?requested\s*[,:]"
+    rf"|the user (?:wants|asks|asked|requested|is asking)(?: me)?(?: for| to \w+)? (?:an?|the|this) (?:\w+ )?(?:{_NAMES})\b"
     rf"|(?:here(?:'s|\u2019s| is| are)|this is|below is|the following is)\s+(?:(?:a|an|the|your|my|one)\s+)?(?:\w+[ -]){{0,3}}"
     rf"(?:{_NAMES})s?\b[^.]{{0,40}}:)",
     re.IGNORECASE,

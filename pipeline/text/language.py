@@ -48,9 +48,12 @@ def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
     return str(best["lang"]), float(best["score"])
 
 
-def has_english_words(text: str) -> bool:
-    """Return whether most words of a text are English, but for what it quotes."""
-    return _are_english(_WORD.findall(unquoted(text).lower()))
+def is_foreign(text: str) -> bool:
+    """Return whether most words of a text are not English, but for quotes and names, and none shows that it is English."""
+    given = _WORD.findall(unquoted(text))
+    words = [word.lower() for number, word in enumerate(given) if not number or not word[0].isupper()]
+    is_of_others = not _OF_OTHERS.isdisjoint(words)
+    return not _are_english(words) and (is_of_others or FUNCTION_WORDS.isdisjoint(words))
 
 
 def _are_english(words: list[str]) -> bool:

@@ -42,7 +42,7 @@ _ANYWHERE = (
     r"\b(?:violates?|violation of|against (?:our|my)) (?:our |the |my )?(?:\w+ )?(?:polic(?:y|ies)|guidelines|terms)\b",
     r"\b(?:due to|because of) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b|\binappropriate (?:content|material)\b",
     rf"\b(?:please|you) {_SEND}(?: me)? (?:the |an |a |another |your )?(?:\w+ )?(?:image|picture|photo)\b",
-    r"\bi(?:['\u2019]m| am) (?:unable|not able) to\b",
+    r"\bi(?:['\u2019]m| am) (?:unable|not able) to (?:add|provide|give|offer|describe|determine|see|view|identify|create)\b",
     r"\btoo (?:blurry|blurred|dark|small|unclear) for me to\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
@@ -54,7 +54,7 @@ sorry afraid unable able apology apologies apologize apologise can can't can\u20
 couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not no please
 would impossible possible enough insufficient quality ai artificial language text assistant decline failed broken
 missing corrupt corrupted unavailable inaccessible policy policies guidelines terms inappropriate upload attach share
-send provide without blurry blurred dark small unclear
+send provide without me
 """
 _HINT_WORDS = frozenset(_HINTS.split())
 _ON_A_SIGN = ("afraid", "sorry", "please")

@@ -99,7 +99,7 @@ def test_repair_keeps_the_intact_replies_and_the_next_run_asks_the_rest(dataset:
     digest = dataset.version().manifest["digest"]
     rot_a_reply(dataset)
     (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
-    assert "repaired: 15 replies are kept, 1 are gone" in repaired.found
+    assert "repaired: 15 replies are kept, 1 removed; of 1 requests that were sent there is none" in repaired.found
     result = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
     assert result.stats.asked == 1
     assert result.version.manifest["digest"] == digest

@@ -120,8 +120,11 @@ def test_a_draft_without_captions_and_one_that_is_to_be_replaced_are_in_no_ones_
         raise KeyboardInterrupt
     with pytest.raises(ConfigError, match="was begun with another captioner or other settings"):
         CaptionFile(out, {"styles": ["detailed"]}).__enter__()
-    with CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:
+    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:
         file.add(row | {"style": "detailed"})
+        raise KeyboardInterrupt
+    with CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:  # which goes on
+        assert file.done == {("a.png", "detailed", "")}
     assert [json.loads(line)["style"] for line in out.read_text().splitlines()] == ["detailed"]
 
 

@@ -166,6 +166,8 @@ def test_a_file_of_captions_is_told_with_how_many_were_written(tmp_path: Path, c
     assert f"wrote {out} (1 new)" in said.err.replace("\n", "")
     before = out.read_bytes()
     caption(captioners[1], images, out=out, append=True)
+    assert "has a text of every other image already, maybe of another captioner" in capsys.readouterr().err.replace("\n", " ")
+    caption(captioners[1], images[:1], out=out, append=True)
     assert "has a text of each image already, maybe of another captioner" in capsys.readouterr().err.replace("\n", " ")
     assert out.read_bytes() == before
 

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    StoppingCriteria,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.image_utils import load_image
@@ -200,6 +201,16 @@ class _Prefixed(nn.Module):
         return logits_BTV
 
 
+class _AtLength(StoppingCriteria):
+    """Ends every text of a batch at a number of tokens, the prompt included."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.most_tokens, device=input_ids.device)
+
+
 class _Contrast(nn.Module):
     """Weights of a loss that this captioner was trained with; kept, and not used here."""
 
@@ -313,9 +324,8 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
             left = self.decoder.positions - options["image_states"].shape[1] - input_ids.shape[1]
             if left < 1:
                 raise ValueError(f"a prompt of {input_ids.shape[1]} tokens leaves no room for a text: ask a shorter question")
-            most = options.get("max_new_tokens", (options.get("generation_config") or self.generation_config).max_new_tokens)
-            if "max_length" not in options and (most is None or most > left):
-                options["max_new_tokens"] = left
+            ends = _AtLength(input_ids.shape[1] + left)  # whatever lengths the options and the settings of both sides name
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
             options.setdefault("early_stopping", "never")  # a longer text may have the better mean
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]

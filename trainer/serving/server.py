@@ -81,12 +81,13 @@ class CaptionServer:
     seconds: float = 0.0
     held_requests: int = 0
     held_bytes: int = 0
-    _num_states: int = 0  # of an image, once it is asked for
+    num_states: int = field(init=False)  # of an image
     batcher: Batcher = field(init=False)
     model_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS))
 
     def __post_init__(self) -> None:
+        self.num_states = self.captioner.checkpoint.captioner.encoder.count_states()
         self.batcher = Batcher(self._write, self.batch_size, self.model_thread)
 
     def application(self) -> web.Application:
@@ -266,8 +267,7 @@ class CaptionServer:
         captioner = self.captioner.checkpoint.captioner
         if captioner.decoder.max_positions == math.inf:
             return captioner.config.max_caption_tokens
-        self._num_states = self._num_states or captioner.encoder.count_states()
-        return captioner.most_tokens(self._num_states, prompt_tokens)
+        return captioner.most_tokens(self.num_states, prompt_tokens)
 
     def _prompt(self, style: str | None, question: str) -> list[int]:
         try:

@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError, SourceError
-from pipeline.inference import client, concurrency, endpoints, exchange, probing, proxies, retry
+from pipeline.inference import client, concurrency, endpoints, probing, proxies, request_sender, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import Endpoint, Endpoints
@@ -342,7 +342,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
         with pytest.raises(EngineError, match="refuses every request: scripted 400"):
             run(tmp_path / "j", chat.url)
-        assert len(chat.bodies) < 2 * exchange.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
+        assert len(chat.bodies) < 2 * request_sender.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
 def test_a_server_that_refuses_faster_than_it_answers_is_asked_on(tmp_path: Path) -> None:
@@ -365,6 +365,18 @@ def test_a_server_that_asks_to_wait_for_hours_ends_the_run(tmp_path: Path) -> No
         chat.script = lambda times, body: waits if len(chat.bodies) > 5 else None
         _, errors = run(tmp_path / "k", chat.url, other.url, server={"concurrency": 2})
     assert errors == {None: ASKED}
+
+
+def test_a_server_that_asks_to_wait_for_a_day_holds_up_nobody_else(tmp_path: Path) -> None:
+    """The other one waits for its pace, or fails now and then."""
+    waits = Act(status=429, headers={"Retry-After": "86400"})
+    with running_chat(ChatServer(lambda times, body: waits)) as chat, running_chat(ChatServer()) as other:
+        paced = {"endpoints": {other.url: {"requests_per_minute": 600}}, "concurrency": 4}
+        _, errors = run(tmp_path / "j", chat.url, other.url, server=paced)
+        assert errors == {None: ASKED}
+        other.script = lambda times, body: Act(status=500) if len(other.bodies) % 4 == 0 else None
+        _, errors = run(tmp_path / "k", chat.url, other.url, server={"concurrency": 4})
+        assert errors == {None: ASKED}
 
 
 @pytest.mark.parametrize("status", [502, 504, 522, 529])
@@ -391,7 +403,7 @@ def test_a_server_that_denies_one_request_is_asked_the_others(tmp_path: Path, st
         chat.script = lambda times, body: Act(status=status) if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match=f"scripted {status}"):  # to all, from then on
             run(tmp_path / "k", chat.url, samples=scene_samples(20), server={"concurrency": 1})
-        assert len(chat.bodies) <= 6 + exchange.MAX_DENIED
+        assert len(chat.bodies) <= 6 + request_sender.MAX_DENIED
 
 
 def test_requests_in_flight_are_kept_when_a_run_ends_with_an_error(tmp_path: Path) -> None:
@@ -1123,7 +1135,7 @@ def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answer
         _, errors = run(tmp_path / "j", answers.url, refuses.url, samples=scene_samples(60), server={"concurrency": 4})
     refused = errors.pop("refused_by_server")
     assert errors == {None: 180 - refused}
-    assert refused < exchange.MAX_REFUSALS_BEFORE_REPLY + 4
+    assert refused < request_sender.MAX_REFUSALS_BEFORE_REPLY + 4
 
 
 @pytest.mark.parametrize(

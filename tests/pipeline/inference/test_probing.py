@@ -440,8 +440,17 @@ def test_a_server_that_knows_no_max_tokens_is_asked_without(tmp_path: Path, know
     assert any(text.endswith(f"left out: repetition_detection, uuid, {told}") for text in texts), texts
 
 
-def test_a_limit_that_is_too_large_is_no_unknown_field(tmp_path: Path) -> None:
-    refusal = 400, {"error": {"message": "max_tokens is too large: 256. This model allows 100."}}
+@pytest.mark.parametrize(
+    "message",
+    [
+        "max_tokens is too large: 256. This model allows 100.",
+        "Invalid max_tokens value, the valid range of max_tokens is [1, 128]",
+        "Invalid 'max_tokens': integer above maximum value. Expected a value <= 128, but got 256 instead.",
+        "max_tokens: 256 > 128, which is the maximum allowed number of output tokens",
+    ],
+)
+def test_a_limit_that_is_too_large_is_no_unknown_field(tmp_path: Path, message: str) -> None:
+    refusal = 400, {"error": {"message": message, "type": "invalid_request_error"}}
     small = ServerKind(name="small", model_fields={}, extra=lambda body: refusal)
-    with running_chat(ChatServer(kind=small)) as chat, pytest.raises(EngineError, match="max_tokens is too large"):
+    with running_chat(ChatServer(kind=small)) as chat, pytest.raises(EngineError, match="max_tokens"):
         ask(tmp_path / "j", chat)

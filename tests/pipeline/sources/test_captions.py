@@ -83,8 +83,9 @@ def test_odd_values_are_no_captions_and_odd_line_ends_no_lines(tmp_path: Path) -
         ("['A dog runs.' 'A cat.']", ["['A dog runs.' 'A cat.']"]),  # of numpy, which Python would read as one text
         ("[A dog runs.]", ["[A dog runs.]"]),
         ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
-        ("[1, 2]", []),
-        ("[]", []),
+        ("[1, 2]", ["[1, 2]"]),  # an answer may be a box, or an interval
+        ("[]", ["[]"]),
+        (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
     ],
 )
 def test_a_list_in_a_cell_of_a_table_is_a_list(cell: str, texts: list[str]) -> None:

@@ -114,6 +114,25 @@ def test_questions_are_found_by_their_usual_names(tmp_path: Path, answers: str) 
     assert not first_row(tmp_path, {"question": [7], answers: ["a dog"]}).reference_qa
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"question": [["What?", "Where?"]], "answer": ["a dog"]},
+        {"question": ["Which is it?"], "choices": [["a dog", "a cat"]], "answer": ["A"]},
+        {"question": ["Which is it?"], "answer": [1]},
+        {"question": [7], "answer": ["a dog"]},
+    ],
+)
+def test_columns_that_are_no_questions_with_answers_are_left_alone(tmp_path: Path, table: dict[str, Any]) -> None:
+    assert not first_row(tmp_path, table).reference_qa
+
+
+def test_questions_are_left_alone_where_that_is_said(tmp_path: Path) -> None:
+    table = {"question": ["What runs?"], "answer": ["a dog"]}
+    assert first_row(tmp_path, table).reference_qa
+    assert not first_row(tmp_path, table, question="none").reference_qa
+
+
 def test_lists_in_cells_are_lists(tmp_path: Path) -> None:
     table = {"caption": ['["A dog runs.", "A brown dog."]'], "question": ["What?"], "answer": ["['dog', 'dog', 'cat']"]}
     row = first_row(tmp_path, table)

@@ -167,10 +167,11 @@ def test_what_is_no_file_beside_the_list_is_named_by_its_line(home: Path, place:
     assert isinstance(row, Rejected) and "zoe" not in str(row) and row.source_row == "list.jsonl:1"
 
 
-def test_the_name_of_a_list_need_not_be_text(home: Path) -> None:
+def test_a_list_whose_name_is_no_text_is_refused(home: Path) -> None:
+    """The settings of a run, which name it, are kept as text."""
     file = Path(os.fsdecode(os.fsencode(home) + b"/\xff.txt"))
-    source = opened(file, "missing.jpg\n0.jpg\n")
-    assert source.revision and outcomes(source) == {"\\udcff.txt:1": "unreadable_file", "0.jpg": "read"}
+    with pytest.raises(ConfigError, match="a path that is no UTF-8 cannot be kept: rename it"):
+        opened(file, "0.jpg\n")
 
 
 def test_paths_of_windows_and_old_line_ends_are_read(home: Path) -> None:

@@ -139,9 +139,14 @@ def test_a_reply_is_read_as_models_write_it_where_no_schema_is_enforced(own: Own
     assert all(error is None for _, error in read(own, reply))
 
 
-def test_fractions_of_an_image_are_no_pixels() -> None:
-    ((_, error),) = read(task("boxes"), [{"bbox_2d": [0.1, 0.2, 0.5, 1.0], "label": "dog"}])
-    assert error == "bbox_2d_int_from_float"
+@pytest.mark.parametrize(
+    "box", ["0.1, 0.2, 0.5, 1.0", "0.5, 0.5, 0.9, 1.2", "1, 2, 30.5, Infinity", "1, 2, NaN, 40", "1, 2, 3, 1e400"]
+)
+def test_what_is_no_box_of_pixels_stays_a_flaw_of_its_reply(box: str) -> None:
+    own = task("boxes")
+    reply = Reply("r", 0, f'[{{"bbox_2d": [{box}], "label": "dog"}}]', "stop", 1, 1)
+    ((_, error),) = read_fields(own, reply, None)
+    assert error in ("bbox_2d_int_from_float", "bbox_2d_int_type", "bbox_2d_finite_number")
 
 
 def test_a_question_without_a_mark_breaks_a_rule() -> None:

@@ -168,6 +168,14 @@ def test_a_long_error_of_a_cell_fits_the_pipe(tmp_path: Path, monkeypatch: pytes
     version = SimpleNamespace(name="v", manifest={"digest": "d"})
     cell = SimpleNamespace(**dict.fromkeys((*FACTORS, "otherwise", "seed"), "a"))
     run: Any = SimpleNamespace(folder=tmp_path / "c", cell=cell, version=version, config=None, only=None)
-    with pytest.raises(SystemExit):
-        runs._train(run, torch.get_num_threads(), None, os.getppid(), sender)
+    threads = torch.get_num_threads()
+
+    def fail_and_tell() -> None:
+        with pytest.raises(SystemExit):
+            runs._train(run, threads, None, os.getppid(), sender)
+
+    training = threading.Thread(target=fail_and_tell, daemon=True)
+    training.start()
+    training.join(60)
+    assert not training.is_alive()
     assert len(receiver.recv()) == runs.MAX_MESSAGE_CHARACTERS

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -283,7 +289,9 @@ def test_a_published_captioner_ends_a_text_where_its_language_model_has_no_more_
     folder = publish(tmp_path / "c", tmp_path / "p")
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    for options in ({}, {"max_new_tokens": 12}, {"num_beams": 2}):
+    usual = GenerationConfig(num_beams=2, eos_token_id=257, pad_token_id=257)
+    long = GenerationConfig(max_length=90, eos_token_id=257, pad_token_id=257)
+    for options in ({}, {"max_new_tokens": 12}, {"num_beams": 2}, {"generation_config": usual}, {"generation_config": long}):
         written = model.generate(**processor(images=photos[:4], text=QUESTIONS[0]), **options)
         assert written.shape[1] <= prompt_tokens + 3
     assert model.generate(**processor(images=photos[0], text=QUESTIONS[0]), max_new_tokens=2).shape[1] <= prompt_tokens + 2

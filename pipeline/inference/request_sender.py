@@ -36,8 +36,8 @@ SPEED_SECONDS = 10  # over which tokens a second are counted
 log = logging.getLogger(__name__)
 
 
-class Exchange:
-    """Requests and answers of a run: in the form that each server takes, with images or their names."""
+class RequestSender:
+    """Sends requests to servers, in the form that each takes, and tells what their answers mean."""
 
     def __init__(
         self,
