@@ -221,6 +221,7 @@ def print_run_result(
     In JSON, the warnings that were `shown` before stand before the others.
     """
     from pipeline.config import NO_MODEL
+    from pipeline.dataset.integrity import missing_files
     from pipeline.run import STAGES
 
     choices = {stage.name for stage in STAGES if stage.is_choice}
@@ -243,12 +244,15 @@ def print_run_result(
         say("attempts: " + ", ".join(f"{count} took {attempt}" for attempt, count in sorted(counts.attempts.items())))
     if counts.flaws:
         say("not usable: " + ", ".join(f"{count} {flaw}" for flaw, count in counts.flaws.most_common()))
+    version = result.version
+    folder = version.dataset_dir
+    if gone := () if result.is_new else missing_files(version):
+        damage = f"{version.name} is damaged: {', '.join(gone)} is gone or of another size"
+        warnings = [*warnings, f"{damage}; `synth check {folder}` says what can be rebuilt"]
     for text in warnings:
         say(f"warning: {text}", WARNING)
-    version = result.version
     say(f"made {version.name}" if result.is_new else f"nothing new: {version.name} already holds exactly these rows")
     note_previews(version, version.path)
-    folder = version.dataset_dir
     columns = {*version.manifest["columns"]}
     train = f", synth train --data {folder}" if columns & {"captions", "qa"} else ""  # which learns no values of own tasks
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")

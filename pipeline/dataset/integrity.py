@@ -23,6 +23,13 @@ def damaged_files(version: Version) -> list[str]:
     return [name for name, entry in files.items() if not _is_intact(version, name, entry)]
 
 
+def missing_files(version: Version) -> list[str]:
+    """Return the files of a version that are gone or of another size than its manifest says, without a look into them."""
+    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
+    paths = {name: version.path / name for name in files}
+    return [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != files[name].get("bytes")]
+
+
 def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
     path = version.path / name
     return path.is_file() and file_digest(path) == entry.get("sha256")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -70,6 +71,22 @@ def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Pat
     assert "nothing new: v1.0.0" in done.stderr
     assert json.loads(done.stdout)["digest"] == printed["digest"]
     assert state(folder) == before
+
+
+def test_nothing_new_is_not_said_of_a_damaged_version_without_a_warning(
+    whole: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    version = DatasetDir(folder).version("v1.0.0")
+    short, lost = [version.path / name for name in [*version.manifest["files"]][:2]]
+    short.unlink()
+    short.write_bytes(b"PAR1")
+    lost.unlink()
+    done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
+    names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
+    text = f"v1.0.0 is damaged: {names} is gone or of another size; `synth check {folder}` says what can be rebuilt"
+    assert text in json.loads(done.stdout)["warnings"]
+    assert f"warning: {text}" in done.stderr and "asked the model 0 times" in done.stderr
 
 
 def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
