@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # which it does not list
 
-from pipeline.dataset.version import LEDGER_FILE, parse_version
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, parse_version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package, exported_files
@@ -138,12 +138,13 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
         raise PushError(f"{repo} exists and is public", hint=hint)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo, repo_type=package.kind).tags}
     is_new = name not in tags
-    commit = _commit(api, package, repo, progress) if is_new else tags[name]
+    commit, warning = _commit(api, package, repo, tags, progress) if is_new else (tags[name], "")
     remote = _verify(api, package, repo, commit)
     if is_new:
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
-    warning = "" if is_new else _metadata_warning(package, remote) or _stated_otherwise(package, remote)
+    else:
+        warning = _metadata_warning(package, remote) or _stated_otherwise(package, remote)
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
@@ -169,8 +170,20 @@ def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
     )
 
 
-def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
-    """Upload large files, then make one commit on top of the head that was read; return its id."""
+def _edited_card(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
+    """Return a warning if the card at the head is another than that of the `earlier` commit of ours."""
+    if earlier is None:
+        return ""
+    revisions = (head, earlier)
+    entries = [api.get_paths_info(repo, CARD_FILE, repo_type=package.kind, revision=revision) for revision in revisions]
+    now, before = ([entry.blob_id for entry in of_one if isinstance(entry, RepoFile)] for of_one in entries)
+    if not now or now == before:
+        return ""
+    return f"the card of {repo} was edited on the Hub, and is replaced: its {CARD_FILE} at the revision {head} holds the edits"
+
+
+def _commit(api: HfApi, package: Package, repo: str, tags: dict[str, str], progress: Progress) -> tuple[str, str]:
+    """Upload large files, then make one commit on top of the head that was read; return its id, and a warning or nothing."""
     manifest, name = package.manifest, package.name
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
     remote = _remote_manifest(api, package, repo, head)
@@ -178,12 +191,13 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
     if remote and remote["version"] == name:
         _require_same(package, remote, repo)
         if not _stated_otherwise(package, remote):
-            return head  # an earlier push was cut off between its commit and its tag
+            return head, ""  # an earlier push was cut off between its commit and its tag
     if remote and package.kind == "dataset" and parse_version(remote["version"]) > parse_version(name):
         hint = "push the newest version, or an older one to a repository of its own"
         raise PushError(f"{repo} already holds {remote['version']}, which is newer than {name}", hint=hint)
     if not remote and files - {*NEW_REPO}:
         raise PushError(f"{repo} holds data that is not ours", hint="push to a new or an empty repository")
+    warning = _edited_card(api, package, repo, head, tags.get(remote.get("version", "")))
     # Created anew in each attempt: an operation remembers the branch's files at its upload, and would be dropped from the
     # commit as unchanged even if the file has changed since.
     additions = [CommitOperationAdd(path, content) for path, content in package.files.items()]
@@ -202,7 +216,7 @@ def _commit(api: HfApi, package: Package, repo: str, progress: Progress) -> str:
         commit_description=f"digest {manifest['digest']}",
         parent_commit=head,
     )
-    return str(commit.oid)
+    return str(commit.oid), warning
 
 
 def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:

@@ -108,7 +108,7 @@ def test_a_later_version_replaces_the_files_and_keeps_the_old_tag(client: Pusher
     client.push(version)
     pushed = client.push(later)
     repo = repo_of(client)
-    assert (pushed["tag"], set(repo.tags)) == ("v1.1.0", {"v1.0.0", "v1.1.0"})
+    assert (pushed["tag"], set(repo.tags), pushed["warning"]) == ("v1.1.0", {"v1.0.0", "v1.1.0"}, "")
     assert set(repo.commits[pushed["commit"]].files) == {*later.manifest["files"], *EXTRA}
     assert load(client, "print(sum(len(d) for d in load_dataset('me/scenes', revision='v1.0.0').values()))") == "20"
 
@@ -273,6 +273,19 @@ def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: V
     repo.commit("main", "notes", head | {"notes.md": storage.put(b"mine"), "extra/train-00000.parquet": storage.put(b"mine")})
     pushed = client.push(later)
     assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
+
+
+def test_a_card_that_was_edited_on_the_hub_is_replaced_with_a_word_about_it(
+    client: Pusher, version: Version, later: Version
+) -> None:
+    client.push(version)
+    repo, storage = repo_of(client), client.hub.hub.storage
+    head = repo.commits[repo.branches["main"]].files
+    repo.commit("main", "edit", head | {"README.md": storage.put(b"# My photos")})
+    edited = repo.branches["main"]
+    assert client.push(later)["warning"] == (
+        f"the card of me/scenes was edited on the Hub, and is replaced: its README.md at the revision {edited} holds the edits"
+    )
 
 
 def test_with_and_without_images_are_not_mixed_up(client: Pusher, version: Version) -> None:
