@@ -198,7 +198,7 @@ def _predict(
         "requests": round(first_attempts * scale),
         "verify_requests": round((stats.total - first_attempts) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * of_remaining),
-        "hours": round(stats.asking_s * of_remaining / 3600, 4),  # the stages take microseconds a row
+        "hours": round(stats.asking_s * of_remaining / 3600, 6),  # the stages take microseconds a row
         "prompt_tokens": round(stats.prompt_tokens * of_remaining),
         "reply_tokens": round(stats.reply_tokens * of_remaining),
         "cost": None if cost is None else cost * of_remaining,

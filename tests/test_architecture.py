@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check digests doctor dry_run errors hub_errors install logs preview progress project
         rules run tables types""",
-    "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options training
-        versions""",
+    "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
+        training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
         rejections removal samples reviews schema shards statistics text_columns version""",

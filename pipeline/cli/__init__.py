@@ -5,9 +5,7 @@ commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
+from pipeline.cli.termination import sigterm_as_ctrl_c
 from pipeline.cli.training import evaluate, experiment, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError
@@ -180,16 +179,17 @@ def synth(
 def main() -> None:
     """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
     gc.set_threshold(COLLECTED_OBJECTS, 20, 20)
-    terminated: list[int] = []
+    try:
+        with sigterm_as_ctrl_c() as terminated:
+            _run(terminated)
+    finally:
+        if isolation := sys.modules.get("pipeline.images.isolation"):
+            isolation.end_workers()
+        gc.freeze()  # the collector would walk over all that torch has made once more: a second, for nothing
 
-    def interrupt(number: int, _: object) -> None:
-        terminated.append(number)  # a batch system or `docker stop` says it so: what Ctrl-C keeps is kept
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
 
-    is_main = threading.current_thread() is threading.main_thread()  # others can set no handler
-    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
+def _run(terminated: list[float]) -> None:
+    """Run the command; it exits with 130 if Ctrl-C ends it, or 143 if it was `terminated`."""
     try:
         check_packages()
         app()
@@ -212,9 +212,3 @@ def main() -> None:
             if terminated:
                 raise SystemExit(TERMINATED) from None
         raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        if isolation := sys.modules.get("pipeline.images.isolation"):
-            isolation.end_workers()
-        gc.freeze()  # the collector would walk over all that torch has made once more: a second, for nothing
