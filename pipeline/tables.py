@@ -45,7 +45,7 @@ def fields(kind: pa.DataType, *names: str, nullable: bool = True) -> list[pa.Fie
 
 
 FACTS = pa.struct({"background": STRING, "objects": pa.list_(pa.struct(fields(STRING, "size", "color", "shape", "place")))})
-REFERENCE_QA = pa.struct(
+QUESTION_OF_PEOPLE = pa.struct(
     {"question": STRING, "answers": pa.list_(STRING), "answer_type": STRING, "evidence_pages": PAGES, "expression": STRING}
 )
 
@@ -60,7 +60,7 @@ SAMPLE = pa.schema(
         pa.field("split", STRING),  # as given by the source, else null
         pa.field("references", pa.list_(STRING), nullable=False),
         pa.field("context", pa.map_(STRING, STRING)),  # columns of the source that prompts may use
-        pa.field("reference_qa", pa.list_(REFERENCE_QA)),
+        pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
         pa.field("facts", FACTS),
         pa.field("page_facts", pa.list_(FACTS)),
     ]
@@ -207,7 +207,7 @@ ROW = pa.schema(
         *fields(STRING, "source", "source_row", "licence"),
         pa.field("references", pa.list_(STRING)),
         pa.field("context", STRING),  # null; `row_schema` has a struct with a text for each column that was named
-        pa.field("reference_qa", pa.list_(REFERENCE_QA)),
+        pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
         pa.field("facts", FACTS),

@@ -223,6 +223,7 @@ def print_run_result(
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
     from pipeline.run import STAGES
+    from pipeline.sources.base import first_names
 
     choices = {stage.name for stage in STAGES if stage.is_choice}
     for step in result.funnel:
@@ -247,7 +248,7 @@ def print_run_result(
     version = result.version
     folder = version.dataset_dir
     if gone := () if result.is_new else missing_files(version):
-        damage = f"{version.name} is damaged: {', '.join(gone)} is gone or of another size"
+        damage = f"{version.name} is damaged: {first_names(gone)} is gone or of another size"
         warnings = [*warnings, f"{damage}; `synth check {folder}` says what can be rebuilt"]
     for text in warnings:
         say(f"warning: {text}", WARNING)

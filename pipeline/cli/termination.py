@@ -14,7 +14,7 @@ _IMPORT_SYSTEM = "<frozen importlib"  # how the names of its files begin
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM; yields a list of the times when it came, empty until then.
+    """Raise KeyboardInterrupt on SIGTERM; yield a list of the times when it came, empty until then.
 
     It waits for the end of an import: modules in C make another error of the exception, importers pass over some errors, and
     the interpreter passes over all in callbacks of its own; the command would go on, or end with a traceback.

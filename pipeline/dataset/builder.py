@@ -184,7 +184,7 @@ def _masked(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
 
 
 def _masked_questions(asked: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Return lists of questions and answers of people (tables.REFERENCE_QA) without personal data."""
+    """Return lists of questions and answers of people (tables.QUESTION_OF_PEOPLE) without personal data."""
     pairs = pc.list_flatten(asked)
     texts = [pc.struct_field(pairs, "question"), pc.list_flatten(pc.struct_field(pairs, "answers"))]
     if not any(pc.any(pc.match_substring_regex(part, MAY_HOLD, ignore_case=True)).as_py() for part in texts):

@@ -19,15 +19,19 @@ ROWS_AT_ONCE = 1024
 
 def damaged_files(version: Version) -> list[str]:
     """Return the files of a version that are missing, or hold other bytes than its manifest says."""
-    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
-    return [name for name, entry in files.items() if not _is_intact(version, name, entry)]
+    return [name for name, entry in _entries(version).items() if not _is_intact(version, name, entry)]
 
 
 def missing_files(version: Version) -> list[str]:
     """Return the files of a version that are gone or of another size than its manifest says, without a look into them."""
-    files = {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
-    paths = {name: version.path / name for name in files}
-    return [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != files[name].get("bytes")]
+    entries = _entries(version)
+    paths = {name: version.path / name for name in entries}
+    return [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != entries[name].get("bytes")]
+
+
+def _entries(version: Version) -> dict[str, dict[str, Any]]:
+    """Return what the manifest says of each file."""
+    return {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
 
 
 def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:

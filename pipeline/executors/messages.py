@@ -103,11 +103,9 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
     advice = _advice(stages)
     choices = {stage.name for stage in stages if stage.is_choice}
     for summary in funnel:
-        same = summary.rejected.get("same_as_the_best", 0)
-        if 2 * same > sum(summary.rejected.values()):
-            text = (
-                f"{same:,} of {sum(summary.rejected.values()):,} captions that were not taken are the same as the one that was"
-            )
+        same, rejected = summary.rejected.get("same_as_the_best", 0), sum(summary.rejected.values())
+        if 2 * same > rejected:
+            text = f"{same:,} of {rejected:,} captions that were not taken are the same as the one that was"
             yield f"{text}: the server may pay no heed to sample_temperature, so that --samples gives nothing"
         if summary.stage in choices:
             continue

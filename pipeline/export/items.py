@@ -14,6 +14,8 @@ from pipeline.images.decode import open_image, upright_file
 from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
+_OF_IMAGES = ("sample_id", "image", "width_px", "height_px", "licence", "source_row")
+COLUMNS = (*_OF_IMAGES, "references", REFERENCE_QA, "captions", "qa")  # that exports have a place for, beside own tasks
 _ID = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
 
@@ -64,20 +66,7 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
             raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
         raise ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
-    wanted = [
-        "sample_id",
-        "image",
-        "width_px",
-        "height_px",
-        "licence",
-        "source_row",
-        "references",
-        REFERENCE_QA,
-        "captions",
-        "qa",
-        *own,
-    ]
-    for split, batch in version.batches([name for name in wanted if name in columns], ROWS_AT_ONCE, splits):
+    for split, batch in version.batches([name for name in (*COLUMNS, *own) if name in columns], ROWS_AT_ONCE, splits):
         for row in batch.to_pylist():
             yield _item(row, split, own)
 

@@ -14,8 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.export.base import BaseFormat, to_json
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
-from pipeline.tables import IMAGE, STRING, WRITTEN_BY, fields
-from pipeline.tables import REFERENCE_QA as QUESTION_OF_PEOPLE
+from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, STRING, WRITTEN_BY, fields
 
 
 class ParquetFormat(BaseFormat):

@@ -151,11 +151,11 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 def _stated_otherwise(package: Package, remote: dict[str, Any]) -> str:
     """Return a warning if the Hub has this version with other statements about its data than this push makes."""
     names = [name for name in STATED if name in package.manifest and package.manifest[name] != remote.get(name)]
-    said = ", ".join(f"{name} {remote.get(name) or 'not stated'}, now {package.manifest[name]}" for name in names)
-    if not said or package.kind != "dataset":
+    changes = ", ".join(f"{name} {remote.get(name) or 'not stated'}, now {package.manifest[name]}" for name in names)
+    if not changes or package.kind != "dataset":
         return ""
     hint = "A tag never moves: push a new version, or to another repository"
-    return f"{package.name} lies there with other statements ({said}). {hint}"
+    return f"{package.name} lies there with other statements ({changes}). {hint}"
 
 
 def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
@@ -171,7 +171,7 @@ def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
 
 
 def _edited_card(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
-    """Return a warning if the card at the head is another than that of the `earlier` commit of ours."""
+    """Return a warning if the card at the head is another than that of the `earlier` version, as `push` made it."""
     if earlier is None:
         return ""
     revisions = (head, earlier)

@@ -10,7 +10,7 @@ from time import monotonic
 
 BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
-LONGEST_STATED_SECONDS = 3600.0  # that a server may ask to wait for; a run that is told to wait longer ends
+LONGEST_STATED_SECONDS = 3600.0  # that a server may ask to wait for; a longer wait ends the run
 ABSURD_SECONDS = 1_000_000.0  # a date so far ahead is a fault of the server's clock
 MAX_LONG_WAITS = 3  # of one request
 MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned

@@ -39,7 +39,7 @@ def read_texts(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_COLUMNS) -> list[str]:
-    """Return the captions of a row; of an export of ours also those in its column `references`, each once."""
+    """Return the captions of a row; of an export of synth also those in its column `references`, each once."""
     references = texts_of_value(row.get(REFERENCES)) if WRITTEN_BY in row else []
     if not references:
         return read_texts(row, names)
@@ -50,7 +50,7 @@ def captions_of_people(row: Mapping[str, Any], names: Sequence[str] = CAPTION_CO
 
 
 def questions_of_people(row: Mapping[str, Any]) -> tuple[ReferenceQA, ...]:
-    """Return the questions of a row: its own, and those of a list `qa`; of an export of ours, each once with all answers."""
+    """Return the questions of a row: its own, and those of a list `qa`; of an export of synth, each once with all answers."""
     is_export = WRITTEN_BY in row
     lists = [row.get(name) for name in ((REFERENCE_QA, QA) if is_export else (QA,))]
     rows = [row, *(one for listed in lists if isinstance(listed, list) for one in listed if isinstance(one, dict))]

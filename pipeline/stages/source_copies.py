@@ -72,9 +72,8 @@ class DuplicateImages:
             return {}
         own = (row["source_row"], row["references"], row["reference_qa"])
         copies = sorted([own, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
-        references = dict.fromkeys(
-            text for _, texts, _ in copies for text in texts
-        )  # a table may repeat them with each question
+        # Each text once: a table may repeat them with each question.
+        references = dict.fromkeys(text for _, texts, _ in copies for text in texts)
         asked = {canonical(question): question for _, _, questions in copies for question in questions or ()}
         has_questions = any(questions is not None for _, _, questions in copies)
         return {"references": list(references), "reference_qa": list(asked.values()) if has_questions else None}

@@ -2,8 +2,8 @@
 
 The hash does not depend on other images, so that an image stays in its split when images are added or removed; but where the
 source says which images are for testing, or for validation, no others are drawn for that. Near-duplicate images share the hash
-of the first of them, and so their split. Images of one folder, or frames of one video, need not look
-alike: if the settings ask for it, they share a split by their names.
+of the first of them, and so their split. Images of one folder, or frames of one video, need not look alike: if the settings ask
+for it, they share a split by their names.
 """
 
 import re

@@ -21,7 +21,7 @@ def human_annotations(
 ) -> tuple[dict[str, Any], ...]:
     """Return the annotations (tables.ANNOTATION) of captions and questions that people wrote about a sample.
 
-    `questions` are of the form tables.REFERENCE_QA; those without an answer are left out. `deck_pages` is the number of pages
+    `questions` are tables.QUESTION_OF_PEOPLE; those without an answer are left out. `deck_pages` is the number of pages
     of a deck: all of them are the evidence of a question that names none.
     """
     task = "qa" if deck_pages is None else "deck_qa"

@@ -321,11 +321,11 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
         if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.positions:
-            left = self.decoder.positions - options["image_states"].shape[1] - input_ids.shape[1]
-            if left < 1:
+            most_tokens = self.decoder.positions - options["image_states"].shape[1]
+            if most_tokens <= input_ids.shape[1]:
                 raise ValueError(f"a prompt of {input_ids.shape[1]} tokens leaves no room for a text: ask a shorter question")
-            ends = _AtLength(input_ids.shape[1] + left)  # whatever lengths the options and the settings of both sides name
-            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), ends]
+            # Whatever lengths the options, and the settings of both sides, name.
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), _AtLength(most_tokens)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
             options.setdefault("early_stopping", "never")  # a longer text may have the better mean
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
