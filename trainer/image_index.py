@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.dataset.shards import pixel_chunk
 from pipeline.dataset.version import Version, require_values
 
 
@@ -51,12 +52,11 @@ class RowGroup:
     def _locate(self) -> Iterator[memoryview]:
         rows = self._file.read_row_group(self._number, columns=["image"])
         require_values(rows)
-        column = _column_of(self._file, self._number)
-        first = column.dictionary_page_offset or column.data_page_offset
-        end, whole = first + column.total_compressed_size, memoryview(self._mapped)
-        is_packed = column.compression != "UNCOMPRESSED"
+        chunk = pixel_chunk(self._file, self._number, "image.bytes")
+        first, num_bytes = chunk or (0, 0)
+        end, whole = first + num_bytes, memoryview(self._mapped)
         for image in pc.struct_field(rows["image"], "bytes").to_pylist():
-            start = -1 if is_packed else self._mapped.find(image, first, end)
+            start = self._mapped.find(image, first, end) if chunk else -1
             if start < 0:
                 yield memoryview(image)
             else:
@@ -85,9 +85,3 @@ def _images_of(version: Version, shard: Path) -> Iterator[tuple[str, StoredImage
         group = RowGroup(version, file, mapped, number, lock)
         count = file.metadata.row_group(number).num_rows
         yield from ((sample_id, StoredImage(group, n)) for n, sample_id in enumerate(islice(ids, count)))
-
-
-def _column_of(file: pq.ParquetFile, number: int) -> pq.ColumnChunkMetaData:
-    """Return where the bytes of the images of a row group lie."""
-    group = file.metadata.row_group(number)
-    return next(column for n in range(group.num_columns) if (column := group.column(n)).path_in_schema == "image.bytes")

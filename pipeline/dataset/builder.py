@@ -19,8 +19,9 @@ from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_r
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.sharing import share_files, share_pixels
 from pipeline.dataset.statistics import DatasetStatistics
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry, publish, share_files
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry, publish
 from pipeline.digests import canonical, digest
 from pipeline.errors import TableError
 from pipeline.storage.files import open_parquet, write_json, write_table, write_text
@@ -370,7 +371,9 @@ def publish_version(
     check()
     final = dataset.path / "versions" / name
     if not is_remote(final):
-        share_files(((path, described["sha256"]) for path, _, described in content.files), versions)
+        files = [(path, described["sha256"]) for path, _, described in content.files]
+        share_files(files, versions)
+        share_pixels(files, versions)
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 

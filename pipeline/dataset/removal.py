@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import read_removed, read_tags, record_removed
 from pipeline.dataset.samples import describe_lost, keep_images
-from pipeline.dataset.version import MANIFEST, VERSION_NAME, is_shareable, share_file
+from pipeline.dataset.sharing import is_shareable, share_file
+from pipeline.dataset.version import MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote

@@ -2,9 +2,12 @@
 
 A row group, and a shard, ends before a row whose `sample_id` (a sha256, so evenly distributed) is a multiple of a number.
 A row that is added or removed then moves only the boundary next to it: every other shard of the next version has the same
-bytes, and is not uploaded again. (If 64 images exceed GROUP_BYTES, groups end at that size too, and shards of LFS do change;
-Xet still finds the images.) Pixels are stored uncompressed, since JPEG and PNG are compressed already: a content-defined
-chunk of Xet finds an image again wherever it lies.
+bytes, and is not uploaded again. Groups of large images end before a multiple of a smaller number. Pixels are stored
+uncompressed, since JPEG and PNG are compressed already: a content-defined chunk of Xet finds an image again wherever it lies.
+
+A row group begins at a block of the disk, as in the files of parquet-mr. The ids and the pixels come first in it, so that
+those of an equal group lie at the same place within a block, whatever texts follow: a file system can store them once
+(sharing.py).
 """
 
 from pathlib import Path
@@ -12,13 +15,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.storage.cloned_ranges import BLOCK_BYTES
 from pipeline.storage.files import writer_options
 from pipeline.tables import with_features
 
 GROUP_ROWS = 64  # of a row group, on average
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
-GROUP_BYTES = 16_000_000  # a group of large images ends early, so that a reader need not hold it
+LARGE_GROUP_BYTES, LARGE_GROUP_ROWS = 4_000_000, 8  # from so many bytes on, a group ends sooner: after 8 rows, on average
+GROUP_BYTES = 16_000_000  # and a group ends at the next table of rows, so that a reader need not hold it
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
+ALIGNED_BYTES = 16 * BLOCK_BYTES  # a smaller row group is not worth the bytes before it
 
 
 class SplitWriter:
@@ -29,6 +35,7 @@ class SplitWriter:
         self.rows = 0
         self._shards = 0
         self._group: list[pa.Table] = []
+        self._file: pa.OSFile | None = None
         self._writer: pq.ParquetWriter | None = None
         self._bytes = 0  # of the shard so far
 
@@ -36,35 +43,59 @@ class SplitWriter:
         """Add rows; a group is written when the next row begins another group."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += table.num_rows
-        if sum(part.nbytes for part in self._group) >= GROUP_BYTES:
+        if self._group_bytes() >= GROUP_BYTES:
             self._flush(may_end_shard=False)
         start = 0
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
-            if draw % GROUP_ROWS == 0:
-                self._group.append(table.slice(start, index - start))
+            if draw % LARGE_GROUP_ROWS and draw % GROUP_ROWS:
+                continue
+            self._group.append(table.slice(start, index - start))
+            start = index
+            if draw % GROUP_ROWS == 0 or self._group_bytes() >= LARGE_GROUP_BYTES:
                 self._flush(may_end_shard=draw % (GROUP_ROWS * SHARD_GROUPS) == 0)
-                start = index
         self._group.append(table.slice(start))
 
     def close(self) -> None:
         """Write the rows in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
-        if self._writer:
-            self._writer.close()
-            self._writer = None
+        self._end_shard()
+
+    def _group_bytes(self) -> int:
+        return sum(part.nbytes for part in self._group)
 
     def _flush(self, *, may_end_shard: bool) -> None:
         group = pa.concat_tables(self._group) if self._group else None
         self._group = []
         if group is not None and group.num_rows:
-            if self._writer is None:
+            if self._file is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-                self._writer = pq.ParquetWriter(path, self.schema, **writer_options(self.schema))
+                self._file = pa.OSFile(str(path), "wb")
+                self._writer = pq.ParquetWriter(self._file, self.schema, **writer_options(self.schema))
                 self._shards, self._bytes = self._shards + 1, 0
+            assert self._writer
+            if group.nbytes >= ALIGNED_BYTES:
+                self._file.write(bytes(-self._file.tell() % BLOCK_BYTES))
             self._writer.write_table(group.combine_chunks())
             self._bytes += group.nbytes
-        ends = self._bytes >= MAX_SHARD_BYTES or (may_end_shard and self._bytes >= MIN_SHARD_BYTES)
-        if self._writer and ends:
+        if self._bytes >= MAX_SHARD_BYTES or (may_end_shard and self._bytes >= MIN_SHARD_BYTES):
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._file and self._writer:
             self._writer.close()
-            self._writer = None
+            self._file.close()
+            self._file = self._writer = None
+
+
+def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:
+    """Return where the values of a column of a row group begin, and how many bytes they take; None if they are packed.
+
+    A column that is not there has none.
+    """
+    group = file.metadata.row_group(number)
+    columns = (group.column(n) for n in range(group.num_columns))
+    column = next((column for column in columns if column.path_in_schema == leaf), None)
+    if column is None or column.compression != "UNCOMPRESSED":
+        return None
+    return column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size

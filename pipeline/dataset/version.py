@@ -1,6 +1,5 @@
 """One immutable version of a dataset: Parquet shards, a manifest and a card in one folder."""
 
-import filecmp
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -19,7 +18,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import find_rows, flush_file, flush_folder, move, open_parquet, read_json, remove, temporary_path
+from pipeline.storage.files import find_rows, flush_file, flush_folder, move, open_parquet, read_json, remove
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
@@ -227,35 +226,6 @@ def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
         if len(rows) >= count:
             break
     return rows
-
-
-def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
-    """Replace files (paths and their sha256) by hard links to equal files of other versions, so that bytes lie there once.
-
-    A file that is damaged there is not shared, and none where the file system has no hard links.
-    """
-    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
-    for path, sha256 in files:
-        if (other := paths.get(sha256)) and is_shareable(path, other):
-            share_file(path, other)
-
-
-def is_shareable(path: Path, other: Path) -> bool:
-    """Return whether two paths are different files with the same bytes. A symbolic link is none: it may lead anywhere."""
-    are_files = all(one.is_file() and not one.is_symlink() for one in (path, other))
-    return are_files and not path.samefile(other) and filecmp.cmp(path, other, shallow=False)
-
-
-def share_file(path: Path, other: Path) -> bool:
-    """Make `path` another name of an equal file, at once; return False where the file system has no hard links."""
-    linked = temporary_path(path)
-    linked.unlink(missing_ok=True)
-    try:
-        linked.hardlink_to(other)
-    except OSError:
-        return False
-    linked.replace(path)
-    return True
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:

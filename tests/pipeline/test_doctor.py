@@ -103,3 +103,10 @@ def test_modules_of_somebody_else_are_named(monkeypatch: pytest.MonkeyPatch, tmp
     first = examine()[0]
     assert not first.ok
     assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in first.found
+
+
+@pytest.mark.parametrize(("shares", "said"), [(True, "other texts share their pixels"), (False, "cannot share their pixels")])
+def test_whether_versions_share_pixels_is_told(monkeypatch: pytest.MonkeyPatch, *, shares: bool, said: str) -> None:
+    monkeypatch.setattr(doctor, "can_clone_ranges", lambda folder: shares)
+    (disk,) = [finding for finding in doctor.examine() if finding.what == "disk"]
+    assert said in disk.found

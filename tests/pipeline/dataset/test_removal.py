@@ -8,7 +8,8 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.names import read_removed, write_tags
 from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions, share_equal_files
-from pipeline.dataset.version import Version, share_files
+from pipeline.dataset.sharing import share_files
+from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from pipeline.storage.object_store import parse_dataset_path, upload_folder
 from tests.scene_data import make_version, scene_samples

@@ -11,8 +11,9 @@ import pytest
 from datasets import load_dataset
 
 from pipeline.dataset import shards
-from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.shards import SplitWriter, pixel_chunk
 from pipeline.digests import file_digest
+from pipeline.storage.cloned_ranges import BLOCK_BYTES
 from pipeline.tables import ROW
 
 ROWS = 600
@@ -87,3 +88,39 @@ def test_datasets_decodes_what_was_written(tmp_path: Path) -> None:
     write(tmp_path / "a", [row(1)])
     loaded = load_dataset("parquet", data_dir=str(tmp_path / "a"), cache_dir=str(tmp_path / "cache"), split="train")
     assert loaded.features["image"].dtype == "PIL.Image.Image"
+
+
+def test_the_pixels_of_a_group_lie_at_one_place_within_a_block_whatever_its_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ALIGNED_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 10**9)
+    rows = [row(number) for number in range(ROWS)]
+    write(tmp_path / "a", rows)
+    write(tmp_path / "b", [row(number, f"another caption, the {number}th") for number in range(ROWS)])
+    files = [pq.ParquetFile(path) for name in "ab" for path in (tmp_path / name).iterdir()]
+    chunks = [[pixel_chunk(file, n, "image.bytes") for n in range(file.num_row_groups)] for file in files]
+    aligned = [
+        (start % BLOCK_BYTES, other % BLOCK_BYTES)
+        for (start, size), (other, other_size) in zip(*chunks, strict=True)
+        if size == other_size and size > BLOCK_BYTES
+    ]
+    assert len(aligned) > 20
+    assert all(start == other for start, other in aligned)
+
+
+def test_groups_of_large_images_end_where_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LARGE_GROUP_BYTES", 4000)
+    monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
+
+    def groups(folder: Path) -> set[tuple[str, ...]]:
+        files = [pq.ParquetFile(path) for path in sorted(folder.iterdir())]
+        read = (file.read_row_group(n, ["sample_id"]) for file in files for n in range(file.num_row_groups))
+        return {tuple(group["sample_id"].to_pylist()) for group in read}
+
+    rows = [row(number) for number in range(ROWS)]
+    write(tmp_path / "a", rows)
+    write(tmp_path / "b", rows[:300] + rows[301:], chunk=50)
+    before, after = groups(tmp_path / "a"), groups(tmp_path / "b")
+    assert 30 < len(before) < 100
+    assert len(after - before) <= 2

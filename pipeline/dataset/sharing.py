@@ -1,0 +1,103 @@
+"""Let the files of several versions share what is equal in them: whole files, or the pixels within them.
+
+Versions whose texts differ are different files. Their row groups have the same images, though, and the pixels of a group lie
+at the same place within a block of the disk (shards.py), so that a file system with shared blocks stores them once.
+"""
+
+import filecmp
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.dataset.shards import pixel_chunk
+from pipeline.dataset.version import Version
+from pipeline.digests import file_digest
+from pipeline.storage.cloned_ranges import BLOCK_BYTES, Range, can_clone_ranges, copy_with_clones
+from pipeline.storage.files import open_parquet, temporary_path
+
+log = logging.getLogger(__name__)
+PIXEL_LEAVES = ("image.bytes", "pages.list.element.bytes")  # columns as Parquet names them
+Group = tuple[str, int, str, str]  # a column, and the number of rows of a group with its first and last id
+
+
+def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
+    """Replace files (paths and their sha256) by hard links to equal files of other versions, so that bytes lie there once.
+
+    A file that is damaged there is not shared, and none where the file system has no hard links.
+    """
+    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
+    for path, sha256 in files:
+        if (other := paths.get(sha256)) and is_shareable(path, other):
+            share_file(path, other)
+
+
+def is_shareable(path: Path, other: Path) -> bool:
+    """Return whether two paths are different files with the same bytes. A symbolic link is none: it may lead anywhere."""
+    are_files = all(one.is_file() and not one.is_symlink() for one in (path, other))
+    return are_files and not path.samefile(other) and filecmp.cmp(path, other, shallow=False)
+
+
+def share_file(path: Path, other: Path) -> bool:
+    """Make `path` another name of an equal file, at once; return False where the file system has no hard links."""
+    linked = temporary_path(path)
+    linked.unlink(missing_ok=True)
+    try:
+        linked.hardlink_to(other)
+    except OSError:
+        return False
+    linked.replace(path)
+    return True
+
+
+def share_pixels(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
+    """Let new files (paths and their sha256) share the blocks of pixels that versions hold already, the newest first.
+
+    A file whose bytes would change, since a version is damaged, is left as it is. Where the file system cannot share, all are.
+    """
+    own = [(path, sha256) for path, sha256 in files if path.stat().st_nlink == 1]  # others are a version's already
+    if not own or not can_clone_ranges(own[0][0].parent):
+        return
+    of_group = {group: (path, start, size) for path, _ in own for group, start, size in _pixel_groups(path)}
+    ranges: dict[Path, list[Range]] = {path: [] for path, _ in own}
+    for version in sorted(versions, reverse=True):
+        for other in [version.path / name for name in version.manifest["files"]] if of_group else ():
+            with suppress(OSError, pa.ArrowException):  # of a version that is damaged
+                for group, other_start, other_size in _pixel_groups(other):
+                    path, start, size = of_group.get(group, (other, 0, 0))
+                    if size == other_size and (start - other_start) % BLOCK_BYTES == 0:
+                        ranges[path].append((start, size, other, other_start))
+                        del of_group[group]
+    for path, sha256 in own:
+        if ranges[path]:
+            _share_ranges(path, sha256, sorted(ranges[path]))
+
+
+def _share_ranges(path: Path, sha256: str, ranges: list[Range]) -> None:
+    """Replace a file by a copy of it that shares ranges, if that has the same bytes."""
+    copy = temporary_path(path)
+    try:
+        copy_with_clones(path, copy, ranges)
+        if file_digest(copy) == sha256:
+            copy.replace(path)
+            log.info("%s shares %d bytes with other versions", path.name, sum(size for _, size, _, _ in ranges))
+    except OSError as error:
+        log.info("%s shares nothing: %s", path.name, error)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _pixel_groups(path: Path) -> Iterator[tuple[Group, int, int]]:
+    """Yield where the pixels of each row group of a file begin, and how many bytes they take."""
+    file = open_parquet(path)
+    ids = file.read(["sample_id"])["sample_id"]
+    first = 0
+    for number in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(number).num_rows
+        for leaf in PIXEL_LEAVES:
+            chunk = pixel_chunk(file, number, leaf)
+            if chunk and chunk[1] > BLOCK_BYTES:
+                yield (leaf, num_rows, ids[first].as_py(), ids[first + num_rows - 1].as_py()), *chunk
+        first += num_rows
