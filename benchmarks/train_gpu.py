@@ -33,13 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_step, our_step, vars_of
 
 from pipeline.progress import NullProgress
-from trainer.allocation import keep_freed_memory
 from trainer.data import Example
 from trainer.features import store_features
+from trainer.loop.allocation import keep_freed_memory
+from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.precision import autocast, multiplies_bfloat16, products_in
 from trainer.presets import Precision
 from trainer.tokenizer import TextBatch
 

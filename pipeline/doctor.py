@@ -190,7 +190,10 @@ def _shared() -> str:
 
 
 def _disk() -> Finding:
-    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    try:
+        free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    except OSError as error:
+        return Finding("disk", False, f"this folder cannot be read: {error}", "go to another folder")
     writable = os.access(Path.cwd(), os.W_OK)
     space = f"{free_gib:.0f} GiB free here" + (_shared() if writable else ", but this folder cannot be written to")
     enough = free_gib >= DISK_GIB

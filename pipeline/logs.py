@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -28,6 +28,16 @@ class _LogFile(logging.FileHandler):
         """Open the file, but not through a link: a folder from elsewhere may hold one to any file."""
         handle = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         return os.fdopen(handle, "a", encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # of logging.Handler
+        """Lose a record that cannot be written: what fails for a full disk says so itself."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, and lose what it does not take."""
+        with suppress(OSError):
+            super().close()
 
 
 _FORMAT = _Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")

@@ -40,13 +40,14 @@ FILES = {
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "
     "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ allocation augmentation averaging caption_files caption_images captioning chair checkpoint config
-        data distributed evaluate feature_store features forecast generate hub image_index java_scores launch look loop metrics
-        optimizer precision presets probing prompts self_critical
-        side_by_side tokenizer train vqa""",
+    "trainer": """__init__ augmentation build caption_files caption_images captioning chair checkpoint checkpoint_checks
+        clipscore config data description distributed evaluate feature_store features generate hub image_index
+        java_scores launch look metrics optimizer pope presets prompts sets side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
-    "trainer/publish": "__init__ files modeling onnx onnx_merge run_onnx space",
-    "trainer/serving": "__init__ batching protocol server",
+    "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
+        spikes steps training_log validation""",
+    "trainer/publish": "__init__ files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
+    "trainer/serving": "__init__ batching guard protocol server",
     "trainer/model": """
         __init__ captioner decoder decoding dropout encoder hf_config language_model loading lora packing states token_loss""",
 }

@@ -63,6 +63,8 @@ LEFT_OUT = (
     "pipeline.__main__",
     "pipeline.cli.__main__",
     "trainer.publish.onnx",
+    "trainer.publish.onnx_parts",
+    "trainer.publish.onnx_writer",
     "trainer.publish.run_onnx",
     "trainer.publish.space",  # needs gradio
 )

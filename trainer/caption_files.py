@@ -152,7 +152,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file of captions. Raises ConfigError if it holds anything else."""
     try:
         if path.suffix == ".parquet":
-            rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            rows: list[dict[str, Any]] = pq.read_table(path.absolute()).to_pylist()
         else:
             text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
             lines = (line for line in text.split("\n") if line.strip())  # other line ends may be in a text
@@ -170,7 +170,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with atomic_write(path) as draft:
         if path.suffix == ".parquet":
             schema = pa.schema({name: pa.string() for name in columns})
-            pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), draft)
+            pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), draft.absolute())
         else:
             with draft.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, columns)
@@ -181,3 +181,8 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def shown_path(path: Path) -> str:
     """Return a path as text; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def write_captions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the caption and scores of each image as JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -88,7 +88,7 @@ class TrainConfig(Section):
     epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     min_steps: int = Field(default=0, ge=0)  # where `epochs` of few images are fewer
-    scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/self_critical.py
+    scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/loop/self_critical.py
     scst_lr: float = Field(default=5e-5, gt=0)
     scst_samples: int = Field(default=5, ge=2)  # captions of an image that are drawn
     batch_size: int = Field(default=32, ge=1)

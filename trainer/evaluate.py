@@ -7,16 +7,13 @@ import logging
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.images.clip import ClipScorer
 from trainer.chair import chair, chair_of_people
 from trainer.checkpoint import Checkpoint
+from trainer.clipscore import clip_scores, is_own_encoder
 from trainer.config import usual_texts
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
@@ -24,9 +21,7 @@ from trainer.generate import generate_captions
 from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.model.encoder import folder_name
-from trainer.presets import ENCODERS
-from trainer.probing import PopeEvaluation
+from trainer.pope import PopeEvaluation
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import VqaEvaluation
@@ -35,7 +30,6 @@ log = logging.getLogger(__name__)
 BY_PEOPLE = "references of the source"
 SHOWN = 12
 HELD_IMAGES = 256  # whose states are in memory at once: 155 MB of a ViT-B/16
-CLIPSCORE_WEIGHT = 2.5  # scales typical scores to between 0 and 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,20 +194,6 @@ def evaluate_version(
     prompt = scored_prompt(config.prompts, style)
     options = EvalOptions(prompt, decoding, questions=True, thorough=True, spice=with_spice)
     return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
-
-
-def clip_scores(name: str, images: Iterable[Image.Image], captions: Sequence[str], *orders: Sequence[int]) -> list[list[float]]:
-    """Return CLIPScore (Hessel et al., 2021) for each order: 2.5 x max(cosine, 0) of image i (RGB) and caption order[i]."""
-    clip = ClipScorer(name)
-    image_states, text_states = clip.image_states(images), clip.text_states(captions)
-    cosines = (clip.compare(image_states, [text_states[index] for index in order]) for order in orders)
-    return [[CLIPSCORE_WEIGHT * max(cosine, 0.0) for cosine in order_cosines] for order_cosines in cosines]
-
-
-def is_own_encoder(name: str, made_from: dict[str, str]) -> bool:
-    """Return whether a CLIP is the captioner's own encoder, whose score would be biased."""
-    own_name, model_id = made_from.get("name", ""), ENCODERS.get(name, name)
-    return ENCODERS.get(own_name, own_name) in (model_id, folder_name(Path(name)) if Path(name).is_dir() else model_id)
 
 
 def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -67,9 +67,9 @@ def choose_settings(
         config = resolve(config_file, **options | {"preset": preset})
 
     # What imports torch takes seconds: only once paths and settings are right.
+    from trainer.build import choose_encoder
     from trainer.distributed import best_device
-    from trainer.precision import multiplies_bfloat16
-    from trainer.train import choose_encoder
+    from trainer.loop.precision import multiplies_bfloat16
 
     chosen: dict[str, Any] = {}
     if "encoder" not in config.model_fields_set:

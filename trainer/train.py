@@ -1,4 +1,4 @@
-"""Train a captioner on a version: choose and build its parts, run the loop (trainer/loop.py), and score the best once.
+"""Train a captioner on a version: choose and build its parts, run the loop (trainer/loop), and score the best once.
 
 An optional first stage aligns: only the connector is trained. The second stage trains every part at its own rate, with AdamW,
 warm-up and a cosine schedule. An optional third rewards captions that it draws. An interrupted training resumes, bit-exact on
@@ -6,51 +6,43 @@ a CPU.
 """
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch.distributed
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
-from pipeline.dataset.card import has_unknown_license, language_of
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
-from pipeline.errors import TrainError
-from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, remove, write_json
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import SPLITS
-from trainer.allocation import keep_freed_memory
-from trainer.averaging import WeightAverage
-from trainer.checkpoint import Checkpoint, Log, load_checkpoint, load_resume, require_tensorboard, write_captions
+from trainer.build import build_checkpoint, build_trainer
+from trainer.caption_files import write_captions
+from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.config import TrainConfig
-from trainer.data import Example, examples_in, limit_captions, limit_images
+from trainer.data import Example
 from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
-from trainer.forecast import Forecast, fit_and_forecast
-from trainer.loop import Trainer, run_steps
-from trainer.model.captioner import build_captioner
-from trainer.model.decoder import DecoderConfig
+from trainer.loop.allocation import keep_freed_memory
+from trainer.loop.batch_loader import BatchLoader
+from trainer.loop.forecast import Forecast, fit_and_forecast
+from trainer.loop.precision import products_in
+from trainer.loop.resume import load_resume
+from trainer.loop.steps import Trainer, run_steps
+from trainer.loop.training_log import Log, require_tensorboard
 from trainer.model.decoding import DecodingConfig
-from trainer.model.encoder import Encoder, load_encoder, weights_digest
-from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.precision import products_in
-from trainer.presets import PREFIX
+from trainer.model.encoder import Encoder
+from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import prompt_parts, scored_prompt
-from trainer.self_critical import SelfCritic
-from trainer.tokenizer import TargetText, train_tokenizer
+from trainer.sets import Sets, choose_examples, texts_of
+from trainer.tokenizer import TargetText
 
-Sets = dict[str, list[Example]]  # by split
 LAST = "last"  # the captioner of the last step, where an earlier one is better
-CLIP = CLIP_MODELS["clip"]
 
 
 def train(
@@ -82,7 +74,7 @@ def train(
     idle = config.without_effect()
     if device.type == "cpu" and config.precision == "tf32":
         idle.append("precision (tf32 is of GPUs)")
-    sets, config = _choose_examples(version, config, only)
+    sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
     if not is_cut and (metrics := _read_finished(out, run_of(1))) is not None:
@@ -90,11 +82,11 @@ def train(
         if processes > 1:
             torch.distributed.destroy_process_group()
         return metrics if rank == 0 else {}
-    checkpoint = _build(version, config, sets["train"])
+    checkpoint = build_checkpoint(version, config, sets["train"])
     checkpoint.captioner.to(device)
-    _require_positions(checkpoint, config, _texts([*sets["train"], *sets["validation"]]))
+    _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
     # In each process: a language model is probed for it, before its products are rounded.
-    _tell_of_texts(checkpoint, config, _texts(sets["train"]), report if rank == 0 else NullProgress())
+    _tell_of_texts(checkpoint, config, texts_of(sets["train"]), report if rank == 0 else NullProgress())
     if rank == 0 and idle:
         report.warn(f"settings without an effect here: {', '.join(idle)}")
     if rank == 0 and (own := version.manifest.get("own_columns")):
@@ -106,14 +98,14 @@ def train(
         choose_references(sets[split], style)
     out.mkdir(parents=True, exist_ok=True)
     features = _features_of(checkpoint.captioner.encoder, config, sets, version.dataset_dir / FEATURES, device, report)
-    trainer = _trainer_of(checkpoint, config, sets, features, device)
-    trainer.rank, trainer.processes = rank, processes
+    loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes)
+    trainer = build_trainer(checkpoint, config, loader, sets["validation"], device)
     # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
     with products_in("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = _begin_log(out, config, forecast, state.get("step", 0), tensorboard=tensorboard) if rank == 0 else None
         run_steps(trainer, out, run_of(processes), log, report, state)
-        if rank == 0 and trainer.evaluations_without_gain:
+        if rank == 0 and trainer.validation.evaluations_without_gain:
             (out / LAST).mkdir(exist_ok=True)
             with trainer.averaged():
                 checkpoint.save(out / LAST)
@@ -131,17 +123,6 @@ def _prepare_device(rank: int) -> torch.device:
     else:
         torch.cuda.set_device(device)
     return device
-
-
-def _choose_examples(version: Version, config: TrainConfig, only: Container[str] | None) -> tuple[Sets, TrainConfig]:
-    """Return what is learned from, what is scored while training and what at its end; and the settings that follow."""
-    sets = {split: read_split_examples(version, split, config, only) for split in SPLITS}
-    sets["train"] = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
-    config = config.with_defaults(len(sets["train"]))
-    sets["validation"] = _of_learned_prompts(sets["validation"][: config.evaluate_images], sets["train"])
-    if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
-        raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
-    return sets, config
 
 
 def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
@@ -210,26 +191,10 @@ def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[
     decoder.require_positions(num_states, max((len(one.prompt) + len(one.target) for one in encoded), default=0))
 
 
-def _trainer_of(
-    checkpoint: Checkpoint, config: TrainConfig, sets: Sets, features: LoadedFeatures, device: torch.device
-) -> Trainer:
-    """Return a trainer of one process at its first step."""
-    train_set = sets["train"]
-    trainer = Trainer(checkpoint, config, train_set, sets["validation"], features, device)
-    trainer.micro_batches = config.gradient_accumulation_steps
-    if config.average_decay:
-        trainer.average = WeightAverage(config.average_decay, {})
-    if config.scst_steps:
-        trainer.critic = SelfCritic(checkpoint, train_set, config.scst_samples)
-    weights = checkpoint.captioner.state_dict()
-    trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
-    return trainer
-
-
 def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
     """Score the saved captioner on the test split; write and return its metrics, and of which run they are."""
     trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
-    chosen, features = load_checkpoint(out, trainer.device), trainer.features
+    chosen, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = chosen.captioner
     if not captioner.encoder.config.frozen or trainer.config.feature_storage == "int8":  # whose states nobody else will have
         features = OnlineFeatures(captioner.encoder, trainer.device)
@@ -240,86 +205,10 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dic
         "data": captioner.config.data,
         "split": "test",
         "parameters": sum(weights.numel() for weights in chosen.captioner.parameters()),
-        "best_validation": trainer.best_cider_d,
+        "best_validation": trainer.validation.best_cider_d,
         **evaluate(chosen, examples, options, features),
     }
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
     return metrics
-
-
-def read_split_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
-    """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
-    options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
-    options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
-    examples = examples_in(version, split, config.text_source, **options)
-    chosen = (example for example in examples if only is None or example.sample_id in only)
-    return sorted(chosen, key=lambda example: example.sample_id)
-
-
-def _texts(examples: list[Example]) -> list[TargetText]:
-    return [text for example in examples for text in example.texts]
-
-
-def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
-    """Drop texts whose source and style are not in the training set: a word budget may remove a whole style."""
-    learned = {(text.source, text.style) for example in train_set for text in example.texts}
-    return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]
-
-
-def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
-    """Return CLIP if its config is cached or can be downloaded, else for drawn scenes the shipped tiny encoder, with a message.
-
-    Raises TrainError for other images: an encoder that knows drawn scenes only would train for hours and learn nothing.
-    """
-    try:
-        snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
-    except (OSError, HfHubHTTPError, httpx2.TransportError):
-        if not is_drawn:
-            hint = f"name a folder that holds one: --encoder FOLDER; {TINY_CLIP} knows drawn scenes only"
-            raise TrainError(f"{CLIP} cannot be had here, and these images need an encoder of photographs", hint=hint) from None
-        message(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
-        return TINY_CLIP
-    return "clip"
-
-
-def _build(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
-    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
-    texts = _texts(train_set)
-    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
-    decoder: Any
-    if config.decoder == PREFIX:
-        decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
-    elif config.is_scratch:
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-        vocab_size = tokenizer.backend.get_vocab_size()
-        decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
-    else:
-        decoder, tokenizer = load_decoder(config.decoder)
-        if config.lora_rank:
-            decoder.adapt(config.lora_rank, config.lora_dropout)
-        if config.checkpoint_blocks:
-            decoder.keep_no_states()
-        if config.num_beams > 1:
-            decoder.require_beams(config.num_beams)
-    captioner = build_captioner(
-        encoder,
-        decoder,
-        prompts=sorted({(text.source, text.style) for text in texts}),
-        eos_id=tokenizer.eos_id,
-        max_caption_tokens=config.max_caption_tokens,
-        contrast_width=config.contrast_width if config.contrastive_weight else 0,
-        data={
-            "version": version.name,
-            "digest": version.manifest["digest"],
-            "source": version.manifest["source"],
-            "texts": config.text_source,
-            "language": language_of(version.manifest),
-            "has_unknown_license": has_unknown_license(version.manifest),
-            "num_beams": config.num_beams,
-            **({"repo": version.repo} if version.repo else {}),
-        },
-    )
-    return Checkpoint(captioner, tokenizer)

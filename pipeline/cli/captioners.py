@@ -332,7 +332,8 @@ def _serve(
     note_unfinished(folder)
 
     from trainer.captioning import Captioner  # see train
-    from trainer.serving.server import CaptionServer, is_loopback, serve
+    from trainer.serving.guard import is_loopback
+    from trainer.serving.server import CaptionServer, serve
 
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)

@@ -107,7 +107,7 @@ def check_checkpoint(folder: Path) -> "Checked":
     """Return the state of a checkpoint folder."""
     from pipeline.check import Checked
     from pipeline.errors import SynthError
-    from trainer.checkpoint import describe_checkpoint
+    from trainer.description import describe_checkpoint
 
     try:
         return Checked(str(folder), describe_checkpoint(folder))
@@ -168,7 +168,8 @@ def evaluate(
     note_unfinished(checkpoint)
     version = open_data(data, images)
 
-    from trainer.checkpoint import load_checkpoint, write_captions  # see train
+    from trainer.caption_files import write_captions  # see train
+    from trainer.checkpoint import load_checkpoint
     from trainer.evaluate import evaluate_version
 
     loaded = load_checkpoint(checkpoint)

@@ -256,13 +256,15 @@ def remember_dataset(out: Path | None) -> None:
 
     Where that cannot be written, or the folder is remote, nothing is kept.
     """
-    if out is None or is_remote(out) or (path := out.resolve()).parent == DATA.resolve():
+    if out is None or is_remote(out):
         return
-    others = [other for other in _remembered() if other != path]
     try:
+        if (path := out.resolve()).parent == DATA.resolve():
+            return
+        others = [other for other in _remembered() if other != path]
         write_json(DATA / ELSEWHERE, {"datasets": list(map(str, [path, *others[: MAX_REMEMBERED - 1]]))})
     except OSError as error:
-        log.info("%s is not remembered: %s", path, error)
+        log.info("%s is not remembered: %s", out, error)
 
 
 def _remembered() -> list[Path]:

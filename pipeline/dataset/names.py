@@ -54,6 +54,11 @@ def record_removed(dataset: Path, name: str) -> None:
     write_json(dataset / "versions" / "removed.json", {"removed": list(names)})
 
 
+def forget_removed(dataset: Path, name: str) -> None:
+    """Take back that a version was removed."""
+    write_json(dataset / "versions" / "removed.json", {"removed": [other for other in read_removed(dataset) if other != name]})
+
+
 def taken_numbers(dataset: Path) -> list[tuple[int, ...]]:
     """Return the numbers of versions that were removed: (major, minor, patch)."""
     return [parse_version(name) for name in read_removed(dataset)]

@@ -3,16 +3,18 @@
 A removed version's name is not given to another one: it may be on the Hub, in a model card, or in somebody's notes.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import read_removed, read_tags, record_removed
+from pipeline.dataset.names import forget_removed, read_removed, read_tags, record_removed
 from pipeline.dataset.samples import describe_lost, keep_images
 from pipeline.dataset.sharing import is_shareable, share_file
 from pipeline.dataset.version import MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
+from pipeline.storage.cloned_ranges import unshared_bytes
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote
 
@@ -34,7 +36,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
 
     Images that later runs need and no other version has are written beside the samples before. A version is gone at once or
     not at all, whenever the process is killed. The caller holds the lock of the folder. Raise StoreError, and remove nothing,
-    if there is no such version, or a tag names it; or if its files cannot be removed.
+    if there is no such version, or a tag names it; and if files of a version that is gone cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -51,16 +53,30 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
     for folder in folders:
         freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))
         record_removed(dataset.path, folder.name)
-        if is_remote(folder):
-            (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
-        else:
-            aside = folder.with_name(f"{REMOVING}{folder.name}")
-            _remove(aside)  # of an earlier removal that was killed
-            folder = folder.rename(aside)
-            flush_folder(folder.parent)
+        try:
+            folder = _take_away(folder)
+        except OSError:
+            forget_removed(dataset.path, folder.name)
+            raise
         _remove(folder)
         removed.append(freed)
     return removed
+
+
+def _take_away(folder: Path) -> Path:
+    """Make a version's folder one of no version, at once; return where its files are then."""
+    if not is_remote(folder):
+        aside = folder.with_name(f"{REMOVING}{folder.name}")
+        _remove(aside)  # of an earlier removal that was killed
+        try:
+            folder = folder.rename(aside)
+            flush_folder(folder.parent)
+            return folder
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EBUSY):  # a lower layer of an overlay, or a disk that is mounted here
+                raise
+    (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
+    return folder
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
@@ -122,11 +138,12 @@ def _remove(path: Path) -> None:
         return
     remove(path)
     if path.exists():
-        raise StoreError(f"{path} cannot be removed", hint="look at its permissions, then run `synth versions gc`")
+        raise StoreError(f"{path} cannot be removed", hint="let its files be removed, then run `synth versions gc`")
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; a file that has another name counts as nothing."""
+    """Return the bytes of all files below a folder; a file that has another name, or shared blocks, counts as nothing."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    states = [file.stat() if is_remote(file) else file.lstat() for file in files]
-    return sum(state.st_size for state in states if state.st_nlink <= 1)
+    if is_remote(folder):
+        return sum(file.stat().st_size for file in files)
+    return sum(unshared_bytes(file) for file in files if file.lstat().st_nlink <= 1 and not file.is_symlink())

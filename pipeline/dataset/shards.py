@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage.cloned_ranges import BLOCK_BYTES
-from pipeline.storage.files import writer_options
+from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
 GROUP_ROWS = 64  # of a row group, on average
@@ -71,7 +71,7 @@ class SplitWriter:
             if self._file is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
                 self._file = pa.OSFile(str(path), "wb")
-                self._writer = pq.ParquetWriter(self._file, self.schema, **writer_options(self.schema))
+                self._writer = open_writer(self._file, self.schema)
                 self._shards, self._bytes = self._shards + 1, 0
             assert self._writer
             if group.nbytes >= ALIGNED_BYTES:

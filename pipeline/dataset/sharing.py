@@ -10,12 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipeline.dataset.shards import pixel_chunk
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
-from pipeline.storage.cloned_ranges import BLOCK_BYTES, Range, can_clone_ranges, copy_with_clones
+from pipeline.storage.cloned_ranges import BLOCK_BYTES, Range, can_clone, can_clone_ranges, copy_with_clones
 from pipeline.storage.files import open_parquet, temporary_path
 
 log = logging.getLogger(__name__)
@@ -55,24 +53,38 @@ def share_file(path: Path, other: Path) -> bool:
 def share_pixels(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
     """Let new files (paths and their sha256) share the blocks of pixels that versions hold already, the newest first.
 
-    A file whose bytes would change, since a version is damaged, is left as it is. Where the file system cannot share, all are.
+    Files of versions that are damaged are not opened, since Arrow may end the process for them, and those on other file systems
+    are left out. A new file whose bytes would change is left as it is. Where the file system cannot share, all are.
     """
     own = [(path, sha256) for path, sha256 in files if path.stat().st_nlink == 1]  # others are a version's already
     if not own or not can_clone_ranges(own[0][0].parent):
         return
     of_group = {group: (path, start, size) for path, _ in own for group, start, size in _pixel_groups(path)}
     ranges: dict[Path, list[Range]] = {path: [] for path, _ in own}
+    seen: set[int] = set()  # numbers of files: an older version may have the same ones
     for version in sorted(versions, reverse=True):
-        for other in [version.path / name for name in version.manifest["files"]] if of_group else ():
-            with suppress(OSError, pa.ArrowException):  # of a version that is damaged
-                for group, other_start, other_size in _pixel_groups(other):
-                    path, start, size = of_group.get(group, (other, 0, 0))
-                    if size == other_size and (start - other_start) % BLOCK_BYTES == 0:
-                        ranges[path].append((start, size, other, other_start))
-                        del of_group[group]
+        for name, entry in version.manifest["files"].items():
+            other = version.path / name
+            if not of_group or not _is_whole(other, entry["sha256"], own[0][0].parent, seen):
+                continue
+            for group, other_start, other_size in _pixel_groups(other):
+                path, start, size = of_group.get(group, (other, 0, 0))
+                if size == other_size and (start - other_start) % BLOCK_BYTES == 0:
+                    ranges[path].append((start, size, other, other_start))
+                    del of_group[group]
     for path, sha256 in own:
         if ranges[path]:
             _share_ranges(path, sha256, sorted(ranges[path]))
+
+
+def _is_whole(path: Path, sha256: str, folder: Path, seen: set[int]) -> bool:
+    """Return whether a file that is not among `seen`, which it joins, is not damaged and can share ranges with a folder's."""
+    with suppress(OSError):
+        number = path.stat().st_ino
+        is_new = number not in seen
+        seen.add(number)
+        return is_new and can_clone(path, folder) and file_digest(path) == sha256
+    return False
 
 
 def _share_ranges(path: Path, sha256: str, ranges: list[Range]) -> None:

@@ -56,7 +56,7 @@ class Version:
         """Return the folder for outputs made from this version: the dataset folder that holds it, or its own parent."""
         if self.repo:
             return dataset_folder(self.repo)
-        home = dataset_dir_of(self.path.resolve())
+        home = dataset_dir_of(Path(os.path.normpath(self.path.absolute())))  # a link leads out of its dataset
         return Path(os.path.relpath(home)) if not self.path.is_absolute() else home
 
     @property

@@ -57,7 +57,7 @@ class ImageFolder(BaseFormat):
         schemas = (table.schema for path in drafts for table in _tables(path))
         schema = pa.unify_schemas([*schemas], promote_options="permissive")
         for path in drafts:
-            with pq.ParquetWriter(path.with_name("metadata.parquet"), schema) as writer:
+            with pq.ParquetWriter(path.with_name("metadata.parquet").absolute(), schema) as writer:
                 for rows in _lines(path):
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             path.unlink()

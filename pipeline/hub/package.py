@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.conversation import READER_COLUMNS
@@ -21,7 +20,7 @@ from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, fi
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.images.metadata import REMOVED, strip_metadata
-from pipeline.storage.files import json_text, open_parquet, read_json, writer_options
+from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 
@@ -123,7 +122,7 @@ def _copy_shards(
     schema = with_features(pa.schema([*schema_of(version.manifest | {"columns": own}), *for_readers]))
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
-        with pq.ParquetWriter(folder / name, schema, **writer_options(schema)) as writer:
+        with open_writer(folder / name, schema) as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
                 writer.write_table(change(source.read_row_group(group, columns=columns).select(columns)).cast(schema))
         files[name] = entry | file_entry(folder / name)

@@ -65,7 +65,7 @@ class Journal:
             _remove_log(path)
             _repaired(path).replace(path)
         self._path = path
-        self._db = sqlite3.connect(path)
+        self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _damaged_text
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         if tables and (error := _format_error(self._db, path)):
@@ -240,7 +240,7 @@ def repair_journal(path: Path) -> tuple[int, int, int]:
     fresh = path.with_name(f"{path.name}.repairing")
     fresh.unlink(missing_ok=True)
     lost = 0
-    with _removed_on_failure(fresh), closing(sqlite3.connect(path)) as source, Journal(fresh) as journal:
+    with _removed_on_failure(fresh), closing(sqlite3.connect(path.absolute())) as source, Journal(fresh) as journal:
         source.text_factory = _damaged_text
         for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # in ranges: one that cannot be read costs no other
             asked, rows = list[Any](), list[Sequence[Any]]()

@@ -23,7 +23,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_file
@@ -37,13 +36,13 @@ from pipeline.storage.database import open_database, read
 from pipeline.storage.files import (
     atomic_write,
     open_table,
+    open_writer,
     read_batches,
     read_json,
     read_table,
     temporary_path,
     write_json,
     write_table,
-    writer_options,
 )
 from pipeline.tables import current_names, require_columns
 from pipeline.types import Engine
@@ -213,8 +212,8 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
         for table in judged:
             if kept is None or rejected is None:
                 kept_schema = table.drop_columns(["reason"]).schema
-                kept = stack.enter_context(pq.ParquetWriter(kept_path, kept_schema, **writer_options(kept_schema)))
-                rejected = stack.enter_context(pq.ParquetWriter(rejected_path, table.schema, **writer_options(table.schema)))
+                kept = stack.enter_context(open_writer(kept_path, kept_schema))
+                rejected = stack.enter_context(open_writer(rejected_path, table.schema))
             is_kept = pc.is_null(table["reason"])
             kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
             if table["reason"].null_count < table.num_rows:

@@ -25,11 +25,15 @@ _cursors: list[duckdb.DuckDBPyConnection] = []  # of the open database
 
 @contextmanager
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield an empty database in `folder`, whose lock the caller holds, or, for an object store, in the temporary folder.
+    """Yield an empty database in `folder`, whose lock the caller holds.
+
+    For an object store, and for a name that DuckDB cannot open, it is in the temporary folder.
 
     Raises StoreError if the disk or the memory is full.
     """
-    parent = None if is_remote(folder) else folder
+    parent = None if is_remote(folder) else folder.absolute()  # what is before a colon would be an extension of DuckDB
+    if parent and "?" in str(parent):  # what is behind it would be options
+        parent = None
     config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
     for abandoned in parent.glob(f"{PREFIX}*") if parent else ():  # of a command that was killed
         remove(abandoned)

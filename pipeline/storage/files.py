@@ -31,7 +31,10 @@ _DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command: it goes on where it stopped"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then run the same command: it goes on where it stopped"),
     errno.EFBIG: ("a file may not grow this large here", "raise the limit (`ulimit -f`), then run the same command"),
-    errno.EROFS: ("the folder cannot be written: the file system is read-only", "choose another folder: --out DIR"),
+    errno.EROFS: (
+        "the folder cannot be written: the file system is read-only",
+        "choose a folder on another disk (--out DIR), or a copy of this one",
+    ),
     errno.EACCES: ("no permission", "choose another folder, or change its permissions"),
     errno.EPERM: ("no permission", "choose another folder, or change its permissions"),
     errno.ENOENT: ("it is not there, and cannot be made", "choose another folder, or bring back what was removed"),
@@ -128,9 +131,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables one after another to a Parquet file, atomically; one table is in memory at a time."""
-    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer:
+    with atomic_write(path) as temporary, open_writer(temporary, schema) as writer:
         for table in tables:
             writer.write_table(table.select(schema.names).cast(schema))
+
+
+def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
+    """Return a writer of Parquet to a local file, with options by column: see `writer_options`."""
+    return pq.ParquetWriter(target.absolute() if isinstance(target, Path) else target, schema, **writer_options(schema))
 
 
 def writer_options(schema: pa.Schema) -> dict[str, Any]:

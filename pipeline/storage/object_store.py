@@ -59,8 +59,11 @@ def is_remote(path: Path) -> bool:
 
 
 def arrow_location(path: Path) -> dict[str, Any]:
-    """Return the arguments with which pyarrow opens a path: `source`, and `filesystem` for an object."""
-    return {"source": key_of(path), "filesystem": filesystem_of(path)} if is_remote(path) else {"source": path}
+    """Return the arguments with which pyarrow opens a path: `source`, and `filesystem` for an object.
+
+    A relative path whose first folder has a colon is a URI for pyarrow: local paths are absolute.
+    """
+    return {"source": key_of(path), "filesystem": filesystem_of(path)} if is_remote(path) else {"source": path.absolute()}
 
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:

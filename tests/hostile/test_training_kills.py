@@ -15,9 +15,9 @@ from pipeline.progress import NullProgress
 from tests.hostile import part_of
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
-from trainer.checkpoint import read_log
 from trainer.config import TrainConfig
 from trainer.feature_store import FEATURES
+from trainer.loop.training_log import read_log
 from trainer.train import train
 
 SAVE_EVERY = 5

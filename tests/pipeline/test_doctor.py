@@ -110,3 +110,13 @@ def test_whether_versions_share_pixels_is_told(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(doctor, "can_clone_ranges", lambda folder: shares)
     (disk,) = [finding for finding in doctor.examine() if finding.what == "disk"]
     assert said in disk.found
+
+
+def test_a_folder_that_is_gone_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    finding = doctor._disk()
+    assert not finding.ok and finding.hint == "go to another folder"
+    monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from pipeline.scenes.draw import draw
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import caption
 from tests.trainer.tiny_models import save_clip
-from trainer.evaluate import clip_scores, is_own_encoder
+from trainer.clipscore import clip_scores, is_own_encoder
 
 SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
 TEXTS = [caption(scene, "detailed") for scene in SCENES]

@@ -3,11 +3,9 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as data_replace
@@ -16,85 +14,44 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import trainer.checkpoint
+import trainer.build
 import trainer.evaluate
-import trainer.loop
+import trainer.loop.steps
+import trainer.sets
 import trainer.train
 import trainer.vqa
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.notes import Notes
-from tests.scene_data import make_version, scene_samples
-from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.checkpoint import Log, describe_checkpoint, load_checkpoint, read_log, save_resume
+from tests.trainer.small_trainings import CPU, LORA, PROCESS, SMALL, losses, replace, weights
+from tests.trainer.tiny_models import save_language_model
+from trainer.build import build_checkpoint, choose_encoder
+from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Example, Question, examples_in
 from trainer.distributed import all_reduce_gradients
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
 from trainer.features import Features, OnlineFeatures
-from trainer.loop import Batch, Trainer
+from trainer.loop.spikes import SpikeFilter
+from trainer.loop.training_log import read_log
 from trainer.metrics import derangement
 from trainer.model.captioner import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import build_optimizer, parameter_groups, schedule, set_stage
+from trainer.sets import read_split_examples
 from trainer.tokenizer import collate
-from trainer.train import choose_encoder, read_split_examples, train
-
-SMALL = TrainConfig(
-    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
-)
-CPU = torch.device("cpu")
-
-
-def replace(**changes: Any) -> TrainConfig:
-    return SMALL.model_copy(update=changes)
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_version(tmp_path_factory.mktemp("data"), scene_samples(60))[0]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_and_die(*arguments: Any) -> None:
-        save_resume(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
-
-
-def train_until_saved(version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a training at its first state to resume from."""
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, folder)
-    monkeypatch.undo()
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+from trainer.train import train
 
 
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes some seconds: only overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
-    monkeypatch.setattr(trainer.train, "examples_in", lambda version, split, mixture, **how: four)
+    monkeypatch.setattr(trainer.sets, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
@@ -116,46 +73,6 @@ def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Ve
     assert [list(metrics) for metrics in shown] == [["loss"], *[["loss", "validation loss", "CIDEr-D"]] * 2]
     assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
     assert "with shuffled images" in shown[2]["CIDEr-D"]
-
-
-@pytest.mark.parametrize("align_steps", [0, 3])
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int
-) -> None:
-    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2)
-    whole = train(version, config, tmp_path / "whole")
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    torch.manual_seed(99)  # a new process has another random state
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-
-
-def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    config, out = replace(encoder=clip, steps=4, align_steps=2), tmp_path / "out"
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, out, tensorboard=True)
-    monkeypatch.undo()
-    train(version, config, out, tensorboard=True, resume=True)
-    curves = EventAccumulator(str(out / "tensorboard")).Reload()
-    points = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
-    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
-    assert [value for _, value in points] == pytest.approx(losses(out))
-    evaluated = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
-    recorded = curves.Scalars("validation/validation_cider_d")
-    assert [point.step for point in recorded] == [line["step"] for line in evaluated]
-
-
-def test_curves_for_tensorboard_without_it_are_one_error(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(TrainError, match="TensorBoard is not installed"):
-        train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
-    assert not (tmp_path / "out").exists()  # nothing was written or removed
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
@@ -183,7 +100,7 @@ def test_each_part_has_its_own_rate_and_what_has_none_does_not_learn(version: Ve
     config = TrainConfig(
         encoder=clip, align_steps=5, steps=5, align_lr=1.0, connector_lr=0.1, decoder_lr=0.01, warmup_frac=0
     ).with_defaults(9)
-    captioner = trainer.train._build(version, config, examples_in(version, "train")).captioner
+    captioner = build_checkpoint(version, config, examples_in(version, "train")).captioner
     optimizer = torch.optim.AdamW(parameter_groups(captioner, config))
     for step, stage, rates in ((0, "align", (0.0, 1.0, 0.0)), (5, "train", (0.0, 0.1, 0.01))):
         assert set_stage(optimizer, config, step) == stage
@@ -218,30 +135,6 @@ def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
     assert math.isfinite(evaluated["validation_loss"]) and evaluated["validation_loss"] > 0
 
 
-def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
-    train(version, SMALL, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["data"]["digest"] == version.manifest["digest"]
-    assert not (tmp_path / "resume.pt").exists()
-
-
-def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At first a caption shares a word with its references by chance: 4e-9 is no score to keep."""
-    scores, losses = iter([1e-12, 4e-9, 0.0, 0.0, 1e-10, 0.0]), iter([6.0, 5.9, 5.8, 5.7, 5.6, 5.5])
-
-    def scored(*_: Any) -> dict[str, Any]:
-        return {"images": 4, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
-
-    monkeypatch.setattr(trainer.loop, "evaluate", scored)
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: next(losses))
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
-    train(version, replace(steps=6, evaluate_every=1, patience=2), tmp_path / "c")
-    assert [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "validation_loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert not (tmp_path / "c/last").exists()  # the last is the best
-
-
 def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version: Version, tmp_path: Path) -> None:
     """As a teacher's are: nothing is learned from them."""
     train(version, replace(steps=1), tmp_path / "c")
@@ -252,30 +145,6 @@ def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version:
     assert scored["images"] > 0
 
 
-def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, replace(steps=2), tmp_path)
-    with pytest.raises(TrainError, match=r"was trained with other settings \(steps 2, now 3\)"):
-        train(version, replace(steps=3), tmp_path, resume=True)
-    others = make_version(tmp_path / "others", scene_samples(50))[0]
-    with pytest.raises(TrainError, match="was trained with other data"):
-        train(others, replace(steps=2), tmp_path, resume=True)
-    (tmp_path / "train.json").write_text("{}?")
-    with pytest.raises(TrainError, match="was trained with other settings or data"):
-        train(version, replace(steps=3), tmp_path, resume=True)
-
-
-def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version: Version, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="nothing to resume"):
-        train(version, SMALL, tmp_path / "new", resume=True)
-    train(version, SMALL, tmp_path / "done")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
-    with pytest.raises(TrainError, match="nothing to resume"):
-        train(version, replace(seed=1), tmp_path / "done", resume=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
-
-
 def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match="the loss "):
@@ -283,26 +152,26 @@ def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) ->
 
 
 def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, judged = Trainer.should_step, list[bool]()
+    judge, judged = SpikeFilter.should_step, list[bool]()
 
     def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
         judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
         return judged[-1]
 
-    monkeypatch.setattr(Trainer, "should_step", judge_and_spoil)
+    monkeypatch.setattr(SpikeFilter, "should_step", judge_and_spoil)
     train(version, replace(steps=24, evaluate_every=24), tmp_path)
     assert judged == [True] * 20 + [False] + [True] * 3
 
 
 def enlarge_norms(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> list[bool]:
     """Multiply the norms of all gradients by 1000 after so many steps; return a list that gets whether each step is applied."""
-    judge, judged = Trainer.should_step, list[bool]()
+    judge, judged = SpikeFilter.should_step, list[bool]()
 
     def judge_larger(self: Any, loss: float, norm: float) -> bool:
         judged.append(judge(self, loss, norm * 1000 if len(judged) >= after_steps else norm))
         return judged[-1]
 
-    monkeypatch.setattr(Trainer, "should_step", judge_larger)
+    monkeypatch.setattr(SpikeFilter, "should_step", judge_larger)
     return judged
 
 
@@ -362,18 +231,6 @@ def test_half_precision_is_for_the_steps_alone(
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-import torch
-from pipeline.dataset.version import read_version
-from trainer.config import resolve
-from trainer.train import train
-torch.set_num_threads(1)
-train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
-"""
-
-
 def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
     train(version, config, tmp_path / "one")
@@ -384,53 +241,6 @@ def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, c
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
-SIGNALLED = """
-import os, signal
-rank = int(os.environ["RANK"])
-if rank == 1:
-    import trainer.loop
-    step = trainer.loop.Trainer.train_step
-    def stepping(self, optimizer, number, batch):
-        if number == 2:
-            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
-        return step(self, optimizer, number, batch)
-    trainer.loop.Trainer.train_step = stepping
-try:
-    train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
-except BaseException as error:
-    Path(f"ended-{rank}").write_text(f"{type(error).__name__}: {error}")
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
-    version: Version, tmp_path: Path, clip: str, name: str
-) -> None:
-    config = replace(encoder=clip, steps=60, evaluate_every=100)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "process.py").write_text(PROCESS.replace("train(read_version", "0 and train(read_version") + SIGNALLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
-    arguments = [str(version.path), "config.json", "cut", name]
-    subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    if name == "SIGTERM":
-        assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
-        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
-    else:
-        assert (tmp_path / "ended-0").read_text().startswith("TrainError: the processes of this training cannot go on")
-
-
-def test_the_last_evaluation_is_what_is_shown_at_the_end(version: Version, clip: str, tmp_path: Path) -> None:
-    shown: list[Mapping[str, str]] = []
-
-    class Shown(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            shown.extend([metrics] if stage == "train" and metrics else [])
-
-    train(version, replace(encoder=clip, steps=4, evaluate_every=2), tmp_path, progress=Shown())
-    scored = [line for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
-    assert shown[-1]["validation loss"] == f"{scored[-1]['validation_loss']:.3f}" != shown[1]["validation loss"]
 
 
 def test_a_rate_warms_up_and_falls_to_a_tenth_in_each_stage() -> None:
@@ -460,30 +270,6 @@ def test_the_test_is_of_states_that_a_captioner_computes(
     assert [type(features) for features in used] == [kind]
 
 
-@pytest.mark.parametrize("storage", ["bf16", "none"])
-def test_epochs_show_views_in_turn_which_are_kept_like_images(
-    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
-) -> None:
-    config = replace(encoder=clip, augment_views=2, steps=0, epochs=6, feature_storage=storage, batch_size=8)
-    shown: Counter[tuple[int, int]] = Counter()
-    show = Trainer.example
-
-    def note(self: Trainer, index: int, epoch: int) -> Example:
-        example = show(self, index, epoch)
-        shown[index, example.view] += epoch < config.epochs  # the last batch may begin another one
-        return example
-
-    monkeypatch.setattr(Trainer, "example", note)
-    metrics = train(version, config, tmp_path / "views")
-    images = {index for index, _ in shown}
-    assert len(images) > 20 and shown == {(index, view): 2 for index in images for view in range(3)}
-    monkeypatch.undo()
-    assert weights(tmp_path / "views") != weights(train_to(tmp_path / "plain", version, config, augment_views=0))
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    assert train(version, config, tmp_path / "cut", resume=True) == metrics
-    assert weights(tmp_path / "cut") == weights(tmp_path / "views")
-
-
 def train_to(folder: Path, version: Version, config: TrainConfig, **changes: Any) -> Path:
     train(version, config.model_copy(update=changes), folder)
     return folder
@@ -509,36 +295,6 @@ def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, cl
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Version, clip: str, tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"encoder": clip, "steps": 6, "evaluate_every": 100})
-    whole = train(version, config, tmp_path / "whole")
-
-    class Stop(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            if stage == "train" and done == 3:
-                for each in (number, {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[signal.Signals(number)]):
-                    os.kill(os.getpid(), each)  # the second as by a parent that was interrupted as well
-
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut", progress=Stop())
-    assert signal.getsignal(number) is before
-    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [0, 1, 2, 3]  # 0: the forecast
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-
-
-def test_the_state_is_saved_from_time_to_time(
-    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved: list[int] = []
-    monkeypatch.setattr(trainer.loop, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
-    train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
-    assert saved == [1, 2, 3]
-
-
 def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_path: Path) -> None:
     warnings: list[str] = []
 
@@ -555,7 +311,7 @@ def test_photographs_are_not_given_to_an_encoder_of_drawn_scenes(monkeypatch: py
     def refuse(*_: object, **__: object) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(trainer.train, "snapshot_download", refuse)
+    monkeypatch.setattr(trainer.build, "snapshot_download", refuse)
     said: list[str] = []
     assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
     with pytest.raises(TrainError, match="cannot be had here, and these images need an encoder of photographs"):
@@ -609,40 +365,6 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
     )
 
 
-def test_a_checkpoint_folder_is_described_after_all_of_it_was_read(version: Version, clip: str, tmp_path: Path) -> None:
-    out = tmp_path / "c"
-    train(version, replace(encoder=clip, steps=2), out)
-    assert "2 steps logged, scored" in describe_checkpoint(out) and "a captioner of " in describe_checkpoint(out)
-    (out / "metrics.json").unlink()
-    assert "not scored yet" in describe_checkpoint(out)
-    (out / "resume.pt").write_bytes(b"half")
-    with pytest.raises(TrainError, match=r"resume\.pt is damaged"):
-        describe_checkpoint(out)
-    (out / "resume.pt").unlink()
-    weights = load_file(out / "model.safetensors")
-    name = next(name for name, tensor in weights.items() if name.startswith("connector") and tensor.is_floating_point())
-    save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, out / "model.safetensors")
-    with pytest.raises(TrainError, match="weights that are not numbers"):
-        describe_checkpoint(out)
-    (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(TrainError, match="no captioner in"):
-        describe_checkpoint(out)
-
-
-def test_a_training_without_a_captioner_is_described(tmp_path: Path) -> None:
-    assert describe_checkpoint(tmp_path) == "a training that has saved nothing so far"
-    save_resume(tmp_path, {"run": "r", "step": 1200})
-    assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner so far"
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_language_model(tmp_path_factory.mktemp("lm"), "qwen3")
-
-
-LORA: dict[str, Any] = {"lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12}
-
-
 def test_adapters_are_merged_into_the_captioner_that_is_saved(
     version: Version, tmp_path: Path, clip: str, language_model: str
 ) -> None:
@@ -657,117 +379,6 @@ def test_adapters_are_merged_into_the_captioner_that_is_saved(
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
-def test_adapters_and_averages_go_on_to_the_same_bits(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
-) -> None:
-    config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
-    whole = train(version, config, tmp_path / "whole")
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
-    assert not [name for name in saved["captioner"] if name.startswith("encoder.") or "base_layer" in name]
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-
-
-def test_a_run_goes_on_with_its_own_pretrained_weights_only(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
-) -> None:
-    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
-    config = replace(encoder=clip, decoder=str(folder), **LORA)
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    changed = load_file(folder / "model.safetensors")
-    save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TrainError, match="cut began with other pretrained weights"):
-        train(version, config, tmp_path / "cut", resume=True)
-
-
-def test_a_state_of_the_release_before_goes_on(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """It holds all weights, and does not say how many processes there were."""
-    config = replace(encoder=clip, steps=6)
-    whole = train(version, config, tmp_path / "whole")
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
-    encoder = load_checkpoint(tmp_path / "whole").captioner.encoder.state_dict()
-    state["captioner"] |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    old = {name: state[name] for name in ("captioner", "optimizer", "step", "best", "norms", "run")}
-    torch.save(old, tmp_path / "cut/resume.pt")
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
-
-
-def test_a_run_of_two_processes_goes_on_in_one(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    config = replace(encoder=clip, steps=6, dropout=0.0)
-    asked: list[int] = []
-
-    def digest_of(values: list[Any]) -> str:
-        asked.append(values[2])
-        return f"run of {values[2]}"
-
-    monkeypatch.setattr(trainer.train, "digest", digest_of)
-    interrupt(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
-    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
-    torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
-    monkeypatch.setattr(trainer.loop, "save_resume", save_resume)
-    assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
-    assert 2 in asked
-
-
-def test_training_ends_where_the_score_no_longer_improves(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
-    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
-
-    def scored(*_: Any) -> dict[str, Any]:
-        return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
-
-    config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
-    monkeypatch.setattr(trainer.loop, "evaluate", scored)
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {"tested": True})
-    assert train(version, config, tmp_path) == {"tested": True}
-    log = read_log(tmp_path / "log.jsonl")
-    assert log[-1]["step"] == 8
-    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.45]
-    assert weights(tmp_path) != weights(tmp_path / "last")
-    assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
-    assert train(version, config, tmp_path, resume=True) == {"tested": True}
-    assert len(read_log(tmp_path / "log.jsonl")) == len(log)
-
-
-def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
-    monkeypatch.setattr(
-        trainer.loop, "evaluate", lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
-    )
-    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: next(values))
-    saved: list[int] = []
-    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
-    train(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
-    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
-    assert len(saved) == 3 + 1  # and `last`
-
-
-def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
-    plain, averaged = (replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay) for decay in (0.0, 0.99))
-    train(version, plain, tmp_path / "plain")
-    train(version, averaged, tmp_path / "averaged")
-    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")  # it changes nothing in the training
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
-    assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
-    assert torch.equal(
-        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"], other["encoder.tower.encoder.layers.0.mlp.fc1.weight"]
-    )
-
-
 def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path, clip: str) -> None:
     plain, smooth = (replace(encoder=clip, steps=1, dropout=0.0, label_smoothing=share) for share in (0.0, 0.3))
     for name, config in (("plain", plain), ("smooth", smooth)):
@@ -780,47 +391,6 @@ def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path
     assert one == pytest.approx(other, abs=0.02)
 
 
-def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) -> None:
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = trainer.train._build(version, config, examples)
-    trained = Trainer(checkpoint, config, examples, [], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
-    order = [[0, 1], [5, 2], [7]]
-    ahead = list(trained.load_ahead([[(index, 0) for index in indices] for indices in order]))
-    for indices, batch in zip(order, ahead, strict=True):
-        (own,) = trained.load([examples[index] for index in indices]).micro_batches
-        assert torch.equal(batch.micro_batches[0][0], own[0])
-        assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
-        assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
-    with pytest.raises(IndexError):
-        list(trained.load_ahead([[(0, 0)], [(9999, 0)]]))
-
-
-def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: float("nan"))
-    with pytest.raises(TrainError, match="the loss of the validation split is nan") as ended:
-        train(version, replace(steps=2, evaluate_every=2), tmp_path)
-    assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_one_error(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(version, replace(steps=1, evaluate_every=1), tmp_path / "a")
-    modes = {name: (tmp_path / "a" / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
-    assert len(set(modes.values())) == 1, modes
-
-    def fill_disk(*_: object, **__: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("trainer.model.captioner.CaptionerModel.save_pretrained", fill_disk)
-    with pytest.raises(TrainError, match=r"cannot write the weights to .*No space left on device"):
-        train(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
-
-
 @pytest.mark.parametrize("refused", ["nothing to resume", "no held-out image has a reference or a brief caption"])
 def test_what_can_be_refused_is_refused_before_any_states_are_computed(
     refused: str, version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
@@ -831,23 +401,9 @@ def test_what_can_be_refused_is_refused_before_any_states_are_computed(
 
     monkeypatch.setattr(trainer.train, "store_features", lambda *_: pytest.fail("states were computed"))
     if refused.startswith("no held-out"):
-        monkeypatch.setattr(trainer.train, "examples_in", without_texts)
+        monkeypatch.setattr(trainer.sets, "examples_in", without_texts)
     with pytest.raises(TrainError, match=refused):
         train(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
-
-
-def test_steps_that_were_skipped_before_an_interruption_still_count(version: Version, tmp_path: Path, clip: str) -> None:
-    """At most three gradients in a row are taken for spikes, also where a training was interrupted between them."""
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = trainer.train._build(version, config, examples)
-    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    before, after = (Trainer(checkpoint, config, examples, examples[:3], features, CPU) for _ in range(2))
-    optimizer = build_optimizer(checkpoint.captioner, config)
-    before.gradient_norms = [1.0] * 32
-    assert [before.should_step(1.0, 100.0) for _ in range(3)] == [False] * 3
-    after.restore(optimizer, before.state(optimizer, 5), tmp_path / "resume.pt")
-    assert after.should_step(1.0, 100.0)
 
 
 def test_things_are_counted_in_english_captions_alone(version: Version, tmp_path: Path, clip: str) -> None:
@@ -879,29 +435,14 @@ def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: s
 
     notes = Notes()
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(trainer.train, "examples_in", without_references)
+        context.setattr(trainer.sets, "examples_in", without_references)
         train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
     assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]
 
 
-def test_without_texts_to_validate_on_the_later_of_equal_captioners_is_kept(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    monkeypatch.setattr(
-        trainer.loop, "evaluate", lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
-    )
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: None)
-    saved: list[int] = []
-    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
-    train(version, replace(encoder=clip, steps=6, evaluate_every=2), tmp_path)
-    assert len(saved) == 3
-    assert not any("validation_loss" in line for line in read_log(tmp_path / "log.jsonl"))
-
-
 def test_a_part_that_learns_slowly_learns_no_faster_from_rewards(version: Version, clip: str) -> None:
     config = replace(encoder=clip, steps=2, scst_steps=2, encoder_lr=1e-6, decoder_lr=1e-3, scst_lr=5e-5).with_defaults(4)
-    captioner = trainer.train._build(version, config, read_split_examples(version, "train", config)).captioner
+    captioner = build_checkpoint(version, config, read_split_examples(version, "train", config)).captioner
     optimizer = build_optimizer(captioner, config)
     assert set_stage(optimizer, config, 2) == "scst"
     rates = {group["part"]: group["lr"] / schedule(config, 2) for group in optimizer.param_groups}
@@ -920,35 +461,12 @@ def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_p
     assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
 
 
-def test_a_step_whose_loss_is_no_number_is_a_line_of_json(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log.jsonl", 0)
-    log.write(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
-
-    def refuse(constant: str) -> None:
-        pytest.fail(constant)
-
-    text = (tmp_path / "log.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
-
-
 def test_settings_that_have_no_effect_are_told(version: Version, tmp_path: Path, clip: str) -> None:
     notes = Notes()
     given = replace(encoder=clip, decoder="prefix", dropout=0.3, steps=1, epochs=7, precision="tf32", evaluate_every=0)
     train(version, given, tmp_path, progress=notes)
     told = "dropout (of --decoder scratch alone), epochs (steps is given), precision (tf32 is of GPUs)"
     assert f"warning: settings without an effect here: {told}" in notes.texts
-
-
-def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log.jsonl", 0)
-    assert log.seconds == 0.0
-    for step, seconds in ((1, 10.0), (2, 20.0), (3, 30.0)):
-        log.write(step=step, seconds=seconds)
-    log.write(step=2, validation_cider_d=1.0)
-    again = Log(tmp_path / "log.jsonl", 2)
-    pace = trainer.loop.Pace(again.seconds)
-    assert again.seconds == 20.0
-    assert pace.after(Batch([], 9, 1, 4), 0)["seconds"] > 20.0
 
 
 def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:
@@ -970,38 +488,3 @@ def test_texts_that_are_too_long_for_a_language_model_are_refused_before_the_fir
         train(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
-
-
-def test_steps_without_a_gradient_make_no_spikes_of_the_others(version: Version, clip: str) -> None:
-    """As where all rewards of a step are equal."""
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = trainer.train._build(version, config, examples)
-    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
-    judge = Trainer(checkpoint, config, examples, examples[:3], features, CPU)
-    assert all(judge.should_step(1.0, float(step % 4 == 0)) for step in range(200))
-    assert not judge.should_step(1.0, 1e6)
-
-
-def test_the_best_score_of_a_single_image_is_none(version: Version, tmp_path: Path, clip: str) -> None:
-    metrics = train(version, replace(encoder=clip, steps=1, evaluate_images=1), tmp_path / "one")
-    assert metrics["best_validation"] is None  # CIDEr-D is 0 there, and the loss decides
-    several = train(version, replace(encoder=clip, steps=1, evaluate_images=3), tmp_path / "three")
-    assert several["best_validation"] >= 0
-
-
-def test_a_signal_during_the_last_save_is_no_end_without_a_word(
-    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainer.checkpoint import save_resume as save
-
-    def save_and_interrupt(folder: Path, state: dict[str, Any]) -> None:
-        save(folder, state)
-        if state["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer.loop, "save_resume", save_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c")
-    monkeypatch.setattr(trainer.loop, "save_resume", save)
-    assert train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c", resume=True)["scores"]

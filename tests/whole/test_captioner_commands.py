@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer import BadParameter
 
-import trainer.loop
+import trainer.loop.steps
 from pipeline.cli.captioners import caption, compare, look
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.training import evaluate, train
@@ -25,8 +25,8 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
-from trainer.checkpoint import save_resume
 from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
+from trainer.loop.resume import save_resume
 
 SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
 
@@ -91,7 +91,7 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
 
     config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
     config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
-    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
     folder = tmp_path / "c" if named == "folder" else None
     with pytest.raises(KeyboardInterrupt):
         train(data=str(version.path), config=config, encoder=encoder, decoder=decoder, out=folder)

@@ -121,6 +121,15 @@ def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(s
     assert r"the name of the folder caf\xe9 is no UTF-8" in error
 
 
+@pytest.mark.parametrize("name", ["run:1/d", "what?/d", "12:30", "file:x"])
+def test_a_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path: Path, name: str) -> None:
+    options = ("--source", "scenes", "--limit", "3", "--engine", "embedded", "--model", "tiny", "--out", name)
+    for command in (("generate", *options), ("report", name), ("check", name), ("versions", name), ("diff", name, name)):
+        done = synth(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(DatasetDir(tmp_path / name).versions()) == 1
+
+
 def test_an_output_that_takes_nothing_is_one_error(tmp_path: Path) -> None:
     command = f"{SYNTH} sources > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)

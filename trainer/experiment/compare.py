@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.storage.files import read_json
-from trainer.checkpoint import read_log
 from trainer.experiment.grid import FACTORS
 from trainer.experiment.runs import Run
 from trainer.experiment.slices import SLICES, slice_scores
+from trainer.loop.training_log import read_log
 from trainer.metrics import cider_d, tokenize
 
 # The 97.5 % point of Student's t by degrees of freedom, as in any table of it.

@@ -24,7 +24,8 @@ from trainer.data import Example, count_words, limit_captions, limit_images
 from trainer.experiment.grid import FACTORS, Cell, Experiment
 from trainer.model.loading import LOAD_ERRORS, load_config, reason_of
 from trainer.presets import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT
-from trainer.train import read_split_examples, train
+from trainer.sets import read_split_examples
+from trainer.train import train
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")

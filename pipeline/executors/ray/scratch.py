@@ -75,7 +75,7 @@ def save_journal(shard: DatasetDir, path: Path) -> None:
     """Upload a snapshot of a shard's journal, which may have a writer meanwhile, and the cost of its requests."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
-        with closing(sqlite3.connect(shard.journal)) as db, closing(sqlite3.connect(copy)) as copy_db:
+        with closing(sqlite3.connect(shard.journal.absolute())) as db, closing(sqlite3.connect(copy.absolute())) as copy_db:
             db.backup(copy_db)
         upload(copy, path)
     if shard.cost.exists():
@@ -100,7 +100,7 @@ def _cost_file(path: Path) -> Path:
 
 
 def _keep_saving(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
-    with closing(sqlite3.connect(shard.journal)) as db:
+    with closing(sqlite3.connect(shard.journal.absolute())) as db:
         saved_version = None
         while not ended.wait(SAVE_SECONDS):
             (version,) = db.execute("PRAGMA data_version").fetchone()  # changes when another connection has written

@@ -1,5 +1,6 @@
 """Removal of versions: they go as a whole, their names are not given again, and files that versions share stay."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,35 @@ def test_a_link_that_is_left_over_is_removed_and_not_what_it_leads_to(dataset: D
     remove_leftovers(list(find_leftovers(dataset)))
     assert not link.is_symlink()
     assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY])
+def test_a_folder_that_cannot_be_renamed_is_removed_with_its_manifest_first(
+    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As in a lower layer of an overlay, or where another disk is mounted."""
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(number, "no", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    remove_versions(dataset, ["v1.0.0"])
+    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
+    assert not (dataset.path / "versions" / "v1.0.0").exists()
+    assert read_removed(dataset.path) == ["v1.0.0"]
+
+
+def test_a_version_that_stays_is_not_said_to_be_removed(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_versions(dataset, ["v1.0.0"])
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        remove_versions(dataset, ["v1.1.0"])
+    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
+    assert read_removed(dataset.path) == ["v1.0.0"]
 
 
 def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_a_disk_holds_the_pixels_of_three_versions_once(disk: Path, tmp_path: Pa
     versions = [write_version(disk / "data", text) for text in ("a dog", "a dog on grass", "one dog")]
     assert used_bytes(disk) - before < 1.1 * PIXEL_BYTES
     assert [find_damage(version) for version in versions] == [[], [], []]
-    remove_versions(DatasetDir(disk / "data"), ["v1.0.0"])
+    (removed,) = remove_versions(DatasetDir(disk / "data"), ["v1.0.0"])
+    assert removed.num_bytes < 0.1 * PIXEL_BYTES  # the pixels are of the others, too
     left = load_dataset(str(versions[1].path), cache_dir=str(tmp_path / "cache"), split="train").with_format("arrow")[:]
     assert left["image"].combine_chunks().field("bytes")[7].as_py() == random.Random(7).randbytes(IMAGE_BYTES)
 
@@ -129,7 +130,7 @@ def test_pixels_that_the_parent_lacks_are_shared_with_an_older_version(tmp_path:
     write_version(tmp_path, "a dog", range(100, 104))
     cloned.clear()
     write_version(tmp_path, "the dog")
-    assert {other.parent.name for _, _, other, _ in cloned if other.name == "train-00000.parquet"} == {"v1.0.0"}
+    assert {other.parent.name for _, size, other, _ in cloned if size > BLOCK_BYTES} == {"v1.0.0"}
 
 
 def test_nothing_is_shared_with_a_version_that_was_damaged(tmp_path: Path, cloned: list[Range]) -> None:
@@ -140,8 +141,31 @@ def test_nothing_is_shared_with_a_version_that_was_damaged(tmp_path: Path, clone
     shard.write_bytes(content)
     cloned.clear()
     second = write_version(tmp_path, "the dog")
-    assert cloned
+    assert [size for _, size, _, _ in cloned if size > BLOCK_BYTES] == []
     assert find_damage(second) == []
+
+
+def test_pixels_that_are_damaged_in_the_newest_version_are_shared_with_the_one_before(
+    tmp_path: Path, cloned: list[Range]
+) -> None:
+    write_version(tmp_path, "a dog")
+    second = write_version(tmp_path, "one dog")
+    (shard,) = second.shards("train")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    cloned.clear()
+    write_version(tmp_path, "the dog")
+    assert sum(size for _, size, other, _ in cloned if other.parent.name == "v1.0.0") > 0.95 * PIXEL_BYTES
+
+
+def test_a_version_on_another_disk_is_passed_over(tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_version(tmp_path, "a dog")
+    second = write_version(tmp_path, "one dog")
+    monkeypatch.setattr(sharing, "can_clone", lambda file, folder: second.path not in file.parents)
+    cloned.clear()
+    write_version(tmp_path, "the dog")
+    assert {other.parent.name for _, size, other, _ in cloned if size > BLOCK_BYTES} == {"v1.0.0"}
 
 
 def test_a_version_that_cannot_be_read_is_passed_over(tmp_path: Path, cloned: list[Range]) -> None:

@@ -85,6 +85,18 @@ def test_a_folder_without_room_for_a_database_is_one_error(tmp_path: Path, monke
         pass
 
 
+@pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])
+def test_a_folder_may_have_a_name_that_says_something_to_duckdb(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    with open_database(Path(name)) as db:
+        load(db, "numbers", [numbers(0, 10)], NUMBERS)
+        assert db.sql("SELECT count(*) FROM numbers").fetchall() == [(10,)]
+    assert list(Path(name).iterdir()) == []
+
+
 @pytest.mark.usefixtures("heard_sigint")
 def test_a_signal_while_rows_are_made_or_compared_is_one_as_anywhere_else(tmp_path: Path) -> None:
     """DuckDB makes an error of its own of it, after which a command would not say that it was interrupted."""

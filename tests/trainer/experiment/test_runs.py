@@ -27,7 +27,7 @@ from trainer.experiment import runs
 from trainer.experiment.grid import FACTORS, Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, require_models, run_cells
-from trainer.train import read_split_examples
+from trainer.sets import read_split_examples
 
 SAMPLES = scene_samples(60)
 SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}

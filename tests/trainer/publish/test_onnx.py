@@ -36,7 +36,7 @@ from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.prompts import scored_prompt
-from trainer.publish import onnx, run_onnx
+from trainer.publish import onnx_writer, run_onnx
 from trainer.publish.files import space_files
 from trainer.publish.onnx import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
@@ -362,7 +362,7 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
 ) -> None:
     is_large = name == "qwen3"
     if is_large:  # as if it were large: its weights lie beside the parts
-        monkeypatch.setattr(onnx, "MAX_BYTES_WITHIN", 0)
+        monkeypatch.setattr(onnx_writer, "MAX_BYTES_WITHIN", 0)
     if name == "prefix":
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
@@ -405,7 +405,7 @@ def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
 ) -> None:
     with pytest.raises(TrainError, match="is there already"):
         export_onnx(checkpoint, tmp_path, NullProgress())
-    monkeypatch.setattr(onnx, "MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr(onnx_writer, "MAX_DIFFERENCE", -1.0)
     with pytest.raises(TrainError, match=r"encoder_model\.onnx gives other values of last_hidden_state"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -452,5 +452,5 @@ def test_values_of_an_encoder_may_be_rounded_otherwise_here_and_there(flips: int
     expected = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
     values = expected + np.float32(shift)
     values.flat[:flips] += 0.03
-    assert onnx._is_near(values, expected, is_rounded=True) == is_near
-    assert onnx._is_near(values, expected, is_rounded=False) == (not flips and not shift)
+    assert onnx_writer._is_near(values, expected, is_rounded=True) == is_near
+    assert onnx_writer._is_near(values, expected, is_rounded=False) == (not flips and not shift)

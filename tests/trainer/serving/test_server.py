@@ -22,8 +22,9 @@ from tests.trainer.serving.test_protocol import BAD
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import DecodingConfig
-from trainer.serving import server as serving
-from trainer.serving.server import CaptionServer, is_loopback, serve
+from trainer.serving import guard
+from trainer.serving.guard import is_loopback
+from trainer.serving.server import CaptionServer, serve
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -174,7 +175,7 @@ def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: py
     ):
         status, _, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=headers))
         assert status == expected
-    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.2)
     assert asyncio.run(ask(url, "/v1/chat/completions", slowly(), headers=json_type))[0] == 408
     monkeypatch.undo()
     for path, expected in (("/v1/nothing", 404), ("/../../etc/passwd", 404), ("/page.py", 404), ("/v1/chat/completions", 405)):
@@ -244,8 +245,8 @@ def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeyp
     server = CaptionServer(captioner, NAME)
     with running(server) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
-        assert (server.held_requests, server.held_bytes) == (0, 0)
-        monkeypatch.setattr(serving, bound, 0)
+        assert (server.guard.held_requests, server.guard.held_bytes) == (0, 0)
+        monkeypatch.setattr(guard, bound, 0)
         for path in ("/v1/chat/completions", "/api/look"):
             status, _, headers = asyncio.run(ask(url, path, chat(png(1))))
             assert (status, headers["Retry-After"]) == (503, "1")
@@ -270,12 +271,12 @@ def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pyte
         first = asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(1))))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(number)))) for number in range(4)]
-        while server.held_requests < 5 or server.batcher.coming:
+        while server.guard.held_requests < 5 or server.batcher.coming:
             await asyncio.sleep(0.01)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        while server.held_requests > 1:
+        while server.guard.held_requests > 1:
             await asyncio.sleep(0.01)
         go_on.set()
         assert (await first)[0] == 200

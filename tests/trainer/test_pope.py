@@ -1,7 +1,7 @@
 """Questions for things that are in an image, and for as many that are not."""
 
 from pipeline.text.objects import is_kind_of, named_things
-from trainer.probing import ABSENT_KINDS, MAX_PROBES, PopeEvaluation, Probe, make_probes
+from trainer.pope import ABSENT_KINDS, MAX_PROBES, PopeEvaluation, Probe, make_probes
 
 REFERENCES = [
     ["A dog sits on a couch.", "A puppy lies on a sofa beside a lamp."],

@@ -10,14 +10,16 @@ from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
-from trainer import forecast
+from trainer.build import build_checkpoint, build_trainer
 from trainer.config import TrainConfig
 from trainer.data import examples_in
 from trainer.features import OnlineFeatures
-from trainer.forecast import fit_and_forecast
-from trainer.loop import Batch, Trainer, memory_mb
-from trainer.self_critical import SelfCritic
-from trainer.train import _build
+from trainer.loop import forecast
+from trainer.loop.batch_loader import Batch, BatchLoader
+from trainer.loop.forecast import fit_and_forecast
+from trainer.loop.pace import memory_mb
+from trainer.loop.self_critical import SelfCritic
+from trainer.loop.steps import Trainer
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
 CPU = torch.device("cpu")
@@ -44,8 +46,9 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
 def trainer(version: Version, tmp_path: Path) -> Trainer:
     config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip")}).with_defaults(40)
     examples = examples_in(version, "train")
-    checkpoint = _build(version, config, examples)
-    return Trainer(checkpoint, config, examples, examples[:3], OnlineFeatures(checkpoint.captioner.encoder, CPU), CPU)
+    checkpoint = build_checkpoint(version, config, examples)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    return build_trainer(checkpoint, config, loader, examples[:3], CPU)
 
 
 def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +61,10 @@ def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: py
     captioner = trainer.checkpoint.captioner
     assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
-    assert (took.steps, trainer.micro_batches) == (10, 1)
+    assert (took.steps, trainer.loader.micro_batches) == (10, 1)
     assert took.seconds == 10 * 7 + 3 * (64 + 10) * 2
     assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
-    epochs = 10 * 8 / len(trainer.train_examples)
+    epochs = 10 * 8 / len(trainer.loader.examples)
     assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in shown.messages[0]
 
 
@@ -83,7 +86,7 @@ def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, mon
         return judged(self, batch)
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
-    trainer.train_examples = sorted(trainer.train_examples, key=lambda example: sum(len(text.text) for text in example.texts))
+    trainer.loader.examples = sorted(trainer.loader.examples, key=lambda example: sum(len(text.text) for text in example.texts))
     fit_and_forecast(trainer, NullProgress())
     assert tried[0] == tried[1] > tried[2]
 
@@ -120,7 +123,7 @@ def test_trying_a_step_changes_nothing(trainer: Trainer) -> None:
     fit_and_forecast(trainer, NullProgress())
     assert all(torch.equal(weights, before[name]) for name, weights in trainer.checkpoint.captioner.state_dict().items())
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
-    assert (trainer.gradient_norms, trainer.rank, trainer.processes) == ([], 0, 1)
+    assert (trainer.spikes.norms, trainer.loader.rank, trainer.processes) == ([], 0, 1)
 
 
 def test_a_part_that_does_not_learn_takes_no_gradients_while_a_step_is_tried(
@@ -146,13 +149,13 @@ def test_statistics_are_as_before_where_a_step_did_not_fit(trainer: Trainer, mon
 
     def once(self: Trainer, batch: Batch) -> float:
         connector.get_buffer("mean").add_(1)
-        if self.micro_batches == 1:
+        if self.loader.micro_batches == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward_backward(self, batch)
 
     monkeypatch.setattr(Trainer, "forward_backward", once)
     fit_and_forecast(trainer, NullProgress())
-    assert trainer.micro_batches == 2 and connector.get_buffer("mean").item() == 0
+    assert trainer.loader.micro_batches == 2 and connector.get_buffer("mean").item() == 0
 
 
 def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
@@ -173,7 +176,7 @@ def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeyp
     tried, shown = limit_images(monkeypatch, most=2), Messages()
     fit_and_forecast(trainer, shown)
     assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
-    assert trainer.micro_batches == 4
+    assert trainer.loader.micro_batches == 4
     assert shown.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
 
 
@@ -187,7 +190,7 @@ def test_rewards_are_tried_as_well(trainer: Trainer, monkeypatch: pytest.MonkeyP
         return usual(self, batch)
 
     monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
-    trainer.critic = SelfCritic(trainer.checkpoint, trainer.train_examples, 2)
+    trainer.critic = SelfCritic(trainer.checkpoint, trainer.loader.examples, 2)
     fit_and_forecast(trainer, NullProgress())
     assert drawn == []  # on a CPU nothing is made to fit
     monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
@@ -202,11 +205,11 @@ def test_rewards_that_do_not_fit_are_computed_in_parts(trainer: Trainer, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 1.0
 
-    trainer.critic = SelfCritic(trainer.checkpoint, trainer.train_examples, 2)
+    trainer.critic = SelfCritic(trainer.checkpoint, trainer.loader.examples, 2)
     monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
     monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
     fit_and_forecast(trainer, NullProgress())
-    assert trainer.micro_batches == 4
+    assert trainer.loader.micro_batches == 4
 
 
 def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from trainer.data import Example
 from trainer.metrics import Rarity, Tokens, cider_d, tokenize
 from trainer.model.decoding import DecodingConfig
 from trainer.prompts import scored_prompt
-from trainer.tokenizer import EOS, EncodedText, TargetText, TextBatch, collate
+from trainer.tokenizer import EOS, EncodedText, TextBatch, collate
 
 DRAWN = DecodingConfig(temperature=1.0)
 
@@ -36,14 +36,11 @@ class SelfCritic:
     """Draws captions of the style that is scored, and rewards them."""
 
     def __init__(self, checkpoint: Checkpoint, train: Sequence[Example], samples: int) -> None:
-        config = checkpoint.captioner.config
         self.checkpoint, self.samples = checkpoint, samples
-        source, style = scored_prompt(config.prompts)
-        self.prompt = checkpoint.tokenizer.prompt(TargetText(source, "", style=style))
+        scored = scored_prompt(checkpoint.captioner.config.prompts)
+        self.prompt = checkpoint.scored_prompt()
         self.references = {
-            example.sample_id: [
-                [*tokenize(text.text), EOS] for text in example.texts if (text.source, text.style) == (source, style)
-            ]
+            example.sample_id: [[*tokenize(text.text), EOS] for text in example.texts if (text.source, text.style) == scored]
             for example in train
         }
         self.rarity = Rarity([texts for texts in self.references.values() if texts])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.averaging import WeightAverage
+from trainer.loop.averaging import WeightAverage
 
 
 def test_it_follows_what_learns_and_forgets_the_first_weights_soon() -> None:

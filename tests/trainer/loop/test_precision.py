@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.precision import autocast, multiplies_bfloat16, products_in
+from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
 from trainer.presets import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.loop
+import trainer.loop.validation
 import trainer.train
 from pipeline.dataset.version import Version
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.checkpoint import Checkpoint, load_checkpoint, read_log, save_resume
+from trainer.build import build_checkpoint
+from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import examples_in
+from trainer.loop.resume import save_resume
+from trainer.loop.self_critical import SelfCritic, _advantages
+from trainer.loop.training_log import read_log
 from trainer.metrics import Rarity, cider_d, tokenize
-from trainer.self_critical import SelfCritic, _advantages
 from trainer.tokenizer import EOS, TextBatch
-from trainer.train import _build, train
+from trainer.train import train
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, max_caption_tokens=12)
 SAMPLES = 4
@@ -35,7 +38,7 @@ def checkpoint(request: pytest.FixtureRequest, version: Version, tmp_path_factor
     decoder = request.param if request.param == "scratch" else save_language_model(root / "lm", request.param)
     torch.manual_seed(0)
     config = SMALL.model_copy(update={"encoder": save_clip(root / "clip"), "decoder": decoder}).with_defaults(40)
-    return _build(version, config, examples_in(version, "train"))
+    return build_checkpoint(version, config, examples_in(version, "train"))
 
 
 def alone(texts: TextBatch, number: int) -> TextBatch:
@@ -47,7 +50,7 @@ def evaluate_as(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """Have the evaluations of a training find these scores, one after the other."""
     left = iter(scores)
     monkeypatch.setattr(
-        trainer.loop,
+        trainer.loop.validation,
         "evaluate",
         lambda *_: {"images": 2, "scores": {"cider_d": next(left)}, "shuffled_scores": {"cider_d": 0.0}},
     )
@@ -62,7 +65,7 @@ def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if state["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
 
 
 def test_a_reward_is_less_the_mean_of_the_others() -> None:

@@ -13,11 +13,10 @@ from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from trainer.data import Example
 from trainer.distributed import max_over_processes
-from trainer.loop import Trainer, memory_mb
+from trainer.loop.pace import memory_mb
+from trainer.loop.steps import Trainer
 from trainer.model.decoding import GREEDY
 from trainer.optimizer import build_optimizer, parameter_groups
-from trainer.prompts import scored_prompt
-from trainer.tokenizer import TargetText
 
 ADAM_BYTES = 8  # of each weight that learns: two moments
 CAPTIONED_IMAGES = 8  # whose captions are timed
@@ -44,7 +43,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
-    steps, size = config.total_steps, min(config.batch_size, len(trainer.train_examples))
+    steps, size = config.total_steps, min(config.batch_size, len(trainer.loader.examples))
     adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
     if trainer.device.type == "cpu" and adam_mb > free_mb:
         progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
@@ -64,7 +63,7 @@ def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     taken = f"{forecast.seconds / 60:.0f} min" if is_long else f"{forecast.seconds:.0f} s"
     return (
         f"{preset}{_shown(forecast.weights)} weights, {_shown(forecast.learning)} of them learn; at most "
-        f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.train_examples):.1f} epochs), "
+        f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.loader.examples):.1f} epochs), "
         f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without the final test"
     )
 
@@ -86,12 +85,12 @@ def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
             trainer.checkpoint.captioner.zero_grad()
         if max_over_processes(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
             return seconds
-        if trainer.micro_batches * trainer.processes >= size:
+        if trainer.loader.micro_batches * trainer.processes >= size:
             hint = "set lora_rank and checkpoint_blocks, a smaller max_caption_tokens, or a smaller decoder"
             raise TrainError("a step of one image does not fit the memory of the GPU", hint=hint)
         torch.cuda.empty_cache()
-        trainer.micro_batches *= 2
-        progress.message(f"a step does not fit the memory of the GPU: it is computed in {trainer.micro_batches} parts")
+        trainer.loader.micro_batches *= 2
+        progress.message(f"a step does not fit the memory of the GPU: it is computed in {trainer.loader.micro_batches} parts")
         if trainer.config.contrastive_weight:
             progress.warn("the contrastive loss compares the images of a part alone: it has fewer negatives so")
 
@@ -109,11 +108,11 @@ def _try_steps(trainer: Trainer, size: int) -> float:
     for group in optimizer.param_groups:
         for weights in group["params"]:
             weights.requires_grad_(group["rate"] > 0)  # as `set_stage` has it: what does not learn has no gradient
-    alone = replace(trainer, rank=0, processes=1, average=None)
+    alone = replace(trainer, loader=replace(trainer.loader, rank=0, processes=1), average=None)
     average = [weights.detach().clone() for weights in captioner.parameters() if trainer.average and weights.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in captioner.named_buffers()}  # such as means of a normalization
-    longest = sorted(trainer.train_examples, key=_characters, reverse=True)[:size]
-    tried = [longest, longest, trainer.train_examples[:size]]
+    longest = sorted(trainer.loader.examples, key=_characters, reverse=True)[:size]
+    tried = [longest, longest, trainer.loader.examples[:size]]
     if trainer.device.type == "cpu" and trainer.config.total_steps < FEW_STEPS:
         tried = tried[:1]
     started = time.monotonic()
@@ -121,7 +120,7 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         for examples in tried:
             _wait(trainer.device)
             started = time.monotonic()
-            alone.forward_backward(alone.load(examples[:: trainer.processes]))
+            alone.forward_backward(alone.loader.load(examples[:: trainer.processes]))
             norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
             if math.isfinite(float(norm)):  # 0 times infinity would change the weights
                 optimizer.step()
@@ -129,7 +128,7 @@ def _try_steps(trainer: Trainer, size: int) -> float:
         _wait(trainer.device)
         seconds = time.monotonic() - started
         if _tries_rewards(trainer):  # of several texts an image, which at first have no end
-            alone.reward_backward(alone.load(longest[:: trainer.processes]))
+            alone.reward_backward(alone.loader.load(longest[:: trainer.processes]))
             captioner.zero_grad()
     finally:
         for name, buffer in captioner.named_buffers():
@@ -152,27 +151,26 @@ def _tokens_written(trainer: Trainer, size: int) -> float:
     """Return the tokens of captions for evaluations, the first of which have no end, and of those drawn for rewards."""
     config = trainer.config
     evaluations = -(-config.total_steps // config.evaluate_every)
-    evaluated = len(trainer.validation_examples) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
+    evaluated = len(trainer.validation.examples) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
     return evaluated + config.scst_steps * size * config.scst_samples * _caption_tokens(trainer)
 
 
 def _caption_tokens(trainer: Trainer) -> float:
     """Return the mean tokens of captions that are learned."""
     tokenizer = trainer.checkpoint.tokenizer
-    captions = [text for example in trainer.train_examples[:CAPTIONED_IMAGES] for text in example.texts if text.style]
+    captions = [text for example in trainer.loader.examples[:CAPTIONED_IMAGES] for text in example.texts if text.style]
     return statistics.fmean(len(tokenizer.target(text)) for text in captions) if captions else 0.0
 
 
 @torch.inference_mode()
 def _seconds_of_token(trainer: Trainer) -> float:
     """Return the seconds of a token of a greedy caption, in a batch of a few images."""
-    captioner, tokenizer = trainer.checkpoint.captioner.eval(), trainer.checkpoint.tokenizer
-    examples, tokens = trainer.train_examples[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
-    source, style = scored_prompt(captioner.config.prompts)
-    prompt_T = torch.tensor(tokenizer.prompt(TargetText(source, "", style=style)), device=trainer.device)
+    captioner = trainer.checkpoint.captioner.eval()
+    examples, tokens = trainer.loader.examples[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
+    prompt_T = torch.tensor(trainer.checkpoint.scored_prompt(), device=trainer.device)
     _wait(trainer.device)
     started = time.monotonic()
-    memory_BND = captioner.connector(trainer.features(examples).to(trainer.device))
+    memory_BND = captioner.connector(trainer.loader.features(examples).to(trainer.device))
     captioner.decoder.generate(memory_BND, prompt_T.expand(len(examples), -1), GREEDY, tokens, captioner.config.eos_id)
     _wait(trainer.device)
     return (time.monotonic() - started) / len(examples) / tokens

@@ -17,7 +17,7 @@ for _ in range(10):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-KEEP = "from trainer.allocation import keep_freed_memory; keep_freed_memory()"
+KEEP = "from trainer.loop.allocation import keep_freed_memory; keep_freed_memory()"
 
 
 def pages_taken(before: str) -> int:

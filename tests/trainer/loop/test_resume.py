@@ -1,0 +1,224 @@
+"""Trainings that were interrupted: they go on to the same bits, and only with what they began with."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import trainer.loop.steps
+import trainer.train
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.small_trainings import CPU, LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
+from trainer.build import build_checkpoint, build_trainer
+from trainer.checkpoint import load_checkpoint
+from trainer.data import examples_in
+from trainer.features import OnlineFeatures
+from trainer.loop.batch_loader import BatchLoader
+from trainer.loop.resume import save_resume
+from trainer.loop.training_log import read_log
+from trainer.optimizer import build_optimizer
+from trainer.train import train
+
+
+@pytest.mark.parametrize("align_steps", [0, 3])
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int
+) -> None:
+    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2)
+    whole = train(version, config, tmp_path / "whole")
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
+    torch.manual_seed(99)  # a new process has another random state
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, replace(steps=2), tmp_path)
+    with pytest.raises(TrainError, match=r"was trained with other settings \(steps 2, now 3\)"):
+        train(version, replace(steps=3), tmp_path, resume=True)
+    others = make_version(tmp_path / "others", scene_samples(50))[0]
+    with pytest.raises(TrainError, match="was trained with other data"):
+        train(others, replace(steps=2), tmp_path, resume=True)
+    (tmp_path / "train.json").write_text("{}?")
+    with pytest.raises(TrainError, match="was trained with other settings or data"):
+        train(version, replace(steps=3), tmp_path, resume=True)
+
+
+def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version: Version, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="nothing to resume"):
+        train(version, SMALL, tmp_path / "new", resume=True)
+    train(version, SMALL, tmp_path / "done")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
+    with pytest.raises(TrainError, match="nothing to resume"):
+        train(version, replace(seed=1), tmp_path / "done", resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
+    version: Version, tmp_path: Path, clip: str, name: str
+) -> None:
+    config = replace(encoder=clip, steps=60, evaluate_every=100)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "process.py").write_text(PROCESS.replace("train(read_version", "0 and train(read_version") + SIGNALLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
+    arguments = [str(version.path), "config.json", "cut", name]
+    subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if name == "SIGTERM":
+        assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
+        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
+    else:
+        assert (tmp_path / "ended-0").read_text().startswith("TrainError: the processes of this training cannot go on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Version, clip: str, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"encoder": clip, "steps": 6, "evaluate_every": 100})
+    whole = train(version, config, tmp_path / "whole")
+
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            if stage == "train" and done == 3:
+                for each in (number, {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[signal.Signals(number)]):
+                    os.kill(os.getpid(), each)  # the second as by a parent that was interrupted as well
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut", progress=Stop())
+    assert signal.getsignal(number) is before
+    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [0, 1, 2, 3]  # 0: the forecast
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_the_state_is_saved_from_time_to_time(
+    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.loop.steps, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", lambda folder, state: saved.append(state["step"]))
+    train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
+    assert saved == [1, 2, 3]
+
+
+def test_adapters_and_averages_go_on_to_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
+) -> None:
+    config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
+    whole = train(version, config, tmp_path / "whole")
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
+    saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    assert not [name for name in saved["captioner"] if name.startswith("encoder.") or "base_layer" in name]
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+def test_a_run_goes_on_with_its_own_pretrained_weights_only(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
+) -> None:
+    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
+    config = replace(encoder=clip, decoder=str(folder), **LORA)
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
+    changed = load_file(folder / "model.safetensors")
+    save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainError, match="cut began with other pretrained weights"):
+        train(version, config, tmp_path / "cut", resume=True)
+
+
+def test_a_state_of_the_release_before_goes_on(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """It holds all weights, and does not say how many processes there were."""
+    config = replace(encoder=clip, steps=6)
+    whole = train(version, config, tmp_path / "whole")
+    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    encoder = load_checkpoint(tmp_path / "whole").captioner.encoder.state_dict()
+    state["captioner"] |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    old = {name: state[name] for name in ("captioner", "optimizer", "step", "best", "norms", "run")}
+    torch.save(old, tmp_path / "cut/resume.pt")
+    assert train(version, config, tmp_path / "cut", resume=True) == whole
+
+
+def test_a_run_of_two_processes_goes_on_in_one(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    config = replace(encoder=clip, steps=6, dropout=0.0)
+    asked: list[int] = []
+
+    def digest_of(values: list[Any]) -> str:
+        asked.append(values[2])
+        return f"run of {values[2]}"
+
+    monkeypatch.setattr(trainer.train, "digest", digest_of)
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut")
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_resume)
+    assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
+    assert 2 in asked
+
+
+def test_steps_that_were_skipped_before_an_interruption_still_count(version: Version, tmp_path: Path, clip: str) -> None:
+    """At most three gradients in a row are taken for spikes, also where a training was interrupted between them."""
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = build_checkpoint(version, config, examples)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    before, after = (build_trainer(checkpoint, config, loader, examples[:3], CPU) for _ in range(2))
+    optimizer = build_optimizer(checkpoint.captioner, config)
+    before.spikes.norms = [1.0] * 32
+    assert [before.spikes.should_step(1.0, 100.0) for _ in range(3)] == [False] * 3
+    after.restore(optimizer, before.state(optimizer, 5), tmp_path / "resume.pt")
+    assert after.spikes.should_step(1.0, 100.0)
+
+
+def test_a_signal_during_the_last_save_is_no_end_without_a_word(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.loop.resume import save_resume as save
+
+    def save_and_interrupt(folder: Path, state: dict[str, Any]) -> None:
+        save(folder, state)
+        if state["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c")
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save)
+    assert train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c", resume=True)["scores"]
+
+
+SIGNALLED = """
+import os, signal
+rank = int(os.environ["RANK"])
+if rank == 1:
+    import trainer.loop.steps
+    step = trainer.loop.steps.Trainer.train_step
+    def stepping(self, optimizer, number, batch):
+        if number == 2:
+            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+        return step(self, optimizer, number, batch)
+    trainer.loop.steps.Trainer.train_step = stepping
+try:
+    train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+except BaseException as error:
+    Path(f"ended-{rank}").write_text(f"{type(error).__name__}: {error}")
+"""

@@ -1,0 +1,137 @@
+"""The validation split while a captioner is trained: which one is kept, and when a training ends."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.checkpoint
+import trainer.loop.validation
+import trainer.train
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from pipeline.progress import NullProgress
+from tests.trainer.small_trainings import losses, replace, weights
+from trainer.checkpoint import load_checkpoint
+from trainer.loop.training_log import read_log
+from trainer.loop.validation import Validation
+from trainer.train import train
+
+
+def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first a caption shares a word with its references by chance: 4e-9 is no score to keep."""
+    scores, losses = iter([1e-12, 4e-9, 0.0, 0.0, 1e-10, 0.0]), iter([6.0, 5.9, 5.8, 5.7, 5.6, 5.5])
+
+    def scored(*_: Any) -> dict[str, Any]:
+        return {"images": 4, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    monkeypatch.setattr(trainer.loop.validation, "evaluate", scored)
+    monkeypatch.setattr(Validation, "loss", lambda _: next(losses))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(steps=6, evaluate_every=1, patience=2), tmp_path / "c")
+    assert [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "validation_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "c/last").exists()  # the last is the best
+
+
+def test_the_last_evaluation_is_what_is_shown_at_the_end(version: Version, clip: str, tmp_path: Path) -> None:
+    shown: list[Mapping[str, str]] = []
+
+    class Shown(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            shown.extend([metrics] if stage == "train" and metrics else [])
+
+    train(version, replace(encoder=clip, steps=4, evaluate_every=2), tmp_path, progress=Shown())
+    scored = [line for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
+    assert shown[-1]["validation loss"] == f"{scored[-1]['validation_loss']:.3f}" != shown[1]["validation loss"]
+
+
+def test_training_ends_where_the_score_no_longer_improves(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
+
+    def scored(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
+    monkeypatch.setattr(trainer.loop.validation, "evaluate", scored)
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {"tested": True})
+    assert train(version, config, tmp_path) == {"tested": True}
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["step"] == 8
+    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.45]
+    assert weights(tmp_path) != weights(tmp_path / "last")
+    assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
+    assert train(version, config, tmp_path, resume=True) == {"tested": True}
+    assert len(read_log(tmp_path / "log.jsonl")) == len(log)
+
+
+def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
+    monkeypatch.setattr(
+        trainer.loop.validation,
+        "evaluate",
+        lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}},
+    )
+    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(Validation, "loss", lambda _: next(values))
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
+    assert len(saved) == 3 + 1  # and `last`
+
+
+def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
+    plain, averaged = (replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay) for decay in (0.0, 0.99))
+    train(version, plain, tmp_path / "plain")
+    train(version, averaged, tmp_path / "averaged")
+    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")  # it changes nothing in the training
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
+    assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
+    assert torch.equal(
+        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"], other["encoder.tower.encoder.layers.0.mlp.fc1.weight"]
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Validation, "loss", lambda _: float("nan"))
+    with pytest.raises(TrainError, match="the loss of the validation split is nan") as ended:
+        train(version, replace(steps=2, evaluate_every=2), tmp_path)
+    assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_without_texts_to_validate_on_the_later_of_equal_captioners_is_kept(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    monkeypatch.setattr(
+        trainer.loop.validation,
+        "evaluate",
+        lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}},
+    )
+    monkeypatch.setattr(Validation, "loss", lambda _: None)
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    train(version, replace(encoder=clip, steps=6, evaluate_every=2), tmp_path)
+    assert len(saved) == 3
+    assert not any("validation_loss" in line for line in read_log(tmp_path / "log.jsonl"))
+
+
+def test_the_best_score_of_a_single_image_is_none(version: Version, tmp_path: Path, clip: str) -> None:
+    metrics = train(version, replace(encoder=clip, steps=1, evaluate_images=1), tmp_path / "one")
+    assert metrics["best_validation"] is None  # CIDEr-D is 0 there, and the loss decides
+    several = train(version, replace(encoder=clip, steps=1, evaluate_images=3), tmp_path / "three")
+    assert several["best_validation"] >= 0

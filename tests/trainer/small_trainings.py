@@ -1,0 +1,60 @@
+"""Small trainings: their settings, and what they leave."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer.loop.steps
+from pipeline.dataset.version import Version
+from trainer.config import TrainConfig
+from trainer.loop.resume import save_resume
+from trainer.loop.training_log import read_log
+from trainer.train import train
+
+SMALL = TrainConfig(
+    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
+)
+CPU = torch.device("cpu")
+LORA: dict[str, Any] = {"lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12}
+
+
+def replace(**changes: Any) -> TrainConfig:
+    return SMALL.model_copy(update=changes)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_and_die(*arguments: Any) -> None:
+        save_resume(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
+
+
+def train_until_saved(version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a training at its first state to resume from."""
+    interrupt(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, folder)
+    monkeypatch.undo()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.dataset.version import read_version
+from trainer.config import resolve
+from trainer.train import train
+torch.set_num_threads(1)
+train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+"""
