@@ -313,3 +313,11 @@ def usual_texts(manifest: dict[str, Any]) -> Mixture:
     if not keeps_human_texts(manifest):
         return "synthetic"
     return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"
+
+
+def read_data_digest(folder: Path) -> str | None:
+    """Return the digest of the data that the finished captioner in a folder has learned; None if there is none."""
+    try:
+        return str(read_json(folder / "config.json")["data"]["digest"]) if (folder / "metrics.json").exists() else None
+    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
+        return None

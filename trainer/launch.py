@@ -9,9 +9,8 @@ from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
-from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.config import TrainConfig, other_settings, read_settings, resolve, usual_texts
+from trainer.config import TrainConfig, other_settings, read_data_digest, read_settings, resolve, usual_texts
 from trainer.presets import choose_preset, usual_precision
 
 
@@ -90,14 +89,6 @@ def find_interrupted(version: Version) -> Path | None:
         names = ", ".join(folder.name for folder in folders)
         raise ConfigError(f"several trainings were interrupted: {names}", hint=f"name one: --out {folders[0]}")
     return folders[0] if folders else None
-
-
-def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the finished captioner in a folder has learned; None if there is none."""
-    try:
-        return str(read_json(folder / "config.json")["data"]["digest"]) if (folder / "metrics.json").exists() else None
-    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
-        return None
 
 
 def is_training_folder(folder: Path) -> bool:

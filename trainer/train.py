@@ -22,7 +22,7 @@ from pipeline.storage.untrusted import UnsafeFileError
 from trainer.build import build_checkpoint, build_trainer
 from trainer.caption_files import write_captions
 from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, describe_changes, read_data_digest, read_settings
 from trainer.data import Example
 from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
@@ -77,7 +77,7 @@ def train(
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
-    if not is_cut and (metrics := _read_finished(out, run_of(1))) is not None:
+    if not is_cut and (metrics := _read_finished(out, run_of(1), config, version.manifest["digest"])) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -131,11 +131,17 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
-def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
-    """Return the metrics of a run that has ended in a folder; None if there is none, or another one."""
+def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str) -> dict[str, Any] | None:
+    """Return the metrics of a run that has ended in a folder; None if there is none, or another one.
+
+    Earlier releases did not say which run it was: there the same settings and data make it the same.
+    """
     try:
         metrics = read_json(out / "metrics.json")
-        return metrics if metrics.get("run") == run else None  # earlier releases did not say it
+        if "run" in metrics:
+            return metrics if metrics["run"] == run else None
+        is_same = not describe_changes(read_settings(out), config.model_dump()) and read_data_digest(out) == data_digest
+        return metrics if is_same else None
     except (OSError, ValueError, UnsafeFileError):
         return None
 

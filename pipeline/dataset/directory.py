@@ -136,7 +136,8 @@ class DatasetDir:
                 raise
             except StoreError as error:
                 name = manifest.parent.name
-                hint = f"move {manifest.parent} away, or remove it: synth versions rm {name} --data {self.path}"
+                removal = f"synth versions rm {name} --data {self.path}"
+                hint = f"move {manifest.parent} away; if nobody needs it, remove it: {removal}"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 

@@ -93,9 +93,6 @@ def build_package(
         acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
         manifest, files = version.manifest | acknowledgement | (stated or {}), version.path
         if pixel_columns and manifest.get("image_metadata") != REMOVED:  # made by an earlier release
-            if exports:
-                hint = "run `synth generate` again in its folder, which asks nothing, or leave out --also"
-                raise PushError(f"the images of {version.name} have metadata, and {', '.join(exports)} would, too", hint=hint)
             columns = [*version.manifest["columns"], *version.manifest.get("reader_columns", ())]
             entries = _copy_shards(version, Path(folder), columns, _without_metadata)
             manifest, files = manifest | {"files": entries, "image_metadata": REMOVED}, Path(folder)

@@ -428,6 +428,25 @@ def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     assert len(losses(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("other", ["nothing", "settings", "data"])
+def test_a_captioner_of_a_release_that_named_no_run_is_shown_for_the_same_settings_and_data(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    train(version, replace(encoder=clip), tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    del metrics["run"]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    if other == "data":
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["data"]["digest"] = "0" * 64
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(trainer.train, "_test", lambda *_: {"trained": "anew"})
+    seed = 5 if other == "settings" else SMALL.seed
+    assert train(version, replace(encoder=clip, seed=seed), tmp_path) == (
+        metrics if other == "nothing" else {"trained": "anew"}
+    )
+
+
 def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: str) -> None:
     def without_references(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
         examples = examples_in(version, split, mixture, **how)
