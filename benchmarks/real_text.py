@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig
-from pipeline.rules import filter_annotations, own_prompt_grams
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.stages.base import collect_less_often
 from pipeline.stages.validate import validate_annotations
 from pipeline.tables import ANNOTATION

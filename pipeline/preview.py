@@ -14,13 +14,13 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import SourceError
 from pipeline.executors.messages import describe_engine
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.inference.engines import choose_engine, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
 from pipeline.inference.requests import build_requests, check_prompts, requests_about, rounds
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.sources import open_source, with_source_defaults
 from pipeline.sources.file_digests import use_file_digests
 from pipeline.stages.generate import sample_info, source_texts

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "pipeline": """__init__ __main__ check digests doctor dry_run errors hub_errors install logs preview progress project
-        rules run tables types""",
+    "pipeline": """__init__ __main__ check digests doctor dry_run errors filtering hub_errors install logs preview progress
+        project rules run tables types""",
     "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
@@ -22,7 +22,8 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": "__init__ clip decode hash_distance isolation metadata near_pairs rendering similarity upright",
+    "pipeline/images": """__init__ check_worker clip decode hash_distance isolation metadata near_pairs pipes rendering
+        similarity upright""",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus
         in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
         request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
@@ -60,11 +61,11 @@ LAYERS = (
     ("pipeline.executors",),
     ("pipeline.stages",),
     ("pipeline.inference",),
-    ("pipeline.sources", "pipeline.hub", "pipeline.report", "pipeline.export", "pipeline.rules"),
+    ("pipeline.sources", "pipeline.hub", "pipeline.report", "pipeline.export", "pipeline.filtering"),
     ("pipeline.dataset",),
     ("pipeline.scenes",),
     ("pipeline.tasks",),
-    ("pipeline.images", "pipeline.storage"),
+    ("pipeline.images", "pipeline.rules", "pipeline.storage"),
     ("pipeline.digests",),
     ("pipeline.config", "pipeline.tables"),
     ("pipeline.progress", "pipeline.logs"),

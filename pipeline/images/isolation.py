@@ -10,9 +10,7 @@ import atexit
 import json
 import logging
 import os
-import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -27,21 +25,18 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from pipeline.errors import ImageError, SourceError
-from pipeline.images.decode import ImageInfo, check_image
-from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
+from pipeline.images.check_worker import CPU_SECONDS, MAX_STRIPPED_BYTES
+from pipeline.images.decode import ImageInfo
+from pipeline.images.metadata import MAX_EXIF_CHARACTERS
+from pipeline.images.pipes import receive_message, send_messages
 
-MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
-CPU_SECONDS = 30
 WALL_SECONDS = 300.0  # for each image, where a worker does not use its time: a machine may be busy
 TICK_SECONDS = 0.5  # between looks at how long workers take
 # Waking a worker for each small image takes a fifth of the time of decoding it: those that come at once go to it together.
 BATCH_IMAGES, BATCH_BYTES, BATCH_SECONDS = 16, 1_000_000, 0.005
-FLUSH_SECONDS = 0.02  # answers wait so long for those to the images after them, which may end the worker
-MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
-_SERVE = "from pipeline.images.isolation import serve; serve()"
-_LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
+_SERVE = "from pipeline.images.check_worker import serve; serve()"
 T = TypeVar("T")
 _most_workers = 16  # `limit_workers` changes it
 log = logging.getLogger(__name__)
@@ -304,86 +299,3 @@ def death_reason(code: int) -> ImageError:
         return ImageError("too_slow", f"decoding took more than {CPU_SECONDS} s of a processor")
     name = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
     return ImageError("decoder_died", f"the decoder ended with {name}")
-
-
-def serve() -> None:
-    """Answer the requests of a `_Worker` on stdin and stdout until stdin ends: the main function of the process."""
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    limit_resources()
-    while True:
-        try:
-            request = json.loads(receive_message(source, 1_000_000) or b"")
-            batch = [[receive_message(source, 1 << 40) or b"" for _ in range(count)] for count in request["jobs"]]
-        except EOFError:
-            return
-        flushed = time.monotonic()
-        for images in batch:
-            write_messages(target, _check(images, request["exif"]))
-            if time.monotonic() > flushed + FLUSH_SECONDS:
-                target.flush()
-                flushed = time.monotonic()
-        target.flush()
-
-
-def limit_resources() -> None:
-    """Limit the memory of this process to MEMORY_BYTES beyond what it has, and let it write no data to files."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if pages:
-        most = pages * resource.getpagesize() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def allow_cpu() -> None:
-    """Let this process use CPU_SECONDS more before the system ends it."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
-    """Return the messages that answer a request: facts as JSON, then the images that have changed."""
-    try:
-        stripped, infos, fields = [], [], []
-        for image in images:
-            allow_cpu()
-            stripped.append(strip_metadata(image))
-            infos.append(check_image(stripped[-1], is_stripped=True))
-            fields.append(read_exif(image, exif) if exif else {})
-    except ImageError as error:
-        return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
-    except MemoryError:
-        return [json.dumps({"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}).encode()]
-    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), of] for info, of in zip(infos, fields, strict=True)]
-    changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
-    return [json.dumps({"images": facts}).encode(), *changed]
-
-
-def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Write messages as `write_messages` does, and send them at once."""
-    write_messages(target, messages)
-    target.flush()
-
-
-def write_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Write messages, each after its length; None says that an image is as it was."""
-    for message in messages:
-        target.write(_LENGTH.pack(-1 if message is None else len(message)))
-        if message:
-            target.write(message)
-
-
-def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
-    """Return a message; None for an image that is as it was. Raises EOFError at the end, ValueError for one too large."""
-    (length,) = _LENGTH.unpack(_exactly(source, _LENGTH.size))
-    if length > max_bytes:
-        raise ValueError("a message is too large")
-    return None if length < 0 else _exactly(source, length)
-
-
-def _exactly(source: IO[bytes], count: int) -> bytes:
-    data = source.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data

@@ -22,16 +22,10 @@ from typing import IO, Any, Literal
 from PIL import Image
 
 from pipeline.errors import ImageError, one_line
+from pipeline.images.check_worker import allow_cpu, limit_resources
 from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
-from pipeline.images.isolation import (
-    WALL_SECONDS,
-    allow_cpu,
-    death_reason,
-    limit_resources,
-    receive_message,
-    send_messages,
-    start_worker,
-)
+from pipeline.images.isolation import WALL_SECONDS, death_reason, start_worker
+from pipeline.images.pipes import receive_message, send_messages
 
 Kind = Literal["pdf", "video"]
 PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # extras have the names of the kinds

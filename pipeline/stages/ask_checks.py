@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples, sample_batches
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
@@ -36,7 +37,6 @@ from pipeline.inference.verification import (
     read_repair,
     share_confirmed,
 )
-from pipeline.rules import filter_annotations, own_prompt_grams
 from pipeline.scenes.claims import Claim
 from pipeline.sources import find_source, holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions
-from pipeline.rules import filter_annotations, own_prompt_grams
+from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.sources.exclusions import TextIndex
 from pipeline.stages.base import RunPlan, Services, Stage
 from pipeline.storage.files import read_batches

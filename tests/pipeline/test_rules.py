@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.sections import FilterConfig, TaskConfig
-from pipeline.rules import RULES, filter_annotations, own_prompt_grams
+from pipeline.filtering import filter_annotations, own_prompt_grams
+from pipeline.rules import RULES
 from pipeline.scenes.facts import sample_scene
 from pipeline.scenes.text import ASK, STYLES, caption
 

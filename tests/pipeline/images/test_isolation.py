@@ -19,17 +19,17 @@ from tests.pipeline.images.test_metadata import jpeg
 
 PATCHED = """
 import os, signal, sys
-from pipeline.images import isolation
-check = isolation.check_image
+from pipeline.images import check_worker, pipes
+check = check_worker.check_image
 def patched(data, **options):
     if data.startswith(b"EVIL"):
         {attack}
     return check(data, **options)
-isolation.check_image = patched
-strip = isolation.strip_metadata
-isolation.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
+check_worker.check_image = patched
+strip = check_worker.strip_metadata
+check_worker.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
 {settings}
-isolation.serve()
+check_worker.serve()
 """
 
 
@@ -140,16 +140,16 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
         ("os.kill(os.getpid(), signal.SIGKILL)", "", "decoder_died"),
         ("os._exit(0)", "", "decoder_died"),
         ("os.abort()", "", "decoder_died"),
-        ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
-        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 200_000_000", "too_much_memory"),
+        ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
+        ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 200_000_000", "too_much_memory"),
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(2) + b'{}'); os._exit(0)", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(5) + b'[[[[['); os._exit(0)", "", "decoder_died"),
+        ("os.write(1, pipes._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, pipes._LENGTH.pack(2) + b'{}'); os._exit(0)", "", "decoder_died"),
+        ("os.write(1, pipes._LENGTH.pack(5) + b'[[[[['); os._exit(0)", "", "decoder_died"),
         ("raise SystemExit", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
-        ("d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
-        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
+        ("d = b'[' * 900_000; os.write(1, pipes._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
+        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, pipes._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
     ],
 )
 def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
@@ -172,7 +172,7 @@ def test_each_page_of_a_deck_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -
         isolation, "_most_workers", 1
     )  # its first image loads the libraries, which takes long on a busy machine
     wait = "import time; t = time.process_time()\n        while time.process_time() < t + 0.7: pass"
-    patch(monkeypatch, f"{wait}\n        return check(data[4:])", "isolation.CPU_SECONDS = 2")
+    patch(monkeypatch, f"{wait}\n        return check(data[4:])", "check_worker.CPU_SECONDS = 2")
     results = dict(check_all(iter([("first", (png(),)), ("deck", (b"EVIL" + png(),) * 6)])))
     assert reason(results["deck"]) == "fine"  # 4 s in all
 
@@ -214,7 +214,7 @@ print(type(result).__name__)
 def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     monkeypatch.setenv("SYNTH_API_KEY", "SECRET")
-    answer = "raise isolation.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
+    answer = "raise check_worker.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
     patch(monkeypatch, answer)
     (result,) = check(b"EVIL")
     assert (reason(result), str(result)) == ("answered", "nothing")

@@ -83,8 +83,8 @@ def test_a_long_wait_for_a_frame_is_no_fault(tmp_path: Path, monkeypatch: pytest
     write_video(tmp_path / "a.mp4", 12)
     slow = """
 import time
-from pipeline.images import isolation, rendering
-isolation.CPU_SECONDS = 1
+from pipeline.images import check_worker, rendering
+check_worker.CPU_SECONDS = 1
 decoded = rendering._decoded
 def slowly(*arguments):
     for frame in decoded(*arguments):
@@ -174,10 +174,10 @@ def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Pa
 @pytest.mark.parametrize(
     ("attack", "settings", "reason"),
     [
-        ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
-        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 300_000_000", "too_much_memory"),
+        ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
+        ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 300_000_000", "too_much_memory"),
         ("os.kill(os.getpid(), 11)", "", "decoder_died"),
-        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, pipes._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("open('/etc/hostname')", "", "unreadable_file"),
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
     ],
@@ -187,7 +187,7 @@ def test_a_decoder_that_was_taken_over_gets_nothing(
 ) -> None:
     code = f"""
 import os, socket
-from pipeline.images import isolation, rendering
+from pipeline.images import check_worker, pipes, rendering
 {settings}
 pages = rendering._pages
 def patched(pdfium, data):
