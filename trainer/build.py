@@ -77,7 +77,6 @@ def build_trainer(
     checkpoint: Checkpoint, config: TrainConfig, loader: BatchLoader, validation_set: list[Example], device: torch.device
 ) -> Trainer:
     """Return a trainer of one of several processes at its first step."""
-    loader.micro_batches = config.gradient_accumulation_steps
     validation = Validation(checkpoint, config, validation_set, loader, device)
     trainer = Trainer(checkpoint, config, loader, validation, device)
     if config.average_decay:

@@ -52,7 +52,7 @@ def evaluate(
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
     `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation of
-    English captions has `things` (chair.py, probing.py).
+    English captions has `things` (chair.py, pope.py).
     """
     is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")
     has_java = options.thorough and is_english and has_java_scores()  # before anything takes long

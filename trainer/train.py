@@ -77,7 +77,8 @@ def train(
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
-    if not is_cut and (metrics := _read_finished(out, run_of(1), config, version.manifest["digest"])) is not None:
+    all_data = version.manifest["digest"] if only is None else None
+    if not is_cut and (metrics := _read_finished(out, run_of(1), config, all_data)) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -98,7 +99,8 @@ def train(
         choose_references(sets[split], style)
     out.mkdir(parents=True, exist_ok=True)
     features = _features_of(checkpoint.captioner.encoder, config, sets, version.dataset_dir / FEATURES, device, report)
-    loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes)
+    parts = config.gradient_accumulation_steps
+    loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
     trainer = build_trainer(checkpoint, config, loader, sets["validation"], device)
     # Only now: states in the store are float32. bfloat16 is for the steps alone, captions that are scored get TF32 at least.
     with products_in("fp32" if config.precision == "fp32" else "tf32", device):
@@ -131,10 +133,10 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
-def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str) -> dict[str, Any] | None:
+def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str | None) -> dict[str, Any] | None:
     """Return the metrics of a run that has ended in a folder; None if there is none, or another one.
 
-    Earlier releases did not say which run it was: there the same settings and data make it the same.
+    Earlier releases did not say which run it was: there the same settings, and all images of the same data, make it the same.
     """
     try:
         metrics = read_json(out / "metrics.json")

@@ -161,6 +161,8 @@ def look(
     kind = PICTURE_KINDS.get(target.suffix.lower())
     if kind is None:
         raise BadParameter(f"{target.name} is none of {', '.join(PICTURE_KINDS)}", param_hint="--out")
+    if target.exists() and image.exists() and target.samefile(image):
+        raise BadParameter(f"{target.name} is the photo itself", param_hint="--out")
     if style and question:
         raise BadParameter("a question is answered in no style", param_hint="--style")
     folder = find_captioner(captioner)
@@ -212,6 +214,9 @@ def compare(
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     if (data and images) or (captions and not images):
         raise BadParameter("--images goes with --captions, and --data with --split")
+    page = out or Path("compare.html")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise BadParameter(f"{page.name} is no page: name it .html", param_hint="--out")
     folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
     for folder in folders.values():
         require_checkpoint(folder)
@@ -226,7 +231,6 @@ def compare(
 
     from trainer.side_by_side import compare_captioners, write_page  # see train
 
-    page = out or Path("compare.html")
     with show_progress() as progress, translate_disk_errors(page):
         result = compare_captioners(folders, shown, style, num_beams, progress)
         write_page(result, shown, page)

@@ -116,7 +116,7 @@ def versions_rm(
         removed = remove_versions(dataset, names, partial(say, style=WARNING))
         moved = bytes_beside(dataset) - before
     if as_json:
-        freed = sum(one.num_bytes for one in removed) - moved
+        freed = max(0, sum(one.num_bytes for one in removed) - moved)
         echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": freed}))
         return
     for one in removed:

@@ -25,7 +25,7 @@ REMOVING = ".removing-"  # before the name of a version whose files are being re
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that no version and no run needs, and the bytes that its removal frees."""
+    """Something that no version and no run needs, and the bytes that its removal frees: those that no other file shares."""
 
     path: Path
     num_bytes: int
@@ -52,26 +52,27 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
     removed = []
     for folder in folders:
         freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))
+        aside = folder.with_name(f"{REMOVING}{folder.name}")
+        if not is_remote(folder):
+            _remove(aside)  # of an earlier removal that was killed
         record_removed(dataset.path, folder.name)
         try:
-            folder = _take_away(folder)
+            files = _take_away(folder, aside)
         except OSError:
             forget_removed(dataset.path, folder.name)
             raise
-        _remove(folder)
+        if not is_remote(folder):
+            flush_folder(folder.parent)
+        _remove(files)
         removed.append(freed)
     return removed
 
 
-def _take_away(folder: Path) -> Path:
+def _take_away(folder: Path, aside: Path) -> Path:
     """Make a version's folder one of no version, at once; return where its files are then."""
     if not is_remote(folder):
-        aside = folder.with_name(f"{REMOVING}{folder.name}")
-        _remove(aside)  # of an earlier removal that was killed
         try:
-            folder = folder.rename(aside)
-            flush_folder(folder.parent)
-            return folder
+            return folder.rename(aside)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EBUSY):  # a lower layer of an overlay, or a disk that is mounted here
                 raise
@@ -118,16 +119,16 @@ def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
     Readers of either file see it whole all the time, and a file that is damaged is not shared.
     """
     first: dict[str, Path] = {}
-    freed: dict[int, int] = {}  # the size of each file, which may have several names, by its number
+    freed: dict[int, int] = {}  # the bytes of each file, which may have several names, by its number
     own = (version for version in dataset.readable_versions() if not version.path.is_symlink())
     for version in own:
         for name, entry in version.manifest["files"].items():
             path = version.path / name
             other = first.setdefault(entry["sha256"], path)
             if is_shareable(path, other):
-                before = path.stat()
+                number, num_bytes = path.stat().st_ino, unshared_bytes(path)
                 if dry_run or share_file(path, other):
-                    freed[before.st_ino] = before.st_size
+                    freed[number] = num_bytes
     return sum(freed.values())
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.storage.cloned_ranges import BLOCK_BYTES
 from pipeline.storage.files import open_writer
-from pipeline.tables import with_features
+from pipeline.tables import PIXELS, with_features
 
 GROUP_ROWS = 64  # of a row group, on average
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
@@ -32,6 +32,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path, split: str, schema: pa.Schema) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
+        self._has_pixels = not {*PIXELS}.isdisjoint(schema.names)
         self.rows = 0
         self._shards = 0
         self._group: list[pa.Table] = []
@@ -74,7 +75,7 @@ class SplitWriter:
                 self._writer = open_writer(self._file, self.schema)
                 self._shards, self._bytes = self._shards + 1, 0
             assert self._writer
-            if group.nbytes >= ALIGNED_BYTES:
+            if self._has_pixels and group.nbytes >= ALIGNED_BYTES:
                 self._file.write(bytes(-self._file.tell() % BLOCK_BYTES))
             self._writer.write_table(group.combine_chunks())
             self._bytes += group.nbytes

@@ -6,9 +6,11 @@ at the same place within a block of the disk (shards.py), so that a file system 
 
 import filecmp
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 from pipeline.dataset.shards import pixel_chunk
 from pipeline.dataset.version import Version
@@ -18,6 +20,7 @@ from pipeline.storage.files import open_parquet, temporary_path
 
 log = logging.getLogger(__name__)
 PIXEL_LEAVES = ("image.bytes", "pages.list.element.bytes")  # columns as Parquet names them
+SEARCHED_VERSIONS = 3  # the newest: each file is read in full before it is opened
 Group = tuple[str, int, str, str]  # a column, and the number of rows of a group with its first and last id
 
 
@@ -51,30 +54,39 @@ def share_file(path: Path, other: Path) -> bool:
 
 
 def share_pixels(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
-    """Let new files (paths and their sha256) share the blocks of pixels that versions hold already, the newest first.
+    """Let new files (paths and their sha256) share the blocks of pixels that the newest versions hold already.
 
     Files of versions that are damaged are not opened, since Arrow may end the process for them, and those on other file systems
     are left out. A new file whose bytes would change is left as it is. Where the file system cannot share, all are.
     """
-    own = [(path, sha256) for path, sha256 in files if path.stat().st_nlink == 1]  # others are a version's already
-    if not own or not can_clone_ranges(own[0][0].parent):
+    own = {path: sha256 for path, sha256 in files if path.stat().st_nlink == 1}  # others are a version's already
+    if not own or not can_clone_ranges(next(iter(own)).parent):
         return
-    of_group = {group: (path, start, size) for path, _ in own for group, start, size in _pixel_groups(path)}
-    ranges: dict[Path, list[Range]] = {path: [] for path, _ in own}
+    try:
+        ranges = _equal_ranges([*own], sorted(versions, reverse=True)[:SEARCHED_VERSIONS])
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        log.info("no pixels are shared: %s", error)
+        return
+    for path, of_file in ranges.items():
+        _share_ranges(path, own[path], sorted(of_file))
+
+
+def _equal_ranges(paths: Sequence[Path], versions: Iterable[Version]) -> dict[Path, list[Range]]:
+    """Return the ranges of each file that a version seems to have too: its groups have ids and sizes in common with them."""
+    left = {group: (path, start, size) for path in paths for group, start, size in _pixel_groups(path)}
+    ranges: dict[Path, list[Range]] = {}
     seen: set[int] = set()  # numbers of files: an older version may have the same ones
-    for version in sorted(versions, reverse=True):
+    for version in versions:
         for name, entry in version.manifest["files"].items():
             other = version.path / name
-            if not of_group or not _is_whole(other, entry["sha256"], own[0][0].parent, seen):
+            if not left or not _is_whole(other, entry["sha256"], paths[0].parent, seen):
                 continue
             for group, other_start, other_size in _pixel_groups(other):
-                path, start, size = of_group.get(group, (other, 0, 0))
+                path, start, size = left.get(group, (other, 0, 0))
                 if size == other_size and (start - other_start) % BLOCK_BYTES == 0:
-                    ranges[path].append((start, size, other, other_start))
-                    del of_group[group]
-    for path, sha256 in own:
-        if ranges[path]:
-            _share_ranges(path, sha256, sorted(ranges[path]))
+                    ranges.setdefault(path, []).append((start, size, other, other_start))
+                    del left[group]
+    return ranges
 
 
 def _is_whole(path: Path, sha256: str, folder: Path, seen: set[int]) -> bool:

@@ -17,6 +17,10 @@ class SpikeFilter:
     norms: list[float] = field(default_factory=list)  # of recent gradients
     skipped_steps: int = 0  # in a row
 
+    def clear(self) -> None:
+        """Forget the gradients before."""
+        self.norms = []
+
     def should_step(self, loss: float, norm: float) -> bool:
         """Return whether to apply a step: loss and gradient norm are finite, and the norm is not a spike. Records the norm."""
         median = statistics.median(self.norms) if len(self.norms) >= SPIKE_STEPS // 4 else math.inf

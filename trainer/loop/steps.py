@@ -65,7 +65,7 @@ class Trainer:
         """Train one step; return its stage, loss, gradient norm and rate. Raises TrainError if it diverges."""
         captioner = self.checkpoint.captioner.train()
         if step in (self.config.align_steps, self.config.first_rewarded_step):
-            self.spikes.norms = []  # other parts are trained from here on, or by another loss: earlier norms do not apply
+            self.spikes.clear()  # other parts are trained from here on, or by another loss: earlier norms do not apply
             if self.average and step == self.config.align_steps:
                 self.average.clear()  # the weights of these parts are the first ones still
         # Dropout depends on seed, step and rank only: no generator state is saved.

@@ -49,11 +49,11 @@ class Validation:
         self.shown = {**({} if loss is None else {"validation loss": f"{loss:.3f}"}), "CIDEr-D": shown}
         # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
         # At first all captions score 0, or nearly so: the loss tells which are better; without one, the later is.
-        likeness = float(done) if loss is None else -loss
-        quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else likeness, likeness)
+        of_equals = float(done) if loss is None else -loss  # the larger is better
+        quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else of_equals, of_equals)
         if quality > (self.best_score, -self.best_loss):
             self.checkpoint.save(out)
-            (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, -likeness, 0
+            (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, -of_equals, 0
             self.best_cider_d = cider_d if scored["images"] > 1 else None
         elif done > self.config.align_steps:  # the first stage is not to end the second
             self.evaluations_without_gain += 1
@@ -63,9 +63,8 @@ class Validation:
         """Return the mean loss per token over the validation images that are used while training; None if none has a text."""
         captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
         examples = [example for example in self.examples if example.texts]
-        size = -(
-            -self.config.batch_size // (self.loader.micro_batches * self.loader.processes)
-        )  # of which a step fits the memory
+        parts = self.loader.micro_batches * self.loader.processes
+        size = math.ceil(self.config.batch_size / parts)  # of which a step fits the memory
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             texts = self.loader.collate(part)

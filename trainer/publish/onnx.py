@@ -60,7 +60,7 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         draft = Path(folder) / out.name
         parts = draft / "onnx"
         parts.mkdir(parents=True)
-        for done, name in enumerate(_write_all(captioner, parts, int8=int8), start=1):
+        for done, name in enumerate(_write_files(captioner, parts, int8=int8), start=1):
             progress("export", done, 8 if int8 else 4, {"last": name})
         files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
         files["config.json"] = json_text(_config(captioner, json.loads(files["processor_config.json"]))).encode()
@@ -78,7 +78,7 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def _write_all(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
+def _write_files(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
     """Write all parts, and yield the name of each when it is there."""
     yield from write_parts(captioner, folder)
     for name in (ENCODER, FIRST, NEXT) if int8 else ():

@@ -58,16 +58,16 @@ def write_parts(captioner: CaptionerModel, folder: Path) -> Iterator[str]:
         past = _keys_and_values(first, ids_BT, states_BND)
     kept = [f"{block}.{kind}" for block in range(len(past) // len(kinds)) for kind in kinds]
     grown = [name for name in kept if ".encoder." not in name]
-    _write_part(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["last_hidden_state"], [{0: batch}])
+    _export(images, (pixels_BCHW,), folder / ENCODER, ["pixel_values"], ["last_hidden_state"], [{0: batch}])
     yield ENCODER
     outputs = ["logits", *(f"present.{name}" for name in kept)]
     shapes: list[Any] = [{0: batch, 1: tokens}, {0: batch, 1: states}]
-    _write_part(first, (ids_BT, states_BND), folder / FIRST, ["input_ids", "encoder_hidden_states"], outputs, shapes)
+    _export(first, (ids_BT, states_BND), folder / FIRST, ["input_ids", "encoder_hidden_states"], outputs, shapes)
     yield FIRST
     inputs = ["input_ids", *(f"past_key_values.{name}" for name in kept)]
     outputs = ["logits", *(f"present.{name}" for name in grown)]
     shapes = [{0: batch}, [{0: batch, 2: before if name in grown else states} for name in kept]]
-    _write_part(following, (ids_BT[:, :1], past), folder / NEXT, inputs, outputs, shapes)
+    _export(following, (ids_BT[:, :1], past), folder / NEXT, inputs, outputs, shapes)
     yield NEXT
 
 
@@ -87,7 +87,7 @@ def _keys_and_values(first: nn.Module, ids_BT: Tensor, states_BND: Tensor) -> li
     return [part.clone() for part in kept]
 
 
-def _write_part(
+def _export(
     module: nn.Module, arguments: tuple[Any, ...], path: Path, inputs: list[str], outputs: list[str], shapes: Sequence[Any]
 ) -> None:
     """Write one part, and compare its values with those of PyTorch. Raises TrainError if they differ."""

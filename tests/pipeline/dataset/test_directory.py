@@ -14,7 +14,7 @@ from pipeline.dataset.directory import (
     remember_dataset,
 )
 from pipeline.dataset.paths import dataset_folder
-from pipeline.dataset.version import parse_version
+from pipeline.dataset.version import parse_version, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
 from tests.pipeline.dataset.test_card import MANIFEST
@@ -175,3 +175,17 @@ def test_a_run_does_not_fail_where_nothing_can_be_remembered(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file")
     remember_dataset(tmp_path / "one")
+
+
+def test_a_version_among_others_is_of_the_dataset_it_stands_in_and_a_link_elsewhere_of_that_of_its_target(
+    tmp_path: Path,
+) -> None:
+    version, _ = make_version(tmp_path / "data", scene_samples(3))
+    (tmp_path / "latest").symlink_to(version.path)
+    assert read_version(tmp_path / "latest").dataset_dir == tmp_path / "data"
+    version.path.rename(tmp_path / "moved")
+    version.path.symlink_to(tmp_path / "moved")
+    assert read_version(version.path).dataset_dir == tmp_path / "data"
+    (tmp_path / "data" / "versions").rename(tmp_path / "away")
+    (tmp_path / "data" / "versions").symlink_to(tmp_path / "away")
+    assert read_version(version.path).dataset_dir == tmp_path / "data"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dataset import removal
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.names import read_removed, write_tags
@@ -180,6 +181,30 @@ def test_a_version_that_stays_is_not_said_to_be_removed(dataset: DatasetDir, mon
         remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
     assert read_removed(dataset.path) == ["v1.0.0"]
+
+
+def test_a_name_is_kept_where_the_disk_fails_after_the_version_is_gone(
+    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        if not (folder / "v1.1.0").exists():
+            raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(removal, "flush_folder", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        remove_versions(dataset, ["v1.1.0"])
+    assert read_removed(dataset.path) == ["v1.1.0"]
+
+
+def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
+    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dataset.path / "versions" / f"{REMOVING}v1.1.0").mkdir()
+    monkeypatch.setattr(removal, "remove", lambda folder: None)
+    with pytest.raises(StoreError, match="cannot be removed"):
+        remove_versions(dataset, ["v1.1.0"])
+    assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.1.0", "v1.2.0"]
+    assert read_removed(dataset.path) == []
 
 
 def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) -> None:

@@ -61,20 +61,27 @@ def cloned(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
     return ranges
 
 
+def pixels(number: int) -> bytes:
+    return random.Random(number).randbytes(IMAGE_BYTES)
+
+
 def write_version(
-    folder: Path, text: str, numbers: Sequence[int] = range(IMAGES), *, decks: bool = False, longer: int = -1
+    folder: Path, text: str, numbers: Sequence[int] = range(IMAGES), *, decks: bool = False, longer: int = -1, shift: int = 0
 ) -> Version:
-    """Write the next version of a dataset of random images, with one caption each; one may be longer under the same id."""
+    """Write the next version of a dataset of random images, with one caption each.
+
+    One may be longer under the same id, or all may be others (`shift`).
+    """
     rows = Rows()
 
     def row(number: int) -> dict[str, Any]:
-        data = random.Random(number).randbytes(IMAGE_BYTES)
-        image = {"bytes": data + bytes(BLOCK_BYTES * (number == longer)), "path": None}
+        data = pixels(number)
+        image = {"bytes": pixels(number + shift) + bytes(BLOCK_BYTES * (number == longer)), "path": None}
         facts = {"width_px": 500, "height_px": 375, "source": "random", "source_row": str(number), "licence": "cc0-1.0"}
         captions = [{"text": f"{text} {number}", "style": "brief", "prompt_id": "caption/v1@test"}]
-        pixels = {"pages": [image, image]} if decks else {"image": image}
+        stored = {"pages": [image, image]} if decks else {"image": image}
         sample = {"sample_id": hashlib.sha256(data).hexdigest(), "references": [], "qa": [], "split": "train"}
-        return sample | pixels | facts | {"captions": captions}
+        return sample | stored | facts | {"captions": captions}
 
     def tables() -> Iterator[pa.Table]:
         for start in range(0, len(numbers), 8):
@@ -102,7 +109,7 @@ def test_a_disk_holds_the_pixels_of_three_versions_once(disk: Path, tmp_path: Pa
     (removed,) = remove_versions(DatasetDir(disk / "data"), ["v1.0.0"])
     assert removed.num_bytes < 0.1 * PIXEL_BYTES  # the pixels are of the others, too
     left = load_dataset(str(versions[1].path), cache_dir=str(tmp_path / "cache"), split="train").with_format("arrow")[:]
-    assert left["image"].combine_chunks().field("bytes")[7].as_py() == random.Random(7).randbytes(IMAGE_BYTES)
+    assert left["image"].combine_chunks().field("bytes")[7].as_py() == pixels(7)
 
 
 @pytest.mark.parametrize("decks", [False, True])
@@ -197,6 +204,40 @@ def test_an_id_with_other_pixels_costs_its_group_and_no_other(tmp_path: Path, cl
     second = write_version(tmp_path, "the dog")
     assert 0.4 * PIXEL_BYTES < sum(size for _, size, _, _ in cloned) < 0.95 * PIXEL_BYTES
     assert find_damage(second) == []
+
+
+def test_an_id_with_other_pixels_of_the_same_size_shares_nothing(tmp_path: Path, cloned: list[Range]) -> None:
+    write_version(tmp_path, "a dog", shift=1)
+    cloned.clear()
+    second = write_version(tmp_path, "the dog")
+    assert sum(size for _, size, _, _ in cloned) > 0.4 * PIXEL_BYTES  # of a copy that was not taken
+    assert find_damage(second) == []
+    assert second.read("train", ["image"])["image"].combine_chunks().field("bytes")[0].as_py() == pixels(0)
+
+
+def test_of_many_versions_the_newest_three_are_read(
+    tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(tmp_path, "a dog")
+    for number in range(3):
+        write_version(tmp_path, "a dog", range(100 + number, 104 + number))
+    read: list[str] = []
+    monkeypatch.setattr(sharing, "can_clone", lambda file, folder: read.append(file.parent.name))
+    write_version(tmp_path, "the dog")
+    assert list(dict.fromkeys(read)) == ["v1.3.0", "v1.2.0", "v1.1.0"]
+
+
+def test_a_version_whose_rows_cannot_be_located_is_published_as_it_is(
+    tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise pa.ArrowInvalid("no such column")
+
+    write_version(tmp_path, "a dog")
+    cloned.clear()
+    monkeypatch.setattr(sharing, "pixel_chunk", fail)
+    assert find_damage(write_version(tmp_path, "the dog")) == []
+    assert [size for _, size, _, _ in cloned if size > BLOCK_BYTES] == []
 
 
 def test_a_version_of_a_writer_that_aligned_nothing_shares_no_pixels(

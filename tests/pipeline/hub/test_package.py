@@ -100,6 +100,17 @@ def test_images_of_an_earlier_release_lose_their_metadata_on_the_way(tmp_path: P
         assert package.manifest["digest"] == version.manifest["digest"]
 
 
+def test_exports_go_with_a_version_of_an_earlier_release(tmp_path: Path) -> None:
+    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
+    version, _ = make_version(tmp_path, scene_samples(5), provenance=provenance)
+    exported = tmp_path / "export"
+    exported.mkdir()
+    (exported / "a.tar").write_bytes(b"of the same rows")
+    with build_package(version, REPO, exports={"webdataset": exported}) as package:
+        assert package.files["webdataset/a.tar"] == exported / "a.tar"
+        assert package.manifest["image_metadata"] == "removed"
+
+
 def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:
     samples = [replace(sample, licence="unknown") for sample in scene_samples(5)]
     version, _ = make_version(tmp_path, samples, true_captions(samples))

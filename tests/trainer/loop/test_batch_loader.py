@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pipeline.dataset.version import Version
-from tests.trainer.small_trainings import CPU, replace, train_until_saved, weights
-from tests.trainer.test_train import train_to
+from tests.trainer.small_trainings import CPU, replace, train_to, train_until_saved, weights
 from trainer.build import build_checkpoint
 from trainer.data import Example, examples_in
 from trainer.features import OnlineFeatures

@@ -1,0 +1,156 @@
+"""Steps: they overfit four images, are the same in parts and in several processes, and leave spikes out."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer.sets
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
+from trainer.checkpoint import load_checkpoint
+from trainer.data import examples_in
+from trainer.evaluate import EvalOptions, evaluate
+from trainer.features import OnlineFeatures
+from trainer.loop.spikes import SpikeFilter
+from trainer.loop.training_log import read_log
+from trainer.model.captioner import CaptionerModel
+from trainer.tokenizer import collate
+from trainer.train import train
+
+
+def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes some seconds: only overfitting shows that images, texts and gradients are connected."""
+    four = examples_in(version, "train")[:4]
+    monkeypatch.setattr(trainer.sets, "examples_in", lambda version, split, mixture, **how: four)
+    rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
+    metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
+    expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
+    assert {entry["sample_id"]: entry["caption"] for entry in evaluation["shown"]} == expected
+    assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
+    assert evaluation["scores"] == metrics["scores"]
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
+    """The loss is averaged over all tokens of the step, so parts with more words weigh more."""
+    for parts in (1, 3):
+        train(version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
+
+
+def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
+    rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
+    with pytest.raises(TrainError, match="the loss "):
+        train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
+
+
+def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, judged = SpikeFilter.should_step, list[bool]()
+
+    def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(SpikeFilter, "should_step", judge_and_spoil)
+    train(version, replace(steps=24, evaluate_every=24), tmp_path)
+    assert judged == [True] * 20 + [False] + [True] * 3
+
+
+def enlarge_norms(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> list[bool]:
+    """Multiply the norms of all gradients by 1000 after so many steps; return a list that gets whether each step is applied."""
+    judge, judged = SpikeFilter.should_step, list[bool]()
+
+    def judge_larger(self: Any, loss: float, norm: float) -> bool:
+        judged.append(judge(self, loss, norm * 1000 if len(judged) >= after_steps else norm))
+        return judged[-1]
+
+    monkeypatch.setattr(SpikeFilter, "should_step", judge_larger)
+    return judged
+
+
+def test_gradients_that_stay_larger_are_the_new_usual(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captioner that knows its texts by heart has small gradients; once it is thrown off, larger ones bring it back."""
+    judged = enlarge_norms(monkeypatch, after_steps=20)
+    train(version, replace(steps=40, evaluate_every=40), tmp_path)
+    assert judged == [True] * 20 + [False] * 3 + [True] * 17
+
+
+def test_what_is_usual_begins_anew_with_the_second_stage(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """Gradients of a whole language model are many times those of a connector, which is not a spike."""
+    judged = enlarge_norms(monkeypatch, after_steps=20)
+    train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
+    assert judged == [True] * 32
+
+
+def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
+    config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
+    train(version, config, tmp_path)
+    checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
+    texts = collate([[checkpoint.tokenizer.encode(text, 64) for text in example.texts] for example in examples])
+    states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
+    with torch.inference_mode():
+        learned = checkpoint.captioner.contrast_loss(states, texts).item()
+    assert learned < math.log(8) * 0.95  # log 8 is the loss of guessing
+
+
+def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:
+    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
+
+
+def test_half_precision_is_for_the_steps_alone(
+    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[tuple[str, bool]]] = {"loss": set(), "generate": set()}
+
+    def noting(name: str) -> Callable[..., Any]:
+        method = getattr(CaptionerModel, name)
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            seen[name].add((torch.get_float32_matmul_precision(), torch.is_grad_enabled()))
+            return method(*arguments, **named)
+
+        return noted
+
+    for name in seen:
+        monkeypatch.setattr(CaptionerModel, name, noting(name))
+    train(version, replace(encoder=clip, steps=1, precision="bf16"), tmp_path)
+    assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
+    assert {setting for setting, _ in seen["generate"]} == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, clip: str) -> None:
+    config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
+    train(version, config, tmp_path / "one")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    (tmp_path / "process.py").write_text(PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
+    arguments = [str(version.path), "config.json", "two"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path, clip: str) -> None:
+    plain, smooth = (replace(encoder=clip, steps=1, dropout=0.0, label_smoothing=share) for share in (0.0, 0.3))
+    for name, config in (("plain", plain), ("smooth", smooth)):
+        train(version, config, tmp_path / name)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "smooth")
+    (one,), (other,) = (
+        [line["validation_loss"] for line in read_log(tmp_path / name / "log.jsonl") if "validation_loss" in line]
+        for name in ("plain", "smooth")
+    )
+    assert one == pytest.approx(other, abs=0.02)
