@@ -14,7 +14,7 @@ from pipeline.dataset import shards
 from pipeline.dataset.shards import SplitWriter, pixel_chunk
 from pipeline.digests import file_digest
 from pipeline.storage.cloned_ranges import BLOCK_BYTES
-from pipeline.tables import ROW
+from pipeline.tables import PIXELS, ROW
 
 ROWS = 600
 
@@ -124,3 +124,19 @@ def test_groups_of_large_images_end_where_the_rows_say(tmp_path: Path, monkeypat
     before, after = groups(tmp_path / "a"), groups(tmp_path / "b")
     assert 30 < len(before) < 100
     assert len(after - before) <= 2
+
+
+def test_rows_without_pixels_are_not_spread_over_more_blocks(tmp_path: Path) -> None:
+    schema = pa.schema([field for field in ROW if field.name not in PIXELS])
+    writer = SplitWriter(tmp_path, "train", schema)
+    texts = [row(number, f"{random.Random(number).randbytes(3000).hex()}") for number in range(ROWS)]
+    writer.add(pa.Table.from_pylist([{name: one.get(name) for name in schema.names} for one in texts], schema=schema))
+    writer.close()
+    for path in tmp_path.iterdir():
+        metadata = pq.read_metadata(path)
+        groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+        columns = [group.column(n) for group in groups for n in range(group.num_columns)]
+        end = 4  # behind the magic bytes
+        for column in columns:
+            assert (column.dictionary_page_offset or column.data_page_offset) == end
+            end += column.total_compressed_size

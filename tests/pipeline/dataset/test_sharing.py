@@ -16,7 +16,7 @@ from datasets import load_dataset
 from pipeline.dataset import shards, sharing
 from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.integrity import find_damage
+from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.removal import remove_versions
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version
 from pipeline.storage import cloned_ranges
@@ -213,6 +213,17 @@ def test_an_id_with_other_pixels_of_the_same_size_shares_nothing(tmp_path: Path,
     assert sum(size for _, size, _, _ in cloned) > 0.4 * PIXEL_BYTES  # of a copy that was not taken
     assert find_damage(second) == []
     assert second.read("train", ["image"])["image"].combine_chunks().field("bytes")[0].as_py() == pixels(0)
+
+
+def test_a_file_that_several_versions_have_is_read_once(
+    tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_version(tmp_path, "a dog", range(100, 104))
+    make_repaired_version(first, [])
+    read: list[Path] = []
+    monkeypatch.setattr(sharing, "can_clone", lambda file, folder: read.append(file))
+    write_version(tmp_path, "the dog")
+    assert [path.name for path in read] == ["train-00000.parquet"]
 
 
 def test_of_many_versions_the_newest_three_are_read(
