@@ -34,13 +34,13 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A disk of its own with a file system that clones ranges; needs root, xfsprogs and btrfs-progs."""
     make, folder, image = FILE_SYSTEMS[request.param], tmp_path / "disk", tmp_path / "disk.img"
     if os.geteuid() or not shutil.which(make[0]) or not Path("/dev/loop-control").exists():
-        pytest.skip(f"needs root, loop devices and {make[0]}")
+        pytest.skip(f"NOT RUN: to mount a disk of its own it needs root, loop devices and {make[0]}")
     folder.mkdir()
     with image.open("wb") as file:
         file.truncate(600_000_000)
     subprocess.run([*make, image], check=True, capture_output=True)
     if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True).returncode:
-        pytest.skip(f"{request.param} cannot be mounted here")
+        pytest.skip(f"NOT RUN: {request.param} cannot be mounted here")
     try:
         yield folder
     finally:
