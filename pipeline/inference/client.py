@@ -19,14 +19,14 @@ import aiohttp
 from pipeline.config import Config
 from pipeline.errors import EngineError
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, no_server
+from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.request_sender import RequestSender
 from pipeline.inference.retry import LONGEST_STATED_SECONDS, RetryState
-from pipeline.inference.served_models import list_models, not_served
+from pipeline.inference.served_models import find_on_server, find_on_servers
 from pipeline.inference.server_errors import OtherDialectError, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
@@ -133,7 +133,7 @@ class Client:
             self._sessions[path] = await stack.enter_async_context(self._make_session(path))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
-        context_tokens = self._launches[0].max_model_len if self._launches else await self._check_servers()
+        context_tokens = self._launches[0].max_model_len if self._launches else await self._find_model()
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
@@ -161,46 +161,9 @@ class Client:
     def _session_of(self, endpoint: Endpoint) -> aiohttp.ClientSession:
         return self._sessions[endpoint.socket_path]
 
-    async def _check_servers(self) -> int | None:
-        """Leave out servers that do not answer, if another does; return the smallest context in tokens, or None if unknown."""
-        lengths: list[int | None] = []
-        results = await asyncio.gather(*map(self._check_server, self._endpoints), return_exceptions=True)
-        for endpoint, result in zip(self._endpoints, results, strict=True):
-            if isinstance(result, ServerFaultError):
-                endpoint.fault = str(result)
-                endpoint.is_up.clear()
-            elif isinstance(result, EngineError):
-                self._retire(endpoint, result)
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                lengths.append(result)
-        if not lengths:
-            raise no_server(self._endpoints)
-        for endpoint in self._endpoints:
-            if not endpoint.is_up.is_set() and not endpoint.is_retired:
-                self._progress.warn(f"{endpoint.url} does not answer; going on without it")
-        roots = dict.fromkeys(endpoint.model_root for endpoint in self._endpoints if endpoint.model_root)
-        if len(roots) > 1:
-            self._progress.warn(
-                f"what the servers call {self._name} is {' and '.join(roots)}: all replies count as those of one model"
-            )
-        return min((length for length in lengths if length), default=None)
-
-    async def _check_server(self, endpoint: Endpoint) -> int | None:
-        """Return the context of our model on a server in tokens, or None if unknown.
-
-        Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
-        """
-        models = await list_models(self._session_of(endpoint), endpoint)
-        if models is not None and self._name not in models:
-            raise not_served(endpoint, self._name, models)
-        endpoint.is_checked = True
-        if models is None:
-            return None
-        endpoint.is_vllm = models[self._name].owner == "vllm"
-        endpoint.model_root = models[self._name].root
-        return models[self._name].max_model_len
+    async def _find_model(self) -> int | None:
+        """Look for our model on all servers; return its smallest context in tokens, or None if unknown."""
+        return await find_on_servers(self._name, self._endpoints, self._session_of, self._retire, self._progress.warn)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -372,7 +335,7 @@ class Client:
             if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
                 server = self._config.server
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
-                    await self._check_server(endpoint)
+                    await find_on_server(self._name, endpoint, self._session_of(endpoint))
                 session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
                 await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress)
                 endpoint.is_learned = True

@@ -1,7 +1,7 @@
 """The models that servers list: which one is asked, and its revision."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
-from pipeline.inference.endpoints import MAX_SHOWN_CHARACTERS, Endpoint, no_server, raise_for_access
+from pipeline.inference.endpoints import MAX_SHOWN_CHARACTERS, Endpoint, Endpoints, no_server, raise_for_access
 from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.server_errors import CONNECTION_ERRORS, ServerFaultError
 
@@ -124,3 +124,53 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
     """Return the error that a server does not serve a model."""
     hint = f"it serves {shown_models(models) or 'none'}: name one of them, by --model or --judge MODEL@URL"
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
+
+
+async def find_on_servers(
+    name: str,
+    endpoints: Endpoints,
+    session_of: Callable[[Endpoint], aiohttp.ClientSession],
+    retire: Callable[[Endpoint, EngineError], None],
+    warn: Callable[[str], None],
+) -> int | None:
+    """Leave out servers that do not answer or serve other models, if another serves this one; return its smallest context.
+
+    It is in tokens, and None if no server says. Raises EngineError if no server is left.
+    """
+    lengths: list[int | None] = []
+    found = await asyncio.gather(*(find_on_server(name, one, session_of(one)) for one in endpoints), return_exceptions=True)
+    for endpoint, result in zip(endpoints, found, strict=True):
+        if isinstance(result, ServerFaultError):
+            endpoint.fault = str(result)
+            endpoint.is_up.clear()
+        elif isinstance(result, EngineError):
+            retire(endpoint, result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            lengths.append(result)
+    if not lengths:
+        raise no_server(endpoints)
+    for endpoint in endpoints:
+        if not endpoint.is_up.is_set() and not endpoint.is_retired:
+            warn(f"{endpoint.url} does not answer; going on without it")
+    roots = dict.fromkeys(endpoint.model_root for endpoint in endpoints if endpoint.model_root)
+    if len(roots) > 1:
+        warn(f"what the servers call {name} is {' and '.join(roots)}: all replies count as those of one model")
+    return min((length for length in lengths if length), default=None)
+
+
+async def find_on_server(name: str, endpoint: Endpoint, session: aiohttp.ClientSession) -> int | None:
+    """Return the context of a model on a server in tokens, or None if unknown.
+
+    Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
+    """
+    models = await list_models(session, endpoint)
+    if models is not None and name not in models:
+        raise not_served(endpoint, name, models)
+    endpoint.is_checked = True
+    if models is None:
+        return None
+    endpoint.is_vllm = models[name].owner == "vllm"
+    endpoint.model_root = models[name].root
+    return models[name].max_model_len
