@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.config.sections import SplitConfig
-from pipeline.dataset.builder import DIGESTS, Content, Rows, RowWriter, build_rows, publish_version
+from pipeline.dataset.builder import DIGESTS, Rows, build_rows
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.version import Version
 from pipeline.images.metadata import REMOVED
 from pipeline.inference.requests import build_requests, with_images

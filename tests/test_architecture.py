@@ -17,7 +17,7 @@ FILES = {
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
-        rejections removal samples reviews schema shards sharing statistics text_columns version""",
+        publishing rejections removal samples reviews schema shards sharing statistics text_columns version""",
     "pipeline/executors": "__init__ base local messages",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",

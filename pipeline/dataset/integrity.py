@@ -8,7 +8,8 @@ from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import taken_numbers
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows, publish
+from pipeline.dataset.publishing import publish
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import link_or_copy, scratch_folder, write_json, write_text

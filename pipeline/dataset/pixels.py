@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import RowWriter, file_schema, with_split
+from pipeline.dataset.builder import with_split
 from pipeline.dataset.conversation import reader_columns
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, publish, read_version
+from pipeline.dataset.publishing import RowWriter, file_schema, publish
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, read_version
 from pipeline.errors import StoreError
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import REMOVED, strip_metadata

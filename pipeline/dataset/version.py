@@ -18,7 +18,7 @@ from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import find_rows, flush_file, flush_folder, move, open_parquet, read_json, remove
+from pipeline.storage.files import find_rows, open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
@@ -228,28 +228,3 @@ def first_rows(version: Version, count: int) -> list[dict[str, Any]]:
         if len(rows) >= count:
             break
     return rows
-
-
-def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft (ledger, card, manifest) to its final folder: readers see a whole version or none.
-
-    On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
-    the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
-    Raise StoreError if the version exists already.
-    """
-    if is_remote(final):
-        if (final / MANIFEST).exists():
-            raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
-        remove(final)  # files that a killed command moved there
-        move([(path, final / name) for path, name in files])
-        move([(draft / name, final / name) for name in (LEDGER_FILE, CARD_FILE)])
-        move([(draft / MANIFEST, final / MANIFEST)])
-        return
-    move([(path, draft / name) for path, name in files])
-    for entry in draft.iterdir():
-        if entry.is_dir():
-            remove(entry)
-            continue
-        flush_file(entry)
-    draft.rename(final)
-    flush_folder(final.parent)

@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
     LEDGER_FILE,
@@ -18,7 +19,6 @@ from pipeline.dataset.version import (
     Version,
     dataset_dir_of,
     parse_version,
-    publish,
     read_version,
 )
 from pipeline.errors import StoreError

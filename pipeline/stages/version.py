@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Content, Rows, RowWriter, build_rows, publish_version
+from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
+from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge

@@ -99,7 +99,7 @@ def test_columns_for_readers_are_no_part_of_a_version_and_hardly_any_bytes(
     manifest = version.manifest
     assert manifest["reader_columns"] == ["text", "messages"]
     assert not {"text", "messages"} & {*manifest["columns"]} and {"text", "messages"} < {*manifest["features"]}
-    monkeypatch.setattr("pipeline.dataset.builder.reader_columns", lambda columns: [])
+    monkeypatch.setattr("pipeline.dataset.publishing.reader_columns", lambda columns: [])
     without = rebuilt(photos)
     assert without.manifest["digest"] == manifest["digest"]
     assert "reader_columns" not in without.manifest

@@ -7,23 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from datasets import Image, load_dataset
 
 from pipeline.dataset.builder import Rows, version_digest
-from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.errors import TableError
 from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION, Extras
 from pipeline.types import ReferenceQA
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
-
-
-def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
-    first, is_new = make_version(tmp_path, scene_samples(20))
-    second, is_new_again = make_version(tmp_path, scene_samples(20))
-    assert (is_new, is_new_again) == (True, False)
-    assert second == first
-    assert list((tmp_path / "versions").iterdir()) == [first.path]
 
 
 def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
@@ -37,15 +27,6 @@ def test_the_digest_is_that_of_one_json_value() -> None:
     for rows in ([], [("a", "1")], [("a", "1"), ("b", "\u00e4"), ("c", "3")]):
         assert version_digest(iter(rows), ["image"]) == digest([TABLE_VERSION, ["image"], rows])
         assert version_digest(iter(rows), ["image"], ["form"]) == digest([TABLE_VERSION, ["image"], ["form"], rows])
-
-
-def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:
-    make_version(tmp_path, scene_samples(20))
-    assert make_version(tmp_path, scene_samples(25))[0].name == "v1.1.0"
-    assert make_version(tmp_path, scene_samples(24))[0].name == "v1.1.1"
-    fewer = true_captions(scene_samples(24)).filter(pc.field("style") == "brief")
-    version, _ = make_version(tmp_path, scene_samples(24), fewer)
-    assert (version.name, version.manifest["parent"]) == ("v1.1.2", "v1.1.1")
 
 
 def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
@@ -84,25 +65,6 @@ def test_personal_data_is_masked_in_the_questions_of_the_source_too(tmp_path: Pa
     assert all(rows[sample.id] == [unchanged] for sample in others)
 
 
-def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="no row is left"):
-        make_version(tmp_path, scene_samples(3), true_captions(scene_samples(3)).slice(0, 0))
-    assert list((tmp_path / "versions").iterdir()) == []
-
-
-def test_scores_lie_beside_their_texts_and_another_set_of_them_is_a_major_version(tmp_path: Path) -> None:
-    samples = scene_samples(20)
-    plain, _ = make_version(tmp_path, samples)
-    version, _ = make_version(tmp_path, samples, scored_captions(samples), extras=Extras(SCORED))
-    assert (version.name, version.manifest["scores"], "scores" in plain.manifest) == ("v2.0.0", [*SCORED], False)
-    loaded = load_dataset("parquet", data_files=[str(p) for p in version.shards("train")], cache_dir=str(tmp_path / "cache"))
-    caption = loaded["train"][0]["captions"][1]
-    assert {name: caption[name] for name in SCORED} == {"precision": 1.0, "coverage": 0.5, "form": caption["form"]}
-    assert loaded["train"].features["captions"].feature["form"].dtype == "int32"
-    again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), extras=Extras(SCORED))
-    assert (again.name, is_new) == ("v2.0.1", True)
-
-
 def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     samples = scene_samples(2)
     captions = scored_captions(samples)
@@ -111,15 +73,6 @@ def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     rows = [row for split in SPLITS if version.shards(split) for row in version.read(split).to_pylist()]
     scores = {caption["prompt_id"] == REVIEWED: caption["coverage"] for row in rows for caption in row["captions"]}
     assert scores == {True: None, False: 0.5}
-
-
-def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(20))
-    files = {split: [str(p) for p in version.shards(split)] for split in ("train", "test") if version.shards(split)}
-    loaded = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
-    assert loaded.features["image"] == Image()
-    assert loaded[0]["image"].size == (84, 84)
-    assert loaded[0]["facts"]["background"] in loaded[0]["captions"][0]["text"]
 
 
 def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
@@ -150,13 +103,6 @@ def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:
     assert "facts" not in version.manifest["columns"]
 
 
-def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
-    make_version(tmp_path, scene_samples(5))
-    (tmp_path / "versions" / ".next").mkdir()
-    (tmp_path / "versions" / "v9.0.0").mkdir()  # a folder without its manifest
-    assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
-
-
 def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path: Path) -> None:
     samples = scene_samples(40)
     shuffled = random.Random(5).sample(samples, len(samples))
@@ -182,12 +128,3 @@ def test_a_deck_of_one_page_is_a_deck_all_the_same(tmp_path: Path) -> None:
     assert {row["sample_id"]: [page["bytes"] for page in row["pages"]] for row in rows} == {
         sample.id: list(sample.images) for sample in decks
     }
-
-
-def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:
-    samples = scene_samples(4)
-    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
-    tables = [sample_table([two_pages]), sample_table([replace(samples[2], facts=None)])]
-    batches = [batch for table in tables for batch in table.to_batches()]
-    with pytest.raises(TableError, match="some samples have image"):
-        publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, publish
+from pipeline.dataset.publishing import publish
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import (
     atomic_write,

@@ -1,0 +1,194 @@
+"""Write the files of a version, give it a name, and publish it: it is there as a whole, or not at all."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dataset.builder import version_digest
+from pipeline.dataset.card import render_card
+from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.names import taken_numbers
+from pipeline.dataset.shards import SplitWriter
+from pipeline.dataset.sharing import share_files, share_pixels
+from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry
+from pipeline.errors import StoreError, TableError
+from pipeline.storage.files import flush_file, flush_folder, move, open_parquet, remove, write_json, write_table, write_text
+from pipeline.storage.object_store import is_remote
+from pipeline.tables import LEDGER, NO_EXTRAS, OPTIONAL, SPLITS, TABLE_VERSION, Extras, features, row_schema
+
+FIRST = "v1.0.0"
+
+
+def file_schema(columns: list[str], extras: Extras) -> pa.Schema:
+    """Return the schema of files of rows with these columns: theirs, and columns for other readers."""
+    return pa.schema([*row_schema(columns, extras), *(READER_COLUMNS.field(name) for name in reader_columns(columns))])
+
+
+@dataclass(slots=True)
+class RowWriter:
+    """Writes rows, and columns for other readers (conversation.py), to the Parquet files of a folder, each split to its own."""
+
+    path: Path
+    extras: Extras = NO_EXTRAS
+    columns: list[str] = field(default_factory=list)
+    _writers: dict[str, SplitWriter] = field(default_factory=dict)
+
+    def add(self, table: pa.Table) -> None:
+        """Write rows, as `build_rows` yields them. Raise TableError if some samples have a column that the first have not."""
+        if not table.num_rows:
+            return
+        self.columns = self.columns or [
+            n for n in self.extras.columns if n not in OPTIONAL or table[n].null_count < table.num_rows
+        ]
+        if lost := [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]:
+            hint = "a source fills such a column always or never"
+            raise TableError(f"some samples have {', '.join(lost)} and the first ones have not", hint=hint)
+        self.write(table)
+
+    def write(self, table: pa.Table) -> None:
+        """Write the columns of rows to the files of their `split`."""
+        if more := reader_columns(self.columns):
+            table = with_reader_columns(table, more)
+        for split in SPLITS:
+            of_split = table.filter(pc.equal(table["split"], split))
+            if of_split.num_rows:
+                if split not in self._writers:
+                    self._writers[split] = SplitWriter(self.path, split, file_schema(self.columns, self.extras))
+                self._writers[split].add(of_split)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows of each split."""
+        return {split: self._writers[split].rows if split in self._writers else 0 for split in SPLITS}
+
+    def close(self) -> dict[str, Any]:
+        """Finish all files, and return the manifest's entry of each, by name."""
+        for writer in self._writers.values():
+            writer.close()
+        return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The rows of a version, as written to files."""
+
+    columns: list[str]
+    extras: Extras
+    digests: pa.Table  # DIGESTS, ordered by id
+    rows: dict[str, int]  # by split
+    files: list[tuple[Path, str, dict[str, Any]]]  # path, name and manifest entry of each Parquet file
+    licenses: list[str]
+    examples: list[dict[str, Any]]
+
+
+def publish_version(
+    dataset: DatasetDir,
+    draft: Path,
+    content: Content,
+    provenance: dict[str, Any],
+    rejections: Iterable[pa.Table],
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Version, bool]:
+    """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
+
+    `draft` is the scratch folder beside the versions, `provenance` the manifest's fields about the run, and `rejections` the
+    rows that every stage rejected (tables.LEDGER). `check` raises if another command has taken over the folder. Raise
+    TableError if no row is left; StoreError if a version of that name exists by now.
+    """
+    if not content.digests.num_rows:
+        hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
+        raise TableError("no row is left to make a version of", hint=hint)
+    versions = dataset.versions()
+    parent = versions[-1] if versions else None
+    pairs = zip(content.digests["sample_id"].to_pylist(), content.digests["digest"].to_pylist(), strict=True)
+    content_digest = version_digest(pairs, content.columns, content.extras.scores)
+    if parent is not None and parent.manifest["digest"] == content_digest:
+        if parent.is_preview and not provenance["source"].get("preview"):  # there was nothing beyond the limit but copies
+            parent = Version(parent.path, parent.manifest | {"source": provenance["source"]})
+            write_json(parent.path / MANIFEST, parent.manifest)
+        return parent, False
+    extras = content.extras
+    schema = row_schema(content.columns, extras)
+    name = next_version(parent, content.digests["sample_id"], schema, taken_numbers(dataset.path))
+    write_table(draft / LEDGER_FILE, rejections, LEDGER)
+    manifest = {
+        "version": name,
+        "digest": content_digest,
+        "parent": parent.name if parent else None,
+        "table_version": TABLE_VERSION,
+        "columns": content.columns,
+        **({"scores": [*extras.scores]} if extras.scores else {}),
+        **({"context": [*extras.context]} if extras.context else {}),
+        **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
+        **({"reader_columns": more} if (more := reader_columns(content.columns)) else {}),
+        "features": features(file_schema(content.columns, extras)),
+        "licences": content.licenses,
+        "rows": content.rows,
+        **provenance,
+        "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},
+        "ledger": describe_file(draft / LEDGER_FILE),
+    }
+    write_text(draft / CARD_FILE, render_card(manifest, content.examples))
+    write_json(draft / MANIFEST, manifest)
+    check()
+    final = dataset.path / "versions" / name
+    if not is_remote(final):
+        files = [(path, described["sha256"]) for path, _, described in content.files]
+        share_files(files, versions)
+        share_pixels(files, versions)
+    publish(draft, final, [(path, file) for path, file, _ in content.files])
+    return Version(final, manifest), True
+
+
+def next_version(
+    parent: Version | None, sample_ids: pa.ChunkedArray, schema: pa.Schema, taken: Sequence[tuple[int, ...]] = ()
+) -> str:
+    """Return the name that follows: major when columns or scores change, minor when rows are added, else patch.
+
+    `taken` are numbers of versions that were removed: it follows these as well.
+    """
+    if parent is None and not taken:
+        return FIRST
+    major, minor, patch = max([*taken, *([parent.number] if parent else [])])
+    if parent is None:
+        return f"v{major + 1}.0.0"
+    if parent.schema != schema:
+        return f"v{major + 1}.0.0"
+    ids = pa.concat_arrays([pa.array([], pa.string()), *(batch["sample_id"] for _, batch in parent.batches(["sample_id"]))])
+    if not pc.all(pc.is_in(sample_ids, ids)).as_py():
+        return f"v{major}.{minor + 1}.0"
+    return f"v{major}.{minor}.{patch + 1}"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry of a Parquet file: sha256, bytes, rows."""
+    return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
+
+
+def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
+    """Move a draft (ledger, card, manifest) to its final folder: readers see a whole version or none.
+
+    On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
+    the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
+    Raise StoreError if the version exists already.
+    """
+    if is_remote(final):
+        if (final / MANIFEST).exists():
+            raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
+        remove(final)  # files that a killed command moved there
+        move([(path, final / name) for path, name in files])
+        move([(draft / name, final / name) for name in (LEDGER_FILE, CARD_FILE)])
+        move([(draft / MANIFEST, final / MANIFEST)])
+        return
+    move([(path, draft / name) for path, name in files])
+    for entry in draft.iterdir():
+        if entry.is_dir():
+            remove(entry)
+            continue
+        flush_file(entry)
+    draft.rename(final)
+    flush_folder(final.parent)
