@@ -1,4 +1,4 @@
-"""Versions: content-addressed, numbered by what changed, and readable by `datasets` with images decoded."""
+"""Rows of versions: samples with their annotations, masked and in order, and a digest that names them."""
 
 import random
 from dataclasses import replace
