@@ -59,11 +59,17 @@ def share_pixels(files: Iterable[tuple[Path, str]], versions: Iterable[Version])
     Files of versions that are damaged are not opened, since Arrow may end the process for them, and those on other file systems
     are left out. A new file whose bytes would change is left as it is. Where the file system cannot share, all are.
     """
-    own = {path: sha256 for path, sha256 in files if path.stat().st_nlink == 1}  # others are a version's already
-    if not own or not can_clone_ranges(next(iter(own)).parent):
+    searched = sorted(versions, reverse=True)[:SEARCHED_VERSIONS]
+    own, linked = dict[Path, str](), set[int]()
+    for path, sha256 in files:
+        if path.stat().st_nlink == 1:
+            own[path] = sha256
+        else:  # it is a file of a version already, whose row groups are in no other file of ours
+            linked.add(path.stat().st_ino)
+    if not own or not searched or not can_clone_ranges(next(iter(own)).parent):
         return
     try:
-        ranges = _equal_ranges([*own], sorted(versions, reverse=True)[:SEARCHED_VERSIONS])
+        ranges = _equal_ranges([*own], searched, linked)
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         log.info("no pixels are shared: %s", error)
         return
@@ -71,11 +77,13 @@ def share_pixels(files: Iterable[tuple[Path, str]], versions: Iterable[Version])
         _share_ranges(path, own[path], sorted(of_file))
 
 
-def _equal_ranges(paths: Sequence[Path], versions: Iterable[Version]) -> dict[Path, list[Range]]:
-    """Return the ranges of each file that a version seems to have too: its groups have ids and sizes in common with them."""
+def _equal_ranges(paths: Sequence[Path], versions: Iterable[Version], seen: set[int]) -> dict[Path, list[Range]]:
+    """Return the ranges of each file that a version seems to have too: its groups have ids and sizes in common with them.
+
+    Files whose number (inode) is among `seen` are not looked at, and others once: an older version may have the same ones.
+    """
     left = {group: (path, start, size) for path in paths for group, start, size in _pixel_groups(path)}
     ranges: dict[Path, list[Range]] = {}
-    seen: set[int] = set()  # numbers of files: an older version may have the same ones
     for version in versions:
         for name, entry in version.manifest["files"].items():
             other = version.path / name

@@ -226,6 +226,27 @@ def test_a_file_that_several_versions_have_is_read_once(
     assert [path.name for path in read] == ["train-00000.parquet"]
 
 
+def test_for_a_first_version_the_file_system_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "can_clone_ranges", lambda folder: pytest.fail("there is nothing to share with"))
+    assert find_damage(write_version(tmp_path, "a dog")) == []
+
+
+def test_files_that_both_versions_have_are_not_read(
+    tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a version with some images more reads little of the one before."""
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 0)
+    monkeypatch.setattr(shards, "SHARD_GROUPS", 1)
+    monkeypatch.setattr(shards, "GROUP_ROWS", 8)
+    first = write_version(tmp_path, "a dog", range(40))
+    read: list[Path] = []
+    monkeypatch.setattr(sharing, "can_clone", lambda file, folder: read.append(file))
+    second = write_version(tmp_path, "a dog", range(41))
+    both = {path.stat().st_ino for path in second.shards("train")} & {path.stat().st_ino for path in first.shards("train")}
+    assert len(both) >= 3
+    assert len(read) == len(first.shards("train")) - len(both) <= 1
+
+
 def test_of_many_versions_the_newest_three_are_read(
     tmp_path: Path, cloned: list[Range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
