@@ -94,17 +94,26 @@ class Diff:
         for change in shown:
             yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)}) {'; '.join(change.why)}".rstrip()
             for name, sides in change.fields.items():
-                for mark, side in zip("-+", sides.values(), strict=True):
-                    for item in side if isinstance(side, list) else [side]:
-                        yield f"  {mark} {name}: {_short(item)}"
+                before, after = ([*map(_short, _listed(side))] for side in sides.values())
+                if not {*before}.isdisjoint(after):  # equal texts of other prompts
+                    before, after = ([_short(item, names_prompt=True) for item in _listed(side)] for side in sides.values())
+                yield from (f"  - {name}: {item}" for item in before)
+                yield from (f"  + {name}: {item}" for item in after)
         if others := self.kinds.total() - len(shown):
             yield f"and {others} more rows; --rows shows more, --json all"
 
 
-def _short(value: Any) -> str:
+def _listed(side: Any) -> list[Any]:
+    return side if isinstance(side, list) else [side]
+
+
+def _short(value: Any, *, names_prompt: bool = False) -> str:
     """Return a value as a short line without control characters, since it may be model text."""
     if isinstance(value, dict):
-        value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, "") and name != "prompt_id")
+        shown = {name: item for name, item in value.items() if item not in (None, "") and name != "prompt_id"}
+        value = ", ".join(f"{name} {item}" for name, item in shown.items()) + (
+            f" [{value.get('prompt_id')}]" if names_prompt else ""
+        )
     text = on_one_line(str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 

@@ -69,6 +69,19 @@ def test_a_text_that_was_written_anew_shows_both_and_says_so(tmp_path: Path) -> 
     assert not any("\x1b" in line for line in lines)
 
 
+def test_of_the_same_text_by_another_prompt_the_prompts_are_shown(tmp_path: Path) -> None:
+    captions = true_captions(SAMPLES)
+    before, _ = make_version(tmp_path, SAMPLES, captions)
+    rows = captions.to_pylist()
+    (row,) = (row for row in rows if (row["sample_id"], row["style"]) == (SAMPLES[4].id, "brief"))
+    of_before, row["prompt_id"] = row["prompt_id"], "caption/v9@new"
+    after, _ = make_version(tmp_path, SAMPLES, pa.Table.from_pylist(rows, schema=captions.schema))
+    diff = diff_versions(before, after)
+    removed, added = (line for line in diff.lines(10) if line.startswith(("  -", "  +")))
+    assert removed.endswith(f" [{of_before}]") and added.endswith(" [caption/v9@new]")
+    assert diff.reasons() == {"another prompt": 1}
+
+
 def test_a_question_that_found_another_partner_was_not_written_anew(tmp_path: Path) -> None:
     def asked(pair: str | None, answer: str = "2") -> pa.Table:
         fields = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
