@@ -11,8 +11,15 @@ import asyncio
 import hashlib
 import json
 import re
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -128,6 +135,26 @@ async def models(_request: web.Request) -> web.Response:
 async def health(_request: web.Request) -> web.Response:
     """Return 200."""
     return web.Response()
+
+
+@contextmanager
+def running_mock(seconds: float = 0) -> Iterator[str]:
+    """Yield the address of a mock with various captions, in a process of its own, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    mock = subprocess.Popen([sys.executable, __file__, str(port), str(seconds), "various"])
+    try:
+        while mock.poll() is None:
+            try:
+                urllib.request.urlopen(f"{url}/health")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        mock.kill()
 
 
 def main() -> None:

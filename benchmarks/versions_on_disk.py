@@ -2,8 +2,8 @@
 
 FOLDER lies on the file system to measure, where nothing else writes meanwhile. 58 photos (drawn noise of 1600 x 1200 px, as
 JPEG) are captioned three times in other styles by a mock endpoint (benchmarks/mock_chat.py): the versions have no text in
-common. Told is how much of the file system the dataset folder takes (versions, stages, journal), in sizes of the photos; then
-how many images each version has for `datasets`, also after the first one is removed.
+common. It prints how much of the file system the dataset folder takes (versions, stages, journal), in sizes of the photos, and
+how many images `datasets` decodes of each version, also after the first one is removed.
 
 A small XFS to try it on: truncate -s 2G x.img; mkfs.xfs x.img; mkdir x; mount -o loop x.img x
 """
@@ -12,17 +12,14 @@ import argparse
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from datasets import load_dataset
+from mock_chat import running_mock
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -68,35 +65,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--photos", type=Path, help="a folder of your own photos")
     options = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(port), "0", "various"])
-    try:
-        while mock.poll() is None:
-            try:
-                urllib.request.urlopen(f"{url}/health")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=options.folder) as measured:
-            photos, out = options.photos or Path(temporary), Path(measured, "dataset")
-            num_bytes = sum(path.stat().st_size for path in photos.iterdir()) if options.photos else make_photos(photos, 58)
-            print(f"{len(list(photos.iterdir()))} photos of {num_bytes / 1e6:.1f} MB")
-            before = used_bytes(options.folder)
-            for count, style in enumerate(STYLES, start=1):
-                generate(photos.resolve(), out, style, url)
-                print(f"{count} versions: {(used_bytes(options.folder) - before) / num_bytes:.3f} times the photos")
-            versions = sorted(out.glob("versions/v*"))
-            shutil.rmtree(out / "stages")  # versions must not need them
-            print(f"images of each that `datasets` decodes: {[count_images(version) for version in versions]}")
-            remove = ["versions", "rm", versions[0].name, "--data", str(out)]
-            subprocess.run([sys.executable, "-m", "pipeline", *remove], cwd=HERE.parent, check=True, capture_output=True)
-            print(f"without {versions[0].name}: {(used_bytes(options.folder) - before) / num_bytes:.3f} times the photos")
-            print(f"images of each that `datasets` decodes: {[count_images(version) for version in versions[1:]]}")
-    finally:
-        mock.kill()
+    with (
+        running_mock() as url,
+        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory(dir=options.folder) as measured,
+    ):
+        photos, out = options.photos or Path(temporary), Path(measured, "dataset")
+        num_bytes = sum(path.stat().st_size for path in photos.iterdir()) if options.photos else make_photos(photos, 58)
+        print(f"{len(list(photos.iterdir()))} photos of {num_bytes / 1e6:.1f} MB")
+        before = used_bytes(options.folder)
+        for count, style in enumerate(STYLES, start=1):
+            generate(photos.resolve(), out, style, url)
+            print(f"{count} versions: {(used_bytes(options.folder) - before) / num_bytes:.3f} times the photos")
+        versions = sorted(out.glob("versions/v*"))
+        shutil.rmtree(out / "stages")  # versions must not need them
+        print(f"images of each that `datasets` decodes: {[count_images(version) for version in versions]}")
+        remove = ["versions", "rm", versions[0].name, "--data", str(out)]
+        subprocess.run([sys.executable, "-m", "pipeline", *remove], cwd=HERE.parent, check=True, capture_output=True)
+        print(f"without {versions[0].name}: {(used_bytes(options.folder) - before) / num_bytes:.3f} times the photos")
+        print(f"images of each that `datasets` decodes: {[count_images(version) for version in versions[1:]]}")
 
 
 if __name__ == "__main__":

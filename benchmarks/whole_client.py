@@ -10,16 +10,13 @@ With --peer, the root of another checkout of `synth` runs in turn with this one,
 
 import argparse
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+from mock_chat import running_mock
 from read_images import make
 
 HERE = Path(__file__).parent
@@ -45,33 +42,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", type=Path, help="the root of another checkout")
     options = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(port), "0", "various"])
     checkouts = {"this checkout": HERE.parent} | ({str(options.peer): options.peer.resolve()} if options.peer else {})
     costs_ms: dict[str, list[float]] = {name: [] for name in checkouts}
-    try:
-        while mock.poll() is None:
-            try:
-                urllib.request.urlopen(f"{url}/health")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        with tempfile.TemporaryDirectory() as temporary:
-            folders = [Path(temporary) / f"images-{count}" for count in options.images]
-            for folder, count in zip(folders, options.images, strict=True):
-                folder.mkdir()
-                make(folder, count)
-            for number in range(options.rounds):
-                for place, (name, checkout) in enumerate(checkouts.items()):
-                    outs = [Path(temporary) / f"{number}-{place}-{folder.name}" for folder in folders]
-                    small, large = (run(checkout, folder, url, out) for folder, out in zip(folders, outs, strict=True))
-                    costs_ms[name].append((large - small) / (options.images[1] - options.images[0]) * 1e3)
-                    print(f"{name}: {costs_ms[name][-1]:.2f} CPU ms an image ({small:.1f} and {large:.1f} s)", flush=True)
-    finally:
-        mock.kill()
+    with running_mock() as url, tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / f"images-{count}" for count in options.images]
+        for folder, count in zip(folders, options.images, strict=True):
+            folder.mkdir()
+            make(folder, count)
+        for number in range(options.rounds):
+            for place, (name, checkout) in enumerate(checkouts.items()):
+                outs = [Path(temporary) / f"{number}-{place}-{folder.name}" for folder in folders]
+                small, large = (run(checkout, folder, url, out) for folder, out in zip(folders, outs, strict=True))
+                costs_ms[name].append((large - small) / (options.images[1] - options.images[0]) * 1e3)
+                print(f"{name}: {costs_ms[name][-1]:.2f} CPU ms an image ({small:.1f} and {large:.1f} s)", flush=True)
     for name, costs in costs_ms.items():
         print(f"{name}: median {statistics.median(costs):.2f} CPU ms an image")
 

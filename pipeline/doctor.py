@@ -184,7 +184,8 @@ def _hub() -> Finding:
     return Finding("hub", True, f"a token for {ENDPOINT} is here; whether it may write is seen at the first push")
 
 
-def _shared() -> str:
+def _sharing_note() -> str:
+    """Return whether versions can share pixels here, to go on with a sentence."""
     shares = can_clone_ranges(Path.cwd())
     return f"; versions with other texts {'share' if shares else 'cannot share'} their pixels on this file system"
 
@@ -195,7 +196,7 @@ def _disk() -> Finding:
     except OSError as error:
         return Finding("disk", False, f"this folder cannot be read: {error}", "go to another folder")
     writable = os.access(Path.cwd(), os.W_OK)
-    space = f"{free_gib:.0f} GiB free here" + (_shared() if writable else ", but this folder cannot be written to")
+    space = f"{free_gib:.0f} GiB free here" + (_sharing_note() if writable else ", but this folder cannot be written to")
     enough = free_gib >= DISK_GIB
     hint = "" if enough else f"the 3B model and a dataset of photos want {DISK_GIB} GiB"
     return Finding("disk", enough and writable, space, hint or ("" if writable else "go to another folder, or pass --out DIR"))

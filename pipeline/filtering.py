@@ -27,6 +27,13 @@ from pipeline.text.pii import redact
 
 REMEMBERED_TEXTS = 1 << 15
 MAX_RECORD_WORDS = 2000
+_HEDGE = re.compile(
+    r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
+    re.IGNORECASE,
+)
+_HEDGE_WORDS = frozenset(
+    ("appear", "appears", "possibly", "perhaps", "maybe", "might", "could", "seem", "seems", "unclear", "difficult", "hard")
+)
 
 
 def filter_annotations(
@@ -174,12 +181,3 @@ def _clean(text: str | None, *, strip: bool = False) -> tuple[str | None, int]:
 
 def _duplicate_trigram_frac(words: Words) -> float:
     return 1 - len(set(zip(words, words[1:], words[2:], strict=False))) / (len(words) - 2)
-
-
-_HEDGE = re.compile(
-    r"\b(?:appears? to be|possibly|perhaps|maybe|might be|could be|seems? to|(?:it is|it's) (?:unclear|difficult|hard to))\b",
-    re.IGNORECASE,
-)
-_HEDGE_WORDS = frozenset(
-    ("appear", "appears", "possibly", "perhaps", "maybe", "might", "could", "seem", "seems", "unclear", "difficult", "hard")
-)

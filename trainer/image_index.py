@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.dataset.shards import pixel_chunk
+from pipeline.dataset.shards import IMAGE_LEAF, pixel_chunk
 from pipeline.dataset.version import Version, require_values
 
 
@@ -52,7 +52,7 @@ class RowGroup:
     def _locate(self) -> Iterator[memoryview]:
         rows = self._file.read_row_group(self._number, columns=["image"])
         require_values(rows)
-        chunk = pixel_chunk(self._file, self._number, "image.bytes")
+        chunk = pixel_chunk(self._file, self._number, IMAGE_LEAF)
         first, num_bytes = chunk or (0, 0)
         end, whole = first + num_bytes, memoryview(self._mapped)
         for image in pc.struct_field(rows["image"], "bytes").to_pylist():

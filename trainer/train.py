@@ -77,7 +77,7 @@ def train(
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
-    all_data = version.manifest["digest"] if only is None else None
+    all_data = version.manifest["digest"] if only is None else ""  # which no captioner has learned
     if not is_cut and (metrics := _read_finished(out, run_of(1), config, all_data)) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
@@ -133,7 +133,7 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
-def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str | None) -> dict[str, Any] | None:
+def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str) -> dict[str, Any] | None:
     """Return the metrics of a run that has ended in a folder; None if there is none, or another one.
 
     Earlier releases did not say which run it was: there the same settings, and all images of the same data, make it the same.
@@ -142,7 +142,7 @@ def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str | 
         metrics = read_json(out / "metrics.json")
         if "run" in metrics:
             return metrics if metrics["run"] == run else None
-        is_same = not describe_changes(read_settings(out), config.model_dump()) and read_data_digest(out) == data_digest
+        is_same = data_digest == read_data_digest(out) and not describe_changes(read_settings(out), config.model_dump())
         return metrics if is_same else None
     except (OSError, ValueError, UnsafeFileError):
         return None

@@ -2,7 +2,7 @@
 
 A row group, and a shard, ends before a row whose `sample_id` (a sha256, so evenly distributed) is a multiple of a number.
 A row that is added or removed then moves only the boundary next to it: every other shard of the next version has the same
-bytes, and is not uploaded again. Groups of large images end before a multiple of a smaller number. Pixels are stored
+bytes, and is not uploaded again. The larger a group is, the smaller is the number. Pixels are stored
 uncompressed, since JPEG and PNG are compressed already: a content-defined chunk of Xet finds an image again wherever it lies.
 
 A row group begins at a block of the disk, as in the files of parquet-mr. The ids and the pixels come first in it, so that
@@ -21,9 +21,10 @@ from pipeline.tables import PIXELS, with_features
 
 GROUP_ROWS = 64  # of a row group, on average
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
-LARGE_GROUP_BYTES, LARGE_GROUP_ROWS = 4_000_000, 8  # from so many bytes on, a group ends sooner: after 8 rows, on average
-GROUP_BYTES = 16_000_000  # and a group ends at the next table of rows, so that a reader need not hold it
+LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from so many bytes on, a group ends after so many more rows, on average
+GROUP_BYTES = 16_000_000  # and from so many at the next table of rows, so that a reader need not hold it
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
+IMAGE_LEAF, PAGES_LEAF = "image.bytes", "pages.list.element.bytes"  # columns of PIXELS as Parquet names them
 ALIGNED_BYTES = 16 * BLOCK_BYTES  # a smaller row group is not worth the bytes before it
 
 
@@ -47,13 +48,14 @@ class SplitWriter:
         if self._group_bytes() >= GROUP_BYTES:
             self._flush(may_end_shard=False)
         start = 0
+        is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]  # or bytes need not be counted at each row
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
-            if draw % LARGE_GROUP_ROWS and draw % GROUP_ROWS:
+            if draw % GROUP_ROWS and not (is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)):
                 continue
             self._group.append(table.slice(start, index - start))
             start = index
-            if draw % GROUP_ROWS == 0 or self._group_bytes() >= LARGE_GROUP_BYTES:
+            if draw % GROUP_ROWS == 0 or self._ends_sooner(draw):
                 self._flush(may_end_shard=draw % (GROUP_ROWS * SHARD_GROUPS) == 0)
         self._group.append(table.slice(start))
 
@@ -61,6 +63,11 @@ class SplitWriter:
         """Write the rows in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
         self._end_shard()
+
+    def _ends_sooner(self, draw: int) -> bool:
+        """Return whether the group, as large as it is, ends before the row of a draw."""
+        num_bytes = self._group_bytes()
+        return any(num_bytes >= least and draw % rows == 0 for least, rows in LARGE_GROUPS)
 
     def _group_bytes(self) -> int:
         return sum(part.nbytes for part in self._group)

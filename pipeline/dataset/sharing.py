@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.dataset.shards import pixel_chunk
+from pipeline.dataset.shards import IMAGE_LEAF, PAGES_LEAF, pixel_chunk
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.storage.cloned_ranges import BLOCK_BYTES, Range, can_clone, can_clone_ranges, copy_with_clones
 from pipeline.storage.files import open_parquet, temporary_path
 
 log = logging.getLogger(__name__)
-PIXEL_LEAVES = ("image.bytes", "pages.list.element.bytes")  # columns as Parquet names them
 SEARCHED_VERSIONS = 3  # the newest: each file is read in full before it is opened
 Group = tuple[str, int, str, str]  # a column, and the number of rows of a group with its first and last id
 
@@ -128,7 +127,7 @@ def _pixel_groups(path: Path) -> Iterator[tuple[Group, int, int]]:
     first = 0
     for number in range(file.num_row_groups):
         num_rows = file.metadata.row_group(number).num_rows
-        for leaf in PIXEL_LEAVES:
+        for leaf in (IMAGE_LEAF, PAGES_LEAF):
             chunk = pixel_chunk(file, number, leaf)
             if chunk and chunk[1] > BLOCK_BYTES:
                 yield (leaf, num_rows, ids[first].as_py(), ids[first + num_rows - 1].as_py()), *chunk

@@ -110,7 +110,7 @@ def test_the_pixels_of_a_group_lie_at_one_place_within_a_block_whatever_its_text
 
 
 def test_groups_of_large_images_end_where_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "LARGE_GROUP_BYTES", 4000)
+    monkeypatch.setattr(shards, "LARGE_GROUPS", ((4000, 8),))
     monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
 
     def groups(folder: Path) -> set[tuple[str, ...]]:
@@ -140,3 +140,12 @@ def test_rows_without_pixels_are_not_spread_over_more_blocks(tmp_path: Path) -> 
         for column in columns:
             assert (column.dictionary_page_offset or column.data_page_offset) == end
             end += column.total_compressed_size
+
+
+def test_how_large_images_arrive_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of rows end elsewhere where an image was removed before: groups end before they are too large to be held."""
+    monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
+    monkeypatch.setattr(shards, "LARGE_GROUPS", ((4000, 8), (8000, 2)))
+    monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)
+    rows = [row(number) for number in range(ROWS)]
+    assert write(tmp_path / "a", rows, chunk=16) == write(tmp_path / "b", rows, chunk=3)

@@ -93,6 +93,14 @@ def write_version(
     return version
 
 
+def damage(version: Version) -> None:
+    """Change a bit amid the pixels of a version."""
+    (shard,) = version.shards("train")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
 def used_bytes(disk: Path) -> int:
     """Return the bytes of a disk that are taken. Blocks of removed files are free once it was mounted anew."""
     subprocess.run(["umount", disk], check=True)
@@ -142,10 +150,7 @@ def test_pixels_that_the_parent_lacks_are_shared_with_an_older_version(tmp_path:
 
 def test_nothing_is_shared_with_a_version_that_was_damaged(tmp_path: Path, cloned: list[Range]) -> None:
     first = write_version(tmp_path, "a dog")
-    (shard,) = first.shards("train")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damage(first)
     cloned.clear()
     second = write_version(tmp_path, "the dog")
     assert [size for _, size, _, _ in cloned if size > BLOCK_BYTES] == []
@@ -157,10 +162,7 @@ def test_pixels_that_are_damaged_in_the_newest_version_are_shared_with_the_one_b
 ) -> None:
     write_version(tmp_path, "a dog")
     second = write_version(tmp_path, "one dog")
-    (shard,) = second.shards("train")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damage(second)
     cloned.clear()
     write_version(tmp_path, "the dog")
     assert sum(size for _, size, other, _ in cloned if other.parent.name == "v1.0.0") > 0.95 * PIXEL_BYTES

@@ -21,6 +21,10 @@ from trainer.loop.validation import Validation
 from trainer.train import train
 
 
+def score_nothing(*_: Any) -> dict[str, Any]:
+    return {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
+
+
 def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,11 +80,7 @@ def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
-    monkeypatch.setattr(
-        trainer.loop.validation,
-        "evaluate",
-        lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}},
-    )
+    monkeypatch.setattr(trainer.loop.validation, "evaluate", score_nothing)
     values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
     saved: list[int] = []
@@ -116,11 +116,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
 def test_without_texts_to_validate_on_the_later_of_equal_captioners_is_kept(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    monkeypatch.setattr(
-        trainer.loop.validation,
-        "evaluate",
-        lambda *_: {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}},
-    )
+    monkeypatch.setattr(trainer.loop.validation, "evaluate", score_nothing)
     monkeypatch.setattr(Validation, "loss", lambda _: None)
     saved: list[int] = []
     monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
