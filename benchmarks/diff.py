@@ -39,7 +39,7 @@ def row(number: int, *, is_other: bool) -> dict[str, Any]:
         "height_px": 375,
         "source": "numbers",
         "source_row": str(number),
-        "licence": "cc0-1.0",
+        "license": "cc0-1.0",
         "references": [f"A reference {number} {WORDS}."],
         "captions": [{"text": text, "style": "brief", "prompt_id": "caption/v1@test"}],
         "qa": [asked],

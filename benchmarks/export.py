@@ -45,7 +45,7 @@ def make_version(folder: Path, images: int) -> Path:
         Image.fromarray(rng.integers(0, 255, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)).save(out, "JPEG", quality=95)
         data = out.getvalue()
         name, row = hashlib.sha256(data).hexdigest(), f"{number}.jpg"
-        samples.append(Sample(id=name, source_row=row, images=(data,), width_px=SIDE_PX, height_px=SIDE_PX, licence="cc0-1.0"))
+        samples.append(Sample(id=name, source_row=row, images=(data,), width_px=SIDE_PX, height_px=SIDE_PX, license="cc0-1.0"))
     fixed = {"style": "plain", "task": "caption", "prompt_id": "p", "split": "train"}
     captions = [{"sample_id": s.id, "text": f"Noise of picture number {n}.", **fixed} for n, s in enumerate(samples)]
     version, _ = publish_rows(folder, [pa.Table.from_pylist(captions)], sample_table(samples).to_batches(), rows=Rows())

@@ -70,7 +70,7 @@ def row(number: int, image: int, image_bytes: int, text: str) -> dict[str, Any]:
         "height_px": 375,
         "source": "random",
         "source_row": str(number),
-        "licence": "cc0-1.0",
+        "license": "cc0-1.0",
         "references": [],
         "captions": [caption],
         "qa": [],

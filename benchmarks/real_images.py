@@ -87,7 +87,7 @@ def sample(image: Image.Image) -> Sample:
     data = out.getvalue()
     return Sample(
         id=image_id(data), source_row="", images=(data,), pdq_hashes=(check_image(data).pdq_hash,), width_px=image.width,
-        height_px=image.height, licence="unknown",
+        height_px=image.height, license="unknown",
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def make_version(folder: Path, count: int) -> Version:
         for first in range(0, count, BATCH):
             rows = [
                 {"sample_id": s.id, "images": [photo(first + n)], "pdq_hashes": [b""], "width_px": 500, "height_px": 375}
-                | {"source_row": s.source_row, "licence": s.licence, "references": list(s.references), "split": None}
+                | {"source_row": s.source_row, "license": s.license, "references": list(s.references), "split": None}
                 for n, s in enumerate(samples[first : first + BATCH])
             ]
             yield from pa.Table.from_pylist(rows, schema=SAMPLE).to_batches()

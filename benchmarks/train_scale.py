@@ -80,7 +80,7 @@ def padded_version(folder: Path, count: int, image_bytes: int) -> Version:
                     "images": [(jpeg := photos[n % 50]) + rng.randbytes(image_bytes - len(jpeg))],
                     "pdq_hashes": [b""],
                 }
-                | {"width_px": 500, "height_px": 375, "source_row": s.source_row, "licence": s.licence, "split": None}
+                | {"width_px": 500, "height_px": 375, "source_row": s.source_row, "license": s.license, "split": None}
                 | {"references": list(s.references)}
                 for n, s in enumerate(samples[first : first + 500])
             ]

@@ -65,7 +65,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             sample = _sample(source, config, choice.revision, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
-        sampled = config.model_copy(update={"exclude": (), "limit": None, "rows": None})
+        sampled = config.model_copy(update={"exclude": (), "limit": None, "images": None})
         read = Source(
             name=source.name, revision=source.revision, read=lambda start: iter(sample.rows[start:]), decks=source.decks
         )
@@ -75,7 +75,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled))
             funnel = summarize_shards(LocalExecutor(trial), stages_of(sampled), plan)
         texts = _first_texts(trial)
-    is_endless = config.rows is not None and find_source(config.source).is_drawn
+    is_endless = config.images is not None and find_source(config.source).is_drawn
     total = None if is_endless else source.count()
     choices = {stage.name for stage in stages_of(sampled) if stage.is_choice}
     return _predict(sample, funnel, total, config, stats, choices) | {"texts": texts}
@@ -179,7 +179,7 @@ def _predict(
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
     kept_images = of_stage["version"].kept if "version" in of_stage else 0
-    scales += [config.rows / kept_images] if config.rows and kept_images else []
+    scales += [config.images / kept_images] if config.images and kept_images else []
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
     of_unanswered = sample.new / (sample.new + sample.complete) if sample.new else 0.0

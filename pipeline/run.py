@@ -71,9 +71,9 @@ def generate_dataset(
     with translate_disk_errors(dataset.path):
         refuse_other_settings(dataset, config, start)
     if cluster is not None:
-        if config.rows is not None:
+        if config.images is not None:
             hint = "say how many images to read: --limit N"
-            raise ConfigError("--rows reads on until enough images are kept, which a cluster cannot", hint=hint)
+            raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
         from pipeline.executors.ray.executor import run_on_cluster
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
@@ -151,7 +151,7 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
         raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
     later = ORDER[ORDER.index(start) :]
     free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
-    free |= {"rows"} if "trim" in later else set()
+    free |= {"images"} if "trim" in later else set()
     now = config.recorded()
     if start in ORDER[ORDER.index("filter") :]:
         now["own_tasks"], before["own_tasks"] = (_without_bounds(settings.get("own_tasks", [])) for settings in (now, before))

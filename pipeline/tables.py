@@ -56,7 +56,7 @@ SAMPLE = pa.schema(
         pa.field("images", pa.list_(pa.binary()), nullable=False),  # as the source encoded them; several are pages
         pa.field("pdq_hashes", pa.list_(pa.binary()), nullable=False),  # of each image; empty if not needed
         *fields(INT32, "width_px", "height_px", nullable=False),
-        pa.field("licence", STRING, nullable=False),
+        pa.field("license", STRING, nullable=False),
         pa.field("split", STRING),  # as given by the source, else null
         pa.field("references", pa.list_(STRING), nullable=False),
         pa.field("context", pa.map_(STRING, STRING)),  # columns of the source that prompts may use
@@ -204,7 +204,7 @@ ROW = pa.schema(
         pa.field("image", IMAGE),
         pa.field("pages", pa.list_(IMAGE)),
         *fields(INT32, "width_px", "height_px"),
-        *fields(STRING, "source", "source_row", "licence"),
+        *fields(STRING, "source", "source_row", "license"),
         pa.field("references", pa.list_(STRING)),
         pa.field("context", STRING),  # null; `row_schema` has a struct with a text for each column that was named
         pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),

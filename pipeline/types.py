@@ -31,7 +31,7 @@ class Sample:
     pdq_hashes: tuple[bytes, ...] = ()  # of each image; none if all images are known to be distinct
     width_px: int
     height_px: int
-    licence: str
+    license: str
     split: str | None = None  # as given by the source: train, validation or test
     references: tuple[str, ...] = ()  # captions that the source holds to be true
     context: Context = ()  # what a prompt may say about the sample
@@ -99,7 +99,7 @@ class RawSample:
 
     source_row: str
     images: tuple[bytes, ...]
-    licence: str
+    license: str
     fields: dict[str, Any]
     image_ids: tuple[str, ...] = ()  # of all its images, where the source knows them
 
@@ -115,7 +115,7 @@ class Source:
     messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
     decks: bool = False  # whether its samples are documents of several pages
     is_partial: bool = False  # whether it holds a first part only of what it is named after
-    licence: str = ""  # of all its images, where the place says it that the source is read from
+    license: str = ""  # of all its images, where the place says it that the source is read from
 
     @property
     def rows(self) -> Iterator[Sample | Rejected]:

@@ -155,7 +155,7 @@ def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict
     from pipeline.export.export import export_version
     from pipeline.hub.package import build_package
 
-    restricted = non_redistributable(version.manifest["licences"])
+    restricted = non_redistributable(version.manifest["licenses"])
     with ExitStack() as stack:
         exports = {}
         if formats:

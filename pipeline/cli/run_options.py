@@ -18,7 +18,7 @@ IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # gro
 DATASET, CLUSTER = "Dataset", "Cluster"
 OF_IMPORT = (  # keys of the settings that concern no model
     "source", "source_split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
-    "limit", "rows", "frame_seconds", "license", "filter.language", "split.group_by", "seed", "title",
+    "limit", "images", "frame_seconds", "license", "filter.language", "split.group_by", "seed", "title",
 )  # fmt: skip
 NO_TASKS = "none"  # as config.NO_TASKS, which takes long to import
 FLAGS_KEY, AFTER_DASHES = "server.flags", "what stands after --"
@@ -99,7 +99,7 @@ OPTIONS = (
         help="Leave out the images of another source, such as flickr30k#test; may be given several times."),
     RunOption("limit", "--limit", int, IMAGES, metavar="N", min=1, show_default="all; scenes: 1000",
         help="Stop after this many images."),
-    RunOption("rows", "--rows", int, IMAGES, metavar="N", min=1, show_default="all that were read",
+    RunOption("images", "--images", int, IMAGES, metavar="N", min=1, show_default="all that were read",
         help="Read on until N images are kept, and keep no more."),
     RunOption("frame_seconds", "--every", float, IMAGES, metavar="SECONDS", show_default="5",
         help="Read a frame of a video every so many seconds."),

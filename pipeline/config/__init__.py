@@ -61,7 +61,7 @@ class Config(Section):
     follow_links: bool = False  # read files outside of the folder that links in it lead to
     split_list: Path | None = None  # which image is in which split, where a copy of Flickr30k has lost it
     limit: Annotated[int, Field(ge=1)] | None = None  # images that are read at most
-    rows: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
+    images: Annotated[int, Field(ge=1)] | None = None  # images that the version has: it is read on until so many are kept
     # Seconds between the frames that are read of a video; None: 5.
     frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: int = 0
@@ -121,8 +121,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _may_read_as_many_images_as_it_keeps(self) -> "Config":
-        if self.limit is not None and self.rows is not None and self.limit < self.rows:
-            raise ValueError(f"rows: {self.rows} images cannot be kept of the {self.limit} that limit allows")
+        if self.limit is not None and self.images is not None and self.limit < self.images:
+            raise ValueError(f"images: {self.images} images cannot be kept of the {self.limit} that limit allows")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "rows", "frame_seconds", "seed", "exclude",
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds", "seed", "exclude",
      "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance",
      "split")
 )  # fmt: skip

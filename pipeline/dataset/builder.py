@@ -56,7 +56,7 @@ class Rows:
         texts = rows.drop_columns(list(PIXELS)).to_pylist()
         digests = [row_digest(row) for row in texts]
         self.digests.append(pa.table([rows["sample_id"], pa.array(digests, pa.string())], schema=DIGESTS))
-        self.licenses.update(row["licence"] for row in texts)
+        self.licenses.update(row["license"] for row in texts)
         self.statistics.add(texts)
         self.examples += texts[: CARD_SAMPLES - len(self.examples)]
 

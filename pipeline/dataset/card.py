@@ -239,7 +239,7 @@ def _categories(manifest: dict[str, Any]) -> list[str]:
 def card_licenses(manifest: dict[str, Any]) -> list[str]:
     """Return the licenses that a card names: those of the images, and for images of no known one what the user has stated."""
     stated = (manifest.get("license") or UNKNOWN).lower()
-    return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licences"]})
+    return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licenses"]})
 
 
 def has_unknown_license(manifest: dict[str, Any]) -> bool:

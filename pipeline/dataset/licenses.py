@@ -16,6 +16,6 @@ KNOWN_LICENSES = (  # by the Hub's names, of those that let pixels be passed on
 NON_REDISTRIBUTABLE = (FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED)
 
 
-def non_redistributable(licences: list[str]) -> list[str]:
+def non_redistributable(licenses: list[str]) -> list[str]:
     """Return the licenses under which pixels may not be redistributed."""
-    return [name for name in licences if name.partition(",")[0] in NON_REDISTRIBUTABLE]
+    return [name for name in licenses if name.partition(",")[0] in NON_REDISTRIBUTABLE]

@@ -126,7 +126,7 @@ def publish_version(
         **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
         **({"reader_columns": more} if (more := reader_columns(content.columns)) else {}),
         "features": features(file_schema(content.columns, extras)),
-        "licences": content.licenses,
+        "licenses": content.licenses,
         "rows": content.rows,
         **provenance,
         "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},

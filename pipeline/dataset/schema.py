@@ -74,7 +74,7 @@ class Manifest(_Part):
     table_version: Count
     columns: list[Name]
     features: dict[Name, Any]
-    licences: list[Name]
+    licenses: list[Name]
     rows: dict[Name, Count]
     source: Origin
     model: Origin

@@ -79,7 +79,7 @@ def run_locally(
     if source is None:
         _require_same_comparison(dataset, config)
     revision = choose().revision if asks else str(_read_provenance(dataset, "generate")["revision"])
-    limit = config.limit if config.rows is None else config.rows
+    limit = config.limit if config.images is None else config.images
     reader = SourceReader(dataset, config, source, progress) if source is not None else None
     is_read = reader is not None and reader.has_read(limit)
     # Nothing is refused from here on: what an earlier run left is still there after a refusal.
@@ -96,27 +96,27 @@ def run_locally(
             stack.callback(reader.close)
         while True:
             has_more = reader is not None and reader.read(limit)
-            if reader is not None and config.rows is None:
+            if reader is not None and config.images is None:
                 reader.finish()
             finished = FinishedStages(plan)
             if asks:
                 _ask(dataset, plan, services, choose(), finished)
             judge_rows(dataset, todo, before, plan, services, finished)
-            if config.rows is None:
+            if config.images is None:
                 stack.close()  # what follows needs the memory, and no model
             compare_rows(executor, todo[judged:], todo[judged - 1].name if judged else before, plan, progress, finished)
-            if config.rows is None or limit is None:
+            if config.images is None or limit is None:
                 break
             if reader is None:
-                if position <= order.index("trim") and (kept := _count_images(dataset)) < config.rows:
-                    progress.warn(f"{kept:,} of {config.rows:,} rows are kept: without --from-stage, more images are read")
+                if position <= order.index("trim") and (kept := _count_images(dataset)) < config.images:
+                    progress.warn(f"{kept:,} of {config.images:,} images are kept: without --from-stage, more images are read")
                 break
             limit = next_limit(config, limit, _count_images(dataset), progress, has_more=has_more)
             if limit is None:
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
-    if lost := move_images_to_versions(dataset, version.name if is_new else None, keeps_parts=config.rows is not None):
+    if lost := move_images_to_versions(dataset, version.name if is_new else None, keeps_parts=config.images is not None):
         progress.warn(describe_lost(lost))
     return RunResult(version, is_new, stats, funnel)
 
@@ -135,7 +135,7 @@ def _ask(dataset: DatasetDir, plan: RunPlan, services: Services, engine: EngineC
 
 def reading_settings(config: Config) -> Config:
     """Return the settings with which the source is opened: where a number of rows is wanted, it may be read to its end."""
-    if config.rows is None:
+    if config.images is None:
         return config
     return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_drawn else None})
 
@@ -145,18 +145,18 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
 
     It stops where nearly nothing is kept, since every image is paid for.
     """
-    assert config.rows is not None
-    if kept >= config.rows:
+    assert config.images is not None
+    if kept >= config.images:
         return None
-    so_far = f"{kept:,} of {config.rows:,} rows are kept of {limit:,} images"
+    so_far = f"{kept:,} of {config.images:,} images are kept of {limit:,} that were read"
     if not has_more:
-        progress.warn(f"{kept:,} of {config.rows:,} rows are kept: {config.source} has no more images")
+        progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
     elif limit == config.limit:
         progress.warn(f"{so_far}, and --limit allows no more")
     elif kept < LEAST_YIELD * limit:
         progress.warn(f"{so_far}: too few to read on; see why others were rejected, change that, and run the same command")
     else:
-        lacking = math.ceil((config.rows - kept) * limit / kept * SURPLUS)
+        lacking = math.ceil((config.images - kept) * limit / kept * SURPLUS)
         following = min(limit + lacking, config.limit or limit + lacking)
         progress.message(f"{so_far}: reading on, to image {following:,}")
         return following

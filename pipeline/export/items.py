@@ -15,7 +15,7 @@ from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
-_OF_IMAGES = ("sample_id", "image", "width_px", "height_px", "licence", "source_row")
+_OF_IMAGES = ("sample_id", "image", "width_px", "height_px", "license", "source_row")
 COLUMNS = (*_OF_IMAGES, "references", REFERENCE_QA, "captions", "qa")  # that exports have a place for, beside own tasks
 _ID = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
@@ -95,7 +95,7 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str], *, has_metadata:
         image=image,
         width_px=row["width_px"],
         height_px=row["height_px"],
-        license=row["licence"],
+        license=row["license"],
         source_row=row["source_row"],
         sample_id=sample_id,
         captions=[(caption["style"] or "", caption["text"]) for caption in captions],

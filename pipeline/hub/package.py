@@ -78,7 +78,7 @@ def build_package(
     if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)
     require_intact_files(version)
-    restricted = non_redistributable(version.manifest["licences"])
+    restricted = non_redistributable(version.manifest["licenses"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
         hint = f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it"

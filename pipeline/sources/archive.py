@@ -227,7 +227,7 @@ def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = Tru
 def open_archives(
     archives: Archives,
     part: SourceSlice = ALL,
-    licence: str = UNKNOWN,
+    license: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
@@ -253,7 +253,7 @@ def open_archives(
             for image, texts in _read_images(archives, name, index_of):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    row = _row(f"{name}/{image.name}", image, texts, licence, columns, of_archive, has_questions=has_questions)
+                    row = _row(f"{name}/{image.name}", image, texts, license, columns, of_archive, has_questions=has_questions)
                     if isinstance(row, Rejected) or split in (None, row.fields["split"]):
                         yield row if isinstance(row, Rejected) else _with_stored_split(row, split)
         if number < 0 and part == ALL:
@@ -317,7 +317,7 @@ def _row(
     name: str,
     image: Entry,
     texts: Sequence[Entry],
-    licence: str,
+    license: str,
     columns: Sequence[str],
     split: str | None,
     *,
@@ -337,7 +337,7 @@ def _row(
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
     fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
     fields |= {"reference_qa": questions_of_people(values)} if has_questions else {}
-    return RawSample(source_row=name, images=(image.data,), licence=licence, fields=fields)
+    return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 
 def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:

@@ -72,7 +72,7 @@ class SourceSpec:
     def describe(self) -> dict[str, str]:
         """Return the description of the source, as `synth sources NAME` prints it."""
         tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
-        more = {"splits": self.splits, "size": self.size, "licence": self.license, "needs": self.needs, "example": self.example}
+        more = {"splits": self.splits, "size": self.size, "license": self.license, "needs": self.needs, "example": self.example}
         return {"name": self.name, "what": self.what, "tasks": tasks, **more}
 
     def check_options(self, config: Config) -> None:
@@ -106,7 +106,7 @@ def check_samples(rows: Iterator[RawSample | Rejected], columns: Sequence[str] =
                 pdq_hashes=tuple(page.info.pdq_hash for page in checked),
                 width_px=checked[0].info.width_px,
                 height_px=checked[0].info.height_px,
-                licence=row.licence,
+                license=row.license,
                 **row.fields | {"context": tuple(context.items())},
             )
 

@@ -63,7 +63,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 detail = f"{row[split_column]!r} in the column {split_column} is none of {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
-                fields = {"licence": tables.licence, "split": stored_split(row_split, split)}
+                fields = {"license": tables.license, "split": stored_split(row_split, split)}
                 yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
 
     def first_row(column: str, start: int) -> int:
@@ -90,7 +90,7 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         count=count,
         decks="pages" in columns,
         is_partial=tables.is_partial,
-        licence=tables.licence,
+        license=tables.license,
         messages=(*([PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []), *held_out),
     )
 
@@ -274,7 +274,7 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
         tables = replace(open_remote(path), part=part)
     else:
         tables, messages = open_local(Path(path).expanduser(), part, follow_links=config.follow_links)
-    tables = replace(tables, licence=config.license or UNKNOWN)
+    tables = replace(tables, license=config.license or UNKNOWN)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
     return replace(source, messages=(*messages, *source.messages))
 

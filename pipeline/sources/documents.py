@@ -91,7 +91,7 @@ def open_files(
     every_s = config.frame_seconds or FRAME_SECONDS
     bound = None if config.follow_links or not given.is_dir() else root
     own = files[part.number :: part.of]
-    read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, licence=config.license or UNKNOWN, every_s=every_s)
+    read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, license=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
     revision = (
         digest([[row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own] + renderer)
@@ -125,7 +125,7 @@ def _count_rows(kind: Kind, files: Sequence[Path], bound: Path | None, every_s: 
 
 
 def _read(
-    kind: Kind, path: Path, *, root: Path, bound: Path | None, make_rows: RowMaker, licence: str, every_s: float
+    kind: Kind, path: Path, *, root: Path, bound: Path | None, make_rows: RowMaker, license: str, every_s: float
 ) -> Iterator[RawSample | Rejected]:
     """Yield the rows of a file; its fault comes after the images that could be rendered."""
     name = row_name(path, root)
@@ -135,7 +135,7 @@ def _read(
                 if fault:
                     yield Rejected(source_row=name + of_row, reason="unreadable_image", detail=fault)
                 else:
-                    yield RawSample(source_row=name + of_row, images=images, licence=licence, fields={})
+                    yield RawSample(source_row=name + of_row, images=images, license=license, fields={})
     except ImageError as error:
         yield Rejected(source_row=name, reason=error.reason, detail=str(error))
     except UnsafeFileError as error:

@@ -34,7 +34,7 @@ def read_split_list(path: Path) -> dict[str, str]:
 
 def _open(config: Config, repo: str, part: SourceSlice) -> Source:
     """Open photos with their captions and true splits. Raise SourceError if the tables lack the split, and no list has it."""
-    tables = replace(open_hub(repo or REPO, allow_partial=config.allow_partial), part=part, licence=FLICKR_TERMS)
+    tables = replace(open_hub(repo or REPO, allow_partial=config.allow_partial), part=part, license=FLICKR_TERMS)
     split, split_list = config.source_split, config.split_list
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
     if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):

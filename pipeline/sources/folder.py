@@ -40,7 +40,7 @@ from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlic
 def open_folder(
     root: Path,
     part: SourceSlice = ALL,
-    licence: str = UNKNOWN,
+    license: str = UNKNOWN,
     columns: Sequence[str] = (),
     caption_files: Sequence[Path] = (),
     *,
@@ -102,7 +102,7 @@ def open_folder(
             texts["reference_qa"] = references.questions.get(row, ())
         texts["split"] = references.splits.get(row)
         known = (image_id,) if (image_id := ids.find(number, status)) else ()
-        return RawSample(source_row=name, images=(data,), licence=licence, fields=texts, image_ids=known)
+        return RawSample(source_row=name, images=(data,), license=license, fields=texts, image_ids=known)
 
     return Source(
         name="folder",
@@ -153,8 +153,8 @@ def _context_of(path: Path, root: Path, values: dict[str, str], columns: Sequenc
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "a folder", "a folder has files: --columns context=A,B names columns of metadata.csv for prompts")
-    folder, licence = Path(path).expanduser(), config.license or UNKNOWN
-    return open_folder(folder, part, licence, config.context, config.captions, follow_links=config.follow_links)
+    folder, license = Path(path).expanduser(), config.license or UNKNOWN
+    return open_folder(folder, part, license, config.context, config.captions, follow_links=config.follow_links)
 
 
 SPEC = SourceSpec(

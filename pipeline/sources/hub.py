@@ -57,15 +57,15 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
         hint = "--allow-partial takes what is there; all of it: download the dataset, and use folder:PATH or parquet:PATH"
         raise SourceError(f"the Hub has converted only a first part of {repo} to Parquet", hint=hint)
     card_license = info.card_data.get("license") if info.card_data else None
-    licence = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
+    license = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
     filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
-    licence = f"{GATED}, {licence}" if info.gated else licence
+    license = f"{GATED}, {license}" if info.gated else license
 
     def open_file(path: str) -> BinaryIO:
         name = f"datasets/{repo}@{commit}/{path}"
         return cast(BinaryIO, filesystem.open(name, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
 
-    return Tables(repo, commit, licence, files, open_file, translate, is_partial=is_partial)
+    return Tables(repo, commit, license, files, open_file, translate, is_partial=is_partial)
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:

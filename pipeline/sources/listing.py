@@ -140,7 +140,7 @@ def _is_file(root: Path, address: str) -> bool:
 def open_list(
     file: Path,
     part: SourceSlice = ALL,
-    licence: str = UNKNOWN,
+    license: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
     *,
@@ -169,7 +169,7 @@ def open_list(
         fields: dict[str, Any] = {"references": image.captions, "context": image.context}
         fields |= {"split": stored_split(image.split, split)}
         fields |= {"reference_qa": image.questions} if has_questions else {}
-        return RawSample(source_row=image.name, images=(data,), licence=licence, fields=fields)
+        return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
         return fetch_ahead(images, read) if any(image.is_url for image in images) else map(read, images)
@@ -228,8 +228,8 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
     if _ADDRESS.match(path):
         raise ConfigError(f"a list is read from this disk, and not from {path.partition('?')[0]}", hint="download it first")
     options = {"allow_urls": config.allow_urls, "follow_links": config.follow_links}
-    file, licence = Path(path).expanduser(), config.license or UNKNOWN
-    return open_list(file, part, licence, config.context, config.source_split, **options)
+    file, license = Path(path).expanduser(), config.license or UNKNOWN
+    return open_list(file, part, license, config.context, config.source_split, **options)
 
 
 SPEC = SourceSpec(

@@ -41,7 +41,7 @@ class Tables:
 
     name: str
     revision: str
-    licence: str
+    license: str
     files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
     translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the storage into SourceError

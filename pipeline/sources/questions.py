@@ -20,7 +20,7 @@ def open_questions(
     images: Sequence[str],
     texts: Sequence[str],
     read_question: Callable[[dict[str, Any]], ReferenceQA],
-    licence: str,
+    license: str,
     *,
     decks: bool = False,
 ) -> Source:
@@ -52,7 +52,7 @@ def open_questions(
                 yield row
             elif reference_qa := questions.pop((file_split, row[key]), None):  # its first row
                 pages = [row[column] for column in images]
-                yield build_sample(name, pages, licence, stored_split(file_split, split), reference_qa=tuple(reference_qa))
+                yield build_sample(name, pages, license, stored_split(file_split, split), reference_qa=tuple(reference_qa))
 
     return Source(
         name=config.source.partition("@")[0],

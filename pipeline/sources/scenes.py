@@ -16,7 +16,7 @@ from pipeline.types import ALL, Sample, Source, SourceSlice
 
 REVISION = "1"  # raise when the same seed would draw other pixels or facts
 DEFAULT_LIMIT = 1000
-LICENCE = "cc0-1.0"
+LICENSE = "cc0-1.0"
 
 
 def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, decks: bool = False) -> Source:
@@ -50,7 +50,7 @@ def draw_deck(seed: int, index: int) -> Sample:
 def _sample(seed: int, index: int, images: tuple[bytes, ...], **more: Any) -> Sample:
     sample_id = deck_id([image_id(image) for image in images])
     return Sample(
-        id=sample_id, source_row=f"{seed}/{index}", images=images, width_px=SIDE_PX, height_px=SIDE_PX, licence=LICENCE, **more
+        id=sample_id, source_row=f"{seed}/{index}", images=images, width_px=SIDE_PX, height_px=SIDE_PX, license=LICENSE, **more
     )
 
 
@@ -65,7 +65,7 @@ SCENES = SourceSpec(
     what="drawn pictures of one to four objects, with known facts",
     splits="by hash",
     size="endless; --seed and --limit choose them",
-    license=LICENCE,
+    license=LICENSE,
     needs="nothing",
     example="synth generate --source scenes --limit 500",
     open=lambda config, _, part: open_scenes(config.seed, config.limit, part),

@@ -33,7 +33,7 @@ def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
 
 
 def build_sample(
-    name: str, images: list[Any], licence: str, split: str | None, *, allow_urls: bool = False, **more: Any
+    name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **more: Any
 ) -> RawSample | Rejected:
     """Return the images of a row, or its rejection. Empty pages at the end of a deck are dropped."""
     while len(images) > 1 and images[-1] is None:
@@ -44,4 +44,4 @@ def build_sample(
         pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    return RawSample(source_row=name, images=pages, licence=licence, fields={"split": split, **more})
+    return RawSample(source_row=name, images=pages, license=license, fields={"split": split, **more})

@@ -69,10 +69,10 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
     limit: int | str | None = None
     if not find_source(config.source).counts_rows:  # such as drawn scenes, which end where the limit says
-        limit = config.limit if config.rows is None else "rows"
+        limit = config.limit if config.images is None else "images"
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     return digest(
-        [READING, source.name, source.licence, revisions, settings, files_of_source(config), limit, compared, has_heif()]
+        [READING, source.name, source.license, revisions, settings, files_of_source(config), limit, compared, has_heif()]
     )
 
 
@@ -95,17 +95,17 @@ class SourceReader:
 
     def has_read(self, limit: int | None) -> bool:
         """Return whether an earlier run has written the files of the stage that reading up to this limit would give."""
-        return self.config.rows is None and self._find_result(limit) is not None
+        return self.config.images is None and self._find_result(limit) is not None
 
     def read(self, limit: int | None) -> bool:
         """Write the samples of the source, `limit` at most; return whether it has more. Raise SourceError if there is none."""
-        result = self._find_result(limit) if self.config.rows is None else None
+        result = self._find_result(limit) if self.config.images is None else None
         if result is not None:
             self.progress.message(f"source: {result['images']:,} images were read by an earlier run, and are not read again")
         else:
             result = self._read_on(limit)
         self._require_samples()
-        kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.rows is None
+        kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.images is None
         described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
         write_json(self.dataset.provenance("source"), described)
         return bool(result["has_more"])
@@ -220,7 +220,7 @@ class SourceReader:
             remove(folder)
         write_json(self._path, state | self._failed_before)
         self._parts = parts = SourceParts(
-            folder, digest(state), takes_failed=self.config.rows is None
+            folder, digest(state), takes_failed=self.config.images is None
         )  # else nothing would be tried again: a reading for a number of rows has no end
         self._opened = self.source.read(max(0, parts.num_rows - 1))
         if parts.num_rows:

@@ -1,4 +1,4 @@
-"""Stage: trim. Keep the first images of the source, as many as were asked for (`rows`), and reject the texts of the others."""
+"""Stage: trim. Keep the first images of the source, as many as were asked for (`images`), and reject the texts of the others."""
 
 import duckdb
 import pyarrow as pa
@@ -9,21 +9,21 @@ from pipeline.tables import STRING, fields
 
 IMAGES = pa.schema([ROW, *fields(STRING, "sample_id")])
 QUERY = """
-SELECT row, 'beyond_rows' AS reason FROM images
-WHERE sample_id NOT IN (SELECT sample_id FROM images GROUP BY sample_id ORDER BY min(row) LIMIT {rows})
+SELECT row, 'beyond_images' AS reason FROM images
+WHERE sample_id NOT IN (SELECT sample_id FROM images GROUP BY sample_id ORDER BY min(row) LIMIT {limit})
 """
 
 
 def find_surplus(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the rows of images beyond those that were asked for, with the `reason`."""
     load(comparison.db, "images", comparison.rows.batches("sample_id"), IMAGES)
-    return comparison.db.sql(QUERY.format(rows=comparison.plan.config.rows))
+    return comparison.db.sql(QUERY.format(limit=comparison.plan.config.images))
 
 
 STAGE = Stage(
     "trim",
     judge_by_comparison,
-    is_wanted=lambda config: config.rows is not None,
+    is_wanted=lambda config: config.images is not None,
     is_choice=True,
     compare=find_surplus,
     adds=pa.schema({"reason": STRING}),

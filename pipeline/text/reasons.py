@@ -56,7 +56,7 @@ IN_WORDS = {
     "caption_of_many_images": "says the same of too many images",
     "answer_too_common": "too many such questions have this answer",
     "concepts_too_common": "names only what many captions name",
-    "beyond_rows": "more images were kept than were asked for",
+    "beyond_images": "more images were kept than were asked for",
     "no_annotation_left": "no text of this image was kept",
 }
 

@@ -27,7 +27,7 @@ def consumers(version: Version, good: Version, out: Path) -> dict[str, Callable[
     """Return everything that is done with a version, by name."""
 
     def pack() -> None:
-        with build_package(version, "me/x", acknowledged=version.manifest["licences"]) as package:
+        with build_package(version, "me/x", acknowledged=version.manifest["licenses"]) as package:
             package.bytes()
 
     def train() -> None:

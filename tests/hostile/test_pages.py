@@ -39,7 +39,7 @@ def test_no_string_of_a_version_is_more_than_text_in_its_report(opened: Open, tm
             source_row=text,
             references=(text, text),
             reference_qa=(ReferenceQA(question=text, answers=(text,)),),
-            licence=text.replace("\n", " "),
+            license=text.replace("\n", " "),
         )
         for one, text in zip(scene_samples(len(TEXTS)), TEXTS, strict=True)
     ]
@@ -67,7 +67,7 @@ def test_no_string_of_a_manifest_is_more_than_text_in_a_card_that_is_shown_as_it
     for number, text in enumerate(ALL):
         values = MANIFEST | {
             "title": text, "source": {"name": text, "revision": text}, "model": {"name": text, "revision": text},
-            "prompts": {text: text}, "schemas": {text: {text: text}}, "licences": [text],
+            "prompts": {text: text}, "schemas": {text: {text: text}}, "licenses": [text],
             "measured": {"captions": {text: {"count": 9, "mean_words": 7.5}}},
         }  # fmt: skip
         body = render_card(values, [sample(text)]).split("---\n", 2)[2]

@@ -49,7 +49,7 @@ MODEL = {
     },
     "digest": "d" * 64,
 }  # fmt: skip
-FIXED = {"tasks", "columns", "features", "files", "rows", "licences"}  # that a version is not read with otherwise
+FIXED = {"tasks", "columns", "features", "files", "rows", "licenses"}  # that a version is not read with otherwise
 ALLOWED_TAGS = {
     "h1", "h2", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "strong", "em", "a", "hr", "br",
 }  # fmt: skip
@@ -149,7 +149,7 @@ def test_no_text_and_no_key_breaks_out_of_its_place_in_the_card() -> None:
 
 def test_the_header_of_a_card_is_yaml_whatever_stands_in_it() -> None:
     for vector in ALL:
-        values = MANIFEST | {"title": vector, "source": {"name": vector, "revision": vector}, "licences": [vector]}
+        values = MANIFEST | {"title": vector, "source": {"name": vector, "revision": vector}, "licenses": [vector]}
         assert yaml.safe_load(yaml.safe_dump(metadata(values), allow_unicode=True)) == metadata(values)
 
 

@@ -104,7 +104,7 @@ DAMAGES: dict[str, Damage] = {
             "funnel",
             "config",
             "source",
-            "licences",
+            "licenses",
             "measured",
             "table_version",
         )

@@ -118,7 +118,7 @@ def draw_stripes(number: int) -> Sample:
     image.save(file, "PNG")
     data = file.getvalue()
     return Sample(
-        id=image_id(data), source_row=str(number), images=(data,), width_px=64, height_px=64, licence="cc0-1.0"
+        id=image_id(data), source_row=str(number), images=(data,), width_px=64, height_px=64, license="cc0-1.0"
     )
 
 

@@ -158,5 +158,5 @@ def test_a_license_stated_at_generation_is_that_of_the_rows(home: Path, hub: Run
     made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
     assert len(server.bodies) == asked  # nothing is asked twice
     manifest = json.loads((home / made["path"] / "manifest.json").read_text())
-    assert (manifest["licences"], manifest["title"]) == (["cc-by-4.0"], "Lakes")
+    assert (manifest["licenses"], manifest["title"]) == (["cc-by-4.0"], "Lakes")
     assert "# Lakes" in (home / made["path"] / "README.md").read_text()

@@ -94,7 +94,7 @@ def test_vqav2_keeps_the_questions_of_people_beside_those_of_the_model(hub: Runn
     for row in rows(version):
         assert len(row["reference_qa"]) == 3
         assert row["reference_qa"][0]["answers"] == ["2", "2", "2"]
-        assert row["licence"] == "flickr-terms"
+        assert row["license"] == "flickr-terms"
 
 
 def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_slidevqa_is_decks_with_all_their_pages_in_one_request(hub: RunningHub, 
     assert [part["text"] for part in parts[:-1:2]] == [f"Page {number}:" for number in range(1, 21)]
 
 
-def test_any_data_set_streams_and_its_licence_travels(hub: RunningHub, tmp_path: Path) -> None:
+def test_any_data_set_streams_and_its_license_travels(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 6, repo="me/photos")
     version = generate_version(hub, tmp_path, "--source", "hub:me/photos", "--limit", "4", *TRY)
     assert sum(version.manifest["rows"].values()) == 4
-    assert version.manifest["licences"] == ["undeclared"]  # so its pixels are not pushed
+    assert version.manifest["licenses"] == ["undeclared"]  # so its pixels are not pushed
     assert version.manifest["source"]["name"] == "hub:me/photos"
     assert version.manifest["rows"]["test"] == 4  # the split of the upstream files
 
@@ -177,9 +177,9 @@ def test_drawn_decks_get_questions_with_known_answers_without_a_server(hub: Runn
 def test_sources_says_all_about_one(hub: RunningHub, tmp_path: Path, name: str) -> None:
     description = json.loads(synth(hub, tmp_path, "sources", name, "--json").stdout)
     assert description["example"].startswith("synth generate --source")
-    assert all(description[field] for field in ("what", "tasks", "splits", "size", "licence", "needs"))
+    assert all(description[field] for field in ("what", "tasks", "splits", "size", "license", "needs"))
     output = synth(hub, tmp_path, "sources", name).stdout
-    assert description["licence"] in output
+    assert description["license"] in output
 
 
 @pytest.mark.parametrize("kind", ["archive", "list"])
@@ -208,7 +208,7 @@ def test_archives_and_lists_become_versions_that_name_no_place_of_this_machine(
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "d").version()
     assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
-    assert {row["licence"] for row in rows(version)} == {"cc0-1.0"}
+    assert {row["license"] for row in rows(version)} == {"cc0-1.0"}
     assert version.manifest["source"]["name"] == kind
     again = synth(hub, tmp_path, "import", "--source", source, "--out", "d", "--license", "cc0-1.0", "--json")
     assert "nothing new" in again.stderr, again.stderr

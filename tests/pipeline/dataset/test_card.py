@@ -19,7 +19,7 @@ MANIFEST: dict[str, Any] = {
     "prompts": {"system/v1": "Be brief.", "caption/v1@123": "Task: caption", "qa/v1@456": "Task: qa"},
     "schemas": {"qa": {"type": "object"}},
     "config": {"tasks": ["caption", "qa"]},
-    "licences": ["cc0-1.0"],
+    "licenses": ["cc0-1.0"],
     "columns": ["sample_id", "image"],
     "features": features(pa.schema([ROW.field("sample_id"), ROW.field("image")])),
     "files": {"train-00000.parquet": {"bytes": 900}, "validation-00000.parquet": {"bytes": 100}},
@@ -117,8 +117,8 @@ def test_a_version_of_own_columns_alone_is_called_by_them() -> None:
     assert ": captions and questions, written by" in both
 
 
-def test_an_unknown_licence_is_called_other() -> None:
-    values = header(render_card(MANIFEST | {"licences": ["flickr-terms", "unknown"]}, []))
+def test_an_unknown_license_is_called_other() -> None:
+    values = header(render_card(MANIFEST | {"licenses": ["flickr-terms", "unknown"]}, []))
     assert (values["license"], values["license_name"]) == ("other", "flickr-terms-and-unknown")
 
 
@@ -145,13 +145,13 @@ def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
 
 
 def test_a_license_of_ones_own_may_have_a_link() -> None:
-    values = metadata(MANIFEST | {"licences": ["Shop terms"], "license_link": "https://example.org/terms"})
+    values = metadata(MANIFEST | {"licenses": ["Shop terms"], "license_link": "https://example.org/terms"})
     assert (values["license"], values["license_name"], values["license_link"]) == (
         "other",
         "shop-terms",
         "https://example.org/terms",
     )
-    known = metadata(MANIFEST | {"licences": ["cc-by-4.0"], "license_link": "https://example.org/terms"})
+    known = metadata(MANIFEST | {"licenses": ["cc-by-4.0"], "license_link": "https://example.org/terms"})
     assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub links it
 
 

@@ -64,7 +64,7 @@ def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         reworded,
         lambda rows: rows[:-1],
         lambda rows: [*rows, rows[0]],
-        lambda rows: [row | {"licence": "other"} for row in rows],
+        lambda rows: [row | {"license": "other"} for row in rows],
     ],
     ids=["other captions", "a row less", "a row twice", "another license"],
 )

@@ -273,7 +273,7 @@ def test_images_beside_that_are_damaged_are_told_and_read_again(photos: Path, tm
 
 
 def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path: Path) -> None:
-    version = generate_dataset(settings(photos, rows=5), tmp_path / "d").version
+    version = generate_dataset(settings(photos, images=5), tmp_path / "d").version
     dataset = DatasetDir(tmp_path / "d")
     remove_versions(dataset, [version.name])
     assert not bytes_beside(dataset) and not find_samples_without_images(dataset)

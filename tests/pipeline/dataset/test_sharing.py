@@ -77,7 +77,7 @@ def write_version(
     def row(number: int) -> dict[str, Any]:
         data = pixels(number)
         image = {"bytes": pixels(number + shift) + bytes(BLOCK_BYTES * (number == longer)), "path": None}
-        facts = {"width_px": 500, "height_px": 375, "source": "random", "source_row": str(number), "licence": "cc0-1.0"}
+        facts = {"width_px": 500, "height_px": 375, "source": "random", "source_row": str(number), "license": "cc0-1.0"}
         captions = [{"text": f"{text} {number}", "style": "brief", "prompt_id": "caption/v1@test"}]
         stored = {"pages": [image, image]} if decks else {"image": image}
         sample = {"sample_id": hashlib.sha256(data).hexdigest(), "references": [], "qa": [], "split": "train"}

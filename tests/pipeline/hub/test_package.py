@@ -29,7 +29,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 @pytest.fixture(scope="module")
 def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    samples = [replace(sample, licence="flickr-terms") for sample in scene_samples(20)]
+    samples = [replace(sample, license="flickr-terms") for sample in scene_samples(20)]
     return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), extras=Extras(SCORED))[0]
 
 
@@ -60,7 +60,7 @@ def test_no_images_leaves_out_free_pixels_too(free: Version) -> None:
         assert "image" not in package.manifest["columns"]
 
 
-def test_with_images_wants_each_licence_acknowledged(restricted: Version) -> None:
+def test_with_images_wants_each_license_acknowledged(restricted: Version) -> None:
     with (
         pytest.raises(PushError, match="flickr-terms may not be passed on") as refused,
         build_package(restricted, REPO, images=True),
@@ -112,7 +112,7 @@ def test_exports_go_with_a_version_of_an_earlier_release(tmp_path: Path) -> None
 
 
 def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:
-    samples = [replace(sample, licence="unknown") for sample in scene_samples(5)]
+    samples = [replace(sample, license="unknown") for sample in scene_samples(5)]
     version, _ = make_version(tmp_path, samples, true_captions(samples))
     stated = {None: True, "Unknown": True, "unknwon": True, "cc-by-4.0": False}
     for images in (None, False):

@@ -93,7 +93,7 @@ def test_images_are_read_with_what_lies_beside_them(tmp_path: Path, name: str, m
     images = ("a/0.jpg", "a/1.jpg", "b/IMG.001.jpg", "b/IMG.002.jpg")
     assert list(kept) == [f"{name}/{image}" for image in images]
     assert [row.references for row in kept.values()] == [("A bowl.", "One red bowl."), ("A cup.",), (), ()]
-    assert kept[f"{name}/a/0.jpg"].licence == "unknown"
+    assert kept[f"{name}/a/0.jpg"].license == "unknown"
 
 
 def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
         image.save(buffer, kind)
         encoded.append(buffer.getvalue())
     checked = [check_image(data) for data in encoded]
-    defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "licence": "unknown"}
+    defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "license": "unknown"}
     return Sample(
         id=image_id(encoded[0]), images=tuple(encoded), pdq_hashes=tuple(page.pdq_hash for page in checked), **(defaults | more)
     )

@@ -63,7 +63,7 @@ def test_flickr30k_is_read_from_the_conversion_with_karpathys_split(hub: Running
     assert not rejected
     assert Counter(sample.split for sample in samples) == {"train": 12, "validation": 4, "test": 4}
     assert all(len(sample.references) == 5 for sample in samples)
-    assert {sample.licence for sample in samples} == {"flickr-terms"}
+    assert {sample.license for sample in samples} == {"flickr-terms"}
     assert samples[0].images == (datasets.photo(0),)
     assert (
         opened("flickr30k").revision == hub.hub.storage.repos["dataset", "nlphuji/flickr30k"].branches["refs/convert/parquet"]
@@ -118,7 +118,7 @@ def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> 
         assert sample.reference_qa is not None
         assert {qa.question for qa in sample.reference_qa} == {f"How many things of kind {k} are there?" for k in range(3)}
         assert {qa.answers for qa in sample.reference_qa} == {("2", "2", "2")}  # as the official evaluation compares them
-        assert (sample.split, sample.licence) == ("validation", "flickr-terms")
+        assert (sample.split, sample.license) == ("validation", "flickr-terms")
 
 
 @pytest.mark.parametrize("start", range(0, 24, 3))
@@ -231,7 +231,7 @@ def test_columns_are_guessed_where_they_are_plain_and_asked_for_where_not(hub: R
         opened("hub:me/plain")
     assert "--columns" in caught.value.hint
     samples, _ = read("hub:me/plain", columns={"image": "photo"})
-    assert [(s.references, s.licence, s.split) for s in samples] == [
+    assert [(s.references, s.license, s.split) for s in samples] == [
         ((f"Photo {n}.",), "apache-2.0", "train") for n in range(3)
     ]
     seed_plain(hub, [{k: v for k, v in row.items() if k != "other"} for row in rows], PLAIN.remove(2), "me/one")
@@ -394,7 +394,7 @@ def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read
     datasets.seed_slidevqa(hub.hub.storage)
     hub.hub.granted.add("NTT-hil-insight/SlideVQA")
     samples, _ = read("hub:NTT-hil-insight/SlideVQA", columns={"pages": "page_*"}, source_split="validation")
-    assert non_redistributable([samples[0].licence]) == ["gated, undeclared"]
+    assert non_redistributable([samples[0].license]) == ["gated, undeclared"]
     assert non_redistributable(["apache-2.0", "cc0-1.0", "unknown"]) == []
 
 

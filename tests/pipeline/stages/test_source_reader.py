@@ -327,7 +327,7 @@ def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: P
 
 def test_what_the_place_says_of_the_license_is_part_of_the_key(photos: Path) -> None:
     source = open_source(settings(photos))
-    assert reading_key(settings(photos), source, []) != reading_key(settings(photos), replace(source, licence="gated"), [])
+    assert reading_key(settings(photos), source, []) != reading_key(settings(photos), replace(source, license="gated"), [])
 
 
 def test_drawn_scenes_to_a_limit_and_without_end_are_two_sources(tmp_path: Path) -> None:

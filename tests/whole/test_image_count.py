@@ -59,19 +59,19 @@ def ids_of(version: Version) -> set[str]:
 
 def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.3)) as chat:
-        result, notes = run(tmp_path, chat, rows=50)
+        result, notes = run(tmp_path, chat, images=50)
         version = result.version
         assert version.num_rows == 50
         read = step(version, "source")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
-        assert any("of 50 rows are kept of 50 images: reading on, to image" in text for text in notes)
+        assert any("of 50 images are kept of 50 that were read: reading on, to image" in text for text in notes)
         trimmed = step(version, "trim")
-        assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_rows", 0) < 20
-        assert not version.is_preview and version.manifest["config"]["rows"] == 50
-        again, _ = run(tmp_path, chat, rows=50)
+        assert trimmed["input"] - trimmed["kept"] == trimmed["rejected"].get("beyond_images", 0) < 20
+        assert not version.is_preview and version.manifest["config"]["images"] == 50
+        again, _ = run(tmp_path, chat, images=50)
         assert (again.is_new, again.stats.asked) == (False, 0)
-        more, _ = run(tmp_path, chat, rows=60)
+        more, _ = run(tmp_path, chat, images=60)
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
         assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
 
@@ -84,9 +84,9 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 
     with running_chat(refuse_some(0.3)) as chat:
         with pytest.raises(KeyboardInterrupt):
-            generate_dataset(settings(chat, rows=50), tmp_path, progress=Stop())
+            generate_dataset(settings(chat, images=50), tmp_path, progress=Stop())
         asked = len(chat.bodies)
-        result, _ = run(tmp_path, chat, rows=50)
+        result, _ = run(tmp_path, chat, images=50)
         assert result.version.num_rows == 50 and asked == 50
         assert len(chat.bodies) == asked + result.stats.asked and max(chat.times.values()) == 1
 
@@ -94,9 +94,9 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "more", "rows", "told"),
     [
-        (0.4, {"rows": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
-        (0.99, {"rows": 300}, range(1, 15), "too few to read on"),
-        (0.0, {"rows": 20}, range(20, 21), None),
+        (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
+        (0.99, {"images": 300}, range(1, 15), "too few to read on"),
+        (0.0, {"images": 20}, range(20, 21), None),
     ],
 )
 def test_it_ends_where_there_is_no_more_or_nearly_none_is_kept(
@@ -104,32 +104,32 @@ def test_it_ends_where_there_is_no_more_or_nearly_none_is_kept(
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
         result, notes = run(tmp_path, chat, **more)
-    assert len(chat.bodies) == more["rows"]
-    assert [note for note in notes if "rows are kept" in note] == [note for note in notes if told and told in note]
-    assert (told is None) == (not any("rows are kept" in note for note in notes))
+    assert len(chat.bodies) == more["images"]
+    assert [note for note in notes if "images are kept" in note] == [note for note in notes if told and told in note]
+    assert (told is None) == (not any("images are kept" in note for note in notes))
     assert result.version.num_rows in rows
 
 
 def test_a_source_that_has_no_more_says_so() -> None:
     notes = Notes()
-    config = resolve(source="scenes", rows=10)
+    config = resolve(source="scenes", images=10)
     assert next_limit(config, 10, 7, notes, has_more=False) is None
-    assert notes.texts == ["warning: 7 of 10 rows are kept: scenes has no more images"]
+    assert notes.texts == ["warning: 7 of 10 images are kept: scenes has no more images"]
     assert next_limit(config, 10, 5, notes, has_more=True) == 10 + 11  # half were kept: as many again, and a tenth more
-    assert next_limit(resolve(source="scenes", rows=10, limit=12), 10, 5, notes, has_more=True) == 12
+    assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
     assert next_limit(config, 10, 0, notes, has_more=True) is None
     assert next_limit(config, 10, 10, notes, has_more=True) is None
 
 
 def test_where_none_is_kept_no_more_is_paid(tmp_path: Path) -> None:
     with running_chat(refuse_some(1.0)) as chat, pytest.raises(TableError, match="no row is left"):
-        run(tmp_path, chat, rows=20)
+        run(tmp_path, chat, images=20)
     assert len(chat.bodies) == 20
 
 
 def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
-        first, _ = run(tmp_path, chat, rows=20)
+        first, _ = run(tmp_path, chat, images=20)
         sample_id, caption = next(
             (row["sample_id"], row["captions"][0]["text"])
             for _, batch in first.version.batches(["sample_id", "captions"])
@@ -141,38 +141,38 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
         notes = Notes()
         reviewed = apply_reviews(DatasetDir(tmp_path), [marks], notes)
         assert reviewed.version.num_rows == 19
-        assert not any("rows are kept" in text for text in notes.texts)
-        again, texts = run(tmp_path, chat, rows=20)
+        assert not any("images are kept" in text for text in notes.texts)
+        again, texts = run(tmp_path, chat, images=20)
     assert (again.is_new, again.stats.asked, len(chat.bodies)) == (False, 0, 20)
-    assert not any("rows are kept" in text for text in texts)
+    assert not any("images are kept" in text for text in texts)
 
 
 def test_drawn_scenes_have_no_end_whatever_is_left_out_of_them(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
-        result, _ = run(tmp_path, chat, rows=30, seed=0, exclude=["scenes"], dedupe={"images": "none"}, limit=None)
+        result, _ = run(tmp_path, chat, images=30, seed=0, exclude=["scenes"], dedupe={"images": "none"}, limit=None)
     assert result.version.num_rows == 30
     assert step(result.version, "source")["rejected"].get("banned_image", 0) > 0
 
 
 def test_fewer_rows_of_what_is_there_are_cut_without_asking(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.0)) as chat:
-        run(tmp_path, chat, rows=20)
-        fewer = generate_dataset(settings(chat, rows=12), tmp_path, from_stage="trim")
+        run(tmp_path, chat, images=20)
+        fewer = generate_dataset(settings(chat, images=12), tmp_path, from_stage="trim")
     assert (fewer.version.num_rows, len(chat.bodies)) == (12, 20)
 
 
 def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:
     with running_chat(refuse_some(0.5)) as chat:
-        predicted = predict_run(settings(chat, rows=500), tmp_path)
-        many = predict_run(settings(chat, rows=3000), tmp_path)
+        predicted = predict_run(settings(chat, images=500), tmp_path)
+        many = predict_run(settings(chat, images=3000), tmp_path)
     assert predicted["kept_images"] == pytest.approx(500, abs=2)
     assert 700 < predicted["images"] < 1600
     assert many["kept_images"] == pytest.approx(3000, abs=2) and many["images"] > 3600  # drawn scenes have no end
 
 
 def test_what_cannot_be_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="rows: 20 images cannot be kept of the 10 that limit allows"):
-        resolve(source="scenes", rows=20, limit=10)
-    config = resolve(source="scenes", rows=5)
-    with pytest.raises(ConfigError, match="--rows reads on until enough images are kept, which a cluster cannot"):
+    with pytest.raises(ConfigError, match="images: 20 images cannot be kept of the 10 that limit allows"):
+        resolve(source="scenes", images=20, limit=10)
+    config = resolve(source="scenes", images=5)
+    with pytest.raises(ConfigError, match="--images reads on until enough images are kept, which a cluster cannot"):
         generate_dataset(config, tmp_path, cluster=ClusterOptions())
