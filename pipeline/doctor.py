@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
 from pipeline.inference.families import find_family
-from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
+from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 from pipeline.storage.cloned_ranges import can_clone_ranges
 
@@ -55,11 +55,6 @@ def examine(model: str | None = None) -> list[Finding]:
 
 
 def _package() -> Finding:
-    """Return whether the modules that run are those of this package."""
-    try:
-        check_packages()
-    except ConfigError as error:
-        return Finding("synth", False, str(error), error.hint)
     return Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}")
 
 

@@ -1,21 +1,13 @@
-"""The installed package: its name and version, its extras, and whether its modules are really its own."""
+"""The installed package: its name, its version and its extras."""
 
 import re
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.errors import ConfigError
-
 DISTRIBUTION = "synth-captioner"  # the name `synth` on PyPI is somebody else's
-PACKAGES = {  # the top-level packages that this distribution installs, by how their __init__.py begins
-    "pipeline": "From images to a checked, versioned and published vision-language dataset.",
-    "trainer": "From a dataset version to a trained and scored captioner.",
-    "prompts": "Prompt templates as package data",
-    "data_cards": "Templates of the cards",
-}
+PACKAGES = ("pipeline", "trainer", "prompts", "data_cards")  # top-level packages of this distribution
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,19 +18,6 @@ def installed_version() -> str:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
         return "unknown"
-
-
-def check_packages() -> None:
-    """Raise ConfigError if one of our top-level packages is somebody else's: others install the same names."""
-    for name, beginning in PACKAGES.items():
-        spec = find_spec(name)
-        file = Path(spec.origin) if spec and spec.origin else None
-        if file is not None and not file.is_file():
-            continue  # within a zip file
-        if file is None or not file.read_text(encoding="utf-8", errors="replace").startswith(f'"""{beginning}'):
-            where = f"in {file.parent} is another package of that name" if file else "is not installed"
-            hint = f"install synth into an environment of its own: {install_command()}"
-            raise ConfigError(f"the package `{name}` {where}", hint=hint)
 
 
 def install_command(extra: str = "") -> str:

@@ -8,7 +8,6 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,14 +17,14 @@ from pipeline.cli import generate
 from pipeline.cli.captioners import caption, compare, demo, export_model, look, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.features import features_list, features_prune
-from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
+from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
 from pipeline.cli.termination import sigterm_as_ctrl_c
 from pipeline.cli.training import evaluate, experiment, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError
-from pipeline.install import PACKAGES, check_packages, extra_of, installed_version
+from pipeline.install import PACKAGES, extra_of, installed_version
 from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
@@ -33,13 +32,13 @@ from pipeline.text.escape import printable
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
 TERMINATED = 143  # and that of a command which SIGTERM ends
 COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
-MAKE, USE, TRAIN, HELP = "Make a dataset", "Look at it and publish it", "Train a captioner", "Set up"  # groups of commands
+MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"  # groups of commands
 EXAMPLES = {  # by command, shown below its options
     "generate": (
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
+        "synth generate --source folder:photos --captions captions_val2017.json --no-model",
         "synth generate --config synth.yaml --dry-run",
     ),
-    "import": ("synth import --source folder:photos --captions captions_val2017.json",),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
     "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
@@ -53,7 +52,6 @@ EXAMPLES = {  # by command, shown below its options
     "compare": ("synth compare CHECKPOINT ORG/NAME --images photos --captions captions.json",),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
-    "config": ("synth config --config synth.yaml --limit 100",),
     "init": ("synth init my-captions",),
 }
 
@@ -72,20 +70,6 @@ class Group(TyperGroup):
             return super().invoke(ctx)
 
 
-class ListByDefault(Group):
-    """A group that lists if a folder stands where a command could: `synth versions data/photos` is `... list data/photos`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """See click.Command."""
-        word = args[0] if args else ""
-        if word in self.commands or word in ctx.help_option_names:
-            return super().parse_args(ctx, args)
-        # Beside a second word, one that is not a folder is a command that was mistyped.
-        others = [argument for argument in args[1:] if not argument.startswith("-")]
-        is_list = not word or word.startswith("-") or "/" in word or Path(word).exists() or not others
-        return super().parse_args(ctx, ["list", *args] if is_list else args)
-
-
 @contextmanager
 def _printable_errors() -> Iterator[None]:
     try:
@@ -100,30 +84,29 @@ app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={
-        "token_normalize_func": lambda name: OLD_OPTIONS.get(name, name),
-        "help_option_names": ["-h", "--help"],
-    },
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
-versions = typer.Typer(
-    cls=ListByDefault, help="Versions of a dataset: list, tag and remove them; clean up after killed commands."
-)
+versions = typer.Typer(no_args_is_help=True, help="List, tag and remove the versions of a dataset; free disk space.")
 review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
 
 
 def add(command: Callable[..., None], group: str, **more: Any) -> None:
     """Add a command to the application, in a group of its help, with its examples."""
-    name = command.__name__.rstrip("_").replace("_", "-")  # `import_` is the command import
+    name = command.__name__.replace("_", "-")
     examples = EXAMPLES.get(name, ())
     epilog = "\n\n".join([f"Example: {example}" for example in examples]) or None
     app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
 
 
-add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
-add(generate.import_, MAKE)
+add(generate.init, MAKE)
+add(generate.doctor, MAKE)
 add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
+add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
 add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
+add(report, USE)
+app.add_typer(review, name="review", rich_help_panel=USE)
+review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
 versions.command("list")(versions_list)
 versions.command("tag")(versions_tag)
@@ -133,9 +116,6 @@ add(diff, USE)
 add(check, USE)
 add(push, USE)
 add(export, USE)
-add(report, USE)
-app.add_typer(review, name="review", rich_help_panel=USE)
-review.command("apply")(review_apply)
 add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
@@ -148,11 +128,6 @@ add(experiment, TRAIN)
 app.add_typer(features, name="features", rich_help_panel=TRAIN)
 features.command("list")(features_list)
 features.command("prune")(features_prune)
-add(generate.init, HELP)
-add(generate.config, HELP, context_settings=VLLM_FLAGS)
-add(generate.doctor, HELP)
-add(generate.models, HELP)
-add(generate.sources, HELP)
 
 
 def print_version(value: bool) -> None:
@@ -191,7 +166,6 @@ def main() -> None:
 def _run(terminated: list[float]) -> None:
     """Run the command; it exits with 130 if Ctrl-C ends it, or 143 if it was `terminated`."""
     try:
-        check_packages()
         app()
     except SynthError as error:
         say(f"synth: {error}", LOSS)

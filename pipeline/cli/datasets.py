@@ -72,7 +72,7 @@ def check(
             if result.hint:
                 echo(f"      {result.hint}")
     if not checked:
-        raise StoreError(f"no dataset at {data}", hint="name a dataset folder: `synth versions` lists the last one")
+        raise StoreError(f"no dataset at {data}", hint="name a dataset folder: `synth versions list` shows the last one")
     if as_json:
         echo(json.dumps([asdict(result) for result in checked]))
     if not all(result.is_ok for result in checked):

@@ -1,18 +1,26 @@
-"""Commands that make a dataset: generate, import, preview, config, init, serve, doctor, models, sources."""
+"""Commands that make a dataset: init, doctor, preview, generate, serve."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
 from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
 from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
-from pipeline.cli.run_options import CLUSTER, DATASET, RunSettings, with_import_settings, with_run_settings
+from pipeline.cli.run_options import CLUSTER, DATASET, NO_MODEL, RunSettings, with_run_settings
 from pipeline.errors import ConfigError
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote
+
+
+def _dataset_option(*names: str, **more: Any) -> Any:
+    return Option(*names, rich_help_panel=DATASET, **more)
+
+
+def _cluster_option(**more: Any) -> Any:
+    return Option(rich_help_panel=CLUSTER, hidden=True, **more)
 
 
 @with_run_settings
@@ -20,55 +28,47 @@ def generate(
     settings: RunSettings,
     out: Annotated[
         Path | None,
-        Option(
+        _dataset_option(
             **DATASET_PATH,
-            help="Dataset folder; run again to continue it. On a cluster also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+            help="Dataset folder; run again to continue it. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
             show_default="data/SOURCE",
-            rich_help_panel=DATASET,
         ),
     ] = None,
     from_stage: Annotated[
         str | None,
-        Option(
+        _dataset_option(
             metavar="STAGE",
-            help="Start at a stage, from what the one before it left: source, generate, validate, filter, verify, select, "
-            "dedupe, balance, trim, split, review, version.",
-            rich_help_panel=DATASET,
+            help="Start at a stage, from the results of the one before it: source, generate, validate, filter, verify, "
+            "select, dedupe, balance, trim, split, review, version.",
+            hidden=True,
         ),
     ] = None,
     dry_run: Annotated[
-        bool,
-        Option(
-            "--dry-run",
-            help="Ask about a few images, and predict hours, tokens, money and kept rows of all.",
-            rich_help_panel=DATASET,
-        ),
+        bool, _dataset_option("--dry-run", help="Ask about 32 images, and predict hours, tokens, money and kept rows of all.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON to stdout.", rich_help_panel=DATASET)] = False,
+    print_config: Annotated[
+        bool, _dataset_option("--print-config", help="Print all settings and their origins, and exit.", hidden=True)
+    ] = False,
+    as_json: Annotated[bool, _dataset_option("--json", help="Print JSON to stdout.", hidden=True)] = False,
     executor: Annotated[
-        Literal["local", "ray"],
-        Option(help="local: in this process; ray: on a Ray cluster, in shards.", rich_help_panel=CLUSTER),
+        Literal["local", "ray"], _cluster_option(help="local: in this process; ray: on a Ray cluster, in shards.")
     ] = "local",
     ray_address: Annotated[
-        str | None,
-        Option(
-            help="The Ray cluster.",
-            show_default="one on this machine, for as long as the command runs",
-            rich_help_panel=CLUSTER,
-        ),
+        str | None, _cluster_option(help="Address of the Ray cluster.", show_default="a cluster on this machine for this run")
     ] = None,
-    shards: Annotated[
-        int | None, Option(min=1, help="Cut the data into so many parts.", show_default="16", rich_help_panel=CLUSTER)
-    ] = None,
+    shards: Annotated[int | None, _cluster_option(min=1, help="Number of shards.", show_default="16")] = None,
     workers: Annotated[
         int | None,
-        Option(min=1, help="So many ask at once.", show_default="one for each GPU, or CPU but one", rich_help_panel=CLUSTER),
+        _cluster_option(min=1, help="Number of shards asked at once.", show_default="one per GPU, else per CPU but one"),
     ] = None,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
 
-    What stands after -- goes to the vLLM server that is started: synth generate --engine vllm -- --max-num-seqs 64
+    Arguments after -- are passed to the vLLM server that synth starts: synth generate --engine vllm -- --max-num-seqs 64
     """
+    if print_config:
+        _print_settings(settings, as_json=as_json)
+        return
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
@@ -81,6 +81,9 @@ def generate(
         raise BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
     if executor == "local" and out and is_remote(out):
         raise BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
+    if NO_MODEL in settings.options.values() and settings.config.asks_model:
+        asked = ", ".join((*settings.config.tasks, *settings.config.verify.checks))
+        raise ConfigError(f"{NO_MODEL} asks no model, and the settings ask for {asked}", hint="remove one of them")
     if dry_run:
         with show_progress() as progress:
             prediction = predict_run(settings.config, out, progress)
@@ -95,38 +98,16 @@ def generate(
     print_run_result(result, warnings, settings.config.server, shown=progress.warnings, as_json=as_json)
 
 
-@with_import_settings
-def import_(
-    settings: RunSettings,
-    out: Annotated[
-        Path | None,
-        Option(
-            **LOCAL_PATH,
-            help="Dataset folder; run again to continue it.",
-            show_default="data/SOURCE",
-            rich_help_panel=DATASET,
-        ),
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print JSON to stdout.", rich_help_panel=DATASET)] = False,
-) -> None:
-    """Turn images and the captions that people wrote into the same kind of dataset, without a model.
+def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
+    from pipeline.config.files import as_yaml, describe_settings
+    from pipeline.sources import with_source_defaults
 
-    `synth generate --only-missing` then asks a model about the images that have none.
-    """
-    from pipeline.dataset.directory import remember_dataset
-    from pipeline.executors.messages import describe_warnings
-    from pipeline.run import STAGES, generate_dataset
-
-    if settings.config.asks_model:
-        asked = ", ".join(settings.config.tasks) or "checks"
-        raise ConfigError(
-            f"`synth import` asks no model, and the settings ask for {asked}", hint="use: synth generate --keep-human"
-        )
-    with show_progress() as progress:
-        result = generate_dataset(settings.config, out, progress=progress)
-    remember_dataset(out)
-    warnings = describe_warnings(STAGES, result.version, result.funnel, settings.config)
-    print_run_result(result, warnings, shown=progress.warnings, as_json=as_json)
+    lines = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
+    if as_json:
+        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in lines}))
+        return
+    for key, value, origin in lines:
+        echo(f"{key}: {as_yaml(value)}  # {origin}")
 
 
 @with_run_settings
@@ -156,25 +137,6 @@ def preview(
         return
     print_preview(result)
     echo(path)
-
-
-@with_run_settings
-def config(
-    settings: RunSettings,
-    show_all: Annotated[bool, Option("--all", help="Show the defaults, too.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show which settings a run would have, and where each comes from."""
-    from pipeline.config.files import as_yaml, describe_settings
-    from pipeline.sources import with_source_defaults
-
-    lines = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
-    if as_json:
-        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in lines}))
-        return
-    for key, value, origin in lines:
-        if show_all or origin != "default":
-            echo(f"{key}: {as_yaml(value)}  # {origin}")
 
 
 def init(
@@ -209,9 +171,13 @@ def serve(
 
 def doctor(
     model: Annotated[str | None, Option(metavar="MODEL", help="A folder or a Hub id: does it fit here?")] = None,
+    list_sources: Annotated[bool, Option("--sources", help="List the sources that `synth generate` reads.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at this machine: what is installed, which engine would be used, and whether memory, disk and access suffice."""
+    """Check this machine: installed packages, the engine that would be used, memory, disk and access."""
+    if list_sources:
+        _print_sources(as_json=as_json)
+        return
     from pipeline.doctor import examine
 
     findings = examine(model)
@@ -224,44 +190,13 @@ def doctor(
             echo(f"     {'':<12} {finding.hint}")
 
 
-def models(
-    name: Annotated[str | None, Argument(help="Show all about this family, or this model.", show_default="list all")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List what is known of models that can be asked: licenses, tokens of a photo, how they write boxes."""
-    from pipeline.errors import ConfigError
-    from pipeline.inference.families import FAMILIES, PHOTO_PX, find_family
-
-    chosen = [find_family(name)] if name else FAMILIES
-    described = [family.describe() for family in chosen if family]
-    if not described:
-        hint = f"{', '.join(family.name for family in FAMILIES)}; others may be asked, too"
-        raise ConfigError(f"nothing is known of the model {name}", hint=hint)
-    if as_json:
-        echo(json.dumps(described[0] if name else described))
-    elif name:
-        for field, value in described[0].items():
-            echo(f"{field:<12} {', '.join(value) if isinstance(value, tuple) else value}")
-    else:
-        echo(f"{'family':<16} {'tokens of a photo':<18} {'boxes in':<12} license")
-        for one in described:
-            echo(f"{one['name']:<16} {one['photo_tokens']:<18,} {one['boxes'] or 'not known':<12} {one['license']}")
-        say(f"a photo of {PHOTO_PX[0]} x {PHOTO_PX[1]} px; `synth models NAME` shows the rest")
-
-
-def sources(
-    name: Annotated[str | None, Argument(help="Show all about this one.", show_default="list all")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the sources that `synth generate` can read, or show one of them."""
-    from pipeline.sources import SOURCES, find_source
+def _print_sources(*, as_json: bool) -> None:
+    from pipeline.sources import SOURCES
 
     if as_json:
-        descriptions = [spec.describe() for spec in ([find_source(name)] if name else SOURCES)]
-        echo(json.dumps(descriptions[0] if name else descriptions))
-    elif name:
-        for field, value in find_source(name).describe().items():
-            echo(f"{field:<8} {value}")
-    else:
-        for source in SOURCES:
-            echo(f"{source.name:<14} {source.what}")
+        echo(json.dumps([source.describe() for source in SOURCES]))
+        return
+    for source in SOURCES:
+        echo(f"{source.name:<14} {source.what}")
+        echo(f"{'':<14} {source.example}")
+        echo(f"{'':<14} license: {source.license}; needs: {source.needs}")

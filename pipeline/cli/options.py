@@ -13,8 +13,6 @@ DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
 LAST_MADE = "the last one made"
 DataDir = Annotated[Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)]
-# Earlier names of options, which go on working.
-OLD_OPTIONS = {"map": "columns", "never": "exclude", "layer": "encoder-layer", "texts": "text-source", "beams": "num-beams"}
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
 DataName = Annotated[
     str | None, Option(help="Dataset folder, DIR@VERSION, or ORG/NAME@VERSION on the Hub.", show_default=LAST_MADE)

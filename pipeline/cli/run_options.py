@@ -1,12 +1,16 @@
-"""The options of a run, defined once: `generate`, `preview` and `config` take all of them, `import` those without a model."""
+"""The options of a run, defined once for `generate` and `preview`.
+
+`--help` shows the options that most runs need, `--help-all` shows all of them.
+"""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Context, Option
+from typer import Context, Exit, Option, echo
+from typer.core import TyperOption
 
 from pipeline.cli.options import read_names, read_pairs, vllm_flags
 from pipeline.errors import ConfigError
@@ -16,11 +20,8 @@ if TYPE_CHECKING:
 
 IMAGES, TEXTS, MODEL, BUDGET = "Images", "What to ask", "Model", "Budget"  # groups of options in --help
 DATASET, CLUSTER = "Dataset", "Cluster"
-OF_IMPORT = (  # keys of the settings that concern no model
-    "source", "source_split", "columns", "captions", "allow_urls", "allow_partial", "follow_links", "split_list", "exclude",
-    "limit", "images", "frame_seconds", "license", "filter.language", "split.group_by", "seed", "title",
-)  # fmt: skip
-NO_TASKS = "none"  # as config.NO_TASKS, which takes long to import
+NO_MODEL = "--no-model"
+NO_TASKS = "none"  # equals config.NO_TASKS, which takes long to import
 FLAGS_KEY, AFTER_DASHES = "server.flags", "what stands after --"
 
 
@@ -38,6 +39,7 @@ class RunOption:
     min: int | None = None
     max: int | None = None
     read: Callable[[Any], Any] = lambda value: value
+    is_common: bool = False  # shown by --help
 
     @property
     def name(self) -> str:
@@ -52,6 +54,7 @@ class RunOption:
             "metavar": self.metavar,
             "show_default": self.show_default or False,
             "rich_help_panel": self.group,
+            "hidden": not self.is_common,
         }
         return _parameter(self.name, Annotated[self.kind | None, Option(self.flag, help=self.help, **limits, **shown)], None)
 
@@ -78,13 +81,14 @@ def _always(value: Any) -> Callable[[Any], Any]:
 
 OPTIONS = (
     RunOption("source", "--source", list[str], IMAGES, metavar="NAME", read=_only_source,
-        help="Where the images come from; `synth sources` lists the names."),
+        is_common=True,
+        help="Where the images come from; `synth doctor --sources` lists the names."),
     RunOption("source_split", "--split", str, IMAGES, metavar="SPLIT",
         help="Read this split of the source only: train, validation or test."),
     RunOption("columns", "--columns", str, IMAGES, metavar="ROLE=COLUMN,...", read=_columns,
         help="Which column is what: image, references, question, answer, pages, split; context=A,B: what prompts may "
              "use as row.A."),
-    RunOption("captions", "--captions", list[Path], IMAGES, metavar="FILE",
+    RunOption("captions", "--captions", list[Path], IMAGES, metavar="FILE", is_common=True,
         help="Captions or questions that people wrote about the images of a folder: JSON of COCO or Karpathy, CSV, "
              "JSON lines; may be given several times."),
     RunOption("allow_urls", "--allow-urls", bool, IMAGES,
@@ -97,7 +101,7 @@ OPTIONS = (
         help="Karpathy's dataset_flickr30k.json, for a copy that has lost the split."),
     RunOption("exclude", "--exclude", list[str], IMAGES, metavar="SOURCE[#SPLIT]",
         help="Leave out the images of another source, such as flickr30k#test; may be given several times."),
-    RunOption("limit", "--limit", int, IMAGES, metavar="N", min=1, show_default="all; scenes: 1000",
+    RunOption("limit", "--limit", int, IMAGES, metavar="N", min=1, show_default="all; scenes: 1000", is_common=True,
         help="Stop after this many images."),
     RunOption("images", "--images", int, IMAGES, metavar="N", min=1, show_default="all that were read",
         help="Read on until N images are kept, and keep no more."),
@@ -108,8 +112,11 @@ OPTIONS = (
     RunOption("license", "--license", str, IMAGES, metavar="NAME",
         help="The license of your own images, such as cc-by-4.0."),
     RunOption("tasks", "--tasks", str, TEXTS, metavar="TASKS", show_default="caption,qa; decks: deck_qa", read=read_names,
-        help="What to ask: caption, qa, deck_qa; none: keep what people wrote, and ask no model."),
-    RunOption("own_tasks", "--task", list[Path], TEXTS, metavar="FILE",
+        is_common=True,
+        help="What to ask: caption, qa, deck_qa."),
+    RunOption("tasks", NO_MODEL, bool, TEXTS, read=_always(NO_TASKS), is_common=True,
+        help="Make the dataset of human captions and questions, and ask no model."),
+    RunOption("own_tasks", "--task", list[Path], TEXTS, metavar="FILE", is_common=True,
         help="A task of your own, in YAML; may be given several times. Without --tasks, nothing else is asked."),
     RunOption("human_texts", "--keep-human", bool, TEXTS, read=_always("keep"),
         help="Take captions and questions that people wrote into the dataset."),
@@ -119,7 +126,7 @@ OPTIONS = (
         help="The language of the texts; others are rejected; `any` keeps all."),
     RunOption("split.group_by", "--group-by", str, IMAGES, metavar="folder|prefix",
         help="Keep images of one folder, or of one name but for its last number, in one split."),
-    RunOption("generate.caption_styles", "--styles", str, TEXTS, metavar="NAME,...", read=read_names,
+    RunOption("generate.caption_styles", "--styles", str, TEXTS, metavar="NAME,...", read=read_names, is_common=True,
         show_default="plain,detailed; drawn scenes: brief,detailed",
         help="Styles of captions: plain, detailed, brief, alt, tags, ocr, or those of your own prompts."),
     RunOption("generate.caption_words", "--words", int, TEXTS, metavar="N", show_default="by style",
@@ -131,6 +138,7 @@ OPTIONS = (
     RunOption("select.pairs", "--pairs", bool, TEXTS,
         help="Keep the worst of --samples beside the best, to learn preferences from."),
     RunOption("verify.checks", "--verify", str, TEXTS, metavar="CHECKS", show_default="nothing", read=read_names,
+        is_common=True,
         help="What to check: round_trip, claims, covers, blind, evidence, alignment, references."),
     RunOption("verify.repair", "--repair", bool, TEXTS,
         help="Write captions with false claims again without them (--verify claims)."),
@@ -140,9 +148,9 @@ OPTIONS = (
         help="Draws scenes, samples replies and splits."),
     RunOption("engine", "--engine", str, MODEL, metavar="ENGINE", show_default="auto",
         help="auto, embedded (a model in this process) or vllm (a server)."),
-    RunOption("model", "--model", str, MODEL, metavar="MODEL", show_default="by source and engine",
-        help="tiny, a folder, or the Hub id of a vision-language model; `synth models` lists some."),
-    RunOption("base_url", "--base-url", list[str], MODEL, metavar="URL",
+    RunOption("model", "--model", str, MODEL, metavar="MODEL", show_default="by source and engine", is_common=True,
+        help="The Hub id or the folder of a vision-language model; tiny: the shipped model of drawn scenes."),
+    RunOption("base_url", "--base-url", list[str], MODEL, metavar="URL", is_common=True,
         help="A server that runs already, with the chat protocol of OpenAI; may be given several times."),
     RunOption("server.enforced_schema", "--no-enforced-schema", bool, MODEL, read=_always(False),
         help="Take a server that does not enforce JSON schemas: check each reply, and ask for bad ones again."),
@@ -208,35 +216,41 @@ def read_settings(context: Context, file: Path | None, given: Mapping[RunOption,
         put(FLAGS_KEY, flags["flags"], AFTER_DASHES)
     for option, value in given.items():
         if value not in (None, "", [], [""]):
+            if option.key in origins:
+                problem = f"{option.flag} and {origins[option.key]} exclude each other"
+                raise ConfigError(problem, hint="pass one of them")
             put(option.key, option.read(value), option.flag)
     return RunSettings(resolve(file, **settings), file, origins)
 
 
+def _show_all_options(context: Context, value: bool) -> None:
+    if value:
+        for parameter in context.command.params:
+            if isinstance(parameter, TyperOption):
+                parameter.hidden = False
+        echo(context.get_help())
+        raise Exit
+
+
+HELP_ALL = _parameter(
+    "help_all",
+    Annotated[bool, Option("--help-all", is_eager=True, callback=_show_all_options, help="Show all options, and exit.")],
+    False,
+)
 Command = Callable[..., None]
 
 
 def with_run_settings(command: Command) -> Command:
-    """Return a command with the options of a run before its own; it receives what they come to as `settings`."""
-    return _with_settings(command, OPTIONS)
-
-
-def with_import_settings(command: Command) -> Command:
-    """Return a command with the options of a run that concern no model, in the same way; it asks for no task."""
-    return _with_settings(command, (option for option in OPTIONS if option.key in OF_IMPORT), {"tasks": NO_TASKS})
-
-
-def _with_settings(command: Command, options: Iterable[RunOption], fixed: Mapping[str, str] = {}) -> Command:
-    taken = tuple(options)
-    own = [value for name, value in inspect.signature(command).parameters.items() if name != "settings"]
+    """Return a command with the options of a run before its own; it receives the merged settings as `settings`."""
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "settings"]
 
     def run(**values: Any) -> None:
-        given = {option: fixed.get(option.name, values.get(option.name)) for option in OPTIONS}
-        settings = read_settings(values["context"], values["config"], given)
-        command(settings=settings, **{one.name: values[one.name] for one in own})
+        settings = read_settings(values["context"], values["config"], {option: values[option.name] for option in OPTIONS})
+        command(settings=settings, **{parameter.name: values[parameter.name] for parameter in own})
 
-    shared = (CONTEXT, *(option.parameter for option in taken), CONFIG)
-    parameters = [*shared, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
+    shared = (CONTEXT, *(option.parameter for option in OPTIONS), CONFIG, HELP_ALL)
+    parameters = [*shared, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run

@@ -1,7 +1,7 @@
 """Settings of a run: flags override a `--config` file, which overrides defaults. An unknown key is an error."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -45,8 +45,6 @@ def _as_text(source: str) -> str:
 
 class Config(Section):
     """Everything that decides what a dataset holds. Saved as `run.json`."""
-
-    OLD_KEYS: ClassVar = {"never": "exclude"}
 
     source: Annotated[str, AfterValidator(_as_text)]
     source_split: Literal["train", "validation", "test"] | None = None

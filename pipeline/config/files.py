@@ -12,19 +12,9 @@ from pipeline.config import Config
 from pipeline.config.addresses import address_of, judge_address
 from pipeline.config.flaws import keys_of, validate
 from pipeline.config.manifests import public_settings, refuse_foreign_files
-from pipeline.config.section import BASE_URL, Section
+from pipeline.config.section import BASE_URL
 from pipeline.config.sections import TaskConfig, task_names
 from pipeline.errors import ConfigError, one_line
-
-
-def current_settings(values: dict[str, Any], section: type[Section] = Config) -> dict[str, Any]:
-    """Return settings under today's names of keys, in all sections."""
-    renamed = {section.OLD_KEYS.get(key, key): value for key, value in values.items()}
-    for name, field in section.model_fields.items():
-        inner, value = field.annotation, renamed.get(name)
-        if isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, dict):
-            renamed[name] = current_settings(value, inner)
-    return renamed
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
@@ -47,8 +37,8 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
             values[name] |= value  # a section: keys that it does not name stay as in the file
         elif value is not None:
             values[name] = value
-    if "source" not in values and values.keys() <= {*Config.model_fields, *Config.OLD_KEYS}:
-        raise ConfigError("no source given", hint="say --source scenes, or --source folder:PATH; `synth sources` lists them")
+    if "source" not in values and values.keys() <= {*Config.model_fields}:
+        raise ConfigError("no source given", hint="pass --source folder:PATH; `synth doctor --sources` lists all sources")
     return validate(Config, values)
 
 
@@ -140,7 +130,7 @@ def _without_twice(path: Path, node: yaml.Node) -> yaml.Node:
 def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, Any, str]]:
     """Return (key, value, origin) of every setting; an origin is an option, the file, or `default`."""
     values = config.model_dump(mode="json")
-    in_file = current_settings(_settings_of_file(file)[0]) if file else {}
+    in_file = _settings_of_file(file)[0] if file else {}
     rows = []
     for key in keys_of(Config):
         section, _, name = key.partition(".")
@@ -161,7 +151,7 @@ def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
     values = read_yaml(file, "a line such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
-        return current_settings(values["config"]), True
+        return values["config"], True
     if file.name == "manifest.json":  # cards print a command that names it: it must not be any other file of settings
         raise ConfigError(
             f"{file} is not a manifest of a version", hint="a file of settings has another name, such as synth.yaml"

@@ -41,7 +41,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
             raise ConfigError(f"{where}{problem}", hint=f"{page} explains each setting") from None
         if first["type"] == "missing":
             raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
-        all_shown = "`synth config --all` shows all settings; " if section is Config else ""
+        all_shown = "`synth generate --print-config` shows all settings; " if section is Config else ""
         is_rule = first["type"] in ("value_error", "assertion_error")  # and not about which keys there are
         hint = f"{all_shown}{page} explains {key}" if key in known or is_rule else every_key
         raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None

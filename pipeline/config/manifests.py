@@ -10,9 +10,9 @@ from pipeline.errors import ConfigError
 
 # Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds", "seed", "exclude",
-     "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe", "balance",
-     "split")
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds", "seed",
+     "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe",
+     "balance", "split")
 )  # fmt: skip
 # Sources that name a place of a user's own behind a colon.
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")

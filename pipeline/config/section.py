@@ -1,6 +1,6 @@
 """What all settings share: sections of keys, and the forms of names, addresses and languages."""
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -67,19 +67,17 @@ Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, and keys of earlier releases are read under their new names."""
+    """Base of all sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    OLD_KEYS: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _rename_old_keys(cls, values: Any) -> Any:
+    def _fill_empty_sections(cls, values: Any) -> Any:
+        """Read null as an empty section: YAML returns null for a section whose lines are all commented out."""
         if not isinstance(values, dict):
             return values
-        renamed = {cls.OLD_KEYS.get(key, key): value for key, value in values.items()}
-        # A section whose lines are all commented out is null in YAML.
-        return {key: {} if value is None and _is_section(cls, key) else value for key, value in renamed.items()}
+        return {key: {} if value is None and _is_section(cls, key) else value for key, value in values.items()}
 
     @field_validator("*", mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -89,8 +89,6 @@ def task_names(entries: Any) -> Any:
 class GenerateConfig(Section):
     """Prompts and sampling of the model."""
 
-    OLD_KEYS: ClassVar = {"attempts": "max_attempts", "prompts": "prompt_dir"}
-
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)  # of photographs: plain, detailed
     style_prompts: StylePrompts = ()  # texts of caption styles of one's own, by name
     prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
@@ -137,12 +135,6 @@ class EndpointConfig(Section):
 
 class ServerConfig(Section):
     """How vLLM is started and used. Only flags that may change a reply are part of a dataset's identity."""
-
-    OLD_KEYS: ClassVar = {
-        "start_seconds": "startup_timeout_s",
-        "restarts": "max_restarts",
-        "reply_seconds": "request_timeout_s",
-    }
 
     flags: tuple[str, ...] = ()  # passed to vLLM unchanged; override the default flags
     startup_timeout_s: float = Field(default=900, gt=0)  # to load a model, or to wait for a server that is down
@@ -193,12 +185,6 @@ class ServerConfig(Section):
 class FilterConfig(Section):
     """Bounds on the texts that are kept; words are counted after openings such as "The image shows" are removed."""
 
-    OLD_KEYS: ClassVar = {
-        "max_repeated_trigrams": "max_duplicate_trigram_frac",
-        "min_distinct_words": "min_distinct_word_frac",
-        "max_foreign_letters": "max_non_latin_frac",
-    }
-
     min_caption_words: Annotated[int, Field(ge=1)] | None = None  # None: 5 in English, and 3 in languages that need fewer
     max_caption_words: int = Field(default=150, ge=1)
     min_question_words: int = Field(default=3, ge=1)
@@ -224,8 +210,6 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 class VerifyConfig(Section):
     """Checks that ask the model about annotations again, with their thresholds. Only named checks are run."""
-
-    OLD_KEYS: ClassVar = {"min_blind_share": "min_blind_frac", "max_luck": "max_answer_frequency", "clip": "clip_model"}
 
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)  # share of a caption's claims
@@ -272,12 +256,6 @@ class DedupeConfig(Section):
 
 class BalanceConfig(Section):
     """Limits on over-represented answers and captions."""
-
-    OLD_KEYS: ClassVar = {
-        "max_answer_share": "max_answer_frac",
-        "max_yes_no_share": "max_yes_no_frac",
-        "tail_share": "tail_frac",
-    }
 
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)  # of the questions of one type
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)  # of yes, or of no; also of two other answers

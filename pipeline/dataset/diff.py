@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.files import current_settings
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.digests import annotation_digest
 from pipeline.storage.database import load, open_cursor, open_database, read
@@ -299,7 +298,7 @@ def _settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
     old, new = (
         {name: manifest[name] for name in ("source", "model", "prompts", "columns")}
         | {"prompts": sorted(manifest["prompts"]), "scores": manifest.get("scores", [])}
-        | _flat(current_settings(manifest["config"]))
+        | _flat(manifest["config"])
         for manifest in (before, after)
     )
     return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}

@@ -17,7 +17,6 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.config.files import current_settings
 from pipeline.dataset.names import read_tags
 from pipeline.dataset.paths import DATA
 from pipeline.dataset.version import MANIFEST, NewerVersionError, Version, dataset_dir_of, read_version
@@ -50,7 +49,7 @@ class DatasetDir:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the last run, under today's names; of another release, as they are."""
-        values = current_settings(read_json(self.run_file))
+        values = read_json(self.run_file)
         try:
             return Config.model_validate(values).model_dump(mode="json")
         except ValidationError:

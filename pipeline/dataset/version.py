@@ -187,7 +187,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 def parse_version(name: str) -> tuple[int, ...]:
     """Return the numbers of a name such as v1.2.3. Raises ConfigError if it is not a version name."""
     if not (match := VERSION_NAME.fullmatch(name)):
-        raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions` lists them")
+        raise ConfigError(f"not a version: {name}", hint="versions are named like v1.0.0; `synth versions list` shows them")
     return tuple(int(part) for part in match.groups())
 
 

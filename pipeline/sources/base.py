@@ -70,7 +70,7 @@ class SourceSpec:
         return DECK_TASKS if "pages" in config.columns else self.tasks
 
     def describe(self) -> dict[str, str]:
-        """Return the description of the source, as `synth sources NAME` prints it."""
+        """Return the description of the source, as `synth doctor --sources` prints it."""
         tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
         more = {"splits": self.splits, "size": self.size, "license": self.license, "needs": self.needs, "example": self.example}
         return {"name": self.name, "what": self.what, "tasks": tasks, **more}

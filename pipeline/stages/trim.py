@@ -1,4 +1,4 @@
-"""Stage: trim. Keep the first images of the source, as many as were asked for (`images`), and reject the texts of the others."""
+"""Stage: trim. Keep the texts of the first `images` images of the source, and reject the texts of further images."""
 
 import duckdb
 import pyarrow as pa

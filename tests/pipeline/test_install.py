@@ -1,4 +1,4 @@
-"""The installed package: somebody else's modules of the same names are noticed, and hints name what can be installed."""
+"""The installed package: hints name the command that installs what is missing."""
 
 import subprocess
 import sys
@@ -7,22 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import install
-from pipeline.install import DISTRIBUTION, ROOT, check_packages, extra_of, install_command
-
-
-def test_another_package_named_trainer_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").write_text("")
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import pipeline; sys.path[:0] = [{str(tmp_path)!r}];"
-    code += "from pipeline.cli import main; sys.argv = ['synth', '--version']; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in done.stderr
-    assert "an environment of its own" in done.stderr
-
-
-def test_our_own_packages_are_in_order() -> None:
-    check_packages()
+from pipeline.install import DISTRIBUTION, ROOT, extra_of, install_command
 
 
 @pytest.mark.parametrize(("package", "extra"), [("torch", "embedded"), ("ray", "ray"), ("pillow_heif", "heic"), ("s3fs", "s3")])

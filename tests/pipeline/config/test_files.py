@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config
-from pipeline.config.files import current_settings, read_yaml, resolve
+from pipeline.config.files import read_yaml, resolve
 from pipeline.errors import ConfigError
 
 
@@ -50,22 +50,6 @@ def test_a_flag_of_a_section_leaves_the_rest_of_it_as_the_file_has_it(tmp_path: 
     file.write_text("source: scenes\nserver: {concurrency: 8}\n")
     server = resolve(file, server={"flags": ["--x"]}).server
     assert (server.concurrency, server.flags) == (8, ("--x",))
-
-
-def test_keys_of_earlier_releases_are_read_under_their_new_names(tmp_path: Path) -> None:
-    (tmp_path / "old.yaml").write_text(
-        "never: [flickr30k]\ngenerate: {attempts: 2}\nverify: {clip: tiny-clip, max_luck: 0.2}\nserver: {restarts: 1}\n"
-    )
-    config = resolve(tmp_path / "old.yaml", source="scenes", verify={"checks": ["blind"]})
-    assert (config.exclude, config.generate.max_attempts, config.server.max_restarts) == (("flickr30k",), 2, 1)
-    assert config.verify.model_dump(include={"checks", "clip_model", "max_answer_frequency"}) == {
-        "checks": ("blind",),
-        "clip_model": "tiny-clip",
-        "max_answer_frequency": 0.2,
-    }
-    assert resolve(tmp_path / "old.yaml", source="scenes", exclude=["vqav2"]).exclude == ("vqav2",)
-    old = {"never": [], "verify": {"max_luck": 0.1}, "balance": {"tail_share": None}}
-    assert current_settings(old) == {"exclude": [], "verify": {"max_answer_frequency": 0.1}, "balance": {"tail_frac": None}}
 
 
 def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> None:

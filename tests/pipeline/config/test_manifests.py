@@ -40,7 +40,7 @@ def test_a_manifest_of_a_stranger_cannot_name_the_server_of_a_judge(tmp_path: Pa
 
 
 def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> None:
-    config = resolve(manifest_with(tmp_path, seed=7, never=["flickr30k#test"], generate={"attempts": 2}, engine="embedded"))
+    config = resolve(manifest_with(tmp_path, seed=7, exclude=["flickr30k#test"], generate={"max_attempts": 2}, engine="embedded"))
     assert (config.seed, config.exclude, config.generate.max_attempts, config.engine) == (7, ("flickr30k#test",), 2, "embedded")
 
 
@@ -110,7 +110,6 @@ def test_a_model_of_a_manifest_that_is_a_path_here_is_given_anew(tmp_path: Path,
     ("settings", "key"),
     [
         ({"generate": {"prompt_dir": "prompts"}}, "generate.prompt_dir"),
-        ({"generate": {"prompts": "prompts"}}, "generate.prompt_dir"),
         ({"balance": {"entries": "d" * 64}}, "balance.entries"),
         ({"split_list": "d" * 64}, "split_list"),
     ],
