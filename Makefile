@@ -45,7 +45,7 @@ format: .stamps/venv
 teacher: .stamps/venv
 	$(BIN)/python -m pipeline.scenes.training.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
 
-# The worked example of docs/experiments/which-data.md. It can be interrupted, and goes on.
+# The worked example of docs/measurements.md. An interrupted run resumes.
 experiment: .stamps/venv
 	$(BIN)/synth generate --source scenes --limit 1100
 	$(BIN)/pip install --quiet gguf accelerate

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -49,17 +48,11 @@ class Run:
 
 def make_images(folder: Path) -> None:
     """Write distinct noisy JPEGs of about 85 kB."""
-    import numpy as np
-    from PIL import Image
+    from photos import noise_jpeg  # not imported by the clients, whose memory is measured
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for number in range(KEPT_FILES):
-        path = folder / f"{number:05d}.jpg"
-        if not path.exists():
-            rng = np.random.default_rng(number)
-            coarse = rng.integers(0, 255, (94, 125, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-            picture.save(path, "JPEG", quality=88)
+        (folder / f"{number:05d}.jpg").write_bytes(noise_jpeg(number, grain_px=4))
 
 
 def read_image(folder: Path, number: int) -> bytes:
@@ -215,17 +208,10 @@ def main() -> None:
     if arguments.worker:
         with_context = arguments.worker == WITH_CONTEXT
         return run_synth(arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = f"http://127.0.0.1:{port}"
-    command = [sys.executable, str(HERE / "mock_chat.py"), str(port), str(LATENCY_SECONDS)]
-    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # it logs killed clients
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            compare(arguments, root, Path(temporary))
-    finally:
-        mock.kill()
+    from mock_chat import running_mock  # not imported by the clients either
+
+    with running_mock(LATENCY_SECONDS, various=False) as root, tempfile.TemporaryDirectory() as temporary:
+        compare(arguments, root, Path(temporary))
     return None
 
 

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from mock_chat import running_mock
+
 SYNTH = Path(sys.executable).with_name("synth")
 GROUPS = next(
     (home for home in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (home / "cgroup.procs").exists()), None
@@ -54,31 +55,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs=2, default=[4000, 80000])
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
-    parser.add_argument("--port", type=int, default=8931)
     options = parser.parse_args()
-    mock = subprocess.Popen([sys.executable, str(HERE / "mock_chat.py"), str(options.port), str(options.latency), "various"])
-    time.sleep(2)
     results: dict[str, Any] = {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, more in (("local", []), ("ray", ["--executor", "ray", "--shards", str(options.shards)])):
-                runs = []
-                for images in options.images:
-                    out = f"{name}-{images}"
-                    dataset = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
-                    server = ["--base-url", f"http://127.0.0.1:{options.port}/v1"]
-                    runs.append(run([str(SYNTH), "generate", *dataset, *server, *more], Path(folder)) | {"images": images})
-                    manifest = json.loads((Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text())
-                    runs[-1]["digest"] = manifest["digest"][:12]
-                    print(name, runs[-1], flush=True)
-                small, large = runs
-                more_images = large["images"] - small["images"]
-                results[name] = {
-                    "cpu_ms_an_image": 1000 * (large["cpu_seconds"] - small["cpu_seconds"]) / more_images,
-                    "runs": runs,
-                }
-    finally:
-        mock.kill()
+    with running_mock(options.latency) as url, tempfile.TemporaryDirectory() as folder:
+        for name, more in (("local", []), ("ray", ["--executor", "ray", "--shards", str(options.shards)])):
+            runs = []
+            for images in options.images:
+                out = f"{name}-{images}"
+                dataset = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
+                command = [str(SYNTH), "generate", *dataset, "--base-url", f"{url}/v1", *more]
+                runs.append(run(command, Path(folder)) | {"images": images})
+                manifest = json.loads((Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text())
+                runs[-1]["digest"] = manifest["digest"][:12]
+                print(name, runs[-1], flush=True)
+            small, large = runs
+            more_images = large["images"] - small["images"]
+            cost_ms = 1000 * (large["cpu_seconds"] - small["cpu_seconds"]) / more_images
+            results[name] = {"cpu_ms_an_image": cost_ms, "runs": runs}
     local, ray = (results[name]["cpu_ms_an_image"] for name in ("local", "ray"))
     print(json.dumps({**results, "ray_over_local": round(ray / local, 3)}))
 

@@ -1,6 +1,6 @@
 """Compare which hidden states a captioner reads, and how: `python benchmarks/hidden_states.py OUT [--steps 250] [--seeds 0 1]`.
 
-Trains on the facts of 1,100 drawn scenes, with the shipped CLIP frozen: other layers, fewer states, states of eight bits, and a
+Trains on the facts of 1,100 drawn scenes, with the shipped CLIP frozen: other layers, fewer states, and a
 decoder of the same size that reads them as a prefix of the text in place of cross-attention. Prints CIDEr-D of held-out scenes,
 and that of the captions of other scenes. Cells that are done are skipped.
 """
@@ -27,7 +27,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "patches 2 x 2: 10": {"encoder_states": "2x2"},
     "mean of the patches: 1": {"encoder_states": "mean"},
     "class token: 1": {"encoder_states": "class"},
-    "all 37, int8": {"feature_storage": "int8"},
     "all 37 as a prefix": {"decoder": "prefix"},
     "patches 2 x 2 as a prefix": {"decoder": "prefix", "encoder_states": "2x2"},
     "all 37, in the time of a prefix": {"steps": TIMES},

@@ -20,39 +20,22 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from mock_chat import running_mock
 from PIL import Image
 
 SCHEMA = pa.schema({"image": pa.binary(), "caption": pa.string()})
-NOUNS = [
-    "harbor",
-    "meadow",
-    "tractor",
-    "violin",
-    "lantern",
-    "bridge",
-    "orchard",
-    "kettle",
-    "sailor",
-    "window",
-    "basket",
-    "ladder",
-    "garden",
-    "market",
-    "stove",
-    "pigeon",
-    "river",
-    "statue",
-    "wagon",
-    "helmet",
-]
+NOUNS = (
+    *("harbor", "meadow", "tractor", "violin", "lantern", "bridge", "orchard", "kettle", "sailor", "window"),
+    *("basket", "ladder", "garden", "market", "stove", "pigeon", "river", "statue", "wagon", "helmet"),
+)
 KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
 BATCH = 5000
-PORT = 18_770  # of the mock endpoint
 MAX_PROBES = 20  # requests with which a run finds out what a server can do
 
 
@@ -143,17 +126,12 @@ def main() -> None:
         make(images.with_suffix(".part"), options.images)
         images.with_suffix(".part").rename(images)
     print(f"{options.images:,} images of {images.stat().st_size / 1e9:.2f} GB", flush=True)
-    command, mock, endpoint = [sys.executable, "-m", "pipeline"], "", None
-    if options.ask:
-        mock = f"http://127.0.0.1:{PORT}"
-        script = Path(__file__).with_name("mock_chat.py")
-        endpoint = subprocess.Popen([sys.executable, str(script), str(PORT), "0", "various"], stdout=subprocess.DEVNULL)
-        command += ["generate", "--source", f"parquet:{images}", "--tasks", "caption", "--styles", "brief", "--base-url", mock]
-        time.sleep(5)
-    else:
-        command += ["generate", "--tasks", "none", "--keep-human"]  # `synth import`, which has no --executor
-        command += ["--source", f"parquet:{images}", "--columns", "references=caption"]
-    try:
+    command = [sys.executable, "-m", "pipeline", "generate", "--source", f"parquet:{images}"]
+    with running_mock() if options.ask else nullcontext("") as mock:
+        if options.ask:
+            command += ["--tasks", "caption", "--styles", "brief", "--base-url", mock]
+        else:
+            command += ["--tasks", "none", "--keep-human", "--columns", "references=caption"]
         if options.kill_after_s:
             watch(command, options.out, mock, options.kill_after_s)
         for _ in range(2):
@@ -163,9 +141,6 @@ def main() -> None:
             watch([*command, *halves], options.out, mock, name="halves")
             digests = {name: digest_of(options.out / name) for name in ("dataset", "halves")}
             print(f"digests: {digests}, {'equal' if len({*digests.values()}) == 1 else 'DIFFERENT'}")
-    finally:
-        if endpoint is not None:
-            endpoint.kill()
 
 
 if __name__ == "__main__":

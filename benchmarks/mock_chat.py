@@ -138,15 +138,18 @@ async def health(_request: web.Request) -> web.Response:
 
 
 @contextmanager
-def running_mock(seconds: float = 0) -> Iterator[str]:
-    """Yield the address of a mock with various captions, in a process of its own, once it answers."""
+def running_mock(seconds: float = 0, *, various: bool = True) -> Iterator[str]:
+    """Run a mock in a process of its own; yield its address (without /v1) when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    mock = subprocess.Popen([sys.executable, __file__, str(port), str(seconds), "various"])
+    command = [sys.executable, __file__, str(port), str(seconds), *(["various"] if various else [])]
+    mock = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # aiohttp logs clients that were killed
     try:
-        while mock.poll() is None:
+        while True:
+            if mock.poll() is not None:
+                raise SystemExit(f"the mock endpoint ended: {' '.join(command)}")
             try:
                 urllib.request.urlopen(f"{url}/health")
                 break

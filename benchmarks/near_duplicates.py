@@ -1,24 +1,18 @@
-"""Measure the search for near-duplicate photos: `python benchmarks/near_duplicates.py [--hashes 100000 ...] [--peer PYTHON]`.
+"""Measure the search for near-duplicate photos: `python benchmarks/near_duplicates.py [--hashes 100000 ...]`.
 
 Random hashes of 256 bits, to a fiftieth of which belong copies that are 8, 20, 48, 56, 64 or 70 bits apart, a half of them
 mirrored. For each number of hashes: CPU seconds and peak memory of `find_near_pairs`, its recall of the planted pairs by bits,
 and the CPU seconds of comparing each with each (measured on 20,000 hashes, and scaled by the number of pairs).
 
-With --peer (an interpreter that has faiss), faiss.IndexBinaryMultiHash runs on hashes without mirrored copies, since it looks
-for none; for recall at 64 bits beyond what it has here, one more flip takes five times as long. With --rounds, only so many
-rounds of the search are run and the time of all is scaled: recall is then not measured.
+With --rounds N, only N rounds of the search are run, and their time is scaled to all rounds; recall is not measured then.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
-import subprocess
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
@@ -27,10 +21,9 @@ from pipeline.images.near_pairs import find_in_round, find_near_pairs, plan_sear
 from pipeline.images.similarity import ALL_PAIRS_HASHES, MAX_NEAR_BITS, SURE_BITS, near_hashes
 
 BITS = (8, 20, 48, 56, 64, 70)
-FAISS = ("64", "12", "20", "3")  # bits, tables, bits of a table, flips
 
 
-def plant(count: int, *, mirrored: bool) -> tuple[Hashes, dict[tuple[int, int], int]]:
+def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
     """Return hashes, and the pairs among them that are near, with their bits."""
     rng = np.random.default_rng(count)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
@@ -39,7 +32,7 @@ def plant(count: int, *, mirrored: bool) -> tuple[Hashes, dict[tuple[int, int], 
         row, bits = hashes[n].copy(), BITS[n % len(BITS)]
         for bit in rng.choice(256, bits, replace=False).tolist():
             row[bit // 64] ^= np.uint64(1 << bit % 64)
-        hashes[count - 1 - n] = row ^ (MIRRORED_BITS if mirrored and n // len(BITS) % 2 else np.uint64(0))
+        hashes[count - 1 - n] = row ^ (MIRRORED_BITS if n // len(BITS) % 2 else np.uint64(0))
         planted[n, count - 1 - n] = bits
     return hashes, planted
 
@@ -55,16 +48,15 @@ def main() -> None:
     """Print one line for each number of hashes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hashes", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--peer", help="an interpreter that has faiss")
-    parser.add_argument("--rounds", type=int, help="run so many rounds only")
+    parser.add_argument("--rounds", type=int, help="run only this number of rounds")
     options = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, numpy {np.__version__}")
-    few, _ = plant(ALL_PAIRS_HASHES, mirrored=True)
+    few, _ = plant(ALL_PAIRS_HASHES)
     start = time.process_time()
     near_hashes(few, "photos")
     pair_s = (time.process_time() - start) / (len(few) ** 2 / 2)
     for count in options.hashes:
-        hashes, planted = plant(count, mirrored=True)
+        hashes, planted = plant(count)
         plan, start = plan_search(count, SURE_BITS["photos"]), time.process_time()
         recall = "not measured"
         if options.rounds:
@@ -81,14 +73,6 @@ def main() -> None:
             f"{count:,} hashes: {seconds:,.1f} CPU s, {memory:.2f} GB; each with each {each:,.1f} CPU s; recall {recall}",
             flush=True,
         )
-        if options.peer:
-            hashes, planted = plant(count, mirrored=False)
-            with tempfile.TemporaryDirectory() as folder:
-                np.save(Path(folder) / "hashes.npy", hashes)
-                command = [options.peer, "benchmarks/peers/faiss_peer.py", f"{folder}/hashes.npy", *FAISS]
-                result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            recall = describe_recall(set(map(tuple, result["pairs"])), planted)
-            print(f"    faiss: {result['cpu_s']:,.1f} CPU s; recall {recall}", flush=True)
 
 
 if __name__ == "__main__":

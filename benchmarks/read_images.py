@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from photos import noise_jpeg
 from PIL import Image
 
 from pipeline.inference.request_images import reencode, sendable_format
@@ -29,9 +29,7 @@ from pipeline.sources.folder import open_folder
 def make(folder: Path, count: int) -> None:
     """Write distinct noisy photos."""
     for number in range(count):
-        rng = np.random.default_rng(number)
-        coarse = rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:05d}.jpg", quality=88)
+        (folder / f"{number:05d}.jpg").write_bytes(noise_jpeg(number))
 
 
 def bare(folder: Path) -> None:

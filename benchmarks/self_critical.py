@@ -1,7 +1,7 @@
 """Measure what self-critical training adds where captions of an image differ, as people's do, on drawn scenes.
 
     synth generate --source scenes --limit 2000
-    python benchmarks/self_critical.py data/scenes [--steps 1200] [--scst-steps 200] [--scst-lr 5e-5] [--seeds 0]
+    PYTHONPATH=. python benchmarks/self_critical.py data/scenes [--steps 1200] [--scst-steps 200] [--scst-lr 5e-5] [--seeds 0]
 
 Each image gets five captions from its facts, in which things, their sizes, colors and order are left out or changed at random,
 and the wording with them. One captioner learns them by likelihood, one by likelihood and then by rewards, in equal numbers of
@@ -11,15 +11,19 @@ steps; a third has the first steps alone. All are scored against five such capti
 import argparse
 import random
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synthetic_or_facts import with_rows
+import pyarrow as pa
 
+from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import open_dataset
-from pipeline.scenes.facts import Scene, Thing
-from pipeline.scenes.score import parse_scene
+from pipeline.dataset.version import Version
+from pipeline.scenes.facts import Scene, Thing, sample_scene
+from pipeline.tables import ROW, SPLITS
+from tests.scene_data import publish_tables
 from trainer.config import resolve
 from trainer.train import train
 
@@ -46,8 +50,25 @@ def _named(thing: Thing, draw: random.Random) -> str:
 def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Return a row with captions that differ, which are its references, too."""
     brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
-    texts = [word_caption(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
+    scene = sample_scene(random.Random(row["source_row"].replace("/", ":")))  # as the source drew it
+    texts = [word_caption(scene, draw) for _ in range(CAPTIONS)]
     return row | {"captions": [brief | {"text": text} for text in texts], "references": texts}
+
+
+def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> Version:
+    """Write the same version with other rows, each made of one that it has."""
+    rows = Rows()
+
+    def tables() -> Iterator[pa.Table]:
+        for split in SPLITS:
+            batch = [change(row) | {"split": split} for row in version.read(split).to_pylist()]
+            table = pa.Table.from_pylist(batch, schema=with_split(ROW))
+            rows.add(table)
+            yield table
+
+    names = ("source", "model", "prompts", "schemas", "config", "funnel", "measured")
+    provenance = {name: version.manifest[name] for name in names}
+    return publish_tables(folder, tables(), rows, funnel=provenance["funnel"], provenance=provenance)[0]
 
 
 def main() -> None:

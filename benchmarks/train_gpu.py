@@ -13,7 +13,6 @@ With `--nanovlm` (see train_throughput.py) its real step runs in turn with one a
 """
 
 import argparse
-import io
 import json
 import statistics
 import time
@@ -24,9 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
+from photos import noise_jpeg
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +33,6 @@ from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_s
 from pipeline.progress import NullProgress
 from trainer.data import Example
 from trainer.features import store_features
-from trainer.loop.allocation import keep_freed_memory
 from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
@@ -228,7 +225,7 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
     """Return the images a second from JPEGs to stored states, and of states that are read for a step."""
     encoder = build("192 x 3", device, runs_encoder=True).encoder
     encoder.config.made_from["name"] = "random"
-    examples = [Example(str(number), _jpeg(number), (), ()) for number in range(images)]
+    examples = [Example(str(number), noise_jpeg(number), (), ()) for number in range(images)]
     with TemporaryDirectory() as first, TemporaryDirectory() as second:
         store_features(encoder, examples[:1], Path(first), device, NullProgress())
         started = time.monotonic()
@@ -239,13 +236,6 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
         _wait(device)
         read = time.monotonic()
     return images / (stored - started), 10 * images / (read - stored)
-
-
-def _jpeg(number: int) -> bytes:
-    coarse = np.random.default_rng(number).integers(0, 255, (47, 63, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=88)
-    return file.getvalue()
 
 
 def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
@@ -286,8 +276,6 @@ def main() -> None:
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here: --cpu measures a little on the CPU")
     device = torch.device("cpu" if arguments.cpu else "cuda")
-    if arguments.cpu:
-        keep_freed_memory()  # as trainer.train does
     images = arguments.images or (8 if arguments.cpu else 64)
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
     on_cpu = ("fp32", "bf16") if multiplies_bfloat16(device) else ("fp32",)

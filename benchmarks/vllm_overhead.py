@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import base64
 import hashlib
-import io
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from PIL import Image
+from photos import noise_jpeg
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
@@ -185,14 +184,8 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
 
 def photos(seed: int, count: int, side_px: int) -> Images:
     """Return `count` JPEGs of noise; no other seed draws the same ones."""
-    rng = np.random.default_rng(seed)
-    images: Images = []
-    for _ in range(count):
-        buffer = io.BytesIO()
-        coarse = rng.integers(0, 255, (side_px // 8, side_px // 8, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((side_px, side_px)).save(buffer, "JPEG")
-        images.append((hashlib.sha256(buffer.getvalue()).hexdigest(), (buffer.getvalue(),)))
-    return images
+    jpegs = [noise_jpeg(seed * count + number, (side_px, side_px), quality=75) for number in range(count)]
+    return [(hashlib.sha256(jpeg).hexdigest(), (jpeg,)) for jpeg in jpegs]
 
 
 def measure_names(pairs: int, count: int, scratch: Path) -> None:

@@ -1,6 +1,6 @@
 """The mistakes of a new user, each with the command that makes it, and what must be said about it.
 
-tests/whole/test_mistakes.py checks the messages, benchmarks/mistakes.py measures the time until they appear.
+tests/whole/test_mistakes.py checks the messages.
 """
 
 import os

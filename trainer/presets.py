@@ -1,7 +1,7 @@
 """Names of models, and settings that go together: by the images, their number, and the decoder that learns from them.
 
 Starting points after public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP), not tuned on many photographs:
-docs/experiments/training.md says what was measured.
+docs/measurements.md says what was measured.
 """
 
 from typing import Any, Literal

@@ -35,7 +35,7 @@ _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
 UPRIGHT_QUALITY = 95  # of a JPEG that is encoded anew, since it was turned
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/experiments/curation.md)
+MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/measurements.md)
 MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -75,7 +75,7 @@ def pdq_hash(image: Image.Image) -> bytes:
     """Return the PDQ hash (Facebook, 2019) of an image in RGB or L: 32 bytes, of which few bits change with size or quality.
 
     The hash is empty if the image has too little detail. It is computed from 64 x 64 pixels, to which PDQ itself downsamples:
-    four times as fast as from 256 x 256, and as stable (docs/experiments/curation.md).
+    four times as fast as from 256 x 256, and as stable (docs/measurements.md).
     """
     small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
     bits, quality = pdqhash.compute(np.asarray(small.convert("RGB")))

@@ -1,7 +1,7 @@
 """Near-duplicate images: choose which to keep, and group those that must be in the same split.
 
 Images are compared by their PDQ hashes (images/decode.py). Photos at most 20 of 256 bits apart are copies of one photo; up to
-70 bits, one may be a crop of the other, or have a frame: distinct photos are 88 or more apart (docs/experiments/real-text.md).
+70 bits, one may be a crop of the other, or have a frame: distinct photos are 88 or more apart (docs/measurements.md).
 A mirrored photo is near, and no copy. Slides and charts are never rejected as copies: two that differ in one number look the
 same, and a mirrored one is another.
 """

@@ -2,7 +2,7 @@
 
 "Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large red ball, and that
 the background is gray. A question about a drawn shape asks for one attribute, and identifies the shape by the others or by its
-place: the tiny teacher answers that better than whether such a shape exists (docs/experiments/curation.md). A part that no rule
+place: the tiny teacher answers that better than whether such a shape exists (docs/measurements.md). A part that no rule
 matches is asked as a whole: "Is it true that ...?"
 """
 

@@ -1,6 +1,6 @@
 """Detect what a model writes around, or instead of, a description: markup, labels, coordinates, placeholders, unfinished ends.
 
-Each rule was measured on captions that people and models wrote (docs/experiments/real-text.md): a good text must pass.
+Each rule was measured on captions that people and models wrote (docs/measurements.md): a good text must pass.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The benchmark of training runs where there is no GPU, too: whoever has one can trust that it starts."""
+"""The benchmark of training also runs without a GPU, so that it starts on a machine that has one."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from trainer.loop.precision import multiplies_bfloat16
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_training_benchmark_measures_on_a_cpu(tmp_path: Path) -> None:
+def test_training_benchmark_measures_all_cells_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/train_gpu.py"), "--cpu", "--rounds", "1", "--images", "2"]
     done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_the_training_benchmark_measures_on_a_cpu(tmp_path: Path) -> None:
     assert figures["read_images_per_s"] > figures["stored_images_per_s"] > 0
 
 
-def test_without_a_gpu_it_says_what_to_do() -> None:
+def test_training_benchmark_without_a_gpu_names_the_option_for_the_cpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("NOT RUN: there is a GPU")
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/train_gpu.py")], capture_output=True, text=True)

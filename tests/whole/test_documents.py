@@ -69,11 +69,6 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     assert (page if isinstance(page, Image.Image) else Image.open(io.BytesIO(page["bytes"]))).size == (1536, 864)
 
 
-def test_the_sources_are_listed(tmp_path: Path) -> None:
-    shown = run_synth("sources", cwd=tmp_path).stdout
-    assert all(f"{name}:PATH" in shown for name in ("pdf", "pdf-pages", "video"))
-
-
 def test_a_forecast_counts_pages_and_frames_and_an_excluded_video_is_read_as_closely(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     for number in range(3):
