@@ -12,11 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import SCENES
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.run import generate_dataset
-from pipeline.scenes.facts import Scene
-from pipeline.scenes.score import CaptionScore, parse_scene
+from pipeline.scenes.scene import Scene, scenes_of
+from pipeline.scenes.text import CaptionScore
 from pipeline.storage.files import read_table
 
 MEASURES = {"consistency": {}, "clip": {"checks": ["alignment"], "lowest_alignment_frac": 0.0}}
@@ -45,8 +46,8 @@ def main() -> None:
             generate_dataset(
                 resolve(source="scenes", limit=options.images, seed=3, tasks=["caption"], **settings), Path(folder)
             )
-            samples = read_table(dataset.stage("source"), columns=["sample_id", "facts"]).to_pylist()
-            scenes = {row["sample_id"]: parse_scene(row["facts"]) for row in samples}
+            samples = read_table(dataset.stage("source"), columns=["sample_id", "source_row"]).to_pylist()
+            scenes = {row["sample_id"]: scenes_of(SCENES, row["source_row"])[0] for row in samples}
             for row in read_table(dataset.stage("select")).to_pylist():
                 scores[row["style"], by].add(row["clean_text"], scenes[row["sample_id"]], row["style"])
         candidates: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -18,8 +18,7 @@ from typing import Any
 from synthetic_or_facts import with_rows
 
 from pipeline.dataset.directory import open_dataset
-from pipeline.scenes.facts import Scene, Thing
-from pipeline.scenes.score import parse_scene
+from pipeline.scenes.scene import Scene, Thing, scenes_of
 from trainer.config import resolve
 from trainer.train import train
 
@@ -46,7 +45,8 @@ def _named(thing: Thing, draw: random.Random) -> str:
 def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Return a row with captions that differ, which are its references, too."""
     brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
-    texts = [word_caption(parse_scene(row["facts"]), draw) for _ in range(CAPTIONS)]
+    (scene,) = scenes_of(row["source"], row["source_row"])
+    texts = [word_caption(scene, draw) for _ in range(CAPTIONS)]
     return row | {"captions": [brief | {"text": text} for text in texts], "references": texts}
 
 

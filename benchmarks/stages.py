@@ -27,13 +27,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from examples.scenes.questions import ask_number, ask_other, ask_yes_no
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
-from pipeline.scenes.facts import sample_scene
-from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, caption
+from pipeline.scenes.scene import sample_scene
+from pipeline.scenes.text import STYLES, caption
 from pipeline.stages.base import RunPlan, compare_stage, judge_stage
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json, write_table
@@ -54,11 +55,8 @@ def samples(count: int) -> Iterator[pa.Table]:
     for first in range(0, count, BATCH):
         rows = []
         for n in range(first, min(first + BATCH, count)):
-            scene = sample_scene(random.Random(n))
-            objects = [{name: getattr(thing, name) for name in ("size", "color", "shape", "place")} for thing in scene.objects]
-            facts = {"background": scene.background, "objects": objects}
             ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()], "looks": []}
-            rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": [], "facts": facts})
+            rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": []})
         yield pa.Table.from_pylist(rows, schema=old(SAMPLE))
 
 

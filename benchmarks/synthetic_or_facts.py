@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
-from pipeline.scenes.score import parse_scene
+from pipeline.scenes.scene import scenes_of
 from pipeline.scenes.text import caption
 from pipeline.tables import ROW, SPLITS
 from tests.scene_data import publish_tables
@@ -30,7 +30,7 @@ SCORES = ("bleu_4", "rouge_l", "cider_d")
 
 def from_facts(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row whose captions are made from the facts."""
-    scene = parse_scene(row["facts"])
+    (scene,) = scenes_of(row["source"], row["source_row"])
     return row | {"captions": [one | {"text": caption(scene, one["style"])} for one in row["captions"]]}
 
 

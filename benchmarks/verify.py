@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from teacher import Rounds
 
-from pipeline.config import Config
+from pipeline.config import SCENES, Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples
@@ -32,8 +32,7 @@ from pipeline.inference.requests import with_images
 from pipeline.inference.verification import build_check, checks_of
 from pipeline.run import generate_dataset
 from pipeline.scenes.claims import extract_claims
-from pipeline.scenes.facts import BACKGROUNDS, COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing
-from pipeline.scenes.score import parse_scene
+from pipeline.scenes.scene import BACKGROUNDS, COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing, scenes_of
 from pipeline.scenes.text import STYLES, answer, caption, phrases
 from pipeline.tables import CHECK
 from pipeline.tasks.replies import parse_reply
@@ -153,9 +152,11 @@ def show(title: str, rows: list[tuple[dict[str, Any], bool]]) -> None:
     )
 
 
-def report_planted(written: list[dict[str, Any]], facts: dict[str, Any], images: dict[str, bytes], config: Config) -> None:
+def report_planted(
+    written: list[dict[str, Any]], scenes: dict[str, tuple[Scene, ...]], images: dict[str, bytes], config: Config
+) -> None:
     """Print the share of planted errors that is found, and of true rows that is lost."""
-    rows = list(plant(written, {sample_id: parse_scene(scene_facts) for sample_id, scene_facts in facts.items()}))
+    rows = list(plant(written, {sample_id: scene for sample_id, (scene,) in scenes.items()}))
     checks = ask_again(rows, {sample_id: (image,) for sample_id, image in images.items()}, config)
     judged = judge(rows, checks, config)
     questions = [(row, result["agreement"] < 1) for row, result in judged if row["task"] == "qa"]
@@ -199,13 +200,13 @@ def align(rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
         print(f"  {style:<10} {error:<16} {sum(wins) / len(wins):.4f} of {len(wins)}")
 
 
-def report_own(before: list[dict[str, Any]], out: Path, facts: dict[str, Any]) -> None:
+def report_own(before: list[dict[str, Any]], out: Path, scenes: dict[str, tuple[Scene, ...]]) -> None:
     """Print the accuracy of the teacher's own annotations before and after verify."""
     after = pq.read_table(out / "stages" / "verify" / "kept.parquet").to_pylist()
     gone = pq.read_table(out / "stages" / "verify" / "rejected.parquet").to_pylist()
     print(f"  kept {len(after):,} of {len(before):,}; rejected {dict(Counter(row['reason'] for row in gone))}")
     for title, rows in (("before", before), ("kept", after), ("rejected", gone)):
-        captions, answers = score_annotations(rows, facts)
+        captions, answers = score_annotations(rows, scenes)
         for style, c in sorted(captions.items()):
             print(
                 f"  {title:<9} {style:<9} phrases true {c.precision:.4f}, objects named {c.recall:.4f} ({c.captions} captions)"
@@ -228,12 +229,12 @@ def main() -> None:
         result = generate_dataset(config, out)
         print(f"\nthe teacher's own: {result.stats.asked:,} requests, {3 * arguments.scenes:,} of them to write", end="")
         print(f", {time.perf_counter() - started:.0f} s", flush=True)
-        batches = read_samples(DatasetDir(out), ["sample_id", "facts", "images"])
+        batches = read_samples(DatasetDir(out), ["sample_id", "source_row", "images"])
         source = [row for batch in batches for row in batch.to_pylist()]
-        facts = {row["sample_id"]: row["facts"] for row in source}
+        scenes = {row["sample_id"]: scenes_of(SCENES, row["source_row"]) for row in source}
         written = pq.read_table(out / "stages" / "filter" / "kept.parquet").to_pylist()
-        report_own(written, out, facts)
-    report_planted(written, facts, {row["sample_id"]: row["images"][0] for row in source}, config)
+        report_own(written, out, scenes)
+    report_planted(written, scenes, {row["sample_id"]: row["images"][0] for row in source}, config)
 
 
 if __name__ == "__main__":

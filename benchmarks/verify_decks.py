@@ -14,11 +14,12 @@ from typing import Any
 from teacher import annotate
 from verify import ask_again, judge, show
 
+from pipeline.config import DECKS
 from pipeline.config.files import resolve
-from pipeline.scenes.deck import answer_deck
-from pipeline.scenes.facts import Scene
-from pipeline.scenes.score import parse_scene
-from pipeline.sources.scenes import draw_deck
+from pipeline.scenes.scene import Scene
+from pipeline.scenes.text import answer_deck
+from pipeline.sources.scenes import draw_sample
+from tests.scene_data import scenes_by_id
 
 
 def plant(written: list[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> Iterator[dict[str, Any]]:
@@ -45,8 +46,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7004)
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {arguments.decks} decks of seed {arguments.seed}")
-    samples = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
-    decks = {sample.id: tuple(parse_scene(page) for page in sample.page_facts or ()) for sample in samples}
+    samples = [draw_sample(arguments.seed, index, DECKS) for index in range(arguments.decks)]
+    decks = scenes_by_id(samples, DECKS)
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded", verify={"checks": ("evidence",)})
     written, _ = annotate(samples, config, reworded=False)
     texts = [row | {"clean_question": row["question"], "clean_answer": row["answer"]} for row in written if row["question"]]

@@ -126,12 +126,6 @@ def test_a_section_of_a_manifest_that_is_none_is_one_error(odd: Any, tmp_path: P
         resolve(manifest_with(tmp_path, generate=odd))
 
 
-def test_a_manifest_of_an_earlier_release_means_its_prompts(tmp_path: Path) -> None:
-    generate = resolve(manifest_with(tmp_path, generate={"max_tokens": 99})).generate
-    assert (generate.prompt_version, generate.max_tokens, "prompt_version" in generate.model_fields_set) == (1, 99, True)
-    assert resolve(manifest_with(tmp_path, generate={"prompt_version": 2})).generate.prompt_version == 2
-
-
 def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))

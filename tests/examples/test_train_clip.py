@@ -8,14 +8,23 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
+from examples.scenes import train_clip
+from examples.scenes.train_clip import (
+    PLAIN,
+    WIDTH,
+    align_loss,
+    build_model,
+    build_processor,
+    change_attribute,
+    embed,
+    pool_cells,
+    step_data,
+    train_tokenizer,
+)
+from examples.scenes.training_steps import VisionHeads
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
-from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import VALUES, sample_scene
+from pipeline.scenes.scene import VALUES, draw, sample_scene
 from pipeline.scenes.text import caption
-from pipeline.scenes.training import train_clip
-from pipeline.scenes.training.common import VisionHeads
-from pipeline.scenes.training.train_clip import PLAIN, align_loss, change_attribute, embed, pool_cells, step_data
 
 UNSEEN = 7002
 FOLDER = Path(CLIP_MODELS[TINY_CLIP])

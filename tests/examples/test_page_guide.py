@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.scenes.deck import END, Spot, sample_deck
-from pipeline.scenes.facts import BACKGROUNDS
-from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
-from pipeline.scenes.training.guide import GUIDED_HEADS, IGNORE_INDEX, DeckExample, PageGuide, _looks, attention_loss
-from pipeline.scenes.training.pack import VISION_TOKENS, Packer, TrainingTask, collate
-from pipeline.scenes.training.train_teacher import tokenizer_corpus
+from examples.scenes.packed_tasks import VISION_TOKENS, Packer, TrainingTask, collate
+from examples.scenes.page_guide import GUIDED_HEADS, IGNORE_INDEX, DeckExample, PageGuide, _looks, attention_loss
+from examples.scenes.questions import END, Spot
+from examples.scenes.tiny_vlm import TEXT_WIDTH, train_tokenizer
+from examples.scenes.train_teacher import tokenizer_corpus
+from pipeline.scenes.scene import BACKGROUNDS, sample_deck
 
 PAGES = 3
 IMAGE_ID = 6
