@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.scenes import train_teacher, training_steps
-from examples.scenes.packed_tasks import Packed, Packer, TrainingTask, collate, sample_wording
+from examples.scenes.packed_tasks import Packed, Packer, TrainingTask, collate
 from examples.scenes.page_guide import PageGuide
 from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, train_tokenizer
 from examples.scenes.train_teacher import (
@@ -90,23 +90,6 @@ def test_only_replies_are_learned_and_answers_weigh_more(student: TeacherTrainin
     heavy = [decode([label]) for label, weight in zip(packed.labels, packed.weights, strict=True) if weight > 1]
     assert len(heavy) >= 3 * ANSWERS.question_sets + ANSWERS.answers
     assert not {"question", "answer", '":"'} & set(heavy)
-
-
-def test_the_words_around_a_task_vary_and_may_be_missing() -> None:
-    wordings = [sample_wording(random.Random(seed)) for seed in range(300)]
-    assert len({system for system, _ in wordings}) > 150
-    assert any(not system and not words for system, words in wordings)
-    assert not any("Task:" in text for pair in wordings for text in pair)
-
-
-def test_every_phase_asks_for_every_task() -> None:
-    rng = random.Random(0)
-    lines = [task.line for task in scene_tasks(sample_scene(rng), rng, TEXT)]
-    assert lines[:3] == ["Task: caption, brief", "Task: caption, detailed", "Task: qa"]
-    assert all(line.startswith("Question: ") for line in lines[3:])
-    lines = [task.line for task in deck_tasks(sample_deck(rng), rng, DECKS)]
-    assert lines.count("Task: deck_qa") == DECKS.question_sets
-    assert all(line.startswith("Question: ") for line in lines if line != "Task: deck_qa")
 
 
 def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
