@@ -74,7 +74,7 @@ def test_wordings_that_the_tiny_models_learned_do_not_change() -> None:
         ({"source": "folder:scenes"}, False),
     ],
 )
-def test_drawn_sources_and_the_tiny_model_have_scene_prompts(settings: dict[str, str], *, has_scene_prompts: bool) -> None:
+def test_drawn_sources_and_the_tiny_model_have_scene_prompts(settings: dict[str, Any], *, has_scene_prompts: bool) -> None:
     folders = resolve(**settings).prompt_dirs
     assert [prompt_id(task, *folders) == prompt_id(task) for task in ("caption", "qa")] == [not has_scene_prompts] * 2
 
