@@ -43,7 +43,7 @@ format: .stamps/venv
 	$(BIN)/ruff format .
 
 teacher: .stamps/venv
-	$(BIN)/python -m pipeline.scenes.training.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
+	$(BIN)/python -m examples.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
 
 # The worked example of docs/measurements.md. An interrupted run resumes.
 experiment: .stamps/venv

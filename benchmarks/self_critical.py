@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.dataset.builder import Rows, with_split
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
-from pipeline.scenes.facts import Scene, Thing, sample_scene
+from pipeline.scenes.scene import Scene, Thing, scenes_of
 from pipeline.tables import ROW, SPLITS
 from tests.scene_data import publish_tables
 from trainer.config import resolve
@@ -50,7 +50,7 @@ def _named(thing: Thing, draw: random.Random) -> str:
 def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Return a row with captions that differ, which are its references, too."""
     brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
-    scene = sample_scene(random.Random(row["source_row"].replace("/", ":")))  # as the source drew it
+    (scene,) = scenes_of(row["source"], row["source_row"])
     texts = [word_caption(scene, draw) for _ in range(CAPTIONS)]
     return row | {"captions": [brief | {"text": text} for text in texts], "references": texts}
 

@@ -28,13 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from examples.scenes.questions import ask_number, ask_other, ask_yes_no
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
-from pipeline.scenes.facts import sample_scene
-from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, caption
+from pipeline.scenes.scene import sample_scene
+from pipeline.scenes.text import STYLES, caption
 from pipeline.stages.base import RunPlan, compare_stage, judge_stage
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json, write_table

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import DECKS, Config
 from pipeline.config.files import resolve
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.sources.scenes import draw_deck, draw_sample
+from pipeline.sources.scenes import draw_sample
 from pipeline.stages.source_copies import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample, SampleBatch
-from tests.scene_data import score_annotations, score_decks
+from tests.scene_data import scenes_by_id, score_annotations, score_decks
 
 REWORDED_SYSTEM = (
     "Someone who has lost their sight relies on you. Tell them plainly what this shows, as JSON, and be brief about it."
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, seed {arguments.seed}, {arguments.model}")
     scenes = [draw_sample(arguments.seed, index) for index in range(arguments.scenes)]
-    decks = [draw_deck(arguments.seed, index) for index in range(arguments.decks)]
+    decks = [draw_sample(arguments.seed, index, DECKS) for index in range(arguments.decks)]
     for reworded in (False, True):
         words = "reworded" if reworded else "as released"
         if scenes:
@@ -110,7 +110,7 @@ def unread(rows: list[dict[str, Any]]) -> int:
 
 def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
     """Print the accuracy of captions and answers."""
-    captions, answers = score_annotations(rows, {sample.id: sample.facts or {} for sample in samples})
+    captions, answers = score_annotations(rows, scenes_by_id(samples))
     for style, c in sorted(captions.items()):
         right = c.backgrounds_right / c.captions
         print(f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background {right:.4f}")
@@ -121,9 +121,9 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
     """Print the accuracy of answers, evidence pages and expressions; differences are also listed separately."""
-    facts: dict[str, Sequence[dict[str, Any]]] = {sample.id: sample.page_facts or () for sample in samples}
+    scenes = scenes_by_id(samples, DECKS)
     differences = [row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")]
-    for kind, a in sorted((score_decks(rows, facts) | score_decks(differences, facts)).items()):
+    for kind, a in sorted((score_decks(rows, scenes) | score_decks(differences, scenes)).items()):
         expressions = a.expressions_right / max(1, a.asked)
         print(
             f"  answer  {kind:<11} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}  "

@@ -158,7 +158,7 @@ def make_large_model(folder: Path) -> Path:
     """Write a teacher of random weights whose processor lets an image have 448 px a side."""
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.scenes.teacher import build_model, build_processor
+    from examples.scenes.tiny_vlm import build_model, build_processor
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY_WEIGHTS)
     processor = build_processor(tokenizer)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.config import TINY, Config
+from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
+from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, has_gpu, pick_engine, vllm_python
 from pipeline.inference.families import find_family
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
@@ -162,8 +162,8 @@ def _engine(source: str) -> Finding:
     """Return which engine `--engine auto` would use, without a request to the Hub."""
     config = Config(source=source)
     name, why = pick_engine(config)
-    if find_source(source).is_drawn:
-        return Finding("auto", True, f"{source}: {name} with {choose_engine(config).model}, because {why}")
+    if (model := find_source(source).model) != LARGE:
+        return Finding("auto", True, f"{source}: {name} with {model}, because {why}")
     hint = "" if name == "vllm" else "slow without a GPU: name a server with --base-url, or a smaller model with --model"
     return Finding("auto", name == "vllm", f"{source}: {name} with {LARGE}, because {why}", hint)
 

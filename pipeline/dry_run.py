@@ -48,8 +48,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     images whose replies are in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
     """
     folder = DatasetDir(out or dataset_folder(config.source))
-    with translate_disk_errors(folder.path):
-        config = with_source_defaults(config, folder.prompt_version())
+    config = with_source_defaults(config)
     progress = progress or NullProgress()
     check_prompts(config)
     with use_file_digests(None):
@@ -75,7 +74,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
             plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled))
             funnel = summarize_shards(LocalExecutor(trial), stages_of(sampled), plan)
         texts = _first_texts(trial)
-    is_endless = config.images is not None and find_source(config.source).is_drawn
+    is_endless = config.images is not None and find_source(config.source).is_endless
     total = None if is_endless else source.count()
     choices = {stage.name for stage in stages_of(sampled) if stage.is_choice}
     return _predict(sample, funnel, total, config, stats, choices) | {"texts": texts}

@@ -19,7 +19,7 @@ from pipeline.tables import FILTERED, require_columns, with_reason
 from pipeline.tasks import TASKS
 from pipeline.tasks.base import texts_in
 from pipeline.tasks.own import JOINING, NOTHING, OwnTasks, build_task
-from pipeline.tasks.prompts import NOTES, PROMPT_VERSIONS, prompt_texts
+from pipeline.tasks.prompts import NOTES, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
 from pipeline.text.normalize import strip_opening, words_of
@@ -153,8 +153,7 @@ def _redact_within(value: Any) -> tuple[Any, int]:
 def own_prompt_grams(tasks: tuple[str, ...]) -> Grams:
     """Return the runs of words of our own prompts; a user's may quote captions of the very kind that is wanted."""
     built_in = [TASKS[name] for name in tasks if name in TASKS]
-    texts = [text for version in PROMPT_VERSIONS for text in prompt_texts(built_in, None, version).values()]
-    return artifacts.prompt_grams([*texts, NOTES])
+    return artifacts.prompt_grams([*prompt_texts(built_in).values(), NOTES])
 
 
 def _measure(text: str, language_code: str | None) -> tuple[Words, dict[str, Any]]:

@@ -104,8 +104,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
     """
     folder = DatasetDir(out or dataset_folder(config.source))
-    with translate_disk_errors(folder.path):
-        config = with_source_defaults(config, folder.prompt_version())
+    config = with_source_defaults(config)
     progress = progress or NullProgress()
     check_prompts(config)
     with use_file_digests(None):  # a few images of a large source are shown at once
@@ -140,9 +139,8 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         requests = [request for one in samples.values() for request in _requests_of(one, config, choice.revision, journal)]
     first = {f"{request.task} {request.style}".strip(): request for request in reversed(requests)}
     prompts = {name: (first[name].system, first[name].text) for name in reversed(first)}
-    generate = config.generate
     tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-    described = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+    described = describe_prompts(tasks, config.generate.prompt_dir, config.generate.style_prompts)
     name = public_name(choice.model)
     where = describe_engine(config, choice)
     return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)

@@ -23,7 +23,7 @@ def write_project(folder: Path) -> list[Path]:
         text = (files("pipeline") / SETTINGS).read_text(encoding="utf-8")
         text = text.replace(PROMPT_DIR, str(folder / PROMPTS)).replace(TASK_DIR, str(folder / TASK_FILES))
         write_text(folder / SETTINGS, text)
-        for name in (SYSTEM, *(task.prompts[-1] for task in TASKS.values())):
+        for name in (SYSTEM, *(task.prompt for task in TASKS.values())):
             write_text(folder / PROMPTS / f"{name}.j2", template(name))
         for example in sorted((files("prompts") / EXAMPLES).iterdir(), key=lambda path: path.name):
             write_text(folder / TASK_FILES / example.name, example.read_text(encoding="utf-8"))

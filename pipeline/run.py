@@ -58,8 +58,7 @@ def generate_dataset(
     if is_remote(dataset.path) and cluster is None:
         hint = "pass a folder of this disk, or a cluster: --executor ray"
         raise ConfigError(f"a run in one process cannot write to {dataset.path}", hint=hint)
-    with translate_disk_errors(dataset.path):
-        config = with_source_defaults(config, dataset.prompt_version())
+    config = with_source_defaults(config)
     stages = stages_of(config)
     start, order = from_stage or ORDER[0], step_order(stages)
     if start not in order:

@@ -44,7 +44,6 @@ def fields(kind: pa.DataType, *names: str, nullable: bool = True) -> list[pa.Fie
     return [pa.field(name, kind, nullable) for name in names]
 
 
-FACTS = pa.struct({"background": STRING, "objects": pa.list_(pa.struct(fields(STRING, "size", "color", "shape", "place")))})
 QUESTION_OF_PEOPLE = pa.struct(
     {"question": STRING, "answers": pa.list_(STRING), "answer_type": STRING, "evidence_pages": PAGES, "expression": STRING}
 )
@@ -61,8 +60,6 @@ SAMPLE = pa.schema(
         pa.field("references", pa.list_(STRING), nullable=False),
         pa.field("context", pa.map_(STRING, STRING)),  # columns of the source that prompts may use
         pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
-        pa.field("facts", FACTS),
-        pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
 # A run in one process stores images apart (dataset/samples.py).
@@ -210,8 +207,6 @@ ROW = pa.schema(
         pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
         pa.field("captions", pa.list_(CAPTION)),
         pa.field("qa", pa.list_(QA)),
-        pa.field("facts", FACTS),
-        pa.field("page_facts", pa.list_(FACTS)),
     ]
 )
 # The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
@@ -219,7 +214,7 @@ LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", 
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
-OPTIONAL = (*PIXELS, "context", "reference_qa", "facts", "page_facts")
+OPTIONAL = (*PIXELS, "context", "reference_qa")
 REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 
 

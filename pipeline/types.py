@@ -36,8 +36,6 @@ class Sample:
     references: tuple[str, ...] = ()  # captions that the source holds to be true
     context: Context = ()  # what a prompt may say about the sample
     reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
-    facts: dict[str, Any] | None = None  # the facts of a drawn scene; no model sees them
-    page_facts: tuple[dict[str, Any], ...] | None = None  # the same for each page of a drawn deck
 
     def to_row(self) -> dict[str, Any]:
         """Return the sample as a row of tables.SAMPLE."""

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config
+from pipeline.config import SCENES, Config
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Rows, build_rows
 from pipeline.dataset.directory import DatasetDir
@@ -16,8 +16,8 @@ from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.version import Version
 from pipeline.images.metadata import REMOVED
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
-from pipeline.scenes.text import STYLES, caption
+from pipeline.scenes.scene import Scene, scenes_of
+from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
 from pipeline.storage.files import scratch_folder
@@ -62,7 +62,7 @@ def true_captions(samples: list[Sample]) -> pa.Table:
                 "sample_id": sample.id,
                 "task": "caption",
                 "style": style,
-                "text": caption(parse_scene(sample.facts or {}), style),
+                "text": caption(scenes_of(SCENES, sample.source_row)[0], style),
                 "prompt_id": "caption/v1@test",
                 "split": split_of(sample.id, SplitConfig(), 0),
             }
@@ -168,14 +168,18 @@ def content_of(writer: RowWriter, rows: Rows) -> Content:
     )
 
 
+def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, tuple[Scene, ...]]:
+    return {sample.id: scenes_of(source, sample.source_row) for sample in samples}
+
+
 def score_annotations(
-    annotations: Iterable[dict[str, Any]], facts: dict[str, dict[str, Any]]
+    annotations: Iterable[dict[str, Any]], scenes: dict[str, tuple[Scene, ...]]
 ) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
-    """Score rows of tables.ANNOTATION: captions by style and answers by type; `facts` are by sample id."""
+    """Score rows of tables.ANNOTATION: captions by style and answers by type; `scenes` are by sample id."""
     captions: dict[str, CaptionScore] = {}
     answers: dict[str, AnswerScore] = {}
     for row in annotations:
-        scene = parse_scene(facts[row["sample_id"]])
+        (scene,) = scenes[row["sample_id"]]
         if row["text"] is not None:
             captions.setdefault(row["style"], CaptionScore()).add(row["text"] or "", scene, row["style"])
         else:
@@ -183,10 +187,9 @@ def score_annotations(
     return captions, answers
 
 
-def score_decks(annotations: Iterable[dict[str, Any]], page_facts: dict[str, Sequence[dict[str, Any]]]) -> dict[str, DeckScore]:
-    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `page_facts` are by sample id."""
+def score_decks(annotations: Iterable[dict[str, Any]], decks: dict[str, tuple[Scene, ...]]) -> dict[str, DeckScore]:
+    """Score rows of tables.ANNOTATION of the task `deck_qa` by type; `decks` are by sample id."""
     scores: dict[str, DeckScore] = {}
     for row in annotations:
-        deck = tuple(parse_scene(page) for page in page_facts[row["sample_id"]])
-        scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, deck)
+        scores.setdefault(row["answer_type"] or "", DeckScore()).add(row, decks[row["sample_id"]])
     return scores

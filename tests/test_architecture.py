@@ -28,8 +28,7 @@ FILES = {
         in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
         request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
-    "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
-    "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
+    "pipeline/scenes": "__init__ claims scene text",
     "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions file_digests
         flickr30k folder hub image_names image_urls listing local_files metadata_files parquet questions references remote
         row_texts scenes slidevqa table_rows text_tables vqav2""",

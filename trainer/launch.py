@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import DECKS, SCENES
 from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
@@ -59,7 +60,7 @@ def choose_settings(
     config = resolve(config_file, **options)
     if config_file is not None and "preset" not in config.model_fields_set:
         message(f"no preset: {config_file} decides alone; --preset auto has one fill in what it does not name")
-    is_drawn = "facts" in version.manifest["columns"]
+    is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
         num_images = version.manifest["rows"]["train"]
         preset = choose_preset(is_drawn=is_drawn, images=num_images, decoder=config.decoder)

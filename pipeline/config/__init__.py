@@ -24,7 +24,10 @@ from pipeline.config.sections import (
 from pipeline.text.escape import without_passwords
 
 CONTEXT = "context"  # the role of columns that prompts may use
-TINY = "tiny"  # the model of the teachers of drawn scenes
+SCENES, DECKS = "scenes", "scenes-deck"  # sources of drawn images
+TINY = "tiny"  # the model that knows drawn images only
+LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
+SCENE_PROMPTS = Path(__file__).parents[1] / "scenes" / "prompts"  # the wording that the tiny model learned
 NO_MODEL = "none"  # stands for the model where nothing is asked
 NO_TASKS = "none"
 HUMAN_STYLE = "human"
@@ -223,4 +226,15 @@ class Config(Section):
     @property
     def splits_claims(self) -> bool:
         """Whether the model splits captions into claims; those of drawn scenes are split by rules."""
-        return "claims" in self.verify.checks and self.generate.prompt_version > 1
+        return "claims" in self.verify.checks and not self.has_scene_prompts
+
+    @property
+    def has_scene_prompts(self) -> bool:
+        """Whether the built-in prompts are those that the tiny model learned."""
+        return self.source in (SCENES, DECKS) or self.model == TINY
+
+    @property
+    def prompt_dirs(self) -> tuple[Path, ...]:
+        """The folders of templates, of which the first one that has a template wins; the package has the missing ones."""
+        own = (self.generate.prompt_dir,) if self.generate.prompt_dir else ()
+        return (*own, SCENE_PROMPTS) if self.has_scene_prompts else own

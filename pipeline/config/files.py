@@ -23,8 +23,6 @@ def resolve(config_file: Path | None = None, **flags: Any) -> Config:
     if config_file and is_manifest:
         refuse_foreign_files(config_file, values, flags)
         values = public_settings(values)
-        if isinstance(values.setdefault("generate", {}), dict):
-            values["generate"].setdefault("prompt_version", 1)  # earlier releases did not say it
     elif isinstance(values.get("own_tasks"), list):  # a manifest holds its tasks in full, and names no files
         values["own_tasks"] = [_whole_task(task) for task in values["own_tasks"]]
     if flags.get("base_url") is not None and isinstance(values.get("server"), dict):

@@ -91,7 +91,6 @@ class GenerateConfig(Section):
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)  # of photographs: plain, detailed
     style_prompts: StylePrompts = ()  # texts of caption styles of one's own, by name
-    prompt_version: Literal[1, 2] = 1  # of photographs: 2; settings of earlier releases have none, and mean 1
     caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
     samples: int = Field(default=1, ge=1, le=64)  # captions of each style that are asked for; the stage select keeps the best

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -54,16 +54,6 @@ class DatasetDir:
             return Config.model_validate(values).model_dump(mode="json")
         except ValidationError:
             return values
-
-    def prompt_version(self) -> Literal[1, 2] | None:
-        """Return the version of the prompts of the last run, which is 1 where it does not say; None if there was no run."""
-        if not self.run_file.exists():
-            return None
-        try:
-            generate = read_json(self.run_file).get("generate")
-        except (ValueError, AttributeError, UnsafeFileError):
-            return None  # run.refuse_other_settings says that the file is no settings
-        return 2 if isinstance(generate, dict) and generate.get("prompt_version") == 2 else 1
 
     @property
     def journal(self) -> Path:

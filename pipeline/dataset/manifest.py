@@ -61,11 +61,11 @@ def describe_provenance(
     config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the fields of a manifest about the run that made the version."""
-    tasks, generate = asked_tasks(config), config.generate
+    tasks = asked_tasks(config)
     return {
         "source": {name: source[name] for name in ("name", "revision", "partial", "preview") if name in source},
         "model": model,
-        "prompts": prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts) if tasks else {},
+        "prompts": prompt_texts(tasks, config.prompt_dirs, config.generate.style_prompts) if tasks else {},
         "schemas": {task.name: wire_schema(task) for task in tasks},
         # Files of captions by their digests when they were read: a later stage may begin without them.
         "config": publishable_settings(config, source["name"], model["name"]) | {"captions": source.get("captions", [])},

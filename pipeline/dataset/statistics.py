@@ -1,6 +1,6 @@
 """Measure the rows of a version as they are written, for the manifest and the card.
 
-If the facts are known (drawn scenes): how much of the text is true. If the source has captions: the share of a caption's
+Of drawn scenes, whose facts are known: how much of the text is true. If the source has captions: the share of a caption's
 words that a reference has too, beside the same figure for one reference against the others.
 """
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import sqrt
 from typing import Any
 
-from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
+from pipeline.scenes.scene import scenes_of
+from pipeline.scenes.text import AnswerScore, CaptionScore, DeckScore
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
 from pipeline.tasks import REPAIR
 
@@ -123,16 +124,14 @@ class DatasetStatistics:
             self.shared["references"].add(_shared(references[0], references[1:]))
 
     def _against_facts(self, row: dict[str, Any]) -> None:
-        if row["facts"]:
-            scene = parse_scene(row["facts"])
+        scenes = scenes_of(row["source"], row["source_row"])
+        if len(scenes) == 1:
             for caption in row["captions"]:
-                self.captions[caption["style"]].add(caption["text"], scene, caption["style"])
+                self.captions[caption["style"]].add(caption["text"], scenes[0], caption["style"])
             for pair in row["qa"]:
-                self.true_answers[pair["answer_type"] or "other"].add(pair["question"], pair["answer"], scene)
-        if row["page_facts"]:
-            deck = tuple(parse_scene(page) for page in row["page_facts"])
-            for pair in row["qa"]:
-                self.decks[pair["answer_type"] or "other"].add(pair, deck)
+                self.true_answers[pair["answer_type"] or "other"].add(pair["question"], pair["answer"], scenes[0])
+        for pair in row["qa"] if len(scenes) > 1 else ():
+            self.decks[pair["answer_type"] or "other"].add(pair, scenes)
 
 
 def merge(left: Any, right: Any) -> Any:

@@ -137,7 +137,7 @@ def reading_settings(config: Config) -> Config:
     """Return the settings with which the source is opened: where a number of rows is wanted, it may be read to its end."""
     if config.images is None:
         return config
-    return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_drawn else None})
+    return config.model_copy(update={"limit": ENDLESS if find_source(config.source).is_endless else None})
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:

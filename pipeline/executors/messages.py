@@ -52,9 +52,8 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     asked = f"{what} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     people = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " what is missing:" if config.human_texts == "fill" else ""
-    generate = config.generate
     tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-    prompts = describe_prompts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+    prompts = describe_prompts(tasks, config.generate.prompt_dir, config.generate.style_prompts)
     rated = ""
     if config.verify.judge:
         from pipeline.inference.judge import choose_judge

@@ -26,7 +26,6 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
-LARGE = "Qwen/Qwen2.5-VL-3B-Instruct"
 LAST_PORT = 65_535
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
@@ -146,9 +145,9 @@ def _no_engine() -> Engine:
 
 
 def _model(config: Config) -> str:
-    taught = find_source(config.source).is_drawn
-    model = config.model or (TINY if taught else LARGE)
-    if model == TINY and not taught and config.engine != "embedded":
+    source_model = find_source(config.source).model
+    model = config.model or source_model
+    if model == TINY != source_model and config.engine != "embedded":
         raise EngineError(
             f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}", hint=HOW_TO_CHOOSE
         )

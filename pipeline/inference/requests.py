@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -54,7 +55,9 @@ def build_requests(
             if number:
                 temperature = max(temperature, config.generate.sample_temperature)
             try:
-                fields, about = shared_fields(task, temperature, generate, config.seed, revision, style=style, **values)
+                fields, about = shared_fields(
+                    task, temperature, config.prompt_dirs, generate, config.seed, revision, style=style, **values
+                )
             except ConfigError:
                 if not task.needs:
                     raise
@@ -100,7 +103,7 @@ def check_prompts(config: Config) -> None:
     if config.generate.prompt_dir:
         asked = [find_task(name, config.own_tasks) for name in config.tasks]
         check_prompt_dir(config.generate.prompt_dir, [*asked, *(CHECKING if config.verify.is_asked else ())])
-    folder, version, own = config.generate.prompt_dir, config.generate.prompt_version, config.generate.style_prompts
+    folders, own = config.prompt_dirs, config.generate.style_prompts
     context = tuple((name, "") for name in config.context)
     check_needs(config)
     replies = [count_replies(find_task(name, config.own_tasks), config.generate) for name in config.tasks]
@@ -108,15 +111,15 @@ def check_prompts(config: Config) -> None:
         raise ConfigError("no captions are asked for of which the best could be chosen", hint="leave --samples out")
     for name, style in requests_per_sample(config):
         task = find_task(name, config.own_tasks)
-        check_names(task, folder, version, config.context, own, style)
+        check_names(task, folders, config.context, own, style)
         for nulls in (False, True):  # a result may lack what is not required
-            render(task, folder, version, context, own, _results_to_try(config, task, nulls=nulls), style=style)
+            render(task, folders, context, own, _results_to_try(config, task, nulls=nulls), style=style)
     if config.verify.is_asked:
-        render(ANSWER, folder, version, question="?")
-        render(CLAIMS, folder, version, caption="")
-        render(COVERS, folder, version, caption="", question="?")
-        render(RATE, folder, version, caption="", question="?", answer="")
-        render(REPAIR, folder, version, caption="", answers=())
+        render(ANSWER, folders, question="?")
+        render(CLAIMS, folders, caption="")
+        render(COVERS, folders, caption="", question="?")
+        render(RATE, folders, caption="", question="?", answer="")
+        render(REPAIR, folders, caption="", answers=())
 
 
 def requests_per_sample(config: Config) -> tuple[tuple[str, str], ...]:
@@ -214,13 +217,19 @@ def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
 
 @lru_cache(maxsize=1 << 14)  # of `answer`, a prompt for each question
 def shared_fields(
-    task: Task, temperature: float, generate: GenerateConfig, seed: int, revision: str, **values: Any
+    task: Task,
+    temperature: float,
+    prompt_dirs: tuple[Path, ...],
+    generate: GenerateConfig,
+    seed: int,
+    revision: str,
+    **values: Any,
 ) -> tuple[dict[str, Any], str]:
     """Return the fields of a request that all images share, and a digest of all that a reply depends on, except the images.
 
     `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
     """
-    prompt = render(task, generate.prompt_dir, generate.prompt_version, own_styles=generate.style_prompts, **values)
+    prompt = render(task, prompt_dirs, own_styles=generate.style_prompts, **values)
     sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),

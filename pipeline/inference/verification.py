@@ -72,7 +72,7 @@ def build_claims(caption: str, sample_id: str, config: Config, revision: str) ->
     generate = config.generate
     if generate.max_tokens < CLAIMS_TOKENS:
         generate = generate.model_copy(update={"max_tokens": CLAIMS_TOKENS})
-    fields, shared_digest = shared_fields(CLAIMS, 0.0, generate, config.seed, revision, caption=caption)
+    fields, shared_digest = shared_fields(CLAIMS, 0.0, config.prompt_dirs, generate, config.seed, revision, caption=caption)
     return _without_image(fields, shared_digest, sample_id, "claims")
 
 
@@ -92,7 +92,7 @@ def read_claims(caption: str, config: Config, revision: str, journal: Journal) -
 def build_repair(caption: str, answers: Sequence[tuple[str, str]], sample_id: str, config: Config, revision: str) -> Request:
     """Return the request for a caption without what these questions and answers contradict. It shows no image."""
     values = {"caption": caption, "answers": tuple(answers)}
-    fields, shared_digest = shared_fields(REPAIR, 0.0, config.generate, config.seed, revision, **values)
+    fields, shared_digest = shared_fields(REPAIR, 0.0, config.prompt_dirs, config.generate, config.seed, revision, **values)
     return _without_image(fields, shared_digest, sample_id, "repair")
 
 
@@ -105,7 +105,9 @@ def read_repair(request: Request, journal: Journal) -> str | None:
 def build_rating(row: dict[str, Any], config: Config, revision: str) -> Request:
     """Return the request for a judge's rating of an annotation; `revision` is the judge's."""
     values = {name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None}
-    fields, shared_digest = shared_fields(RATE, 0.0, config.generate, config.seed, revision, **_NOTHING_RATED | values)
+    fields, shared_digest = shared_fields(
+        RATE, 0.0, config.prompt_dirs, config.generate, config.seed, revision, **_NOTHING_RATED | values
+    )
     request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
     return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)
 
@@ -126,7 +128,9 @@ def _last_reply(request: Request, journal: Journal) -> Reply:
 def build_check(check: Check, sample_id: str, config: Config, revision: str) -> Request:
     """Return the request of a check, without images."""
     task, values = (ANSWER, {}) if check.caption is None else (COVERS, {"caption": check.caption})
-    fields, shared_digest = shared_fields(task, 0.0, config.generate, config.seed, revision, question=check.question, **values)
+    fields, shared_digest = shared_fields(
+        task, 0.0, config.prompt_dirs, config.generate, config.seed, revision, question=check.question, **values
+    )
     request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=check.kind, pages=check.pages, **fields)
 

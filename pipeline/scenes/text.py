@@ -1,15 +1,16 @@
-"""Captions and questions about drawn scenes: written from the facts, and parsed back.
+"""Captions and answers about drawn scenes and decks: written from the facts, parsed back, and scored.
 
-Everything written here can be parsed, so that a caption or an answer by any model can be checked against the facts.
+Everything written here can be parsed, so that a caption or an answer by any model, with its pages and its arithmetic, can be
+checked against the facts.
 """
 
-import random
 import re
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pipeline.scenes.facts import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, VALUES, Scene, Thing
-from pipeline.tasks.qa import QAPair
+from pipeline.scenes.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene
 
 STYLES = ("brief", "detailed")
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
@@ -89,64 +90,130 @@ def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     return "", ()
 
 
-def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:
-    shape = attributes.get("shape", "object")
-    ending = "" if not plural else "es" if shape == "cross" else "s"
-    words = [attributes[name] for name in ("size", "color") if name in attributes]
-    place = [f"at the {attributes['place']}"] if "place" in attributes else []
-    return " ".join([*words, shape + ending, *place])
+_ON = "|".join(BACKGROUNDS)
+_WHICH_PAGE = re.compile(rf"which page is ({_ON})\?")
+_WHAT_COLOR = re.compile(r"what color is page (\d)\?")
+_ONE_PAGE = re.compile(rf"(.+) on the ({_ON}) page\?")
+_MORE = re.compile(rf"how many more objects are there on the ({_ON}) page than on the ({_ON}) page\?")
+_TOGETHER = re.compile(rf"how many objects are there on the ({_ON}) and ({_ON}) pages together\?")
 
 
-def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str, str]:
-    """Return a few of a thing's attributes: mostly one or two, as people do, sometimes all of them."""
-    count = rng.choices((1, 2, len(names)), weights=(5, 4, 1))[0]
-    chosen = rng.sample(names, min(count, len(names)))
-    return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in chosen}
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The true answer to a question, its evidence pages, counted from 1, and its calculation."""
+
+    answer: str
+    evidence_pages: tuple[int, ...]
+    expression: str = ""
 
 
-def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask whether an object exists. Half of the answers are yes; for no, one or all attributes of an object are changed."""
-    wanted = rng.choice(("yes", "no"))
-    while True:
-        attributes = _some(rng.choice(scene.objects), ("size", "color", "shape", "place"), rng)
-        if wanted == "no":
-            for name in [rng.choice(sorted(attributes))] if rng.random() < 0.6 else sorted(attributes):
-                attributes[name] = rng.choice([value for value in VALUES[name] if value != attributes[name]])
-        text = _describe(attributes)
-        question = f"Is there {'an' if text[0] in 'aeiou' else 'a'} {text}?"
-        if answer(scene, question) == wanted:
-            return QAPair(question=question, answer=wanted, answer_type="yes/no")
+def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
+    """Return the true answer to a question worded as in `ask_*`; None if there is no single true answer."""
+    text = question.lower()
+    pages = {scene.background: number for number, scene in enumerate(deck, 1)}
+    for pattern, sign in ((_MORE, "-"), (_TOGETHER, "+")):
+        if match := pattern.fullmatch(text):
+            first, second = pages.get(match[1]), pages.get(match[2])
+            if first is None or second is None or first == second:
+                return None
+            left, right = len(deck[first - 1].objects), len(deck[second - 1].objects)
+            value = left - right if sign == "-" else left + right
+            return Truth(str(value), tuple(sorted((first, second))), f"{left} {sign} {right}") if value > 0 else None
+    if match := _WHAT_COLOR.fullmatch(text):
+        number = int(match[1])
+        return Truth(deck[number - 1].background, (number,)) if 1 <= number <= len(deck) else None
+    if match := _WHICH_PAGE.fullmatch(text):
+        return Truth(str(pages[match[1]]), (pages[match[1]],)) if match[1] in pages else None
+    match = _ONE_PAGE.fullmatch(text)
+    page = pages.get(match[2]) if match else None
+    if match is None or page is None:
+        return None
+    single = answer(deck[page - 1], f"{match[1]}?")
+    return None if single is None else Truth(single, (page,))
 
 
-def ask_number(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for a count: of all objects, of those that share attributes with an object, or of random ones."""
-    draw = rng.random()
-    if draw < 0.3:
-        attributes: dict[str, str] = {}
-    else:
-        names = ("size", "color", "shape") if draw < 0.6 else (rng.choice(("size", "color", "shape")),)
-        attributes = _some(rng.choice(scene.objects), names, rng)
-        if draw > 0.85:
-            attributes = {name: rng.choice(VALUES[name]) for name in attributes}
-    question = f"How many {_describe(attributes, plural=True)} are there?"
-    return QAPair(question=question, answer=answer(scene, question) or "", answer_type="number")
+@dataclass(slots=True)
+class CaptionScore:
+    """Phrases of captions against objects of scenes, matched one to one on everything that the caption's style states."""
+
+    num_phrases: int = 0
+    num_objects: int = 0
+    matched: int = 0
+    captions: int = 0
+    backgrounds_right: int = 0
+
+    @property
+    def precision(self) -> float:
+        """Return the share of phrases that are true."""
+        return self.matched / max(1, self.num_phrases)
+
+    @property
+    def recall(self) -> float:
+        """Return the share of objects that were named correctly."""
+        return self.matched / max(1, self.num_objects)
+
+    def add(self, text: str, scene: Scene, style: str) -> None:
+        """Count one caption; a brief one states no places."""
+        with_place = style != "brief"
+        named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
+        objects = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
+        self.num_phrases += len(named)
+        self.num_objects += len(objects)
+        self.matched += (Counter(named) & Counter(objects)).total()
+        self.captions += 1
+        self.backgrounds_right += background(text) == scene.background
 
 
-def ask_other(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask for the color, shape, size or place of the object that the rest of the question identifies."""
-    while True:
-        if rng.random() < 0.1:
-            question = "What color is the background?"
-        else:
-            attribute = rng.choice(("color", "shape", "size", "place"))
-            # The place, or all other attributes: one or two attributes seldom identify one object of several.
-            by_place = attribute != "place" and rng.random() < 0.6
-            rest = ("place",) if by_place else tuple(name for name in ("size", "color", "shape") if name != attribute)
-            thing = rng.choice(scene.objects)
-            text = _describe({name: getattr(thing, name) for name in rest})
-            question = f"Where is the {text}?" if attribute == "place" else f"What {attribute} is the {text}?"
-        if (truth := answer(scene, question)) is not None:
-            return QAPair(question=question, answer=truth, answer_type="other")
+@dataclass(slots=True)
+class _Answers:
+    """Answers of one type against the facts. A question that has no single true answer counts as answered wrongly."""
+
+    asked: int = 0
+    right: int = 0
+    unanswerable: int = 0
+    truths: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of right answers."""
+        return self.right / max(1, self.asked)
+
+    @property
+    def majority(self) -> float:
+        """Return the accuracy of always giving the most frequent true answer of this type."""
+        return max(self.truths.values(), default=0) / max(1, self.truths.total())
+
+    def _count(self, truth: str | None, given: str) -> None:
+        self.asked += 1
+        self.right += truth is not None and given.strip().lower() == truth
+        self.unanswerable += truth is None
+        self.truths.update(() if truth is None else (truth,))
 
 
-ASK = {"yes/no": ask_yes_no, "number": ask_number, "other": ask_other}
+class AnswerScore(_Answers):
+    """Answers to questions about single scenes."""
+
+    def add(self, question: str, given: str, scene: Scene) -> None:
+        """Count one answer."""
+        self._count(answer(scene, question), given)
+
+
+@dataclass(slots=True)
+class DeckScore(_Answers):
+    """Answers to questions about decks, with their evidence pages and calculations."""
+
+    evidence_right: int = 0
+    expressions_right: int = 0
+
+    @property
+    def evidence(self) -> float:
+        """Return the share of questions whose evidence pages are exactly those that are needed."""
+        return self.evidence_right / max(1, self.asked)
+
+    def add(self, row: dict[str, Any], deck: tuple[Scene, ...]) -> None:
+        """Count one annotation."""
+        truth = answer_deck(deck, row["question"] or "")
+        self._count(truth.answer if truth else None, row["answer"] or "")
+        if truth:
+            self.evidence_right += tuple(row["evidence_pages"] or ()) == truth.evidence_pages
+            self.expressions_right += (row["expression"] or "") == truth.expression

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.config import TINY, Config
+from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
@@ -17,8 +17,8 @@ from pipeline.types import ALL, Sample, Source, SourceSlice
 
 PHOTO_STYLES = ("plain", "detailed")  # of photographs, unless the user names others
 SOURCES: tuple[SourceSpec, ...] = (
-    scenes.SCENES,
-    scenes.DECKS,
+    scenes.SPEC,
+    scenes.DECK_SPEC,
     folder.SPEC,
     archive.SPEC,
     listing.SPEC,
@@ -58,27 +58,20 @@ def _kind_of_file(name: str) -> str:
     return f"{kind}:{name}" if kind else f"folder:{Path(name).parent}"
 
 
-def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None = None) -> Config:
-    """Return the config with the tasks, styles and prompts of its source where the user chose none.
+def with_source_defaults(config: Config) -> Config:
+    """Return the config with the tasks and styles of its source where the user chose none.
 
-    `earlier_version` is that of the prompts of the last run in the dataset folder, if there was one. It stays: other prompts
-    would ask a model for everything again. Raises ConfigError for a length that the prompts cannot ask for, and for a prompt of
-    a style that is not asked for.
+    Raises ConfigError for a length that the prompts cannot ask for, and for a prompt of a style that is not asked for.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
-    given = config.generate.model_fields_set
-    is_taught = spec.is_drawn or config.model == TINY  # prompts that the tiny teachers know
-    usual_version = earlier_version or (1 if is_taught else 2)
-    version = config.generate.prompt_version if "prompt_version" in given else usual_version
-    if config.generate.caption_words and version == 1:
-        hint = "leave --words out, or set generate.prompt_version: 2, which asks about all images anew"
-        raise ConfigError("the prompts of version 1 have no length, but --words was given", hint=hint)
+    if config.generate.caption_words and config.has_scene_prompts:
+        raise ConfigError("the prompts about drawn scenes have no length, but --words was given", hint="leave --words out")
     own = [name for name, _ in config.generate.style_prompts]
     styles = config.generate.caption_styles
-    if "caption_styles" not in given:
-        usual = PHOTO_STYLES if version == 2 and not is_taught else styles
+    if "caption_styles" not in config.generate.model_fields_set:
+        usual = styles if config.has_scene_prompts else PHOTO_STYLES
         styles = (*usual, *(name for name in own if name not in usual))
     elif unused := [name for name in own if name not in styles]:
         hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
@@ -87,7 +80,7 @@ def with_source_defaults(config: Config, earlier_version: Literal[1, 2] | None =
         )
     if spec.usual_grouping and "group_by" not in config.split.model_fields_set:
         changes["split"] = config.split.model_copy(update={"group_by": spec.usual_grouping})
-    changes["generate"] = config.generate.model_copy(update={"prompt_version": version, "caption_styles": styles})
+    changes["generate"] = config.generate.model_copy(update={"caption_styles": styles})
     return config.model_copy(update=changes)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from pipeline.config import CONTEXT, Config
+from pipeline.config import CONTEXT, LARGE, Config
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
@@ -55,7 +55,9 @@ class SourceSpec:
     options: frozenset[str] = frozenset()  # the supported keys of OPTIONS
     image_kind: ImageKind | None = "photos"  # for the search of near-duplicates; None: images are known to be distinct
     usual_split: str | None = None  # the split that models are scored on
-    is_drawn: bool = False  # drawn scenes with known facts, which the tiny teachers know
+    model: str = LARGE  # by default
+    clip_model: str = "clip"  # by default
+    is_endless: bool = False  # it has as many samples as `limit` states
     usual_grouping: Literal["folder"] | None = None  # split.group_by, unless the settings say it
     is_divisible: bool = True  # several readers may read slices
     counts_rows: bool = True  # a limit is reached by counting rows, which needs a single reader

@@ -339,7 +339,4 @@ def require_scorer(config: Config) -> None:
 
 
 def _clip_name(config: Config) -> str:
-    from pipeline.images.clip import TINY_CLIP
-
-    usual = TINY_CLIP if find_source(config.source).is_drawn else "clip"
-    return usual if config.verify.clip_model == "auto" else config.verify.clip_model
+    return find_source(config.source).clip_model if config.verify.clip_model == "auto" else config.verify.clip_model

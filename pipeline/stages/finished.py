@@ -70,9 +70,9 @@ class FinishedStages:
         return {"key": digest([self._of_run, stage.name, own]), "files": outputs}
 
     def _describe_annotations(self) -> dict[str, Any]:
-        config, generate = self.plan.config, self.plan.config.generate
+        config = self.plan.config
         tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-        prompts = prompt_texts(tasks, generate.prompt_dir, generate.prompt_version, generate.style_prompts)
+        prompts = prompt_texts(tasks, config.prompt_dirs, config.generate.style_prompts)
         with Journal(self.dataset.journal) as journal:
             key = digest([self._of_settings, prompts, journal.digest()])
         return {"key": key, "files": {"kept": digest_of(self.dataset.stage(GENERATE))}}

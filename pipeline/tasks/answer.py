@@ -9,4 +9,4 @@ class Answer(Output):
     answer: Line
 
 
-TASK = Task(name="answer", prompts=("answer/v1",), output=Answer, row=Answer)
+TASK = Task(name="answer", output=Answer, row=Answer)

@@ -48,7 +48,6 @@ class Task:
     """A request to a model about a sample, and the conversion of its reply to rows."""
 
     name: str
-    prompts: tuple[str, ...]  # released templates, such as `caption/v1`, in order
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
     rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
@@ -63,7 +62,7 @@ class Task:
     max_tokens: int | None = None  # of a reply; None: generate.max_tokens
     language: str | None = None  # of its texts, or any; None: filter.language
     box_field: str | None = None  # of an annotation that is a box in the image
-    own_prompt: str | None = None  # the template of a user's own task, which has no released ones
+    own_prompt: str | None = None  # the template of a user's own task
 
     def wire_schema(self) -> dict[str, Any]:
         """Return the JSON schema that the decoder enforces."""
@@ -73,9 +72,10 @@ class Task:
         """Return the sampling temperature of the first attempt."""
         return float(getattr(generate, self.temperature_key))
 
-    def prompt(self, version: int) -> str:
-        """Return the name of a template by its version, or the last one if there is no such version."""
-        return self.prompts[min(version, len(self.prompts)) - 1]
+    @property
+    def prompt(self) -> str:
+        """The name of the template of a built-in task."""
+        return f"{self.name}/v1"
 
     def fields_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of the row model from the columns of an annotation."""

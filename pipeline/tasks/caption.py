@@ -20,7 +20,6 @@ def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
 
 TASK = Task(
     name="caption",
-    prompts=("caption/v1", "caption/v2"),
     output=Caption,
     row=Caption,
     tidy_row=tidy_caption,

@@ -35,4 +35,4 @@ class ClaimSet(Output):
     claims: Annotated[list[ClaimProbes], Field(min_length=1, max_length=MAX_CLAIMS)]
 
 
-TASK = Task(name="claims", prompts=("claims/v1",), output=ClaimSet, row=ClaimProbes, rows_field="claims")
+TASK = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims")

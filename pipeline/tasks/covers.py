@@ -3,4 +3,4 @@
 from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import Task
 
-TASK = Task(name="covers", prompts=("covers/v1",), output=Answer, row=Answer)
+TASK = Task(name="covers", output=Answer, row=Answer)

@@ -45,7 +45,6 @@ class DeckQASet(Output):
 
 TASK = Task(
     name="deck_qa",
-    prompts=("deck_qa/v1",),
     output=DeckQASet,
     row=DeckQAPair,
     rows_field="qa",

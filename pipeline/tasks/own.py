@@ -241,7 +241,6 @@ def _build(settings: TaskConfig) -> OwnTask:
     box_field = _check_kind(settings, value)
     return OwnTask(
         name=settings.name,
-        prompts=(),
         output=Output,
         row=ROW_MODELS.get(kind, Output),
         rows_field=rows,

@@ -1,4 +1,4 @@
-"""Prompts: templates in `prompts/<task>/vN.j2`, rendered to a system text and a task text.
+"""Prompts: templates in `prompts/<task>/v1.j2`, rendered to a system text and a task text.
 
 The system text is the same for all tasks, and the image comes between the two, so that a server's prefix cache covers the
 system text for all images, and an image for all of its tasks.
@@ -26,8 +26,7 @@ from pipeline.types import Context
 
 SYSTEM = "system/v1"
 MAX_PROMPT_BYTES = 1_000_000
-STYLES = {1: ("brief", "detailed", "plain", "alt"), 2: ("plain", "detailed", "brief", "alt", "tags", "ocr")}  # by version
-PROMPT_VERSIONS = tuple(STYLES)
+STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr")
 DRAWS = 24  # of the wordings and question types that a template may have; `draw` is one of them, by the image
 
 
@@ -91,6 +90,7 @@ def page_label(number: int) -> str:
     return f"Page {number}:"
 
 
+Folders = tuple[Path, ...]  # of templates; the first one that has a template wins
 Results = Sequence[tuple[str, str]]  # of other tasks by name, as JSON
 OwnStyles = Sequence[tuple[str, str]]  # caption styles of the user with the texts of their prompts
 OWN_STYLE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
@@ -98,8 +98,7 @@ OWN_STYLE = '{text} Reply as {{"caption": "..."}}.\nTask: caption, {style}\n'
 
 def render(
     task: Task,
-    folder: Path | None = None,
-    version: int = 1,
+    folders: Folders = (),
     row: Context = (),
     own_styles: OwnStyles = (),
     results: Results = (),
@@ -111,10 +110,10 @@ def render(
     "" for English). `row` has columns of the source: `row.title`. Where a built-in task's template does not use it, they stand
     before the text as notes. `results` are those of other tasks, as JSON: `results.detailed`.
 
-    `folder` holds the user's templates, under the same names; the package has the missing ones. `own_styles` has texts of
-    further styles of captions. Raise ConfigError if the template is invalid, or does not support a value, such as a style.
+    `folders` hold templates that win over those of the package, under the same names. `own_styles` has texts of further styles
+    of captions. Raise ConfigError if the template is invalid, or does not support a value, such as a style.
     """
-    name, source = _source_of(task, folder, version, own_styles, values.get("style"))
+    name, source = _source_of(task, folders, own_styles, values.get("style"))
     try:
         notes = {column: _as_note(value) for column, value in row}
         known = {"row": Values(notes), "results": Values({name: json.loads(value) for name, value in results})}
@@ -123,12 +122,12 @@ def render(
             text = _before(notes) + text
     except RENDER_ERRORS as error:
         given = ", ".join(f"{key} {value!r}" for key, value in values.items() if value)
-        styles = f"caption styles of this version: {', '.join(STYLES[version])}"
+        styles = f"built-in caption styles: {', '.join(STYLES)}"
         others = "others need a text of yours (generate.style_prompts) or a template (generate.prompt_dir)"
         hint = f"{styles}; {others}" if values.get("style") else "mend the template"
         problem = f"the prompt {name} cannot be rendered{f' with {given}' if given else ''}: {error}"
         raise ConfigError(problem, hint=hint) from None
-    return Prompt(id=_with_digest(name, source, folder), system=template(SYSTEM, folder).strip(), text=text)
+    return Prompt(id=_with_digest(name, source, folders), system=template(SYSTEM, folders).strip(), text=text)
 
 
 @cache
@@ -137,15 +136,14 @@ def _of_own(task: Task) -> dict[str, str]:
     return {"reply": shape_of(wire_schema(task))} if task.own_prompt else {}
 
 
-def _source_of(task: Task, folder: Path | None, version: int, own_styles: OwnStyles, style: str | None) -> tuple[str, str]:
+def _source_of(task: Task, folders: Folders, own_styles: OwnStyles, style: str | None) -> tuple[str, str]:
     """Return the name and the source of the template of a task, or of a style of the user's own."""
     if task.own_prompt:
         return task.name, task.own_prompt
     text = dict(own_styles).get(style or "") if task.has_styles else None
     if text is not None:
         return f"{task.name}/{style}", OWN_STYLE.format(text=text.strip(), style=style)
-    name = prompt_name(task, folder, version)
-    return name, template(name, folder)
+    return task.prompt, template(task.prompt, folders)
 
 
 @cache
@@ -162,10 +160,10 @@ def names_in(source: str, of: str) -> frozenset[str]:
 
 
 def check_names(
-    task: Task, folder: Path | None, version: int, columns: Sequence[str], own_styles: OwnStyles = (), style: str | None = None
+    task: Task, folders: Folders, columns: Sequence[str], own_styles: OwnStyles = (), style: str | None = None
 ) -> None:
     """Raise ConfigError if a prompt uses a column of the source that is not mapped, or other results than its task needs."""
-    name, source = _source_of(task, folder, version, own_styles, style)
+    name, source = _source_of(task, folders, own_styles, style)
     try:
         unknown, results = sorted(names_in(source, "row") - {*columns}), names_in(source, "results")
     except TemplateError as error:
@@ -194,27 +192,20 @@ def _before(notes: Mapping[str, str]) -> str:
     return NOTES.format(notes=joined) if joined else ""
 
 
-def prompt_name(task: Task, folder: Path | None, version: int) -> str:
-    """Return the name of a task's template of a version; that of another version, if the user's folder has only that."""
-    wanted = task.prompt(version)
-    own = [name for name in (wanted, *reversed(task.prompts)) if folder and (folder / f"{name}.j2").exists()]
-    return own[0] if own else wanted
-
-
-def _with_digest(name: str, source: str, folder: Path | None) -> str:
-    content = hashlib.sha256(f"{template(SYSTEM, folder)}\0{source}".encode()).hexdigest()
+def _with_digest(name: str, source: str, folders: Folders) -> str:
+    content = hashlib.sha256(f"{template(SYSTEM, folders)}\0{source}".encode()).hexdigest()
     return f"{name}@{content[:12]}"
 
 
 @cache
-def template(name: str, folder: Path | None = None) -> str:
-    """Return the source of a template, such as `caption/v1`, from the user's folder, else from the package."""
-    user_file = folder / f"{name}.j2" if folder else None
-    try:
-        if user_file and user_file.exists():
-            return read_regular(user_file, max_bytes=MAX_PROMPT_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(f"cannot read the prompt {user_file}: {error}", hint="a prompt is a text file in UTF-8") from None
+def template(name: str, folders: Folders = ()) -> str:
+    """Return the source of a template, such as `caption/v1`, from the first folder that has it, else from the package."""
+    for file in (folder / f"{name}.j2" for folder in folders):
+        try:
+            if file.exists():
+                return read_regular(file, max_bytes=MAX_PROMPT_BYTES).decode("utf-8")
+        except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
+            raise ConfigError(f"cannot read the prompt {file}: {error}", hint="a prompt is a text file in UTF-8") from None
     return (files("prompts") / f"{name}.j2").read_text(encoding="utf-8")
 
 
@@ -252,8 +243,8 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
     """Raise ConfigError if a folder of prompts does not exist, holds none that is used, or holds files that none will be."""
     if not folder.is_dir():
         raise ConfigError(f"no folder of prompts at {folder}", hint="mend generate.prompt_dir, or leave it out")
-    known = {f"{name}.j2" for name in (SYSTEM, *(name for task in TASKS.values() for name in task.prompts))}
-    used = {f"{name}.j2" for name in (SYSTEM, *(name for task in tasks for name in task.prompts))}
+    known = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in TASKS.values()))}
+    used = {f"{name}.j2" for name in (SYSTEM, *(task.prompt for task in tasks if not task.own_prompt))}
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.j2")}
     if unknown := sorted(files - known):
         hint = f"a prompt is named {', '.join(sorted(used))}"
@@ -263,10 +254,10 @@ def check_prompt_dir(folder: Path, tasks: Iterable[Task]) -> None:
         raise ConfigError(f"{folder} holds no prompt of {', '.join(task.name for task in tasks)}", hint=hint)
 
 
-def describe_prompts(tasks: Sequence[Task], folder: Path | None, version: int = 1, styles: OwnStyles = ()) -> str:
-    """Return where the prompts come from, for people: `caption from prompts/caption/v1.j2; qa built in`."""
+def describe_prompts(tasks: Sequence[Task], folder: Path | None, styles: OwnStyles = ()) -> str:
+    """Return where the prompts come from, given the user's folder: `caption from prompts/caption/v1.j2; qa built in`."""
     released = [task for task in tasks if not task.own_prompt]
-    sources = {task.name: folder and (folder / f"{prompt_name(task, folder, version)}.j2") for task in released}
+    sources = {task.name: folder and (folder / f"{task.prompt}.j2") for task in released}
     sources |= {"system": folder / f"{SYSTEM}.j2"} if folder and (folder / f"{SYSTEM}.j2").exists() else {}
     own = [f"{name} from {path}" for name, path in sources.items() if path and path.exists()]
     built_in = [name for name, path in sources.items() if not (path and path.exists())]
@@ -275,11 +266,11 @@ def describe_prompts(tasks: Sequence[Task], folder: Path | None, version: int = 
     return "; ".join([*own, *([f"{', '.join(built_in)} built in"] if built_in else []), *of_settings])
 
 
-def prompt_texts(tasks: Iterable[Task], folder: Path | None, version: int = 1, own_styles: OwnStyles = ()) -> dict[str, str]:
+def prompt_texts(tasks: Iterable[Task], folders: Folders = (), own_styles: OwnStyles = ()) -> dict[str, str]:
     """Return the system template, and the templates of the tasks and of the user's own styles by prompt id, in full."""
     sources = [
-        _source_of(task, folder, version, own_styles, style)
+        _source_of(task, folders, own_styles, style)
         for task in tasks
         for style in (None, *(name for name, _ in own_styles if task.has_styles))
     ]
-    return {SYSTEM: template(SYSTEM, folder), **{_with_digest(name, source, folder): source for name, source in sources}}
+    return {SYSTEM: template(SYSTEM, folders), **{_with_digest(name, source, folders): source for name, source in sources}}

@@ -43,7 +43,6 @@ class QASet(Output):
 
 TASK = Task(
     name="qa",
-    prompts=("qa/v1", "qa/v2"),
     output=QASet,
     row=QAPair,
     tidy_row=tidy_pair,

@@ -19,4 +19,4 @@ class Rating(Output):
     form: Mark
 
 
-TASK = Task(name="rate", prompts=("rate/v1",), output=Rating, row=Rating)
+TASK = Task(name="rate", output=Rating, row=Rating)

@@ -3,4 +3,4 @@
 from pipeline.tasks.base import Task
 from pipeline.tasks.caption import Caption, tidy_caption
 
-TASK = Task(name="repair", prompts=("repair/v1",), output=Caption, row=Caption, tidy_row=tidy_caption)
+TASK = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption)

@@ -33,10 +33,10 @@ def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
 
 def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
     _, prompts, _ = write_project(tmp_path)
-    ids = {render(TASKS["caption"], folder, 2, style="plain").id for folder in (prompts, None)}
+    ids = {render(TASKS["caption"], folders, style="plain").id for folders in ((prompts,), ())}
     assert len(ids) == 1
     assert describe_prompts([TASKS["caption"]], prompts) == (
-        f"caption from {prompts}/caption/v2.j2; system from {prompts}/system/v1.j2"
+        f"caption from {prompts}/caption/v1.j2; system from {prompts}/system/v1.j2"
     )
     assert describe_prompts([TASKS["caption"], TASKS["qa"]], None) == "caption, qa built in"
 

@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from examples.scenes.questions import ASK
 from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.rules import RULES
-from pipeline.scenes.facts import sample_scene
-from pipeline.scenes.text import ASK, STYLES, caption
+from pipeline.scenes.scene import sample_scene
+from pipeline.scenes.text import STYLES, caption
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
 GOOD = "A red kite over a grey harbour."

@@ -2,7 +2,8 @@
 
 import random
 
-from pipeline.scenes.facts import SHAPES
+from pipeline.config import SCENES
+from pipeline.scenes.scene import SHAPES, scenes_of
 from tests.scene_data import scene_samples
 from trainer.chair import chair, chair_of_people, count_unseen
 
@@ -30,8 +31,8 @@ def test_on_drawn_scenes_the_share_is_exact() -> None:
     """The facts of a scene say which shapes are there: one caption in three gets another one."""
     rng, captions, references, wrong = random.Random(3), [], [], 0
     for number, sample in enumerate(scene_samples(120)):
-        assert sample.facts is not None
-        shapes = {thing["shape"] for thing in sample.facts["objects"]}
+        (scene,) = scenes_of(SCENES, sample.source_row)
+        shapes = {thing.shape for thing in scene.objects}
         others = [shape for shape in SHAPES if shape not in shapes]
         is_wrong = number % 3 == 0 and bool(others)
         wrong += is_wrong

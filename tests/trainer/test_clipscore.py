@@ -7,11 +7,10 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from examples.scenes.train_clip import build_model, build_processor, train_tokenizer
 from pipeline.errors import EngineError
 from pipeline.images.clip import ClipScorer
-from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.scene import draw, sample_scene
 from pipeline.scenes.text import caption
 from tests.trainer.tiny_models import save_clip
 from trainer.clipscore import clip_scores, is_own_encoder

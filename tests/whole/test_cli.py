@@ -92,11 +92,11 @@ def test_a_project_of_ones_own_is_previewed_with_its_own_prompts(synth: Run, tmp
     assert synth("init").stdout.split() == ["synth.yaml", "prompts", "tasks"]
     (tmp_path / "photos").mkdir()
     Image.effect_noise((80, 60), 40).save(tmp_path / "photos" / "a.png")
-    prompt = tmp_path / "prompts" / "caption" / "v2.j2"
+    prompt = tmp_path / "prompts" / "caption" / "v1.j2"
     prompt.write_text("Be brief.\n" + prompt.read_text())
     command = ("--config", "synth.yaml", "--engine", "embedded", "--model", "tiny", "--tasks", "caption")
     done = synth("preview", *command, "-n", "3", "--limit", "1")
-    assert "prompts: caption from prompts/caption/v2.j2; system from prompts/system/v1.j2" in done.stderr, done.stderr
+    assert "prompts: caption from prompts/caption/v1.j2; system from prompts/system/v1.j2" in done.stderr, done.stderr
     assert "Be brief." in (tmp_path / "data/folder-photos/preview.html").read_text()
     shown = json.loads(synth("config", *command, "--limit", "1", "--json").stdout)
     assert shown["generate.prompt_dir"] == {"value": "prompts", "from": "synth.yaml"}

@@ -100,7 +100,7 @@ def test_only_the_rows_whose_context_has_changed_are_asked_again(shop: Path, ser
 def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer) -> None:
     (shop / "prompts/caption").mkdir(parents=True)
     template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
-    (shop / "prompts/caption/v2.j2").write_text(template)
+    (shop / "prompts/caption/v1.j2").write_text(template)
     (shop / "synth.yaml").write_text("generate: {prompt_dir: prompts}\n")
     done = generate(shop, server, "--config", "synth.yaml", "--columns", "context=title,price", "--drop-context")
     assert done.returncode == 0, done.stderr

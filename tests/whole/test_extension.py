@@ -82,7 +82,7 @@ class Place(Output):
     place: Line
 
 
-TASK = Task(name="place", prompts=("place/v1",), output=Place, row=Place, text_field="place")
+TASK = Task(name="place", output=Place, row=Place, text_field="place")
 ''',
     "prompts/place/v1.j2": 'Name the kind of place. Reply as {"place": "..."}.\nTask: place\n',
     "pipeline/tasks/__init__.py": [

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.inference.engines import LARGE, TINY_WEIGHTS
+from pipeline.config import LARGE
+from pipeline.inference.engines import TINY_WEIGHTS
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model

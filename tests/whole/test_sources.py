@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import LARGE
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import LEDGER_FILE, Version
-from pipeline.inference.engines import LARGE, TINY_WEIGHTS
+from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
@@ -154,13 +156,12 @@ def test_parquet_of_ones_own(hub: RunningHub, tmp_path: Path) -> None:
     assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
-def test_decks_of_drawn_pages_carry_the_facts_of_each_page(hub: RunningHub, tmp_path: Path) -> None:
+def test_decks_of_drawn_pages_have_a_page_of_each_background(hub: RunningHub, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--base-url", chat.url, "--json")
     assert_counts_add_up(version, 6)
-    assert version.manifest["columns"].count("page_facts") == 1
     for row in rows(version):
-        assert len(row["pages"]) == len({page["background"] for page in row["page_facts"]}) == 4
+        assert len(row["pages"]) == len({page.background for page in scenes_of(row["source"], row["source_row"])}) == 4
 
 
 def test_drawn_decks_get_questions_with_known_answers_without_a_server(hub: RunningHub, tmp_path: Path) -> None:

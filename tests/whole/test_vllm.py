@@ -27,7 +27,7 @@ from pipeline.inference.served_models import find_model
 from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
 from tests.hostile import LONG
-from tests.scene_data import batch_of, scene_samples, score_annotations
+from tests.scene_data import batch_of, scene_samples, scenes_by_id, score_annotations
 from tests.vllm_flags import parse_with
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, restore_sigint
@@ -79,8 +79,7 @@ def annotations(folder: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(folder: Path) -> dict[str, float]:
-    facts = {sample.id: sample.facts or {} for sample in scene_samples(SCENES, SEED)}
-    captions, answers = score_annotations(annotations(folder), facts)
+    captions, answers = score_annotations(annotations(folder), scenes_by_id(scene_samples(SCENES, SEED)))
     return {style: c.precision for style, c in captions.items()} | {kind: a.accuracy for kind, a in answers.items()}
 
 

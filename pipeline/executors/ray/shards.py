@@ -130,7 +130,7 @@ def change_directory(path: Path, *, is_required: bool) -> None:
 
 def named_files(config: Config) -> dict[str, Any]:
     """Return the content or the digest of each file that the settings name, code of own tasks among them, by setting."""
-    clip, entries, generate = Path(config.verify.clip_model), config.balance.entries, config.generate
+    clip, entries = Path(config.verify.clip_model), config.balance.entries
     own = [
         [task.name, find_task(task.name, config.own_tasks).wire_schema(), code_digest(task.output)]
         for task in config.own_tasks
@@ -138,7 +138,7 @@ def named_files(config: Config) -> dict[str, Any]:
     ]
     return {
         **({"own_tasks": own} if own else {}),
-        "prompts": prompt_texts(asked_tasks(config), generate.prompt_dir, generate.prompt_version, generate.style_prompts),
+        "prompts": prompt_texts(asked_tasks(config), config.prompt_dirs, config.generate.style_prompts),
         **files_of_source(config),
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,

@@ -40,7 +40,8 @@ def test_a_manifest_of_a_stranger_cannot_name_the_server_of_a_judge(tmp_path: Pa
 
 
 def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> None:
-    config = resolve(manifest_with(tmp_path, seed=7, exclude=["flickr30k#test"], generate={"max_attempts": 2}, engine="embedded"))
+    given = {"seed": 7, "exclude": ["flickr30k#test"], "generate": {"max_attempts": 2}, "engine": "embedded"}
+    config = resolve(manifest_with(tmp_path, **given))
     assert (config.seed, config.exclude, config.generate.max_attempts, config.engine) == (7, ("flickr30k#test",), 2, "embedded")
 
 
@@ -123,12 +124,6 @@ def test_files_that_rows_depended_on_are_asked_for(settings: dict[str, Any], key
 def test_a_section_of_a_manifest_that_is_none_is_one_error(odd: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bad value for generate"):
         resolve(manifest_with(tmp_path, generate=odd))
-
-
-def test_a_manifest_of_an_earlier_release_means_its_prompts(tmp_path: Path) -> None:
-    generate = resolve(manifest_with(tmp_path, generate={"max_tokens": 99})).generate
-    assert (generate.prompt_version, generate.max_tokens, "prompt_version" in generate.model_fields_set) == (1, 99, True)
-    assert resolve(manifest_with(tmp_path, generate={"prompt_version": 2})).generate.prompt_version == 2
 
 
 def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) -> None:

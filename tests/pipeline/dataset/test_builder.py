@@ -75,13 +75,13 @@ def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     assert scores == {True: None, False: 0.5}
 
 
-def test_facts_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
+def test_columns_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
     samples, rows = scene_samples(6), Rows()
     unannotated = [sample.id for sample in samples[:3]]
     batches = [batch for part in (samples[:3], samples[3:]) for batch in sample_table(part).to_batches()]
     annotations = true_captions(samples).filter(~pc.field("sample_id").isin(unannotated))
     version, _ = publish_rows(tmp_path, [annotations], batches, rows=rows)
-    assert "facts" in version.manifest["columns"]
+    assert "image" in version.manifest["columns"]
     assert rows.rejected == unannotated
 
 
@@ -95,12 +95,6 @@ def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samp
     backwards = annotations.take(list(range(annotations.num_rows - 1, -1, -1)))
     with pytest.raises(TableError, match="different orders"):
         publish_rows(tmp_path / "backwards", [backwards], batches)
-
-
-def test_a_folder_without_facts_has_no_column_for_them(tmp_path: Path) -> None:
-    samples = [replace(sample, facts=None) for sample in scene_samples(5)]
-    version, _ = make_version(tmp_path, samples, true_captions(scene_samples(5)))
-    assert "facts" not in version.manifest["columns"]
 
 
 def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path: Path) -> None:
@@ -118,8 +112,8 @@ def test_the_order_of_images_and_annotations_does_not_name_the_content(tmp_path:
 
 def test_a_deck_of_one_page_is_a_deck_all_the_same(tmp_path: Path) -> None:
     samples = scene_samples(4)
-    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
-    decks = [two_pages, *(replace(sample, facts=None) for sample in samples[2:])]
+    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]))
+    decks = [two_pages, *samples[2:]]
     captions = true_captions([samples[0], *samples[2:]])
     version, _ = publish_rows(tmp_path, [captions], sample_table(decks).to_batches(), source="decks", decks=True)
     assert "image" not in version.manifest["columns"]

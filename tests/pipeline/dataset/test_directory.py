@@ -118,26 +118,6 @@ def test_a_planted_link_in_place_of_the_lock_is_an_error_and_its_target_stays_as
 
 
 @pytest.mark.parametrize(
-    ("content", "version"),
-    [
-        ('{"generate": {"prompt_version": 2}}', 2),
-        ('{"generate": {"prompt_version": 1}}', 1),
-        ('{"generate": {"caption_styles": ["brief"]}}', 1),
-        ('{"source": "scenes"}', 1),
-        ('{"generate": {"prompt_version": 7}}', 1),
-        ('{"generate": [1]}', 1),
-        ("[]", None),
-        ("no JSON", None),
-        (None, None),
-    ],
-)
-def test_a_folder_knows_the_prompts_of_its_last_run(content: str | None, version: int | None, tmp_path: Path) -> None:
-    if content is not None:
-        DatasetDir(tmp_path).run_file.write_text(content)
-    assert DatasetDir(tmp_path).prompt_version() == version
-
-
-@pytest.mark.parametrize(
     "text",
     [
         "",

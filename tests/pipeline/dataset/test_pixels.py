@@ -84,7 +84,7 @@ def test_a_dataset_without_pixels_is_no_copy(texts: Version) -> None:
 
 def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) -> None:
     pages = [sample.images[0] for sample in SAMPLES[:4]]
-    deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages), facts=None)
+    deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages))
     captions = true_captions(SAMPLES[:1])
     ids = captions.schema.get_field_index("sample_id")
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])

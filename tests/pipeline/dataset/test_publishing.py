@@ -9,6 +9,7 @@ from datasets import Image, load_dataset
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
+from pipeline.scenes.scene import scenes_of
 from pipeline.tables import Extras
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
@@ -49,13 +50,14 @@ def test_scores_lie_beside_their_texts_and_another_set_of_them_is_a_major_versio
     assert (again.name, is_new) == ("v2.0.1", True)
 
 
-def test_datasets_reads_a_version_with_images_and_facts(tmp_path: Path) -> None:
+def test_datasets_reads_a_version_with_images(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(20))
     files = {split: [str(p) for p in version.shards(split)] for split in ("train", "test") if version.shards(split)}
     loaded = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
     assert loaded.features["image"] == Image()
     assert loaded[0]["image"].size == (84, 84)
-    assert loaded[0]["facts"]["background"] in loaded[0]["captions"][0]["text"]
+    (scene,) = scenes_of(loaded[0]["source"], loaded[0]["source_row"])
+    assert scene.background in loaded[0]["captions"][0]["text"]
 
 
 def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
@@ -67,8 +69,8 @@ def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
 
 def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:
     samples = scene_samples(4)
-    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]), facts=None)
-    tables = [sample_table([two_pages]), sample_table([replace(samples[2], facts=None)])]
+    two_pages = replace(samples[0], images=(samples[0].images[0], samples[1].images[0]))
+    tables = [sample_table([two_pages]), sample_table([samples[2]])]
     batches = [batch for table in tables for batch in table.to_batches()]
     with pytest.raises(TableError, match="some samples have image"):
         publish_rows(tmp_path, [true_captions([samples[0], samples[2]])], batches, source="mixed")

@@ -9,7 +9,7 @@ from tests.scene_data import make_version, scene_samples
 def test_measures_of_parts_add_up_to_that_of_the_whole(tmp_path_factory: pytest.TempPathFactory) -> None:
     version, _ = make_version(tmp_path_factory.mktemp("d"), scene_samples(40))
     batches = version.batches(version.manifest["columns"])
-    rows = [row | {"page_facts": None} for _, batch in batches for row in batch.to_pylist()]
+    rows = [row for _, batch in batches for row in batch.to_pylist()]
     whole, parts = DatasetStatistics(), [DatasetStatistics(), DatasetStatistics(), DatasetStatistics()]
     whole.add(rows)
     for number, part in enumerate(parts):

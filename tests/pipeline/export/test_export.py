@@ -427,7 +427,7 @@ def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sa
     with pytest.raises(ConfigError, match="has a caption of the style poem for this format"):
         export_version(version, "sidecar", tmp_path / "poem", style="poem")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished one is left
-    two_pages = [replace(sample, images=sample.images * 2, facts=None) for sample in samples[:4]]
+    two_pages = [replace(sample, images=sample.images * 2) for sample in samples[:4]]
     decks, _ = publish_rows(
         tmp_path / "decks", [true_captions(samples[:4])], sample_table(two_pages).to_batches(), source="decks", decks=True
     )
@@ -547,7 +547,7 @@ def test_a_photo_of_several_pictures_in_one_file_is_a_jpg(tmp_path: Path) -> Non
     first, second = (Image.effect_noise((64, 48), 40 + n).convert("RGB") for n in range(2))
     first.save(out, "MPO", save_all=True, append_images=[second])
     data = out.getvalue()
-    sample = replace(scene_samples(1)[0], id=hashlib.sha256(data).hexdigest(), images=(data,), facts=None)
+    sample = replace(scene_samples(1)[0], id=hashlib.sha256(data).hexdigest(), images=(data,))
     captions = true_captions(scene_samples(1)).set_column(0, "sample_id", pa.array([sample.id] * 2))
     version, _ = make_version(tmp_path / "d", [sample], captions)
     assert [item.suffix for item in read_items(version)] == ["jpg"]

@@ -26,7 +26,6 @@ from tests.hub.storage import Repo
 from tests.pipeline.images.test_metadata import jpeg
 from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
 
-EMPTY = {"background": "white", "objects": []}
 EXTRA = {"README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
 
 
@@ -317,7 +316,7 @@ def photo_like(rng: random.Random, number: int) -> Sample:
     """Return a sample whose bytes compress as little as those of a photo."""
     data = rng.randbytes(30_000)
     sample_id = hashlib.sha256(data).hexdigest()
-    return Sample(id=sample_id, source_row=str(number), images=(data,), width_px=9, height_px=9, license="cc0-1.0", facts=EMPTY)
+    return Sample(id=sample_id, source_row=str(number), images=(data,), width_px=9, height_px=9, license="cc0-1.0")
 
 
 def test_no_token_reaches_a_log_even_when_debugging(hub: RunningHub, version: Version, tmp_path: Path) -> None:

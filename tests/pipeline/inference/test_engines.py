@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import LARGE
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
 from pipeline.inference import engines
-from pipeline.inference.engines import LARGE, TINY_WEIGHTS, choose_engine, max_pixels, pick_engine
+from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, max_pixels, pick_engine
 from tests.chat.server import ChatServer, running_chat
 
 

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import DECKS
 from pipeline.config.files import resolve
 from pipeline.config.sections import GenerateConfig
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
 from pipeline.inference.engines import TINY_DECK_WEIGHTS, TINY_WEIGHTS, choose_engine
 from pipeline.inference.transformers_engine import EmbeddedEngine
-from pipeline.scenes.score import AnswerScore, CaptionScore
-from pipeline.sources.scenes import draw_deck
+from pipeline.scenes.text import AnswerScore, CaptionScore
+from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
-from tests.scene_data import batch_of, requests_to_send, scene_samples, score_annotations, score_decks
+from tests.scene_data import batch_of, requests_to_send, scene_samples, scenes_by_id, score_annotations, score_decks
 
 SEED = 8001  # no training set holds these scenes
 SCENES = 60
@@ -61,7 +62,7 @@ def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
 def scores(engine: Engine, batch: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
     reply_of = replies(engine, batch)
     rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
-    return score_annotations(rows, {s.id: s.facts or {} for s in scene_samples(count, SEED)})
+    return score_annotations(rows, scenes_by_id(scene_samples(count, SEED)))
 
 
 def reword(request: Request) -> Request:
@@ -90,11 +91,11 @@ def test_the_teacher_of_decks_finds_the_pages_and_tells_the_truth_about_them() -
     config = resolve(source="scenes-deck", tasks=["deck_qa"], engine="embedded")
     choice = choose_engine(config)
     assert choice.revision == weights_revision(TINY_DECK_WEIGHTS)
-    decks = [draw_deck(SEED, index) for index in range(24)]
+    decks = [draw_sample(SEED, index, DECKS) for index in range(24)]
     batch = requests_to_send(batch_of(decks), config, choice.revision)
     reply_of = replies(choice.make(), batch)
     rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
-    scores = score_decks(rows, {deck.id: deck.page_facts or () for deck in decks})
+    scores = score_decks(rows, scenes_by_id(decks, DECKS))
     assert set(scores) == {"span", "number", "arithmetic"}
     assert sum(s.right for s in scores.values()) > 0.8 * len(rows)
     assert sum(s.evidence_right for s in scores.values()) > 0.8 * len(rows)

@@ -75,7 +75,7 @@ def test_claims_that_a_model_found_are_asked_instead_of_those_of_rules() -> None
 
 
 def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
-    settings = resolve(source="folder:x", verify={"checks": ["claims"]}, generate={"prompt_version": 2})
+    settings = resolve(source="folder:x", verify={"checks": ["claims"]})
     request, other = (build_claims("Two dogs.", sample_id, settings, "r") for sample_id in ("a", "b"))
     assert (request.id, request.images, request.pages) == (other.id, (), ())
     assert request.id != build_claims("Two cats.", "a", settings, "r").id

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import DECKS
 from pipeline.errors import ConfigError
 from pipeline.images.decode import prepare_image
 from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, newest_checkpoint, write_report
 from pipeline.report.html import script_hash
-from pipeline.sources.scenes import draw_deck
+from pipeline.sources.scenes import draw_sample
 from tests.scene_data import make_version, scene_samples, true_captions
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="a()"></script>\u202e{{ 7*7 }} & "quoted"'
@@ -162,12 +163,12 @@ def test_the_training_is_shown_with_both_scores(tmp_path: Path) -> None:
 
 
 def test_a_deck_is_shown_with_all_its_pages(tmp_path: Path) -> None:
-    samples = [draw_deck(0, index) for index in range(3)]
+    samples = [draw_sample(0, index, DECKS) for index in range(3)]
     pair = {"question": "Which page is gray?", "answer": "2", "answer_type": "span", "evidence_pages": [2], "expression": ""}
     rows = [{"sample_id": s.id, "task": "deck_qa", "prompt_id": "p", "style": "", "split": "train", **pair} for s in samples]
     version, _ = make_version(tmp_path, samples, pa.Table.from_pylist(rows))
     assert "pages" in version.manifest["columns"]
-    assert not {"image", "facts", "reference_qa"} & set(version.manifest["columns"])
+    assert not {"image", "reference_qa"} & set(version.manifest["columns"])
     page = write_report(version, tmp_path).read_text()
     assert page.count("data:image/webp;base64,") == 12
     assert page.count('"evidence_pages":[2]') == 3

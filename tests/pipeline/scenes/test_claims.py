@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pipeline.scenes.claims import extract_claims, pluralize
-from pipeline.scenes.facts import sample_scene
+from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, answer, caption
 
 

@@ -1,11 +1,12 @@
-"""Scene texts: captions can be parsed back into facts, and each question has the answer that the facts give."""
+"""Scene texts: captions can be parsed back into facts, questions have the answers of the facts, and scores count both."""
 
 import random
 
 import pytest
 
-from pipeline.scenes.facts import PLACES, Scene, Thing, sample_scene
-from pipeline.scenes.text import ASK, answer, background, caption, phrases
+from examples.scenes.questions import ASK, ASK_DECK
+from pipeline.scenes.scene import BACKGROUNDS, PLACES, Scene, Thing, sample_deck, sample_scene
+from pipeline.scenes.text import AnswerScore, CaptionScore, Truth, answer, answer_deck, background, caption, phrases
 
 SCENE = Scene(
     "beige",
@@ -15,6 +16,10 @@ SCENE = Scene(
         Thing("small", "blue", "circle", "bottom right"),
     ),
 )
+RED_RING = Thing("small", "red", "ring", "top left")
+BLUE_STAR = Thing("large", "blue", "star", "center")
+DECK = (Scene("gray", (RED_RING, BLUE_STAR)), Scene("mint", (RED_RING,)), Scene("white", (BLUE_STAR,)))
+TWO_RINGS = Scene("white", (RED_RING, Thing("small", "red", "ring", "center")))
 
 
 def test_a_brief_caption_names_everything_but_places() -> None:
@@ -25,14 +30,14 @@ def test_a_brief_caption_names_everything_but_places() -> None:
     ]
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_detailed_caption_can_be_read_back_whole(seed: int) -> None:
-    scene = sample_scene(random.Random(seed))
-    text = caption(scene, "detailed")
-    assert [(p.size, p.color, p.shape, p.place) for p in phrases(text)] == [
-        (t.size, t.color, t.shape, t.place) for t in scene.objects
-    ]
-    assert background(text) == scene.background
+def test_a_detailed_caption_can_be_read_back_whole() -> None:
+    for seed in range(200):
+        scene = sample_scene(random.Random(seed))
+        text = caption(scene, "detailed")
+        assert [(p.size, p.color, p.shape, p.place) for p in phrases(text)] == [
+            (t.size, t.color, t.shape, t.place) for t in scene.objects
+        ]
+        assert background(text) == scene.background
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,75 @@ def test_places_that_share_words_are_distinguished() -> None:
     for place in PLACES:
         scene = Scene("white", (Thing("large", "pink", "star", place),))
         assert phrases(caption(scene, "detailed"))[0].place == place
+
+
+@pytest.mark.parametrize(
+    ("question", "truth"),
+    [
+        ("What color is the star on the gray page?", Truth("blue", (1,))),
+        ("How many rings are there on the white page?", Truth("0", (3,))),
+        ("How many objects are there on the mint page?", Truth("1", (2,))),
+        ("How many more objects are there on the gray page than on the mint page?", Truth("1", (1, 2), "2 - 1")),
+        ("How many objects are there on the white and gray pages together?", Truth("3", (1, 3), "1 + 2")),
+        ("How many more objects are there on the mint page than on the gray page?", None),
+        ("How many more objects are there on the mint page than on the mint page?", None),
+        ("What color is the object on the gray page?", None),
+        ("What color is the star on the beige page?", None),
+        ("What color is the star?", None),
+        ("Why?", None),
+    ],
+)
+def test_a_question_about_a_deck_has_one_truth_or_none(question: str, truth: Truth | None) -> None:
+    assert answer_deck(DECK, question) == truth
+
+
+@pytest.mark.parametrize("kind", ASK_DECK)
+def test_every_question_about_a_deck_has_the_truth_that_was_given(kind: str) -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        deck = sample_deck(rng)
+        pair = ASK_DECK[kind](deck, rng)
+        truth = answer_deck(deck, pair.question)
+        assert truth == Truth(pair.answer, pair.evidence_pages, pair.expression)
+        assert pair.answer_type == kind
+
+
+def test_the_pages_of_a_deck_differ_in_their_background() -> None:
+    deck = sample_deck(random.Random(0))
+    assert len({page.background for page in deck}) == len(deck) == len(BACKGROUNDS)
+
+
+def scored(text: str, style: str = "brief") -> CaptionScore:
+    score = CaptionScore()
+    score.add(text, TWO_RINGS, style)
+    return score
+
+
+@pytest.mark.parametrize(
+    ("text", "precision", "recall"),
+    [
+        ("A small red ring and a small red ring on a white background.", 1.0, 1.0),
+        ("A small red ring on a white background.", 1.0, 0.5),
+        ("A small red ring, a small red ring and a small red ring.", 2 / 3, 1.0),
+        ("A large red ring and a small red ring.", 0.5, 0.5),
+        ("Nothing.", 0.0, 0.0),
+    ],
+)
+def test_phrases_are_matched_one_to_one(text: str, precision: float, recall: float) -> None:
+    assert scored(text).precision == pytest.approx(precision)
+    assert scored(text).recall == pytest.approx(recall)
+
+
+def test_a_detailed_caption_must_say_where() -> None:
+    assert scored("A small red ring is at the top left. A small red ring is at the center.", "detailed").recall == 1.0
+    assert scored("A small red ring is at the top left. A small red ring is at the top right.", "detailed").recall == 0.5
+
+
+def test_a_question_without_a_true_answer_counts_as_wrong() -> None:
+    score = AnswerScore()
+    score.add("What size is the ring?", "small", TWO_RINGS)  # there are two
+    score.add("How many rings are there?", "2", TWO_RINGS)
+    score.add("How many objects are there?", "2", TWO_RINGS)
+    score.add("How many stars are there?", "1", TWO_RINGS)
+    assert (score.accuracy, score.unanswerable) == (0.5, 1)
+    assert score.majority == pytest.approx(2 / 3)

@@ -3,7 +3,7 @@
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -111,27 +111,17 @@ def test_decks_are_asked_for_questions_about_decks() -> None:
     assert tasks(source="scenes-deck", tasks=["caption"]) == ("caption",)
 
 
-def prompts(earlier: Literal[1, 2] | None = None, **settings: Any) -> tuple[int, tuple[str, ...]]:
-    generate = with_source_defaults(resolve(**settings), earlier).generate
-    return generate.prompt_version, generate.caption_styles
+def styles(**settings: Any) -> tuple[str, ...]:
+    return with_source_defaults(resolve(**settings)).generate.caption_styles
 
 
-def test_photographs_have_prompts_of_their_own() -> None:
-    assert prompts(source="folder:x") == prompts(source="flickr30k") == (2, ("plain", "detailed"))
-    assert prompts(source="scenes") == prompts(source="folder:x", model="tiny") == (1, ("brief", "detailed"))
-    assert prompts(source="folder:x", generate={"caption_styles": ["alt"]}) == (2, ("alt",))
-    assert prompts(source="folder:x", generate={"prompt_version": 1}) == (1, ("brief", "detailed"))
-
-
-def test_a_folder_of_an_earlier_release_keeps_its_prompts() -> None:
-    assert prompts(1, source="folder:x") == (1, ("brief", "detailed"))
-    assert prompts(2, source="folder:x") == (2, ("plain", "detailed"))
-    runs: tuple[Literal[1, 2], ...] = (1, 2)
-    for earlier in runs:  # a first and a second run with it
-        assert prompts(earlier, source="folder:x", generate={"prompt_version": 2}) == (2, ("plain", "detailed"))
+def test_photographs_have_styles_of_their_own() -> None:
+    assert styles(source="folder:x") == styles(source="flickr30k") == ("plain", "detailed")
+    assert styles(source="scenes") == styles(source="folder:x", model="tiny") == ("brief", "detailed")
+    assert styles(source="folder:x", generate={"caption_styles": ["alt"]}) == ("alt",)
 
 
 def test_a_length_without_prompts_that_have_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="no length"):
-        prompts(source="scenes", generate={"caption_words": 9})
-    assert prompts(source="folder:x", generate={"caption_words": 9})[0] == 2
+        styles(source="scenes", generate={"caption_words": 9})
+    assert styles(source="folder:x", generate={"caption_words": 9})

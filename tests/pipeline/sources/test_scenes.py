@@ -1,6 +1,7 @@
 """Scenes: a larger limit begins with the same scenes, and each reference states the facts of its scene."""
 
-from pipeline.scenes.score import parse_scene
+from pipeline.config import SCENES
+from pipeline.scenes.scene import scenes_of
 from pipeline.scenes.text import caption
 from pipeline.sources.scenes import open_scenes
 from pipeline.types import Sample
@@ -17,4 +18,4 @@ def test_more_scenes_begin_with_the_same_ones() -> None:
 
 def test_the_reference_is_what_the_facts_say() -> None:
     for sample in samples(3, 5):
-        assert sample.references == (caption(parse_scene(sample.facts or {}), "brief"),)
+        assert sample.references == (caption(scenes_of(SCENES, sample.source_row)[0], "brief"),)

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from examples.scenes.questions import ask_yes_no
 from pipeline.config.sections import BalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.scenes.facts import sample_scene
-from pipeline.scenes.text import ask_yes_no, caption
+from pipeline.scenes.scene import sample_scene
+from pipeline.scenes.text import caption
 from pipeline.stages.balance import (
     RARE,
     STAGE,

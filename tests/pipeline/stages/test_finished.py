@@ -247,7 +247,7 @@ def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_p
             for remembered in (*vars(prompts).values(), *vars(requests).values()):
                 if hasattr(remembered, "cache_clear"):
                     remembered.cache_clear()  # as in a new process
-            ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1]), "prompt_version": 1})
+            ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1])})
             found.append(set(read_table(DatasetDir(tmp_path / "d").stage("generate"), ["prompt_id"])["prompt_id"].to_pylist()))
     assert len(written) == 3  # all replies to the third were there, and those to the second were written
     assert found[0] == found[2] != found[1]

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import SCENE_PROMPTS
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
+from pipeline.scenes.text import STYLES as KNOWN_STYLES
 from pipeline.tasks import TASKS, prompts
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
@@ -42,71 +45,75 @@ def test_a_value_that_is_missing_is_an_error_and_not_an_empty_word() -> None:
 def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
     with pytest.raises(ConfigError, match="style 'sonnet'") as caught:
         render(TASKS["caption"], style="sonnet")
-    assert "brief, detailed, plain, alt" in caught.value.hint
-    with pytest.raises(ConfigError, match="style 'tags'"):
-        render(TASKS["caption"], style="tags")
+    assert "plain, detailed, brief, alt" in caught.value.hint
 
 
-@pytest.mark.parametrize("version", STYLES)
-def test_every_style_has_its_own_wording(version: int) -> None:
-    texts = [render(TASKS["caption"], None, version, style=style).text.splitlines() for style in STYLES[version]]
+@pytest.mark.parametrize(("folders", "styles"), [((), STYLES), ((SCENE_PROMPTS,), KNOWN_STYLES)])
+def test_every_style_has_its_own_wording(folders: tuple[Path, ...], styles: tuple[str, ...]) -> None:
+    texts = [render(TASKS["caption"], folders, style=style).text.splitlines() for style in styles]
     assert len({lines[0] for lines in texts}) == len(texts)
-    assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in STYLES[version]]
+    assert [lines[-1] for lines in texts] == [f"Task: caption, {style}" for style in styles]
 
 
-def prompt_id(task: str, version: int = 1) -> str:
+def prompt_id(task: str, *folders: Path) -> str:
     """Return the name of a task's prompt with a digest of its template and the system text."""
-    return render(TASKS[task], None, version, **dict(CASES).get(task, {})).id
+    return render(TASKS[task], folders, **dict(CASES).get(task, {})).id
 
 
-def test_prompts_of_version_1_are_as_they_were_released() -> None:
-    ids = [prompt_id(task) for task in ("caption", "qa", "deck_qa", "answer")]
+def test_wordings_that_the_tiny_models_learned_do_not_change() -> None:
+    ids = [prompt_id(task, SCENE_PROMPTS) for task in ("caption", "qa", "deck_qa", "answer")]
     assert ids == ["caption/v1@cfbdc0c86f31", "qa/v1@f512a8e48587", "deck_qa/v1@a4b79fa25464", "answer/v1@9a35f27fbcd1"]
-    assert prompt_id("qa", 2) != ids[1] and prompt_id("answer", 2) == ids[3]
 
 
-def test_wordings_and_question_types_of_photographs_are_drawn_by_the_image() -> None:
-    captions = [render(TASKS["caption"], None, 2, style="plain", draw=draw).text for draw in range(DRAWS)]
-    questions = [render(TASKS["qa"], None, 2, draw=draw).text for draw in range(DRAWS)]
+@pytest.mark.parametrize(
+    ("settings", "has_scene_prompts"),
+    [
+        ({"source": "scenes", "model": "a/b"}, True),
+        ({"source": "scenes-deck"}, True),
+        ({"source": "folder:x", "model": "tiny"}, True),
+        ({"source": "folder:scenes"}, False),
+    ],
+)
+def test_drawn_sources_and_the_tiny_model_have_scene_prompts(settings: dict[str, Any], *, has_scene_prompts: bool) -> None:
+    folders = resolve(**settings).prompt_dirs
+    assert [prompt_id(task, *folders) == prompt_id(task) for task in ("caption", "qa")] == [not has_scene_prompts] * 2
+
+
+def test_wordings_and_question_types_are_drawn_by_the_image() -> None:
+    captions = [render(TASKS["caption"], style="plain", draw=draw).text for draw in range(DRAWS)]
+    questions = [render(TASKS["qa"], draw=draw).text for draw in range(DRAWS)]
     assert (len(set(captions)), len(set(questions))) == (3, 8)
     assert {text.splitlines()[-1] for text in questions} == {"Task: qa"}
     assert sum("here the answer is no" in text for text in questions) == DRAWS // 2
 
 
-def test_a_length_and_a_language_stand_in_the_prompts_of_photographs() -> None:
+def test_a_length_and_a_language_stand_in_the_prompts() -> None:
     for draw in range(DRAWS):
-        text = render(TASKS["caption"], None, 2, style="detailed", draw=draw, words=33, language="German").text
+        text = render(TASKS["caption"], style="detailed", draw=draw, words=33, language="German").text
         assert "33 words" in text and "Write in German." in text
-        assert "in German" in render(TASKS["qa"], None, 2, draw=draw, language="German").text
-    assert "Write in" not in render(TASKS["caption"], None, 2, style="plain").text
-
-
-def test_a_users_template_of_either_version_wins(tmp_path: Path) -> None:
-    (tmp_path / "qa").mkdir()
-    (tmp_path / "qa" / "v1.j2").write_text("Ask.\nTask: qa\n")
-    assert {render(TASKS["qa"], tmp_path, version).text for version in (1, 2)} == {"Ask.\nTask: qa"}
-    (tmp_path / "qa" / "v2.j2").write_text("Ask {{ draw }}.\nTask: qa\n")
-    assert [render(TASKS["qa"], tmp_path, version, draw=7).text for version in (1, 2)] == ["Ask.\nTask: qa", "Ask 7.\nTask: qa"]
+        assert "in German" in render(TASKS["qa"], draw=draw, language="German").text
+    assert "Write in" not in render(TASKS["caption"], style="plain").text
 
 
 def test_a_users_own_templates_win_and_change_the_id(tmp_path: Path) -> None:
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text("Write a sonnet.\nTask: caption, {{ style }}\n")
-    own = render(TASKS["caption"], tmp_path, style="sonnet")
+    own = render(TASKS["caption"], (tmp_path,), style="sonnet")
     assert own.text == "Write a sonnet.\nTask: caption, sonnet"
     assert own.id != render(TASKS["caption"], style="brief").id
-    assert render(TASKS["qa"], tmp_path) == render(TASKS["qa"])
+    assert own == render(TASKS["caption"], (tmp_path, SCENE_PROMPTS), style="sonnet")
+    assert render(TASKS["qa"], (tmp_path,)) == render(TASKS["qa"])
 
 
 def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
     own = (("haiku", "Write a haiku{{ ' in ' ~ language if language }}. "),)
-    prompt = render(TASKS["caption"], None, 2, own_styles=own, style="haiku", language="German")
+    prompt = render(TASKS["caption"], own_styles=own, style="haiku", language="German")
     assert prompt.text == 'Write a haiku in German. Reply as {"caption": "..."}.\nTask: caption, haiku'
-    assert prompt.id in prompt_texts([TASKS["caption"]], None, 2, own)
-    other = render(TASKS["caption"], None, 2, own_styles=(("haiku", "Write a poem."),), style="haiku")
-    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]], None, 2))
-    assert render(TASKS["caption"], None, 2, own_styles=own, style="plain") == render(TASKS["caption"], None, 2, style="plain")
-    assert render(TASKS["qa"], None, 2, own_styles=own) == render(TASKS["qa"], None, 2)
+    assert prompt.id in prompt_texts([TASKS["caption"]], own_styles=own)
+    other = render(TASKS["caption"], own_styles=(("haiku", "Write a poem."),), style="haiku")
+    assert other.id != prompt.id and {other.id, prompt.id}.isdisjoint(prompt_texts([TASKS["caption"]]))
+    assert render(TASKS["caption"], own_styles=own, style="plain") == render(TASKS["caption"], style="plain")
+    assert render(TASKS["qa"], own_styles=own) == render(TASKS["qa"])
     for mistake in (
         "{{ nothing }}",
         "{{ 1 // (row.price | int) }}",
@@ -115,20 +122,20 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
         "{{ row.x.y }}",
     ):
         with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
-            render(TASKS["caption"], None, 2, (("price", ""),), own_styles=(("haiku", mistake),), style="haiku")
+            render(TASKS["caption"], row=(("price", ""),), own_styles=(("haiku", mistake),), style="haiku")
 
 
 def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "qa").mkdir()
     (tmp_path / "qa" / "v1.j2").write_text("{% if %}")
     with pytest.raises(ConfigError, match="cannot be rendered"):
-        render(TASKS["qa"], tmp_path)
+        render(TASKS["qa"], (tmp_path,))
 
 
 def test_the_id_changes_with_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {task: prompt_id(task) for task in ("caption", "qa")}
     original = template
-    monkeypatch.setattr(prompts, "template", lambda name, folder=None: original(name) + (" now" if name == "qa/v1" else ""))
+    monkeypatch.setattr(prompts, "template", lambda name, folders=(): original(name) + (" now" if name == "qa/v1" else ""))
     assert prompt_id("qa") != before["qa"]
     assert prompt_id("caption") == before["caption"]
 
@@ -141,4 +148,4 @@ def test_a_template_of_a_stranger_runs_no_code(template: str, tmp_path: Path) ->
     (tmp_path / "caption").mkdir()
     (tmp_path / "caption" / "v1.j2").write_text(template)
     with pytest.raises(ConfigError, match="cannot be rendered"):
-        render(TASKS["caption"], tmp_path, style="brief")
+        render(TASKS["caption"], (tmp_path,), style="brief")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.scenes.facts import SHAPES
+from pipeline.scenes.scene import SHAPES
 from pipeline.text.objects import is_kind_of, named_things
 
 

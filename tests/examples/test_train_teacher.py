@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.scenes.deck import PAGES, sample_deck
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import BACKGROUNDS, PLACES, sample_scene
-from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
-from pipeline.scenes.training import common, train_teacher
-from pipeline.scenes.training.guide import PageGuide
-from pipeline.scenes.training.pack import Packed, Packer, TrainingTask, collate
-from pipeline.scenes.training.train_teacher import (
+from examples.scenes import train_teacher, training_steps
+from examples.scenes.packed_tasks import Packed, Packer, TrainingTask, collate
+from examples.scenes.page_guide import PageGuide
+from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, train_tokenizer
+from examples.scenes.train_teacher import (
     ANSWERS,
     DECKS,
     TEXT,
@@ -26,8 +23,10 @@ from pipeline.scenes.training.train_teacher import (
     tokenizer_corpus,
     train,
 )
-from pipeline.scenes.training.wording import sample_wording
+from pipeline.scenes.scene import BACKGROUNDS, PLACES, draw, sample_deck, sample_scene
 from pipeline.tasks.prompts import Prompt
+
+PAGES = len(BACKGROUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def student() -> TeacherTraining:
     tokenizer = train_tokenizer(tokenizer_corpus(200))
     model = build_model(tokenizer).eval()
     packer, guide = Packer(tokenizer, model.config.image_token_id), PageGuide(TEXT_WIDTH, tokenizer)
-    return TeacherTraining(model, build_processor(tokenizer), packer, common.VisionHeads(TEXT_WIDTH), guide)
+    return TeacherTraining(model, build_processor(tokenizer), packer, training_steps.VisionHeads(TEXT_WIDTH), guide)
 
 
 def rebuilt(student: TeacherTraining, packed: Packed, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,29 +92,12 @@ def test_only_replies_are_learned_and_answers_weigh_more(student: TeacherTrainin
     assert not {"question", "answer", '":"'} & set(heavy)
 
 
-def test_the_words_around_a_task_vary_and_may_be_missing() -> None:
-    wordings = [sample_wording(random.Random(seed)) for seed in range(300)]
-    assert len({system for system, _ in wordings}) > 150
-    assert any(not system and not words for system, words in wordings)
-    assert not any("Task:" in text for pair in wordings for text in pair)
-
-
-def test_every_phase_asks_for_every_task() -> None:
-    rng = random.Random(0)
-    lines = [task.line for task in scene_tasks(sample_scene(rng), rng, TEXT)]
-    assert lines[:3] == ["Task: caption, brief", "Task: caption, detailed", "Task: qa"]
-    assert all(line.startswith("Question: ") for line in lines[3:])
-    lines = [task.line for task in deck_tasks(sample_deck(rng), rng, DECKS)]
-    assert lines.count("Task: deck_qa") == DECKS.question_sets
-    assert all(line.startswith("Question: ") for line in lines if line != "Task: deck_qa")
-
-
 def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes some seconds: three real training runs with two steps a phase."""
     vision = replace(VISION, steps=2, scenes=2)
     phases = (vision, replace(TEXT, steps=2, scenes=1), replace(DECKS, steps=2, scenes=1, decks=1))
     monkeypatch.setattr(train_teacher, "VISION", vision)
-    monkeypatch.setattr(common, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training_steps, "SAVE_EVERY", 1)
     train(tmp_path / "whole", phases)
     train(tmp_path / "cut", phases[:1])
     train(tmp_path / "cut", phases)

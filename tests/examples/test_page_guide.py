@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.scenes.deck import END, Spot, sample_deck
-from pipeline.scenes.facts import BACKGROUNDS
-from pipeline.scenes.teacher import TEXT_WIDTH, train_tokenizer
-from pipeline.scenes.training.guide import GUIDED_HEADS, IGNORE_INDEX, DeckExample, PageGuide, _looks, attention_loss
-from pipeline.scenes.training.pack import VISION_TOKENS, Packer, TrainingTask, collate
-from pipeline.scenes.training.train_teacher import tokenizer_corpus
+from examples.scenes.packed_tasks import VISION_TOKENS, Packer, TrainingTask, collate
+from examples.scenes.page_guide import GUIDED_HEADS, DeckExample, PageGuide, attention_loss
+from examples.scenes.questions import END, Spot
+from examples.scenes.tiny_vlm import TEXT_WIDTH, train_tokenizer
+from examples.scenes.train_teacher import tokenizer_corpus
+from pipeline.scenes.scene import sample_deck
 
 PAGES = 3
 IMAGE_ID = 6
@@ -29,15 +29,6 @@ def pack_example(packer: Packer, line: str, spots: tuple[Spot, ...]) -> DeckExam
     return DeckExample(packer.pack(PAGES, random.Random(1), [task], 4.0), deck)
 
 
-def test_words_that_name_a_ground_or_a_page_are_to_be_looked_up(guide: tuple[PageGuide, Packer]) -> None:
-    heads, packer = guide
-    ground = sample_deck(random.Random(4))[1].background
-    example = pack_example(packer, f"Question: Which page is {ground}? What color is page 3?", ((2, END),))
-    page_BS, ground_BS = heads._targets([example], len(example.packed.ids))
-    assert page_BS[page_BS != IGNORE_INDEX].tolist() == [1]
-    assert ground_BS[ground_BS != IGNORE_INDEX].tolist() == [BACKGROUNDS.index(example.deck[2].background)]
-
-
 def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tuple[PageGuide, Packer]) -> None:
     heads, packer = guide
     example = pack_example(packer, "Question: How many?", ((2, 4), (2, END)))
@@ -52,21 +43,6 @@ def test_attention_to_the_right_spots_costs_nothing_and_elsewhere_much(guide: tu
     assert losses[2, 4] == pytest.approx(0.0, abs=1e-3)
     assert losses[2, END] == pytest.approx(0.0, abs=1e-3)
     assert min(losses[2, 5], losses[1, 4], losses[3, END]) > 5
-
-
-def test_a_target_is_set_where_one_page_or_one_spot_decides_a_word(guide: tuple[PageGuide, Packer]) -> None:
-    _, packer = guide
-    for spots, page, spot in (
-        (((2, 4),), [1], [4]),
-        (((2, 4), (2, 7)), [1], []),
-        (((2, END), (3, END)), [], [END]),
-        (((2, 4), (3, 5)), [], []),
-    ):
-        example = pack_example(packer, "Question: How many?", spots)
-        page_BS, ground_BS, spot_BS = _looks([example], len(example.packed.ids))
-        grounds = [BACKGROUNDS.index(example.deck[index].background) for index in page]
-        assert ground_BS[ground_BS != IGNORE_INDEX].tolist() == grounds
-        assert (page_BS[page_BS != IGNORE_INDEX].tolist(), spot_BS[spot_BS != IGNORE_INDEX].tolist()) == (page, spot)
 
 
 def test_all_heads_learn_from_a_deck(guide: tuple[PageGuide, Packer]) -> None:

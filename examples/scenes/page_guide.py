@@ -18,8 +18,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.scenes.facts import BACKGROUNDS, MAX_OBJECTS, Scene
-from pipeline.scenes.training.pack import VISION_TOKENS, Packed
+from examples.scenes.packed_tasks import VISION_TOKENS, Packed
+from pipeline.scenes.scene import BACKGROUNDS, MAX_OBJECTS, Scene
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
 GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)  # with rewarded attention, counted from 0; other heads read the text

@@ -1,4 +1,7 @@
-"""Train the tiny CLIP from scratch: `python -m pipeline.scenes.training.train_clip --out DIR`.
+"""Train the tiny CLIP from scratch: `python -m examples.scenes.train_clip --out DIR`.
+
+It is a real CLIPModel of 2.3 million parameters. Where pretrained weights are not available, it provides meaningful frozen
+hidden states, caption scores and a feature cache.
 
 First the vision tower alone learns to predict the facts of each place from its patches, as for the teacher. Then images and
 captions are aligned: the negatives are the captions of all other images of the step, and captions with one word changed.
@@ -12,22 +15,21 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-from pipeline.scenes.clip import WIDTH, build_model, build_processor, train_tokenizer
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import BACKGROUNDS, PLACES, VALUES, Scene, sample_scene
+from examples.scenes import training_steps
+from pipeline.scenes.scene import BACKGROUNDS, PLACES, SIDE_PX, VALUES, Scene, draw, sample_scene
 from pipeline.scenes.text import STYLES, caption
-from pipeline.scenes.training import common
 
 SEED = "clip"  # sources seed scenes with a number, so these are never in a dataset
 BATCH = 128
@@ -35,6 +37,44 @@ VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
 HARD_NEGATIVES = 2  # hard negatives for each image: captions with one word changed
 PLAIN = ("size", "color", "shape", "background")  # what a brief caption says, and what the heads learn
+PATCH_PX = 14  # four patches for each of the nine places
+MAX_TOKENS = 64
+WIDTH, DEPTH = 160, 4  # of both towers
+START, END = "<|startoftext|>", "<|endoftext|>"
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of CLIP
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on lower-cased texts; each text gets a start and an end token, as in CLIP."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[END, START], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    ids = {token: bpe.token_to_id(token) for token in (START, END)}
+    bpe.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=list(ids.items()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=START, eos_token=END, pad_token=END, model_max_length=MAX_TOKENS
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> CLIPProcessor:
+    """Return a processor that resizes every image to the size of a scene."""
+    size = {"height": SIDE_PX, "width": SIDE_PX}
+    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=MEAN, image_std=STD)
+    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """Return the untrained model for this tokenizer."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH}
+    shared = {**sizes, "num_attention_heads": WIDTH // 32, "num_hidden_layers": DEPTH}
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, **special_ids}
+    vision = {"image_size": SIDE_PX, "patch_size": PATCH_PX}
+    return CLIPModel(CLIPConfig(text_config=shared | text, vision_config=shared | vision, projection_dim=256))
 
 
 def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
@@ -101,12 +141,12 @@ def train(out: Path) -> None:
     """Train both phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = common.load_tokenizer(out / "tokenizer", train_tokenizer, corpus)
-    processor, model, heads = build_processor(tokenizer), build_model(tokenizer), common.VisionHeads(WIDTH, PLAIN)
+    tokenizer = training_steps.load_tokenizer(out / "tokenizer", train_tokenizer, corpus)
+    processor, model, heads = build_processor(tokenizer), build_model(tokenizer), training_steps.VisionHeads(WIDTH, PLAIN)
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], weight_decay=0.02, betas=(0.9, 0.98))
     parts = {"model": model, "heads": heads, "optimizer": optimizer}
     checkpoint, started = out / "checkpoint.pt", time.monotonic()
-    first_step = common.load_checkpoint(checkpoint, parts).get("step", 0)
+    first_step = training_steps.load_checkpoint(checkpoint, parts).get("step", 0)
     for step in range(first_step, VISION_STEPS + ALIGN_STEPS):
         scenes, pixels, captions = step_data(step)
         pixels_BCHW = processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
@@ -117,16 +157,18 @@ def train(out: Path) -> None:
         else:
             loss, right = caption_loss(model, tokenizer, pixels_BCHW, captions)
         phase_step = step if align_step < 0 else align_step
-        rate = common.learning_rate(LEARNING_RATE, phase_step, WARMUP_STEPS, max(0, align_step) / ALIGN_STEPS, lowest=0.02)
-        common.take_step(model, optimizer, loss, rate)
+        rate = training_steps.learning_rate(
+            LEARNING_RATE, phase_step, WARMUP_STEPS, max(0, align_step) / ALIGN_STEPS, lowest=0.02
+        )
+        training_steps.take_step(model, optimizer, loss, rate)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         if step % 20 == 0:
             seconds = (time.monotonic() - started) / (step - first_step + 1)
             print(f"{step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
-        if (step + 1) % common.SAVE_EVERY == 0:
-            common.save_checkpoint(checkpoint, parts, step=step + 1)
-    common.save_model(model, processor, out / "model")
+        if (step + 1) % training_steps.SAVE_EVERY == 0:
+            training_steps.save_checkpoint(checkpoint, parts, step=step + 1)
+    training_steps.save_model(model, processor, out / "model")
 
 
 def caption_loss(model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions: list[str]) -> tuple[Tensor, float]:

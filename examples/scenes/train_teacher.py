@@ -1,12 +1,12 @@
-"""Train the tiny teacher from scratch: `python -m pipeline.scenes.training.train_teacher --out DIR`.
+"""Train the tiny teacher from scratch: `python -m examples.scenes.train_teacher --out DIR`.
 
 Four phases. The first trains the vision tower alone, with linear heads that predict size, color, shape, background and place
 from each of the nine image tokens: without it, the language model spends its steps on guessing from priors. The second trains
 the whole model on the project's own prompts and output schemas. The last two have more questions, and weight the tokens of
 answers higher: answers are short, and the unpredictable tokens of questions would dominate the loss. With `--decks-from`, one
-more phase makes a second teacher from the finished one: it learns decks of several pages, with the losses of guide.py.
+more phase makes a second teacher from the finished one: it learns decks of several pages, with the losses of page_guide.py.
 
-All tasks of an image are one packed sequence (pack.py; shapes: B sequences, S tokens of the longest).
+All tasks of an image are one packed sequence (packed_tasks.py; shapes: B sequences, S tokens of the longest).
 
 A killed run resumes from the last checkpoint with the same command, in the same data order.
 """
@@ -26,15 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from pipeline.scenes.deck import ASK_DECK, END, Spot, answer_deck, decisive_spots, page_questions, sample_deck
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import PLACES, Scene, sample_scene
-from pipeline.scenes.teacher import TEXT_WIDTH, build_model, build_processor, train_tokenizer
-from pipeline.scenes.text import ASK, STYLES, answer, caption
-from pipeline.scenes.training import common
-from pipeline.scenes.training.guide import DeckExample, PageGuide
-from pipeline.scenes.training.pack import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate
-from pipeline.scenes.training.wording import sample_wording
+from examples.scenes import training_steps
+from examples.scenes.packed_tasks import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate, sample_wording
+from examples.scenes.page_guide import DeckExample, PageGuide
+from examples.scenes.questions import ASK, ASK_DECK, END, Spot, decisive_spots, page_questions
+from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, train_tokenizer
+from pipeline.scenes.scene import PLACES, Scene, draw, sample_deck, sample_scene
+from pipeline.scenes.text import STYLES, answer, answer_deck, caption
 from pipeline.tasks import TASKS
 from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import dump
@@ -64,7 +62,7 @@ class Phase:
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then a cosine to a twentieth."""
         progress = (step - self.warmup_steps) / max(1, self.cosine_steps - self.warmup_steps)
-        return common.learning_rate(self.learning_rate, step, self.warmup_steps, progress, lowest=0.05)
+        return training_steps.learning_rate(self.learning_rate, step, self.warmup_steps, progress, lowest=0.05)
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
@@ -171,7 +169,7 @@ class TeacherTraining:
     model: Qwen2_5_VLForConditionalGeneration
     processor: Qwen2_5_VLProcessor
     packer: Packer
-    heads: common.VisionHeads
+    heads: training_steps.VisionHeads
     guide: PageGuide
 
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
@@ -237,30 +235,32 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
     `start` is a finished model to continue from; without it, training starts from scratch.
     """
     torch.manual_seed(0)
-    tokenizer = common.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)
+    tokenizer = training_steps.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)
     model = build_model(tokenizer)
     if start:
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
-    heads, guide = common.VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
+    heads, guide = training_steps.VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
     student = TeacherTraining(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
     parameters = [*model.parameters(), *heads.parameters(), *guide.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
     checkpoint, parts = out / "checkpoint.pt", {"model": model, "heads": heads, "guide": guide, "optimizer": optimizer}
-    steps_done: dict[str, int] = {phase.name: 0 for phase in phases} | common.load_checkpoint(checkpoint, parts).get("at", {})
+    steps_done: dict[str, int] = {phase.name: 0 for phase in phases} | training_steps.load_checkpoint(checkpoint, parts).get(
+        "at", {}
+    )
     out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
         loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
         started, first_step = time.monotonic(), steps_done[phase.name]
         for step in range(first_step, phase.steps):
             loss, right = loss_of(step)
-            common.take_step(model, optimizer, loss, phase.rate_at(step))
+            training_steps.take_step(model, optimizer, loss, phase.rate_at(step))
             if step % 20 == 0 or step == phase.steps - 1:
                 seconds = (time.monotonic() - started) / (step - first_step + 1)
                 print(f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
-            if (step + 1) % common.SAVE_EVERY == 0 or step == phase.steps - 1:
-                common.save_checkpoint(checkpoint, parts, at=steps_done | {phase.name: step + 1})
+            if (step + 1) % training_steps.SAVE_EVERY == 0 or step == phase.steps - 1:
+                training_steps.save_checkpoint(checkpoint, parts, at=steps_done | {phase.name: step + 1})
         steps_done[phase.name] = phase.steps
-    common.save_model(model, student.processor, out / "model")
+    training_steps.save_model(model, student.processor, out / "model")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,30 @@
-"""Draw a scene: an 84 x 84 px image in which every place is one 28 px cell.
+"""Drawn scenes: their facts, which are a function of the row of the source, and their images.
 
-84 px is three cells of 28, and 28 px is what one merged image token of Qwen2.5-VL covers (two patches of 14),
-so that the nine image tokens are the nine places.
+A scene has one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape. It is drawn as an 84 x 84 px
+image in which every place is one cell of 28 px: what one merged image token of Qwen2.5-VL covers (two patches of 14), so that
+the nine image tokens are the nine places.
 """
 
 import math
 import random
+import re
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from pipeline.scenes.facts import PLACES, Scene, Thing
+from pipeline.config import DECKS, SCENES
 
+SIZES = ("small", "large")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+PLACES = (  # in reading order: the index is row * 3 + column
+    "top left", "top center", "top right",
+    "middle left", "center", "middle right",
+    "bottom left", "bottom center", "bottom right",
+)  # fmt: skip
+VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}  # of the attributes of a thing
+BACKGROUNDS = ("white", "gray", "beige", "mint")
+MAX_OBJECTS = 4
 SIDE_PX = 84
 CELL_PX = SIDE_PX // 3
 OVERSAMPLE = 4  # drawn larger and averaged down, for smooth edges
@@ -34,6 +48,57 @@ JITTER_RGB = 10  # objects; the background shifts half as much
 JITTER_PX = 2.0
 
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One object of a scene."""
+
+    size: str
+    color: str
+    shape: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All facts of one drawn image; objects are in reading order of their places."""
+
+    background: str
+    objects: tuple[Thing, ...]
+
+    def __post_init__(self) -> None:
+        order = [PLACES.index(thing.place) for thing in self.objects]
+        if order != sorted(set(order)):
+            raise ValueError(f"objects must stand in reading order, one a place: {order}")
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """Draw a scene uniformly: the number of objects first (1 to 4), then places without repetition, then attributes."""
+    places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
+    objects = tuple(Thing(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[index]) for index in places)
+    return Scene(rng.choice(BACKGROUNDS), objects)
+
+
+def sample_deck(rng: random.Random) -> tuple[Scene, ...]:
+    """Draw a deck: one page of each background, in random order, so that "the gray page" is unique."""
+    grounds = rng.sample(BACKGROUNDS, len(BACKGROUNDS))
+    return tuple(Scene(ground, sample_scene(rng).objects) for ground in grounds)
+
+
+def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], random.Random]:
+    """Return the scenes of a row: one, or the pages of a deck; and the random generator with which they are drawn next."""
+    if source == DECKS:
+        rng = random.Random(f"deck:{seed}:{index}")
+        return sample_deck(rng), rng
+    rng = random.Random(f"{seed}:{index}")
+    return (sample_scene(rng),), rng
+
+
+def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:
+    """Return the scenes of the row "SEED/INDEX" of a source: one, or the pages of a deck; none for images of other sources."""
+    row = re.fullmatch(r"(-?\d+)/(\d+)", source_row) if source in (SCENES, DECKS) else None
+    return sample_row(source, int(row[1]), int(row[2]))[0] if row else ()
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.scenes.draw import SIDE_PX
+from pipeline.scenes.scene import SIDE_PX
 
 VOCAB_SIZE = 1024
 CONTEXT_TOKENS = 2048
@@ -44,8 +44,8 @@ def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFas
     bpe.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token="<|im_end|>",  # noqa: S106  # a token of text
-        pad_token="<|endoftext|>",  # noqa: S106
+        eos_token="<|im_end|>",  # a token of text
+        pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         model_max_length=CONTEXT_TOKENS,
         padding_side="left",

@@ -6,8 +6,20 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pipeline.scenes.draw import CELL_PX, COLOR_RGB, SIDE_PX, draw
-from pipeline.scenes.facts import COLORS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, Thing, sample_scene
+from pipeline.scenes.scene import (
+    CELL_PX,
+    COLOR_RGB,
+    COLORS,
+    MAX_OBJECTS,
+    PLACES,
+    SHAPES,
+    SIDE_PX,
+    SIZES,
+    Scene,
+    Thing,
+    draw,
+    sample_scene,
+)
 
 
 def pixels(scene: Scene, seed: int = 0) -> np.ndarray:

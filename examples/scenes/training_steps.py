@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.scenes.facts import BACKGROUNDS, PLACES, VALUES, Scene
+from pipeline.scenes.scene import BACKGROUNDS, PLACES, VALUES, Scene
 
 SAVE_EVERY = 100  # steps
 

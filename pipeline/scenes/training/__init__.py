@@ -1,1 +1,0 @@
-"""Training of the tiny models on drawn scenes."""
