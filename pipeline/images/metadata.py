@@ -18,7 +18,6 @@ from PIL import ExifTags, ImageOps, TiffImagePlugin
 from pipeline.errors import ImageError
 from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
-REMOVED = "removed"  # what provenance and manifests say of images without metadata; earlier releases kept it, and said nothing
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 belong to the scan's data
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -84,22 +83,13 @@ def strip_metadata(data: bytes) -> bytes:
 
     Raises ImageError if the image cannot be decoded.
     """
-    stripped = strip_undecoded(data)
-    return _encode(data) if stripped is None else stripped
-
-
-def strip_undecoded(data: bytes) -> bytes | None:
-    """Do as `strip_metadata` does without decoding; return None where that is not possible.
-
-    Raise ImageError for a JPEG of too many scans.
-    """
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
     if strip is None:
-        return None
+        return _encode(data)
     try:
         parts = b"".join(strip(data))
     except (ValueError, IndexError, struct.error):  # decoders are more tolerant
-        return None
+        return _encode(data)
     return data if parts == data else parts
 
 
