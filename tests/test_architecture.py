@@ -39,7 +39,7 @@ FILES = {
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "
-    "questions reasons refusals spelling values vqa_answers",
+    "questions reasons refusals values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ augmentation build caption_files caption_images captioning chair checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index

@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 
 from pipeline.text.function_words import FUNCTION_WORDS
-from pipeline.text.spelling import is_known
+from pipeline.text.wordnet import dictionary_words
 
 MIN_WORDS = 4  # below, the detector guesses
 MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
@@ -25,6 +25,7 @@ _OF_OTHERS = frozenset(
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
+_ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")  # of forms of words
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # of Thai, Lao, Burmese and Khmer
@@ -62,7 +63,26 @@ def _are_english(words: list[str]) -> bool:
 
 @lru_cache(1 << 16)
 def _is_english(word: str) -> bool:
-    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and is_known(word.removesuffix("'s")))
+    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and _is_known(word.removesuffix("'s")))
+
+
+def _is_known(word: str) -> bool:
+    """Return True if WordNet has the word, or the word that it is a form of."""
+    dictionary = dictionary_words()
+    if word in dictionary or word in FUNCTION_WORDS or (word.endswith("men") and f"{word[:-2]}an" in dictionary):
+        return True
+    stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
+    return any(not dictionary.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
+
+
+def _before_ending(stem: str, ending: str) -> set[str]:
+    """Return what a word may have been before it took an ending: large(r), bab(y)ies, run(n)ing."""
+    forms = {stem, f"{stem}e"} if ending != "s" else {stem}
+    if stem.endswith("i"):
+        forms.add(f"{stem[:-1]}y")
+    if stem[-2:-1] == stem[-1:] and ending not in ("s", "es", "ly"):
+        forms.add(stem[:-1])
+    return forms
 
 
 def count_words(text: str, words: list[str]) -> int:
