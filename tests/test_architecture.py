@@ -40,7 +40,7 @@ FILES = {
         rate repair replies""",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize pii questions "
     "reasons refusals values vqa_answers",
-    "pipeline/text/wordnet": "__init__ build",
+    "pipeline/text/wordnet": "__init__",
     "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index
         java_scores launch look metrics optimizer presets prompts sets side_by_side tokenizer train vqa""",
