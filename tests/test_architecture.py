@@ -36,8 +36,7 @@ FILES = {
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
         source_exclusions source_parts source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ cloned_ranges database file_lock files lock object_store own_lines sidecars untrusted",
-    "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
-        rate repair replies""",
+    "pipeline/tasks": "__init__ arithmetic base boxes caption checks deck_qa human output_schema own prompts qa replies",
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize pii questions "
     "reasons refusals values vqa_answers",
     "pipeline/text/wordnet": "__init__",

@@ -8,8 +8,9 @@ from pipeline.config.addresses import AT_SERVER
 from pipeline.config.manifests import LOCAL_SOURCES
 from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
-from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
+from pipeline.tasks import find_task, wire_schema
 from pipeline.tasks.base import Task
+from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.own import own_columns, publishable_task
 from pipeline.tasks.prompts import prompt_texts
 

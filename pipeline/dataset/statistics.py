@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.scenes.score import AnswerScore, CaptionScore, DeckScore, parse_scene
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
-from pipeline.tasks import REPAIR
+from pipeline.tasks.checks import REPAIR
 
 USUAL_COLUMNS = {*ROW.names, "split"}
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100

@@ -36,9 +36,9 @@ from pipeline.scenes.training.guide import DeckExample, PageGuide
 from pipeline.scenes.training.pack import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate
 from pipeline.scenes.training.wording import sample_wording
 from pipeline.tasks import TASKS
-from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
+from pipeline.tasks.checks import Answer
 from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
