@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.images.decode import check_image, image_id, pdq_hash, prepare_image
-from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, image_distances
+from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, image_distances
 from pipeline.images.similarity import MAX_NEAR_BITS
 from pipeline.sources.exclusions import ExclusionIndex, exclusion_rows
 from pipeline.tables import EXCLUSIONS

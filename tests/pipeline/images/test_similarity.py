@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from pipeline.images.decode import pdq_hash
-from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
+from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
 from pipeline.images.similarity import BLOCK_HASHES, COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples, near_hashes
 from pipeline.tables import SPLIT_RANK
 
