@@ -22,7 +22,7 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": """__init__ check_worker clip decode isolation metadata near_pairs pipes rendering similarity
+    "pipeline/images": """__init__ check_worker clip decode isolation metadata near_pairs rendering similarity
         upright""",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus
         in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
