@@ -31,7 +31,7 @@ from pipeline.stages.base import RunPlan
 from pipeline.stages.generate import source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
-from pipeline.text.values import in_short
+from pipeline.text.reasons import in_short
 from pipeline.types import Rejected, Sample, Source
 
 SAMPLED_IMAGES = 32

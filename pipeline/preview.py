@@ -30,7 +30,7 @@ from pipeline.tables import HUMAN
 from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
-from pipeline.text.values import in_short
+from pipeline.text.reasons import in_short
 from pipeline.types import Rejected, Request, Sample, SampleBatch
 
 THUMBNAIL_BYTES = 40_000

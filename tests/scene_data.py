@@ -14,7 +14,6 @@ from pipeline.dataset.builder import DIGESTS, Rows, build_rows
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.version import Version
-from pipeline.images.metadata import REMOVED
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.scenes.scene import Scene, scenes_of
 from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
@@ -32,7 +31,6 @@ PROVENANCE: dict[str, Any] = {
     "config": {"tasks": ["caption"]},
     "funnel": [],
     "measured": {},
-    "image_metadata": REMOVED,
 }
 
 

@@ -22,8 +22,8 @@ FILES = {
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",
     "pipeline/hub": "__init__ package pull push",
-    "pipeline/images": """__init__ check_worker clip decode hash_distance isolation metadata near_pairs pipes rendering
-        similarity upright""",
+    "pipeline/images": """__init__ check_worker clip decode isolation metadata near_pairs rendering similarity
+        upright""",
     "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus
         in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
         request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
@@ -35,14 +35,13 @@ FILES = {
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
         source_exclusions source_parts source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ cloned_ranges database file_lock files lock object_store own_lines sidecars untrusted",
-    "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
-        rate repair replies""",
-    "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "
-    "questions reasons refusals spelling values vqa_answers",
-    "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ augmentation build caption_files caption_images captioning chair checkpoint checkpoint_checks
+    "pipeline/tasks": "__init__ arithmetic base boxes caption checks deck_qa human output_schema own prompts qa replies",
+    "pipeline/text": """__init__ artifacts content_keys escape language language_codes normalize pii reasons refusals
+        vqa_answers""",
+    "pipeline/text/wordnet": "__init__",
+    "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index
-        java_scores launch look metrics optimizer pope presets prompts sets side_by_side tokenizer train vqa""",
+        java_scores launch look metrics optimizer presets prompts sets side_by_side tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",

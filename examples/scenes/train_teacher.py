@@ -34,9 +34,9 @@ from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, t
 from pipeline.scenes.scene import PLACES, Scene, draw, sample_deck, sample_scene
 from pipeline.scenes.text import STYLES, answer, answer_deck, caption
 from pipeline.tasks import TASKS
-from pipeline.tasks.answer import Answer
 from pipeline.tasks.base import dump
 from pipeline.tasks.caption import Caption
+from pipeline.tasks.checks import Answer
 from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet

@@ -16,8 +16,7 @@ from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
 from pipeline.tasks.own import CARD_CATEGORIES
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
-from pipeline.text.reasons import SCORES_IN_WORDS
-from pipeline.text.values import in_short
+from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 
 CARD_SAMPLES = 5
 # Scores of a captioner, with the metric's type on the Hub and its name.

@@ -7,10 +7,10 @@ from pipeline.config import NO_MODEL, Config
 from pipeline.config.addresses import AT_SERVER
 from pipeline.config.manifests import LOCAL_SOURCES
 from pipeline.digests import file_digest, public_name, without_folders
-from pipeline.images.metadata import REMOVED
 from pipeline.tables import REJECTED, RUBRIC, Extras
-from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_task, wire_schema
+from pipeline.tasks import find_task, wire_schema
 from pipeline.tasks.base import Task
+from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.own import own_columns, publishable_task
 from pipeline.tasks.prompts import prompt_texts
 
@@ -71,7 +71,6 @@ def describe_provenance(
         "config": publishable_settings(config, source["name"], model["name"]) | {"captions": source.get("captions", [])},
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics,
-        "image_metadata": REMOVED,
         **describe_data(config.license, config.title, config.filter.language),
     }
 

@@ -14,7 +14,7 @@ from pipeline.dataset.publishing import RowWriter, file_schema, publish
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, read_version
 from pipeline.errors import StoreError
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
-from pipeline.images.metadata import REMOVED, strip_metadata
+from pipeline.images.metadata import strip_metadata
 from pipeline.storage.files import scratch_folder, write_json
 from pipeline.storage.untrusted import read_regular
 from pipeline.tables import PIXELS, features, row_schema
@@ -55,7 +55,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
             hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
             raise StoreError(problem, hint=hint)
         described = {"columns": writer.columns, "features": features(file_schema(writer.columns, extras))}
-        joined = {**described, "files": files, "pixels": "joined", "image_metadata": REMOVED}
+        joined = {**described, "files": files, "pixels": "joined"}
         joined |= {"reader_columns": reader_columns(writer.columns)}
         write_json(draft / MANIFEST, version.manifest | joined)
         for name in (LEDGER_FILE, CARD_FILE):

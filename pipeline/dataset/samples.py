@@ -22,7 +22,6 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import MANIFEST
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError, SynthError
-from pipeline.images.metadata import REMOVED
 from pipeline.storage.files import open_parquet, open_table, remove, write_table
 from pipeline.storage.object_store import is_remote
 from pipeline.tables import NUM_PAGES, PIXELS, SAMPLE, SAMPLE_IMAGES, current_names, old_name
@@ -132,9 +131,9 @@ def _part_files(dataset: DatasetDir) -> list[Path]:
 
 
 def _version_files(dataset: DatasetDir) -> Iterator[_VersionFile]:
-    """Yield the files of versions that hold images without metadata, the newest version first."""
+    """Yield the files of versions that hold images, the newest version first."""
     for version in reversed(dataset.readable_versions()):
-        if set(PIXELS) & set(version.manifest["columns"]) and version.manifest.get("image_metadata") == REMOVED:
+        if set(PIXELS) & set(version.manifest["columns"]):
             for name, entry in sorted(version.manifest["files"].items()):
                 yield _VersionFile(version.path / name, version.name, entry["sha256"])
 

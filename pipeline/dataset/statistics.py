@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.scenes.scene import scenes_of
 from pipeline.scenes.text import AnswerScore, CaptionScore, DeckScore
 from pipeline.tables import HUMAN, ROW, SCORE_NAMES
-from pipeline.tasks import REPAIR
+from pipeline.tasks.checks import REPAIR
 
 USUAL_COLUMNS = {*ROW.names, "split"}
 MAX_LABELS, MAX_LABEL_CHARACTERS = 50, 100

@@ -1,44 +1,63 @@
-"""The process that decodes images of strangers for others: what breaks a decoder ends it alone (isolation.py)."""
+"""The child process that decodes untrusted images (isolation.py): its messages, its limits and its loop."""
 
 import json
 import resource
+import struct
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import ImageError
 from pipeline.images.decode import check_image
 from pipeline.images.metadata import read_exif, strip_metadata
-from pipeline.images.pipes import receive_message, write_messages
 
-MEMORY_BYTES = 1_500_000_000  # beyond what a worker has when it starts
+MEMORY_BYTES = 1_500_000_000  # in addition to the memory of a worker at its start
 CPU_SECONDS = 30
-FLUSH_SECONDS = 0.02  # answers wait so long for those to the images after them, which may end the worker
+MAX_HEADER_BYTES = 1_000_000
 MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
+_LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
+
+
+def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+    """Send messages, each after its length; None means that an image has not changed."""
+    for message in messages:
+        target.write(_LENGTH.pack(-1 if message is None else len(message)))
+        if message:
+            target.write(message)
+    target.flush()
+
+
+def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
+    """Return a message; None for an image that has not changed. Raise EOFError at the end, ValueError for a large message."""
+    (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
+    if length > max_bytes:
+        raise ValueError("a message is too large")
+    return None if length < 0 else _read_exactly(source, length)
+
+
+def _read_exactly(source: IO[bytes], count: int) -> bytes:
+    data = source.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
 
 
 def serve() -> None:
-    """Answer the requests of a `_Worker` on stdin and stdout until stdin ends: the main function of the process."""
+    """Answer requests on stdin and stdout until stdin ends: the main function of the process."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
     limit_resources()
     while True:
         try:
-            request = json.loads(receive_message(source, 1_000_000) or b"")
-            batch = [[receive_message(source, 1 << 40) or b"" for _ in range(count)] for count in request["jobs"]]
+            request = json.loads(receive_message(source, MAX_HEADER_BYTES) or b"")
+            images = [receive_message(source, 1 << 40) or b"" for _ in range(request["images"])]
         except EOFError:
             return
-        flushed = time.monotonic()
-        for images in batch:
-            write_messages(target, _check(images, request["exif"]))
-            if time.monotonic() > flushed + FLUSH_SECONDS:
-                target.flush()
-                flushed = time.monotonic()
-        target.flush()
+        send_messages(target, _check(images, request["exif"]))
 
 
 def limit_resources() -> None:
-    """Limit the memory of this process to MEMORY_BYTES beyond what it has, and let it write no data to files."""
+    """Limit the memory of this process to MEMORY_BYTES more than it has, and let it write no data to files."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
         most = pages * resource.getpagesize() + MEMORY_BYTES

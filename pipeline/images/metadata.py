@@ -1,8 +1,8 @@
 """Remove the metadata of image files: EXIF with its GPS position, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG, PNG, WebP and GIF files lose these parts of the file; their compressed pixels, color profile and orientation stay as they
-are. Formats whose metadata lies between the pixels (TIFF, BMP), that many readers cannot open (AVIF, HEIC), and files that are
-put together in an unexpected way are encoded anew.
+JPEG, PNG and WebP files lose these parts of the file; their compressed pixels, color profile and orientation stay as they
+are. Formats with metadata between the pixels (TIFF, BMP, GIF), formats that many readers cannot open (AVIF, HEIC), and files
+with an unexpected structure are encoded again; of an animated GIF, the first frame.
 """
 
 import io
@@ -18,7 +18,6 @@ from PIL import ExifTags, ImageOps, TiffImagePlugin
 from pipeline.errors import ImageError
 from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
-REMOVED = "removed"  # what provenance and manifests say of images without metadata; earlier releases kept it, and said nothing
 _ICC_PROFILE = b"ICC_PROFILE\0"
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 belong to the scan's data
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +26,6 @@ _PNG_CHUNKS = frozenset(  # what pixels and their colors are decoded with; acTL,
 )
 _WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
 _VP8X_EXIF, _VP8X_XMP = 0x08, 0x04
-_GIF_LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")  # application extensions that say how often an animation repeats
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _QUALITY = 95
@@ -84,22 +82,13 @@ def strip_metadata(data: bytes) -> bytes:
 
     Raises ImageError if the image cannot be decoded.
     """
-    stripped = strip_undecoded(data)
-    return _encode(data) if stripped is None else stripped
-
-
-def strip_undecoded(data: bytes) -> bytes | None:
-    """Do as `strip_metadata` does without decoding; return None where that is not possible.
-
-    Raise ImageError for a JPEG of too many scans.
-    """
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
     if strip is None:
-        return None
+        return _encode(data)
     try:
         parts = b"".join(strip(data))
     except (ValueError, IndexError, struct.error):  # decoders are more tolerant
-        return None
+        return _encode(data)
     return data if parts == data else parts
 
 
@@ -215,52 +204,10 @@ def _webp_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, byt
         start += 8 + length + length % 2
 
 
-def _strip_gif(data: bytes) -> Iterator[bytes]:
-    """Yield the blocks of a GIF file that its frames are decoded from (GIF89a): no comments, no texts, no XMP."""
-    if b"XMP Data" in data and _orientation(data) != 1:
-        raise ValueError("only its XMP says how it is turned")
-    start = 13 + _color_table_bytes(data[10])
-    yield data[:start]
-    control = b""
-    while True:
-        kind = data[start]
-        if kind == 0x3B:  # trailer
-            yield b";"
-            return
-        if kind == 0x21:  # extension
-            end = _end_of_blocks(data, start + 2)
-            label = data[start + 1]
-            if label == 0xF9:  # graphic control: belongs to the next image
-                control = data[start:end]
-            elif label == 0xFF and data[start + 3 : start + 14] in _GIF_LOOPS:
-                yield data[start : start + 18] + b"\0"  # the number of repetitions, and nothing after it
-            elif label == 0x01:  # a text to draw, which no decoder draws
-                control = b""
-        elif kind == 0x2C:  # image
-            end = _end_of_blocks(data, start + 11 + _color_table_bytes(data[start + 9]))
-            yield control + data[start:end]
-            control = b""
-        else:
-            raise ValueError("not a block")
-        start = end
-
-
-def _color_table_bytes(flags: int) -> int:
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
-def _end_of_blocks(data: bytes, start: int) -> int:
-    """Return where a list of sub-blocks ends, each with its length before it and the last one empty."""
-    while data[start]:
-        start += data[start] + 1
-    return start + 1
-
-
 _FORMATS: dict[re.Pattern[bytes], Callable[[bytes], Iterator[bytes]]] = {
     re.compile(rb"\xff\xd8\xff"): _strip_jpeg,
     re.compile(re.escape(_PNG_SIGNATURE)): _strip_png,
     re.compile(rb"RIFF....WEBP", re.DOTALL): _strip_webp,
-    re.compile(rb"GIF8[79]a"): _strip_gif,
 }
 
 

@@ -12,20 +12,18 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import walk_packages
-from threading import Event, Timer
 from typing import IO, Any, Literal
 
 from PIL import Image
 
 from pipeline.errors import ImageError, one_line
-from pipeline.images.check_worker import allow_cpu, limit_resources
+from pipeline.images import isolation
+from pipeline.images.check_worker import allow_cpu, limit_resources, send_messages
 from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
-from pipeline.images.isolation import WALL_SECONDS, death_reason, start_worker
-from pipeline.images.pipes import receive_message, send_messages
+from pipeline.images.isolation import Worker, stated_reason
 
 Kind = Literal["pdf", "video"]
 PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # extras have the names of the kinds
@@ -52,7 +50,6 @@ ALIVE_PACKETS = 500  # after which a process says that it decodes, though no fra
 SPARE_MS = 1_000  # by which a video may be longer than it states
 Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"
-_MAX_HEADER_BYTES = 100_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -85,42 +82,22 @@ def count_images(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0)
 
 
 def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Run a process over a file, and yield what it answers until it says that it is done."""
-    process = start_worker(_SERVE, file, arguments)
-    assert process.stdout
-    is_late = Event()
-
-    def end_late() -> None:
-        is_late.set()
-        process.kill()
-
+    """Run a process over a file, and yield its answers until it states that it is done."""
+    worker = Worker(_SERVE, file, arguments)
     try:
         while True:
-            timer = Timer(WALL_SECONDS, end_late)
-            timer.daemon = True
-            timer.start()
-            try:
-                header = json.loads(receive_message(process.stdout, _MAX_HEADER_BYTES) or b"")
+            with worker.limited(isolation.WALL_SECONDS):
+                header = worker.receive_header()
+                reason = stated_reason(header)
                 has_data = "place" in header and "fault" not in header
-                data = receive_message(process.stdout, MAX_IMAGE_BYTES) if has_data else None
-            finally:
-                timer.cancel()
-            if "end" in header or "reason" in header:
-                break
+                data = worker.receive(MAX_IMAGE_BYTES) if has_data else None
+            if reason:
+                raise reason
+            if "end" in header:
+                return
             yield header, data
-    except (EOFError, ValueError, TypeError, KeyError):  # whatever it answered, if it answered
-        process.kill()
-        code = process.wait()
-        if is_late.is_set():
-            raise ImageError("too_slow", f"rendering one image took more than {WALL_SECONDS:.0f} s") from None
-        raise death_reason(code) from None
     finally:
-        with suppress(OSError):
-            process.kill()
-        process.wait()
-        process.stdout.close()
-    if "reason" in header:
-        raise ImageError(str(header["reason"])[:40], str(header["what"])[:200])
+        worker.kill()
 
 
 def serve() -> None:

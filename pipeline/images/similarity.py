@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.images.hash_distance import MAX_COPY_BITS, Hashes, as_hashes, image_distances
-from pipeline.images.near_pairs import NearPairs, Rows, find_near_pairs
+from pipeline.images.near_pairs import MAX_COPY_BITS, Hashes, NearPairs, Rows, as_hashes, find_near_pairs, image_distances
 from pipeline.tables import IMAGE_GROUPS, SPLIT_RANK
 
 ImageKind = Literal["photos", "graphics"]

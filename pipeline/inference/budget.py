@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
-from pipeline.tasks import RATE
+from pipeline.tasks.checks import RATE
 from pipeline.types import UNANSWERED, Reply, Request
 
 WINDOW_REPLIES = 100  # in a row, of which too many must be unusable

@@ -28,8 +28,9 @@ from pipeline.inference.requests import (
     with_images,
 )
 from pipeline.tables import ANNOTATION
-from pipeline.tasks import RATE, find_task
+from pipeline.tasks import find_task
 from pipeline.tasks.boxes import Frame
+from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
 from pipeline.types import UNANSWERED, Context, Engine, Reply, Request, SampleBatch, SampleInfo, SourceTexts
 

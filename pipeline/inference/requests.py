@@ -14,8 +14,9 @@ from pipeline.config.section import ANY_LANGUAGE
 from pipeline.config.sections import GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.tasks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR, TASKS, find_task, tasks_making, wire_schema
+from pipeline.tasks import TASKS, find_task, tasks_making, wire_schema
 from pipeline.tasks.base import Task
+from pipeline.tasks.checks import ANSWER, CHECKING, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.own import build_task
 from pipeline.tasks.prompts import DRAWS, Results, check_names, check_prompt_dir, render
 from pipeline.text.language_codes import language_name

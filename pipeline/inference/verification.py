@@ -17,7 +17,8 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.requests import shared_fields
 from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
-from pipeline.tasks import ANSWER, CLAIMS, COVERS, RATE, REPAIR, find_broken_rule
+from pipeline.tasks import find_broken_rule
+from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.replies import parse_reply, read_fields
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 from pipeline.text.vqa_answers import is_negative, normalize_answer

@@ -20,7 +20,7 @@ from pipeline.storage.files import find_rows, open_table
 from pipeline.tables import ADDED_COLUMNS
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
-from pipeline.text.function_words import FUNCTION_WORDS
+from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import words_of
 
 MAX_CLUSTERS = 50  # of each kind, the largest

@@ -20,8 +20,7 @@ from pipeline.tables import PIXELS, SCORE_NAMES
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
-from pipeline.text.reasons import in_words
-from pipeline.text.values import in_short
+from pipeline.text.reasons import in_short, in_words
 
 MAX_REJECTED = 1000  # shown for each reason of each stage
 

@@ -42,9 +42,9 @@ from pipeline.sources import find_source, holds_decks
 from pipeline.stages.base import RunPlan, Services, record_cost
 from pipeline.storage.files import read_json
 from pipeline.tables import FILTERED, HUMAN, STRING
-from pipeline.tasks import REPAIR
+from pipeline.tasks.checks import REPAIR
 from pipeline.text.content_keys import content_words
-from pipeline.text.function_words import FUNCTION_WORDS
+from pipeline.text.language import FUNCTION_WORDS
 from pipeline.types import Engine, Request
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
 from pipeline.text.content_keys import content_word_lists
-from pipeline.text.function_words import FUNCTION_WORDS
+from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.text.wordnet import names

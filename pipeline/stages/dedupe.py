@@ -8,32 +8,28 @@ captions that differ in one decisive word are nearly the same string. Equal ques
 from collections.abc import Iterator, Sequence
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RunPlan, Stage
-from pipeline.storage.database import load, read
+from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields
 from pipeline.text.content_keys import content_keys
-from pipeline.text.spelling import comparable_keys, key_remainders, merge_misspelled
 
 SCORES = ("agreement", "alignment", "hedge_count")  # what makes one annotation better than another
 IDS = ("annotation_id", "sample_id", "task", "content_key")
-TEXTS = pa.schema([ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_record", "is_human"), *fields(FLOAT64, *SCORES)])
-MISSPELLED = pa.schema({"wrong": STRING, "right": STRING})
+TEXTS = pa.schema([ROW, *fields(STRING, *IDS), *fields(BOOL, "is_caption", "is_human"), *fields(FLOAT64, *SCORES)])
 # Equal annotations have one hash, `words`.
 QUERY = """
 WITH hashed AS (
     SELECT texts.* EXCLUDE (content_key),
-           md5_number(texts.task || chr(10) || coalesce(corrections."right", content_key)) AS words,
+           md5_number(texts.task || chr(10) || content_key) AS words,
            coalesce(image_groups.image_group, texts.sample_id) AS image_group,
            image_groups.image_group AS other_group, image_groups.image_reason, image_groups.near_duplicate_of
     FROM texts
-    LEFT JOIN corrections ON corrections.task = texts.task AND corrections.wrong = texts.content_key
     LEFT JOIN image_groups USING (sample_id)
 ), shared AS (
     SELECT words FROM hashed GROUP BY words HAVING count(*) > 1
@@ -71,11 +67,6 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     groups = group_images(comparison.shards, comparison.plan.image_kind)
     load(db, "image_groups", [groups], IMAGE_GROUPS)
     load(db, "texts", _texts(comparison.rows), TEXTS)
-    load(db, "misspelled", [find_misspelled(db)], MISSPELLED)
-    # A text is corrected only if a text of its own task has the right words.
-    db.execute(
-        'CREATE TABLE corrections AS SELECT DISTINCT task, wrong, "right" FROM misspelled JOIN texts ON content_key = "right"'
-    )
     return db.sql(QUERY.format(best=BEST, most=config.max_images_per_caption))
 
 
@@ -94,23 +85,6 @@ def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Tab
     return groups.filter(pc.or_(pc.invert(alone), in_group))
 
 
-def find_misspelled(db: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Return the content keys with a misspelled word, and the keys with the right word.
-
-    Memory holds only keys that may be part of such a pair: those with a word that no dictionary has, and those that have all of
-    their other words.
-    """
-
-    def keys() -> Iterator[pa.Array]:
-        for table in read(db.sql("SELECT DISTINCT content_key FROM texts WHERE NOT is_record")):
-            yield table["content_key"].combine_chunks()
-
-    remainders = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(key_remainders, keys())]))
-    comparable = pa.chunked_array([comparable_keys(part, remainders) for part in keys()], pa.string()).combine_chunks()
-    merged = merge_misspelled(comparable)
-    return pa.table({"wrong": list(merged), "right": list(merged.values())}, schema=MISSPELLED)
-
-
 def _texts(rows: AllRows) -> Iterator[pa.Table]:
     available = rows.columns()
     scores = [name for name in SCORES if name in available]
@@ -118,11 +92,10 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
         "annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_record", "prompt_id", *scores
     ):
         texts = pc.coalesce(table["clean_text"], table["clean_question"], "").combine_chunks()
-        # A record is compared as it is: its numbers have an order, and a label is no misspelled other one.
+        # A record is compared as it is: its numbers have an order.
         table = table.append_column("content_key", pc.coalesce(table["clean_record"], content_keys(texts)))
         table = table.append_column("is_caption", pc.is_valid(table["clean_text"]))
         table = table.append_column("is_human", pc.equal(table["prompt_id"], HUMAN))
-        table = table.append_column("is_record", pc.is_valid(table["clean_record"]))
         for name in set(SCORES) - set(scores):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
         yield table.select(TEXTS.names)

@@ -7,15 +7,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.tasks import answer, caption, claims, covers, deck_qa, qa, rate, repair
+from pipeline.tasks import caption, deck_qa, qa
 from pipeline.tasks.base import Task
+from pipeline.tasks.checks import CHECKING
 from pipeline.tasks.own import OwnTasks, build_task
 
-_MODULES = (caption, qa, deck_qa, answer, claims, covers, rate, repair)
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES}
-ANSWER, CLAIMS, COVERS = answer.TASK, claims.TASK, covers.TASK
-RATE, REPAIR = rate.TASK, repair.TASK
-CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)  # the tasks of the stage verify, for which no user asks
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, *CHECKING)}
 
 
 def find_task(name: str, own: OwnTasks = ()) -> Task:

@@ -147,8 +147,8 @@ def _close(schema: Any, place: _Place) -> Schema:
     if kind == "object":
         return _close_object(closed, place)
     if kind == "array":
-        if "items" not in closed:
-            raise UnusableSchemaError(f"{where} is a list without items")
+        if "items" not in closed or closed.get("minItems", 0) > MAX_ITEMS:
+            raise UnusableSchemaError(f"{where} is a list without items, or of more than {MAX_ITEMS}")
         return closed | {"items": _close(closed["items"], place.within("[]"))}
     if "enum" in closed and len({*closed["enum"]}) < len(closed["enum"]):
         raise UnusableSchemaError(f"{where} allows one value twice")

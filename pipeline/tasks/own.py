@@ -18,7 +18,17 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from pipeline.config.sections import GenerateConfig, TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.tables import ROW, OwnColumn
-from pipeline.tasks.base import Line, Output, Task, check_question, find_unusable, has_surrogate, texts_in, tidy_texts
+from pipeline.tasks.base import (
+    Line,
+    Output,
+    Task,
+    check_question,
+    find_unusable,
+    has_surrogate,
+    strip_schema,
+    texts_in,
+    tidy_texts,
+)
 from pipeline.tasks.boxes import BOX_FIELDS, Frame, place_box
 from pipeline.tasks.caption import Caption, tidy_caption
 from pipeline.tasks.output_schema import (
@@ -85,8 +95,7 @@ class OwnTask(Task):
 
     def wire_schema(self) -> Schema:
         """See Task."""
-        schema: Schema = _on_the_wire(self.whole)
-        return schema
+        return dict(strip_schema(self.whole))
 
     def temperature(self, generate: GenerateConfig) -> float:  # noqa: ARG002
         """See Task."""
@@ -358,17 +367,6 @@ def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
     if listed is None:
         raise UnusableSchemaError(f"{rows} of {model.__name__} is not a list")
     return TypeAdapter(get_args(listed)[0])
-
-
-def _on_the_wire(schema: Any) -> Any:
-    """Return a closed schema without what decoders do not enforce, which the check of a reply does."""
-    if isinstance(schema, list):
-        return [_on_the_wire(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "properties" in schema:
-        return schema | {"properties": {name: _on_the_wire(inner) for name, inner in schema["properties"].items()}}
-    return {key: _on_the_wire(value) for key, value in schema.items() if key not in ("pattern", "minLength", "maxLength")}
 
 
 def _reason(error: ValidationError) -> str:

@@ -1,1 +1,1 @@
-"""Text: words, content keys, spelling, personal data."""
+"""Text: words, content keys, personal data."""

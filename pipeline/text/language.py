@@ -3,11 +3,23 @@
 import re
 from functools import lru_cache
 
-from pipeline.text.function_words import FUNCTION_WORDS
-from pipeline.text.spelling import is_known
+from pipeline.text.wordnet import dictionary_words
 
 MIN_WORDS = 4  # below, the detector guesses
 MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
+# Words of English that no image shows. Numbers are none: an image may show three dogs.
+_FUNCTION_WORDS = """
+a about above across after against all along alongside also although am among amongst an and another any are aren't around
+as at be because been before behind being below beneath beside besides between beyond both but by can cannot could did do
+does doing down during each either else etc even ever every except few for from had has have having he her here hers herself
+him himself his how i if in indeed inside into is isn't it it's its itself just like many may me might mine more most much
+must my near neither no nor not of off on once only onto opposite or other others our ours out outside over own past per
+perhaps quite rather really same shall she should simply since so some such than that that's the their theirs them
+themselves then there there's therefore these they this those though through throughout thus to too toward towards under
+underneath unless until unto up upon us versus very via was we were what when where whereas whether which while who whom
+whose why will with within without would yet you your yours yourself
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
 CLOSE = tuple(map(frozenset, (("no", "nn", "da", "sv"), ("id", "ms"), ("hr", "sr", "bs"), ("cs", "sk"), ("es", "gl", "pt"))))
 LATIN = frozenset(_LATIN_CODES.split())
@@ -25,6 +37,7 @@ _OF_OTHERS = frozenset(
 _QUOTED = re.compile(
     r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
 )
+_ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")  # of forms of words
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # of Thai, Lao, Burmese and Khmer
@@ -62,7 +75,26 @@ def _are_english(words: list[str]) -> bool:
 
 @lru_cache(1 << 16)
 def _is_english(word: str) -> bool:
-    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and is_known(word.removesuffix("'s")))
+    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and _is_known(word.removesuffix("'s")))
+
+
+def _is_known(word: str) -> bool:
+    """Return True if WordNet has the word, or the word that it is a form of."""
+    dictionary = dictionary_words()
+    if word in dictionary or word in FUNCTION_WORDS or (word.endswith("men") and f"{word[:-2]}an" in dictionary):
+        return True
+    stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
+    return any(not dictionary.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
+
+
+def _before_ending(stem: str, ending: str) -> set[str]:
+    """Return what a word may have been before it took an ending: large(r), bab(y)ies, run(n)ing."""
+    forms = {stem, f"{stem}e"} if ending != "s" else {stem}
+    if stem.endswith("i"):
+        forms.add(f"{stem[:-1]}y")
+    if stem[-2:-1] == stem[-1:] and ending not in ("s", "es", "ly"):
+        forms.add(stem[:-1])
+    return forms
 
 
 def count_words(text: str, words: list[str]) -> int:

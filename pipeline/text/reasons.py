@@ -1,4 +1,9 @@
-"""Reasons for which rows are rejected, and scores of rows, in plain words. Stages, manifests and tables use the codes."""
+"""Reasons for rejections, scores of rows and values of custom tasks in plain words, for reports, previews and cards.
+
+Steps, manifests and tables use the codes.
+"""
+
+from typing import Any
 
 IN_WORDS = {
     # source
@@ -76,3 +81,14 @@ SCORES_IN_WORDS = {
 def in_words(reason: str) -> str:
     """Return a reason in plain words; one that is not listed, with spaces."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
+
+
+def in_short(value: Any) -> str:
+    """Return a value of JSON in words: `view: frontal; findings: (name: opacity; side: left)`."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {in_short(inner)}" for name, inner in value.items() if inner is not None)
+    if isinstance(value, list):
+        return ", ".join(f"({in_short(one)})" if isinstance(one, dict) else in_short(one) for one in value) or "none"
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return str(value)

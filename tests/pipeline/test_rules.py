@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from examples.scenes.questions import ASK
 from pipeline.config.sections import FilterConfig, TaskConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.rules import RULES
+from pipeline.rules import RULES, gives_answer_away, is_one_question, says_nothing
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
 
@@ -39,13 +40,10 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         (("Is the kite red or blue?", "red"), None),
         (("Is it a cat?", "no"), None),
         ("I'm sorry, I cannot see any image here.", "refusal"),
-        ("As an AI language model I describe nothing.", "refusal"),
         (("What is over the harbour?", "Unable to determine"), "refusal"),
         ("A kite that says I'm sorry in large letters", None),
-        ("A harbour addCriterion with a kite", "junk"),
         ("A kite <|im_end|> over the grey harbour", "junk"),
         (("Where is the kite?", '{"bbox_2d": [1, 2, 3, 4]}'), "junk"),
-        (("What is written on the kite?", "not visible"), "unanswerable"),
         (("How many kites are there?", "Unknown."), "unanswerable"),
         (("How many kites are not visible?", "2"), None),
         ("A kite", "too_short"),
@@ -62,9 +60,7 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A picture above the fireplace shows a ship.", None),
         ("A croissant and a cafe au lait on a table.", None),
         (("What color is the red kite?", "red"), "answer_in_question"),
-        (("How many of the 3 kites are red?", "3"), None),
         (("What letter is on a sign?", "A"), None),
-        (("What color is the bred kite?", "red"), None),
         (("What is shown in the image above?", "a kite"), "speaks_of_elsewhere"),
         ("The kite that was mentioned above flies over a harbour.", "speaks_of_elsewhere"),
         ("A kite flies above the picture frame of a harbour", None),
@@ -271,3 +267,56 @@ def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
     marked = filter_annotations(table, FilterConfig(), own=[task])
     assert json.loads(marked["clean_record"][0].as_py()) == {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
+
+
+SAYS_NOTHING = """
+... | I don't know | not sure | Unsure | unclear from here | Not visible in the image | cannot be determined | N/A
+There is no clock | too blurry to tell | The text is illegible | It's hard to say | Unreadable. | null | no idea
+none of the above | Can't tell
+"""
+SAYS_SOMETHING = "no | nothing | none | 2 | no one | not a dog | cannon | clear | Not yet begun | null island"
+
+
+@pytest.mark.parametrize("answer", re.split(r" \| |\n", SAYS_NOTHING.strip()))
+def test_an_answer_may_say_nothing(answer: str) -> None:
+    assert says_nothing(answer)
+
+
+@pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
+def test_a_short_answer_says_something(answer: str) -> None:
+    assert not says_nothing(answer)
+
+
+@pytest.mark.parametrize(
+    ("question", "is_one"),
+    [
+        ("What color is the dog?", True),
+        ("What does the sign 'Who?' say?", True),
+        ("Is it big? or small?", True),
+        ("What color is the dog? What is it doing?", False),
+        ("What color is it? (A) brown (B) black", False),
+    ],
+)
+def test_a_question_is_one(question: str, *, is_one: bool) -> None:
+    assert is_one_question(question) == is_one
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "gives_away"),
+    [
+        ("What animal is the cat?", "cat", True),
+        ("What animal is the cat?", "a cat", True),
+        ("What is on the table with the pizzas?", "pizza", True),
+        ("What is the wooden table made of?", "wood", True),
+        ("What does the woman in the red dress wear?", "a red dress", True),
+        ("What does the woman in the red dress wear?", "dress that is red", False),
+        ("Is it red or blue?", "red", False),
+        ("How many of the 3 dogs sleep?", "3", False),
+        ("How many sheep?", "many", False),
+        ("Is the dog big?", "yes", False),
+        ("What is in the glass?", "gas", False),
+        ("What is it?", "", False),
+    ],
+)
+def test_a_question_gives_its_answer_away(question: str, answer: str, *, gives_away: bool) -> None:
+    assert gives_answer_away(question, answer) == gives_away

@@ -14,7 +14,8 @@ from pipeline.cli.options import OLD_OPTIONS
 from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
-from pipeline.tasks import CHECKING, TASKS
+from pipeline.tasks import TASKS
+from pipeline.tasks.checks import CHECKING
 from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
 
 COMMANDS = (

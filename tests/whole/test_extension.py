@@ -86,8 +86,8 @@ TASK = Task(name="place", output=Place, row=Place, text_field="place")
 ''',
     "prompts/place/v1.j2": 'Name the kind of place. Reply as {"place": "..."}.\nTask: place\n',
     "pipeline/tasks/__init__.py": [
-        ("claims, covers, deck_qa, qa, rate", "claims, covers, deck_qa, place, qa, rate"),
-        ("(caption, qa, deck_qa,", "(caption, place, qa, deck_qa,"),
+        ("import caption, deck_qa, qa", "import caption, deck_qa, place, qa"),
+        ("(caption.TASK, qa.TASK,", "(caption.TASK, place.TASK, qa.TASK,"),
     ],
 }
 SOURCE = {

@@ -22,7 +22,7 @@ from pipeline.images.decode import (
     prepare_image,
     upright_size,
 )
-from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances
+from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
 
 
@@ -32,21 +32,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    data = encoded(Image.new(mode, (9, 7)), "TIFF")
-    assert (prepare_image(data).mode, prepare_image(data).size) == ("RGB", (9, 7))
-
-
 def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
     assert prepare_image(encoded(Image.new("I;16", (4, 4), 128 * 257))).getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(ImageError) as caught:
         prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
     assert caught.value.reason == "unsupported_depth"
-
-
-def test_what_is_transparent_lies_on_white() -> None:
-    assert prepare_image(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_an_image_that_takes_all_memory_is_refused_in_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,13 +47,6 @@ def test_an_image_that_takes_all_memory_is_refused_in_process_too(monkeypatch: p
     with pytest.raises(ImageError) as caught:
         prepare_image(encoded(Image.new("RGB", (4, 4))))
     assert caught.value.reason == "too_much_memory"
-
-
-def test_a_picture_that_was_taken_sideways_is_turned() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: rotate by 90 degrees
-    checked = check_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif))
-    assert (checked.width_px, checked.height_px) == (20, 30)
 
 
 def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
@@ -101,12 +84,7 @@ def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
         check_image(data)
     assert caught.value.reason == reason
-
-
-def test_the_message_holds_no_memory_address() -> None:
-    with pytest.raises(ImageError) as caught:
-        check_image(b"not an image")
-    assert "0x" not in str(caught.value)
+    assert "0x" not in str(caught.value)  # an address in memory
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -83,16 +83,8 @@ def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_no
     assert all(read_exif(sample.images[0], NAMES) == {} for sample in samples)
 
 
-def test_a_table_has_fields_beside_its_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [taken()], "title": ["Lake"]}), tmp_path / "a.parquet")
-    source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"context": "exif_Model,title"}))
-    (sample,) = source.rows
-    assert isinstance(sample, Sample)
-    assert dict(sample.context) == {"title": "Lake", "exif_Model": "Box 3"}
-
-
 def test_a_column_of_the_source_comes_before_a_field_of_that_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [taken()], "exif_Model": ["of the table"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [taken()], "exif_Model": ["of the table"], "title": ["Lake"]}), tmp_path / "a.parquet")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(taken())
     (tmp_path / "photos" / "metadata.csv").write_text("file_name,exif_Model\na.jpg,of the table\n")

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from pipeline.images import near_pairs
-from pipeline.images.hash_distance import MAX_COPY_BITS, MIRRORED_BITS, Hashes, image_distances
-from pipeline.images.near_pairs import NearPairs, find_near_pairs, plan_search
+from pipeline.images.near_pairs import (
+    MAX_COPY_BITS,
+    MIRRORED_BITS,
+    Hashes,
+    NearPairs,
+    find_near_pairs,
+    image_distances,
+    plan_search,
+)
 
 COUNT = 5000
 PAIRS = 1500  # of each distance

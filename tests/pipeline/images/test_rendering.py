@@ -4,9 +4,10 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import pytest
 from PIL import Image
@@ -95,7 +96,7 @@ rendering._decoded = slowly
 rendering.serve()
 """
     monkeypatch.setattr(rendering, "_SERVE", slow)
-    monkeypatch.setattr(rendering, "WALL_SECONDS", 30.0)
+    monkeypatch.setattr(isolation, "WALL_SECONDS", 30.0)
     assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 10.0)] == [0, 10_000]  # after 3 s of a processor
 
 
@@ -177,7 +178,7 @@ def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Pa
         ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
         ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 300_000_000", "too_much_memory"),
         ("os.kill(os.getpid(), 11)", "", "decoder_died"),
-        ("os.write(1, pipes._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, check_worker._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("open('/etc/hostname')", "", "unreadable_file"),
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
     ],
@@ -187,7 +188,7 @@ def test_a_decoder_that_was_taken_over_gets_nothing(
 ) -> None:
     code = f"""
 import os, socket
-from pipeline.images import check_worker, pipes, rendering
+from pipeline.images import check_worker, rendering
 {settings}
 pages = rendering._pages
 def patched(pdfium, data):
@@ -213,18 +214,19 @@ rendering.serve()
 def test_the_process_ends_with_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
-    def remember(*arguments: object) -> object:
-        started.append(isolation.start_worker(*arguments))  # type: ignore[arg-type]
-        return started[-1]
+    class Remembered(isolation.Worker):
+        def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:
+            super().__init__(code, file, arguments)
+            started.append(self)
 
-    monkeypatch.setattr(rendering, "start_worker", remember)
+    monkeypatch.setattr(rendering, "Worker", Remembered)
     write_pdf(tmp_path / "a.pdf", 30)
     with (tmp_path / "a.pdf").open("rb") as file:
         pages = render("pdf", file, ".pdf")
         next(pages)
         pages.close()  # type: ignore[attr-defined]
-    (process,) = started
-    assert process.returncode is not None
+    (worker,) = started
+    assert not worker.is_alive()
 
 
 def test_the_process_ends_when_its_reader_is_killed(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ next(rendering.render("pdf", open(sys.argv[1], "rb"), ".pdf"))
 
 
 def test_a_file_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "WALL_SECONDS", 1.0)
+    monkeypatch.setattr(isolation, "WALL_SECONDS", 1.0)
     monkeypatch.setattr(rendering, "_SERVE", "import time; time.sleep(600)")
     write_pdf(tmp_path / "a.pdf", 1)
     assert reason_of(tmp_path / "a.pdf") == "too_slow"

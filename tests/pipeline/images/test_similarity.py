@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from pipeline.images.decode import pdq_hash
-from pipeline.images.hash_distance import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
+from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
 from pipeline.images.similarity import BLOCK_HASHES, COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples, near_hashes
 from pipeline.tables import SPLIT_RANK
 
@@ -100,21 +100,6 @@ def hashes_of(*images: Image.Image) -> list[bytes]:
     return [pdq_hash(image) for image in images]
 
 
-def test_the_largest_of_copies_stays_and_all_are_one_group(photos: list[Image.Image]) -> None:
-    small, crop = photos[0].resize((160, 120)), cropped(photos[0])
-    rows: list[dict[str, Any]] = [
-        {"pdq_hashes": hashes_of(small), "width_px": 160, "height_px": 120},
-        {"pdq_hashes": hashes_of(photos[0])},
-        {"pdq_hashes": hashes_of(crop)},
-        {"pdq_hashes": hashes_of(photos[1])},
-    ]
-    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        groups = compare_samples(samples(*rows).take(order), "photos").sort_by("sample_id").to_pydict()
-        assert groups["image_reason"] == ["near_duplicate_image", None, None, None]
-        assert groups["near_duplicate_of"] == ["s1", None, None, None]
-        assert groups["image_group"] == ["s0", "s0", "s0", "s3"]
-
-
 @pytest.mark.parametrize(
     ("split", "other_split"), [("train", "test"), ("train", "validation"), ("validation", "test"), (None, "test")]
 )
@@ -190,17 +175,6 @@ def test_a_mirrored_photo_is_near_and_no_copy(photos: list[Image.Image]) -> None
     rows: list[dict[str, Any]] = [{"pdq_hashes": hashes_of(photos[0])}, {"pdq_hashes": hashes_of(mirrored[0])}]
     groups = compare_samples(samples(*rows), "photos").to_pydict()
     assert (groups["image_group"], groups["image_reason"]) == (["s0", "s0"], [None, None])
-
-
-def test_what_has_gone_keeps_nothing_else_from_staying() -> None:
-    def one_hash(bits: int) -> bytes:
-        return np.packbits([n < bits for n in range(256)]).tobytes()
-
-    # The second image is near the first and is rejected; the third is near the second only.
-    rows = [{"pdq_hashes": [one_hash(0)]}, {"pdq_hashes": [one_hash(15)]}, {"pdq_hashes": [one_hash(30)]}]
-    groups = compare_samples(samples(*rows), "photos")
-    assert groups["image_reason"].to_pylist() == [None, "near_duplicate_image", None]
-    assert set(groups["image_group"].to_pylist()) == {"s0"}
 
 
 def choose_one_by_one(
@@ -281,18 +255,6 @@ def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
     assert kept == [*(f"{n:05d}" for n in range(200)), "02500"]
     assert groups["near_duplicate_of"].unique().to_pylist() == [None, "02500"]
     assert len(groups["image_group"].unique()) == 201
-
-
-def test_a_crowd_of_photos_that_differ_in_few_bits_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", 100)
-    monkeypatch.setattr("pipeline.images.near_pairs.MAX_MEETINGS", 16)
-    rng = np.random.default_rng(1)
-    hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 600, axis=0)
-    for row in hashes:
-        for bit in rng.choice(256, 8, replace=False).tolist():
-            row[bit // 64] ^= np.uint64(1 << bit % 64)
-    groups = compare_samples(samples_of(hashes, [None] * 600), "photos")
-    assert groups["image_reason"].null_count == 1
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])

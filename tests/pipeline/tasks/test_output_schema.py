@@ -121,6 +121,11 @@ def test_the_form_is_shown_in_a_prompt() -> None:
         ),
         ({"type": "object", "properties": {"a": {}}}, r"output\.a has no type"),
         ({"type": "object", "properties": {"a": {"type": "array"}}}, r"output\.a is a list without items"),
+        (
+            {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string"}, "minItems": 10**9}}},
+            "or of more than 1000",
+        ),
+        (WIDE, "nested more than 12 deep, or the schema has more than 1000 parts"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, r"output\.a has format"),
         ({"type": "object", "properties": {"a": {"type": ["string", "integer"]}}}, "several types"),
         ({"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}}, "several forms"),

@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.text.content_keys import content_key, content_keys
 from pipeline.text.normalize import combining_marks, has_marks, strip_opening, text_key, tidy, words_of
-from pipeline.text.spelling import equal_but_for_spelling, one_edit_apart
 
 
 @pytest.mark.parametrize(
@@ -42,13 +41,13 @@ def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str)
         ("The image shows a very small boat.", "A small boat"),
         ("On a table, a cat sleeps", "A cat sleeps on a table."),
         ("A small red ring and a large blue star", "A large blue star and a small red ring"),
-        ("A large purple triangel at the top left", "A large purple triangle at the top left"),
-        ("A trinagle on gray", "A triangle on gray"),
+        ("A man is running in the park", "A man running in a park"),
+        ("Is there a dog?", "Is there the dog"),
+        ("There is a dog", "A dog"),
     ],
 )
 def test_texts_that_say_the_same_are_found(text: str, variant: str) -> None:
-    assert equal_but_for_spelling(content_key(text), content_key(variant))
-    assert equal_but_for_spelling(content_key(variant), content_key(text))
+    assert content_key(text) == content_key(variant)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +76,7 @@ def test_texts_that_say_the_same_are_found(text: str, variant: str) -> None:
     ],
 )
 def test_texts_that_differ_in_a_decisive_word_are_kept_apart(text: str, variant: str) -> None:
-    assert not equal_but_for_spelling(content_key(text), content_key(variant))
-
-
-@pytest.mark.parametrize(
-    ("text", "variant"),
-    [
-        ("A man is running in the park", "A man running in a park"),
-        ("Is there a dog?", "Is there the dog"),
-        ("There is a dog", "A dog"),
-    ],
-)
-def test_words_without_a_fact_do_not_matter(text: str, variant: str) -> None:
-    assert content_key(text) == content_key(variant)
+    assert content_key(text) != content_key(variant)
 
 
 @pytest.mark.parametrize(
@@ -115,53 +102,11 @@ def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
     assert text_key(" What's  that?! ") == text_key("what s that")
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "apart"),
-    [
-        ("abc", "abd", True),
-        ("abc", "acb", True),
-        ("abc", "ab", True),
-        ("ab", "xab", True),
-        ("abc", "abc", False),
-        ("abcd", "badc", False),
-        ("ab", "abcd", False),
-        ("abc", "cba", False),
-    ],
-)
-def test_one_edit_is_one_letter_or_two_neighbours_swapped(a: str, b: str, *, apart: bool) -> None:
-    assert one_edit_apart(a, b) == one_edit_apart(b, a) == apart
-
-
+WORDS = "a two Two 2 there are is it's don't there's red zebra A x_y one running ring"
 PARTS = (
-    *(
-        "a",
-        "two",
-        "Two",
-        "2",
-        "there",
-        "There is",
-        "are",
-        "is",
-        "it's",
-        "don't",
-        "there's",
-        "red",
-        "zebra",
-        "A",
-        "x_y",
-        "one",
-        "running",
-        "ring",
-    ),
-    *(
-        "The image shows",
-        "In this photo, there is",
-        "This is a picture of",
-        "We can see",
-        "here in this photo,",
-        "the image is of",
-    ),
-    *("'", "''", "\u2019", "é", "ß", "\t", "\x1c", "日本", ",", ".", "-", "_", " ", "  "),
+    *WORDS.split(),
+    *("There is", "The image shows", "In this photo, there is", "This is a picture of", "We can see", "here in this photo,"),
+    *("the image is of", "'", "''", "\u2019", "é", "ß", "\t", "\x1c", "日本", ",", ".", "-", "_", " ", "  "),
 )
 
 
@@ -199,10 +144,5 @@ def test_marks_are_all_those_of_unicode() -> None:
     assert mark.match("\u0301") and mark.match("\u093f") and mark.match("\u0e35") and mark.match("\U0001e94a")
     assert not any(mark.match(letter) for letter in "aéक狗1 ")
     beyond = [chr(code) for code in range(sys.maxunicode + 1) if mark.match(chr(code)) and not has_marks(chr(code))]
-    assert {unicodedata.name(one).partition(" ")[0] for one in beyond} <= {
-        "VARIATION",
-        "COMBINING",
-        "MUSICAL",
-        "SIGNWRITING",
-        "MONGOLIAN",
-    }
+    kinds = {unicodedata.name(one).partition(" ")[0] for one in beyond}
+    assert kinds <= {"VARIATION", "COMBINING", "MUSICAL", "SIGNWRITING", "MONGOLIAN"}

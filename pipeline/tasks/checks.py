@@ -1,0 +1,62 @@
+"""Tasks of the step verify, which checks annotations by further requests; users do not ask for them.
+
+`answer` and `rate` are asked about the image; `claims`, `covers` and `repair` about a text alone.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.tasks.base import QUESTION_MARKS, Line, Output, Task
+from pipeline.tasks.caption import Caption, tidy_caption
+
+MAX_CLAIMS = 8
+Score = Literal["1", "2", "3", "4", "5"]
+
+
+class Answer(Output):
+    """The answer to a given question: to `answer` from the image, to `covers` from a caption of it."""
+
+    answer: Line
+
+
+class ClaimProbes(Output):
+    """One claim, and two questions about it: a model that likes to say yes fails the second."""
+
+    claim: Line
+    question: Line
+    opposite: Line
+
+    @model_validator(mode="after")
+    def _are_two_questions(self) -> "ClaimProbes":
+        if not (self.question.endswith(QUESTION_MARKS) and self.opposite.endswith(QUESTION_MARKS)):
+            raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
+        if self.question.casefold() == self.opposite.casefold():
+            raise PydanticCustomError("opposite_repeats_question", "the opposite question is the question")
+        return self
+
+
+class ClaimSet(Output):
+    """The claims of one caption, each with a question that expects yes and one that expects no."""
+
+    claims: Annotated[list[ClaimProbes], Field(min_length=1, max_length=MAX_CLAIMS)]
+
+
+class Rating(Output):
+    """A judge's review of one text by a rubric: what is wrong, in a few words, and a score for each part; 5 is best."""
+
+    flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty if nothing is wrong
+    relevance: Score
+    grounding: Score
+    correctness: Score
+    form: Score
+
+
+ANSWER = Task(name="answer", output=Answer, row=Answer)
+CLAIMS = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims")
+COVERS = Task(name="covers", output=Answer, row=Answer)
+RATE = Task(name="rate", output=Rating, row=Rating)
+# A caption written again without its false statements.
+REPAIR = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption)
+CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)
