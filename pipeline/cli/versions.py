@@ -133,21 +133,20 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what killed commands have left behind, and store equal files of several versions once."""
+    """Remove what killed commands have left behind."""
     from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_leftovers, share_equal_files
+    from pipeline.dataset.removal import find_leftovers, remove_leftovers
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
-        shared_bytes = 0 if is_remote(dataset.path) else share_equal_files(dataset, dry_run=dry_run)
         if not dry_run:
             remove_leftovers(leftovers)
-    freed_bytes = shared_bytes + sum(leftover.num_bytes for leftover in leftovers)
+    freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
     if as_json:
         paths = [str(leftover.path) for leftover in leftovers]
-        echo(json.dumps({"removed": paths, "shared_bytes": shared_bytes, "bytes": freed_bytes, "dry_run": dry_run}))
+        echo(json.dumps({"removed": paths, "bytes": freed_bytes, "dry_run": dry_run}))
         return
     for leftover in leftovers:
         say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {leftover.num_bytes / 1e6:.1f} MB")

@@ -1,6 +1,8 @@
 """Write the files of a version, give it a name, and publish it: it is there as a whole, or not at all."""
 
+import filecmp
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,19 @@ from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_r
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.shards import SplitWriter
-from pipeline.dataset.sharing import share_files, share_pixels
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry
 from pipeline.errors import StoreError, TableError
-from pipeline.storage.files import flush_file, flush_folder, move, open_parquet, remove, write_json, write_table, write_text
+from pipeline.storage.files import (
+    flush_file,
+    flush_folder,
+    move,
+    open_parquet,
+    remove,
+    temporary_path,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipeline.storage.object_store import is_remote
 from pipeline.tables import LEDGER, NO_EXTRAS, OPTIONAL, SPLITS, TABLE_VERSION, Extras, features, row_schema
 
@@ -139,7 +150,6 @@ def publish_version(
     if not is_remote(final):
         files = [(path, described["sha256"]) for path, _, described in content.files]
         share_files(files, versions)
-        share_pixels(files, versions)
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 
@@ -167,6 +177,19 @@ def next_version(
 def describe_file(path: Path) -> dict[str, Any]:
     """Return the manifest's entry of a Parquet file: sha256, bytes, rows."""
     return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
+
+
+def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
+    """Replace files (paths and their sha256) by hard links to equal files of other versions, where links are possible."""
+    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
+    for path, sha256 in files:
+        other = paths.get(sha256)
+        if other is None or other.is_symlink() or not other.is_file() or not filecmp.cmp(path, other, shallow=False):
+            continue
+        linked = temporary_path(path)
+        with suppress(OSError):  # the file system has no hard links
+            linked.hardlink_to(other)
+            linked.replace(path)
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:

@@ -11,10 +11,8 @@ from pathlib import Path
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.names import forget_removed, read_removed, read_tags, record_removed
 from pipeline.dataset.samples import describe_lost, keep_images
-from pipeline.dataset.sharing import is_shareable, share_file
 from pipeline.dataset.version import MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
-from pipeline.storage.cloned_ranges import unshared_bytes
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 from pipeline.storage.object_store import is_remote
 
@@ -25,7 +23,7 @@ REMOVING = ".removing-"  # before the name of a version whose files are being re
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that no version and no run needs, and the bytes that its removal frees: those that no other file shares."""
+    """Something that no version and no run needs, and the bytes that its removal frees."""
 
     path: Path
     num_bytes: int
@@ -113,25 +111,6 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
         _remove(leftover.path)
 
 
-def share_equal_files(dataset: DatasetDir, *, dry_run: bool = False) -> int:
-    """Store equal Parquet files of several versions once, by hard links; return how many bytes that frees.
-
-    Readers of either file see it whole all the time, and a file that is damaged is not shared.
-    """
-    first: dict[str, Path] = {}
-    freed: dict[int, int] = {}  # the bytes of each file, which may have several names, by its number
-    own = (version for version in dataset.readable_versions() if not version.path.is_symlink())
-    for version in own:
-        for name, entry in version.manifest["files"].items():
-            path = version.path / name
-            other = first.setdefault(entry["sha256"], path)
-            if is_shareable(path, other):
-                number, num_bytes = path.stat().st_ino, unshared_bytes(path)
-                if dry_run or share_file(path, other):
-                    freed[number] = num_bytes
-    return sum(freed.values())
-
-
 def _remove(path: Path) -> None:
     """Remove a file, a link (and not what it leads to) or a folder. Raise StoreError if it is still there."""
     if not is_remote(path) and (path.is_symlink() or path.is_file()):
@@ -143,8 +122,8 @@ def _remove(path: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; a file that has another name, or shared blocks, counts as nothing."""
+    """Return the bytes of all files below a folder; a file with several hard links counts as nothing."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     if is_remote(folder):
         return sum(file.stat().st_size for file in files)
-    return sum(unshared_bytes(file) for file in files if file.lstat().st_nlink <= 1 and not file.is_symlink())
+    return sum(file.stat().st_size for file in files if file.lstat().st_nlink <= 1 and not file.is_symlink())

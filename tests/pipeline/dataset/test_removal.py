@@ -9,9 +9,8 @@ from pipeline.dataset import removal
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.names import read_removed, write_tags
-from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions, share_equal_files
-from pipeline.dataset.sharing import share_files
-from pipeline.dataset.version import Version
+from pipeline.dataset.publishing import share_files
+from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
 from pipeline.storage.object_store import parse_dataset_path, upload_folder
 from tests.scene_data import make_version, scene_samples
@@ -85,40 +84,6 @@ def test_a_new_version_shares_the_shards_that_did_not_change(tmp_path: Path, mon
     inodes = {path.stat().st_ino for version in (first, second) for path in version.path.glob("*-*.parquet")}
     assert len(inodes) == len(both)
     assert find_damage(second) == []
-
-
-def test_a_file_that_is_damaged_is_not_shared(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    (shard,) = first.shards("train")
-    content = shard.read_bytes()
-    shard.unlink()
-    shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert share_equal_files(DatasetDir(tmp_path)) == 0
-    assert find_damage(second) == []
-    assert find_damage(first) != []
-
-
-def copied_apart(dataset: DatasetDir) -> list[Version]:
-    """Return the versions, of which no two share a file, as earlier releases wrote them."""
-    for path in dataset.path.glob("versions/*/*.parquet"):
-        content = path.read_bytes()
-        path.unlink()
-        path.write_bytes(content)
-    return dataset.versions()
-
-
-def test_files_that_earlier_releases_wrote_twice_are_stored_once(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    make_repaired_version(first, [])
-    dataset = DatasetDir(tmp_path)
-    versions, before = copied_apart(dataset), disk_bytes(tmp_path)
-    assert share_equal_files(dataset, dry_run=True) == before // 2
-    assert disk_bytes(tmp_path) == before
-    assert share_equal_files(dataset) == before // 2
-    assert disk_bytes(tmp_path) == before // 2
-    assert share_equal_files(dataset) == 0
-    assert [find_damage(version) for version in versions] == [[], []]
 
 
 def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:
@@ -207,7 +172,7 @@ def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
     assert read_removed(dataset.path) == []
 
 
-def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) -> None:
+def test_a_new_version_shares_neither_a_damaged_file_nor_a_link(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:20])
     (shard,) = first.shards("train")
     copy = tmp_path / "train-00000.parquet"
@@ -220,18 +185,11 @@ def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) ->
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     share_files([(copy, sha256)], [first])
     assert not copy.samefile(shard)
-
-
-def test_a_link_in_a_version_is_not_shared(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    copied_apart(DatasetDir(tmp_path))
-    (shard,) = first.shards("train")
     shard.rename(first.path / "blob")
     shard.symlink_to("blob")
-    assert shard.name not in {path.name for path in second.path.iterdir() if path.is_symlink()}
-    share_equal_files(DatasetDir(tmp_path))
-    assert find_damage(second) == []
+    copy.write_bytes(shard.read_bytes())
+    share_files([(copy, sha256)], [first])
+    assert not copy.samefile(shard)
 
 
 def test_links_in_place_of_leftovers_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_path: Path) -> None:
@@ -275,18 +233,8 @@ def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_p
     assert list(find_leftovers(dataset)) == []
 
 
-def test_files_of_a_version_that_lies_elsewhere_are_left_as_they_are(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path / "d", SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    copied_apart(DatasetDir(tmp_path / "d"))
-    second.path.rename(tmp_path / "outside")
-    second.path.symlink_to(tmp_path / "outside")
-    assert share_equal_files(DatasetDir(tmp_path / "d")) == 0
-
-
 def test_a_damaged_version_can_be_removed_and_is_in_nobodys_way(dataset: DatasetDir) -> None:
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
-    share_equal_files(dataset)
     remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
 
