@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_nameable
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
+from pipeline.dataset.version import dataset_folder
 from pipeline.errors import ConfigError, SynthError, did_you_mean
 from pipeline.executors.base import ClusterOptions, RunResult
 from pipeline.executors.local import reading_settings, run_locally

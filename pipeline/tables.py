@@ -32,6 +32,13 @@ OLD_COLUMNS = {
 }
 # Columns of stage files that earlier releases did not write: null there.
 ADDED_COLUMNS = {"record": pa.string(), "clean_record": pa.string()}
+# Columns in which the tables of a source hold human texts.
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
+CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
+REFERENCE_QA = "reference_qa"  # questions with all answers, in a version and in its exports
+QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
+
 SPLITS = ("train", "validation", "test")
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 

@@ -39,7 +39,7 @@ def _dataset(path: Path) -> "DatasetDir":
 
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
-    from pipeline.dataset.names import read_tags
+    from pipeline.dataset.directory import read_tags
     from pipeline.storage.files import translate_disk_errors
 
     folder = _dataset(data or last_dataset())
@@ -72,7 +72,7 @@ def versions_tag(
     as_json: AsJson = False,
 ) -> None:
     """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
-    from pipeline.dataset.names import read_tags, require_tag_name, write_tags
+    from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
 

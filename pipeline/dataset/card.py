@@ -11,13 +11,13 @@ import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.config import NO_MODEL
-from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
 from pipeline.tasks.own import CARD_CATEGORIES
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 from pipeline.text.reasons import SCORES_IN_WORDS
 from pipeline.text.values import in_short
+from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
 # Scores of a captioner, with the metric's type on the Hub and its name.

@@ -7,7 +7,6 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows
 from pipeline.digests import file_digest
@@ -95,7 +94,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         if newest.name != version.name:
             hint = f"push {newest.name}, which is newer"
             raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
-        major, minor, patch = max([version.number, *taken_numbers(dataset.path)])
+        major, minor, patch = max([version.number, *dataset.taken_numbers()])
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}

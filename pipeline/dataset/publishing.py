@@ -14,7 +14,6 @@ from pipeline.dataset.builder import version_digest
 from pipeline.dataset.card import render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.shards import SplitWriter
 from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry
 from pipeline.errors import StoreError, TableError
@@ -124,7 +123,7 @@ def publish_version(
         return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)
-    name = next_version(parent, content.digests["sample_id"], schema, taken_numbers(dataset.path))
+    name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
     write_table(draft / LEDGER_FILE, rejections, LEDGER)
     manifest = {
         "version": name,
@@ -159,7 +158,7 @@ def next_version(
 ) -> str:
     """Return the name that follows: major when columns or scores change, minor when rows are added, else patch.
 
-    `taken` are numbers of versions that were removed: it follows these as well.
+    `taken` are numbers of other versions that were tagged or pushed: it follows these as well.
     """
     if parent is None and not taken:
         return FIRST

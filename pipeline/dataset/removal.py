@@ -1,15 +1,10 @@
-"""Remove versions of a dataset, and what killed commands have left behind.
+"""Remove versions of a dataset, and what killed commands have left behind."""
 
-A removed version's name is not given to another one: it may be on the Hub, in a model card, or in somebody's notes.
-"""
-
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import forget_removed, read_removed, read_tags, record_removed
+from pipeline.dataset.directory import DatasetDir, read_tags
 from pipeline.dataset.samples import describe_lost, keep_images
 from pipeline.dataset.version import MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
@@ -49,33 +44,17 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
         warn(f"no images are kept for later runs: {error}")
     removed = []
     for folder in folders:
-        freed = Leftover(folder, 0 if folder.is_symlink() else _size(folder))
+        removed.append(Leftover(folder, 0 if folder.is_symlink() else _size(folder)))
+        if is_remote(folder):
+            (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
+            _remove(folder)
+            continue
         aside = folder.with_name(f"{REMOVING}{folder.name}")
-        if not is_remote(folder):
-            _remove(aside)  # of an earlier removal that was killed
-        record_removed(dataset.path, folder.name)
-        try:
-            files = _take_away(folder, aside)
-        except OSError:
-            forget_removed(dataset.path, folder.name)
-            raise
-        if not is_remote(folder):
-            flush_folder(folder.parent)
-        _remove(files)
-        removed.append(freed)
+        _remove(aside)  # left by a removal that was killed
+        folder.rename(aside)
+        flush_folder(folder.parent)
+        _remove(aside)
     return removed
-
-
-def _take_away(folder: Path, aside: Path) -> Path:
-    """Make a version's folder one of no version, at once; return where its files are then."""
-    if not is_remote(folder):
-        try:
-            return folder.rename(aside)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EBUSY):  # a lower layer of an overlay, or a disk that is mounted here
-                raise
-    (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
-    return folder
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
@@ -87,11 +66,12 @@ def _find_version(dataset: DatasetDir, name: str) -> Path:
 
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
     """Yield what killed commands have left in a dataset folder; the caller holds its lock, so that no run is using it."""
-    versions, removed = dataset.path / "versions", read_removed(dataset.path)
+    versions = dataset.path / "versions"
     finished = {manifest.parent.name for manifest in versions.glob(f"v*/{MANIFEST}")}
     for folder in sorted(versions.glob("*"), key=str):
-        is_half_removed = folder.name in removed and folder.name not in finished
-        if folder.name.startswith(REMOVING) or folder.name == SCRATCH or is_half_removed:
+        # In a store, files of a version are moved and removed one by one.
+        is_half = is_remote(folder) and VERSION_NAME.fullmatch(folder.name) and folder.name not in finished
+        if folder.name.startswith(REMOVING) or folder.name == SCRATCH or is_half:
             yield Leftover(folder, 0 if folder.is_symlink() else _size(folder))
     if not is_remote(dataset.path):
         for pattern in LOCKED_FOLDERS:

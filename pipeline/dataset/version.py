@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
-from pipeline.digests import file_digest
+from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import find_rows, open_parquet, read_json
 from pipeline.storage.object_store import is_remote
@@ -27,6 +26,8 @@ LEDGER_FILE = "ledger.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
+DATA = Path("data")
+MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 SplitBatch = tuple[str, pa.RecordBatch]  # rows, and the split that they are in
@@ -148,6 +149,20 @@ class Version:
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint=AGAIN)
+
+
+def dataset_folder(source: str) -> Path:
+    """Return the default dataset folder of a source: its name in letters, digits, dots and dashes, under `data/`.
+
+    The end of a name that is too long for a folder is its digest.
+    """
+    name = slugify(source) or "dataset"
+    return DATA / (name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:MAX_NAME_CHARACTERS]}-{digest(name)[:8]}")
+
+
+def slugify(text: str) -> str:
+    """Return a text as a folder name of letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
 def schema_of(manifest: dict[str, Any]) -> pa.Schema:

@@ -15,7 +15,6 @@ from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
-from pipeline.dataset.licenses import non_redistributable
 from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
@@ -23,6 +22,7 @@ from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
+from pipeline.types import non_redistributable
 
 NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")

@@ -9,7 +9,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.integrity import find_damage
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
@@ -18,6 +17,7 @@ from pipeline.dataset.version import (
     VERSION_NAME,
     Version,
     dataset_dir_of,
+    dataset_folder,
     parse_version,
     read_version,
 )

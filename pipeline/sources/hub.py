@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from fsspec.utils import glob_translate
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import GATED, UNDECLARED
 from pipeline.dataset.version import LEDGER_FILE
 from pipeline.errors import SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.parquet import Tables, group_by_split, split_of_path
-from pipeline.types import Source, SourceSlice
+from pipeline.types import GATED, UNDECLARED, Source, SourceSlice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -1,7 +1,7 @@
 """Stage: version. Write the rows of every shard, and publish them as one immutable version."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.directory import OUTPUTS, DatasetDir
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
+from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
 from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
@@ -78,6 +78,23 @@ def _without_metadata(batch: pa.RecordBatch) -> pa.RecordBatch:
     index = batch.schema.get_field_index("images")
     images = [list(map(strip_metadata, pages)) for pages in batch["images"].to_pylist()]
     return batch.set_column(index, batch.schema.field(index), pa.array(images, batch.schema.field(index).type))
+
+
+def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Table]:
+    """Yield what the stages of a shard rejected (tables.LEDGER), in order."""
+    for stage in stages:
+        for table in read_batches(require_file(shard.stage(stage, "rejected"))):
+            yield list_rejections(stage, table)
+
+
+def list_rejections(stage: str, table: pa.Table) -> pa.Table:
+    """Return the rejections (tables.LEDGER) of the rows that a stage rejected.
+
+    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
+    The text itself may be the reason of the rejection, and is left out.
+    """
+    digests = ((row, annotation_digest(row) if "task" in row else None) for row in table.to_pylist())
+    return pa.Table.from_pylist([row | {"stage": stage, "content_digest": digest} for row, digest in digests], schema=LEDGER)
 
 
 def publish_shards(

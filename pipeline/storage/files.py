@@ -47,6 +47,7 @@ _DISK_ERRORS = {
     errno.ENFILE: ("too many files are open on this machine", "end other programs, then run the same command"),
     errno.EBUSY: ("another program holds the file", "close it, then run the same command"),
     errno.ENAMETOOLONG: ("the name is too long", "choose another folder: --out DIR"),
+    errno.EXDEV: ("it lies on two file systems", "copy the dataset folder, and use the copy"),
     errno.ELOOP: ("a link leads to itself", "remove it"),
 }
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # that no object store raises

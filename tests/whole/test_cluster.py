@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of

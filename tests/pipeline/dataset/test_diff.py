@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline.dataset.diff import diff_versions
-from pipeline.dataset.rejections import list_rejections
+from pipeline.stages.version import list_rejections
 from pipeline.tables import LEDGER, STRING, Extras, OwnColumn
 from pipeline.types import Sample
 from tests.scene_data import make_version, scene_samples, scored_captions, true_captions

@@ -13,8 +13,7 @@ from pipeline.dataset.directory import (
     open_dataset,
     remember_dataset,
 )
-from pipeline.dataset.paths import dataset_folder
-from pipeline.dataset.version import parse_version, read_version
+from pipeline.dataset.version import dataset_folder, parse_version, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
 from tests.pipeline.dataset.test_card import MANIFEST

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import removal
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, write_tags
 from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.names import read_removed, write_tags
 from pipeline.dataset.publishing import share_files
 from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
@@ -41,7 +40,8 @@ def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir)
     assert list(find_leftovers(dataset)) == []
 
 
-def test_the_name_of_a_removed_version_is_not_given_again(dataset: DatasetDir) -> None:
+def test_name_of_removed_version_that_was_pushed_is_not_given_again(dataset: DatasetDir) -> None:
+    dataset.record_push("v1.2.0", "ORG/NAME", "c" * 40)
     remove_versions(dataset, ["v1.2.0"])
     again, is_new = make_version(dataset.path, SAMPLES[:35])
     assert (again.name, again.manifest["parent"], is_new) == ("v1.3.0", "v1.1.0", True)
@@ -49,10 +49,9 @@ def test_the_name_of_a_removed_version_is_not_given_again(dataset: DatasetDir) -
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_a_repaired_version_does_not_take_the_name_of_a_removed_one(tmp_path: Path) -> None:
+def test_repaired_version_does_not_take_a_tagged_name(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:5])
-    repaired = make_repaired_version(first, ["train-00000.parquet"])
-    remove_versions(DatasetDir(tmp_path), [repaired.name])
+    write_tags(tmp_path, {"paper": "v1.0.1"})  # which somebody has moved away
     assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
 
 
@@ -119,49 +118,17 @@ def test_a_link_that_is_left_over_is_removed_and_not_what_it_leads_to(dataset: D
     assert outside.read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY])
-def test_a_folder_that_cannot_be_renamed_is_removed_with_its_manifest_first(
-    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """As in a lower layer of an overlay, or where another disk is mounted."""
-
-    def refuse(self: Path, target: Path) -> Path:
-        raise OSError(number, "no", str(self))
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    remove_versions(dataset, ["v1.0.0"])
-    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
-    assert not (dataset.path / "versions" / "v1.0.0").exists()
-    assert read_removed(dataset.path) == ["v1.0.0"]
-
-
-def test_a_version_that_stays_is_not_said_to_be_removed(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove_versions(dataset, ["v1.0.0"])
-
+def test_version_whose_folder_cannot_be_renamed_stays(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: Path) -> Path:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError):
         remove_versions(dataset, ["v1.1.0"])
-    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
-    assert read_removed(dataset.path) == ["v1.0.0"]
+    assert [find_damage(version) for version in dataset.versions()] == [[], [], []]
 
 
-def test_a_name_is_kept_where_the_disk_fails_after_the_version_is_gone(
-    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(folder: Path) -> None:
-        if not (folder / "v1.1.0").exists():
-            raise OSError(errno.EIO, "Input/output error", str(folder))
-
-    monkeypatch.setattr(removal, "flush_folder", fail)
-    with pytest.raises(OSError, match="Input/output"):
-        remove_versions(dataset, ["v1.1.0"])
-    assert read_removed(dataset.path) == ["v1.1.0"]
-
-
-def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
+def test_version_stays_where_files_of_an_earlier_removal_cannot_be_removed(
     dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (dataset.path / "versions" / f"{REMOVING}v1.1.0").mkdir()
@@ -169,7 +136,6 @@ def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
     with pytest.raises(StoreError, match="cannot be removed"):
         remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.1.0", "v1.2.0"]
-    assert read_removed(dataset.path) == []
 
 
 def test_a_new_version_shares_neither_a_damaged_file_nor_a_link(tmp_path: Path) -> None:
@@ -249,7 +215,6 @@ def test_a_version_in_an_object_store_is_removed(tmp_path: Path) -> None:
     (removed,) = remove_versions(dataset, ["v1.0.0"])
     assert removed.num_bytes > 1000
     assert [version.name for version in dataset.versions()] == ["v1.1.0"]
-    assert read_removed(store) == ["v1.0.0"]
     assert not list(store.glob("versions/v1.0.0/*"))
     (store / "versions" / "v1.0.0" / "train-00000.parquet").write_bytes(bytes(10))  # of a removal that was killed
     leftovers = list(find_leftovers(dataset))
