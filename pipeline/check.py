@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.integrity import find_damage, has_row_digest
+from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.samples import READ_AGAIN
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import SynthError, one_line
@@ -67,11 +67,8 @@ def check_version_folder(path: Path, dataset: DatasetDir | None = None) -> Check
 def check_version(version: Version, dataset: DatasetDir | None = None) -> Checked:
     """Return the state of a version: its files, and the digest of its rows."""
     if not (damage := find_damage(version)):
-        compared = (
-            "digest says" if has_row_digest(version) else "manifest says; an earlier release computed the digest of its rows"
-        )
         files = len(version.manifest["files"])
-        return Checked(str(version.path), f"{version.num_rows:,} rows in {files} files, as its {compared}")
+        return Checked(str(version.path), f"{version.num_rows:,} rows in {files} files, as its digest says")
     pushed = [push for push in dataset.pushed() if push["version"] == version.name] if dataset else []
     hints = [f"fetch it: {push['repo']}@{push['commit']}" for push in pushed[:1]]
     hints.append(f"or move {version.path} away and run `synth generate` again: equal rows have the same digest")

@@ -13,25 +13,6 @@ import pyarrow as pa
 from pipeline.errors import TableError
 
 TABLE_VERSION = 2  # of the rows of a version, and part of its digest; raise on any change a reader would notice
-# Columns of stage files and of ledger.parquet that earlier releases wrote under other names; both are read.
-OLD_COLUMNS = {
-    "pdq_hashes": "looks",
-    "pdq_hash": "look",
-    "contaminated_by": "repeats",
-    "word_count": "words",
-    "answer_word_count": "answer_words",
-    "duplicate_trigram_frac": "repeated_trigrams",
-    "distinct_word_frac": "distinct_words",
-    "hedge_count": "hedges",
-    "redaction_count": "redacted",
-    "non_latin_frac": "foreign_letters",
-    "answered_blind": "blind",
-    "near_duplicate_of": "looks_like",
-    "review": "mark",
-    "content_digest": "content",
-}
-# Columns of stage files that earlier releases did not write: null there.
-ADDED_COLUMNS = {"record": pa.string(), "clean_record": pa.string()}
 # Columns in which the tables of a source hold human texts.
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
 REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
@@ -283,18 +264,6 @@ def require_columns(table: pa.Table, *names: str) -> None:
             f"missing column(s): {', '.join(missing)}",
             hint=f"the table has {', '.join(table.column_names)}; was an earlier stage skipped?",
         )
-
-
-def old_name(name: str, file_columns: Collection[str]) -> str:
-    """Return the name of a column in a file: today's, or that of an earlier release."""
-    old = OLD_COLUMNS.get(name, name)
-    return old if old in file_columns and name not in file_columns else name
-
-
-def current_names(names: Iterable[str]) -> list[str]:
-    """Return today's names of the columns of a file."""
-    today = {old: name for name, old in OLD_COLUMNS.items()}
-    return [today.get(name, name) for name in names]
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:

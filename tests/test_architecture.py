@@ -16,7 +16,8 @@ FILES = {
     "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
-    "pipeline/dataset": """__init__ builder card conversation diff directory integrity manifest pixels publishing removal samples reviews schema shards statistics version""",
+    "pipeline/dataset": """__init__ builder card conversation diff directory integrity manifest pixels publishing removal
+        samples reviews schema shards statistics version""",
     "pipeline/executors": "__init__ base local messages",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",

@@ -75,7 +75,7 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None, mad
         link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
     answers = any(not style for _, style in about["config"]["prompts"])
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
-    language = data.get("language", "en")  # earlier releases did not keep it
+    language = data.get("language")
     header = {
         **({"language": [language]} if language else {}),
         "license": "other",

@@ -35,7 +35,6 @@ from pipeline.storage.files import read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import current_names
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
@@ -336,9 +335,7 @@ def _made_manifests() -> list[Path]:
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
     """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
-    path, old = dataset.stage("source", "exclusions"), dataset.stage("source", "banned")  # its name in earlier releases
-    table = read_table(old if old.exists() and not path.exists() else require_file(path))
-    return table.rename_columns(current_names(table.column_names))
+    return read_table(require_file(dataset.stage("source", "exclusions")))
 
 
 def require_file(path: Path) -> Path:

@@ -12,7 +12,7 @@ from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, 
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import link_or_copy, scratch_folder, write_json, write_text
-from pipeline.tables import PIXELS, TABLE_VERSION
+from pipeline.tables import PIXELS
 
 ROWS_AT_ONCE = 1024
 
@@ -31,7 +31,7 @@ def missing_files(version: Version) -> list[str]:
 
 def _entries(version: Version) -> dict[str, dict[str, Any]]:
     """Return what the manifest says of each file."""
-    return {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
+    return {**version.manifest["files"], LEDGER_FILE: version.manifest["ledger"]}
 
 
 def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
@@ -39,13 +39,8 @@ def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
     return path.is_file() and file_digest(path) == entry.get("sha256")
 
 
-def has_row_digest(version: Version) -> bool:
-    """Return whether this release can compute the digest of a version's rows: earlier ones had other columns."""
-    return bool(version.manifest["table_version"] == TABLE_VERSION)
-
-
 def content_digest(version: Version) -> str:
-    """Return the digest of the rows that the files hold, of a version for which `has_row_digest`.
+    """Return the digest of the rows that the files hold.
 
     Pixels are not part of it: sample ids stand for them, as the sha256 of the images before their metadata was removed.
     """
@@ -69,7 +64,7 @@ def find_damage(version: Version) -> list[str]:
     if wrong := damaged_files(version):
         return [f"{name} is not what the manifest says" for name in wrong]
     try:
-        is_intact = not has_row_digest(version) or content_digest(version) == version.manifest["digest"]
+        is_intact = content_digest(version) == version.manifest["digest"]
     except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return [f"its rows cannot be read: {error}"]
     return [] if is_intact else ["its rows are not those of its digest"]

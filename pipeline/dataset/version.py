@@ -139,7 +139,7 @@ class Version:
         for column in self.schema:
             if schema.names.count(column.name) != 1:
                 raise ValueError(f"{path.name} has not one column {column.name}")
-            if self.manifest["table_version"] == TABLE_VERSION and schema.field(column.name).type != column.type:
+            if schema.field(column.name).type != column.type:
                 raise ValueError(f"the column {column.name} of {path.name} holds {schema.field(column.name).type}")
         for name in self.manifest.get("reader_columns", ()):
             if schema.names.count(name) != 1 or schema.field(name).type != READER_COLUMNS.field(name).type:
@@ -219,6 +219,8 @@ def read_version(folder: Path) -> Version:
         manifest = read_json(folder / MANIFEST)
         newer = manifest["table_version"] > TABLE_VERSION
         if not newer:
+            if manifest["table_version"] != TABLE_VERSION:
+                raise ValueError(f"table_version: {manifest['table_version']!r}")
             check_manifest(manifest)
             paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], LEDGER_FILE)]
             is_cached = folder.parent.name == "snapshots"

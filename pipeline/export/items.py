@@ -10,7 +10,6 @@ from pipeline.dataset.conversation import preferred_caption
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
-from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
@@ -66,20 +65,18 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
             raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
         raise ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
-    has_metadata = version.manifest.get("image_metadata") != REMOVED  # made by an earlier release
     for split, batch in version.batches([name for name in (*COLUMNS, *own) if name in columns], ROWS_AT_ONCE, splits):
         for row in batch.to_pylist():
-            yield _item(row, split, own, has_metadata=has_metadata)
+            yield _item(row, split, own)
 
 
-def _item(row: dict[str, Any], split: str, own: dict[str, str], *, has_metadata: bool) -> Item:
+def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     sample_id = row["sample_id"]
     captions, questions = row.get("captions") or (), row.get("qa") or ()
     # A version may be a stranger's, and its ids anything, even a path.
     name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
         image = upright_file(row["image"]["bytes"])  # many readers know nothing of EXIF
-        image = strip_metadata(image) if has_metadata else image
         with open_image(image, counts_scans=False) as header:
             kind = header.format or ""
     except ImageError as error:

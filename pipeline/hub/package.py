@@ -9,16 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
-from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
-from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
@@ -91,55 +87,22 @@ def build_package(
             yield _pack(version, repo, without_pixels(version, Path(folder)) | (stated or {}), Path(folder))
             return
         acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
-        manifest, files = version.manifest | acknowledgement | (stated or {}), version.path
-        if pixel_columns and manifest.get("image_metadata") != REMOVED:  # made by an earlier release
-            columns = [*version.manifest["columns"], *version.manifest.get("reader_columns", ())]
-            entries = _copy_shards(version, Path(folder), columns, _without_metadata)
-            manifest, files = manifest | {"files": entries, "image_metadata": REMOVED}, Path(folder)
-        yield _pack(version, repo, manifest, files, exports)
+        yield _pack(version, repo, version.manifest | acknowledgement | (stated or {}), version.path, exports)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Write a copy of each shard without pixels; return the manifest that goes with them."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    files = _copy_shards(version, folder, columns, lambda table: table)
-    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
-    schema = schema_of(version.manifest | {"columns": columns})
-    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return version.manifest | described | left_out
-
-
-def _copy_shards(
-    version: Version, folder: Path, columns: Sequence[str], change: Callable[[pa.Table], pa.Table]
-) -> dict[str, Any]:
-    """Write a changed copy of some columns of each shard; return the manifest's entries of the files."""
-    files = {}
-    own = [name for name in columns if name in version.manifest["columns"]]
-    for_readers = [READER_COLUMNS.field(name) for name in columns if name not in own]
-    schema = with_features(pa.schema([*schema_of(version.manifest | {"columns": own}), *for_readers]))
+    files, schema = {}, schema_of(version.manifest | {"columns": columns})
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
-        with open_writer(folder / name, schema) as writer:
+        with open_writer(folder / name, with_features(schema)) as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
-                writer.write_table(change(source.read_row_group(group, columns=columns).select(columns)).cast(schema))
+                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(writer.schema))
         files[name] = entry | file_entry(folder / name)
-    return files
-
-
-def _without_metadata(table: pa.Table) -> pa.Table:
-    """Return rows whose images have lost their metadata."""
-    for index, name in enumerate(table.column_names):
-        if name in PIXELS:
-            cells = [_strip(cell) for cell in table[name].to_pylist()]
-            table = table.set_column(index, table.schema.field(index), pa.array(cells, table.schema.field(index).type))
-    return table
-
-
-def _strip(cell: Any) -> Any:
-    """Return an image, or a list of images, as `datasets` stores them, without metadata."""
-    if cell is None or isinstance(cell, list):
-        return cell and [_strip(image) for image in cell]
-    return {"bytes": strip_metadata(cell["bytes"]), "path": None}
+    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
+    return version.manifest | described | left_out
 
 
 def _pack(

@@ -144,7 +144,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
         message = f"digest {package.manifest['digest']}"
         api.create_tag(repo, repo_type=package.kind, tag=name, revision=commit, tag_message=message)
     else:
-        warning = _metadata_warning(package, remote) or _stated_otherwise(package, remote)
+        warning = _stated_otherwise(package, remote)
     return PushResult(repo, str(created), commit, name, is_new, is_private, warning)
 
 
@@ -156,18 +156,6 @@ def _stated_otherwise(package: Package, remote: dict[str, Any]) -> str:
         return ""
     hint = "A tag never moves: push a new version, or to another repository"
     return f"{package.name} lies there with other statements ({changes}). {hint}"
-
-
-def _metadata_warning(package: Package, remote: dict[str, Any]) -> str:
-    """Return a warning if an earlier release has pushed this version with the metadata of its images."""
-    files, remote_files = package.manifest["files"], remote["files"]
-    is_other = any(remote_files.get(name, entry)["sha256"] != entry["sha256"] for name, entry in files.items())
-    if not is_other or remote.get("image_metadata") == package.manifest.get("image_metadata"):
-        return ""
-    return (
-        f"{package.name} lies there as an earlier release pushed it: with EXIF, GPS positions and other metadata of its "
-        "images. A tag never moves: delete that repository, then push again"
-    )
 
 
 def _edited_card(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:

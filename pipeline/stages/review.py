@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
-from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, with_reason
+from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
@@ -95,8 +95,6 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
 
 def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     """Append the final text of each row (tables.FINAL), and the `reason` of rows that were marked as bad."""
-    if "clean_record" not in table.column_names:  # of an earlier release
-        table = table.append_column("clean_record", pa.nulls(table.num_rows, STRING))
     final = {
         f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "record", "prompt_id")
     }

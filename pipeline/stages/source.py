@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.samples import PARTS_FOLDER, REST_FILE, read_samples
 from pipeline.digests import file_digest
-from pipeline.images.metadata import REMOVED
 from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
 from pipeline.progress import Progress
 from pipeline.sources.base import NAMED_ROWS, first_names
@@ -62,7 +61,6 @@ def describe_source(
         "never": excluded,
         "compared_as": kind,
         "near_bits": MAX_NEAR_BITS.get(kind or ""),
-        "image_metadata": REMOVED,
         **({"captions": [file_digest(path) for path in captions]} if captions else {}),
     }
 

@@ -19,7 +19,6 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
-from pipeline.images.metadata import REMOVED, strip_metadata
 from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
@@ -57,8 +56,6 @@ def write_rows(
     """
     rows, writer = Rows(), RowWriter(path, extras)
     annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
-    if source.get("image_metadata") != REMOVED:  # read by an earlier release
-        samples = map(_without_metadata, samples)
     with collect_less_often():
         for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
             writer.add(table)
@@ -71,13 +68,6 @@ def write_rows(
     return WrittenRows(
         path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
     )
-
-
-def _without_metadata(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return samples (tables.SAMPLE) whose images have lost their metadata."""
-    index = batch.schema.get_field_index("images")
-    images = [list(map(strip_metadata, pages)) for pages in batch["images"].to_pylist()]
-    return batch.set_column(index, batch.schema.field(index), pa.array(images, batch.schema.field(index).type))
 
 
 def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Table]:

@@ -266,21 +266,6 @@ def test_two_tabs_that_mark_at_the_same_time_lose_nothing(page: Page, dataset: V
     expect(second_tab.locator("#marked")).to_have_text("40 good, 0 bad, 0 edited")
 
 
-def test_marks_of_an_earlier_release_stay(page: Page, dataset: Version) -> None:
-    text_of(page, 0).get_by_role("button", name="Bad").click()
-    page.evaluate(
-        """() => {
-            const key = Object.keys(localStorage).find(key => key.includes(" "));
-            const [stored, ...name] = key.split(" ");
-            const mark = JSON.parse(localStorage.getItem(key));
-            localStorage.clear();
-            localStorage.setItem(stored, JSON.stringify([[name.join(" "), mark]]));
-        }"""
-    )
-    page.reload()
-    expect(page.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
-
-
 def test_the_search_covers_texts_and_not_image_data(page: Page) -> None:
     source = page.locator("#images article img").first.get_attribute("src") or ""
     page.get_by_label("Search texts").fill(source[-40:-20])

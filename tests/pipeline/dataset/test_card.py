@@ -7,13 +7,16 @@ import pytest
 import yaml
 
 from pipeline.dataset.card import metadata, render_card
-from pipeline.tables import ROW, features, with_features
+from pipeline.tables import ROW, TABLE_VERSION, features, with_features
 from pipeline.text.escape import markdown
 
 MANIFEST: dict[str, Any] = {
     "version": "v1.0.0",
     "parent": None,
     "digest": "d" * 64,
+    "table_version": TABLE_VERSION,
+    "image_metadata": "removed",
+    "ledger": {"sha256": "e" * 64, "bytes": 9},
     "source": {"name": "scenes", "revision": "1.0"},
     "model": {"name": "tiny", "revision": "abc"},
     "prompts": {"system/v1": "Be brief.", "caption/v1@123": "Task: caption", "qa/v1@456": "Task: qa"},

@@ -66,7 +66,7 @@ def test_versions_sort_by_number() -> None:
 @pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
 def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": files}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     with pytest.raises(StoreError, match="not shards"):
         open_dataset(tmp_path)
 
@@ -91,7 +91,7 @@ def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path)
 
 
 def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": {}}))
     with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
         open_dataset(tmp_path, "v9.9.9")
 

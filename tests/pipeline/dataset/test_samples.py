@@ -93,16 +93,6 @@ def test_images_in_no_version_are_gone_and_said_to_be(tmp_path: Path) -> None:
         images_of(dataset)
 
 
-def test_a_version_whose_images_have_metadata_is_not_taken(tmp_path: Path) -> None:
-    """Those that earlier releases made."""
-    dataset = DatasetDir(tmp_path)
-    list_samples(dataset)
-    version, _ = make_version(tmp_path, SAMPLES)
-    manifest = version.path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"image_metadata": "removed"', '"image_metadata": "kept"'))
-    assert len(find_samples_without_images(dataset)) == len(SAMPLES)
-
-
 def test_a_removed_version_leaves_the_images_that_no_other_has(tmp_path: Path) -> None:
     dataset = DatasetDir(tmp_path)
     list_samples(dataset)

@@ -28,8 +28,6 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.export.export import CHECKSUMS, export_version, write_beside
 from pipeline.export.formats import FORMATS, WebDataset
 from pipeline.export.items import Item, read_items
-from pipeline.images.decode import upright_file
-from pipeline.images.metadata import strip_metadata
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
@@ -38,8 +36,7 @@ from pipeline.tables import ROW, STRING, Extras, OwnColumn
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.tasks.output_schema import arrow_type, close_schema
 from pipeline.types import ReferenceQA, Sample, SourceSlice
-from tests.pipeline.images.test_metadata import jpeg, leaked
-from tests.scene_data import PROVENANCE, make_version, publish_rows, sample_table, scene_samples, true_captions
+from tests.scene_data import make_version, publish_rows, sample_table, scene_samples, true_captions
 
 COUNT = 30
 CORNERS = {"type": "array", "items": {"type": "integer"}}
@@ -691,15 +688,6 @@ def test_a_split_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
     few, _ = make_version(tmp_path / "d", samples[:3])
     with pytest.raises(ConfigError, match=f"has no rows in {split}"):
         export_version(few, "csv", tmp_path / "out", splits=(split,))
-
-
-def test_images_of_an_earlier_release_lose_their_metadata_in_an_export(tmp_path: Path) -> None:
-    samples = [replace(sample, images=(jpeg(6),)) for sample in scene_samples(3)]
-    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
-    version, _ = make_version(tmp_path, samples, true_captions(samples), provenance=provenance)
-    upright = strip_metadata(upright_file(jpeg(6)))
-    assert {item.image for item in read_items(version)} == {upright}
-    assert leaked(jpeg(6)) and not leaked(upright)
 
 
 def test_an_image_in_which_nothing_was_found_is_an_example_and_one_that_was_not_answered_is_none(tmp_path: Path) -> None:

@@ -10,14 +10,11 @@ import pytest
 
 from pipeline.dataset.manifest import describe_data
 from pipeline.dataset.version import LEDGER_FILE, Version, read_version
-from pipeline.digests import file_digest
 from pipeline.errors import PushError, StoreError
 from pipeline.hub.package import CHECKPOINT_FILES, base_models, build_checkpoint_package, build_package
-from pipeline.images.metadata import strip_metadata
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import Extras
-from tests.pipeline.images.test_metadata import jpeg, leaked
-from tests.scene_data import PROVENANCE, SCORED, make_version, scene_samples, scored_captions, true_captions
+from tests.scene_data import SCORED, make_version, scene_samples, scored_captions, true_captions
 
 REPO = "me/scenes"
 
@@ -79,36 +76,6 @@ def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version
 def test_an_acknowledgement_alone_publishes_nothing(restricted: Version) -> None:
     with build_package(restricted, REPO, acknowledged=["flickr-terms"]) as package:
         assert "image" not in package.manifest["columns"]
-
-
-def test_images_of_an_earlier_release_lose_their_metadata_on_the_way(tmp_path: Path) -> None:
-    samples = [replace(sample, images=(jpeg(6),)) for sample in scene_samples(20)]
-    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
-    version, _ = make_version(tmp_path, samples, true_captions(samples), provenance=provenance)
-    assert leaked((version.path / "train-00000.parquet").read_bytes())
-    with build_package(version, REPO) as package:
-        path = package.files["train-00000.parquet"]
-        assert isinstance(path, Path)
-        assert leaked(path.read_bytes()) == []
-        packaged, original = pq.read_table(path), version.read("train")
-        texts = [name for name in original.column_names if name != "image"]
-        assert packaged.select(texts).to_pylist() == original.select(texts).to_pylist()
-        assert packaged.column_names == [*original.column_names, "text", "messages"] == [*package.manifest["features"]]
-        assert {cell["bytes"] for cell in packaged["image"].to_pylist()} == {strip_metadata(jpeg(6))}
-        assert package.manifest["image_metadata"] == "removed"
-        assert package.manifest["files"]["train-00000.parquet"]["sha256"] == file_digest(path)
-        assert package.manifest["digest"] == version.manifest["digest"]
-
-
-def test_exports_go_with_a_version_of_an_earlier_release(tmp_path: Path) -> None:
-    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
-    version, _ = make_version(tmp_path, scene_samples(5), provenance=provenance)
-    exported = tmp_path / "export"
-    exported.mkdir()
-    (exported / "a.tar").write_bytes(b"of the same rows")
-    with build_package(version, REPO, exports={"webdataset": exported}) as package:
-        assert package.files["webdataset/a.tar"] == exported / "a.tar"
-        assert package.manifest["image_metadata"] == "removed"
 
 
 def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
-from tests.pipeline.images.test_metadata import jpeg
-from tests.scene_data import PROVENANCE, make_version, scene_samples, true_captions
+from tests.scene_data import make_version, scene_samples, true_captions
 
 EMPTY = {"background": "white", "objects": []}
 EXTRA = {"README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
@@ -177,22 +176,6 @@ def test_data_of_somebody_else_is_not_overwritten(client: Pusher, version: Versi
     storage.repos["dataset", "me/theirs"] = repo
     assert "holds data that is not ours" in client.push(version, "me/theirs")["error"]
     assert len(repo.commits) == 1
-
-
-def test_what_an_earlier_release_pushed_with_metadata_is_named(client: Pusher, tmp_path: Path) -> None:
-    samples = [replace(sample, images=(jpeg(),)) for sample in scene_samples(5)]
-    provenance = {name: value for name, value in PROVENANCE.items() if name != "image_metadata"}
-    version, _ = make_version(tmp_path / "d", samples, true_captions(samples), provenance=provenance)
-    pushed = client.push(version, "me/old")
-    assert pushed["warning"] == ""
-    storage, commit = client.hub.hub.storage, repo_of(client, "me/old").commits[pushed["commit"]]
-    for name in version.manifest["files"]:  # as the earlier release had sent them
-        commit.files[name] = replace(storage.put((version.path / name).read_bytes()), lfs=True)
-    commit.files["manifest.json"] = storage.put(json.dumps(version.manifest).encode())
-    with Pusher(client.hub, tmp_path / "other", xet=client.xet) as other:  # without what the first one has cached
-        again = other.push(version, "me/old")
-    assert not again["is_new"]
-    assert "with EXIF, GPS positions and other metadata of its images" in again["warning"]
 
 
 def test_statements_about_a_version_that_is_there_are_no_news_and_that_is_told(client: Pusher, version: Version) -> None:
