@@ -103,7 +103,7 @@ VERIFIED = pa.schema(
         pa.field("necessary", BOOL),  # whether the other pages alone did not
         pa.field("coverage", FLOAT64),  # of a caption: share of the image's questions that it answers
         pa.field("shared_words", FLOAT64),  # of a caption: share of its content words that a caption of the source has
-        *fields(INT32, *RUBRIC),  # marks of another model, from 1 to 5
+        *fields(INT32, *RUBRIC),  # scores of a judge, from 1 to 5
     ]
 )
 
@@ -162,7 +162,9 @@ HUMAN = "human"  # the prompt_id of text that people wrote before, and the style
 OF_PEOPLE = (HUMAN, REVIEWED)
 WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"  # what exports say of each text, and sources read
 EVIDENCE = pa.field("evidence_pages", PAGES)
-REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
+REVIEW = pa.struct(
+    [*fields(STRING, "verdict", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)]
+)
 FINAL = pa.schema(
     [
         *fields(STRING, "final_text", "final_question", "final_answer", "final_record"),
@@ -203,7 +205,7 @@ ROW = pa.schema(
     ]
 )
 # The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
-LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
+REJECTIONS = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.

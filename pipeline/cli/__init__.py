@@ -109,7 +109,7 @@ features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, wh
 versions = typer.Typer(
     cls=ListByDefault, help="Versions of a dataset: list, tag and remove them; clean up after killed commands."
 )
-review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
+review = typer.Typer(no_args_is_help=True, help="Review texts in a report, then apply the reviews.")
 
 
 def add(command: Callable[..., None], group: str, **more: Any) -> None:

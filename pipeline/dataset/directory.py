@@ -116,7 +116,7 @@ class DatasetDir:
     @property
     def reviews(self) -> Path:
         """Reviews of texts by people, applied by `synth review apply`."""
-        return self.path / "review" / "marks.jsonl"
+        return self.path / "review" / "reviews.jsonl"
 
     @property
     def cost(self) -> Path:

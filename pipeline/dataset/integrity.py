@@ -8,7 +8,7 @@ from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.publishing import publish
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, extras_of, first_rows
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import link_or_copy, scratch_folder, write_json, write_text
@@ -31,7 +31,7 @@ def missing_files(version: Version) -> list[str]:
 
 def _entries(version: Version) -> dict[str, dict[str, Any]]:
     """Return what the manifest says of each file."""
-    return {**version.manifest["files"], LEDGER_FILE: version.manifest["ledger"]}
+    return {**version.manifest["files"], REJECTIONS_FILE: version.manifest["rejections"]}
 
 
 def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
@@ -93,7 +93,7 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
-        for file in (*manifest["files"], LEDGER_FILE):
+        for file in (*manifest["files"], REJECTIONS_FILE):
             link_or_copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
         write_json(draft / MANIFEST, manifest)

@@ -47,9 +47,9 @@ def added_fields(config: Config) -> list[str]:
     """
     checks = config.verify.checks
     measured = {"precision": config.splits_claims, "coverage": "covers" in checks, "shared_words": "references" in checks}
-    marks = RUBRIC if config.verify.judge else ()
+    ratings = RUBRIC if config.verify.judge else ()
     pairs = (REJECTED.name,) if config.select.pairs else ()
-    return [*(score for score, is_measured in measured.items() if is_measured), *marks, *pairs]
+    return [*(score for score, is_measured in measured.items() if is_measured), *ratings, *pairs]
 
 
 def row_extras(config: Config) -> Extras:

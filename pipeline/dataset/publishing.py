@@ -15,7 +15,7 @@ from pipeline.dataset.card import render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.shards import SplitWriter
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, file_entry
 from pipeline.errors import StoreError, TableError
 from pipeline.storage.files import (
     flush_file,
@@ -29,7 +29,7 @@ from pipeline.storage.files import (
     write_text,
 )
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import LEDGER, NO_EXTRAS, OPTIONAL, SPLITS, TABLE_VERSION, Extras, features, row_schema
+from pipeline.tables import NO_EXTRAS, OPTIONAL, REJECTIONS, SPLITS, TABLE_VERSION, Extras, features, row_schema
 
 FIRST = "v1.0.0"
 
@@ -106,11 +106,11 @@ def publish_version(
     """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
     `draft` is the scratch folder beside the versions, `provenance` the manifest's fields about the run, and `rejections` the
-    rows that every stage rejected (tables.LEDGER). `check` raises if another command has taken over the folder. Raise
+    rows that every stage rejected (tables.REJECTIONS). `check` raises if another command has taken over the folder. Raise
     TableError if no row is left; StoreError if a version of that name exists by now.
     """
     if not content.digests.num_rows:
-        hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
+        hint = "stages/*/rejected.parquet hold the reasons; human reviews are in review/"
         raise TableError("no row is left to make a version of", hint=hint)
     versions = dataset.versions()
     parent = versions[-1] if versions else None
@@ -124,7 +124,7 @@ def publish_version(
     extras = content.extras
     schema = row_schema(content.columns, extras)
     name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
-    write_table(draft / LEDGER_FILE, rejections, LEDGER)
+    write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     manifest = {
         "version": name,
         "digest": content_digest,
@@ -140,7 +140,7 @@ def publish_version(
         "rows": content.rows,
         **provenance,
         "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},
-        "ledger": describe_file(draft / LEDGER_FILE),
+        "rejections": describe_file(draft / REJECTIONS_FILE),
     }
     write_text(draft / CARD_FILE, render_card(manifest, content.examples))
     write_json(draft / MANIFEST, manifest)
@@ -192,7 +192,7 @@ def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) 
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft (ledger, card, manifest) to its final folder: readers see a whole version or none.
+    """Move a draft (rejections, card, manifest) to its final folder: readers see a whole version or none.
 
     On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
     the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
@@ -203,7 +203,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
         remove(final)  # files that a killed command moved there
         move([(path, final / name) for path, name in files])
-        move([(draft / name, final / name) for name in (LEDGER_FILE, CARD_FILE)])
+        move([(draft / name, final / name) for name in (REJECTIONS_FILE, CARD_FILE)])
         move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])

@@ -84,7 +84,7 @@ class Manifest(_Part):
     funnel: list[Step]
     measured: dict[Name, Any]
     files: dict[Name, FileEntry]
-    ledger: FileEntry
+    rejections: FileEntry
     image_metadata: Literal["removed"]  # nothing else is written, and images are published as they are
     license: Name = ""
     license_link: Name = ""

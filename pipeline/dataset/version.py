@@ -22,7 +22,7 @@ from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
 
-LEDGER_FILE = "ledger.parquet"
+REJECTIONS_FILE = "rejections.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
@@ -222,7 +222,7 @@ def read_version(folder: Path) -> Version:
             if manifest["table_version"] != TABLE_VERSION:
                 raise ValueError(f"table_version: {manifest['table_version']!r}")
             check_manifest(manifest)
-            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], LEDGER_FILE)]
+            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], REJECTIONS_FILE)]
             is_cached = folder.parent.name == "snapshots"
             for path in paths:
                 if path.exists() or path.is_symlink():

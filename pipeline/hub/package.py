@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
-from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, first_rows, schema_of
+from pipeline.dataset.version import AGAIN, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
@@ -71,7 +71,7 @@ def build_package(
     other tools, by name, which go into folders of that name. Raise PushError if files of the version are missing, `images`
     includes pixels that may not be redistributed, or exports would; StoreError if a file is damaged.
     """
-    if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
+    if missing := [name for name in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
@@ -122,7 +122,7 @@ def _pack(
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
             **{f"{name}/{file}": path for name, files in exported.items() for file, path in files.items()},
-            LEDGER_FILE: version.path / LEDGER_FILE,
+            REJECTIONS_FILE: version.path / REJECTIONS_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": json_text(manifest).encode(),
         },

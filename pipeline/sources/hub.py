@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from fsspec.utils import glob_translate
 
 from pipeline.config import Config
-from pipeline.dataset.version import LEDGER_FILE
+from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec
@@ -148,7 +148,7 @@ def _one_config(repo: str, files: Files, declared: dict[str, Files]) -> Files:
 def _parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
     """Return the Parquet files at a commit, sorted."""
     paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
-    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != LEDGER_FILE]
+    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != REJECTIONS_FILE]
 
 
 def _converted(api: "HfApi", repo: str) -> tuple[str, list[str]]:

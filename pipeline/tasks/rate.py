@@ -1,4 +1,4 @@
-"""Task: rate. A judge's marks for one text about an image, by a rubric."""
+"""Task: rate. A judge's scores for one text about an image, by a rubric."""
 
 from typing import Annotated, Literal
 
@@ -6,17 +6,17 @@ from pydantic import StringConstraints
 
 from pipeline.tasks.base import Output, Task
 
-Mark = Literal["1", "2", "3", "4", "5"]
+Score = Literal["1", "2", "3", "4", "5"]
 
 
 class Rating(Output):
-    """Task `rate`: what is wrong, in a few words, and a mark for each part of the rubric; 5 is best."""
+    """Task `rate`: what is wrong, in a few words, and a score for each part of the rubric; 5 is best."""
 
     flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty where nothing is wrong
-    relevance: Mark
-    grounding: Mark
-    correctness: Mark
-    form: Mark
+    relevance: Score
+    grounding: Score
+    correctness: Score
+    form: Score
 
 
 TASK = Task(name="rate", prompts=("rate/v1",), output=Rating, row=Rating)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.chat.server import ChatServer, running_chat
 from tests.hub import datasets
@@ -82,7 +82,7 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
         if name.endswith(".parquet"):
             table = pq.read_table(hub.hub.storage.path(file.sha256))
             assert "image" not in table.column_names
-            assert {"sample_id", "stage" if name == LEDGER_FILE else "captions"} <= set(table.column_names)
+            assert {"sample_id", "stage" if name == REJECTIONS_FILE else "captions"} <= set(table.column_names)
     repeated = synth(hub, tmp_path, "push", "--repo", "me/flickr")
     assert "nothing to do" in repeated.stderr
 

@@ -16,7 +16,7 @@ MANIFEST: dict[str, Any] = {
     "digest": "d" * 64,
     "table_version": TABLE_VERSION,
     "image_metadata": "removed",
-    "ledger": {"sha256": "e" * 64, "bytes": 9},
+    "rejections": {"sha256": "e" * 64, "bytes": 9},
     "source": {"name": "scenes", "revision": "1.0"},
     "model": {"name": "tiny", "revision": "abc"},
     "prompts": {"system/v1": "Be brief.", "caption/v1@123": "Task: caption", "qa/v1@456": "Task: qa"},

@@ -67,13 +67,13 @@ def test_another_order_of_rows_is_the_same_version(version: Version) -> None:
 
 
 def test_a_rotten_bit_and_a_missing_file_are_named(version: Version) -> None:
-    (version.path / "ledger.parquet").unlink()
+    (version.path / "rejections.parquet").unlink()
     shard = version.shards("train")[0]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     assert find_damage(version) == [
-        f"{name} is not what the manifest says" for name in ("train-00000.parquet", "ledger.parquet")
+        f"{name} is not what the manifest says" for name in ("train-00000.parquet", "rejections.parquet")
     ]
 
 
@@ -97,6 +97,6 @@ def test_a_repair_has_the_same_rows_and_names_what_it_repairs(version: Version) 
 
 
 def test_what_is_damaged_here_cannot_repair_anything(version: Version) -> None:
-    (version.path / "ledger.parquet").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"ledger.parquet is not what its manifest says"):
+    (version.path / "rejections.parquet").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"rejections.parquet is not what its manifest says"):
         make_repaired_version(version, [])

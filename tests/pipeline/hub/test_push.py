@@ -26,7 +26,7 @@ from tests.hub.storage import Repo
 from tests.scene_data import make_version, scene_samples, true_captions
 
 EMPTY = {"background": "white", "objects": []}
-EXTRA = {"README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
+EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
 
 
 @pytest.fixture

@@ -284,12 +284,12 @@ def test_a_mark_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged:
     dataset = DatasetDir(tmp_path / "d")
     row = read_table(dataset.stage("split")).to_pylist()[0]
     sample_id, digits = text_name(row)
-    review = Review(sample_id=sample_id, content=digits, mark="bad", reason="not_true")
+    review = Review(sample_id=sample_id, content=digits, verdict="bad", reason="not_true")
     dataset.reviews.parent.mkdir()
     dataset.reviews.write_text(format_reviews([review]))
     marked = run(photos, dataset.path, judged)
     assert judged == ["review", "version"]
-    assert marked.is_new and marked.funnel[-2].rejected == {"marked_not_true": 1}
+    assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
     assert run(photos, dataset.path, judged).version.name == marked.version.name and judged == []
 
 
