@@ -37,16 +37,11 @@ from pipeline.scenes.text import STYLES, ask_number, ask_other, ask_yes_no, capt
 from pipeline.stages.base import RunPlan, compare_stage, judge_stage
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json, write_table
-from pipeline.tables import ANNOTATION, EXCLUSIONS, OLD_COLUMNS, SAMPLE, SOURCE_REJECTED
+from pipeline.tables import ANNOTATION, EXCLUSIONS, SAMPLE, SOURCE_REJECTED
 
 BATCH = 500  # images made at once
 TEXTS = 5  # per image
 START_IMAGES = 8
-
-
-def old(schema: pa.Schema) -> pa.Schema:
-    """Return a schema under the old names of columns, which both checkouts read."""
-    return pa.schema([field.with_name(OLD_COLUMNS.get(field.name, field.name)) for field in schema])
 
 
 def samples(count: int) -> Iterator[pa.Table]:
@@ -57,9 +52,9 @@ def samples(count: int) -> Iterator[pa.Table]:
             scene = sample_scene(random.Random(n))
             objects = [{name: getattr(thing, name) for name in ("size", "color", "shape", "place")} for thing in scene.objects]
             facts = {"background": scene.background, "objects": objects}
-            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()], "looks": []}
+            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()], "pdq_hashes": []}
             rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": [], "facts": facts})
-        yield pa.Table.from_pylist(rows, schema=old(SAMPLE))
+        yield pa.Table.from_pylist(rows, schema=SAMPLE)
 
 
 def annotations(count: int) -> Iterator[pa.Table]:
@@ -84,9 +79,9 @@ def annotations(count: int) -> Iterator[pa.Table]:
 def make_folder(path: Path, count: int) -> None:
     """Make a dataset folder in which source and generate have been run."""
     dataset = DatasetDir(path)
-    write_table(dataset.stage("source"), samples(count), old(SAMPLE))
+    write_table(dataset.stage("source"), samples(count), SAMPLE)
     write_table(dataset.stage("source", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
-    write_table(dataset.stage("source", "banned"), [old(EXCLUSIONS).empty_table()], old(EXCLUSIONS))
+    write_table(dataset.stage("source", "exclusions"), [EXCLUSIONS.empty_table()], EXCLUSIONS)
     write_table(dataset.stage("generate"), annotations(count), ANNOTATION)
     source = {"name": "scenes", "revision": "1.0", "decks": False, "never": [], "compared_as": None}
     write_json(dataset.provenance("source"), source)

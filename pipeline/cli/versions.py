@@ -37,6 +37,15 @@ def _dataset(path: Path) -> "DatasetDir":
     return DatasetDir(folder)
 
 
+def _local_dataset(path: Path) -> "DatasetDir":
+    """Return a dataset folder on a disk. Raise StoreError for one in an object store, which has its own tools."""
+    from pipeline.errors import StoreError
+
+    if is_remote(path):
+        raise StoreError(f"{path} is in an object store", hint="remove its objects with the tools of the store")
+    return _dataset(path)
+
+
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
     from pipeline.dataset.directory import read_tags
@@ -109,7 +118,7 @@ def versions_rm(
     from pipeline.dataset.samples import bytes_beside
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _dataset(data or only_made())
+    dataset = _local_dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         pushed = dataset.pushed()
         before = bytes_beside(dataset)
@@ -138,7 +147,7 @@ def versions_gc(
     from pipeline.dataset.removal import find_leftovers, remove_leftovers
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _dataset(data or only_made())
+    dataset = _local_dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
         if not dry_run:

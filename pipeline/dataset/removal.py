@@ -9,7 +9,6 @@ from pipeline.dataset.samples import describe_lost, keep_images
 from pipeline.dataset.version import MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
-from pipeline.storage.object_store import is_remote
 
 # Folders whose files are written by commands that hold the lock.
 LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*")
@@ -45,10 +44,6 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
     removed = []
     for folder in folders:
         removed.append(Leftover(folder, 0 if folder.is_symlink() else _size(folder)))
-        if is_remote(folder):
-            (folder / MANIFEST).unlink()  # a version is a folder that has a manifest
-            _remove(folder)
-            continue
         aside = folder.with_name(f"{REMOVING}{folder.name}")
         _remove(aside)  # left by a removal that was killed
         folder.rename(aside)
@@ -67,22 +62,16 @@ def _find_version(dataset: DatasetDir, name: str) -> Path:
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
     """Yield what killed commands have left in a dataset folder; the caller holds its lock, so that no run is using it."""
     versions = dataset.path / "versions"
-    finished = {manifest.parent.name for manifest in versions.glob(f"v*/{MANIFEST}")}
     for folder in sorted(versions.glob("*"), key=str):
-        # In a store, files of a version are moved and removed one by one.
-        is_half = is_remote(folder) and VERSION_NAME.fullmatch(folder.name) and folder.name not in finished
-        if folder.name.startswith(REMOVING) or folder.name == SCRATCH or is_half:
+        if folder.name.startswith(REMOVING) or folder.name == SCRATCH:
             yield Leftover(folder, 0 if folder.is_symlink() else _size(folder))
-    if not is_remote(dataset.path):
-        for pattern in LOCKED_FOLDERS:
-            for folder in sorted(dataset.path.glob(pattern)):
-                below = [
-                    part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path)
-                ]
-                is_linked = any(part.is_symlink() for part in below)
-                for file in [] if is_linked else sorted(folder.glob(TEMPORARY_FILES)):
-                    if file.is_file() or file.is_symlink():
-                        yield Leftover(file, file.lstat().st_size)
+    for pattern in LOCKED_FOLDERS:
+        for folder in sorted(dataset.path.glob(pattern)):
+            below = [part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path)]
+            is_linked = any(part.is_symlink() for part in below)
+            for file in [] if is_linked else sorted(folder.glob(TEMPORARY_FILES)):
+                if file.is_file() or file.is_symlink():
+                    yield Leftover(file, file.lstat().st_size)
 
 
 def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
@@ -93,7 +82,7 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link (and not what it leads to) or a folder. Raise StoreError if it is still there."""
-    if not is_remote(path) and (path.is_symlink() or path.is_file()):
+    if path.is_symlink() or path.is_file():
         path.unlink()
         return
     remove(path)
@@ -104,6 +93,4 @@ def _remove(path: Path) -> None:
 def _size(folder: Path) -> int:
     """Return the bytes of all files below a folder; a file with several hard links counts as nothing."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    if is_remote(folder):
-        return sum(file.stat().st_size for file in files)
     return sum(file.stat().st_size for file in files if file.lstat().st_nlink <= 1 and not file.is_symlink())

@@ -11,7 +11,6 @@ from pipeline.dataset.integrity import find_damage, make_repaired_version
 from pipeline.dataset.publishing import share_files
 from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
-from pipeline.storage.object_store import parse_dataset_path, upload_folder
 from tests.scene_data import make_version, scene_samples
 
 SAMPLES = scene_samples(40)
@@ -203,24 +202,6 @@ def test_a_damaged_version_can_be_removed_and_is_in_nobodys_way(dataset: Dataset
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
     remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_a_version_in_an_object_store_is_removed(tmp_path: Path) -> None:
-    for count in (10, 20):
-        make_version(tmp_path, SAMPLES[:count])
-    store = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
-    upload_folder(tmp_path, store)
-    dataset = DatasetDir(store)
-    (removed,) = remove_versions(dataset, ["v1.0.0"])
-    assert removed.num_bytes > 1000
-    assert [version.name for version in dataset.versions()] == ["v1.1.0"]
-    assert not list(store.glob("versions/v1.0.0/*"))
-    (store / "versions" / "v1.0.0" / "train-00000.parquet").write_bytes(bytes(10))  # of a removal that was killed
-    leftovers = list(find_leftovers(dataset))
-    assert [(leftover.path.name, leftover.num_bytes) for leftover in leftovers] == [("v1.0.0", 10)]
-    remove_leftovers(leftovers)
-    assert list(find_leftovers(dataset)) == []
 
 
 @pytest.mark.parametrize("folder", ["parts", "images"])
