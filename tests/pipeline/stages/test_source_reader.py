@@ -127,8 +127,14 @@ def test_every_setting_is_of_the_source_or_of_what_comes_later() -> None:
     assert sorted(settings) == sorted(Config.model_fields)
 
 
-def require_going_on(photos: Path, tmp_path: Path, config: Config, stop_at: int) -> None:
-    """Require that a reading that was stopped goes on, and ends in the bytes of one that was not."""
+@pytest.mark.parametrize(
+    ("more", "stop_at"),
+    [*(({"human_texts": "keep"}, stop) for stop in (1, 6, 9, 17, 39)), *(({"limit": 13}, stop) for stop in (6, 14))],
+)
+def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
+    photos: Path, tmp_path: Path, more: dict[str, Any], stop_at: int
+) -> None:
+    config = settings(photos, **more)
     Reading(tmp_path / "whole", config)
     with pytest.raises(SourceError, match="the line is cut"):
         Reading(tmp_path / "cut", config, stop_at=stop_at)
@@ -138,16 +144,6 @@ def require_going_on(photos: Path, tmp_path: Path, config: Config, stop_at: int)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert any("goes on behind" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("stop_at", [1, 6, 9, 17, 23, 39])
-def test_a_reading_that_was_stopped_goes_on_and_ends_in_the_same_bytes(photos: Path, tmp_path: Path, stop_at: int) -> None:
-    require_going_on(photos, tmp_path, settings(photos, human_texts="keep"), stop_at)
-
-
-@pytest.mark.parametrize("stop_at", [6, 9, 14])
-def test_so_does_one_with_a_limit(photos: Path, tmp_path: Path, stop_at: int) -> None:
-    require_going_on(photos, tmp_path, settings(photos, limit=13), stop_at)
 
 
 def test_there_are_copies_near_duplicates_and_files_that_are_no_image(photos: Path, tmp_path: Path) -> None:
