@@ -148,7 +148,7 @@ def test_pages_are_turned_with_buttons_and_keys(page: Page) -> None:
     assert page.locator("#images article code").first.inner_text() == first
 
 
-def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page) -> None:
+def test_texts_are_reviewed_with_keys_alone_and_reviews_outlive_the_page(page: Page) -> None:
     page.keyboard.press("j")
     page.keyboard.press("g")
     page.keyboard.press("j")
@@ -224,7 +224,7 @@ def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) 
     expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
-def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
+def test_two_tabs_review_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     second_tab.evaluate("localStorage.setItem('ready', 1)")
@@ -240,7 +240,7 @@ def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Ver
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
-def test_a_tab_that_missed_what_another_marked_shows_it_when_somebody_comes_to_it(page: Page, dataset: Version) -> None:
+def test_a_tab_that_missed_what_another_reviewed_shows_it_when_somebody_comes_to_it(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.add_init_script("window.addEventListener('storage', event => event.stopImmediatePropagation(), true)")
     second_tab.goto(page.url)
@@ -252,7 +252,7 @@ def test_a_tab_that_missed_what_another_marked_shows_it_when_somebody_comes_to_i
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
 
 
-def test_two_tabs_that_mark_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
+def test_two_tabs_that_review_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     press = "([first, end]) => [...document.querySelectorAll('#images .texts > li')].slice(first, end).forEach(i => i.review('good'))"
@@ -340,7 +340,7 @@ def test_hostile_texts_are_texts(opened: Open, tmp_path: Path) -> None:
     assert violations(page) == []
 
 
-def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
+def test_reviews_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "24").returncode == 0
     assert synth("report").returncode == 0
     page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)

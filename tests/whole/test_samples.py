@@ -92,7 +92,7 @@ def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[
     assert "rejected" not in version.manifest["measured"].get("scores", {})
 
 
-def test_a_text_that_was_marked_as_bad_does_not_come_back_as_the_worse_one(
+def test_a_text_that_was_reviewed_as_bad_does_not_come_back_as_the_worse_one(
     chosen: tuple[Version, dict[str, Any]], folder: Path
 ) -> None:
     version, _ = chosen

@@ -34,7 +34,7 @@ def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
     return {text_name(caption(text)): caption(text) for text in texts}
 
 
-def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_reviews_are_read_as_they_were_written(tmp_path: Path) -> None:
     reviews = [
         review("A cat.", "good"),
         review("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
@@ -60,7 +60,7 @@ def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
 )
-def test_a_line_that_is_no_mark_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
+def test_a_line_that_is_no_review_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
     (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
     with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
         read_reviews(tmp_path / "m.jsonl")
@@ -80,7 +80,7 @@ def test_the_last_word_on_a_text_counts() -> None:
     assert [(m.verdict, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
 
 
-def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
+def test_a_review_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     second = merge_reviews(first.values(), [review("A dog.", "edited", text="A fox.")], rows)
@@ -123,7 +123,7 @@ def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
     assert {name: m.verdict for name, m in back.items()} == {review("A cat.", "good").name: "good"}
 
 
-def test_marks_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
+def test_reviews_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
     rows = captions("A cat.", "A dog.")
     swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
@@ -171,6 +171,6 @@ def test_edited_words_hold_no_personal_data(tmp_path: Path) -> None:
     assert edit.resulting_name == text_name(caption("A sign says [email]."))
 
 
-def test_marks_are_read_behind_the_mark_of_an_encoding(tmp_path: Path) -> None:
+def test_reviews_are_read_after_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("\ufeff" + format_reviews([review("A cat.", "good")]))
     assert read_reviews(tmp_path / "m.jsonl") == [review("A cat.", "good")]

@@ -279,7 +279,7 @@ def test_the_digest_of_the_code_follows_each_file_and_each_package(tmp_path: Pat
     assert of_now() not in seen
 
 
-def test_a_mark_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_a_review_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     run(photos, tmp_path / "d", judged)
     dataset = DatasetDir(tmp_path / "d")
     row = read_table(dataset.stage("split")).to_pylist()[0]
