@@ -161,7 +161,7 @@ def test_texts_are_reviewed_with_keys_alone_and_reviews_outlive_the_page(page: P
     expect(page.locator("#reviewed")).to_have_text("1 good, 1 bad, 0 edited")
     expect(text_of(page, 0).get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
     assert page.get_by_label("Why it is bad").input_value() == "unclear"
-    page.get_by_label("Mark").select_option("bad")
+    page.get_by_label("Review").select_option("bad")
     assert result_count(page).startswith("1 to 1 of 1 found")
     text_of(page, 1).get_by_role("button", name="Bad").click()  # a second click removes the review
     expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
