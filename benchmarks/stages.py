@@ -52,8 +52,18 @@ def samples(count: int) -> Iterator[pa.Table]:
             scene = sample_scene(random.Random(n))
             objects = [{name: getattr(thing, name) for name in ("size", "color", "shape", "place")} for thing in scene.objects]
             facts = {"background": scene.background, "objects": objects}
-            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()], "pdq_hashes": []}
-            rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": [], "facts": facts})
+            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [hashlib.sha256(b"%d" % n).digest()]}
+            rows.append(
+                {
+                    **ids,
+                    "pdq_hashes": [],
+                    "width_px": 84,
+                    "height_px": 84,
+                    "license": "cc0-1.0",
+                    "references": [],
+                    "facts": facts,
+                }
+            )
         yield pa.Table.from_pylist(rows, schema=SAMPLE)
 
 
