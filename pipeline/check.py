@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.integrity import find_damage, has_row_digest
+from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.samples import READ_AGAIN
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
-from pipeline.errors import SynthError, one_line
+from pipeline.errors import StoreError, SynthError, one_line
 from pipeline.inference.journal import check_journal, repair_journal
 from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
@@ -35,11 +35,9 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     With `repair`, a damaged journal is replaced by one of its intact replies; nothing else is changed. Raises StoreError if
     another process writes to the folder meanwhile.
     """
-    journals = [] if is_remote(dataset.path) else [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]
-    if is_remote(dataset.path) and (remote := sorted(map(str, dataset.path.glob("shards/*/journal/*.sqlite")))):
-        yield Checked(
-            remote[0], f"{len(remote)} journals in the store are not checked: copy the folder to a disk, and check it there"
-        )
+    if is_remote(dataset.path):
+        raise StoreError(f"{dataset.path} is in an object store", hint="copy the folder to a disk, and check it there")
+    journals = [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]
     for path in journals:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
@@ -67,11 +65,8 @@ def check_version_folder(path: Path, dataset: DatasetDir | None = None) -> Check
 def check_version(version: Version, dataset: DatasetDir | None = None) -> Checked:
     """Return the state of a version: its files, and the digest of its rows."""
     if not (damage := find_damage(version)):
-        compared = (
-            "digest says" if has_row_digest(version) else "manifest says; an earlier release computed the digest of its rows"
-        )
         files = len(version.manifest["files"])
-        return Checked(str(version.path), f"{version.num_rows:,} rows in {files} files, as its {compared}")
+        return Checked(str(version.path), f"{version.num_rows:,} rows in {files} files, as its digest says")
     pushed = [push for push in dataset.pushed() if push["version"] == version.name] if dataset else []
     hints = [f"fetch it: {push['repo']}@{push['commit']}" for push in pushed[:1]]
     hints.append(f"or move {version.path} away and run `synth generate` again: equal rows have the same digest")
@@ -95,9 +90,10 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
 
 
 def _stage_files(dataset: DatasetDir) -> list[Path]:
-    shards = "shards/*/*/stages/*/*.parquet" if is_remote(dataset.path) else "shards/*/stages/*/*.parquet"
     return [
-        path for pattern in ("stages/*/*.parquet", "stages/source/*/*.parquet", shards) for path in dataset.path.glob(pattern)
+        path
+        for pattern in ("stages/*/*.parquet", "stages/source/*/*.parquet", "shards/*/stages/*/*.parquet")
+        for path in dataset.path.glob(pattern)
     ]
 
 

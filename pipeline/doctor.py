@@ -16,7 +16,6 @@ from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, has_gpu, pick_
 from pipeline.inference.families import find_family
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
-from pipeline.storage.cloned_ranges import can_clone_ranges
 
 LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
 MEMORY_FOR_WEIGHTS = 1.2  # times the weights: the rest is for what a model keeps of its requests
@@ -179,19 +178,13 @@ def _hub() -> Finding:
     return Finding("hub", True, f"a token for {ENDPOINT} is here; whether it may write is seen at the first push")
 
 
-def _sharing_note() -> str:
-    """Return whether versions can share pixels here, to go on with a sentence."""
-    shares = can_clone_ranges(Path.cwd())
-    return f"; versions with other texts {'share' if shares else 'cannot share'} their pixels on this file system"
-
-
 def _disk() -> Finding:
     try:
         free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
     except OSError as error:
         return Finding("disk", False, f"this folder cannot be read: {error}", "go to another folder")
     writable = os.access(Path.cwd(), os.W_OK)
-    space = f"{free_gib:.0f} GiB free here" + (_sharing_note() if writable else ", but this folder cannot be written to")
+    space = f"{free_gib:.0f} GiB free here" + ("" if writable else ", but this folder cannot be written to")
     enough = free_gib >= DISK_GIB
     hint = "" if enough else f"the 3B model and a dataset of photos want {DISK_GIB} GiB"
     return Finding("disk", enough and writable, space, hint or ("" if writable else "go to another folder, or pass --out DIR"))

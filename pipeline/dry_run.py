@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.statistics import wilson_interval
+from pipeline.dataset.version import dataset_folder
 from pipeline.errors import TableError
 from pipeline.executors.base import summarize_shards
 from pipeline.executors.local import LocalExecutor, run_locally

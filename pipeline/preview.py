@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.paths import dataset_folder
+from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import SourceError
 from pipeline.executors.messages import describe_engine

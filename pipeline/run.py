@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_nameable
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
+from pipeline.dataset.version import dataset_folder
 from pipeline.errors import ConfigError, SynthError, did_you_mean
 from pipeline.executors.base import ClusterOptions, RunResult
 from pipeline.executors.local import reading_settings, run_locally
@@ -103,7 +103,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
         config = _settings_of(dataset)
         new = [(review, path) for path in files for review in read_reviews(path)]
         if not new:
-            raise ConfigError(f"no mark in {', '.join(map(str, files))}", hint="mark texts in a report, then export the marks")
+            raise ConfigError(
+                f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
+            )
         with dataset.lock() as check:
             paths = dataset.stage_files("split")
             if not dataset.stage("split").exists() and not dataset.finished.exists():
@@ -114,7 +116,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             known = {*rows, *(review.resulting_name for review in before)}
             if not any(review.name in known for review, _ in new):
                 raise ConfigError(
-                    f"none of the {len(new)} marks is about a text that {dataset.path} has now",
+                    f"none of the {len(new)} reviews matches a text of {dataset.path}",
                     hint="name the dataset folder that the report was made of; its texts may be those of an older version",
                 )
             merged = merge_reviews(before, [review for review, _ in new], rows)

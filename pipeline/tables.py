@@ -13,25 +13,13 @@ import pyarrow as pa
 from pipeline.errors import TableError
 
 TABLE_VERSION = 2  # of the rows of a version, and part of its digest; raise on any change a reader would notice
-# Columns of stage files and of ledger.parquet that earlier releases wrote under other names; both are read.
-OLD_COLUMNS = {
-    "pdq_hashes": "looks",
-    "pdq_hash": "look",
-    "contaminated_by": "repeats",
-    "word_count": "words",
-    "answer_word_count": "answer_words",
-    "duplicate_trigram_frac": "repeated_trigrams",
-    "distinct_word_frac": "distinct_words",
-    "hedge_count": "hedges",
-    "redaction_count": "redacted",
-    "non_latin_frac": "foreign_letters",
-    "answered_blind": "blind",
-    "near_duplicate_of": "looks_like",
-    "review": "mark",
-    "content_digest": "content",
-}
-# Columns of stage files that earlier releases did not write: null there.
-ADDED_COLUMNS = {"record": pa.string(), "clean_record": pa.string()}
+# Columns in which the tables of a source hold human texts.
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "alt_text", "original_alt_text", "description")
+REFERENCES, QA = "references", "qa"  # more captions, and a list of questions
+CAPTIONS = (*CAPTION_COLUMNS, "comment", REFERENCES, "title")  # in a file that a user calls one of captions
+REFERENCE_QA = "reference_qa"  # questions with all answers, in a version and in its exports
+QUESTION, ANSWERS, ANSWER_TYPE, SPLIT = "question", ("answers", "answer"), "answer_type", "split"
+
 SPLITS = ("train", "validation", "test")
 SPLIT_RANK = {None: 0, "train": 1, "validation": 2, "test": 3}  # the higher, the more an image is held out
 
@@ -112,7 +100,7 @@ VERIFIED = pa.schema(
         pa.field("necessary", BOOL),  # whether the other pages alone did not
         pa.field("coverage", FLOAT64),  # of a caption: share of the image's questions that it answers
         pa.field("shared_words", FLOAT64),  # of a caption: share of its content words that a caption of the source has
-        *fields(INT32, *RUBRIC),  # marks of another model, from 1 to 5
+        *fields(INT32, *RUBRIC),  # scores of a judge, from 1 to 5
     ]
 )
 
@@ -171,7 +159,9 @@ HUMAN = "human"  # the prompt_id of text that people wrote before, and the style
 OF_PEOPLE = (HUMAN, REVIEWED)
 WRITTEN_BY, BY_MODEL, BY_PEOPLE = "written_by", "model", "people"  # what exports say of each text, and sources read
 EVIDENCE = pa.field("evidence_pages", PAGES)
-REVIEW = pa.struct([*fields(STRING, "mark", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)])
+REVIEW = pa.struct(
+    [*fields(STRING, "verdict", "reason", "text", "question", "answer"), EVIDENCE, pa.field("expression", STRING)]
+)
 FINAL = pa.schema(
     [
         *fields(STRING, "final_text", "final_question", "final_answer", "final_record"),
@@ -210,7 +200,7 @@ ROW = pa.schema(
     ]
 )
 # The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
-LEDGER = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
+REJECTIONS = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
@@ -271,18 +261,6 @@ def require_columns(table: pa.Table, *names: str) -> None:
             f"missing column(s): {', '.join(missing)}",
             hint=f"the table has {', '.join(table.column_names)}; was an earlier stage skipped?",
         )
-
-
-def old_name(name: str, file_columns: Collection[str]) -> str:
-    """Return the name of a column in a file: today's, or that of an earlier release."""
-    old = OLD_COLUMNS.get(name, name)
-    return old if old in file_columns and name not in file_columns else name
-
-
-def current_names(names: Iterable[str]) -> list[str]:
-    """Return today's names of the columns of a file."""
-    today = {old: name for name, old in OLD_COLUMNS.items()}
-    return [today.get(name, name) for name in names]
 
 
 def final_value(row: dict[str, Any], name: str) -> Any:

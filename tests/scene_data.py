@@ -20,7 +20,7 @@ from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, c
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
 from pipeline.storage.files import scratch_folder
-from pipeline.tables import LEDGER, NO_EXTRAS, SAMPLE, Extras
+from pipeline.tables import NO_EXTRAS, REJECTIONS, SAMPLE, Extras
 from pipeline.types import Request, Sample, SampleBatch
 
 PROVENANCE: dict[str, Any] = {
@@ -86,7 +86,7 @@ def make_version(
     folder: Path,
     samples: list[Sample],
     annotations: pa.Table | None = None,
-    ledger: pa.Table | None = None,
+    rejections: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
@@ -103,7 +103,7 @@ def make_version(
         folder,
         [annotations],
         sample_table(samples).to_batches(),
-        ledger,
+        rejections,
         funnel,
         source,
         provenance,
@@ -116,7 +116,7 @@ def publish_rows(
     folder: Path,
     annotations: Iterable[pa.Table],
     batches: Iterable[pa.RecordBatch],
-    ledger: pa.Table | None = None,
+    rejections: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
@@ -128,14 +128,14 @@ def publish_rows(
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
     tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
-    return publish_tables(folder, tables, rows, ledger, funnel, provenance, extras)
+    return publish_tables(folder, tables, rows, rejections, funnel, provenance, extras)
 
 
 def publish_tables(
     folder: Path,
     tables: Iterable[pa.Table],
     rows: Rows,
-    ledger: pa.Table | None = None,
+    rejections: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
@@ -147,7 +147,7 @@ def publish_tables(
         for table in tables:
             writer.add(table)
         content = content_of(writer, rows)
-        rejections = [LEDGER.empty_table() if ledger is None else ledger]
+        rejections = [REJECTIONS.empty_table() if rejections is None else rejections]
         return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
 
 

@@ -16,8 +16,8 @@ FILES = {
     "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
-    "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
-        publishing rejections removal samples reviews schema shards sharing statistics text_columns version""",
+    "pipeline/dataset": """__init__ builder card conversation diff directory integrity manifest pixels publishing removal
+        samples reviews schema shards statistics version""",
     "pipeline/executors": "__init__ base local messages",
     "pipeline/executors/ray": "__init__ cluster executor scratch shards shuffle workers",
     "pipeline/export": "__init__ base export formats items table_formats",
@@ -34,7 +34,7 @@ FILES = {
         row_texts scenes slidevqa table_rows text_tables vqav2""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
         source_exclusions source_parts source_reader split trim validate verify version""",
-    "pipeline/storage": "__init__ cloned_ranges database file_lock files lock object_store own_lines sidecars untrusted",
+    "pipeline/storage": "__init__ database file_lock files lock object_store own_lines sidecars untrusted",
     "pipeline/tasks": "__init__ arithmetic base boxes caption checks deck_qa human output_schema own prompts qa replies",
     "pipeline/text": """__init__ artifacts content_keys escape language language_codes normalize pii reasons refusals
         vqa_answers""",

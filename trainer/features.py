@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed
 from torch import Tensor
 
-from pipeline.dataset.paths import slugify
+from pipeline.dataset.version import slugify
 from pipeline.progress import Progress
 from trainer.data import Example
 from trainer.feature_store import FeatureStore, id_digest

@@ -7,8 +7,7 @@ from typing import Any
 
 from pipeline.config import DECKS, SCENES
 from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
-from pipeline.dataset.paths import slugify
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, slugify
 from pipeline.errors import ConfigError
 from pipeline.storage.untrusted import UnsafeFileError
 from trainer.config import TrainConfig, other_settings, read_data_digest, read_settings, resolve, usual_texts

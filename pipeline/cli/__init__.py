@@ -88,7 +88,7 @@ app = typer.Typer(
 )
 features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
 versions = typer.Typer(no_args_is_help=True, help="List, tag and remove the versions of a dataset; free disk space.")
-review = typer.Typer(no_args_is_help=True, help="Review texts: mark them in a report, then apply the marks.")
+review = typer.Typer(no_args_is_help=True, help="Review texts in a report, then apply the reviews.")
 
 
 def add(command: Callable[..., None], group: str, **more: Any) -> None:

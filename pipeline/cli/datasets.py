@@ -104,7 +104,7 @@ def diff(
     difference = diff_versions(before, after, None if as_json else rows)
     if as_json:
         described = {name: getattr(difference, name) for name in ("before", "after", "same", "settings")}
-        counts = {"counts": difference.counts(), "reasons": difference.reasons()}
+        counts = {"counts": difference.counts()}
         echo(json.dumps(described | {"changes": [asdict(change) for change in difference.changes]} | counts))
         return
     for line in difference.lines(rows):
@@ -177,7 +177,7 @@ def report(
 ) -> None:
     """Write a page that shows a dataset and how a captioner learned from it; above 500 images, a folder.
 
-    Texts can be marked there as good, bad or edited; `synth review apply` takes the marks.
+    Texts can be reviewed there as good, bad or edited; `synth review apply` applies the reviews.
     """
     from pipeline.hub.pull import open_or_download
     from pipeline.report.build import newest_checkpoint, write_report
@@ -192,7 +192,7 @@ def report(
 
 
 def review_apply(
-    marks: Annotated[list[Path], Argument(help="Files of marks that a report exported; later ones win.")],
+    reviews: Annotated[list[Path], Argument(help="Files of reviews that a report exported; later ones win.")],
     data: Annotated[
         Path | None,
         Option(
@@ -201,11 +201,11 @@ def review_apply(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the marks."""
+    """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the reviews."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses
     from pipeline.run import STAGES, apply_reviews
 
     with show_progress() as progress:
-        result = apply_reviews(DatasetDir(data or only_made()), marks, progress)
+        result = apply_reviews(DatasetDir(data or only_made()), reviews, progress)
     print_run_result(result, list(describe_losses(STAGES, result.funnel)), shown=progress.warnings, as_json=as_json)

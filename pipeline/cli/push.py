@@ -151,9 +151,9 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
 def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]) -> Iterator["Package"]:
     """Yield what to push of a version, with its exports in other formats; say what it is, and what becomes of its pixels."""
     from pipeline.dataset.card import card_licenses
-    from pipeline.dataset.licenses import non_redistributable
     from pipeline.export.export import export_version
     from pipeline.hub.package import build_package
+    from pipeline.types import non_redistributable
 
     restricted = non_redistributable(version.manifest["licenses"])
     with ExitStack() as stack:

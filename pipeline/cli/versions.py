@@ -37,9 +37,18 @@ def _dataset(path: Path) -> "DatasetDir":
     return DatasetDir(folder)
 
 
+def _local_dataset(path: Path) -> "DatasetDir":
+    """Return a dataset folder on a disk. Raise StoreError for one in an object store, which has its own tools."""
+    from pipeline.errors import StoreError
+
+    if is_remote(path):
+        raise StoreError(f"{path} is in an object store", hint="remove its objects with the tools of the store")
+    return _dataset(path)
+
+
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
-    from pipeline.dataset.names import read_tags
+    from pipeline.dataset.directory import read_tags
     from pipeline.storage.files import translate_disk_errors
 
     folder = _dataset(data or last_dataset())
@@ -72,7 +81,7 @@ def versions_tag(
     as_json: AsJson = False,
 ) -> None:
     """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
-    from pipeline.dataset.names import read_tags, require_tag_name, write_tags
+    from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
 
@@ -109,7 +118,7 @@ def versions_rm(
     from pipeline.dataset.samples import bytes_beside
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _dataset(data or only_made())
+    dataset = _local_dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         pushed = dataset.pushed()
         before = bytes_beside(dataset)
@@ -133,21 +142,20 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what killed commands have left behind, and store equal files of several versions once."""
+    """Remove what killed commands have left behind."""
     from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_leftovers, share_equal_files
+    from pipeline.dataset.removal import find_leftovers, remove_leftovers
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _dataset(data or only_made())
+    dataset = _local_dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
-        shared_bytes = 0 if is_remote(dataset.path) else share_equal_files(dataset, dry_run=dry_run)
         if not dry_run:
             remove_leftovers(leftovers)
-    freed_bytes = shared_bytes + sum(leftover.num_bytes for leftover in leftovers)
+    freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
     if as_json:
         paths = [str(leftover.path) for leftover in leftovers]
-        echo(json.dumps({"removed": paths, "shared_bytes": shared_bytes, "bytes": freed_bytes, "dry_run": dry_run}))
+        echo(json.dumps({"removed": paths, "bytes": freed_bytes, "dry_run": dry_run}))
         return
     for leftover in leftovers:
         say(f"{'would remove' if dry_run else 'removed'} {leftover.path}, {leftover.num_bytes / 1e6:.1f} MB")

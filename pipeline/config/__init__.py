@@ -138,7 +138,7 @@ class Config(Section):
         if self.select.by == "clip" and "alignment" not in checks:
             raise ValueError("select.by clip needs what the check alignment measures: --verify alignment")
         if self.select.by == "judge" and not self.verify.judge:
-            raise ValueError("select.by judge needs the marks of another model: --judge MODEL@URL")
+            raise ValueError("select.by judge needs the scores of another model: --judge MODEL@URL")
         if self.select.by == "longest" and "claims" not in checks:
             raise ValueError("select.by longest needs captions whose claims are checked: --verify claims")
         return self

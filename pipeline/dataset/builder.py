@@ -206,17 +206,16 @@ def _values(annotations: pa.Table, item: pa.Field) -> pa.Array:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return the digest of a row and its split; `sample_id` stands for the pixels. Without a context it is as it ever was."""
-    is_absent = {*PIXELS, *(["context"] if row.get("context") is None else [])}
-    return digest({name: value for name, value in row.items() if name not in is_absent})
+    """Return the digest of a row and its split; `sample_id` stands for the pixels."""
+    return digest({name: value for name, value in row.items() if name not in PIXELS})
 
 
 def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: Sequence[str] = ()) -> str:
-    """Return the digest of [table version, columns, scores if there are any, rows]; a row is a sample's id and its digest.
+    """Return the digest of [table version, columns, scores, rows]; a row is a sample's id and its digest.
 
     Rows are ordered by id.
     """
-    parts = [TABLE_VERSION, columns, *([[*scores]] if scores else [])]
+    parts = [TABLE_VERSION, columns, [*scores]]
     content = hashlib.sha256(canonical(parts)[:-1] + b",[")
     for n, row in enumerate(rows):
         content.update((b"," if n else b"") + canonical(row))

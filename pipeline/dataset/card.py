@@ -11,12 +11,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from pipeline.config import NO_MODEL
-from pipeline.dataset.licenses import KNOWN_LICENSES, UNKNOWN
 from pipeline.errors import StoreError
 from pipeline.tasks import TASKS
 from pipeline.tasks.own import CARD_CATEGORIES
 from pipeline.text.escape import Markdown, markdown, markdown_block, markdown_code, on_one_line
 from pipeline.text.reasons import SCORES_IN_WORDS, in_short
+from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
 # Scores of a captioner, with the metric's type on the Hub and its name.
@@ -74,7 +74,7 @@ def render_model_card(about: dict[str, Any], repo: str, dataset: str | None, mad
         link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
     answers = any(not style for _, style in about["config"]["prompts"])
     values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
-    language = data.get("language", "en")  # earlier releases did not keep it
+    language = data.get("language")
     header = {
         **({"language": [language]} if language else {}),
         "license": "other",

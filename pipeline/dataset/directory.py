@@ -7,6 +7,7 @@ object store (storage/object_store.py): files are then written to a disk and upl
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,16 +18,22 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.dataset.names import read_tags
-from pipeline.dataset.paths import DATA
-from pipeline.dataset.version import MANIFEST, NewerVersionError, Version, dataset_dir_of, read_version
+from pipeline.dataset.version import (
+    DATA,
+    MANIFEST,
+    VERSION_NAME,
+    NewerVersionError,
+    Version,
+    dataset_dir_of,
+    parse_version,
+    read_version,
+)
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import read_json, read_table, write_json
 from pipeline.storage.lock import lease
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
-from pipeline.tables import current_names
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
@@ -34,6 +41,7 @@ MAX_REMEMBERED = 20
 OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
+TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,7 @@ class DatasetDir:
     @property
     def reviews(self) -> Path:
         """Reviews of texts by people, applied by `synth review apply`."""
-        return self.path / "review" / "marks.jsonl"
+        return self.path / "review" / "reviews.jsonl"
 
     @property
     def cost(self) -> Path:
@@ -107,13 +115,23 @@ class DatasetDir:
     def pushed(self) -> list[dict[str, str]]:
         """Return every push from here: version, repo and commit."""
         file = self.path / "pushed.json"
-        return list(read_json(file)["pushed"]) if file.exists() else []
+        if not file.exists():
+            return []
+        try:
+            return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in read_json(file)["pushed"]]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise StoreError(f"{file} is damaged", hint="move it away; it lists what was pushed from here") from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push; the same push is recorded once."""
         push = {"version": version, "repo": repo, "commit": commit}
         earlier = [other for other in self.pushed() if other != push]
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
+
+    def taken_numbers(self) -> list[tuple[int, ...]]:
+        """Return the numbers of versions that were tagged or pushed, here or not: no other version is given one of them."""
+        names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
+        return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
     def versions(self) -> list[Version]:
         """Return all finished versions, oldest first. Raise StoreError if one is damaged."""
@@ -173,6 +191,37 @@ class DatasetDir:
 
         with lock_file(self.path / LOCK_FILE, on_busy, StoreError):
             yield lambda: None
+
+
+def read_tags(dataset: Path) -> dict[str, str]:
+    """Return the version that each tag of a dataset folder names. Raise StoreError if the file holds anything else."""
+    file = dataset / "versions" / "tags.json"
+    if not file.exists():
+        return {}
+    try:
+        tags = read_json(file)["tags"]
+    except (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError):
+        tags = None
+    if not isinstance(tags, dict) or not all(is_tag(tag) and VERSION_NAME.fullmatch(str(name)) for tag, name in tags.items()):
+        raise StoreError(f"{file} holds other things than tags", hint="remove it, and tag the versions again")
+    return tags
+
+
+def write_tags(dataset: Path, tags: dict[str, str]) -> None:
+    """Write the tags of a dataset folder, in the order of their names."""
+    write_json(dataset / "versions" / "tags.json", {"tags": dict(sorted(tags.items()))})
+
+
+def is_tag(name: str) -> bool:
+    """Return whether this may be a tag: it is not taken for a version or a path."""
+    return bool(TAG_NAME.fullmatch(name)) and not VERSION_NAME.fullmatch(name)
+
+
+def require_tag_name(tag: str) -> None:
+    """Raise ConfigError if this cannot be a tag."""
+    if not is_tag(tag):
+        hint = "a letter first, then letters, digits, dots, hyphens and underscores, 64 in all, and not like v1.0.0"
+        raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
 def require_nameable(path: Path) -> None:
@@ -275,9 +324,7 @@ def _made_manifests() -> list[Path]:
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
     """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
-    path, old = dataset.stage("source", "exclusions"), dataset.stage("source", "banned")  # its name in earlier releases
-    table = read_table(old if old.exists() and not path.exists() else require_file(path))
-    return table.rename_columns(current_names(table.column_names))
+    return read_table(require_file(dataset.stage("source", "exclusions")))
 
 
 def require_file(path: Path) -> Path:

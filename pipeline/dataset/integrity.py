@@ -7,13 +7,12 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, row_digest, version_digest
 from pipeline.dataset.card import CARD_SAMPLES, render_card
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.publishing import publish
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, first_rows
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, extras_of, first_rows
 from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.storage.files import link_or_copy, scratch_folder, write_json, write_text
-from pipeline.tables import PIXELS, TABLE_VERSION
+from pipeline.tables import PIXELS
 
 ROWS_AT_ONCE = 1024
 
@@ -32,7 +31,7 @@ def missing_files(version: Version) -> list[str]:
 
 def _entries(version: Version) -> dict[str, dict[str, Any]]:
     """Return what the manifest says of each file."""
-    return {**version.manifest["files"], LEDGER_FILE: version.manifest.get("ledger", {})}
+    return {**version.manifest["files"], REJECTIONS_FILE: version.manifest["rejections"]}
 
 
 def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
@@ -40,13 +39,8 @@ def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
     return path.is_file() and file_digest(path) == entry.get("sha256")
 
 
-def has_row_digest(version: Version) -> bool:
-    """Return whether this release can compute the digest of a version's rows: earlier ones had other columns."""
-    return bool(version.manifest["table_version"] == TABLE_VERSION)
-
-
 def content_digest(version: Version) -> str:
-    """Return the digest of the rows that the files hold, of a version for which `has_row_digest`.
+    """Return the digest of the rows that the files hold.
 
     Pixels are not part of it: sample ids stand for them, as the sha256 of the images before their metadata was removed.
     """
@@ -70,7 +64,7 @@ def find_damage(version: Version) -> list[str]:
     if wrong := damaged_files(version):
         return [f"{name} is not what the manifest says" for name in wrong]
     try:
-        is_intact = not has_row_digest(version) or content_digest(version) == version.manifest["digest"]
+        is_intact = content_digest(version) == version.manifest["digest"]
     except (StoreError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return [f"its rows cannot be read: {error}"]
     return [] if is_intact else ["its rows are not those of its digest"]
@@ -95,11 +89,11 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         if newest.name != version.name:
             hint = f"push {newest.name}, which is newer"
             raise StoreError(f"only the newest version can be repaired, and {version.name} is not", hint=hint)
-        major, minor, patch = max([version.number, *taken_numbers(dataset.path)])
+        major, minor, patch = max([version.number, *dataset.taken_numbers()])
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
-        for file in (*manifest["files"], LEDGER_FILE):
+        for file in (*manifest["files"], REJECTIONS_FILE):
             link_or_copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))
         write_json(draft / MANIFEST, manifest)

@@ -43,13 +43,13 @@ def asked_tasks(config: Config) -> tuple[Task, ...]:
 def added_fields(config: Config) -> list[str]:
     """Return what a run adds to annotations (tables.ADDED): the scores of its checks, and rejected texts.
 
-    Claims of drawn scenes, which rules find, give none: their versions have the digests of earlier releases.
+    Claims of drawn scenes, which rules find, give none.
     """
     checks = config.verify.checks
     measured = {"precision": config.splits_claims, "coverage": "covers" in checks, "shared_words": "references" in checks}
-    marks = RUBRIC if config.verify.judge else ()
+    ratings = RUBRIC if config.verify.judge else ()
     pairs = (REJECTED.name,) if config.select.pairs else ()
-    return [*(score for score, is_measured in measured.items() if is_measured), *marks, *pairs]
+    return [*(score for score, is_measured in measured.items() if is_measured), *ratings, *pairs]
 
 
 def row_extras(config: Config) -> Extras:

@@ -11,7 +11,7 @@ from pipeline.dataset.builder import with_split
 from pipeline.dataset.conversation import reader_columns
 from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.publishing import RowWriter, file_schema, publish
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, extras_of, read_version
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, extras_of, read_version
 from pipeline.errors import StoreError
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import strip_metadata
@@ -58,7 +58,7 @@ def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Versi
         joined = {**described, "files": files, "pixels": "joined"}
         joined |= {"reader_columns": reader_columns(writer.columns)}
         write_json(draft / MANIFEST, version.manifest | joined)
-        for name in (LEDGER_FILE, CARD_FILE):
+        for name in (REJECTIONS_FILE, CARD_FILE):
             shutil.copy(version.path / name, draft / name)
         final = _place(version, home)
         publish(draft, final)

@@ -1,6 +1,8 @@
 """Write the files of a version, give it a name, and publish it: it is there as a whole, or not at all."""
 
+import filecmp
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,22 @@ from pipeline.dataset.builder import version_digest
 from pipeline.dataset.card import render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.names import taken_numbers
 from pipeline.dataset.shards import SplitWriter
-from pipeline.dataset.sharing import share_files, share_pixels
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, MANIFEST, Version, file_entry
+from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, file_entry
 from pipeline.errors import StoreError, TableError
-from pipeline.storage.files import flush_file, flush_folder, move, open_parquet, remove, write_json, write_table, write_text
+from pipeline.storage.files import (
+    flush_file,
+    flush_folder,
+    move,
+    open_parquet,
+    remove,
+    temporary_path,
+    write_json,
+    write_table,
+    write_text,
+)
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import LEDGER, NO_EXTRAS, OPTIONAL, SPLITS, TABLE_VERSION, Extras, features, row_schema
+from pipeline.tables import NO_EXTRAS, OPTIONAL, REJECTIONS, SPLITS, TABLE_VERSION, Extras, features, row_schema
 
 FIRST = "v1.0.0"
 
@@ -96,11 +106,11 @@ def publish_version(
     """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
     `draft` is the scratch folder beside the versions, `provenance` the manifest's fields about the run, and `rejections` the
-    rows that every stage rejected (tables.LEDGER). `check` raises if another command has taken over the folder. Raise
+    rows that every stage rejected (tables.REJECTIONS). `check` raises if another command has taken over the folder. Raise
     TableError if no row is left; StoreError if a version of that name exists by now.
     """
     if not content.digests.num_rows:
-        hint = "stages/*/rejected.parquet hold the reasons; people's marks lie in review/"
+        hint = "stages/*/rejected.parquet hold the reasons; human reviews are in review/"
         raise TableError("no row is left to make a version of", hint=hint)
     versions = dataset.versions()
     parent = versions[-1] if versions else None
@@ -113,8 +123,8 @@ def publish_version(
         return parent, False
     extras = content.extras
     schema = row_schema(content.columns, extras)
-    name = next_version(parent, content.digests["sample_id"], schema, taken_numbers(dataset.path))
-    write_table(draft / LEDGER_FILE, rejections, LEDGER)
+    name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
+    write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
     manifest = {
         "version": name,
         "digest": content_digest,
@@ -130,7 +140,7 @@ def publish_version(
         "rows": content.rows,
         **provenance,
         "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},
-        "ledger": describe_file(draft / LEDGER_FILE),
+        "rejections": describe_file(draft / REJECTIONS_FILE),
     }
     write_text(draft / CARD_FILE, render_card(manifest, content.examples))
     write_json(draft / MANIFEST, manifest)
@@ -139,7 +149,6 @@ def publish_version(
     if not is_remote(final):
         files = [(path, described["sha256"]) for path, _, described in content.files]
         share_files(files, versions)
-        share_pixels(files, versions)
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 
@@ -149,7 +158,7 @@ def next_version(
 ) -> str:
     """Return the name that follows: major when columns or scores change, minor when rows are added, else patch.
 
-    `taken` are numbers of versions that were removed: it follows these as well.
+    `taken` are numbers of other versions that were tagged or pushed: it follows these as well.
     """
     if parent is None and not taken:
         return FIRST
@@ -169,8 +178,21 @@ def describe_file(path: Path) -> dict[str, Any]:
     return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
 
 
+def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
+    """Replace files (paths and their sha256) by hard links to equal files of other versions, where links are possible."""
+    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
+    for path, sha256 in files:
+        other = paths.get(sha256)
+        if other is None or other.is_symlink() or not other.is_file() or not filecmp.cmp(path, other, shallow=False):
+            continue
+        linked = temporary_path(path)
+        with suppress(OSError):  # the file system has no hard links
+            linked.hardlink_to(other)
+            linked.replace(path)
+
+
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft (ledger, card, manifest) to its final folder: readers see a whole version or none.
+    """Move a draft (rejections, card, manifest) to its final folder: readers see a whole version or none.
 
     On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
     the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
@@ -181,7 +203,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
         remove(final)  # files that a killed command moved there
         move([(path, final / name) for path, name in files])
-        move([(draft / name, final / name) for name in (LEDGER_FILE, CARD_FILE)])
+        move([(draft / name, final / name) for name in (REJECTIONS_FILE, CARD_FILE)])
         move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])

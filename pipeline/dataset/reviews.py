@@ -36,7 +36,7 @@ class Review(BaseModel):
 
     sample_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     content: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{CONTENT_HEX}}}$")]
-    mark: Literal["good", "bad", "edited"]
+    verdict: Literal["good", "bad", "edited"]
     reason: Reason | None = None
     note: Annotated[str, Field(max_length=1000)] = ""  # never published
     text: str | None = None
@@ -52,11 +52,11 @@ class Review(BaseModel):
 
     @model_validator(mode="after")
     def _says_what_it_must(self) -> "Review":
-        if (self.mark == "bad") != (self.reason is not None):
+        if (self.verdict == "bad") != (self.reason is not None):
             raise ValueError("a reason goes with bad, and with nothing else")
-        if self.mark == "edited" and (self.text is None) == (self.question is None or self.answer is None):
+        if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
             raise ValueError("edited goes with new words: a text, or a question and its answer")
-        if self.mark != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
+        if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
             raise ValueError("new words go with edited, and with nothing else")
         return self
 
@@ -74,7 +74,7 @@ class Review(BaseModel):
     @property
     def resulting_name(self) -> TextName:
         """The name of the text after the review is applied."""
-        if self.mark != "edited":
+        if self.verdict != "edited":
             return self.name
         return text_name({"sample_id": self.sample_id, "text": self.text, "question": self.question, "answer": self.answer})
 
@@ -85,7 +85,7 @@ def read_reviews(path: Path) -> list[Review]:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
         lines = text.split("\n")  # not splitlines(): texts may hold other line separators
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="export marks from a report: `synth report`") from None
+        raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from a report: `synth report`") from None
     reviews = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -93,15 +93,15 @@ def read_reviews(path: Path) -> list[Review]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            problem = f"{path}, line {number} is not a mark: {f'{where}: ' if where else ''}{first['msg']}"
-            raise ConfigError(problem, hint="each line is one mark as a report exports it") from None
+            problem = f"{path}, line {number} is not a review: {f'{where}: ' if where else ''}{first['msg']}"
+            raise ConfigError(problem, hint="each line is one review as a report exports it") from None
     return reviews
 
 
-def format_reviews(marks: Iterable[Review]) -> str:
+def format_reviews(reviews: Iterable[Review]) -> str:
     """Return reviews as JSON lines, sorted by name."""
-    ordered = sorted(marks, key=lambda mark: mark.name)
-    return "".join(f"{json.dumps(mark.model_dump(exclude_defaults=True))}\n" for mark in ordered)
+    ordered = sorted(reviews, key=lambda review: review.name)
+    return "".join(f"{json.dumps(review.model_dump(exclude_defaults=True))}\n" for review in ordered)
 
 
 def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotations) -> dict[TextName, Review]:
@@ -112,37 +112,37 @@ def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotat
     the stage review, by name.
     """
     merged = {review.name: review for review in before}
-    edited = {review.resulting_name: review.name for review in merged.values() if review.mark == "edited"}
+    edited = {review.resulting_name: review.name for review in merged.values() if review.verdict == "edited"}
     edited = {made: name for made, name in edited.items() if made == name or made not in rows}
     for review in new:
         name = edited.get(review.name, review.name)
-        if review.mark == "good" and review.name in edited:
+        if review.verdict == "good" and review.name in edited:
             continue  # it approves the edit, which stays
         renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
-        is_edit = name in rows and review.mark == "edited"
+        is_edit = name in rows and review.verdict == "edited"
         undone = is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words)
-        merged[name] = Review(sample_id=name[0], content=name[1], mark="good") if undone else renamed
+        merged[name] = Review(sample_id=name[0], content=name[1], verdict="good") if undone else renamed
     return merged
 
 
-def check_edits(marks: dict[TextName, Review], rows: Annotations, own: OwnTasks = ()) -> dict[TextName, str]:
+def check_edits(reviews: dict[TextName, Review], rows: Annotations, own: OwnTasks = ()) -> dict[TextName, str]:
     """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
-    edits = {name: review for name, review in marks.items() if review.mark == "edited" and name in rows}
+    edits = {name: review for name, review in reviews.items() if review.verdict == "edited" and name in rows}
     flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], own))}
-    kept = (name for name in rows if name not in marks or marks[name].mark != "bad")
+    kept = (name for name in rows if name not in reviews or reviews[name].verdict != "bad")
     counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
     repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
     return flaws | dict.fromkeys(repeated, "another text of this image says the same")
 
 
-def check_edit(mark: Review, row: dict[str, Any], own: OwnTasks = ()) -> str | None:
+def check_edit(review: Review, row: dict[str, Any], own: OwnTasks = ()) -> str | None:
     """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
     if final_value(row, "record") is not None:
-        return "the values of a task of one's own can be marked as good or bad, and not edited"
+        return "the values of a task of one's own can be reviewed as good or bad, and not edited"
     is_caption = final_value(row, "text") is not None
-    if (mark.text is None) == is_caption:
+    if (review.text is None) == is_caption:
         return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
-    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(mark.words)
+    fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
     return find_broken_rule(find_task(row["task"], own), fields, row["pages"])
 
 

@@ -2,8 +2,8 @@
 
 A run in one process lists its samples without images. These lie in the parts in which the source was read, until a version
 holds them; those of samples that are in no version are then written beside, and the parts are removed. The id of a sample is
-the digest of its images, so whatever holds images of that id holds the right ones. A run on a cluster, and earlier releases,
-wrote the images with the samples.
+the digest of its images, so whatever holds images of that id holds the right ones. A run on a cluster
+writes the images with the samples.
 """
 
 from collections import OrderedDict
@@ -24,7 +24,7 @@ from pipeline.digests import file_digest
 from pipeline.errors import StoreError, SynthError
 from pipeline.storage.files import open_parquet, open_table, remove, write_table
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import NUM_PAGES, PIXELS, SAMPLE, SAMPLE_IMAGES, current_names, old_name
+from pipeline.tables import NUM_PAGES, PIXELS, SAMPLE, SAMPLE_IMAGES
 from pipeline.types import SampleBatch
 
 PARTS_FOLDER = "parts"  # of the stage source: what was read of it (stages/source_parts.py)
@@ -262,7 +262,7 @@ def _sample_ids(dataset: DatasetDir) -> list[str]:
 
 
 def _lists_only(file: pq.ParquetFile) -> bool:
-    return old_name("images", file.schema_arrow.names) not in file.schema_arrow.names
+    return "images" not in file.schema_arrow.names
 
 
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -270,13 +270,13 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
     file = open_table(shard.stage("source"))
     stored = file.schema_arrow.names
     adds_images = _lists_only(file) and (columns is None or "images" in columns)
-    known = [name for name in SAMPLE.names if name == "images" or name in current_names(stored)]
+    known = [name for name in SAMPLE.names if name == "images" or name in stored]
     wanted = known if columns is None else columns
     names = [name for name in wanted if not (adds_images and name == "images")]
     read = list(dict.fromkeys([*names, "sample_id"])) if adds_images else names
     images = SampleImages.of(shard)
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, [old_name(name, stored) for name in read]).rename_columns(read)
+        table = file.read_row_group(group, read)
         if adds_images:
             table = table.append_column(SAMPLE.field("images"), images.read(table["sample_id"].to_pylist()))
         yield from table.select(wanted).combine_chunks().to_batches()
@@ -285,11 +285,11 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     """Yield all samples, a batch at a time."""
     file = open_table(shard.stage("source"))
-    stored, images = file.schema_arrow.names, SampleImages.of(shard)
+    images = SampleImages.of(shard)
     lists_only = _lists_only(file)
 
     def read(column: str, group: int) -> list[Any]:
-        return list(file.read_row_group(group, [old_name(column, stored)]).column(0).to_pylist())
+        return list(file.read_row_group(group, [column]).column(0).to_pylist())
 
     def read_images(group: int) -> list[tuple[bytes, ...]]:
         of_group = images.read(read("sample_id", group)).to_pylist() if lists_only else read("images", group)
@@ -306,11 +306,10 @@ def page_counts(shard: DatasetDir) -> Iterator[int]:
         for batch in file.iter_batches(columns=[NUM_PAGES]):
             yield from batch[NUM_PAGES].to_pylist()
         return
-    name = old_name("images", file.schema_arrow.names)
-    leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index(name)
+    leaf = [column.path.partition(".")[0] for column in map(file.schema.column, range(len(file.schema)))].index("images")
     for group in range(file.num_row_groups):
         described = file.metadata.row_group(group)
         if described.column(leaf).num_values == described.num_rows:  # each sample has at least one
             yield from repeat(1, described.num_rows)
         else:
-            yield from pc.list_value_length(file.read_row_group(group, [name]).column(0)).to_pylist()
+            yield from pc.list_value_length(file.read_row_group(group, ["images"]).column(0)).to_pylist()

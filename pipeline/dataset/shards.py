@@ -4,10 +4,6 @@ A row group, and a shard, ends before a row whose `sample_id` (a sha256, so even
 A row that is added or removed then moves only the boundary next to it: every other shard of the next version has the same
 bytes, and is not uploaded again. The larger a group is, the smaller is the number. Pixels are stored
 uncompressed, since JPEG and PNG are compressed already: a content-defined chunk of Xet finds an image again wherever it lies.
-
-A row group begins at a block of the disk, as in the files of parquet-mr. The ids and the pixels come first in it, so that
-those of an equal group lie at the same place within a block, whatever texts follow: a file system can store them once
-(sharing.py).
 """
 
 from pathlib import Path
@@ -15,17 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage.cloned_ranges import BLOCK_BYTES
 from pipeline.storage.files import open_writer
-from pipeline.tables import PIXELS, with_features
+from pipeline.tables import with_features
 
 GROUP_ROWS = 64  # of a row group, on average
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
 LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from so many bytes on, a group ends after so many more rows, on average
 GROUP_BYTES = 16_000_000  # and from so many at the next table of rows, so that a reader need not hold it
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
-IMAGE_LEAF, PAGES_LEAF = "image.bytes", "pages.list.element.bytes"  # columns of PIXELS as Parquet names them
-ALIGNED_BYTES = 16 * BLOCK_BYTES  # a smaller row group is not worth the bytes before it
+IMAGE_LEAF = "image.bytes"  # the column of images as Parquet names it
 
 
 class SplitWriter:
@@ -33,11 +27,9 @@ class SplitWriter:
 
     def __init__(self, folder: Path, split: str, schema: pa.Schema) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
-        self._has_pixels = not {*PIXELS}.isdisjoint(schema.names)
         self.rows = 0
         self._shards = 0
         self._group: list[pa.Table] = []
-        self._file: pa.OSFile | None = None
         self._writer: pq.ParquetWriter | None = None
         self._bytes = 0  # of the shard so far
 
@@ -76,24 +68,19 @@ class SplitWriter:
         group = pa.concat_tables(self._group) if self._group else None
         self._group = []
         if group is not None and group.num_rows:
-            if self._file is None:
+            if self._writer is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
-                self._file = pa.OSFile(str(path), "wb")
-                self._writer = open_writer(self._file, self.schema)
+                self._writer = open_writer(path, self.schema)
                 self._shards, self._bytes = self._shards + 1, 0
-            assert self._writer
-            if self._has_pixels and group.nbytes >= ALIGNED_BYTES:
-                self._file.write(bytes(-self._file.tell() % BLOCK_BYTES))
             self._writer.write_table(group.combine_chunks())
             self._bytes += group.nbytes
         if self._bytes >= MAX_SHARD_BYTES or (may_end_shard and self._bytes >= MIN_SHARD_BYTES):
             self._end_shard()
 
     def _end_shard(self) -> None:
-        if self._file and self._writer:
+        if self._writer:
             self._writer.close()
-            self._file.close()
-            self._file = self._writer = None
+            self._writer = None
 
 
 def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:

@@ -14,19 +14,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.schema import check_manifest
-from pipeline.digests import file_digest
+from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import find_rows, open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
 
-LEDGER_FILE = "ledger.parquet"
+REJECTIONS_FILE = "rejections.parquet"
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
+DATA = Path("data")
+MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 SplitBatch = tuple[str, pa.RecordBatch]  # rows, and the split that they are in
@@ -138,7 +139,7 @@ class Version:
         for column in self.schema:
             if schema.names.count(column.name) != 1:
                 raise ValueError(f"{path.name} has not one column {column.name}")
-            if self.manifest["table_version"] == TABLE_VERSION and schema.field(column.name).type != column.type:
+            if schema.field(column.name).type != column.type:
                 raise ValueError(f"the column {column.name} of {path.name} holds {schema.field(column.name).type}")
         for name in self.manifest.get("reader_columns", ()):
             if schema.names.count(name) != 1 or schema.field(name).type != READER_COLUMNS.field(name).type:
@@ -148,6 +149,20 @@ class Version:
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint=AGAIN)
+
+
+def dataset_folder(source: str) -> Path:
+    """Return the default dataset folder of a source: its name in letters, digits, dots and dashes, under `data/`.
+
+    The end of a name that is too long for a folder is its digest.
+    """
+    name = slugify(source) or "dataset"
+    return DATA / (name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:MAX_NAME_CHARACTERS]}-{digest(name)[:8]}")
+
+
+def slugify(text: str) -> str:
+    """Return a text as a folder name of letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
 def schema_of(manifest: dict[str, Any]) -> pa.Schema:
@@ -204,8 +219,10 @@ def read_version(folder: Path) -> Version:
         manifest = read_json(folder / MANIFEST)
         newer = manifest["table_version"] > TABLE_VERSION
         if not newer:
+            if manifest["table_version"] != TABLE_VERSION:
+                raise ValueError(f"table_version: {manifest['table_version']!r}")
             check_manifest(manifest)
-            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], LEDGER_FILE)]
+            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], REJECTIONS_FILE)]
             is_cached = folder.parent.name == "snapshots"
             for path in paths:
                 if path.exists() or path.is_symlink():

@@ -164,7 +164,7 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
 
 
 def _count_images(dataset: DatasetDir) -> int:
-    """Return how many images the stage `trim` kept; marks of people come after it, and lower the number."""
+    """Return how many images the stage `trim` kept; human reviews come after it, and lower the number."""
     ids: set[str] = set()
     for table in read_batches(dataset.stage("trim"), ["sample_id"]):
         ids.update(table["sample_id"].to_pylist())

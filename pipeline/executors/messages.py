@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
-from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice
@@ -130,9 +130,9 @@ def describe_missing(stages: Sequence[Stage], version: Version, config: Config) 
             missing.append((name, "captions"))
     if not missing:
         return
-    ledger = read_table(version.path / LEDGER_FILE, ["stage", "reason", "task"])  # which may be in an object store
+    rejections = read_table(version.path / REJECTIONS_FILE, ["stage", "reason", "task"])  # which may be in an object store
     for task, name in missing:
-        lost = ledger.filter(pc.equal(ledger["task"], task))
+        lost = rejections.filter(pc.equal(rejections["task"], task))
         reasons = Counter(zip(lost["stage"].to_pylist(), lost["reason"].to_pylist(), strict=True))
         if reasons:
             (stage, reason), count = reasons.most_common(1)[0]

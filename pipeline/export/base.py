@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from pipeline.dataset.text_columns import ANSWERS, CAPTIONS, QUESTION, REFERENCE_QA
 from pipeline.export.items import Item
-from pipeline.tables import BY_MODEL, WRITTEN_BY
+from pipeline.tables import ANSWERS, BY_MODEL, CAPTIONS, QUESTION, REFERENCE_QA, WRITTEN_BY
 
 
 class Format(Protocol):

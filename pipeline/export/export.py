@@ -156,8 +156,7 @@ def _go_on(draft: Path, about: dict[str, Any]) -> None:
 def _require_style(version: Version, style: str | None) -> None:
     """Raise ConfigError for a style that no caption of the version has: a format without it would say nothing."""
     captions = version.manifest["measured"].get("captions", {})
-    is_counted = captions or "captions" not in version.manifest["columns"]  # earlier releases did not count them
-    if style is not None and is_counted and style not in captions:
+    if style is not None and style not in captions:
         hint = f"styles of its captions: {', '.join(captions)}" if captions else "it has no captions: leave --style out"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
 

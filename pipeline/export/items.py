@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.dataset.conversation import preferred_caption
-from pipeline.dataset.text_columns import REFERENCE_QA
 from pipeline.dataset.version import Version, extras_of
 from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
-from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, SPLITS
+from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
 ROWS_AT_ONCE = 64  # with their images
 _OF_IMAGES = ("sample_id", "image", "width_px", "height_px", "license", "source_row")

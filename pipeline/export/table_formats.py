@@ -9,12 +9,11 @@ import pyarrow as pa
 
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
-from pipeline.dataset.text_columns import REFERENCE_QA
 from pipeline.errors import ConfigError
 from pipeline.export.base import BaseFormat, to_json
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
-from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, STRING, WRITTEN_BY, fields
+from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, REFERENCE_QA, STRING, WRITTEN_BY, fields
 
 
 class ParquetFormat(BaseFormat):

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
-from pipeline.dataset.licenses import non_redistributable
-from pipeline.dataset.version import AGAIN, LEDGER_FILE, Version, file_entry, first_rows, schema_of
+from pipeline.dataset.version import AGAIN, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
+from pipeline.types import non_redistributable
 
 NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
@@ -71,7 +71,7 @@ def build_package(
     other tools, by name, which go into folders of that name. Raise PushError if files of the version are missing, `images`
     includes pixels that may not be redistributed, or exports would; StoreError if a file is damaged.
     """
-    if missing := [name for name in (*version.manifest["files"], LEDGER_FILE) if not (version.path / name).is_file()]:
+    if missing := [name for name in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
@@ -93,24 +93,16 @@ def build_package(
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
     """Write a copy of each shard without pixels; return the manifest that goes with them."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
-    files = _copy_shards(version, folder, columns)
-    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
-    schema = schema_of(version.manifest | {"columns": columns})
-    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return version.manifest | described | left_out
-
-
-def _copy_shards(version: Version, folder: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Write a copy of some columns of each shard; return the manifest's entries of the files."""
-    files = {}
-    schema = with_features(schema_of(version.manifest | {"columns": columns}))
+    files, schema = {}, schema_of(version.manifest | {"columns": columns})
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
-        with open_writer(folder / name, schema) as writer:
+        with open_writer(folder / name, with_features(schema)) as writer:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
-                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(schema))
+                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(writer.schema))
         files[name] = entry | file_entry(folder / name)
-    return files
+    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
+    return version.manifest | described | left_out
 
 
 def _pack(
@@ -130,7 +122,7 @@ def _pack(
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
             **{f"{name}/{file}": path for name, files in exported.items() for file, path in files.items()},
-            LEDGER_FILE: version.path / LEDGER_FILE,
+            REJECTIONS_FILE: version.path / REJECTIONS_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": json_text(manifest).encode(),
         },

@@ -9,15 +9,15 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.integrity import find_damage
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
-    LEDGER_FILE,
     MANIFEST,
+    REJECTIONS_FILE,
     VERSION_NAME,
     Version,
     dataset_dir_of,
+    dataset_folder,
     parse_version,
     read_version,
 )
@@ -27,7 +27,7 @@ from pipeline.storage.files import read_json, scratch_folder, translate_disk_err
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
-DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, LEDGER_FILE, *(f"{split}-*.parquet" for split in SPLITS)]  # no exports
+DOWNLOAD_PATTERNS = [MANIFEST, CARD_FILE, REJECTIONS_FILE, *(f"{split}-*.parquet" for split in SPLITS)]  # no exports
 
 
 def is_hub_name(text: str) -> bool:
@@ -85,7 +85,7 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
             _require_origin(origin, home)
             if not final.exists():
                 with scratch_folder(final.parent) as draft:
-                    for name in (*remote.manifest["files"], LEDGER_FILE, CARD_FILE, MANIFEST):
+                    for name in (*remote.manifest["files"], REJECTIONS_FILE, CARD_FILE, MANIFEST):
                         download(remote.path / name, draft / name)
                     _check(Version(draft, remote.manifest), str(remote.path), f"compare {remote.path} with what was put there")
                     publish(draft, final)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # which it does not list
 
-from pipeline.dataset.version import CARD_FILE, LEDGER_FILE, parse_version
+from pipeline.dataset.version import CARD_FILE, REJECTIONS_FILE, parse_version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, PushError, one_line
 from pipeline.hub.package import Package, exported_files
@@ -240,7 +240,11 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
     """Compare the checksums of the files on the Hub with their manifest, and return it. Raises PushError if they differ."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
-    files = manifest["files"] | ({LEDGER_FILE: manifest["ledger"]} if "ledger" in manifest else {}) | exported_files(manifest)
+    files = (
+        manifest["files"]
+        | ({REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {})
+        | exported_files(manifest)
+    )
     expected = {name: file["sha256"] for name, file in files.items()}
     actual: dict[str, str] = {}
     for entry in api.get_paths_info(repo, list(expected), repo_type=package.kind, revision=commit):

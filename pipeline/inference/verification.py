@@ -114,7 +114,7 @@ def build_rating(row: dict[str, Any], config: Config, revision: str) -> Request:
 
 
 def read_rating(row: dict[str, Any], config: Config, revision: str, journal: Journal) -> dict[str, int | None]:
-    """Return the marks of an annotation by part of the rubric; all None if the reply is unusable."""
+    """Return the scores of an annotation by part of the rubric; all None if the reply is unusable."""
     fields, error = read_fields(RATE, _last_reply(build_rating(row, config, revision), journal))[0]
     is_usable = not error and not find_broken_rule(RATE, fields)
     return {name: int(fields[name]) if is_usable else None for name in RUBRIC}

@@ -17,7 +17,6 @@ from pipeline.dataset.samples import SampleImages, lists_samples_only
 from pipeline.errors import StoreError
 from pipeline.report.rows import to_pylist
 from pipeline.storage.files import find_rows, open_table
-from pipeline.tables import ADDED_COLUMNS
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
 from pipeline.text.language import FUNCTION_WORDS
@@ -156,9 +155,7 @@ def _read(
     """Yield rows: one in `every`, drawn by lot, or those of which a column has one of the values in `among`."""
     draw = np.random.default_rng(0)  # rows may alternate: each second one could be of one style
     for path in paths:
-        stored = open_table(path).schema_arrow.names
-        there = [name for name in columns if name in stored or name not in ADDED_COLUMNS]
-        for batch in open_table(path, *there).iter_batches(columns=there):
+        for batch in open_table(path, *columns).iter_batches(columns=columns):
             if every > 1:
                 batch = batch.filter(pa.array(draw.random(batch.num_rows) < 1 / every))
             if among is not None:

@@ -1,17 +1,17 @@
 "use strict";
-// Shows what `add` brings, a page at a time, and remembers marks in this browser until they are exported.
+// Shows what `add` brings, a page at a time, and remembers reviews in this browser until they are exported.
 // Text of a model only ever goes into textContent and value.
 
 const PER_PAGE = {images: 48, rejected: 100};
-// Each mark has a key of its own: tabs are processes, and what one of them reads may be a moment old. With all marks under one
+// Each review has a key of its own: tabs are processes, and what one of them reads may be a moment old. With all reviews under one
 // key, a tab would write back what it has not seen yet.
-const STORED = `synth-marks-${report.digest}`, OF_ONE = `${STORED} `;
+const OF_ONE = `synth-reviews-${report.digest} `;
 const REASONS = {not_true: "not true of the image", unclear: "unclear or badly worded", trivial: "says nothing of worth",
   private: "private or offensive", other: "another reason"};
 const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
 const lists = {};
-const marks = new Map(), pictures = new Map(); // by the name of a text; of images, by their id
-let kept = true; // whether this browser remembers marks
+const reviews = new Map(), pictures = new Map(); // by the name of a text; of images, by their id
+let kept = true; // whether this browser remembers reviews
 
 function add(kind, items) {
   if (kind === "images") for (const item of items) pictures.set(item.id, item.images[0]);
@@ -41,7 +41,7 @@ class List {
     this.items.push(...items);
     for (const [name, values] of Object.entries(this.filters)) {
       const select = this.select(name), known = new Set([...select.options].map(option => option.value));
-      const found = name === "mark" ? [] : new Set(items.flatMap(values));
+      const found = name === "review" ? [] : new Set(items.flatMap(values));
       for (const value of [...found].filter(value => !known.has(value)).sort()) select.add(new Option(value, value));
       select.parentElement.hidden = name === "folder" && select.options.length < 3; // all, and one folder
     }
@@ -146,15 +146,15 @@ function enlarge(source, alt, boxes, size) {
 
 function drawText(row, text) {
   const item = element("li", {tabIndex: -1});
-  item.mark = kind => mark(row, text, kind, item);
+  item.review = kind => review(row, text, kind, item);
   item.update = () => item.querySelector("form") || fill(item, row, text);
   return fill(item, row, text);
 }
 
 /** Put a text and what was said of it into its list item. */
 function fill(item, row, text) {
-  const made = marks.get(nameOf(row, text));
-  const now = made && made.mark === "edited" ? {...text, ...made} : text;
+  const made = reviews.get(nameOf(row, text));
+  const now = made && made.verdict === "edited" ? {...text, ...made} : text;
   const words = now.text !== undefined || now.value !== undefined
     ? [element("p", {textContent: now.text ?? now.value})]
     : [element("p", {textContent: now.question}), element("p", {className: "answer", textContent: now.answer})];
@@ -163,13 +163,13 @@ function fill(item, row, text) {
   if (text.scores && now === text) words.push(element("p", {className: "style", textContent: scoresOf(text)}));
   const buttons = Object.entries({good: "Good", bad: "Bad", edited: "Edit"}).map(([kind, label]) => {
     const button = element("button", {type: "button", textContent: label, disabled: kind === "edited" && isFixed(text)});
-    button.setAttribute("aria-pressed", String(Boolean(made) && made.mark === kind));
-    button.addEventListener("click", () => mark(row, text, kind, item));
+    button.setAttribute("aria-pressed", String(Boolean(made) && made.verdict === kind));
+    button.addEventListener("click", () => review(row, text, kind, item));
     return button;
   });
-  item.className = made ? made.mark : "";
-  const head = element("div", {className: "marks"}, element("span", {className: "style", textContent: text.kind}), ...buttons);
-  item.replaceChildren(head, ...words, ...(made && made.mark === "bad" ? [element("div", {className: "marks"}, ...why(nameOf(row, text)))] : []));
+  item.className = made ? made.verdict : "";
+  const head = element("div", {className: "review"}, element("span", {className: "style", textContent: text.kind}), ...buttons);
+  item.replaceChildren(head, ...words, ...(made && made.verdict === "bad" ? [element("div", {className: "review"}, ...why(nameOf(row, text)))] : []));
   return item;
 }
 
@@ -188,7 +188,7 @@ function lowest(row, name) {
 
 /** The reason of a bad text, and a note. */
 function why(name) {
-  const made = marks.get(name);
+  const made = reviews.get(name);
   const select = element("select", {}, ...report.reasons.map(reason => new Option(REASONS[reason] || reason, reason)));
   select.setAttribute("aria-label", "Why it is bad");
   select.value = made.reason;
@@ -199,13 +199,13 @@ function why(name) {
   return [select, note];
 }
 
-/** Mark a text, or take the same mark back. */
-function mark(row, text, kind, item) {
-  const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, mark: kind};
+/** Review a text, or take the same review back. */
+function review(row, text, kind, item) {
+  const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, verdict: kind};
   if (kind === "edited") return isFixed(text) ? undefined : edit(row, text, item, about);
   const made = kind === "bad" ? {...about, reason: report.reasons[0]} : about;
-  if (marks.get(name)?.mark === "edited" && !confirm("This takes back the words that you gave to this text. Go on?")) return undefined;
-  change(name, now => now?.mark === kind ? null : made);
+  if (reviews.get(name)?.verdict === "edited" && !confirm("This takes back the words that you gave to this text. Go on?")) return undefined;
+  change(name, now => now?.verdict === kind ? null : made);
   fill(item, row, text);
   item.focus();
   return undefined;
@@ -213,7 +213,7 @@ function mark(row, text, kind, item) {
 
 /** Put fields for the new words in place of a text; saving the words as they were takes an edit back. */
 function edit(row, text, item, about) {
-  const name = nameOf(row, text), words = {...text, ...text.raw}, now = {...words, ...marks.get(name)};
+  const name = nameOf(row, text), words = {...text, ...text.raw}, now = {...words, ...reviews.get(name)};
   const names = FIELDS.filter(name => words[name] !== undefined);
   const fields = names.map(name => {
     const field = element("textarea", {value: String(now[name]), rows: name === "text" ? 4 : 2});
@@ -225,7 +225,7 @@ function edit(row, text, item, about) {
   const save = element("button", {type: "submit", textContent: "Save"});
   const cancel = element("button", {type: "button", textContent: "Cancel"});
   const note = element("output", {className: "soft"});
-  const form = element("form", {className: "edit"}, ...fields, element("div", {className: "marks"}, save, cancel, note));
+  const form = element("form", {className: "edit"}, ...fields, element("div", {className: "review"}, save, cancel, note));
   cancel.addEventListener("click", done);
   const isChanged = () => fields.some((field, at) => tidy(field.value) !== tidy(now[names[at]]));
   form.addEventListener("keydown", event => {
@@ -250,60 +250,56 @@ function edit(row, text, item, about) {
 
 function nameOf(row, text) { return `${row.id} ${text.content}`; }
 
-function markOf(row) { return row.texts.map(text => marks.get(nameOf(row, text))?.mark || "not marked"); }
+function verdictsOf(row) { return row.texts.map(text => reviews.get(nameOf(row, text))?.verdict || "not reviewed"); }
 
-/** Take what this browser remembers: another tab may have marked something since. */
+/** Take what this browser remembers: another tab may have reviewed something since. */
 function recall() {
   if (!kept) return;
   const known = new Map();
   try {
-    for (const [name, made] of JSON.parse(localStorage.getItem(STORED) || "[]")) { // of an earlier release: all in one
-      if (localStorage.getItem(OF_ONE + name) === null) localStorage.setItem(OF_ONE + name, JSON.stringify(made));
-    }
-    localStorage.removeItem(STORED);
-    for (const key of keysOfMarks()) known.set(key.slice(OF_ONE.length), JSON.parse(localStorage.getItem(key)));
+    for (const key of keysOfReviews()) known.set(key.slice(OF_ONE.length), JSON.parse(localStorage.getItem(key)));
   } catch { kept = false; return; }
-  marks.clear();
-  for (const [name, made] of known) if (made) marks.set(name, made);
+  reviews.clear();
+  for (const [name, made] of known) if (made) reviews.set(name, made);
 }
 
-function keysOfMarks() {
+function keysOfReviews() {
   return Array.from({length: localStorage.length}, (_, at) => localStorage.key(at)).filter(key => key.startsWith(OF_ONE));
 }
 
-/** Put what `become` makes of a mark in its place; null takes it away. */
+/** Put what `become` makes of a review in its place; null takes it away. */
 function change(name, become) {
   recall();
-  const made = become(marks.get(name));
-  if (made) marks.set(name, made);
-  else marks.delete(name);
+  const made = become(reviews.get(name));
+  if (made) reviews.set(name, made);
+  else reviews.delete(name);
   store(name);
 }
 
-/** Write one mark, or that it is gone, to what this browser remembers. */
+/** Write one review, or that it is gone, to what this browser remembers. */
 function store(name) {
-  const made = marks.get(name);
+  const made = reviews.get(name);
   try {
     if (made) localStorage.setItem(OF_ONE + name, JSON.stringify(made));
     else localStorage.removeItem(OF_ONE + name);
   } catch { kept = false; }
-  if (!kept) window.onbeforeunload = () => marks.size ? "" : undefined;
+  if (!kept) window.onbeforeunload = () => reviews.size ? "" : undefined;
   count();
 }
 
 function count() {
   const counts = {good: 0, bad: 0, edited: 0};
-  for (const made of marks.values()) counts[made.mark] += 1;
-  document.getElementById("marked").textContent = marks.size ? `${counts.good} good, ${counts.bad} bad, ${counts.edited} edited` : "nothing marked yet";
-  document.getElementById("export").disabled = document.getElementById("forget").disabled = !marks.size;
+  for (const made of reviews.values()) counts[made.verdict] += 1;
+  document.getElementById("reviewed").textContent = reviews.size ? `${counts.good} good, ${counts.bad} bad, ${counts.edited} edited` : "nothing reviewed yet";
+  document.getElementById("export").disabled = document.getElementById("forget").disabled = !reviews.size;
 }
 
-function exportMarks() {
-  const lines = [...marks.values()].map(made => JSON.stringify(made) + "\n");
-  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `marks-${report.version}.jsonl`});
+function exportReviews() {
+  const lines = [...reviews.values()].map(made => JSON.stringify(made) + "\n");
+  const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `reviews-${report.version}.jsonl`});
   link.click();
   URL.revokeObjectURL(link.href);
-  document.getElementById("marked").textContent = `exported; apply them with: synth review apply ${link.download}`;
+  document.getElementById("reviewed").textContent = `exported; apply them with: synth review apply ${link.download}`;
 }
 
 function drawRejected(row) {
@@ -332,7 +328,7 @@ function step(by) {
 
 const KEYS = {
   j: () => step(1), k: () => step(-1), n: () => lists.images.turn(1), p: () => lists.images.turn(-1),
-  g: item => item?.mark("good"), b: item => item?.mark("bad"), e: item => item?.mark("edited"),
+  g: item => item?.review("good"), b: item => item?.review("bad"), e: item => item?.review("edited"),
   o: item => item?.closest("article").querySelector(".picture")?.click(),
   "/": () => lists.images.search.focus(), "?": () => document.getElementById("keys").showModal(),
 };
@@ -343,41 +339,41 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
   KEYS[event.key](document.activeElement.closest(".texts > li"));
 });
-document.getElementById("export").addEventListener("click", exportMarks);
+document.getElementById("export").addEventListener("click", exportReviews);
 document.getElementById("forget").addEventListener("click", () => {
-  if (!confirm("Forget all marks that were made here?")) return;
-  try { for (const key of keysOfMarks()) localStorage.removeItem(key); } catch { kept = false; }
-  marks.clear();
+  if (!confirm("Forget all reviews that were made here?")) return;
+  try { for (const key of keysOfReviews()) localStorage.removeItem(key); } catch { kept = false; }
+  reviews.clear();
   count();
   lists.images.shown = null;
   lists.images.show();
 });
 document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
-/** Show what was marked in other tabs. */
+/** Show what was reviewed in other tabs. */
 function refresh() {
   count();
   for (const item of document.querySelectorAll("#images .texts > li")) item.update();
 }
 
 window.addEventListener("focus", () => { // a tab that has just opened may miss an event
-  const before = JSON.stringify([...marks]);
+  const before = JSON.stringify([...reviews]);
   recall();
-  if (JSON.stringify([...marks]) !== before) refresh(); // else a click that brings the tab to the front would lose its button
+  if (JSON.stringify([...reviews]) !== before) refresh(); // else a click that brings the tab to the front would lose its button
 });
 window.addEventListener("storage", event => {
-  if (event.key !== null && !event.key.startsWith(STORED)) return;
+  if (event.key !== null && !event.key.startsWith(OF_ONE)) return;
   recall();
-  if (event.key?.startsWith(OF_ONE)) { // what the event says is newer than what may be read here
+  if (event.key !== null) { // what the event says is newer than what may be read here
     const name = event.key.slice(OF_ONE.length);
-    if (event.newValue) marks.set(name, JSON.parse(event.newValue));
-    else marks.delete(name);
+    if (event.newValue) reviews.set(name, JSON.parse(event.newValue));
+    else reviews.delete(name);
   }
   refresh();
 });
 
 lists.images = new List("images",
-  {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), mark: markOf}, drawImage,
+  {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), review: verdictsOf}, drawImage,
   row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => [...FIELDS, "value"].map(name => text[name] ?? ""))], lowest);
 lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
 recall();

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import UNKNOWN
-from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QUESTION, SPLIT
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
@@ -30,7 +28,8 @@ from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, p
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.row_texts import captions_of_people, describe_by_model, questions_of_people, read_split, texts_by_model
 from pipeline.sources.text_tables import decode_text
-from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
+from pipeline.tables import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QUESTION, SPLIT
+from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once

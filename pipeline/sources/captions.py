@@ -25,7 +25,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.text_columns import CAPTIONS, SPLIT
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.sources.base import MAX_METADATA_BYTES
@@ -41,7 +40,7 @@ from pipeline.sources.row_texts import (
 )
 from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import WRITTEN_BY
+from pipeline.tables import CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.text.escape import printable
 from pipeline.types import ReferenceQA
 

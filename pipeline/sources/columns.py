@@ -13,8 +13,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import CONTEXT, Config
-from pipeline.dataset.licenses import UNKNOWN
-from pipeline.dataset.text_columns import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
@@ -24,7 +22,8 @@ from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, group_by_split, is_list, is_text, stored_split
 from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_split, named_columns
-from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
+from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
+from pipeline.types import ALL, UNKNOWN, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role
 NO_COLUMN = "none"  # for the split and the question: a column of that name says something else

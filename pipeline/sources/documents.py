@@ -14,7 +14,6 @@ from math import ceil
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
@@ -34,7 +33,7 @@ from pipeline.sources.local_files import (
 )
 from pipeline.storage.untrusted import TOO_LARGE, UnsafeFileError, open_regular
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlice
 
 FRAME_SECONDS = 5.0  # between frames, unless the settings say otherwise
 MAX_PDF_BYTES = 500_000_000  # it is held in memory

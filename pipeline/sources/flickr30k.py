@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import SPLIT_OF_WORD
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.types import Source, SourceSlice
+from pipeline.types import FLICKR_TERMS, Source, SourceSlice
 
 REPO = "nlphuji/flickr30k"
 KARPATHY_SPLITS = ("train", "validation", "test")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
@@ -34,7 +33,7 @@ from pipeline.sources.references import References, add_caption_files, add_split
 from pipeline.sources.row_texts import describe_by_model
 from pipeline.storage.untrusted import UnsafeFileError, read_with_status
 from pipeline.tables import SPLITS
-from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlice
+from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
 
 
 def open_folder(

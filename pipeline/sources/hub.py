@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from fsspec.utils import glob_translate
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import GATED, UNDECLARED
-from pipeline.dataset.version import LEDGER_FILE
+from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.columns import open_mapped, read_mapping
 from pipeline.sources.parquet import Tables, group_by_split, split_of_path
-from pipeline.types import Source, SourceSlice
+from pipeline.types import GATED, UNDECLARED, Source, SourceSlice
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -149,7 +148,7 @@ def _one_config(repo: str, files: Files, declared: dict[str, Files]) -> Files:
 def _parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
     """Return the Parquet files at a commit, sorted."""
     paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
-    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != LEDGER_FILE]
+    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != REJECTIONS_FILE]
 
 
 def _converted(api: "HfApi", repo: str) -> tuple[str, list[str]]:

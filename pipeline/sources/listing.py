@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import UNKNOWN
-from pipeline.dataset.text_columns import ANSWER_TYPE, ANSWERS, CAPTION_COLUMNS, CAPTIONS, QA, QUESTION, SPLIT
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
@@ -29,8 +27,8 @@ from pipeline.sources.parquet import stored_split
 from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_split
 from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import WRITTEN_BY
-from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
+from pipeline.tables import ANSWER_TYPE, ANSWERS, CAPTION_COLUMNS, CAPTIONS, QA, QUESTION, SPLIT, WRITTEN_BY
+from pipeline.types import ALL, UNKNOWN, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)

@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.text_columns import CAPTION_COLUMNS, QUESTION
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, first_names
 from pipeline.sources.parquet import read_plain_rows
 from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.tables import CAPTION_COLUMNS, QUESTION
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file

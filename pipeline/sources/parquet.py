@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.version import LEDGER_FILE
+from pipeline.dataset.version import REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
@@ -188,10 +188,10 @@ def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Return paths by the split that each names (`split_of_path`), without the ledger of a version that synth has made."""
+    """Return paths by the split that each names (`split_of_path`), without the rejections of a version that synth has made."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
-        if path.rpartition("/")[2] == LEDGER_FILE:
+        if path.rpartition("/")[2] == REJECTIONS_FILE:
             continue
         files.setdefault(split_of_path(path), []).append(path)
     return files

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.text_columns import SPLIT
 from pipeline.errors import SourceError
 from pipeline.sources.base import as_text, first_names
 from pipeline.sources.captions import read_captions
@@ -17,6 +16,7 @@ from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
 from pipeline.sources.row_texts import captions_of_people, most_held_out, questions_of_people, read_split, texts_by_model
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
+from pipeline.tables import SPLIT
 from pipeline.types import ReferenceQA
 
 MAX_CAPTION_FILE_BYTES = 1_000_000

@@ -15,11 +15,11 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
-from pipeline.dataset.licenses import UNKNOWN
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
 from pipeline.sources.parquet import BUFFER_BYTES, Tables, group_by_split
 from pipeline.storage.untrusted import is_hidden
+from pipeline.types import UNKNOWN
 
 # Keys under which stores list a digest or a time of a file. Without any of them, the end of the file is hashed: it holds a
 # Parquet file's sizes and statistics.

@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.dataset.text_columns import (
+from pipeline.sources.parquet import SPLIT_OF_WORD
+from pipeline.tables import (
     ANSWER_TYPE,
     ANSWERS,
+    BY_MODEL,
     CAPTION_COLUMNS,
     CAPTIONS,
     QA,
     QUESTION,
     REFERENCE_QA,
     REFERENCES,
+    SPLIT_RANK,
+    WRITTEN_BY,
 )
-from pipeline.sources.parquet import SPLIT_OF_WORD
-from pipeline.tables import BY_MODEL, SPLIT_RANK, WRITTEN_BY
 from pipeline.types import ReferenceQA
 
 TEXT_KEYS = ("raw", "caption", "text", "answer")  # of an object, in which a text may be

@@ -6,12 +6,11 @@ It is gated, and its license permits internal evaluation only: `push` leaves its
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import NTT_EVALUATION
 from pipeline.sources.base import DECK_TASKS, SourceSpec
 from pipeline.sources.hub import open_hub
 from pipeline.sources.questions import open_questions
 from pipeline.sources.table_rows import named_columns
-from pipeline.types import ReferenceQA, Source, SourceSlice
+from pipeline.types import NTT_EVALUATION, ReferenceQA, Source, SourceSlice
 
 REPO = "NTT-hil-insight/SlideVQA"
 _TEXT_COLUMNS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")

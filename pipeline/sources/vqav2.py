@@ -6,12 +6,11 @@ The questions and answers are CC-BY-4.0, the photos are under the terms of Flick
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.dataset.licenses import FLICKR_TERMS
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.hub import open_hub
 from pipeline.sources.questions import open_questions
 from pipeline.text.vqa_answers import normalize_answer
-from pipeline.types import ReferenceQA, Source, SourceSlice
+from pipeline.types import FLICKR_TERMS, ReferenceQA, Source, SourceSlice
 
 REPO = "lmms-lab/VQAv2"
 _TEXT_COLUMNS = ("image_id", "question", "answers", "answer_type")

@@ -44,7 +44,7 @@ from pipeline.storage.files import (
     write_json,
     write_table,
 )
-from pipeline.tables import current_names, require_columns
+from pipeline.tables import require_columns
 from pipeline.types import Engine
 
 LOOK_ALIKE_ADVICE = {  # by reason: what to change if the images of too many rows look like others
@@ -98,7 +98,7 @@ class AllRows:
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
-        return current_names(open_table(self.files[0]).schema_arrow.names)
+        return list(open_table(self.files[0]).schema_arrow.names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Stage: review. Reject annotations that a person marked as bad, and apply the edits of others.
+"""Stage: review. Reject annotations that a person reviewed as bad, and apply the edits of others.
 
 It is the last stage before a version, so that a review changes its own annotation only.
 """
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
 from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
 from pipeline.storage.database import load
-from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, STRING, with_reason
+from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
 from pipeline.text.normalize import text_key
 from pipeline.text.vqa_answers import normalize_answer
 
@@ -39,8 +39,8 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     unusable = check_edits(reviews, by_name, comparison.plan.config.own_tasks)
     used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
     lost = len(reviews) - len(used)
-    waiting = f"; {lost} fit no text that is there now" if lost else ""
-    comparison.progress.message(f"review: {len(used)} marks apply{waiting}")
+    waiting = f"; {lost} match no text of this run" if lost else ""
+    comparison.progress.message(f"review: {len(used)} reviews apply{waiting}")
     touched = {by_name[name]["pair_id"] for name in used} - {None}
     paired = read_texts(comparison.rows, touched, "pair_id")
     broken = broken_pairs({row["row"]: row for row in [*rows, *paired] if row["pair_id"] in touched}.values(), used)
@@ -51,7 +51,7 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     for row in paired:
         if row["pair_id"] in broken:
             findings.setdefault(row["row"], {"review": None})["is_pair_broken"] = True
-    bad = {name for name, review in reviews.items() if review.mark == "bad"}
+    bad = {name for name, review in reviews.items() if review.verdict == "bad"}
     for row in _with_rejected_texts(comparison.rows, {sample_id for sample_id, _ in bad}):
         if text_name(row | {"clean_text": row[REJECTED_TEXT]}) in bad:  # as it was published once
             findings.setdefault(row["row"], {})["is_rejected_bad"] = True
@@ -82,8 +82,8 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
     for row in rows:
         kept_of_pair = kept[row["pair_id"]]
         review = reviews.get(text_name(row))
-        if review is None or review.mark != "bad":
-            edit = review if review and review.mark == "edited" else None
+        if review is None or review.verdict != "bad":
+            edit = review if review and review.verdict == "edited" else None
             question, answer = ((edit and getattr(edit, name)) or row[f"clean_{name}"] for name in ("question", "answer"))
             kept_of_pair.append((text_key(question), normalize_answer(answer)))
     return {
@@ -94,9 +94,7 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
 
 
 def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
-    """Append the final text of each row (tables.FINAL), and the `reason` of rows that were marked as bad."""
-    if "clean_record" not in table.column_names:  # of an earlier release
-        table = table.append_column("clean_record", pa.nulls(table.num_rows, STRING))
+    """Append the final text of each row (tables.FINAL), and the `reason` of rows that were reviewed as bad."""
     final = {
         f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "record", "prompt_id")
     }
@@ -106,9 +104,9 @@ def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     if table["review"].null_count < table.num_rows:
         rows = columns.to_pylist()
         for n, review in enumerate(table["review"].to_pylist()):
-            if review and review["mark"] == "bad":
-                reasons[n] = f"marked_{review['reason']}"
-            elif review and review["mark"] == "edited":
+            if review and review["verdict"] == "bad":
+                reasons[n] = f"reviewed_{review['reason']}"
+            elif review and review["verdict"] == "edited":
                 rows[n] |= {f"final_{name}": review[name] for name in EDITABLE if review[name] is not None}
                 rows[n]["final_prompt_id"] = REVIEWED
         columns = pa.Table.from_pylist(rows, schema=FINAL)

@@ -4,7 +4,7 @@ How good a caption is, by `select.by`:
 
 consistency   the share of its content words that the others have too, on average: what is made up differs from one to the next
 clip          the cosine of caption and image, as the check `alignment` measures it
-judge         the mean of another model's marks
+judge         the mean of another model's scores
 longest       its length, if the check `claims` confirmed all that it says
 
 Words are compared as sets, by the F1 of two captions. The mean over the others is the choice by minimum Bayes risk of Kumar and
@@ -25,9 +25,13 @@ from pipeline.tasks import find_task
 from pipeline.text.content_keys import content_keys
 
 CANDIDATES = pa.schema(
-    [ROW, *fields(STRING, "sample_id", "task", "style", "clean_text", "words"), *fields(FLOAT64, "alignment", "mark", "length")]
+    [
+        ROW,
+        *fields(STRING, "sample_id", "task", "style", "clean_text", "words"),
+        *fields(FLOAT64, "alignment", "rating", "length"),
+    ]
 )
-_MEASURES = {"clip": "alignment", "judge": "mark", "longest": "length", "consistency": "agreed"}
+_MEASURES = {"clip": "alignment", "judge": "rating", "longest": "length", "consistency": "agreed"}
 QUERY = """
 WITH worded AS (
     SELECT *, list_sort(list_distinct(string_split(words, ' '))) AS bag FROM candidates
@@ -63,28 +67,28 @@ def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
     available = rows.columns()
-    marks = [name for name in RUBRIC if name in available]
-    columns = ("sample_id", "task", "style", "prompt_id", "clean_text", "word_count", "alignment", "agreement", *marks)
+    scores = [name for name in RUBRIC if name in available]
+    columns = ("sample_id", "task", "style", "prompt_id", "clean_text", "word_count", "alignment", "agreement", *scores)
     for table in rows.batches(*columns):
         is_candidate = pc.and_(pc.is_in(table["task"], pa.array(sampled, STRING)), pc.not_equal(table["prompt_id"], HUMAN))
         table = table.filter(pc.and_(pc.is_valid(table["clean_text"]), is_candidate))
         words = content_keys(table["clean_text"].combine_chunks())
         is_confirmed = pc.fill_null(pc.equal(table["agreement"].cast(FLOAT64), 1.0), False)
         length = pc.if_else(is_confirmed, table["word_count"].cast(FLOAT64), None)
-        computed = {"words": words, "length": length, "mark": _mean_mark(table)}
+        computed = {"words": words, "length": length, "rating": _mean_score(table)}
         yield pa.table(
             {name: computed.get(name, table[name] if name in table.column_names else None) for name in CANDIDATES.names}
         )
 
 
-def _mean_mark(table: pa.Table) -> pa.Array:
-    marks = [table[name].cast(FLOAT64) for name in RUBRIC if name in table.column_names]
-    if not marks:
+def _mean_score(table: pa.Table) -> pa.Array:
+    scores = [table[name].cast(FLOAT64) for name in RUBRIC if name in table.column_names]
+    if not scores:
         return pa.nulls(table.num_rows, FLOAT64)
-    total = marks[0]
-    for mark in marks[1:]:
-        total = pc.add(total, mark)
-    return pc.divide(total, float(len(marks))).combine_chunks()
+    total = scores[0]
+    for score in scores[1:]:
+        total = pc.add(total, score)
+    return pc.divide(total, float(len(scores))).combine_chunks()
 
 
 STAGE = Stage(

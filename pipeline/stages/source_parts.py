@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.dataset.samples import IS_COPY
 from pipeline.digests import file_digest
@@ -107,7 +106,7 @@ class SourceParts:
                 if holding is None or any(
                     sample_id in holding for sample_id in file.read_row_group(group, ["sample_id"])["sample_id"].to_pylist()
                 ):
-                    yield _read_group(file, group, columns)
+                    yield file.read_row_group(group, columns=columns)
 
     def forget(self) -> None:
         """Remove the parts."""
@@ -139,15 +138,6 @@ def key_of_parts(folder: Path) -> str | None:
         return str(read_json(folder / "00000.json")["key"])
     except (OSError, ValueError, LookupError, TypeError, SynthError):
         return None
-
-
-def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
-    """Return the columns of a row group; earlier releases did not count the pages of a sample."""
-    if NUM_PAGES in file.schema_arrow.names or NUM_PAGES not in columns:
-        return file.read_row_group(group, columns=list(columns))
-    pages = pc.list_value_length(file.read_row_group(group, ["images"])["images"])
-    table = file.read_row_group(group, columns=[name for name in columns if name != NUM_PAGES])
-    return table.append_column(PART.field(NUM_PAGES), pages).select(columns)
 
 
 def without_copies(samples: pa.Table, most_rows: int | None = None) -> pa.Table:

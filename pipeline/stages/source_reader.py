@@ -149,9 +149,8 @@ class SourceReader:
             is_all = not result["has_more"] and (result["limit"] is None or result["images"] < result["limit"])
             if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
                 return None
-            states = self._earlier.get("states", {})  # earlier releases kept none
-            files = self._earlier["files"]
-            if not all(self._is_unchanged(name, sha256, states.get(name)) for name, sha256 in files.items()):
+            files, states = self._earlier["files"], self._earlier["states"]
+            if not all(self._is_unchanged(name, sha256, states[name]) for name, sha256 in files.items()):
                 return None
             if find_samples_without_images(self.dataset):
                 return None

@@ -70,9 +70,7 @@ def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services)
     """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
     with AnnotationChecker(shard, plan, services) as checker:
         for table in _whole_samples(read_batches(path)):
-            columns = [name for name in COLUMNS if name in table.column_names]  # earlier releases wrote fewer
-            rows = [dict.fromkeys(COLUMNS) | row for row in table.select(columns).to_pylist()]
-            yield add_results(table, checker.ask_all_checks(rows))
+            yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
 
 
 def _whole_samples(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -1,7 +1,7 @@
 """Stage: version. Write the rows of every shard, and publish them as one immutable version."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -11,18 +11,18 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.directory import OUTPUTS, DatasetDir
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.rejections import list_rejections, read_rejections
 from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
+from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
 from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
-from pipeline.tables import LEDGER, NO_EXTRAS, SPLITS, STRING, Extras, fields
+from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
 
 NAME = "version"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
@@ -63,10 +63,29 @@ def write_rows(
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
     write_table(shard.stage(NAME, "rejected"), [rejected], REJECTED)
     rejections = [*read_rejections(shard, stages), list_rejections(NAME, rejected)]
-    write_table(shard.stage(NAME, "rejections"), rejections, LEDGER)
+    write_table(shard.stage(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.stage(NAME, "digests"), rows.digests, DIGESTS)
     return WrittenRows(
         path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
+    )
+
+
+def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Table]:
+    """Yield what the stages of a shard rejected (tables.REJECTIONS), in order."""
+    for stage in stages:
+        for table in read_batches(require_file(shard.stage(stage, "rejected"))):
+            yield list_rejections(stage, table)
+
+
+def list_rejections(stage: str, table: pa.Table) -> pa.Table:
+    """Return the rejections (tables.REJECTIONS) of the rows that a stage rejected.
+
+    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
+    The text itself may be the reason of the rejection, and is left out.
+    """
+    digests = ((row, annotation_digest(row) if "task" in row else None) for row in table.to_pylist())
+    return pa.Table.from_pylist(
+        [row | {"stage": stage, "content_digest": digest} for row, digest in digests], schema=REJECTIONS
     )
 
 
@@ -127,14 +146,14 @@ def summarize_version(rows: int, without_annotation: int) -> StageSummary:
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
-    """Return how many annotations were reviewed, by mark; nothing where none was."""
+    """Return how many annotations were reviewed, by verdict; nothing where none was."""
     counts: Counter[str] = Counter()
     for shard in shards:
         for which in OUTPUTS:
             for table in read_batches(shard.stage("review", which), ["review"]):
                 if table["review"].null_count < table.num_rows:
-                    counts.update(review["mark"] for review in table["review"].to_pylist() if review)
-    return {mark: counts[mark] for mark in ("good", "bad", "edited")} if counts else {}
+                    counts.update(review["verdict"] for review in table["review"].to_pylist() if review)
+    return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError, TableError
 from pipeline.storage.object_store import arrow_location, is_remote, move_all, remove_folder, translate_store_errors, upload
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import ADDED_COLUMNS, PIXELS, current_names, old_name
+from pipeline.tables import PIXELS
 
 log = logging.getLogger(__name__)
 _DISK_ERRORS = {
@@ -47,6 +47,7 @@ _DISK_ERRORS = {
     errno.ENFILE: ("too many files are open on this machine", "end other programs, then run the same command"),
     errno.EBUSY: ("another program holds the file", "close it, then run the same command"),
     errno.ENAMETOOLONG: ("the name is too long", "choose another folder: --out DIR"),
+    errno.EXDEV: ("it lies on two file systems", "copy the dataset folder, and use the copy"),
     errno.ELOOP: ("a link leads to itself", "remove it"),
 }
 _DISK_ONLY_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # that no object store raises
@@ -165,27 +166,18 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of a stage's file in batches, under current column names; at least one table, which may be empty."""
+    """Yield the rows of a stage's file in batches; at least one table, which may be empty."""
     file = open_table(path)
     stored = file.schema_arrow.names
-    names = stored if columns is None else [old_name(name, stored) for name in columns]
-    added = [name for name in names if name not in stored and name in ADDED_COLUMNS]
-    names = [name for name in names if name not in added]
+    names = stored if columns is None else [*columns]
     if missing := sorted(set(names) - set(stored)):
         raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
-
-    def current(table: pa.Table) -> pa.Table:
-        table = table.select(names).rename_columns(current_names(names))
-        for name in added:
-            table = table.append_column(name, pa.nulls(table.num_rows, ADDED_COLUMNS[name]))
-        return table
-
     is_empty = True
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
         is_empty = False
-        yield current(pa.Table.from_batches([batch]))
+        yield pa.Table.from_batches([batch]).select(names)
     if is_empty:
-        yield current(file.schema_arrow.empty_table())
+        yield file.schema_arrow.empty_table().select(names)
 
 
 def find_rows(file: pq.ParquetFile, columns: Sequence[str], sample_ids: Collection[str]) -> Iterator[pa.Table]:

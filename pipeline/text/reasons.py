@@ -71,10 +71,10 @@ SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that are answered right from the caption alone",
     "shared_words": "share of the caption's content words that a caption of the source has too",
-    "relevance": "mark of another model, 1 to 5: it is about what matters in the image",
-    "grounding": "mark of another model, 1 to 5: all of it can be seen",
-    "correctness": "mark of another model, 1 to 5: things, numbers, colors, places and actions are right",
-    "form": "mark of another model, 1 to 5: clear, complete, in good language",
+    "relevance": "score of another model, 1 to 5: it is about what matters in the image",
+    "grounding": "score of another model, 1 to 5: all of it can be seen",
+    "correctness": "score of another model, 1 to 5: things, numbers, colors, places and actions are right",
+    "form": "score of another model, 1 to 5: clear, complete, in good language",
 }
 
 

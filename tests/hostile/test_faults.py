@@ -113,9 +113,9 @@ def test_report_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -
 def test_review_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> None:
     row = pq.read_table(made / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0]
     sample_id, content = text_name(row)
-    marks = tmp_path / "marks.jsonl"
-    marks.write_text(json.dumps({"sample_id": sample_id, "content": content, "mark": "bad", "reason": "not_true"}) + "\n")
-    arguments = ("review", "apply", str(marks), "--data", "data")
+    reviews = tmp_path / "reviews.jsonl"
+    reviews.write_text(json.dumps({"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}) + "\n")
+    arguments = ("review", "apply", str(reviews), "--data", "data")
     reviewed = tmp_path / "reviewed"
     shutil.copytree(made, reviewed)
     assert run(reviewed, *arguments).code == 0

@@ -31,7 +31,7 @@ def chat() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="module")
 def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished dataset, and marks for it."""
+    """A folder with a finished dataset, and reviews for it."""
     home = tmp_path_factory.mktemp("together")
     (home / "photos").mkdir()
     for number in range(12):
@@ -40,8 +40,8 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (home / "data" / "versions").exists(), done
     row = pq.read_table(home / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0]
     sample_id, content = text_name(row)
-    mark = {"sample_id": sample_id, "content": content, "mark": "good"}
-    (home / "marks.jsonl").write_text(json.dumps(mark) + "\n")
+    review = {"sample_id": sample_id, "content": content, "verdict": "good"}
+    (home / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return home
 
 
@@ -55,7 +55,7 @@ def commands(chat: ChatServer) -> dict[str, tuple[str, ...]]:
         "check": ("check", "data"),
         "repair": ("check", "data", "--repair"),
         "report": ("report", "data"),
-        "review": ("review", "apply", "marks.jsonl", "--data", "data"),
+        "review": ("review", "apply", "reviews.jsonl", "--data", "data"),
         "versions": ("versions", "data"),
         "push": ("push", "data", "--repo", "me/x", "--dry-run"),
     }

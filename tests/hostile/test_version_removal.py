@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, read_tags, write_tags
 from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.names import read_tags, write_tags
 from pipeline.dataset.removal import REMOVING
 from tests.hostile import part_of
 from tests.hostile.faults import KILLED, chosen, run

@@ -110,7 +110,7 @@ DAMAGES: dict[str, Damage] = {
         )
         for kind, value in (("null", None), ("a number", 7), ("a text", "x"), ("a list", [[1]]), ("a map", {"x": {"y": 1}}))
     },
-    "a ledger that is null": manifest(lambda m: m.update(ledger=None)),
+    "a rejections that is null": manifest(lambda m: m.update(rejections=None)),
     "a license that is null": manifest(lambda m: m.update(license=None)),
     "measures that are numbers": manifest(lambda m: m.update(measured={"captions": {"brief": 5}})),
     "measures that are lists": manifest(lambda m: m.update(measured={"true_captions": [1], "answers": [2]})),
@@ -136,8 +136,8 @@ DAMAGES: dict[str, Damage] = {
     "a shard that is a pipe": pipe("train-00000.parquet"),
     "a shard that is a private file": link("train-00000.parquet", "/etc/passwd"),
     "a shard that is the environment": link("train-00000.parquet", "/proc/self/environ"),
-    "a ledger that is a device": link("ledger.parquet", "/dev/zero"),
-    "a ledger that is a private file": link("ledger.parquet", "/etc/passwd"),
+    "a rejections that is a device": link("rejections.parquet", "/dev/zero"),
+    "a rejections that is a private file": link("rejections.parquet", "/etc/passwd"),
     "a shard of other columns": rows(lambda t: pa.table({"evil": [1]})),
     "a shard without images": rows(lambda t: t.drop_columns(["image"])),
     "an empty shard": rows(lambda t: t.slice(0, 0)),

@@ -1,7 +1,6 @@
 """Check: every kind of damage in a dataset folder is found, and what is said to do about it helps."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,14 +74,6 @@ def test_a_sound_folder_is_sound(dataset: DatasetDir) -> None:
     assert [result for result in checked if not result.is_ok] == []
     names = " ".join(result.what for result in checked)
     assert all(part in names for part in ("local.sqlite", "stages/source", "stages/review", "run.json", "versions/v1.0.0"))
-
-
-def test_of_a_version_with_other_columns_no_digest_of_rows_is_claimed(dataset: DatasetDir) -> None:
-    manifest = dataset.version().path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"table_version": 1}))
-    (checked,) = [result for result in check_dataset(dataset) if "versions/" in result.what]
-    assert checked.is_ok
-    assert checked.found.endswith("as its manifest says; an earlier release computed the digest of its rows")
 
 
 @pytest.mark.parametrize("name", DAMAGES)

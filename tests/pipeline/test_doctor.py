@@ -105,13 +105,6 @@ def test_modules_of_somebody_else_are_named(monkeypatch: pytest.MonkeyPatch, tmp
     assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in first.found
 
 
-@pytest.mark.parametrize(("shares", "said"), [(True, "other texts share their pixels"), (False, "cannot share their pixels")])
-def test_whether_versions_share_pixels_is_told(monkeypatch: pytest.MonkeyPatch, *, shares: bool, said: str) -> None:
-    monkeypatch.setattr(doctor, "can_clone_ranges", lambda folder: shares)
-    (disk,) = [finding for finding in doctor.examine() if finding.what == "disk"]
-    assert said in disk.found
-
-
 def test_a_folder_that_is_gone_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -55,8 +55,10 @@ def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
     rows = [
         {"sample_id": str(n), "image": {"bytes": data, "path": None}} for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
-    manifest = {"version": "v1.0.0", "table_version": 1, "columns": ["sample_id", "image"], "files": {"test-00000.parquet": {}}}
+    schema = pa.schema({"sample_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
+    manifest = {"version": "v1.0.0", "columns": ["sample_id", "image"], "files": {"test-00000.parquet": {}}}
     version = Version(tmp_path, manifest)
     assert read(map_images(version, "test")) == {"0": b"abc", "1": b"abc", "2": b"", "3": b"xabc"}
 
@@ -106,7 +108,7 @@ def test_a_start_reads_ids_and_no_images(tmp_path: Path) -> None:
             ids = [f"{n:04d}" for n in range(first, first + group_rows)]
             images = [{"bytes": os.urandom(image_bytes), "path": None} for _ in ids]
             writer.write_table(pa.table([ids, images], schema=schema))
-    manifest = {"version": "v1.0.0", "table_version": 1, "columns": schema.names, "files": {shard.name: {}}}
+    manifest = {"version": "v1.0.0", "columns": schema.names, "files": {shard.name: {}}}
     before = resident_bytes()
     mapped = map_images(Version(tmp_path, manifest), "test")
     assert len(mapped) == rows

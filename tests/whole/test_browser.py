@@ -148,23 +148,23 @@ def test_pages_are_turned_with_buttons_and_keys(page: Page) -> None:
     assert page.locator("#images article code").first.inner_text() == first
 
 
-def test_texts_are_marked_with_keys_alone_and_marks_outlive_the_page(page: Page) -> None:
+def test_texts_are_reviewed_with_keys_alone_and_reviews_outlive_the_page(page: Page) -> None:
     page.keyboard.press("j")
     page.keyboard.press("g")
     page.keyboard.press("j")
     page.keyboard.press("b")
     page.keyboard.press("k")
     expect(text_of(page, 0)).to_be_focused()
-    expect(page.locator("#marked")).to_have_text("1 good, 1 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("1 good, 1 bad, 0 edited")
     page.get_by_label("Why it is bad").select_option("unclear")
     page.reload()
-    expect(page.locator("#marked")).to_have_text("1 good, 1 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("1 good, 1 bad, 0 edited")
     expect(text_of(page, 0).get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
     assert page.get_by_label("Why it is bad").input_value() == "unclear"
-    page.get_by_label("Mark").select_option("bad")
+    page.get_by_label("Review").select_option("bad")
     assert result_count(page).startswith("1 to 1 of 1 found")
     text_of(page, 1).get_by_role("button", name="Bad").click()  # a second click removes the review
-    expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
 def test_an_edit_is_shown_and_can_be_left_or_taken_back(page: Page) -> None:
@@ -186,7 +186,7 @@ def test_an_edit_is_shown_and_can_be_left_or_taken_back(page: Page) -> None:
     page.keyboard.press("e")
     page.get_by_label("text", exact=True).fill(before)
     page.get_by_role("button", name="Save").click()
-    expect(page.locator("#marked")).to_have_text("nothing marked yet")
+    expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")
 
 
 def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: Path) -> None:
@@ -199,15 +199,15 @@ def test_an_edit_begins_with_what_the_text_really_says(opened: Open, tmp_path: P
     text_of(page).get_by_role("button", name="Edit").click()
     assert page.get_by_label("text", exact=True).input_value() == "A ring\nbelow a dot."
     page.get_by_role("button", name="Save").click()
-    expect(page.locator("#marked")).to_have_text("nothing marked yet")  # nothing was changed
+    expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")  # nothing was changed
     text_of(page, 1).get_by_role("button", name="Edit").click()
     field = page.get_by_label("text", exact=True)
     field.fill(field.input_value().replace("ring", "dot"))
     page.get_by_role("button", name="Save").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export marks").click()
-    download.value.save_as(tmp_path / "marks.jsonl")
-    (review,) = read_reviews(tmp_path / "marks.jsonl")
+        page.get_by_role("button", name="Export reviews").click()
+    download.value.save_as(tmp_path / "reviews.jsonl")
+    (review,) = read_reviews(tmp_path / "reviews.jsonl")
     assert review.text == "A \u202ereal\u202c dot."
 
 
@@ -218,67 +218,51 @@ def test_words_that_somebody_gave_are_not_taken_back_without_asking(page: Page) 
     answers = iter([False, True])
     page.on("dialog", lambda dialog: dialog.accept() if next(answers) else dialog.dismiss())
     page.keyboard.press("g")
-    expect(page.locator("#marked")).to_have_text("0 good, 0 bad, 1 edited")
+    expect(page.locator("#reviewed")).to_have_text("0 good, 0 bad, 1 edited")
     assert text_of(page).locator("p").inner_text() == "Something else."
     page.keyboard.press("g")
-    expect(page.locator("#marked")).to_have_text("1 good, 0 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("1 good, 0 bad, 0 edited")
 
 
-def test_two_tabs_mark_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
+def test_two_tabs_review_the_same_report_and_lose_nothing(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     second_tab.evaluate("localStorage.setItem('ready', 1)")
     wait_until(page, "localStorage.getItem('ready') !== null")  # only now is the second tab told what the first one writes
     text_of(page, 0).get_by_role("button", name="Bad").click()
-    expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(second_tab.locator("#reviewed")).to_have_text("0 good, 1 bad, 0 edited")
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
     text_of(second_tab, 1).get_by_role("button", name="Good").click()
     second_tab.get_by_label("Note").fill("no ring")
     text_of(page, 2).get_by_role("button", name="Good").click()
     page.reload()
-    expect(page.locator("#marked")).to_have_text("2 good, 1 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("2 good, 1 bad, 0 edited")
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
-def test_a_tab_that_missed_what_another_marked_shows_it_when_somebody_comes_to_it(page: Page, dataset: Version) -> None:
+def test_a_tab_that_missed_what_another_reviewed_shows_it_when_somebody_comes_to_it(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.add_init_script("window.addEventListener('storage', event => event.stopImmediatePropagation(), true)")
     second_tab.goto(page.url)
     text_of(page, 0).get_by_role("button", name="Bad").click()
     wait_until(second_tab, "Object.keys(localStorage).some(key => key.includes(' '))")
-    assert second_tab.locator("#marked").inner_text() == "nothing marked yet"
+    assert second_tab.locator("#reviewed").inner_text() == "nothing reviewed yet"
     second_tab.evaluate("window.dispatchEvent(new Event('focus'))")
-    expect(second_tab.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(second_tab.locator("#reviewed")).to_have_text("0 good, 1 bad, 0 edited")
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
 
 
-def test_two_tabs_that_mark_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
+def test_two_tabs_that_review_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
-    press = (
-        "([first, end]) => [...document.querySelectorAll('#images .texts > li')].slice(first, end).forEach(i => i.mark('good'))"
-    )
+    items = "[...document.querySelectorAll('#images .texts > li')]"
+    press = f"([first, end]) => {items}.slice(first, end).forEach(i => i.review('good'))"
     for first in range(0, 40, 4):  # no tab waits for what the other has written
         page.evaluate(press, [first, first + 2])
         second_tab.evaluate(press, [first + 2, first + 4])
     page.reload()
-    expect(page.locator("#marked")).to_have_text("40 good, 0 bad, 0 edited")
-    expect(second_tab.locator("#marked")).to_have_text("40 good, 0 bad, 0 edited")
-
-
-def test_marks_of_an_earlier_release_stay(page: Page, dataset: Version) -> None:
-    text_of(page, 0).get_by_role("button", name="Bad").click()
-    page.evaluate(
-        """() => {
-            const key = Object.keys(localStorage).find(key => key.includes(" "));
-            const [stored, ...name] = key.split(" ");
-            const mark = JSON.parse(localStorage.getItem(key));
-            localStorage.clear();
-            localStorage.setItem(stored, JSON.stringify([[name.join(" "), mark]]));
-        }"""
-    )
-    page.reload()
-    expect(page.locator("#marked")).to_have_text("0 good, 1 bad, 0 edited")
+    expect(page.locator("#reviewed")).to_have_text("40 good, 0 bad, 0 edited")
+    expect(second_tab.locator("#reviewed")).to_have_text("40 good, 0 bad, 0 edited")
 
 
 def test_the_search_covers_texts_and_not_image_data(page: Page) -> None:
@@ -293,7 +277,7 @@ def test_keys_do_nothing_while_somebody_types(page: Page) -> None:
     page.keyboard.press("/")
     page.keyboard.type("gbn")
     assert page.get_by_label("Search texts").input_value() == "gbn"
-    expect(page.locator("#marked")).to_have_text("nothing marked yet")
+    expect(page.locator("#reviewed")).to_have_text("nothing reviewed yet")
     page.get_by_label("Search texts").fill("")
     page.get_by_role("button", name="Keys").click()
     expect(page.get_by_role("dialog")).to_be_visible()
@@ -357,7 +341,7 @@ def test_hostile_texts_are_texts(opened: Open, tmp_path: Path) -> None:
     assert violations(page) == []
 
 
-def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
+def test_reviews_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "24").returncode == 0
     assert synth("report").returncode == 0
     page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)
@@ -371,12 +355,12 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     page.get_by_role("button", name="Save").click()
     texts.nth(1).get_by_role("button", name="Good").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export marks").click()
-    assert download.value.suggested_filename == "marks-v1.0.0.jsonl"
-    download.value.save_as(tmp_path / "marks.jsonl")
-    done = synth("review", "apply", "marks.jsonl", "--json")
+        page.get_by_role("button", name="Export reviews").click()
+    assert download.value.suggested_filename == "reviews-v1.0.0.jsonl"
+    download.value.save_as(tmp_path / "reviews.jsonl")
+    done = synth("review", "apply", "reviews.jsonl", "--json")
     assert json.loads(done.stdout)["version"] == "v1.0.1", done.stderr
-    assert "review: 3 marks apply" in done.stderr
+    assert "review: 3 reviews apply" in done.stderr
     assert "asked the model 0 times" in done.stderr
     old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
     before, after = (read_texts(version) for version in (old, new))
@@ -385,11 +369,11 @@ def test_marks_that_were_exported_make_the_next_version(opened: Open, synth: Run
     assert len(before) - len(after) == 1
     edited = [text for text in after if text not in before]
     assert len(edited) == 1 and edited[0].endswith("9 review")
-    ledger = DatasetDir(tmp_path / "data" / "scenes").version().path / "ledger.parquet"
-    assert "marked_not_true" in pa.parquet.read_table(ledger)["reason"].to_pylist()
+    rejections = DatasetDir(tmp_path / "data" / "scenes").version().path / "rejections.parquet"
+    assert "reviewed_not_true" in pa.parquet.read_table(rejections)["reason"].to_pylist()
     assert "ring is not there" not in "".join(path.read_text(errors="replace") for path in new.path.iterdir())
-    why = synth("diff", "v1.0.0", "v1.0.1").stdout
-    assert "review: marked_not_true" in why and "edited in review" in why
+    shown = synth("diff", "v1.0.0", "v1.0.1").stdout
+    assert f"  - captions: text {removed}" in shown and "answer 9" in shown
     rerun = synth("generate", "--source", "scenes", "--limit", "24")  # a later run keeps the reviews
     assert "nothing new: v1.0.1" in rerun.stderr, rerun.stderr
 

@@ -140,7 +140,7 @@ def generate(folder: Path, server: ChatServer, *arguments: str, **environment: s
 
 def captions_of(folder: Path, model: Model, version: str = "v1.0.0") -> dict[int, dict[str, Any]]:
     """Return the captions of a version by the number of their image, as `datasets` reads them."""
-    files = [str(path) for path in (folder / "d/versions" / version).glob("*.parquet") if path.name != "ledger.parquet"]
+    files = [str(path) for path in (folder / "d/versions" / version).glob("*.parquet") if path.name != "rejections.parquet"]
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 

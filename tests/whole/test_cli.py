@@ -16,7 +16,8 @@ from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
-from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
+from tests.scene_data import make_version, scene_samples
+from tests.whole.conftest import SYNTH, Run, read_failure
 
 COMMANDS = (
     "generate", "serve", "doctor", "models", "sources", "versions", "diff", "push", "train", "evaluate", "caption",
@@ -116,7 +117,8 @@ def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> No
 def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c/resume.pt").write_bytes(b"half")
-    flags = ("train", "--data", str(ROOT / "tests/recorded/scenes/versions/v1.0.0"), "--encoder", "tiny-clip", "--out", "c")
+    version, _ = make_version(tmp_path / "data", scene_samples(4))
+    flags = ("train", "--data", str(version.path), "--encoder", "tiny-clip", "--out", "c")
     problem, hint = read_failure(synth(*flags))
     assert "holds a training that was interrupted" in problem and "--resume" in hint and "resume.pt" in hint
     checked = synth("check", "c")

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.paths import dataset_folder
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
@@ -119,10 +118,10 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(made: tuple[Path, Ch
     assert rows_of(distributed) == rows_of(local)
     assert {len(row["boxes"]) for row in rows_of(local).values()} == {0, 1}
     assert {row["count"]["many"] for row in rows_of(local).values() if row["count"]} >= {1, 2}
-    shared = local.manifest.keys() - {"files", "ledger"}
+    shared = local.manifest.keys() - {"files", "rejections"}
     assert {name: distributed.manifest[name] for name in shared} == {name: local.manifest[name] for name in shared}
-    ledgers = [pq.read_table(version.path / "ledger.parquet").to_pylist() for version in (local, distributed)]
-    assert sorted(map(str, ledgers[0])) == sorted(map(str, ledgers[1]))
+    rejections = [pq.read_table(version.path / "rejections.parquet").to_pylist() for version in (local, distributed)]
+    assert sorted(map(str, rejections[0])) == sorted(map(str, rejections[1]))
     reasons = {reason for step in distributed.manifest["funnel"] for reason in step["rejected"]}
     assert {"banned_image", "duplicate_image", "unreadable_image"} <= reasons, reasons
     for step in distributed.manifest["funnel"]:
@@ -195,7 +194,7 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     driver.wait()
     chat.script = scripted_replies()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # workers end with the driver
-    (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
+    (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
     assert "many has no finished run to review" in read_failure(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
     done = synth(*flags, "--out", "many", "--executor", "ray")
     assert done.returncode == 0, done.stderr
@@ -220,12 +219,12 @@ def test_a_report_and_a_review_of_what_a_cluster_made(made: tuple[Path, ChatServ
     assert parts[0] == parts[1]
     rows = pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()
     sample_id, content = text_name(rows[0])
-    reviews = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
-    (tmp_path / "marks.jsonl").write_text(reviews)
+    reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
+    (tmp_path / "reviews.jsonl").write_text(reviews)
     before = len(chat.bodies)
     for out in ("one", "many"):
-        done = synth("review", "apply", "marks.jsonl", "--data", out)
-        assert "review: 1 marks apply" in done.stderr, done.stderr
+        done = synth("review", "apply", "reviews.jsonl", "--data", out)
+        assert "review: 1 reviews apply" in done.stderr, done.stderr
     assert latest_version(tmp_path / "many").manifest["digest"] == latest_version(tmp_path / "one").manifest["digest"]
     assert latest_version(tmp_path / "many").manifest["review"] == {"good": 0, "bad": 1, "edited": 0}
     assert len(chat.bodies) == before
@@ -283,10 +282,10 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert rows_of(local).keys() <= {key.split()[0] for key in undisturbed}
         assert "v1.0.0" in synth("versions", home).stdout
         sample_id, content = text_name(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
-        reviews = format_reviews([Review(sample_id=sample_id, content=content, mark="bad", reason="unclear")])
-        (tmp_path / "marks.jsonl").write_text(reviews)
+        reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
+        (tmp_path / "reviews.jsonl").write_text(reviews)
         for out in ("one", home):
-            done = synth("review", "apply", "marks.jsonl", "--data", out, "--json")
+            done = synth("review", "apply", "reviews.jsonl", "--data", out, "--json")
             assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["digest"] == latest_version(tmp_path / "one").manifest["digest"]
         assert json.loads(done.stdout)["version"] == "v1.0.1"

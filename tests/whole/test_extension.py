@@ -194,7 +194,7 @@ def test_two_stages_a_task_and_a_source_take_few_files_each(package: Path, chat:
     rows = [
         row
         for file in sorted(version.rglob("*.parquet"))
-        if "ledger" not in file.name
+        if "rejections" not in file.name
         for row in pq.read_table(file).to_pylist()
     ]
     assert {row["source"] for row in rows} == {"stripes"}

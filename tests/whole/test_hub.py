@@ -131,8 +131,6 @@ def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
     assert unchanged["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
     grown = maker.json("diff", "me/scenes@v1.0.0", "v1.1.0")
     assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
-    # Balance compares all rows: with more images an answer may become too common, and a question get another pair.
-    assert set(grown["reasons"]) <= {"another pair", "balance: answer_too_common", "was rejected: balance: answer_too_common"}
     output = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
     assert output[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in output[0]
     assert "  config.limit: 70 -> 80" in output

@@ -136,10 +136,12 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
             for row in batch.to_pylist()
         )
         _, content = text_name({"sample_id": sample_id, "task": "caption", "text": caption})
-        marks = tmp_path / "marks.jsonl"
-        marks.write_text(json.dumps({"sample_id": sample_id, "content": content, "mark": "bad", "reason": "not_true"}) + "\n")
+        reviews = tmp_path / "reviews.jsonl"
+        reviews.write_text(
+            json.dumps({"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}) + "\n"
+        )
         notes = Notes()
-        reviewed = apply_reviews(DatasetDir(tmp_path), [marks], notes)
+        reviewed = apply_reviews(DatasetDir(tmp_path), [reviews], notes)
         assert reviewed.version.num_rows == 19
         assert not any("images are kept" in text for text in notes.texts)
         again, texts = run(tmp_path, chat, images=20)

@@ -307,17 +307,17 @@ def test_a_persons_marks_apply_to_values(shop: Path, server: ChatServer) -> None
     images = json.loads(re.search(r'add\("images", (\[.*?\])\);\n', page)[1])  # type: ignore[index]
     boxed = images[0]
     text = next(text for text in boxed["texts"] if text["kind"] == "boxes")
-    mark = {"sample_id": boxed["id"], "content": text["content"], "mark": "bad", "reason": "not_true"}
-    (shop / "marks.jsonl").write_text(json.dumps(mark) + "\n")
-    done = synth(shop, "review", "apply", "marks.jsonl", "--data", "d")
+    review = {"sample_id": boxed["id"], "content": text["content"], "verdict": "bad", "reason": "not_true"}
+    (shop / "reviews.jsonl").write_text(json.dumps(review) + "\n")
+    done = synth(shop, "review", "apply", "reviews.jsonl", "--data", "d")
     assert done.returncode == 0, done.stderr
     rows = {row["sample_id"]: row for row in rows_of(shop, "v1.0.1" if (shop / "d/versions/v1.0.1").exists() else "v1.0.0")}
     assert not rows.get(boxed["id"], {"boxes": []})["boxes"]
     assert sum(len(row["boxes"] or []) for row in rows.values()) == COUNT - 1
-    edit = mark | {"mark": "edited", "text": "a dog"}
+    edit = review | {"verdict": "edited", "text": "a dog"}
     del edit["reason"]
-    (shop / "marks.jsonl").write_text(json.dumps(edit) + "\n")
-    refused = synth(shop, "review", "apply", "marks.jsonl", "--data", "d")
+    (shop / "reviews.jsonl").write_text(json.dumps(edit) + "\n")
+    refused = synth(shop, "review", "apply", "reviews.jsonl", "--data", "d")
     assert refused.returncode == 1 and "not edited" in refused.stderr
 
 

@@ -13,36 +13,37 @@ from tests.whole.conftest import Run, read_failure
 
 
 @pytest.fixture
-def marked(synth: Run, tmp_path: Path) -> Callable[..., Path]:
-    """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, mark, fields)."""
+def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
+    """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, verdict, fields)."""
     done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert done.returncode == 0, done.stderr
     rows = pq.read_table(DatasetDir(tmp_path / "d").stage("split")).to_pylist()
 
     def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:
         reviews = []
-        for kind, mark, fields in specs:
+        for kind, verdict, fields in specs:
             sample_id, content = text_name(next(row for row in rows if kind in (row["style"], row["answer_type"])))
-            reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, "mark": mark} | fields))
-        path = tmp_path / "marks.jsonl"
+            reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, "verdict": verdict} | fields))
+        path = tmp_path / "reviews.jsonl"
         path.write_text(format_reviews(reviews))
         return path
 
     return write
 
 
-def test_invalid_reviews_are_reported_and_change_nothing(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
+def test_invalid_reviews_are_reported_and_change_nothing(
+    write_reviews: Callable[..., Path], synth: Run, tmp_path: Path
+) -> None:
     edit = {"question": "How many are there?", "answer": "How many are there?"}
-    error, _ = read_failure(synth("review", "apply", str(marked(("number", "edited", edit))), "--data", "d"))
+    error, _ = read_failure(synth("review", "apply", str(write_reviews(("number", "edited", edit))), "--data", "d"))
     assert "the edited text 'How many are there? How many are there?' cannot be used: answer_repeats_question" in error
-    assert "marks.jsonl" in error
-    (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, mark="good")]))
+    assert "reviews.jsonl" in error
+    (tmp_path / "other.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
     assert (
-        "none of the 1 marks is about a text that d has now"
-        in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
+        "none of the 1 reviews matches a text of d" in read_failure(synth("review", "apply", "other.jsonl", "--data", "d"))[0]
     )
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "no mark in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
+    assert "no review in empty.jsonl" in read_failure(synth("review", "apply", "empty.jsonl", "--data", "d"))[0]
     assert not DatasetDir(tmp_path / "d").reviews.exists()
     assert [version.name for version in DatasetDir(tmp_path / "d").versions()] == ["v1.0.0"]
 
@@ -53,21 +54,21 @@ def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path
     names = [text_name(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
 
     def bad(texts: list[tuple[str, str]]) -> str:
-        reviews = [Review(sample_id=sample_id, content=content, mark="bad", reason="other") for sample_id, content in texts]
+        reviews = [Review(sample_id=sample_id, content=content, verdict="bad", reason="other") for sample_id, content in texts]
         (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
         return synth("review", "apply", "m.jsonl", "--data", "d").stderr
 
-    assert "review: 1 marks apply" in bad(names[:1])
+    assert "review: 1 reviews apply" in bad(names[:1])
     before = folder.reviews.read_text()
     assert "no row is left to make a version of" in bad(names)
     assert folder.reviews.read_text() == before
-    assert "review: 2 marks apply" in bad(names[1:2])
+    assert "review: 2 reviews apply" in bad(names[1:2])
 
 
-def test_an_edit_that_later_stages_have_overtaken_waits(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
+def test_an_edit_that_later_stages_have_overtaken_waits(write_reviews: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
     """An edit stays pending while another text of the image has the same words, by hand or from other prompts."""
-    edit = marked(("brief", "edited", {"text": "What a person says."}))
-    assert "review: 1 marks apply" in synth("review", "apply", str(edit), "--data", "d").stderr
+    edit = write_reviews(("brief", "edited", {"text": "What a person says."}))
+    assert "review: 1 reviews apply" in synth("review", "apply", str(edit), "--data", "d").stderr
     folder = DatasetDir(tmp_path / "d")
     (review,) = read_reviews(folder.reviews)
     row = next(row for row in pq.read_table(folder.stage("split")).to_pylist() if text_name(row) == review.name)
@@ -79,17 +80,18 @@ def test_an_edit_that_later_stages_have_overtaken_waits(marked: Callable[..., Pa
     folder.reviews.write_text(format_reviews([review.model_copy(update={"text": other_caption["clean_text"]})]))
     rerun = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert rerun.returncode == 0
-    assert "review: 0 marks apply; 1 fit no text that is there now" in rerun.stderr
+    assert "review: 0 reviews apply; 1 match no text of this run" in rerun.stderr
 
 
-def test_a_mark_waits_while_its_text_is_not_there(marked: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
-    path = marked(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
+def test_a_review_waits_while_its_text_is_not_there(write_reviews: Callable[..., Path], synth: Run, tmp_path: Path) -> None:
+    path = write_reviews(("brief", "bad", {"reason": "unclear"}), ("number", "bad", {"reason": "trivial", "note": "too easy"}))
     first = synth("review", "apply", str(path), "--data", "d")
     assert (
-        "rejected: 1 marked_unclear, 1 marked_trivial" in first.stderr or "1 marked_trivial, 1 marked_unclear" in first.stderr
+        "rejected: 1 reviewed_unclear, 1 reviewed_trivial" in first.stderr
+        or "1 reviewed_trivial, 1 reviewed_unclear" in first.stderr
     )
     fewer = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d", "--tasks", "caption")
-    assert "review: 1 marks apply; 1 fit no text that is there now" in fewer.stderr
+    assert "review: 1 reviews apply; 1 match no text of this run" in fewer.stderr
     complete = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
-    assert "review: 2 marks apply\n" in complete.stderr
+    assert "review: 2 reviews apply\n" in complete.stderr
     assert "too easy" in DatasetDir(tmp_path / "d").reviews.read_text()

@@ -92,17 +92,17 @@ def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[
     assert "rejected" not in version.manifest["measured"].get("scores", {})
 
 
-def test_a_text_that_was_marked_as_bad_does_not_come_back_as_the_worse_one(
+def test_a_text_that_was_reviewed_as_bad_does_not_come_back_as_the_worse_one(
     chosen: tuple[Version, dict[str, Any]], folder: Path
 ) -> None:
     version, _ = chosen
     rows = [row for _, batch in version.batches(["sample_id", "captions"]) for row in batch.to_pylist()]
     sample_id, pair = next((row["sample_id"], one) for row in rows for one in row["captions"] if one["rejected"])
     _, content = text_name({"sample_id": sample_id, "task": "caption", "text": pair["rejected"]})
-    mark = {"sample_id": sample_id, "content": content, "mark": "bad", "reason": "private"}
+    review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "private"}
     reviews = DatasetDir(folder / "d").reviews
     reviews.parent.mkdir(exist_ok=True)
-    reviews.write_text(json.dumps(mark) + "\n")
+    reviews.write_text(json.dumps(review) + "\n")
     again = read_version(folder / generate(folder, "--samples", str(SAMPLES), "--pairs")["path"])
     left = {one["text"]: one["rejected"] for one in captions(again)}
     assert left[pair["text"]] is None

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import LARGE
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import LEDGER_FILE, Version
+from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
@@ -84,7 +84,7 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
         if name.endswith(".parquet"):
             table = pq.read_table(hub.hub.storage.path(file.sha256))
             assert "image" not in table.column_names
-            assert {"sample_id", "stage" if name == LEDGER_FILE else "captions"} <= set(table.column_names)
+            assert {"sample_id", "stage" if name == REJECTIONS_FILE else "captions"} <= set(table.column_names)
     repeated = synth(hub, tmp_path, "push", "--repo", "me/flickr")
     assert "nothing to do" in repeated.stderr
 

@@ -86,16 +86,16 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     done = synth("versions", "rm", name)  # the last one that has the images
     assert "images that later runs need are kept: 0." in done.stdout and "stages/source" in done.stdout
     again = synth("import", "--source", source)
-    assert "images were read by an earlier run" in again.stderr and "made v2.0.0" in again.stderr
+    assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
     assert not (data / "stages/source/images").exists()
 
 
 def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
         assert synth("import", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
-    marks = ("review", "apply", "marks.jsonl")
-    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME"), marks):
-        (tmp_path / "marks.jsonl").write_text("")
+    reviews = ("review", "apply", "reviews.jsonl")
+    for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME"), reviews):
+        (tmp_path / "reviews.jsonl").write_text("")
         result = synth(*command)
         assert result.returncode == 1
         assert "there are 2 datasets that were made here" in result.stderr

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pipeline.config.files import read_yaml
 from pipeline.config.flaws import validate
 from pipeline.config.section import Section
-from pipeline.dataset.paths import slugify
+from pipeline.dataset.version import slugify
 from pipeline.digests import digest
 from pipeline.errors import did_you_mean
 from trainer.config import Mixture, TrainConfig, resolve

@@ -1,4 +1,4 @@
-"""Diff: what changed between two versions, and why."""
+"""Diff: what changed between two versions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline.dataset.diff import diff_versions
-from pipeline.dataset.rejections import list_rejections
-from pipeline.tables import LEDGER, STRING, Extras, OwnColumn
+from pipeline.tables import STRING, Extras, OwnColumn
 from pipeline.types import Sample
 from tests.scene_data import make_version, scene_samples, scored_captions, true_captions
 
@@ -31,39 +30,22 @@ def test_equal_versions_do_not_differ(tmp_path: Path) -> None:
     assert list(diff.lines(10)) == ["v1.0.0 -> v1.0.0: 20 same, 0 added, 0 removed, 0 changed"]
 
 
-def test_rows_that_came_and_went_are_counted_with_their_causes(tmp_path: Path) -> None:
+def test_added_and_removed_rows_are_counted(tmp_path: Path) -> None:
     before, _ = make_version(tmp_path, SAMPLES)
-    rejected = pa.Table.from_pylist([{"source_row": SAMPLES[2].source_row, "reason": "truncated", "detail": "of 9 bytes"}])
-    after, _ = make_version(tmp_path, [*SAMPLES[:2], *scene_samples(22)[3:]], ledger=list_rejections("source", rejected))
+    after, _ = make_version(tmp_path, [*SAMPLES[:2], *scene_samples(22)[3:]])
     diff = diff_versions(before, after)
     assert diff.counts() == {"same": 19, "added": 2, "removed": 1, "changed": 0}
     (removed,) = (change for change in diff.changes if change.what == "removed")
-    assert (removed.sample_id, removed.why) == (SAMPLES[2].id, ["source: truncated"])
-    assert diff_versions(after, before).reasons() == {
-        "was rejected: source: truncated": 1,
-        "the source does not yield it any more": 2,
-    }
+    assert (removed.sample_id, removed.source_row) == (SAMPLES[2].id, SAMPLES[2].source_row)
+    assert diff_versions(after, before).counts() == {"same": 19, "added": 1, "removed": 2, "changed": 0}
 
 
-def test_a_caption_that_a_stage_rejected_is_named_with_stage_and_reason(tmp_path: Path) -> None:
-    captions = true_captions(SAMPLES)
-    before, _ = make_version(tmp_path, SAMPLES)
-    is_it = pc.and_(pc.equal(captions["sample_id"], SAMPLES[4].id), pc.equal(captions["style"], "brief"))
-    dropped = captions.filter(is_it).append_column("reason", pa.array(["too_short"]))
-    after, _ = make_version(tmp_path, SAMPLES, captions.filter(pc.invert(is_it)), list_rejections("filter", dropped))
-    (change,) = diff_versions(before, after).changes
-    assert (change.what, list(change.fields), change.why) == ("changed", ["captions"], ["filter: too_short"])
-    assert [caption["style"] for caption in change.fields["captions"]["removed"]] == ["brief"]
-    assert change.fields["captions"]["added"] == []
-
-
-def test_a_text_that_was_written_anew_shows_both_and_says_so(tmp_path: Path) -> None:
+def test_changed_text_is_shown_before_and_after(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES)
     before, _ = make_version(tmp_path, SAMPLES)
     after, _ = make_version(tmp_path, SAMPLES, edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing."))
     diff = diff_versions(before, after)
     assert diff.fields() == {"captions": 1}
-    assert diff.reasons() == {"another reply": 1}
     lines = list(diff.lines(10))
     assert any("+ captions: text A  [31mred thing., style brief" in line for line in lines)
     assert not any("\x1b" in line for line in lines)
@@ -79,24 +61,6 @@ def test_of_the_same_text_by_another_prompt_the_prompts_are_shown(tmp_path: Path
     diff = diff_versions(before, after)
     removed, added = (line for line in diff.lines(10) if line.startswith(("  -", "  +")))
     assert removed.endswith(f" [{of_before}]") and added.endswith(" [caption/v9@new]")
-    assert diff.reasons() == {"another prompt": 1}
-
-
-def test_a_question_that_found_another_partner_was_not_written_anew(tmp_path: Path) -> None:
-    def asked(pair: str | None, answer: str = "2") -> pa.Table:
-        fields = {"task": "qa", "answer_type": "number", "prompt_id": "qa/v1@test", "split": "train"}
-        rows = [
-            {"sample_id": SAMPLES[0].id, "question": "How many?", "answer": "3", "pair_id": pair, **fields},
-            {"sample_id": SAMPLES[0].id, "question": "How many rings?", "answer": answer, "pair_id": None, **fields},
-        ]
-        return pa.concat_tables([true_captions(SAMPLES), pa.Table.from_pylist(rows)], promote_options="default")
-
-    versions = [
-        make_version(tmp_path / n, SAMPLES, asked(*how))[0] for n, how in (("a", ("x",)), ("b", (None,)), ("c", (None, "1")))
-    ]
-    assert diff_versions(versions[0], versions[1]).reasons() == {"another pair": 1}
-    assert diff_versions(versions[0], versions[2]).reasons() == {"another pair": 1, "another reply": 1}
-    assert diff_versions(versions[1], versions[2]).reasons() == {"another reply": 1}
 
 
 def test_scores_that_one_version_lacks_are_a_setting_and_others_are_no_new_text(tmp_path: Path) -> None:
@@ -106,7 +70,7 @@ def test_scores_that_one_version_lacks_are_a_setting_and_others_are_no_new_text(
         versions.append(make_version(tmp_path / name, SAMPLES, scored, extras=Extras(("precision", "coverage")))[0])
     measured = diff_versions(versions[0], versions[1])
     assert (measured.counts()["changed"], measured.settings["scores"]) == (0, ([], ["precision", "coverage"]))
-    assert diff_versions(versions[1], versions[2]).reasons() == {"other scores": len(SAMPLES)}
+    assert diff_versions(versions[1], versions[2]).fields() == {"captions": len(SAMPLES)}
 
 
 def test_another_split_or_reference_is_a_changed_field(tmp_path: Path) -> None:
@@ -140,15 +104,6 @@ def test_rows_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     assert list(diff_versions(before, after).lines(2))[-1] == "and 3 more rows; --rows shows more, --json all"
 
 
-def test_the_ledger_holds_no_words_of_a_model(tmp_path: Path) -> None:
-    captions = true_captions(SAMPLES)
-    ledger = list_rejections("filter", captions.append_column("reason", pa.array(["refusal"] * captions.num_rows)))
-    assert ledger.schema == LEDGER
-    assert ledger.num_rows == captions.num_rows
-    text = captions["text"][0].as_py()
-    assert not any(text in str(value) for row in ledger.to_pylist() for value in row.values())
-
-
 def test_all_rows_are_counted_however_many_are_kept_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _ = make_version(tmp_path / "one", SAMPLES)
     table = true_captions(SAMPLES)
@@ -161,7 +116,7 @@ def test_all_rows_are_counted_however_many_are_kept_and_read_at_once(tmp_path: P
     monkeypatch.setattr("pipeline.dataset.diff.ROWS_AT_ONCE", 4)
     few = diff_versions(before, after, 3)
     assert few.counts() == whole.counts() == {"same": 11, "added": 0, "removed": 2, "changed": 7}
-    assert (few.fields(), few.reasons()) == (whole.fields(), whole.reasons())
+    assert few.fields() == whole.fields()
     assert few.changes == whole.changes[:3]
     assert list(few.lines(3)) == list(whole.lines(3))
     assert list(few.lines(10))[-1] == "and 6 more rows; --rows shows more, --json all"  # of those that were not kept

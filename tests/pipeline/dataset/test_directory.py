@@ -13,8 +13,7 @@ from pipeline.dataset.directory import (
     open_dataset,
     remember_dataset,
 )
-from pipeline.dataset.paths import dataset_folder
-from pipeline.dataset.version import parse_version, read_version
+from pipeline.dataset.version import dataset_folder, parse_version, read_version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import atomic_write, write_table, write_text
 from tests.pipeline.dataset.test_card import MANIFEST
@@ -67,7 +66,7 @@ def test_versions_sort_by_number() -> None:
 @pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
 def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": files}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     with pytest.raises(StoreError, match="not shards"):
         open_dataset(tmp_path)
 
@@ -92,7 +91,7 @@ def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path)
 
 
 def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"table_version": 1, "files": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": {}}))
     with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
         open_dataset(tmp_path, "v9.9.9")
 

@@ -6,14 +6,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import removal
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, write_tags
 from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.names import read_removed, write_tags
-from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions, share_equal_files
-from pipeline.dataset.sharing import share_files
-from pipeline.dataset.version import Version
+from pipeline.dataset.publishing import share_files
+from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
-from pipeline.storage.object_store import parse_dataset_path, upload_folder
 from tests.scene_data import make_version, scene_samples
 
 SAMPLES = scene_samples(40)
@@ -42,7 +39,8 @@ def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir)
     assert list(find_leftovers(dataset)) == []
 
 
-def test_the_name_of_a_removed_version_is_not_given_again(dataset: DatasetDir) -> None:
+def test_name_of_removed_version_that_was_pushed_is_not_given_again(dataset: DatasetDir) -> None:
+    dataset.record_push("v1.2.0", "ORG/NAME", "c" * 40)
     remove_versions(dataset, ["v1.2.0"])
     again, is_new = make_version(dataset.path, SAMPLES[:35])
     assert (again.name, again.manifest["parent"], is_new) == ("v1.3.0", "v1.1.0", True)
@@ -50,10 +48,9 @@ def test_the_name_of_a_removed_version_is_not_given_again(dataset: DatasetDir) -
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_a_repaired_version_does_not_take_the_name_of_a_removed_one(tmp_path: Path) -> None:
+def test_repaired_version_does_not_take_a_tagged_name(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:5])
-    repaired = make_repaired_version(first, ["train-00000.parquet"])
-    remove_versions(DatasetDir(tmp_path), [repaired.name])
+    write_tags(tmp_path, {"paper": "v1.0.1"})  # which somebody has moved away
     assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
 
 
@@ -85,40 +82,6 @@ def test_a_new_version_shares_the_shards_that_did_not_change(tmp_path: Path, mon
     inodes = {path.stat().st_ino for version in (first, second) for path in version.path.glob("*-*.parquet")}
     assert len(inodes) == len(both)
     assert find_damage(second) == []
-
-
-def test_a_file_that_is_damaged_is_not_shared(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    (shard,) = first.shards("train")
-    content = shard.read_bytes()
-    shard.unlink()
-    shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert share_equal_files(DatasetDir(tmp_path)) == 0
-    assert find_damage(second) == []
-    assert find_damage(first) != []
-
-
-def copied_apart(dataset: DatasetDir) -> list[Version]:
-    """Return the versions, of which no two share a file, as earlier releases wrote them."""
-    for path in dataset.path.glob("versions/*/*.parquet"):
-        content = path.read_bytes()
-        path.unlink()
-        path.write_bytes(content)
-    return dataset.versions()
-
-
-def test_files_that_earlier_releases_wrote_twice_are_stored_once(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    make_repaired_version(first, [])
-    dataset = DatasetDir(tmp_path)
-    versions, before = copied_apart(dataset), disk_bytes(tmp_path)
-    assert share_equal_files(dataset, dry_run=True) == before // 2
-    assert disk_bytes(tmp_path) == before
-    assert share_equal_files(dataset) == before // 2
-    assert disk_bytes(tmp_path) == before // 2
-    assert share_equal_files(dataset) == 0
-    assert [find_damage(version) for version in versions] == [[], []]
 
 
 def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:
@@ -154,49 +117,17 @@ def test_a_link_that_is_left_over_is_removed_and_not_what_it_leads_to(dataset: D
     assert outside.read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY])
-def test_a_folder_that_cannot_be_renamed_is_removed_with_its_manifest_first(
-    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """As in a lower layer of an overlay, or where another disk is mounted."""
-
-    def refuse(self: Path, target: Path) -> Path:
-        raise OSError(number, "no", str(self))
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    remove_versions(dataset, ["v1.0.0"])
-    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
-    assert not (dataset.path / "versions" / "v1.0.0").exists()
-    assert read_removed(dataset.path) == ["v1.0.0"]
-
-
-def test_a_version_that_stays_is_not_said_to_be_removed(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove_versions(dataset, ["v1.0.0"])
-
+def test_version_whose_folder_cannot_be_renamed_stays(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: Path) -> Path:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError):
         remove_versions(dataset, ["v1.1.0"])
-    assert [version.name for version in dataset.versions()] == ["v1.1.0", "v1.2.0"]
-    assert read_removed(dataset.path) == ["v1.0.0"]
+    assert [find_damage(version) for version in dataset.versions()] == [[], [], []]
 
 
-def test_a_name_is_kept_where_the_disk_fails_after_the_version_is_gone(
-    dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(folder: Path) -> None:
-        if not (folder / "v1.1.0").exists():
-            raise OSError(errno.EIO, "Input/output error", str(folder))
-
-    monkeypatch.setattr(removal, "flush_folder", fail)
-    with pytest.raises(OSError, match="Input/output"):
-        remove_versions(dataset, ["v1.1.0"])
-    assert read_removed(dataset.path) == ["v1.1.0"]
-
-
-def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
+def test_version_stays_where_files_of_an_earlier_removal_cannot_be_removed(
     dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (dataset.path / "versions" / f"{REMOVING}v1.1.0").mkdir()
@@ -204,10 +135,9 @@ def test_a_version_stays_unrecorded_where_files_of_an_earlier_removal_stay(
     with pytest.raises(StoreError, match="cannot be removed"):
         remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.1.0", "v1.2.0"]
-    assert read_removed(dataset.path) == []
 
 
-def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) -> None:
+def test_a_new_version_shares_neither_a_damaged_file_nor_a_link(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:20])
     (shard,) = first.shards("train")
     copy = tmp_path / "train-00000.parquet"
@@ -220,18 +150,11 @@ def test_a_new_version_does_not_share_a_file_that_was_damaged(tmp_path: Path) ->
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     share_files([(copy, sha256)], [first])
     assert not copy.samefile(shard)
-
-
-def test_a_link_in_a_version_is_not_shared(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path, SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    copied_apart(DatasetDir(tmp_path))
-    (shard,) = first.shards("train")
     shard.rename(first.path / "blob")
     shard.symlink_to("blob")
-    assert shard.name not in {path.name for path in second.path.iterdir() if path.is_symlink()}
-    share_equal_files(DatasetDir(tmp_path))
-    assert find_damage(second) == []
+    copy.write_bytes(shard.read_bytes())
+    share_files([(copy, sha256)], [first])
+    assert not copy.samefile(shard)
 
 
 def test_links_in_place_of_leftovers_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_path: Path) -> None:
@@ -275,39 +198,10 @@ def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_p
     assert list(find_leftovers(dataset)) == []
 
 
-def test_files_of_a_version_that_lies_elsewhere_are_left_as_they_are(tmp_path: Path) -> None:
-    first, _ = make_version(tmp_path / "d", SAMPLES[:20])
-    second = make_repaired_version(first, [])
-    copied_apart(DatasetDir(tmp_path / "d"))
-    second.path.rename(tmp_path / "outside")
-    second.path.symlink_to(tmp_path / "outside")
-    assert share_equal_files(DatasetDir(tmp_path / "d")) == 0
-
-
 def test_a_damaged_version_can_be_removed_and_is_in_nobodys_way(dataset: DatasetDir) -> None:
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
-    share_equal_files(dataset)
     remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_a_version_in_an_object_store_is_removed(tmp_path: Path) -> None:
-    for count in (10, 20):
-        make_version(tmp_path, SAMPLES[:count])
-    store = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
-    upload_folder(tmp_path, store)
-    dataset = DatasetDir(store)
-    (removed,) = remove_versions(dataset, ["v1.0.0"])
-    assert removed.num_bytes > 1000
-    assert [version.name for version in dataset.versions()] == ["v1.1.0"]
-    assert read_removed(store) == ["v1.0.0"]
-    assert not list(store.glob("versions/v1.0.0/*"))
-    (store / "versions" / "v1.0.0" / "train-00000.parquet").write_bytes(bytes(10))  # of a removal that was killed
-    leftovers = list(find_leftovers(dataset))
-    assert [(leftover.path.name, leftover.num_bytes) for leftover in leftovers] == [("v1.0.0", 10)]
-    remove_leftovers(leftovers)
-    assert list(find_leftovers(dataset)) == []
 
 
 @pytest.mark.parametrize("folder", ["parts", "images"])

@@ -26,7 +26,7 @@ def caption(text: str) -> dict[str, Any]:
 
 def review(original: str, kind: str, **more: Any) -> Review:
     _, content = text_name(caption(original))
-    return Review.model_validate({"sample_id": SAMPLE, "content": content, "mark": kind, **more})
+    return Review.model_validate({"sample_id": SAMPLE, "content": content, "verdict": kind, **more})
 
 
 def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
@@ -34,7 +34,7 @@ def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
     return {text_name(caption(text)): caption(text) for text in texts}
 
 
-def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_reviews_are_read_as_they_were_written(tmp_path: Path) -> None:
     reviews = [
         review("A cat.", "good"),
         review("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
@@ -49,7 +49,7 @@ def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
-        (review("A.", "good").model_dump_json().replace("good", "great"), "mark"),
+        (review("A.", "good").model_dump_json().replace("good", "great"), "verdict"),
         (
             review("A.", "good").model_dump_json().replace('"bad"', '"good"').replace("null", '"other"', 1),
             "a reason goes with bad",
@@ -60,9 +60,9 @@ def test_marks_are_read_as_they_were_written(tmp_path: Path) -> None:
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
 )
-def test_a_line_that_is_no_mark_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
+def test_a_line_that_is_no_review_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
     (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
-    with pytest.raises(ConfigError, match="line 2 is not a mark") as caught:
+    with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
         read_reviews(tmp_path / "m.jsonl")
     assert what in str(caught.value)
 
@@ -77,10 +77,10 @@ def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> No
 def test_the_last_word_on_a_text_counts() -> None:
     new = [review("A cat.", "bad", reason="unclear"), review("A dog.", "good")]
     merged = merge_reviews([review("A cat.", "good")], new, captions("A cat.", "A dog."))
-    assert [(m.mark, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
+    assert [(m.verdict, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
 
 
-def test_a_mark_of_an_edited_text_goes_back_to_what_was_edited() -> None:
+def test_a_review_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     second = merge_reviews(first.values(), [review("A dog.", "edited", text="A fox.")], rows)
@@ -105,32 +105,32 @@ def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
         "pages": 4,
     }
     row = row | {"answer_type": "span", "evidence_pages": [1], "expression": ""}
-    edit = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "Which?", "answer": "2"}
+    edit = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "Which?", "answer": "2"}
     first = merge_reviews([], [Review.model_validate({**edit, "evidence_pages": [3]})], {text_name(row): row})
-    good = Review(sample_id=SAMPLE, content=text_name(row)[1], mark="good")
+    good = Review(sample_id=SAMPLE, content=text_name(row)[1], verdict="good")
     (kept,) = merge_reviews(first.values(), [good], {text_name(row): row}).values()
-    assert (kept.mark, kept.evidence_pages) == ("edited", (3,))
+    assert (kept.verdict, kept.evidence_pages) == ("edited", (3,))
     (undone,) = merge_reviews(
         first.values(), [Review.model_validate({**edit, "evidence_pages": [1]})], {text_name(row): row}
     ).values()
-    assert undone.mark == "good"
+    assert undone.verdict == "good"
 
 
 def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     back = merge_reviews(first.values(), [review("A dog.", "edited", text="A cat.")], rows)
-    assert {name: m.mark for name, m in back.items()} == {review("A cat.", "good").name: "good"}
+    assert {name: m.verdict for name, m in back.items()} == {review("A cat.", "good").name: "good"}
 
 
-def test_marks_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
+def test_reviews_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
     rows = captions("A cat.", "A dog.")
     swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
     assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
     assert check_edits(merged, rows) == {}
     moved = merge_reviews([], [review("A cat.", "edited", text="A dog."), review("A dog.", "bad", reason="unclear")], rows)
-    assert {m.mark for m in moved.values()} == {"edited", "bad"}
+    assert {m.verdict for m in moved.values()} == {"edited", "bad"}
     assert check_edits(moved, rows) == {}
 
 
@@ -158,19 +158,19 @@ def test_an_edit_must_keep_the_rules_of_its_task(words: dict[str, str], wrong: s
 def test_an_edited_calculation_must_still_be_right() -> None:
     pair = {"question": "How many in all?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
-    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "mark": "edited", "question": "How many in all?"}
+    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many in all?"}
     assert check_edit(Review.model_validate({**fields, "answer": "6"}), row) == "expression_disagrees"
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
     assert check_edit(Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"
 
 
 def test_edited_words_hold_no_personal_data(tmp_path: Path) -> None:
-    """Nor does what they are called afterwards: a later mark finds them."""
+    """Nor does what they are called afterwards: a later review finds them."""
     edit = review("A sign.", "edited", text="A sign says mail@example.org.")
     assert edit.text == "A sign says [email]."
     assert edit.resulting_name == text_name(caption("A sign says [email]."))
 
 
-def test_marks_are_read_behind_the_mark_of_an_encoding(tmp_path: Path) -> None:
+def test_reviews_are_read_after_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("\ufeff" + format_reviews([review("A cat.", "good")]))
     assert read_reviews(tmp_path / "m.jsonl") == [review("A cat.", "good")]

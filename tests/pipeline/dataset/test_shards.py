@@ -11,10 +11,9 @@ import pytest
 from datasets import load_dataset
 
 from pipeline.dataset import shards
-from pipeline.dataset.shards import SplitWriter, pixel_chunk
+from pipeline.dataset.shards import SplitWriter
 from pipeline.digests import file_digest
-from pipeline.storage.cloned_ranges import BLOCK_BYTES
-from pipeline.tables import PIXELS, ROW
+from pipeline.tables import ROW
 
 ROWS = 600
 
@@ -90,25 +89,6 @@ def test_datasets_decodes_what_was_written(tmp_path: Path) -> None:
     assert loaded.features["image"].dtype == "PIL.Image.Image"
 
 
-def test_the_pixels_of_a_group_lie_at_one_place_within_a_block_whatever_its_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "ALIGNED_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 10**9)
-    rows = [row(number) for number in range(ROWS)]
-    write(tmp_path / "a", rows)
-    write(tmp_path / "b", [row(number, f"another caption, the {number}th") for number in range(ROWS)])
-    files = [pq.ParquetFile(path) for name in "ab" for path in (tmp_path / name).iterdir()]
-    chunks = [[pixel_chunk(file, n, "image.bytes") for n in range(file.num_row_groups)] for file in files]
-    aligned = [
-        (start % BLOCK_BYTES, other % BLOCK_BYTES)
-        for (start, size), (other, other_size) in zip(*chunks, strict=True)
-        if size == other_size and size > BLOCK_BYTES
-    ]
-    assert len(aligned) > 20
-    assert all(start == other for start, other in aligned)
-
-
 def test_groups_of_large_images_end_where_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "LARGE_GROUPS", ((4000, 8),))
     monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
@@ -124,22 +104,6 @@ def test_groups_of_large_images_end_where_the_rows_say(tmp_path: Path, monkeypat
     before, after = groups(tmp_path / "a"), groups(tmp_path / "b")
     assert 30 < len(before) < 100
     assert len(after - before) <= 2
-
-
-def test_rows_without_pixels_are_not_spread_over_more_blocks(tmp_path: Path) -> None:
-    schema = pa.schema([field for field in ROW if field.name not in PIXELS])
-    writer = SplitWriter(tmp_path, "train", schema)
-    texts = [row(number, f"{random.Random(number).randbytes(3000).hex()}") for number in range(ROWS)]
-    writer.add(pa.Table.from_pylist([{name: one.get(name) for name in schema.names} for one in texts], schema=schema))
-    writer.close()
-    for path in tmp_path.iterdir():
-        metadata = pq.read_metadata(path)
-        groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
-        columns = [group.column(n) for group in groups for n in range(group.num_columns)]
-        end = 4  # behind the magic bytes
-        for column in columns:
-            assert (column.dictionary_page_offset or column.data_page_offset) == end
-            end += column.total_compressed_size
 
 
 def test_how_large_images_arrive_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,13 +255,6 @@ def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_
     assert "'written_by'" in refused.value.hint
 
 
-def test_an_archive_keeps_the_splits_of_its_shards(version: Version, tmp_path: Path) -> None:
-    export_version(version, "webdataset", tmp_path / "out")
-    items = by_id(version)
-    rows = [row for row in open_source(resolve(source=f"archive:{tmp_path / 'out'}")).rows if isinstance(row, Sample)]
-    assert {row.id: row.split for row in rows} == {name: item.split for name, item in items.items()}
-
-
 def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_path: Path) -> None:
     export_version(version, "llava", tmp_path / "llava")
     export_version(version, "sharegpt", tmp_path / "share")

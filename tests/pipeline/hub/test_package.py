@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.manifest import describe_data
-from pipeline.dataset.version import LEDGER_FILE, Version, read_version
+from pipeline.dataset.version import REJECTIONS_FILE, Version, read_version
 from pipeline.errors import PushError, StoreError
 from pipeline.hub.package import CHECKPOINT_FILES, base_models, build_checkpoint_package, build_package
 from pipeline.storage.untrusted import UnsafeFileError
@@ -93,16 +93,16 @@ def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Pa
 
 def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
-    (version.path / "ledger.parquet").unlink()
-    with pytest.raises(PushError, match=r"lacks ledger\.parquet"), build_package(version, REPO):
+    (version.path / "rejections.parquet").unlink()
+    with pytest.raises(PushError, match=r"lacks rejections\.parquet"), build_package(version, REPO):
         pass
 
 
 def test_a_file_of_a_version_that_is_a_link_to_the_outside_is_not_sent(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(20))
     (tmp_path / "secret").write_text("secret")
-    (version.path / LEDGER_FILE).unlink()
-    (version.path / LEDGER_FILE).symlink_to(tmp_path / "secret")
+    (version.path / REJECTIONS_FILE).unlink()
+    (version.path / REJECTIONS_FILE).symlink_to(tmp_path / "secret")
     with pytest.raises(StoreError, match="a link to a file outside"):
         read_version(version.path)
     with pytest.raises(StoreError, match="is damaged"), build_package(version, "me/scenes"):

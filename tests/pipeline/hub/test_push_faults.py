@@ -44,7 +44,13 @@ class World:
         """Assert that every commit of `main`, and every tag, is one whole version."""
         whole = {"empty": {".gitattributes"}}
         for version in (self.old, self.new):
-            whole[version.name] = {*version.manifest["files"], "README.md", "manifest.json", "ledger.parquet", ".gitattributes"}
+            whole[version.name] = {
+                *version.manifest["files"],
+                "README.md",
+                "manifest.json",
+                "rejections.parquet",
+                ".gitattributes",
+            }
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
         for name, commit in (named | self.repo.commits).items():
             published = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)

@@ -42,7 +42,7 @@ def test_a_funnel_that_loses_something_does_not_add_up() -> None:
 
 
 def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None:
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "question_type"))
+    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
     kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
     write_stage(tmp_path, "balance", "kept", kept, blank)
@@ -55,7 +55,7 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
 
 def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 1000)
-    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "question_type"))
+    blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     captions = [{"clean_text": "a red cat" if number % 3 == 0 else "two dogs"} for number in range(2400)]
     write_stage(tmp_path, "balance", "kept", captions, blank)
     write_stage(tmp_path, "balance", "rejected", captions[:600], blank)
@@ -73,7 +73,7 @@ def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
 
 
 OF_DEDUPE: dict[str, Any] = dict.fromkeys(
-    ("clean_text", "clean_question", "clean_answer", "duplicate_of", "image_reason", "reason")
+    ("clean_text", "clean_question", "clean_answer", "clean_record", "duplicate_of", "image_reason", "reason")
 )
 OF_DEDUPE |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
 

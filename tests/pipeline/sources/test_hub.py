@@ -14,13 +14,12 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.config.files import resolve
-from pipeline.dataset.licenses import non_redistributable
 from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.run import generate_dataset
 from pipeline.sources import open_source
 from pipeline.sources.hub import parse_name
-from pipeline.types import ReferenceQA, Rejected, Sample, Source
+from pipeline.types import ReferenceQA, Rejected, Sample, Source, non_redistributable
 from tests.hub import datasets
 from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub, running_hub

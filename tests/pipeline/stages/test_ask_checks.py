@@ -10,12 +10,9 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
-from pipeline.inference.queue import RequestStats
-from pipeline.progress import NullProgress
 from pipeline.run import generate_dataset
 from pipeline.stages import ask_checks, verify
-from pipeline.stages.base import RunPlan, Services
-from pipeline.storage.files import read_table, write_table
+from pipeline.storage.files import read_table
 from tests.chat.server import ChatServer, running_chat
 
 CHECKS = ["round_trip", "blind", "claims", "covers", "references", "alignment"]
@@ -63,20 +60,6 @@ def test_a_part_has_all_rows_of_its_samples(ids: str, parts: list[str], monkeypa
     monkeypatch.setattr(verify, "AT_ONCE_ROWS", 3)
     tables = (pa.table({"sample_id": pa.array(list(some), pa.string())}) for some in ids.split("|"))
     assert ["".join(table["sample_id"].to_pylist()) for table in verify._whole_samples(tables)] == parts
-
-
-def test_rows_of_earlier_releases_that_lack_a_column_are_checked(tmp_path: Path) -> None:
-    checked(tmp_path)
-    path = DatasetDir(tmp_path).stage("filter")
-    old = read_table(path).drop_columns(["clean_record"])
-    plan = RunPlan(DatasetDir(tmp_path), resolve(source="scenes", verify={"checks": CHECKS}), "r", None)
-    write_table(path, iter([old]), old.schema)
-    with pytest.raises(AssertionError, match="no engine"):  # it gets as far as asking
-        list(verify.ask_checks(DatasetDir(tmp_path), path, plan, Services(_no_engine, RequestStats(), NullProgress())))
-
-
-def _no_engine() -> Any:
-    raise AssertionError("no engine")
 
 
 def test_a_clip_that_cannot_be_had_is_refused_before_a_model_is_asked(tmp_path: Path) -> None:

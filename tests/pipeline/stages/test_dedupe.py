@@ -13,7 +13,7 @@ from pipeline.tables import IMAGE_GROUPS
 from tests.stage_runs import run_stage
 
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "prompt_id", "clean_text")]
+    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "prompt_id", "clean_text", "clean_record")]
     + [("clean_question", pa.string()), ("agreement", pa.float64()), ("alignment", pa.float64()), ("hedge_count", pa.int32())]
 )
 

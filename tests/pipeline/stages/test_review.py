@@ -18,9 +18,9 @@ from tests.stage_runs import BEFORE, rows_after
 
 IDS = ("a" * 64, "b" * 64)
 KINDS = [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer")]
-KINDS += [(name, pa.string()) for name in ("answer_type", "expression", "prompt_id", "pair_id")]
+KINDS += [(name, pa.string()) for name in ("answer_type", "clean_record", "expression", "prompt_id", "pair_id")]
 SCHEMA = pa.schema([*KINDS, ("evidence_pages", pa.list_(pa.int32())), ("pages", pa.int32())])
-BAD = {"mark": "bad", "reason": "not_true"}
+BAD = {"verdict": "bad", "reason": "not_true"}
 CAPTION = {"task": "caption", "clean_text": "A cat on a mat."}
 
 
@@ -63,12 +63,12 @@ def test_a_text_without_a_review_goes_on_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_bad_text_goes_with_its_reason_and_a_good_one_stays(tmp_path: Path) -> None:
-    rows = Reviewed(tmp_path, CAPTION, {**CAPTION, "clean_text": "A dog on a mat."}).apply((0, BAD), (1, {"mark": "good"}))
-    assert [row["reason"] for row in rows] == ["marked_not_true", None]
+    rows = Reviewed(tmp_path, CAPTION, {**CAPTION, "clean_text": "A dog on a mat."}).apply((0, BAD), (1, {"verdict": "good"}))
+    assert [row["reason"] for row in rows] == ["reviewed_not_true", None]
 
 
 def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) -> None:
-    edit = {"mark": "edited", "question": "Is it a dog?", "answer": "no"}
+    edit = {"verdict": "edited", "question": "Is it a dog?", "answer": "no"}
     (row,) = Reviewed(tmp_path, question("Is it a cat?", "yes")).apply((0, edit))
     assert (row["final_question"], row["final_answer"], row["final_prompt_id"]) == ("Is it a dog?", "no", "review")
     assert row["clean_answer"] == "yes"  # the column of filter is not touched
@@ -78,11 +78,11 @@ def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("review", "pair_id"),
     [
-        ({"mark": "good"}, "1"),
+        ({"verdict": "good"}, "1"),
         (BAD, None),
-        ({"mark": "edited", "question": "Is it a cat?", "answer": "no"}, None),
-        ({"mark": "edited", "question": "Is it a dog?", "answer": "yes"}, None),
-        ({"mark": "edited", "question": "is it a cat?", "answer": "yes"}, "1"),
+        ({"verdict": "edited", "question": "Is it a cat?", "answer": "no"}, None),
+        ({"verdict": "edited", "question": "Is it a dog?", "answer": "yes"}, None),
+        ({"verdict": "edited", "question": "is it a cat?", "answer": "yes"}, "1"),
     ],
 )
 def test_two_questions_are_a_pair_while_both_stay_and_differ(
@@ -97,7 +97,7 @@ def test_two_questions_are_a_pair_while_both_stay_and_differ(
 def test_reviews_are_counted_over_what_stays_and_what_goes(tmp_path: Path) -> None:
     texts = ({**CAPTION, "clean_text": f"Text number {n} of a cat."} for n in range(4))
     reviewed = Reviewed(tmp_path, *texts, shards=2)
-    reviewed.apply((0, {"mark": "good"}), (1, BAD), (2, BAD))
+    reviewed.apply((0, {"verdict": "good"}), (1, BAD), (2, BAD))
     assert count_reviews(reviewed.shards) == {"good": 1, "bad": 2, "edited": 0}
     reviewed.apply()
     assert count_reviews(reviewed.shards) == {}

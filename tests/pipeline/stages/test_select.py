@@ -56,7 +56,7 @@ def test_what_one_caption_alone_says_is_likely_made_up() -> None:
     assert kept(captions("A dog.", "A cat sleeps on a mat.", "A cat sleeps on a mat.")) == ["A cat sleeps on a mat."]
 
 
-def test_the_best_is_the_best_aligned_the_best_marked_or_the_longest() -> None:
+def test_the_best_is_the_best_aligned_the_best_rated_or_the_longest() -> None:
     rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
     assert kept(rows, by="clip") == ["A dog."]
     long = captions("A dog here.", "A dog on grass.", "A dog and a horse on grass.", agreement=[1.0, 1.0, 0.5])

@@ -1,7 +1,6 @@
 """A source is read once: a run that was stopped is gone on with, and what was read stays while nothing of it has changed."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -26,13 +25,13 @@ from pipeline.executors.local import reading_settings
 from pipeline.sources import open_source
 from pipeline.stages import source_parts, source_reader
 from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
-from pipeline.storage.files import read_table, write_table
+from pipeline.storage.files import read_table
 from pipeline.types import Rejected, Sample, Source
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
 # Settings that stand in the key in another form: revisions, digests of files, the kind of images, whether texts are kept.
-IN_ANOTHER_FORM = ["limit", "rows", "seed", "exclude", "captions", "split_list", "human_texts", "dedupe"]
+IN_ANOTHER_FORM = ["limit", "images", "seed", "exclude", "captions", "split_list", "human_texts", "dedupe"]
 LATER_SETTINGS = [
     "title",
     "drop_context",
@@ -96,8 +95,8 @@ class Reading:
         source = open_source(reading_settings(config))
         opened = replace(source, read=lambda start: self._rows(source, start, stop_at))
         self.reader = SourceReader(DatasetDir(dataset), config, opened, self.notes)
-        self.has_more = self.reader.read(config.limit if config.rows is None else config.rows)
-        if config.rows is None:
+        self.has_more = self.reader.read(config.limit if config.images is None else config.images)
+        if config.images is None:
             self.reader.finish()
 
     def _rows(self, source: Source, start: int, stop_at: int | None) -> Iterator[Sample | Rejected]:
@@ -128,8 +127,14 @@ def test_every_setting_is_of_the_source_or_of_what_comes_later() -> None:
     assert sorted(settings) == sorted(Config.model_fields)
 
 
-def require_going_on(photos: Path, tmp_path: Path, config: Config, stop_at: int) -> None:
-    """Require that a reading that was stopped goes on, and ends in the bytes of one that was not."""
+@pytest.mark.parametrize(
+    ("more", "stop_at"),
+    [*(({"human_texts": "keep"}, stop) for stop in (1, 6, 9, 17, 39)), *(({"limit": 13}, stop) for stop in (6, 14))],
+)
+def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
+    photos: Path, tmp_path: Path, more: dict[str, Any], stop_at: int
+) -> None:
+    config = settings(photos, **more)
     Reading(tmp_path / "whole", config)
     with pytest.raises(SourceError, match="the line is cut"):
         Reading(tmp_path / "cut", config, stop_at=stop_at)
@@ -139,16 +144,6 @@ def require_going_on(photos: Path, tmp_path: Path, config: Config, stop_at: int)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert any("goes on behind" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("stop_at", [1, 6, 9, 17, 23, 39])
-def test_a_reading_that_was_stopped_goes_on_and_ends_in_the_same_bytes(photos: Path, tmp_path: Path, stop_at: int) -> None:
-    require_going_on(photos, tmp_path, settings(photos, human_texts="keep"), stop_at)
-
-
-@pytest.mark.parametrize("stop_at", [6, 9, 14])
-def test_so_does_one_with_a_limit(photos: Path, tmp_path: Path, stop_at: int) -> None:
-    require_going_on(photos, tmp_path, settings(photos, limit=13), stop_at)
 
 
 def test_there_are_copies_near_duplicates_and_files_that_are_no_image(photos: Path, tmp_path: Path) -> None:
@@ -200,10 +195,10 @@ def test_files_of_the_stage_are_read_for_their_digest_only_where_their_times_hav
         ({"limit": 10}, {}, [11]),
         ({"limit": 100}, {}, []),  # there was no more
         ({"limit": 33}, {}, [39]),  # a source may end where the limit says
-        ({"rows": 10}, {"rows": 8}, [11]),
-        ({"rows": 10}, {"rows": 12}, [11]),
-        ({"rows": 10}, {"limit": 10}, [11]),
-        ({"limit": 10}, {"rows": 10}, [11]),
+        ({"images": 10}, {"images": 8}, [11]),
+        ({"images": 10}, {"images": 12}, [11]),
+        ({"images": 10}, {"limit": 10}, [11]),
+        ({"limit": 10}, {"images": 10}, [11]),
     ],
 )
 def test_it_is_read_again_if_other_samples_would_come(
@@ -252,21 +247,6 @@ def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path
     shutil.rmtree(parts)
     stop()
     assert Reading(tmp_path / "d", settings(photos, license="mit")).starts == [0]
-
-
-def test_parts_of_an_earlier_release_are_taken(photos: Path, tmp_path: Path) -> None:
-    """It did not count the pages of a sample."""
-    Reading(tmp_path / "whole", settings(photos))
-    with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=20)
-    for about in (tmp_path / "d/stages/source/parts").glob("*.json"):
-        path = about.with_suffix(".parquet")
-        table = read_table(path).drop_columns(["num_pages"])
-        write_table(path, [table], table.schema)
-        about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": file_digest(path)}))
-    assert Reading(tmp_path / "d", settings(photos)).starts == [19]
-    assert rows(tmp_path / "d", "kept") == rows(tmp_path / "whole", "kept")
-    assert images(tmp_path / "d") == images(tmp_path / "whole")
 
 
 def test_of_parts_that_follow_a_gap_none_is_taken(photos: Path, tmp_path: Path) -> None:
@@ -335,7 +315,7 @@ def test_drawn_scenes_to_a_limit_and_without_end_are_two_sources(tmp_path: Path)
         return Reading(tmp_path / "d", resolve(source="scenes", **more))
 
     assert not read(limit=6).has_more
-    assert read(rows=6).has_more
+    assert read(images=6).has_more
     assert not read(limit=6).has_more
     assert "preview" not in DatasetDir(tmp_path / "d").provenance("source").read_text()
 
@@ -358,7 +338,7 @@ def test_the_files_of_the_same_settings_stay_until_others_are_there(photos: Path
 
 
 def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
-    config = settings(photos, rows=8)
+    config = settings(photos, images=8)
     reading = Reading(tmp_path / "d", config)
     assert reading.has_more and reading.reader.read(20) and not reading.reader.read(100)
     assert reading.starts == [0]
@@ -366,7 +346,7 @@ def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -
     assert all(rows(tmp_path / "d", name) == rows(tmp_path / "whole", name) for name in FILES)
     again = Reading(tmp_path / "d", config)  # begins with as few as the first, whatever lies there
     assert again.starts == [39] and again.has_more
-    Reading(tmp_path / "first", settings(photos, rows=8))
+    Reading(tmp_path / "first", settings(photos, images=8))
     assert all(rows(tmp_path / "d", name) == rows(tmp_path / "first", name) for name in FILES)
     assert again.reader.read(20) and again.starts == [39]
 
@@ -420,7 +400,7 @@ def test_rows_are_tried_as_long_as_that_gives_more(photos: Path, tmp_path: Path,
 
 def test_a_reading_for_a_number_of_rows_tries_rows_that_failed_each_time(photos: Path, tmp_path: Path) -> None:
     """It has no end after which all would be read anew."""
-    config = settings(photos, rows=30)
+    config = settings(photos, images=30)
     with pytest.raises(SourceError, match="the line is cut"):
         Unreachable(tmp_path / "d", config, stop_at=30)
     assert Reading(tmp_path / "d", config).starts == [9]

@@ -13,7 +13,7 @@ from pipeline.text.pii import redact
 from tests.hostile import bounded_memory
 from tests.hostile.vectors import ALL
 
-GOOD = {"sample_id": "a" * 64, "content": "b" * 16, "mark": "good"}
+GOOD = {"sample_id": "a" * 64, "content": "b" * 16, "verdict": "good"}
 
 
 def lines(*values: object) -> bytes:
@@ -30,8 +30,8 @@ BAD: dict[str, bytes] = {
     "bytes that are no text": b"\xff\xfe\n",
     "deep": b"[" * 100_000 + b"]" * 100_000,
     "a deep note": lines(GOOD | {"note": "x"})[:-4] + b"[" * 50_000,
-    "no mark": lines({"sample_id": "a" * 64, "content": "b" * 16}),
-    "an unknown mark": lines(GOOD | {"mark": "evil"}),
+    "no review": lines({"sample_id": "a" * 64, "content": "b" * 16}),
+    "an unknown review": lines(GOOD | {"verdict": "evil"}),
     "an unknown key": lines(GOOD | {"evil": 1}),
     "a path as sample": lines(GOOD | {"sample_id": "../../etc/passwd"}),
     "a sample of other letters": lines(GOOD | {"sample_id": "A" * 64}),
@@ -40,15 +40,15 @@ BAD: dict[str, bytes] = {
     "content of other letters": lines(GOOD | {"content": "z" * 16}),
     "a note of a megabyte": lines(GOOD | {"note": "x" * 1_000_000}),
     "a reason without need": lines(GOOD | {"reason": "other"}),
-    "bad without a reason": lines(GOOD | {"mark": "bad"}),
-    "an unknown reason": lines(GOOD | {"mark": "bad", "reason": "evil"}),
-    "an edit without words": lines(GOOD | {"mark": "edited"}),
-    "an edit of everything": lines(GOOD | {"mark": "edited", "text": "x", "question": "y", "answer": "z"}),
-    "an edit that is a list": lines(GOOD | {"mark": "edited", "text": ["x"]}),
-    "an edit that is a number": lines(GOOD | {"mark": "edited", "text": 10**400}),
+    "bad without a reason": lines(GOOD | {"verdict": "bad"}),
+    "an unknown reason": lines(GOOD | {"verdict": "bad", "reason": "evil"}),
+    "an edit without words": lines(GOOD | {"verdict": "edited"}),
+    "an edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
+    "an edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
+    "an edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
     "words without an edit": lines(GOOD | {"text": "x"}),
-    "pages that are texts": lines(GOOD | {"mark": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
-    "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "mark": "\\ud800"}\n',
+    "pages that are texts": lines(GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
+    "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "verdict": "\\ud800"}\n',
     "the second line": lines(GOOD) + b"evil\n",
     "a last line without its end": lines(GOOD) + b'{"sample_id": "',
 }
@@ -56,9 +56,9 @@ BAD: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_holds_no_marks_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
-    (tmp_path / "marks.jsonl").write_bytes(BAD[name])
-    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a mark|cannot read"):
-        read_reviews(tmp_path / "marks.jsonl")
+    (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
+    with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"):
+        read_reviews(tmp_path / "reviews.jsonl")
 
 
 def too_large(path: Path) -> None:
@@ -68,16 +68,16 @@ def too_large(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large])
 def test_what_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
-    make(tmp_path / "marks.jsonl")
+    make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
-        read_reviews(tmp_path / "marks.jsonl")
+        read_reviews(tmp_path / "reviews.jsonl")
 
 
 def test_any_note_and_any_words_are_kept_as_they_are_but_for_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
-    marks = [GOOD | {"mark": "edited", "text": text, "note": text[:1000]} for text in texts]
-    (tmp_path / "marks.jsonl").write_bytes(lines(*marks))
-    reviews = read_reviews(tmp_path / "marks.jsonl")
+    reviews = [GOOD | {"verdict": "edited", "text": text, "note": text[:1000]} for text in texts]
+    (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
+    reviews = read_reviews(tmp_path / "reviews.jsonl")
     assert [review.text for review in reviews] == [redact(text)[0] for text in texts]
     assert sum(review.text == text for review, text in zip(reviews, texts, strict=True)) > len(texts) / 2
     assert [review.note for review in reviews] == [text[:1000] for text in texts]

@@ -1,11 +1,10 @@
-"""Names of versions: tags, and names that no other version is given after a removal."""
+"""Tags: other names of versions."""
 
 from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
-from pipeline.dataset.names import read_removed, read_tags, require_tag_name, write_tags
+from pipeline.dataset.directory import DatasetDir, open_dataset, read_tags, require_tag_name, split_version, write_tags
 from pipeline.errors import ConfigError, StoreError
 from tests.scene_data import make_version, scene_samples
 
@@ -59,14 +58,6 @@ def test_a_file_of_tags_of_somebody_else_is_an_error_that_names_it(tmp_path: Pat
     (tmp_path / "versions" / "tags.json").write_text(text)
     with pytest.raises(StoreError, match=r"tags\.json"):
         read_tags(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", '{"removed": ["x"]}', '{"removed": {"x": "y"}}'])
-def test_a_file_of_removed_versions_of_somebody_else_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
-    (tmp_path / "versions").mkdir()
-    (tmp_path / "versions" / "removed.json").write_text(text)
-    with pytest.raises(StoreError, match=r"removed\.json"):
-        read_removed(tmp_path)
 
 
 def test_a_damaged_file_of_tags_is_in_nobodys_way_who_names_none(tmp_path: Path) -> None:
