@@ -77,7 +77,7 @@ def test_any_note_and_any_words_are_kept_as_they_are_but_for_personal_data(tmp_p
     texts = [vector for vector in ALL if vector.isprintable()]
     reviews = [GOOD | {"verdict": "edited", "text": text, "note": text[:1000]} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
-    reviews = read_reviews(tmp_path / "reviews.jsonl")
-    assert [review.text for review in reviews] == [redact(text)[0] for text in texts]
-    assert sum(review.text == text for review, text in zip(reviews, texts, strict=True)) > len(texts) / 2
-    assert [review.note for review in reviews] == [text[:1000] for text in texts]
+    read_back = read_reviews(tmp_path / "reviews.jsonl")
+    assert [review.text for review in read_back] == [redact(text)[0] for text in texts]
+    assert sum(review.text == text for review, text in zip(read_back, texts, strict=True)) > len(texts) / 2
+    assert [review.note for review in read_back] == [text[:1000] for text in texts]
