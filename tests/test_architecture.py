@@ -30,7 +30,7 @@ FILES = {
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions file_digests
+    "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions
         flickr30k folder hub image_names image_urls listing local_files metadata_files parquet questions references remote
         row_texts scenes slidevqa table_rows text_tables vqav2""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies

@@ -188,8 +188,7 @@ def _content(image: ListedImage, root: Path, file_digest: Callable[[Path], str])
     """Return what the revision has of a line: the content of a file, the address of another image, and the texts."""
     data = image.address.encode("utf-8", "replace").decode() if image.is_url else file_digest(root / image.address)
     asked = [[one.question, one.answers, one.answer_type] for one in image.questions]
-    more = [*([asked[1:]] if asked[1:] else []), *([image.fault] if image.fault else [])]  # nothing where there is none
-    return [image.name, data, image.captions, asked[0] if asked else None, image.split, image.context, *more]
+    return [image.name, data, image.captions, asked, image.split, image.context, image.fault]
 
 
 def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_urls: bool) -> bytes:

@@ -67,10 +67,9 @@ def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def texts_of_revision(references: References, path: Path) -> list[Any]:
-    """Return what the revision has of an image beside its captions: nothing where there is none, as in earlier releases."""
+    """Return the texts of an image that are part of the revision: captions, questions, and the split."""
     asked = [[one.question, one.answers, one.answer_type] for one in references.questions.get(path, ())]
-    split = references.splits.get(path)
-    return [*([asked] if asked else []), *([{"split": split}] if split else [])]
+    return [references.captions.get(path, ()), asked, references.splits.get(path)]
 
 
 def add_caption_files(references: References, files: Sequence[Path], root: Path, images: Mapping[str, Path]) -> None:
