@@ -23,12 +23,18 @@ from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.image_names import spelled_alike
+from pipeline.sources.captions import spelled_alike
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
-from pipeline.sources.metadata_files import OF_EVERY_IMAGE
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
-from pipeline.sources.row_texts import captions_of_people, describe_by_model, questions_of_people, read_split, texts_by_model
-from pipeline.sources.text_tables import decode_text
+from pipeline.sources.references import OF_EVERY_IMAGE
+from pipeline.sources.texts import (
+    captions_of_people,
+    decode_text,
+    describe_by_model,
+    questions_of_people,
+    read_split,
+    texts_by_model,
+)
 from pipeline.types import ALL, RawSample, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, cast
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.local_files import UNREAD_SUFFIXES
-from pipeline.sources.metadata_files import METADATA_FILES
+from pipeline.sources.references import METADATA_FILES
 from pipeline.storage.untrusted import is_hidden
 
 TEXT_SUFFIXES = (".txt", ".json")

@@ -22,8 +22,8 @@ from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, group_by_split, is_list, is_text, stored_split
-from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_split, named_columns
+from pipeline.sources.texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.types import ALL, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
 Columns = dict[str, list[str]]  # of each role

@@ -28,9 +28,16 @@ from pipeline.sources.local_files import (
     list_files,
     row_name,
 )
-from pipeline.sources.metadata_files import METADATA_FILES, OF_EVERY_IMAGE
-from pipeline.sources.references import References, add_caption_files, add_splits_of_folders, read_references, texts_of_revision
-from pipeline.sources.row_texts import describe_by_model
+from pipeline.sources.references import (
+    METADATA_FILES,
+    OF_EVERY_IMAGE,
+    References,
+    add_caption_files,
+    add_splits_of_folders,
+    read_references,
+    texts_of_revision,
+)
+from pipeline.sources.texts import describe_by_model
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, Context, RawSample, Rejected, Source, SourceSlice

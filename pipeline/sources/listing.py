@@ -26,8 +26,7 @@ from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.local_files import REFUSALS, digest_or_fault
 from pipeline.sources.parquet import stored_split
-from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_split
-from pipeline.sources.text_tables import decode_text, read_csv, read_lines
+from pipeline.sources.texts import captions_of_people, decode_text, questions_of_people, read_csv, read_lines, read_split
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import WRITTEN_BY
 from pipeline.types import ALL, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice

@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.config.files import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
-from pipeline.sources import metadata_files, open_source
+from pipeline.sources import open_source, references
 from pipeline.sources.folder import open_folder
 from pipeline.storage.untrusted import read_regular
 from pipeline.types import Rejected, Sample, SourceSlice
@@ -227,7 +227,7 @@ def test_a_file_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "metadata.csv"))
 
-    monkeypatch.setattr("pipeline.sources.references.read_metadata", refuse)
+    monkeypatch.setattr("pipeline.sources.references._read_metadata", refuse)
     (tmp_path / "metadata.csv").write_text("file_name,caption\n")
     with pytest.raises(SourceError, match=r"cannot read .*metadata\.csv: Permission denied"):
         open_source(resolve(source=f"folder:{tmp_path}"))
@@ -388,7 +388,7 @@ def test_a_table_that_is_damaged_or_unpacks_to_too_much_is_one_error(tmp_path: P
     fill(tmp_path)
     path = tmp_path / "metadata.parquet"
     pq.write_table(pa.table({"file_name": ["a.JPG"] * 500, "text": [f"A dog {number}." for number in range(500)]}), path)
-    monkeypatch.setattr("pipeline.sources.metadata_files.MAX_METADATA_BYTES", 5000)
+    monkeypatch.setattr("pipeline.sources.references.MAX_METADATA_BYTES", 5000)
     with pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)
     path.write_bytes(b"PAR1 and no more")
@@ -507,6 +507,6 @@ def test_a_table_of_metadata_that_repeats_a_large_value_takes_no_memory(
     names = pa.array(["a.png"] * rows)
     pq.write_table(pa.table({"file_name": names, "caption": large}), tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(metadata_files, "MAX_METADATA_BYTES", 10_000_000)
+    monkeypatch.setattr(references, "MAX_METADATA_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)
