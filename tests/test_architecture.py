@@ -30,8 +30,8 @@ FILES = {
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims clip deck draw facts score teacher text",
     "pipeline/scenes/training": "__init__ common guide pack train_clip train_teacher wording",
-    "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions flickr30k folder hub
-        image_urls listing local_files parquet questions references remote scenes slidevqa table_rows texts vqav2""",
+    "pipeline/sources": """__init__ archive archive_entries base benchmarks captions columns documents exclusions folder hub
+        image_urls listing local_files parquet references remote scenes texts""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
         source_exclusions source_parts source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ cloned_ranges database file_lock files lock object_store own_lines sidecars untrusted",
