@@ -310,3 +310,9 @@ def test_lists_of_questions_and_lines_that_are_no_json_are_told(home: Path) -> N
     assert source.messages == ("questions of people: 1 of 1 lines",)
     with pytest.raises(SourceError, match="line 3 is no JSON"):
         opened(home / "list.jsonl", '{"image": "0.jpg"}\n\n{"image": "1.j')
+
+
+def test_value_that_no_prompt_can_state_is_an_error_with_its_row(home: Path) -> None:
+    with pytest.raises(SourceError, match=r"list\.jsonl, row 2: the column title holds objects"):
+        text = '{"file_name": "0.jpg"}\n{"file_name": "0.jpg", "title": [["A dog"]]}\n'
+        opened(home / "list.jsonl", text, columns={"context": "title"})
