@@ -31,7 +31,7 @@ from tests.s3 import running_s3
 Files = dict[str, bytes]
 FILES: Files = {
     "a/0.jpg": photo(0),
-    "a/0.txt": b"A bowl.\nOne red bowl.\n",
+    "a/0.txt": "A bowl.\nOne red bowl.\n".encode("utf-16"),
     "a/1.jpg": photo(1),
     "a/1.json": json.dumps({"caption": ["A cup.", "A cup."], "title": "Cup", "price": 3}).encode(),
     "a/notes.pdf": b"%PDF",
@@ -443,20 +443,6 @@ def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
-def test_texts_are_read_once_though_columns_are_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.json": b'{"title": "Bowl"}'}))
-    passes: list[str] = []
-    read_entries = archive_entries.read_entries
-
-    def note(file: Any, name: str, wanted: Any = "both") -> Any:
-        passes.append(wanted)
-        return read_entries(file, name, wanted)
-
-    monkeypatch.setattr(archives, "read_entries", note)
-    assert len(samples(tmp_path, columns={"context": "title"})) == 1
-    assert passes == ["texts", "images", "images"]  # the first images for their columns, then all
-
-
 def test_archives_without_images_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.zip").write_bytes(zip_of({"notes.txt": b"x"}))
     with pytest.raises(SourceError, match=r"no image in p\.zip"):
@@ -487,12 +473,6 @@ def test_the_only_image_of_a_key_has_all_texts_of_the_key(tmp_path: Path, make: 
     files = {"0.jpg": photo(0), "0.caption.txt": b"A bowl.", "1.a.jpg": photo(1), "1.b.jpg": photo(2), "1.txt": b"A cup."}
     (tmp_path / "p").with_suffix(".zip" if make is zip_of else ".tar").write_bytes(make(files))
     assert [row.references for row in samples(tmp_path).values()] == [("A bowl.",), (), ()]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_texts_may_have_a_mark(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0), "0.txt": "Eine Sch\u00fcssel.".encode(encoding)}))
-    assert samples(tmp_path)["p.zip/0.jpg"].references == ("Eine Sch\u00fcssel.",)
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress, bz2.compress, lzma.compress])

@@ -1,7 +1,6 @@
 """Lists of files and URLs as a source: what they say of the images, and what they must not reach."""
 
 import http.server
-import ipaddress
 import json
 import os
 import threading
@@ -282,13 +281,6 @@ def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
     assert [row.source_row for row in read] == [f"list.csv:{n}" for n in range(1, 10)]
     assert isinstance(read[-1], Rejected) and read[-1].reason == "url_not_found"
     assert "secret" not in str(read[-1])
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "localhost", "0.0.0.0"])
-def test_private_addresses_are_refused_and_nothing_is_fetched(home: Path, host: str) -> None:
-    source = opened(home / "list.txt", f"http://{host}:1/x.jpg\n", allow_urls=True)
-    assert outcomes(source) == {"list.txt:1": "url_refused"}
-    assert not image_urls.is_public(ipaddress.ip_address("127.0.0.1"))
 
 
 @pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
