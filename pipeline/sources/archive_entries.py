@@ -161,7 +161,7 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
                     yield Entry(_as_text(member.name), b"")
             while content is not None and content.read(BLOCK_BYTES):  # tarfile would skip a size that the file does not have
                 pass
-        if tar.fileobj.read(BLOCK_BYTES).strip(b"\0"):  # type: ignore[union-attr]
+        if tar.fileobj.read(BLOCK_BYTES).strip(b"\0"):
             message = f"{name} goes on after its end, as several archives do that `cat` has joined"
             raise SourceError(message, hint="unpack it with tar --ignore-zeros, and read it as a folder")
 
