@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(status: os.stat_result) -> bytes:
+    """Return a value that changes with the bytes of a file: its place on the disk, its size, and its times."""
+    return struct.pack(">QQqqq", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def hash_to_unit(*parts: object) -> float:

@@ -26,7 +26,7 @@ from pipeline.inference.requests import build_requests, check_prompts, requests_
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, find_source, open_source, with_source_defaults
-from pipeline.sources.file_digests import use_file_digests
+from pipeline.sources.local_files import skip_digests
 from pipeline.stages.base import RunPlan
 from pipeline.stages.generate import source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
@@ -51,7 +51,7 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     config = with_source_defaults(config)
     progress = progress or NullProgress()
     check_prompts(config)
-    with use_file_digests(None):
+    with skip_digests():
         source = open_source(config)
     for text in source.messages:
         progress.message(text)

@@ -22,7 +22,7 @@ from pipeline.inference.requests import build_requests, check_prompts, requests_
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.sources.file_digests import use_file_digests
+from pipeline.sources.local_files import skip_digests
 from pipeline.stages.generate import sample_info, source_texts
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
@@ -107,7 +107,7 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
     config = with_source_defaults(config)
     progress = progress or NullProgress()
     check_prompts(config)
-    with use_file_digests(None):  # a few images of a large source are shown at once
+    with skip_digests():  # a few images of a large source are shown at once
         source = open_source(config)
     for text in source.messages:
         progress.message(text)

@@ -17,7 +17,6 @@ from pipeline.inference.requests import check_prompts
 from pipeline.logs import log_to
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.sources.file_digests import FileDigests, use_file_digests
 from pipeline.stages import balance, dedupe, review, select, split, trim, validate, verify
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import AllRows, Stage, step_order
@@ -76,14 +75,10 @@ def generate_dataset(
         from pipeline.executors.ray.executor import run_on_cluster
 
         return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
-    digests, source = FileDigests(), None
-    if start == "source":
-        with use_file_digests(FileDigests.read(dataset.source_digests, progress)) as digests:
-            source = open_source(reading_settings(config))
+    source = open_source(reading_settings(config)) if start == "source" else None
     for text in source.messages if source else ():
         progress.message(text)
     with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):
-        digests.save(dataset.source_digests)
         return run_locally(config, dataset, stages, start, source, progress)
 
 

@@ -118,7 +118,6 @@ class RawSample:
     images: tuple[bytes, ...]
     license: str
     fields: dict[str, Any]
-    image_ids: tuple[str, ...] = ()  # of all its images, where the source knows them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

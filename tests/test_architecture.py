@@ -29,9 +29,8 @@ FILES = {
         request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims scene text",
-    "pipeline/sources": """__init__ archive archive_entries base captions columns documents exclusions file_digests
-        flickr30k folder hub image_names image_urls listing local_files metadata_files parquet questions references remote
-        row_texts scenes slidevqa table_rows text_tables vqav2""",
+    "pipeline/sources": """__init__ archive archive_entries base benchmarks captions columns documents exclusions folder hub
+        image_urls listing local_files parquet references remote scenes texts""",
     "pipeline/stages": """__init__ ask_checks balance base dedupe filter finished generate review select source source_copies
         source_exclusions source_parts source_reader split trim validate verify version""",
     "pipeline/storage": "__init__ database file_lock files lock object_store own_lines sidecars untrusted",

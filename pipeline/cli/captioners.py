@@ -255,8 +255,7 @@ def _short_name(name: str, names: list[str]) -> str:
 
 def _images_named(names: list[str], captions: Path | None, limit: int) -> list["Shown"]:
     """Return the images that names lead to, with what a file of captions says of them."""
-    from pipeline.sources.captions import read_captions
-    from pipeline.sources.image_names import describe_unknown, match_images
+    from pipeline.sources.captions import describe_unknown, match_images, read_captions
     from trainer.caption_files import find_images, shown_path
     from trainer.side_by_side import Shown
 

@@ -84,11 +84,6 @@ class DatasetDir:
         return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/stages/{name}/{which}.parquet"), key=str)
 
     @property
-    def source_digests(self) -> Path:
-        """The digests of the files that the source was read from (sources/file_digests.py)."""
-        return self.path / "stages" / "source" / "digests"
-
-    @property
     def finished(self) -> Path:
         """The file that a run on a cluster writes when all shards are done; without it, shards may be of several runs."""
         return self.path / "shards" / "finished.json"

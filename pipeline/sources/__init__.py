@@ -10,7 +10,7 @@ from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
 from pipeline.images.similarity import ImageKind
-from pipeline.sources import archive, columns, documents, flickr30k, folder, hub, listing, scenes, slidevqa, vqav2
+from pipeline.sources import archive, benchmarks, columns, documents, folder, hub, listing, scenes
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
@@ -27,9 +27,9 @@ SOURCES: tuple[SourceSpec, ...] = (
     documents.VIDEO,
     columns.SPEC,
     hub.SPEC,
-    flickr30k.SPEC,
-    vqav2.SPEC,
-    slidevqa.SPEC,
+    benchmarks.FLICKR30K,
+    benchmarks.VQAV2,
+    benchmarks.SLIDEVQA,
 )
 
 

@@ -1,17 +1,16 @@
-"""Source: images in archives (`archive:PATH`): tar files, WebDataset's among them, and zip files.
+"""Source: images in archives (`archive:PATH`): tar files, such as those of WebDataset, and zip files.
 
-Nothing is unpacked to a disk. What lies beside an image under its name is about it: the lines of `NAME.txt` are captions, and
-`NAME.json` may hold captions, questions, a split, and columns for the context of prompts; so may the rows of `metadata.jsonl`,
-`.csv` or `.parquet`, as in the imagefolder format of `datasets`. Texts are read first, wherever they stand; of an archive in a
-store, which is read once, those that stand next to their image, and no metadata file.
+Nothing is unpacked to a disk. `NAME.txt` next to an image holds captions, one a line. `NAME.json` may hold captions,
+questions, a split, and columns for the context of prompts. Texts are read first, wherever they are in the archive. An archive
+in a store is read once, with the texts that are next to their image.
 """
 
 import json
 import posixpath
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -22,20 +21,25 @@ from pipeline.errors import SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
-from pipeline.sources.image_names import spelled_alike
+from pipeline.sources.captions import spelled_alike
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
-from pipeline.sources.metadata_files import OF_EVERY_IMAGE, describe_metadata, parse_metadata
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
-from pipeline.sources.row_texts import captions_of_people, describe_by_model, questions_of_people, read_split, texts_by_model
-from pipeline.sources.text_tables import decode_text
-from pipeline.tables import ANSWER_TYPE, ANSWERS, CAPTIONS, QA, QUESTION, SPLIT
+from pipeline.sources.references import OF_EVERY_IMAGE
+from pipeline.sources.texts import (
+    captions_of_people,
+    decode_text,
+    describe_by_model,
+    questions_of_people,
+    read_split,
+    texts_by_model,
+)
+from pipeline.tables import SPLIT
 from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlice
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
 QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
-OF_TEXTS = frozenset((*CAPTIONS, QA, QUESTION, *ANSWERS, ANSWER_TYPE))  # columns of what people wrote
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
 
 
@@ -57,36 +61,16 @@ class TextsByKey:
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
     images: Counter[str] = field(default_factory=Counter)
-    names: set[str] = field(default_factory=set)  # of the images
-    messages: list[str] = field(default_factory=list)  # what of the files about several images was not used
+    tables: list[str] = field(default_factory=list)  # names of metadata files, which are read in folders only
 
     def add(self, entry: Entry) -> None:
         """Add a text, or count an image."""
-        if is_text(entry.name):
+        if is_metadata(entry.name):
+            self.tables.append(entry.name)
+        elif is_text(entry.name):
             self.texts.setdefault(key_of(entry.name), []).append(entry)
         else:
             self.images[key_of(entry.name)] += 1
-            self.names.add(spelled_alike(entry.name))
-
-    def add_rows(self, entry: Entry, archive: str) -> None:
-        """Add what a metadata file says of each image, as if it were a text `IMAGE.json`, when all images are known."""
-        name = f"{archive}/{entry.name}"
-        try:
-            if entry.data is None:
-                raise SourceError(f"cannot read {name}: {REASONS[entry.reason]}")
-            rows = parse_metadata(entry.data, name)
-        except SourceError as error:  # it may be another program's
-            self.messages.append(str(error))
-            return
-        of_image = defaultdict[str, list[dict[str, Any]]](list)
-        for row in rows:
-            file_name = str(row["file_name"]).replace("\\", "/")
-            of_image[posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), file_name))].append(row)
-        there = {image: about for image, about in of_image.items() if spelled_alike(image) in self.names}
-        for image, about in there.items():
-            values = {column: value for column, value in _merged(about).items() if column != "file_name"}
-            self.add(Entry(f"{image}.json", json.dumps(values, default=str).encode()))
-        self.messages += describe_metadata(name, rows, [image for image in of_image if image not in there])
 
     def of(self, image: Entry) -> list[Entry]:
         """Return the texts that have the name of an image; of the only image of a key all texts of the key."""
@@ -126,16 +110,6 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.partition(".")[0])
 
 
-def _merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the rows about an image as one: with all that people wrote, and the last value of any other column."""
-    if len(rows) == 1:
-        return rows[0]
-    captions = dict.fromkeys(text for row in rows for text in captions_of_people(row))
-    asked = [asdict(question) for row in rows for question in questions_of_people(row)]
-    others = {column: value for row in rows for column, value in row.items() if column not in OF_TEXTS}
-    return {**others, "captions": [*captions], **({"qa": asked} if asked else {})}
-
-
 def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
     """Return the captions of people beside an image, and the values of the JSON there; what is not text is left out.
 
@@ -171,7 +145,8 @@ def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
     if captions := sum(len(of_people) for of_people, _ in read):
         yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
     yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
-    yield from index.messages
+    if index.tables:
+        yield f"tables that are not read in {archive}: {first_names(index.tables)} (unpack it, and read it as a folder)"
     if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
     if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
@@ -292,19 +267,14 @@ def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[
 
 
 def _read_index(archives: Archives, name: str) -> TextsByKey:
-    index, metadata, num_bytes = TextsByKey(), list[Entry](), 0
+    index, num_bytes = TextsByKey(), 0
     with archives.open(name) as file:
         for entry in read_entries(file, name, "texts"):
             num_bytes += len(entry.data or b"")
             if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
                 hint = "unpack it, and read it as a folder"
                 raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
-            if is_metadata(entry.name):
-                metadata.append(entry)
-            else:
-                index.add(entry)
-    for entry in metadata:
-        index.add_rows(entry, name)
+            index.add(entry)
     return index
 
 

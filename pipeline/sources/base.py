@@ -102,7 +102,7 @@ def check_samples(rows: Iterator[RawSample | Rejected], columns: Sequence[str] =
             context = dict(row.fields.get("context", ()))
             context |= {name: context.get(name) or checked[0].exif.get(name, "") for name in exif}
             yield Sample(
-                id=deck_id(row.image_ids or tuple(map(image_id, row.images))),
+                id=deck_id(tuple(map(image_id, row.images))),
                 source_row=row.source_row,
                 images=tuple(page.data for page in checked),
                 pdq_hashes=tuple(page.info.pdq_hash for page in checked),

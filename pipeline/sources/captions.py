@@ -8,7 +8,7 @@
 | rows | a JSON list, JSON lines, Parquet, or CSV with a header: a name, and captions, or a question with answers |
 | Flickr30k | lines `NAME#0<tab>CAPTION` |
 
-Each may be compressed by gzip.
+Each may be compressed by gzip. An image is named by its path, or by its file name if no other image has it.
 """
 
 import csv
@@ -16,9 +16,11 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,19 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.sources.base import MAX_METADATA_BYTES
-from pipeline.sources.image_names import Written
+from pipeline.sources.base import MAX_METADATA_BYTES, first_names
 from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows
-from pipeline.sources.row_texts import (
+from pipeline.sources.texts import (
     captions_of_people,
+    decode_text,
     most_held_out,
+    read_csv,
+    read_lines,
     read_question,
     read_split,
     texts_by_model,
     texts_of_value,
 )
-from pipeline.sources.text_tables import decode_text, read_csv, read_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.text.escape import printable
@@ -52,6 +55,16 @@ HINT = (
 _PARQUET = b"PAR1"  # with which such a file begins
 MAX_SHOWN_CHARACTERS = 200
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
+
+
+@dataclass(slots=True)
+class Written:
+    """What people wrote about one image."""
+
+    captions: list[str] = field(default_factory=list)
+    questions: list[ReferenceQA] = field(default_factory=list)
+    split: str | None = None
+    num_by_model: int = 0  # captions and questions that are left out, since a model wrote them
 
 
 def read_captions(path: Path) -> dict[str, Written]:
@@ -192,3 +205,47 @@ def _row(row: Mapping[str, Any]) -> Row:
         raise ValueError(f"a row names no image; it has {', '.join(map(str, row))[:200]}")
     captions = captions_of_people(row, CAPTIONS)
     return str(name).strip(), captions, read_question(row), read_split(row.get(SPLIT)), len(texts_by_model(row))
+
+
+def match_images(written: Mapping[str, Written], images: Sequence[str]) -> tuple[dict[str, Written], list[str]]:
+    """Return the texts by the paths of images, relative to their folder, and the names that match no image.
+
+    A name is a path, or a file name that one image has, and one name of the file.
+    """
+    left, matched = list(written), dict[str, Written]()
+    for key_of in (spelled_alike, _file_name):
+        of_images, of_names = _unique(images, key_of), _unique(left, key_of)
+        for key, name in of_names.items():
+            if key in of_images:
+                _merge(matched.setdefault(of_images[key], Written()), written[name])
+        left = [name for name in left if key_of(name) not in of_images or key_of(name) not in of_names]
+    return matched, left
+
+
+def _unique(names: Sequence[str], key_of: Callable[[str], str]) -> dict[str, str]:
+    """Return names by their keys, without those that share one."""
+    counts = Counter(map(key_of, names))
+    return {key: name for name in names if (key := key_of(name)) and counts[key] == 1}
+
+
+def _merge(known: Written, more: Written) -> None:
+    known.captions += more.captions
+    known.questions += more.questions
+    known.num_by_model += more.num_by_model
+    known.split = most_held_out(more.split, known.split)
+
+
+def spelled_alike(name: str) -> str:
+    """Return a path as Linux and Unicode's composed form (NFC) spell it: Windows and macOS spell it otherwise."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+
+
+def _file_name(name: str) -> str:
+    return spelled_alike(name).rpartition("/")[2]
+
+
+def describe_unknown(path: Path, unknown: Iterable[str]) -> Iterator[str]:
+    """Yield what a user should know of names that are those of no image."""
+    names = list(unknown)
+    if names:
+        yield f"{path} names {len(names):,} images that are not here: {first_names(names)}"

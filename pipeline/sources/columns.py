@@ -13,18 +13,29 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import CONTEXT, Config
-from pipeline.errors import SourceError
+from pipeline.errors import ImageError, SourceError
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
 from pipeline.sources.local_files import find_local_files, translate_disk_errors
-from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, describe_held_out, group_by_split, is_list, is_text, stored_split
-from pipeline.sources.row_texts import TEXT_KEYS, list_in_cell, read_question, read_texts
-from pipeline.sources.table_rows import PARTIAL_MESSAGE, build_sample, check_split, named_columns
+from pipeline.sources.parquet import (
+    SPLIT_OF_WORD,
+    Tables,
+    describe_held_out,
+    embedded_bytes,
+    group_by_split,
+    is_list,
+    is_text,
+    stored_split,
+)
+from pipeline.sources.texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
+from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, UNKNOWN, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
 
+ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
+PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 Columns = dict[str, list[str]]  # of each role
 NO_COLUMN = "none"  # for the split and the question: a column of that name says something else
 _OF_CHOICES = frozenset(("choices", "options", "candidates"))  # of which an answer may be a number or a letter
@@ -137,6 +148,38 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
+
+
+def check_split(tables: Tables, split: str | None) -> None:
+    """Raise SourceError if the tables lack the split."""
+    if split is not None and split not in tables.files:
+        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
+
+
+def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
+    """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
+    if role not in ROLES:
+        raise SourceError(f"--columns knows no {role}", hint=f"it maps {', '.join(ROLES)}")
+    pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+    numbered = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
+    if not numbered:
+        raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
+    return [column for _, column in sorted(numbered)]
+
+
+def build_sample(
+    name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **more: Any
+) -> RawSample | Rejected:
+    """Return the images of a row, or its rejection. Empty pages at the end of a deck are dropped."""
+    while len(images) > 1 and images[-1] is None:
+        images = images[:-1]
+    if len(images) > MAX_PAGES:
+        return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
+    try:
+        pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
+    except ImageError as error:
+        return Rejected(source_row=name, reason=error.reason, detail=str(error))
+    return RawSample(source_row=name, images=pages, license=license, fields={"split": split, **more})
 
 
 def _read_row(

@@ -75,7 +75,7 @@ class ExclusionIndex:
         hashed = [
             (one, row["name"])
             for row in rows
-            for one in (row["pdq_hash"], *((row.get("crop_hashes") or ()) if kind == "photos" else ()))
+            for one in (row["pdq_hash"], *(row["crop_hashes"] if kind == "photos" else ()))
             if one and kind
         ]
         hashes = as_hashes([one for one, _ in hashed])

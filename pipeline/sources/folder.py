@@ -16,7 +16,6 @@ from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, check_samples, refuse_roles
-from pipeline.sources.file_digests import ImageIds
 from pipeline.sources.local_files import (
     REFUSALS,
     FolderContent,
@@ -28,10 +27,17 @@ from pipeline.sources.local_files import (
     list_files,
     row_name,
 )
-from pipeline.sources.metadata_files import METADATA_FILES, OF_EVERY_IMAGE
-from pipeline.sources.references import References, add_caption_files, add_splits_of_folders, read_references, texts_of_revision
-from pipeline.sources.row_texts import describe_by_model
-from pipeline.storage.untrusted import UnsafeFileError, read_with_status
+from pipeline.sources.references import (
+    METADATA_FILES,
+    OF_EVERY_IMAGE,
+    References,
+    add_caption_files,
+    add_splits_of_folders,
+    read_references,
+    texts_of_revision,
+)
+from pipeline.sources.texts import describe_by_model
+from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
 
@@ -76,22 +82,18 @@ def open_folder(
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
     references.messages += _describe_empty(contexts.values(), columns) if part == ALL else []
-    ids = ImageIds()
 
     def contents() -> Iterator[list[Any]]:
         for name, row in own:
-            if isinstance(row, Rejected):
-                ids.add()
-                continue
-            sha256, context = digest_or_fault(row, bound, ids=ids), [contexts[row]] if contexts else []
-            yield [name, sha256, references.captions.get(row, ()), *context, *texts_of_revision(references, row)]
+            if not isinstance(row, Rejected):
+                yield [name, digest_or_fault(row, bound), contexts.get(row, ()), texts_of_revision(references, row)]
 
     def read(number: int) -> RawSample | Rejected:
         name, row = own[number]
         if isinstance(row, Rejected):
             return row
         try:
-            data, status = read_with_status(row, bound, max_bytes=MAX_IMAGE_BYTES)
+            data = read_regular(row, bound, max_bytes=MAX_IMAGE_BYTES)
         except UnsafeFileError as error:
             return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
         except OSError as error:
@@ -100,8 +102,7 @@ def open_folder(
         if has_questions:
             texts["reference_qa"] = references.questions.get(row, ())
         texts["split"] = references.splits.get(row)
-        known = (image_id,) if (image_id := ids.find(number, status)) else ()
-        return RawSample(source_row=name, images=(data,), license=license, fields=texts, image_ids=known)
+        return RawSample(source_row=name, images=(data,), license=license, fields=texts)
 
     return Source(
         name="folder",

@@ -1,24 +1,24 @@
 """Fetch images that rows name by URL: only if the user allows it, and only from the public network.
 
-The host is resolved once, and the connection uses the checked address, which prevents DNS rebinding. At most MAX_REDIRECTS
-redirects are followed, each with the same checks. A host that only costs time or bytes is given up.
+A host is resolved once, every address is checked, and the connection uses the checked addresses, which prevents DNS rebinding.
+At most MAX_REDIRECTS redirects are followed, each with the same checks. A host that only costs time or bytes is given up.
 """
 
-import contextlib
-import http.client
+import asyncio
 import ipaddress
 import socket
-import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from typing import TypeVar
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from pipeline.errors import ImageError, one_line
 from pipeline.install import DISTRIBUTION, installed_version
@@ -28,9 +28,9 @@ MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
 FETCHED_AT_ONCE = 16
 BLOCK_BYTES = 1 << 16
-# In failed attempts at one host before it is given up, if they are most of what it has cost.
+# Limits on the cost of failed attempts at one host. Above them it is given up, if failures took most of its time.
 MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000
-MAX_HOSTS = 10_000  # that are remembered
+MAX_HOSTS = 10_000  # hosts whose cost is stored
 # Addresses that Python calls global, and that lead to this machine, its network or a cloud's services all the same.
 _INTERNAL = tuple(
     map(
@@ -53,8 +53,8 @@ _INTERNAL = tuple(
 J = TypeVar("J")
 R = TypeVar("R")
 _REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)
-_KEPT_IN_PATHS, _KEPT_IN_QUERIES = "%/:@!$&'()*+,;=~[]|", "%/:@!$&'()*+,;=~[]|?"
-MIN_PAUSE_S, USUAL_PAUSE_S = 0.5, 2.0  # before a busy host is asked again; where it does not say how long
+_PASSING = (408, 425)  # client errors that may pass
+MIN_PAUSE_S, DEFAULT_PAUSE_S = 0.5, 2.0  # the pause before a busy host is asked again; the default without Retry-After
 
 Allowed = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
@@ -91,40 +91,95 @@ class HostCost:
 
 
 _costs_lock = threading.Lock()  # several threads fetch
-_costs: dict[tuple[str, str, int | None], HostCost] = {}  # by scheme, host and port, for as long as this process runs
+_costs: dict[URL, HostCost] = {}  # by scheme, host and port, for as long as this process runs
 
 
 def fetch_image(url: str, allowed: Allowed = is_public) -> bytes:
-    """Return the bytes at an http or https URL; a host that asks to wait is asked again while there is time.
+    """Return the bytes at an http or https URL; a busy host is asked again while there is time.
 
     Raise ImageError if it is not public, an error, too large, or too slow.
     """
-    began, redirects = time.monotonic(), 0
-    deadline = began + MAX_SECONDS
-    while redirects <= MAX_REDIRECTS:
-        try:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ImageError("url_refused", "not an address of the web")
-            location, data = _get_within_budget(parts, allowed, deadline)
+    try:
+        return asyncio.run(_fetch(url, allowed))
+    except (OSError, aiohttp.ClientError, ValueError) as error:
+        raise ImageError("url_unreachable", one_line(error, 100) or f"took more than {MAX_SECONDS:.0f} s") from None
+
+
+async def _fetch(text: str, allowed: Allowed) -> bytes:
+    began, redirects, url = time.monotonic(), 0, URL(text)
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=_PublicResolver(allowed)),
+        headers={
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"{DISTRIBUTION}/{installed_version()}",  # Wikimedia refuses clients without a name
+        },
+        auto_decompress=False,  # a body that is packed all the same is no image, however much it would unpack to
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+    async with session:
+        while redirects <= MAX_REDIRECTS:
+            left = began + MAX_SECONDS - time.monotonic()
+            try:
+                location, data = await _get_within_budget(session, url, allowed, left)
+            except _AskedToWaitError as asked:
+                if asked.seconds >= began + MAX_SECONDS - time.monotonic():
+                    with _costs_lock:  # the pauses were wasted, too
+                        _cost_of(url).add(began, is_useful=False)
+                    raise ImageError("url_unreachable", str(asked)) from None
+                await asyncio.sleep(asked.seconds)
+                continue
             if location is None:
                 return data
-            url, redirects = urljoin(url, location), redirects + 1
-        except _AskedToWaitError as asked:
-            if asked.seconds >= deadline - time.monotonic():
-                with _costs_lock:  # also the pauses were for nothing
-                    _cost_of(parts).add(began, is_useful=False)
-                raise ImageError("url_unreachable", str(asked)) from None
-            time.sleep(asked.seconds)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ImageError("url_unreachable", one_line(error, 100)) from None
+            url, redirects = url.join(URL(location)), redirects + 1
     raise ImageError("url_refused", f"more than {MAX_REDIRECTS} redirects")
 
 
-class _AskedToWaitError(Exception):
-    """Raised where a host asks to wait for so many seconds."""
+class _PublicResolver(AbstractResolver):
+    """Resolves a host to its addresses. Raises ImageError if one of them is not allowed."""
 
-    def __init__(self, host: str, status: int, seconds: float) -> None:
+    def __init__(self, allowed: Allowed) -> None:
+        self._allowed = allowed
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
+        """Return the checked addresses. Blocks: each fetch has an event loop of its own."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+        addresses = [str(entry[4][0]) for entry in found]
+        for address in addresses:
+            _require_allowed(address, host, self._allowed)
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=entry[0], proto=entry[2], flags=socket.AI_NUMERICHOST)
+            for address, entry in zip(addresses, found, strict=True)
+        ]
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+
+def _require_allowed(address: str, host: str, allowed: Allowed) -> None:
+    if not allowed(ipaddress.ip_address(address)):
+        raise ImageError("url_refused", f"{host} is not on the public network")
+
+
+def _require_allowed_host(url: URL, allowed: Allowed) -> None:
+    """Raise ImageError for a URL that is not of the web, or whose host is an address that is not allowed.
+
+    aiohttp connects to a host of digits and dots, or with a colon, without its resolver.
+    """
+    host = url.raw_host
+    if url.scheme not in ("http", "https") or not host:
+        raise ImageError("url_refused", "not an address of the web")
+    if ":" in host or host.replace(".", "").isdigit():
+        try:
+            _require_allowed(host, host, allowed)
+        except ValueError:  # such as 127.1, which the system would take for an address
+            raise ImageError("url_refused", f"{host} is not a name, and not an address in its usual form") from None
+
+
+class _AskedToWaitError(Exception):
+    """Raised where a host asks to wait."""
+
+    def __init__(self, host: str | None, status: int, seconds: float) -> None:
         super().__init__(f"{host} answers {status}")
         self.seconds = seconds
 
@@ -154,17 +209,20 @@ def _begin(fetch: Callable[[J], R], job: J) -> "Future[R]":
     return future
 
 
-def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
-    """Do as `_get` does. Raise ImageError for a host whose failures have cost too much already."""
+async def _get_within_budget(
+    session: aiohttp.ClientSession, url: URL, allowed: Allowed, seconds: float
+) -> tuple[str | None, bytes]:
+    """Do as `_get` does. Raise ImageError for a host that is not allowed, or whose failures have cost too much already."""
+    _require_allowed_host(url, allowed)
     with _costs_lock:
-        cost = _cost_of(parts)
+        cost = _cost_of(url)
     started = time.monotonic()
     if cost.is_given_up():
-        what = f"{parts.hostname} has failed for {cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
+        what = f"{url.host} has failed for {cost.wasted_seconds:.0f} s, {cost.wasted_bytes:,} bytes"
         raise ImageError("host_given_up", what)
     try:
-        result = _get(parts, allowed, deadline)
-    except (OSError, http.client.HTTPException, ValueError, ImageError) as error:
+        result = await _get(session, url, seconds)
+    except (OSError, aiohttp.ClientError, ValueError, ImageError) as error:
         is_too_large = isinstance(error, ImageError) and error.reason == "file_too_large"
         with _costs_lock:
             cost.add(started, is_useful=False, wasted_bytes=MAX_BYTES if is_too_large else 0)
@@ -174,103 +232,35 @@ def _get_within_budget(parts: SplitResult, allowed: Allowed, deadline: float) ->
     return result
 
 
-def _cost_of(parts: SplitResult) -> HostCost:
-    """Return what a host has cost so far; under the lock of all costs."""
+def _cost_of(url: URL) -> HostCost:
+    """Return the cost of a host so far. The caller holds the lock of all costs."""
     if len(_costs) > MAX_HOSTS:
         _costs.clear()
-    return _costs.setdefault((parts.scheme, parts.hostname or "", parts.port), HostCost())
+    return _costs.setdefault(url.origin(), HostCost())
 
 
-def _get(parts: SplitResult, allowed: Allowed, deadline: float) -> tuple[str | None, bytes]:
+async def _get(session: aiohttp.ClientSession, url: URL, seconds: float) -> tuple[str | None, bytes]:
     """Return (redirect location or None, bytes of the response)."""
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not all(allowed(ipaddress.ip_address(address)) for address in addresses):
-        raise ImageError("url_refused", f"{host} is not on the public network")
-    raw = _connect([str(address) for address in addresses], port, deadline)
-    # A timer cuts the connection at the deadline: the socket's timeout starts again with every byte.
-    timer = threading.Timer(_left(deadline), _cut, (raw.dup(),))
-    timer.daemon = True
-    timer.start()
-    connection = http.client.HTTPConnection(host, port)
-    try:
-        secure = parts.scheme == "https"
-        connection.sock = _tls_context().wrap_socket(raw, server_hostname=host) if secure else raw
-        connection.default_port = 443 if secure else 80  # which the header Host does not name
-        headers = {
-            "Accept": "image/*",
-            "User-Agent": f"{DISTRIBUTION}/{installed_version()}",
-        }  # Wikimedia refuses who has no name
-        connection.request("GET", _target(parts), headers=headers)
-        return _read(connection.getresponse(), host, deadline)
-    finally:
-        timer.cancel()
-        connection.close()
-        raw.close()
-
-
-def _target(parts: SplitResult) -> str:
-    """Return path and query in ASCII, as browsers send them: escapes stay, and other letters and spaces get some."""
-    path, query = quote(parts.path or "/", _KEPT_IN_PATHS), quote(parts.query, _KEPT_IN_QUERIES)
-    return f"{path}?{query}" if query else path
-
-
-def _connect(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
-    """Return a connection to the first address that takes one. Raise OSError, that of the last, if none does."""
-    for address in addresses[:-1]:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), timeout=_left(deadline) / len(addresses))
-    return socket.create_connection((addresses[-1], port), timeout=_left(deadline))
-
-
-@cache
-def _tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()  # reads all certificates of the machine
-
-
-def _read(response: http.client.HTTPResponse, host: str, deadline: float) -> tuple[str | None, bytes]:
-    if response.status in _REDIRECTS and response.headers["Location"]:
-        return _as_sent(response.headers["Location"]), b""
-    if response.status in _BUSY:
-        raise _AskedToWaitError(host, response.status, _seconds(response.headers["Retry-After"]))
-    if 400 <= response.status < 500 and response.status not in (408, 425):  # another time it says the same
-        raise ImageError("url_not_found", f"{host} answers {response.status}")
-    if response.status != 200:
-        raise ImageError("url_unreachable", f"{host} answers {response.status}")
-    data = bytearray()
-    while block := response.read1(BLOCK_BYTES):
-        data += block
-        if len(data) > MAX_BYTES:
-            raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
-    _left(deadline)  # a response cut at the deadline looks complete
-    if response.length:
-        raise ImageError("url_unreachable", f"{host} ended {response.length:,} bytes before the end")
+    limit = aiohttp.ClientTimeout(total=max(seconds, 0.001))  # 0 would be no limit
+    async with session.get(url, timeout=limit, allow_redirects=False) as response:
+        if response.status in _REDIRECTS and response.headers.get("Location"):
+            return response.headers["Location"], b""
+        if response.status in _BUSY:
+            raise _AskedToWaitError(url.host, response.status, _seconds(response.headers.get("Retry-After")))
+        if response.status != 200:
+            is_final = 400 <= response.status < 500 and response.status not in _PASSING
+            raise ImageError("url_not_found" if is_final else "url_unreachable", f"{url.host} answers {response.status}")
+        data = bytearray()
+        async for block in response.content.iter_chunked(BLOCK_BYTES):
+            data += block
+            if len(data) > MAX_BYTES:
+                raise ImageError("file_too_large", f"more than {MAX_BYTES:,} bytes")
     return None, bytes(data)
 
 
-def _as_sent(header: str) -> str:
-    """Return a header that was read as Latin-1 as the UTF-8 that it was, if it was."""
-    try:
-        return header.encode("latin-1").decode()
-    except UnicodeError:
-        return header
-
-
 def _seconds(retry_after: str | None) -> float:
-    """Return the seconds of a header; a usual pause for a date, or none."""
+    """Return the seconds of a header; the default pause for a date, or without a value."""
     try:
-        return max(MIN_PAUSE_S, float(retry_after or USUAL_PAUSE_S))
+        return max(MIN_PAUSE_S, float(retry_after or DEFAULT_PAUSE_S))
     except ValueError:
-        return USUAL_PAUSE_S
-
-
-def _cut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError), connection:
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(f"took more than {MAX_SECONDS:.0f} s")
-    return left
+        return DEFAULT_PAUSE_S

@@ -24,8 +24,7 @@ from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.local_files import REFUSALS, digest_or_fault
 from pipeline.sources.parquet import stored_split
-from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_split
-from pipeline.sources.text_tables import decode_text, read_csv, read_lines
+from pipeline.sources.texts import captions_of_people, decode_text, questions_of_people, read_csv, read_lines, read_split
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import ANSWER_TYPE, ANSWERS, CAPTION_COLUMNS, CAPTIONS, QA, QUESTION, SPLIT, WRITTEN_BY
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
@@ -186,8 +185,7 @@ def _content(image: ListedImage, root: Path, file_digest: Callable[[Path], str])
     """Return what the revision has of a line: the content of a file, the address of another image, and the texts."""
     data = image.address.encode("utf-8", "replace").decode() if image.is_url else file_digest(root / image.address)
     asked = [[one.question, one.answers, one.answer_type] for one in image.questions]
-    more = [*([asked[1:]] if asked[1:] else []), *([image.fault] if image.fault else [])]  # nothing where there is none
-    return [image.name, data, image.captions, asked[0] if asked else None, image.split, image.context, *more]
+    return [image.name, data, image.captions, asked, image.split, image.context, image.fault]
 
 
 def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_urls: bool) -> bytes:

@@ -1,10 +1,11 @@
 """Find and open the files of a source on this disk."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +13,6 @@ from pipeline.digests import digest
 from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import first_names
-from pipeline.sources.file_digests import ImageIds, digest_of_file
 from pipeline.storage.own_lines import OWN_LINES
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import Rejected
@@ -108,15 +108,32 @@ def row_name(path: Path, root: Path) -> str:
     return os.fsencode(below).decode("utf-8", "backslashreplace")
 
 
-def digest_or_fault(
-    path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES, ids: ImageIds | None = None
-) -> str:
-    """Return the sha256 of a file, or that it cannot be read, and add it to `ids`."""
+_skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
+
+
+@contextmanager
+def skip_digests() -> Iterator[None]:
+    """Read no file for its digest while a source is opened, whose revision then says nothing."""
+    token = _skips_digests.set(True)
     try:
-        return digest_of_file(path, partial(open_regular, path, bound, max_bytes), ids)
+        yield
+    finally:
+        _skips_digests.reset(token)
+
+
+def digest_of_file(path: Path, bound: Path | None, max_bytes: int | None = None) -> str:
+    """Return the sha256 of a file, as `open_regular` opens it; "" where digests are skipped."""
+    if _skips_digests.get():
+        return ""
+    with open_regular(path, bound, max_bytes) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES) -> str:
+    """Return the sha256 of a file, or that it cannot be read."""
+    try:
+        return digest_of_file(path, bound, max_bytes)
     except (OSError, ValueError, UnsafeFileError):
-        if ids is not None:
-            ids.add()
         return "unreadable"
 
 
@@ -144,7 +161,7 @@ def find_local_files(root: Path, suffixes: tuple[str, ...], *, follow_links: boo
         for name, path in path_of.items():
             require_regular(path, bound)
             if is_whole:
-                contents.append([name, digest_of_file(path, partial(open_regular, path, bound))])
+                contents.append([name, digest_of_file(path, bound)])
     revision = digest(contents) if is_whole else ""
     messages = (*describe_folders(content), *describe_links(content))
     return LocalFiles([*path_of], revision, lambda name: open_regular(path_of[name], bound), messages)

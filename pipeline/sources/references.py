@@ -1,5 +1,10 @@
-"""Collect what files in a folder, and files of captions, say of its images: captions, questions, values and splits."""
+"""Collect human texts about the images of a folder: captions, questions, splits, and values for prompts.
 
+They come from `NAME.txt` next to an image, from metadata files as in the imagefolder format of `datasets`, and from files of
+captions (sources/captions.py).
+"""
+
+import csv
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,18 +12,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.errors import SourceError
-from pipeline.sources.base import as_text, first_names
-from pipeline.sources.captions import read_captions
-from pipeline.sources.image_names import describe_unknown, match_images, spelled_alike
-from pipeline.sources.metadata_files import METADATA_FILES, describe_metadata, read_metadata
-from pipeline.sources.parquet import SPLIT_OF_WORD, split_of_path
-from pipeline.sources.row_texts import captions_of_people, most_held_out, questions_of_people, read_split, texts_by_model
+from pipeline.sources.base import MAX_METADATA_BYTES, as_text, first_names
+from pipeline.sources.captions import describe_unknown, match_images, read_captions, spelled_alike
+from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows, split_of_path
+from pipeline.sources.texts import (
+    captions_of_people,
+    decode_text,
+    most_held_out,
+    questions_of_people,
+    read_csv,
+    read_lines,
+    read_split,
+    texts_by_model,
+)
 from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import SPLIT
+from pipeline.tables import CAPTION_COLUMNS, QUESTION, SPLIT
 from pipeline.types import ReferenceQA
 
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+OF_EVERY_IMAGE = ("folder", "file_name")  # columns that need no metadata file
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
 
@@ -67,10 +84,9 @@ def splits_of_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def texts_of_revision(references: References, path: Path) -> list[Any]:
-    """Return what the revision has of an image beside its captions: nothing where there is none, as in earlier releases."""
+    """Return the texts of an image that are part of the revision: captions, questions, and the split."""
     asked = [[one.question, one.answers, one.answer_type] for one in references.questions.get(path, ())]
-    split = references.splits.get(path)
-    return [*([asked] if asked else []), *([{"split": split}] if split else [])]
+    return [references.captions.get(path, ()), asked, references.splits.get(path)]
 
 
 def add_caption_files(references: References, files: Sequence[Path], root: Path, images: Mapping[str, Path]) -> None:
@@ -123,7 +139,7 @@ def read_references(
         for file in (folder / name for name in METADATA_FILES):
             if file.is_file() or file.is_symlink():
                 references.files.add(file)
-                rows = read_metadata(file, bound)
+                rows = _read_metadata(file, bound)
                 references.columns.update(str(name) for row in rows for name in row)
                 for row in rows if columns else ():
                     where = f"{file}, {row['file_name']}: the column"
@@ -171,7 +187,7 @@ def _add_captions(
         if path not in images:
             missing.append(str(row["file_name"]))
         captions.setdefault(path, []).extend(captions_of_people(row))
-    return describe_metadata(str(file), rows, missing)
+    return _describe_metadata(str(file), rows, missing)
 
 
 def _add_splits(
@@ -188,3 +204,46 @@ def _add_splits(
         if split and (held_out := most_held_out(split, splits.get(path))):
             splits[path] = held_out
     return []
+
+
+def _describe_metadata(file: str, rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
+    """Return what of a metadata file was not used; `missing` are images that it names, and that are not there."""
+    messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
+    if not rows:
+        messages.append(f"{file} is not used: no row of it has a file_name")
+    elif not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
+        columns = ", ".join(str(name) for name in rows[0])
+        messages.append(f"{file} gives no captions: they stand in {', '.join(CAPTION_COLUMNS)}, and it has {columns}")
+    return messages
+
+
+def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
+    """Return the rows of a metadata file of a folder that have a `file_name`.
+
+    Raise SourceError if they cannot be read, or the file is outside of the folder.
+    """
+    try:
+        data = read_regular(file, bound, max_bytes=MAX_METADATA_BYTES)
+    except UnsafeFileError as error:
+        raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}", hint="check its permissions") from None
+    try:
+        if file.suffix == ".parquet":
+            rows = _read_parquet(data)
+        elif file.suffix == ".csv":
+            rows = list(read_csv(decode_text(data)))
+        else:
+            rows = list(read_lines(decode_text(data)))
+        return [row for row in rows if row.get("file_name")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException) as error:
+        problem = "a row has no names and values" if isinstance(error, AttributeError) else str(error)
+        hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
+        raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
+
+
+def _read_parquet(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a table. Raise ValueError if it unpacks to very much."""
+    if "file_name" not in pq.read_schema(pa.BufferReader(data)).names:  # another program's table of that name
+        return []
+    return list(read_plain_rows(data, MAX_METADATA_BYTES))

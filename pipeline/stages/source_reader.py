@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_exclusions
 from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, find_samples_without_images, keep_images
-from pipeline.digests import digest, file_digest
+from pipeline.digests import digest, file_digest, state_of
 from pipeline.errors import SourceError, StoreError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, files_of_source, find_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.sources.file_digests import state_of
 from pipeline.stages.base import require_stage
 from pipeline.stages.source import (
     ADVICE,

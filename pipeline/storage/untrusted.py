@@ -99,20 +99,14 @@ def _path_of(handle: int) -> str:
 
 def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> bytes:
     """Return the content of a regular file, as `open_regular` opens it, also if the file grows meanwhile."""
-    return read_with_status(path, root, max_bytes=max_bytes)[0]
-
-
-def read_with_status(path: Path, root: Path | None, *, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return the content of a file, as `read_regular` does, and the status that the file has once it is read."""
     with open_regular(path, root, max_bytes) as file:
         size = min(os.fstat(file.fileno()).st_size, max_bytes)
         data = file.read(size + 1)  # `read(n)` allocates n bytes at once
         if len(data) > size:  # it grows, or its size is not known
             data += file.read(max_bytes + 1 - len(data))
-        status = os.fstat(file.fileno())
     if len(data) > max_bytes:
         raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")
-    return data, status
+    return data
 
 
 def require_regular(path: Path, root: Path | None) -> None:

@@ -128,8 +128,8 @@ SPEC = SourceSpec(
 )
 ''',
     "pipeline/sources/__init__.py": [
-        ("scenes, slidevqa, vqav2", "scenes, slidevqa, stripes, vqav2"),
-        ("    slidevqa.SPEC,", "    slidevqa.SPEC,\n    stripes.SPEC,"),
+        ("hub, listing, scenes\n", "hub, listing, scenes, stripes\n"),
+        ("    benchmarks.SLIDEVQA,", "    benchmarks.SLIDEVQA,\n    stripes.SPEC,"),
     ],
 }  # fmt: skip
 EXTENSIONS = {"row stage": ROW_STAGE, "comparing stage": COMPARING_STAGE, "task": TASK, "source": SOURCE}

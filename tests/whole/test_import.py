@@ -69,7 +69,8 @@ def photos(tmp_path: Path) -> Path:
         if number % 2 == 0:
             texts = (caption_of(number), f"Somebody has put a {WORDS[number]} bowl there.")
             annotations += [{"image_id": number, "id": number, "caption": text} for text in texts]
-            asked.append({"image_id": number, "question": f"is the {WORDS[number]} bowl full", "answers": ["yes", "no", "yes"]})
+            question = f"is the {WORDS[number]} bowl full"
+            asked.append({"file_name": f"{number:02}.png", "question": question, "answers": ["yes", "no", "yes"]})
     (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "vqa.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return tmp_path

@@ -13,10 +13,9 @@ from PIL import Image
 
 from pipeline.errors import SourceError
 from pipeline.sources import captions
-from pipeline.sources.captions import read_captions
+from pipeline.sources.captions import Written, match_images, read_captions
 from pipeline.sources.folder import open_folder
-from pipeline.sources.image_names import Written, match_images
-from pipeline.sources.row_texts import captions_of_people, questions_of_people, read_texts
+from pipeline.sources.texts import captions_of_people, questions_of_people, read_texts
 from pipeline.types import Sample, SourceSlice
 
 COCO = {
@@ -50,6 +49,8 @@ FORMS = {
     "000012.jpg| 0| A cat.\n",
     "sheet.csv": '\ufeffFile_Name;Caption\n000009.jpg;A dog.\n000009.jpg;"A brown dog."\n000012.jpg;A cat.\n',
 }
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "fotos/Köln.jpg") for form in ("NFC", "NFD"))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -144,31 +145,27 @@ def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: py
         read_captions(tmp_path / "cut.json.gz")
 
 
-def test_names_find_their_image_by_path_by_name_by_stem_or_by_number() -> None:
-    images = ["a/COCO_val2014_000000000007.jpg", "a/dog.png", "b/dog.png", "b/cat 1.png"]
-    names = ["./b/dog.png", "elsewhere/cat 1.png", "7", "dog", "dog.png", "gone.jpg"]
-    matched, unknown = match_images({name: Written([name]) for name in names}, images)
-    assert {image: about.captions for image, about in matched.items()} == {
-        "b/dog.png": ["./b/dog.png"],
-        "b/cat 1.png": ["elsewhere/cat 1.png"],
-        "a/COCO_val2014_000000000007.jpg": ["7"],
-    }
-    assert unknown == ["dog", "dog.png", "gone.jpg"]  # of two images of one name neither is meant
-
-
 @pytest.mark.parametrize(
-    ("names", "images"),
+    ("names", "images", "matches"),
     [
-        (["dog_2.jpg"], ["cat_2.jpg"]),  # a number alone names an image, and no number behind another word
-        (["train/IMG_0042.jpg"], ["DSC_42.jpg"]),
-        (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"]),  # of two names for one image neither counts
-        (["9" * 5000], ["a9.jpg"]),
-        (["7"], ["a_7.jpg", "b_07.jpg"]),
-        (["img.v1"], ["img.jpg"]),
+        (["./b/dog.png"], ["a/dog.png", "b/dog.png"], {"b/dog.png": "./b/dog.png"}),
+        (["elsewhere/cat 1.png"], ["b/cat 1.png"], {"b/cat 1.png": "elsewhere/cat 1.png"}),
+        (["fotos\\a.jpg"], ["fotos/a.jpg", "b/a.jpg"], {"fotos/a.jpg": "fotos\\a.jpg"}),
+        ([COMPOSED], [DECOMPOSED], {DECOMPOSED: COMPOSED}),
+        (["dog.png"], ["a/dog.png", "b/dog.png"], {}),
+        (["train/1.jpg", "test/1.jpg"], ["val/1.jpg"], {}),
+        (["dog"], ["dog.png"], {}),
+        (["2"], ["cat_2.jpg"], {}),
+        (["a.png"], ["a.jpg"], {}),
+        (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
     ],
 )
-def test_a_name_of_another_image_is_none_of_this_one(names: list[str], images: list[str]) -> None:
-    assert match_images({name: Written([name]) for name in names}, images) == ({}, names)
+def test_name_matches_a_path_or_a_file_name_that_one_image_has(
+    names: list[str], images: list[str], matches: dict[str, str]
+) -> None:
+    matched, unknown = match_images({name: Written([name]) for name in names}, images)
+    assert {image: about.captions for image, about in matched.items()} == {image: [name] for image, name in matches.items()}
+    assert unknown == [name for name in names if name not in matches.values()]
 
 
 def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: Path) -> None:
@@ -179,7 +176,7 @@ def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: 
     (folder / "000013.txt").write_text("A bird.\n")
     (tmp_path / "karpathy.json").write_text(FORMS["karpathy.json"])
     (tmp_path / "vqa.jsonl").write_text(
-        '{"image": "12", "question": "Is it a cat?", "answer": "yes"}\n{"image": 99, "text": "x"}'
+        '{"image": "000012.jpg", "question": "Is it a cat?", "answer": "yes"}\n{"image": 99, "text": "x"}'
     )
     files = [tmp_path / "karpathy.json", tmp_path / "vqa.jsonl"]
     source = open_folder(folder, caption_files=files)
@@ -198,7 +195,7 @@ def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: 
     slices = (open_folder(folder, SourceSlice(n, 2), caption_files=files).rows for n in range(2))
     assert {row.source_row: row for part in slices for row in part if isinstance(row, Sample)} == rows
     plain = open_folder(folder)
-    assert all(row.reference_qa is None for row in plain.rows if isinstance(row, Sample))  # as in earlier releases
+    assert all(row.reference_qa is None for row in plain.rows if isinstance(row, Sample))
     assert len({source.revision, plain.revision, open_folder(folder, caption_files=files[:1]).revision}) == 3
 
 
@@ -243,13 +240,9 @@ def test_a_split_is_read_in_any_case_and_an_unknown_one_is_an_error(tmp_path: Pa
         read_captions(tmp_path / "a.json")
 
 
-def test_spreadsheets_write_other_encodings_empty_rows_and_quotes(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text('file_name\tcaption\na.jpg\t"Stop" says a sign.\nb.jpg\t"unbalanced\n\t\n', "utf-16")
-    written = read_captions(tmp_path / "a.txt")
-    assert {name: about.captions for name, about in written.items()} == {
-        "a.jpg": ['"Stop" says a sign.'],
-        "b.jpg": ['"unbalanced'],
-    }
+def test_spreadsheets_write_other_encodings_and_empty_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("file_name\tcaption\na.jpg\tEin grüner Käfer.\n\t\n", "utf-16")
+    assert {name: one.captions for name, one in read_captions(tmp_path / "a.txt").items()} == {"a.jpg": ["Ein grüner Käfer."]}
     (tmp_path / "b.csv").write_text('\n\nfile_name,caption\n,\na.jpg,"A dog, running"\n')
     assert read_captions(tmp_path / "b.csv")["a.jpg"].captions == ["A dog, running"]
 
@@ -260,15 +253,21 @@ def test_an_annotation_of_an_image_that_the_file_does_not_list_is_about_its_numb
     assert [*read_captions(tmp_path / "a.json")] == ["000009.jpg", "12"]
 
 
-def test_quotes_that_a_program_wrote_around_values_between_tabs_are_no_part_of_them(tmp_path: Path) -> None:
-    rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat."), ("c.jpg", "It's 6\" long")]
-    with (tmp_path / "a.tsv").open("w", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows([("file_name", "caption"), *rows])
-    assert {name: one.captions for name, one in read_captions(tmp_path / "a.tsv").items()} == {n: [text] for n, text in rows}
-    (tmp_path / "c.tsv").write_text('file_name\tcaption\n1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n')
-    assert [*read_captions(tmp_path / "c.tsv")] == ["1.jpg", "2.jpg", "3.jpg"]
-    (tmp_path / "b.tsv").write_text('file_name\tcaption\na.jpg\t"Stop" says a sign.\nb.jpg\t"Go"\n')
-    assert read_captions(tmp_path / "b.tsv")["b.jpg"].captions == ['"Go"']
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_quoted_values_are_read_as_csv_writes_them(tmp_path: Path, delimiter: str) -> None:
+    rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat, a dog; a bird."), ("c.jpg", "It's 6\" long")]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([("file_name", "caption"), *rows])
+    assert {name: one.captions for name, one in read_captions(tmp_path / "a.csv").items()} == {n: [text] for n, text in rows}
+
+
+@pytest.mark.parametrize(
+    "text", ['1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n', '1.jpg\t"Look\n', '1.jpg\tok\n2.jpg\t"Look\n3.jpg\tok\n']
+)
+def test_quote_that_takes_other_lines_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.tsv").write_text(f"file_name\tcaption\n{text}")
+    with pytest.raises(SourceError, match="is not closed"):
+        read_captions(tmp_path / "c.tsv")
 
 
 def test_an_image_that_a_file_of_coco_lists_twice_is_one(tmp_path: Path) -> None:
@@ -294,25 +293,9 @@ def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
     assert captions == {"a": ["human one"], "b": ["by hand"], "c": ["mine"], "d": []}
 
 
-def test_a_name_is_found_however_a_system_spells_it() -> None:
-    images = [unicodedata.normalize("NFD", "fotos/Köln.jpg"), "fotos/a.jpg", "b/a.jpg"]
-    written = {name: Written([name]) for name in ("fotos/Köln.jpg", "fotos\\a.jpg", "nowhere.jpg")}
-    matched, unknown = match_images(written, images)
-    assert {image: about.captions for image, about in matched.items()} == {
-        images[0]: ["fotos/Köln.jpg"], images[1]: ["fotos\\a.jpg"],
-    }  # fmt: skip
-    assert unknown == ["nowhere.jpg"]
-
-
 def test_captions_and_references_of_an_export_keep_their_order_and_come_once() -> None:
     row = {"written_by": "people", "captions": ["A  dog.", "A cat."], "references": ["A dog. ", "A bird."]}
     assert captions_of_people(row) == ["A  dog.", "A cat.", "A bird."]
-
-
-@pytest.mark.parametrize("name", ["2021.03.04_12", "2021.03.04_12.PNG", "2021.03.04_12.txt"])
-def test_dots_in_a_name_without_a_suffix_are_part_of_it(name: str) -> None:
-    matched, unknown = match_images({name: Written(["A dog."])}, ["2021.03.04_12.jpg", "2021.03.jpg"])
-    assert list(matched) == ["2021.03.04_12.jpg"] and not unknown
 
 
 @pytest.mark.parametrize("key", ["data", "annotations"])

@@ -159,6 +159,19 @@ def test_images_behind_a_dictionary_are_found(tmp_path: Path) -> None:
     assert isinstance(row, Sample)
 
 
+def test_text_is_text_however_arrow_writes_it(tmp_path: Path) -> None:
+    """polars writes large_string: a split that is overlooked would put test rows into training."""
+    texts = {"caption": pa.array(["A bowl."], pa.large_string()), "split": pa.array(["test"], pa.large_string())}
+    row = first_row(tmp_path, texts)
+    assert (row.split, row.references) == ("test", ("A bowl.",))
+
+
+def test_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="there is no column picture") as caught:
+        first_row(tmp_path, {"alt_text": ["x"]}, image="picture")
+    assert "image, alt_text" in caught.value.hint
+
+
 def test_the_words_of_a_split_column_count_in_any_case(tmp_path: Path) -> None:
     words = ["Train", " TEST", "train ", "Val", "TRAIN"]
     images = [{"bytes": photo(number), "path": None} for number in range(len(words))]

@@ -60,11 +60,6 @@ def test_the_middle_of_an_image_is_known_as_models_cut_it_out(share: float, *, i
     assert index.find(sample(photo(3).crop((40, 0, 280, 240)))) is None
 
 
-def test_exclusions_that_an_earlier_release_wrote_have_no_crops() -> None:
-    table = exclusion_table(sample(photo(1))).drop_columns(["crop_hashes"])
-    assert ExclusionIndex.of(table, "photos").find(sample(photo(1))) == "x#test"
-
-
 def test_by_bytes_alone_another_file_is_another_image() -> None:
     index = ExclusionIndex.of(exclusion_table(sample(photo(1))), None)
     assert index.find(sample(photo(1))) == "x#test"

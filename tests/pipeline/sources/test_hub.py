@@ -1,6 +1,7 @@
 """Hub sources, through the real client over HTTP: every upstream row is a sample or has a reason, in its true split."""
 
 import json
+import re
 import socket
 import threading
 from collections import Counter
@@ -83,19 +84,15 @@ def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: R
             opened("flickr30k:lmms-lab/flickr30k", source_split=split)
         assert "--split-list" in caught.value.hint
     assert {sample.split for sample in read("flickr30k:lmms-lab/flickr30k", source_split="test")[0]} == {"test"}
+    schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
+    hub.hub.storage.seed("dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)})
+    with pytest.raises(SourceError, match="has lost which images are for testing"):
+        opened("flickr30k:me/copy", source_split="test")
     (tmp_path / "list.json").write_text(datasets.karpathy_list(8))
     samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
     assert Counter(sample.split for sample in samples) == {"train": 6, "validation": 1, "test": 1}
     assert reasons(rejected) == {"unknown_split": 2}  # the list does not name them
-
-
-def test_a_copy_that_files_everything_under_train_is_refused_too(hub: RunningHub) -> None:
-    schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
-    rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
-    hub.hub.storage.seed("dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)})
-    for split in (None, "train", "test"):
-        with pytest.raises(SourceError, match="has lost which images are for testing"):
-            opened("flickr30k:me/copy", source_split=split)
 
 
 def test_an_invalid_split_list_is_an_error(hub: RunningHub, tmp_path: Path) -> None:
@@ -118,6 +115,8 @@ def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> 
         assert {qa.question for qa in sample.reference_qa} == {f"How many things of kind {k} are there?" for k in range(3)}
         assert {qa.answers for qa in sample.reference_qa} == {("2", "2", "2")}  # as the official evaluation compares them
         assert (sample.split, sample.license) == ("validation", "flickr-terms")
+    samples, _ = read("vqav2", source_split="test")
+    assert {qa.answers for sample in samples for qa in sample.reference_qa or ()} == {()}
 
 
 @pytest.mark.parametrize("start", range(0, 24, 3))
@@ -141,12 +140,6 @@ def test_images_that_are_passed_over_are_not_fetched(hub: RunningHub) -> None:
     hub.hub.sent_bytes = 0
     assert len(list(source.read(35))) == 5
     assert hub.hub.sent_bytes < len(data) / 2
-
-
-def test_the_test_split_of_vqav2_has_questions_without_answers(hub: RunningHub) -> None:
-    datasets.seed_vqav2(hub.hub.storage)
-    samples, _ = read("vqav2", source_split="test")
-    assert {qa.answers for sample in samples for qa in sample.reference_qa or ()} == {()}
 
 
 def test_a_missing_split_is_an_error_that_lists_the_splits(hub: RunningHub) -> None:
@@ -223,25 +216,12 @@ def seed_plain(hub: RunningHub, rows: list[dict[str, Any]], schema: pa.Schema = 
     hub.hub.storage.seed("dataset", repo, {**files, "README.md": b"---\nlicense: apache-2.0\n---\n"})
 
 
-def test_columns_are_guessed_where_they_are_plain_and_asked_for_where_not(hub: RunningHub) -> None:
-    rows = [{"photo": datasets.cell(n), "alt_text": f"Photo {n}.", "other": datasets.cell(99)} for n in range(3)]
-    seed_plain(hub, rows)
-    with pytest.raises(SourceError, match="several columns hold images: photo, other") as caught:
-        opened("hub:me/plain")
-    assert "--columns" in caught.value.hint
+def test_license_of_a_card_is_that_of_its_images(hub: RunningHub) -> None:
+    seed_plain(hub, [{"photo": datasets.cell(n), "alt_text": f"Photo {n}."} for n in range(2)])
     samples, _ = read("hub:me/plain", columns={"image": "photo"})
     assert [(s.references, s.license, s.split) for s in samples] == [
-        ((f"Photo {n}.",), "apache-2.0", "train") for n in range(3)
+        ((f"Photo {n}.",), "apache-2.0", "train") for n in range(2)
     ]
-    seed_plain(hub, [{k: v for k, v in row.items() if k != "other"} for row in rows], PLAIN.remove(2), "me/one")
-    assert len(read("hub:me/one")[0]) == 3
-
-
-def test_a_missing_column_is_an_error_that_lists_the_columns(hub: RunningHub) -> None:
-    seed_plain(hub, [{"photo": datasets.cell(0)}])
-    with pytest.raises(SourceError, match="there is no column picture") as caught:
-        opened("hub:me/plain", columns={"image": "picture"})
-    assert "photo, alt_text, other" in caught.value.hint
 
 
 def test_numbered_pages_are_decks(hub: RunningHub) -> None:
@@ -255,106 +235,51 @@ def test_numbered_pages_are_decks(hub: RunningHub) -> None:
     assert [len(sample.images) for sample in samples] == [7, 7]
 
 
-def test_text_is_text_however_arrow_writes_it(hub: RunningHub) -> None:
-    """polars writes large_string: a split that is overlooked would put test rows into training."""
-    schema = pa.schema([("photo", datasets.IMAGE), ("caption", pa.large_string()), ("split", pa.large_string())])
-    rows = [{"photo": datasets.cell(n), "caption": f"Photo {n}.", "split": split} for n, split in enumerate(("train", "test"))]
-    seed_plain(hub, rows, schema)
-    samples, _ = read("hub:me/plain")
-    assert [(sample.split, sample.references) for sample in samples] == [("train", ("Photo 0.",)), ("test", ("Photo 1.",))]
+# Files of the repository, each with the photo of its place in the list.
+FILES = (
+    "en/train/0.parquet",
+    "fr/train/0.parquet",
+    "fr/test/0.parquet",
+    "data/train-0.parquet",
+    "data/train-more/train-0.parquet",
+)
+EN_AND_FR = FILES[:3]
+SEVERAL = "- {config_name: english, data_files: en/train/*}\n- {config_name: french, data_files: fr/train/*}\n"
 
 
 @pytest.mark.parametrize(
-    ("path", "split"),
+    ("files", "configs", "name", "expected"),
     [
-        ("data/train-00000-of-00001.parquet", "train"),
-        ("default/val/0000.parquet", "validation"),
-        ("data/testA-00000.parquet", "test"),
-        ("heldout-0.parquet", "test"),
-        ("rows.parquet", None),
+        (EN_AND_FR, "", ":fr", {1: "train", 2: "test"}),
+        (EN_AND_FR, "", ":de", "has no config de .*it has en, fr"),
+        (EN_AND_FR, "", "", "holds several tables: en, fr .*--source hub:me/mixed:en"),
+        (EN_AND_FR, SEVERAL, "", "holds several tables: english, french .*--source hub:me/mixed:english"),
+        (EN_AND_FR, SEVERAL, ":french", {1: "train"}),
+        (EN_AND_FR, SEVERAL.replace("fr/train/*", "fr/train/*, default: true"), "", {1: "train"}),
+        (EN_AND_FR, SEVERAL.replace("english", "default"), "", {0: "train"}),
+        (EN_AND_FR, "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n", ":a", {0: "train"}),
+        (EN_AND_FR, "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n", ":b", {2: "test"}),
+        (EN_AND_FR, "- config_name: x\n  data_files: [{split: testA, path: [fr/train/*, fr/test/*]}]\n- nonsense\n", "",
+         {1: "test", 2: "test"}),  # the split of the card, whatever the path
+        (FILES[3:], "- config_name: default\n  data_files: [{split: train, path: data/train-*}, {path: ./data/*.parquet}]\n",
+         "", {3: "train"}),  # a star stays within its folder, and a file is read once
+        (FILES[3:4], "- {config_name: x, data_files: data/*}\n- {config_name: y, data_files: data/*}\n", "", {3: "train"}),
     ],
-)
-def test_a_split_is_read_off_a_path_or_left_open(hub: RunningHub, path: str, split: str | None) -> None:
-    hub.hub.storage.seed("dataset", "me/filed", {path: datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)})
-    samples, _ = read("hub:me/filed", columns={"image": "photo"})
-    assert [sample.split for sample in samples] == [split]
-
-
-def test_several_tables_in_one_repository_are_not_mixed(hub: RunningHub) -> None:
-    table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
-    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
-    with pytest.raises(SourceError, match="holds several tables: en, fr") as caught:
-        opened("hub:me/mixed")
-    assert "--source hub:me/mixed:en" in caught.value.hint
-
-
-def test_a_config_is_read_by_its_name(hub: RunningHub) -> None:
-    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(4)}
-    files = {"en/train/0.parquet": tables[0], "fr/train/0.parquet": tables[1], "fr/test/0.parquet": tables[2]}
-    hub.hub.storage.seed("dataset", "me/mixed", files)
-    source = opened("hub:me/mixed:fr", columns={"image": "photo"})
-    assert source.name == "hub:me/mixed:fr"
-    rows = [row for row in source.rows if isinstance(row, Sample)]
-    assert sorted((row.images[0], row.split) for row in rows) == sorted(
-        [(datasets.photo(1), "train"), (datasets.photo(2), "test")]
-    )
-    with pytest.raises(SourceError, match="has no config de") as caught:
-        opened("hub:me/mixed:de")
-    assert "it has en, fr" in caught.value.hint
-    card = (
-        b"---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: en/*/*.parquet}\n"
-        b"- config_name: french\n  data_files:\n  - {split: test, path: [fr/train/*, fr/test/*]}\n- nonsense\n---\n"
-    )
-    hub.hub.storage.seed("dataset", "me/declared", {**files, "README.md": card})
-    declared, _ = read("hub:me/declared:french", columns={"image": "photo"})
-    assert [row.split for row in declared] == ["test", "test"]  # as the card says, whatever the path
-    default, _ = read("hub:me/declared", columns={"image": "photo"})
-    assert [row.images for row in default] == [(datasets.photo(0),)]
-
-
-def test_of_configs_as_push_to_hub_declares_them_one_is_read(hub: RunningHub) -> None:
-    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(2)}
-    files = {f"{name}/train-00000-of-00001.parquet": tables[n] for n, name in enumerate(("chartqa", "aokvqa"))}
-
-    def declared(**flags: str) -> bytes:
-        configs = [
-            f"- config_name: {name}\n  data_files: {name}/train-*\n{flags.get(name, '')}" for name in ("chartqa", "aokvqa")
-        ]
-        return f"---\nconfigs:\n{''.join(configs)}---\n".encode()
-
-    hub.hub.storage.seed("dataset", "me/several", {**files, "README.md": declared()})
-    with pytest.raises(SourceError, match="holds several tables: aokvqa, chartqa") as caught:
-        opened("hub:me/several")
-    assert "--source hub:me/several:aokvqa" in caught.value.hint
-    assert [row.images for row in read("hub:me/several:aokvqa", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
-    hub.hub.storage.seed("dataset", "me/flagged", {**files, "README.md": declared(aokvqa="  default: true\n")})
-    assert [row.images for row in read("hub:me/flagged", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
-    folders = b"---\nconfigs:\n- config_name: a\n  data_dir: ./chartqa\n- config_name: b\n  data_files: ./aokvqa/*\n---\n"
-    hub.hub.storage.seed("dataset", "me/folders", {**files, "README.md": folders})
-    assert [row.images for row in read("hub:me/folders:a", columns={"image": "photo"})[0]] == [(datasets.photo(0),)]
-    assert [row.images for row in read("hub:me/folders:b", columns={"image": "photo"})[0]] == [(datasets.photo(1),)]
-    only = b"---\nconfigs:\n- config_name: mine\n  data_files:\n  - {split: testA, path: chartqa/*}\n---\n"
-    hub.hub.storage.seed("dataset", "me/only", {**files, "README.md": only})  # with other files, which are none of it
-    rows, _ = read("hub:me/only", columns={"image": "photo"})
-    assert [(row.images, row.split) for row in rows] == [((datasets.photo(0),), "test")]
-
-
-def test_a_star_of_a_card_stays_within_its_folder_and_a_file_is_read_once(hub: RunningHub) -> None:
-    tables = {n: datasets.parquet([{"photo": datasets.cell(n)}], PLAIN) for n in range(2)}
-    files = {"data/train-0.parquet": tables[0], "data/train-more/train-0.parquet": tables[1]}
-    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n"
-    card += b"  - {split: train, path: data/train-*}\n  - {split: train, path: ./data/*.parquet}\n---\n"
-    hub.hub.storage.seed("dataset", "me/starred", {**files, "README.md": card})
-    rows, _ = read("hub:me/starred", columns={"image": "photo"})
-    assert [row.images for row in rows] == [(datasets.photo(0),)]
-
-
-def test_configs_that_read_columns_of_the_same_files_are_one_table(hub: RunningHub) -> None:
-    files = {"train-00000.parquet": datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)}
-    entry = "\n  data_files:\n  - {split: train, path: train-*.parquet}\n"
-    card = f"---\nconfigs:\n- config_name: texts{entry}- config_name: messages{entry}---\n".encode()
-    hub.hub.storage.seed("dataset", "me/columns", {**files, "README.md": card})
-    assert len(read("hub:me/columns", columns={"image": "photo"})[0]) == 1
+)  # fmt: skip
+def test_config_is_a_folder_or_the_files_that_the_card_declares(
+    hub: RunningHub, files: tuple[str, ...], configs: str, name: str, expected: dict[int, str] | str
+) -> None:
+    tables = {file: datasets.parquet([{"photo": datasets.cell(FILES.index(file))}], PLAIN) for file in files}
+    card = {"README.md": f"---\nconfigs:\n{configs}---\n".encode()} if configs else {}
+    hub.hub.storage.seed("dataset", "me/mixed", {**tables, **card})
+    if isinstance(expected, str):
+        with pytest.raises(SourceError) as caught:
+            opened(f"hub:me/mixed{name}")
+        assert re.search(expected, f"{caught.value} {caught.value.hint}")
+        return
+    rows, _ = read(f"hub:me/mixed{name}", columns={"image": "photo"})
+    assert {row.images: row.split for row in rows} == {(datasets.photo(n),): split for n, split in expected.items()}
+    assert len(rows) == len(expected)
 
 
 def test_a_config_may_be_pinned_to_a_commit(hub: RunningHub) -> None:

@@ -1,8 +1,24 @@
 """Parquet: files by split, without those that are no table."""
 
-from pipeline.sources.parquet import group_by_split
+import pytest
+
+from pipeline.sources.parquet import group_by_split, split_of_path
 
 
-def test_the_rejections_of_a_version_that_synth_pushed_is_no_table_of_images() -> None:
+def test_rejections_of_a_pushed_version_are_not_a_table_of_images() -> None:
     paths = ["rejections.parquet", "test-00000.parquet", "train-00000.parquet"]
     assert group_by_split(paths) == {"train": ["train-00000.parquet"], "test": ["test-00000.parquet"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("default/val/0000.parquet", "validation"),
+        ("data/testA-00000.parquet", "test"),
+        ("heldout-0.parquet", "test"),
+        ("rows.parquet", None),
+    ],
+)
+def test_split_is_the_last_word_of_a_path_that_is_one(path: str, split: str | None) -> None:
+    assert split_of_path(path) == split

@@ -1,8 +1,13 @@
-"""Read what people wrote about an image from a row: captions, questions, its split; and tell it from what a model wrote."""
+"""Read human texts about an image from a row: captions, questions, its split; and tell them from a model's texts.
 
+The rows come from CSV as programs and spreadsheets write it, and from JSON lines.
+"""
+
+import csv
+import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -142,3 +147,48 @@ def _encodable(text: str) -> str:
 def most_held_out(one: str | None, other: str | None) -> str | None:
     """Return the split, of two that an image is said to be in, that is held out more."""
     return max(one, other, key=SPLIT_RANK.__getitem__)
+
+
+def decode_text(data: bytes) -> str:
+    """Return a text in UTF-8, or in UTF-16 with a mark. Raise ValueError if it is in neither."""
+    utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")  # spreadsheets put a mark first
+
+
+def read_lines(text: str) -> Iterator[Any]:
+    """Yield the values of JSON lines. Raise ValueError, with its number, for a line that is none."""
+    for number, line in enumerate(text.split("\n"), start=1):  # other line ends may be in a string
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}") from None
+
+
+def read_csv(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV with commas, semicolons, tabs or bars, by names of columns.
+
+    Raise ValueError for a name that comes twice, a row with more values than names, and a quote that is not closed.
+    """
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t|", key=header.count)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    names = [name for name in table.fieldnames or () if name.strip()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two columns are named {twice}")
+    last: dict[str, Any] = {}
+    for row in table:
+        last = _columns(row, table.line_num)
+        if delimiter in "\t|" and any("\n" in str(value) and delimiter in str(value) for value in last.values()):
+            raise ValueError(f"a quote before line {table.line_num} is not closed: put a text that begins with one in quotes")
+        if any(row.values()):
+            yield last
+    if text.count('"') % 2 and any("\n" in str(value) for value in last.values()):
+        raise ValueError(f"a quote before line {table.line_num} is not closed")
+
+
+def _columns(row: dict[Any, Any], line: int) -> dict[str, Any]:
+    """Return a row of a table by the names of its columns. Raise ValueError if it has more values than names."""
+    if any(row.pop(None, None) or ()):  # other than commas at the end of a line
+        raise ValueError(f"line {line} has more columns than the first line: put texts with commas in quotes")
+    return {str(name).strip(): value for name, value in row.items()}
