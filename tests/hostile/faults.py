@@ -84,7 +84,7 @@ def run(
     counted.write_text("0")
     if environment is not None:  # some of which is read when packages are imported
         command = [sys.executable, "-m", "tests.hostile.faults", str(folder), str(number), mode, *arguments]
-        code = subprocess.run(command, env=environment, timeout=200).returncode
+        code = subprocess.run(command, env=environment, timeout=600).returncode
     else:
         child = os.fork()
         if child == 0:

@@ -181,7 +181,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         damage(folder / name)
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile.read_versions", str(folder), str(out)],
-        capture_output=True, text=True, timeout=280, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, timeout=600, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = json.loads(done.stdout)

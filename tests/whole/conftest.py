@@ -1,17 +1,17 @@
-"""Run `synth` commands as a user does: each in a process of its own, in an empty folder."""
+"""Run `synth` commands in an empty folder."""
 
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.warm import run_synth
+from tests.commands import SYNTH, run_synth
+
+__all__ = ["SYNTH"]
 
 ROOT = Path(__file__).parents[2]
-SYNTH = Path(sys.executable).with_name("synth")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

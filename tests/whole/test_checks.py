@@ -14,8 +14,8 @@ import pytest
 from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
+from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
@@ -128,7 +128,7 @@ def judge() -> Iterator[ChatServer]:
 
 def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ("generate", *arguments, "--base-url", server.url, "--json")
-    return run_synth(*command, cwd=folder, env={**os.environ, **environment}, timeout=120)
+    return run_synth(*command, cwd=folder, env={**os.environ, **environment})
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,10 +27,10 @@ from pipeline.dataset.version import Version
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_process
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
-from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
@@ -62,6 +63,12 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
 
 
 @pytest.fixture
+def synth(tmp_path: Path) -> Run:
+    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and takes the folder and the environment of the process."""
+    return partial(run_process, cwd=tmp_path)
+
+
+@pytest.fixture
 def chat() -> Iterator[ChatServer]:
     with running_chat(ChatServer(scripted_replies())) as server:
         yield server
@@ -84,7 +91,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatS
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
     with running_chat(ChatServer(scripted_replies())) as server:
         for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "3", "--workers", "2")):
-            done = run_synth(*flags_of(server), *options, cwd=folder)
+            done = run_process(*flags_of(server), *options, cwd=folder)
             assert done.returncode == 0, done.stderr
             shutil.copytree(folder / options[1], folder / "as made" / options[1])  # a test runs in them again
         yield folder, server
@@ -131,11 +138,11 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(made: tuple[Path, Ch
     before, flags = len(chat.bodies), flags_of(chat)
     on_cluster = ("--out", "one", "--executor", "ray", "--shards", "2")
     for options in (on_cluster, ("--out", "many")) if LONG else (("--out", "many"),):
-        rerun = run_synth(*flags, *options, cwd=folder)
+        rerun = run_process(*flags, *options, cwd=folder)
         assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
-    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
+    refused = run_process(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
     assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
@@ -146,7 +153,7 @@ def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 160, 
         return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
 
 
-def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(is_true: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, "it did not happen"

@@ -9,8 +9,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_synth
 from tests.media import write_pdf, write_video
-from tests.warm import run_synth
 
 
 def caption(times: int, body: dict[str, Any]) -> Act | None:
@@ -67,11 +67,6 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     assert len({split for split, rows in loaded.items() for name in rows["source_row"] if name.startswith("long")}) == 1
     page = decks["short.pdf/0001-0003"][0]
     assert (page if isinstance(page, Image.Image) else Image.open(io.BytesIO(page["bytes"]))).size == (1536, 864)
-
-
-def test_the_sources_are_listed(tmp_path: Path) -> None:
-    shown = run_synth("sources", cwd=tmp_path).stdout
-    assert all(f"{name}:PATH" in shown for name in ("pdf", "pdf-pages", "video"))
 
 
 def test_a_forecast_counts_pages_and_frames_and_an_excluded_video_is_read_as_closely(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_process, run_synth
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 
 COUNT = 16
 NAMES = "amber birch cedar delta ember fjord grove heron inlet jetty knoll larch marsh north ocean pearl"
@@ -76,7 +76,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def synth(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    run = run_process if "ray" in arguments else run_synth
+    done = run(*arguments, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == code, done.stderr
     return done
 

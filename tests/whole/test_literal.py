@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS
+from tests.commands import run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
-from tests.warm import run_synth
 from trainer.presets import DECODERS, ENCODERS
 
 

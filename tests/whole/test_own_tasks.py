@@ -21,9 +21,9 @@ from PIL import Image
 
 from tests.chat.kinds import VLLM
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_synth
 from tests.hub.server import running_hub
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 from tests.whole.conftest import ROOT
 
 COUNT = 24
@@ -112,7 +112,7 @@ def server(model: Model) -> Iterator[ChatServer]:
 
 
 def synth(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}), timeout=120)
+    return run_synth(*arguments, cwd=folder, env=os.environ | (env or {}))
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Pat
         env = hub.env(shop / "home")
         pushed = synth(shop, "push", "d", "--repo", "me/shop", env=env)
         assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=shop)
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=shop)
         assert loaded.returncode == 0, loaded.stderr
         features, splits = pickle.loads(loaded.stdout)
     assert features["tags"] == List(Value("string")) and features["ocr"] == Value("string")
@@ -272,13 +272,6 @@ def test_a_prompt_that_does_not_fit_a_result_leaves_out_that_image_alone(shop: P
     assert {(row["size"]["n"], row["more"]) for row in rows_of(shop)} == {(0, "more"), (1, None)}
 
 
-def test_options_add_tasks_to_those_of_a_file(shop: Path, server: ChatServer, model: Model) -> None:
-    generate(shop, server, *tasks("tags"))
-    generate(shop, server, "--config", "d/versions/v1.0.0/manifest.json", *tasks("ocr"))
-    assert model.asked == {"tags": COUNT, "ocr": COUNT}
-    assert {"tags", "ocr"} <= {*rows_of(shop, "v2.0.0").features}
-
-
 def test_bounds_of_texts_may_change_without_asking_again(shop: Path, server: ChatServer, model: Model) -> None:
     task = "{name: note, kind: text, prompt: Note., max_words: %d}"
     model.replies["note"] = lambda prompt, image: {"text": " ".join(["a", "b", "c"][: 1 + int(image[0], 16) % 3])}
@@ -292,12 +285,6 @@ def test_bounds_of_texts_may_change_without_asking_again(shop: Path, server: Cha
         shop, "generate", "--source", "folder:photos", "--out", "d", "--task", "note.yaml", "--from-stage", "filter"
     )
     assert refused.returncode == 1 and "own_tasks has changed since the stages before filter ran" in refused.stderr
-
-
-def test_the_words_of_the_prompt_are_no_text(shop: Path, server: ChatServer, model: Model) -> None:
-    model.replies["ocr"] = lambda prompt, image: {"text": prompt.splitlines()[0] if int(image[0], 16) % 2 else "EXIT"}
-    result = generate(shop, server, *tasks("ocr"))
-    assert {row["ocr"] for row in rows_of(shop)} == {"EXIT"} and "prompt_echo" in result["stderr"]
 
 
 def test_a_persons_marks_apply_to_values(shop: Path, server: ChatServer) -> None:
@@ -346,13 +333,6 @@ def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server:
     assert done.returncode == 1 and "names Python code as the output of a task" in done.stderr
 
 
-def test_a_mistake_in_a_task_is_one_error_before_anything_is_asked(shop: Path, server: ChatServer) -> None:
-    (shop / "t.yaml").write_text("{name: t, kind: text, prompt: '{{ row.title }}'}")
-    done = synth(shop, "generate", "--source", "folder:photos", "--base-url", server.url, "--task", "t.yaml")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2 and not server.bodies
-    assert "uses row.title, and no such column is mapped" in done.stderr and "hint:" in done.stderr
-
-
 def test_the_journey_of_the_page_on_own_tasks_runs_as_it_is_written(shop: Path, server: ChatServer, model: Model) -> None:
     page = (ROOT / "docs/own-tasks.md").read_text()
     journey = page[: page.index("## Kinds")]
@@ -371,15 +351,8 @@ def test_the_journey_of_the_page_on_own_tasks_runs_as_it_is_written(shop: Path, 
                 assert command[0] == "synth"
                 done = synth(shop, *command[1:], env=env)
                 assert done.returncode == 0, f"{line}: {done.stderr}"
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=shop)
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=shop)
         _, splits = pickle.loads(loaded.stdout)
         assert model.asked == {"tags": COUNT, "offer": COUNT, "headline": COUNT}
         assert sum(len(rows) for rows in splits.values()) == COUNT
         assert {*splits["train"][0]} >= {"tags", "offer", "headline"}
-
-
-def test_the_embedded_model_answers_a_task_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "size.yaml").write_text("{name: size, kind: labels, labels: [small, large], prompt: 'How large is it?'}")
-    done = synth(tmp_path, "generate", "--source", "scenes", "--limit", "8", "--task", "size.yaml", "--out", "d", "--json")
-    assert done.returncode == 0, done.stderr
-    assert all({*row["size"]} <= {"small", "large"} for row in rows_of(tmp_path))

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
+from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder, timeout=120)
+    done = run_synth(*arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -13,11 +13,11 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
 
 PHOTOS = {  # no two look alike
@@ -130,7 +130,7 @@ def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub:
     odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
     for option, value in odd:
         command = [str(SYNTH), "push", "--repo", "me/odd", option, value]
-        done = subprocess.run(command, cwd=home, env=hub.env(home / "home"), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=home, env=hub.env(home / "home"), capture_output=True, text=True, timeout=600)
         assert (done.returncode, option in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
 

@@ -62,7 +62,7 @@ def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) 
             text=True,
         )
         assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=photos)
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr
         plain, talks, shown = pickle.loads(loaded.stdout)
         assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
@@ -73,7 +73,7 @@ def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) 
             env=trl_env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
     assert trained.returncode == 0, trained.stderr
     loss, *moved = trained.stdout.split()[-3:]

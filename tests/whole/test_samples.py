@@ -13,7 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version, read_version
 from pipeline.inference.engines import TINY_WEIGHTS
-from tests.warm import run_synth
+from tests.commands import run_synth
 from tests.whole.test_readers import TRL
 
 IMAGES, SAMPLES = 30, 3
@@ -131,7 +131,7 @@ def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, d
     env = os.environ | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
     env |= {"HF_HOME": str(folder / "home")}
     trained = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(TINY_WEIGHTS)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", TRAIN, str(TINY_WEIGHTS)], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
     assert trained.returncode == 0, trained.stderr
     loss, *moved = trained.stdout.split()[-3:]
@@ -159,5 +159,5 @@ def test_a_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
 
 
 def test_a_version_with_pairs_has_a_report(folder: Path, chosen: tuple[Version, dict[str, Any]]) -> None:
-    done = run_synth("report", str(chosen[0].path.parents[1]), cwd=folder, env=os.environ, timeout=120)
+    done = run_synth("report", str(chosen[0].path.parents[1]), cwd=folder, env=os.environ)
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ import pytest
 
 from tests.chat.kinds import DEEPSEEK, KINDS, ServerKind
 from tests.chat.server import ChatServer, running_chat
+from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
 
 STRICT = [kind for kind in KINDS if kind.name in ("openai that thinks", "gemini", "mistral")]
 
@@ -25,7 +25,7 @@ def photos(tmp_path: Path) -> Path:
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ("generate", "--source", "folder:photos", "--base-url", chat.url, "--out", "d", *arguments)
-    return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""}, timeout=120)
+    return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
 
 @pytest.mark.parametrize("kind", STRICT, ids=lambda kind: kind.name)
@@ -64,15 +64,15 @@ def test_a_password_in_the_address_reaches_the_server_and_no_file_or_message(pho
     with running_chat(ChatServer()) as chat:
         address = chat.url.replace("://", "://bob:s3cret,'word@")
         arguments = ("generate", "--source", "folder:photos", "--out", "d", "--tasks", "caption", "--base-url")
-        made = run_synth(*arguments, address, "--json", cwd=photos, timeout=120)
+        made = run_synth(*arguments, address, "--json", cwd=photos)
         assert made.returncode == 0, made.stderr
         assert all(sent and sent.startswith("Basic ") for sent in chat.authorizations)
         asked = len(chat.bodies)
-        judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos, timeout=120)
-        again = run_synth(*arguments, address, cwd=photos, timeout=120)
+        judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos)
+        again = run_synth(*arguments, address, cwd=photos)
         assert (again.returncode, len(chat.bodies)) == (0, asked), again.stderr
-    refused = run_synth(*arguments, address, "--seed", "2", cwd=photos, timeout=120)
-    unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos, timeout=120)
+    refused = run_synth(*arguments, address, "--seed", "2", cwd=photos)
+    unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos)
     assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)
     shown = [text for done in (made, judged, again, refused, unread) for text in (done.stdout, done.stderr)]
     assert "no server answers at http://127.0.0.1" in refused.stderr and "ftp://***@127.0.0.1" in unread.stderr

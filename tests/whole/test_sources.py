@@ -14,9 +14,9 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import LEDGER_FILE, Version
 from pipeline.inference.engines import LARGE, TINY_WEIGHTS
 from tests.chat.server import ChatServer, running_chat
+from tests.commands import run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
-from tests.warm import run_synth
 
 TRY = ("--engine", "embedded", "--model", "tiny", "--json")
 
