@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.dataset.directory import DatasetDir, last_made, only_made
+from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
-from pipeline.errors import StoreError
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.hostile import part_of
 
@@ -83,23 +82,11 @@ def test_two_commands_at_once_end_well_or_say_that_the_other_is_there(
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
     running = [start(folder, commands(chat)[name]) for name in (first, second)]
     for name, process in zip((first, second), running, strict=True):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert "Traceback" not in errors, (name, errors)
         assert process.returncode == 0 or "another process is writing" in errors, (name, errors)
     assert any(process.returncode == 0 for process in running)
     after = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
     assert after[: len(before)] == before
-    checked, errors = start(folder, ("check", "data")).communicate(timeout=120)
+    checked, errors = start(folder, ("check", "data")).communicate(timeout=600)
     assert "BAD" not in checked, checked + errors
-
-
-def test_no_clock_decides_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("public", "secret"):
-        manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
-        manifest.parent.mkdir(parents=True)
-        manifest.write_text("{}")
-    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a clock that jumped
-    assert last_made() == Path("data/secret")  # good enough to look at it
-    with pytest.raises(StoreError, match="there are 2 datasets"):
-        only_made()
