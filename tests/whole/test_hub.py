@@ -208,11 +208,6 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr and "me/captioner, public\n" in repeated.stderr
     assert len(repo.commits) == 2
-    config_file = maker.folder / checkpoint / "config.json"
-    config = json.loads(config_file.read_text())
-    assert config["data"].pop("has_unknown_license") is False
-    config_file.write_text(json.dumps(config))  # as earlier releases saved it: its version is asked
-    assert "me/captioner, public\n" in maker.synth("push", checkpoint, "--repo", "me/captioner", "--dry-run").stderr
 
 
 def test_what_goes_with_datasets_and_a_damaged_captioner_are_refused_before_a_push(maker: User) -> None:

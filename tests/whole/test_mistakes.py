@@ -14,6 +14,7 @@ from pipeline.dataset.directory import DatasetDir
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_process, run_synth
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
+from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import ROOT
 
 NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
@@ -61,7 +62,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
 
 
 def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
-    assert run(tmp_path, "generate --source scenes --limit 30 --tasks caption --out d").returncode == 0
+    make_version(tmp_path / "d", scene_samples(30))
     with DatasetDir(tmp_path / "captioner").lock():
         done = run(tmp_path, "train --data d --encoder tiny-vit --steps 1 --out captioner")
     assert (done.returncode, "another process is writing to captioner" in done.stderr) == (1, True), done.stderr

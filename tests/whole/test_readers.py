@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.dataset.version import Version, read_version
 from pipeline.inference.engines import TINY_WEIGHTS
+from tests.commands import run_synth
 from tests.hub.server import running_hub
 from tests.whole.test_import import COUNT, made, photos, synth
 
@@ -32,16 +33,19 @@ pickle.dump((
 """
 TRAIN = """
 import sys
+import trl
 from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import SFTConfig, SFTTrainer
 
-trainer = SFTTrainer(
-    model=AutoModelForImageTextToText.from_pretrained(sys.argv[1]),
-    args=SFTConfig(output_dir="sft", max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
-                   save_strategy="no", max_length=None),
-    train_dataset=load_dataset("me/photos", "messages", split="train"),
-    processing_class=AutoProcessor.from_pretrained(sys.argv[1]),
+kind, weights, *data = sys.argv[1:]
+trainer = getattr(trl, f"{kind}Trainer")(
+    model=AutoModelForImageTextToText.from_pretrained(weights),
+    args=getattr(trl, f"{kind}Config")(
+        output_dir="out", max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+        save_strategy="no", max_length=None,
+    ),
+    train_dataset=load_dataset(*data, split="train"),
+    processing_class=AutoProcessor.from_pretrained(weights),
 )
 before = {name: value.clone() for name, value in trainer.model.named_parameters()}
 loss = trainer.train().training_loss
@@ -50,34 +54,27 @@ print(loss, any("visual" in name for name in moved), any("layers" in name for na
 """
 
 
+def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
+    """Train the tiny teacher by TRL's trainer of this kind; assert that it saw the images and learned the texts."""
+    assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
+    env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", TRAIN, kind, str(TINY_WEIGHTS), *data]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    loss, *moved = done.stdout.split()[-3:]
+    assert 0 < float(loss) < 100 and moved == ["True", "True"]
+
+
 def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) -> None:
     made(photos, "import", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
-        pushed = subprocess.run(
-            [sys.executable, "-m", "pipeline", "push", "d", "--repo", "me/photos"],
-            cwd=photos,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+        pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
         assert pushed.returncode == 0, pushed.stderr
         loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr
         plain, talks, shown = pickle.loads(loaded.stdout)
-        assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
-        trl_env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
-        trained = subprocess.run(
-            [sys.executable, "-c", TRAIN, str(TINY_WEIGHTS)],
-            cwd=photos,
-            env=trl_env,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-    assert trained.returncode == 0, trained.stderr
-    loss, *moved = trained.stdout.split()[-3:]
-    assert 0 < float(loss) < 100 and moved == ["True", "True"]  # the images were seen, and the texts learned
+        train_by_trl("SFT", "me/photos", "messages", cwd=photos, env=env)
     assert sum(len(rows) for _, rows in plain.values()) == sum(len(rows) for _, rows in talks.values()) == COUNT // 2
     assert len(shown) == len(talks["train"][1]) and all(min(size) > 0 for size in shown)
     for split, (columns, rows) in plain.items():
@@ -123,8 +120,7 @@ def test_a_version_without_pixels_or_with_decks_has_no_conversations(photos: Pat
     made(photos, "import")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
-        push = [sys.executable, "-m", "pipeline", "push", "d", "--repo", "me/ids", "--no-images"]
-        done = subprocess.run(push, cwd=photos, env=env, capture_output=True, text=True)
+        done = run_synth("push", "d", "--repo", "me/ids", "--no-images", cwd=photos, env=env)
         assert done.returncode == 0, done.stderr
         script = "import datasets; d = datasets.load_dataset('me/ids'); print(d['train'].column_names)"
         loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env, text=True, cwd=photos)

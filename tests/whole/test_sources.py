@@ -129,6 +129,7 @@ def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_pat
     assert_counts_add_up(version, 4)
     (row,) = version.read("test").to_pylist()
     assert row["image"]["bytes"] == datasets.photo(0)
+    assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
 def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tmp_path: Path) -> None:
@@ -145,13 +146,6 @@ def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tm
     resplit = generate_version(hub, tmp_path, *arguments, "--from-stage", "split")
     assert resplit.manifest["model"] == version.manifest["model"]
     assert resplit.manifest["digest"] == version.manifest["digest"]
-
-
-def test_parquet_of_ones_own(hub: RunningHub, tmp_path: Path) -> None:
-    (tmp_path / "rows.parquet").write_bytes(datasets.parquet(datasets.flickr_rows(6), datasets.FLICKR))
-    version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
-    assert_counts_add_up(version, 6)
-    assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
 def test_decks_of_drawn_pages_carry_the_facts_of_each_page(hub: RunningHub, tmp_path: Path) -> None:
