@@ -147,12 +147,6 @@ async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -
     return JSONResponse({})
 
 
-async def auth_check(hub: Hub, request: Request, kind: str, repo: str, write: str = "") -> Response:
-    """Check that the token may read, or write."""
-    hub.writable(request, kind, repo) if write else hub.repo(request, kind, repo)
-    return JSONResponse({})
-
-
 def _safe(path: str) -> str:
     parts = path.split("/")
     if not path or path.startswith("/") or "\\" in path or "\0" in path or {"", ".", "..", ".git"} & set(parts):
@@ -168,7 +162,6 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
     ("POST", rf"{API}/tag/(?P<revision>[^/]+)", tag),
-    ("GET", rf"{API}/auth-check(?P<write>/write)?", auth_check),
     ("POST", rf"{FILES}\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", rf"/lfs/{_SHA256}", lfs_put),
 ]
