@@ -88,14 +88,14 @@ def _streams(*files: TextIO) -> Iterator[None]:
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
-    _set_environment(dict(variables))
+    set_environment(dict(variables))
     try:
         yield
     finally:
-        _set_environment(before)
+        set_environment(before)
 
 
-def _set_environment(variables: dict[str, str]) -> None:
+def set_environment(variables: dict[str, str]) -> None:
     """Replace the environment. The client of the Hub reads it at import, so its constants are read again."""
     if variables != dict(os.environ):
         os.environ.clear()
