@@ -93,21 +93,13 @@ BOXES = pa.list_(pa.struct({"bbox_2d": pa.list_(pa.float64()), "label": pa.strin
 DEEP: Any = []
 for _ in range(500):
     DEEP = [DEEP]
+BROKEN_KEYS = (
+    "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured", "table_version",
+)  # fmt: skip
 DAMAGES: dict[str, Damage] = {
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
-        for key in (
-            "columns",
-            "features",
-            "rows",
-            "files",
-            "funnel",
-            "config",
-            "source",
-            "licenses",
-            "measured",
-            "table_version",
-        )
+        for key in BROKEN_KEYS
         for kind, value in (("null", None), ("a number", 7), ("a text", "x"), ("a list", [[1]]), ("a map", {"x": {"y": 1}}))
     },
     "a ledger that is null": manifest(lambda m: m.update(ledger=None)),

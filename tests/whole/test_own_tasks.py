@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import List, Value, load_dataset
+from datasets import List, Value
 from PIL import Image
 
 from tests.chat.kinds import VLLM
@@ -24,7 +24,7 @@ from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import run_synth
 from tests.hub.server import running_hub
 from tests.pipeline.images.test_similarity import photo
-from tests.whole.conftest import ROOT
+from tests.whole.conftest import ROOT, load_rows, save_photos
 
 COUNT = 24
 EXAMPLES = ROOT / "prompts/examples"
@@ -88,9 +88,7 @@ class Model:
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
     """A folder of pictures with titles."""
-    (tmp_path / "photos").mkdir()
-    for number in range(COUNT):
-        photo(number).save(tmp_path / "photos" / f"{number:02}.png")
+    save_photos(tmp_path, COUNT)
     write_titles(tmp_path, [f"Lamp {n}" for n in range(COUNT)])
     return tmp_path
 
@@ -127,11 +125,6 @@ def tasks(*names: str) -> list[str]:
     return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
 
 
-def rows_of(folder: Path, version: str = "v1.0.0") -> Any:
-    files = [str(path) for path in sorted((folder / f"d/versions/{version}").glob("*-*.parquet"))]
-    return load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
-
-
 def test_boxes_on_a_large_photo_are_where_they_are_on_the_image_that_the_model_saw(tmp_path: Path, model: Model) -> None:
     (tmp_path / "photos").mkdir()
     photo(1).resize((3000, 2000)).save(tmp_path / "photos/large.jpg")
@@ -147,7 +140,7 @@ def test_boxes_on_a_large_photo_are_where_they_are_on_the_image_that_the_model_s
     with running_chat(ChatServer(reply, kind=VLLM)) as chat:
         generate(tmp_path, chat, *tasks("boxes"))
     assert len(seen) == 1 and seen[0][0] < 2500
-    (row,) = rows_of(tmp_path)
+    (row,) = load_rows(tmp_path / "d")
     (box,) = row["boxes"]
     assert box["bbox_2d"] == pytest.approx([0, 0, 1500, 2000], abs=2)
 
@@ -213,11 +206,11 @@ def test_only_images_whose_title_has_changed_are_asked_again_and_what_follows_fr
     options = ("--columns", "context=title", "--task", "shout.yaml", "--task", "words.yaml")
     generate(shop, server, *options)
     assert model.asked == {"words": COUNT, "shout": COUNT}
-    assert {row["shout"] for row in rows_of(shop)} == {f"ABOUT LAMP {n}" for n in range(COUNT)}
+    assert {row["shout"] for row in load_rows(shop / "d")} == {f"ABOUT LAMP {n}" for n in range(COUNT)}
     write_titles(shop, [f"{'Chair' if n < 10 else 'Lamp'} {n}" for n in range(COUNT)])
     generate(shop, server, *options)
     assert model.asked == {"words": COUNT + 10, "shout": COUNT + 10}
-    assert {row["shout"] for row in rows_of(shop, "v1.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
+    assert {row["shout"] for row in load_rows(shop / "d", "v1.0.1")} >= {"ABOUT CHAIR 3", "ABOUT LAMP 20"}
 
 
 def test_a_task_is_not_asked_where_the_result_that_it_needs_is_unusable(shop: Path, server: ChatServer, model: Model) -> None:
@@ -229,7 +222,7 @@ def test_a_task_is_not_asked_where_the_result_that_it_needs_is_unusable(shop: Pa
         "{name: more, kind: text, show_image: false, needs: [ocr], prompt: 'Go on: {{ results.ocr }}'}"
     )
     result = generate(shop, server, *tasks("ocr"), "--task", "more.yaml")
-    rows = rows_of(shop)
+    rows = load_rows(shop / "d")
     assert 0 < len(rows) == model.asked["more"] < COUNT and {(row["ocr"], row["more"]) for row in rows} == {("fine", "more")}
     lost = COUNT - len(rows)
     assert f"rejected: {lost} refusal, {lost} result_missing" in result["stderr"]
@@ -250,11 +243,11 @@ def test_that_nothing_is_there_is_a_result_and_that_nothing_could_be_read_is_non
     replies = [{"boxes": []}, {"boxes": [{"bbox_2d": [0, 0, 9000, 9], "label": "dog"}]}, {"boxes": "none"}]
     model.replies["boxes"] = lambda prompt, image: replies[int(image[:8], 16) % 3]
     generate(shop, server, *tasks("boxes", "finding"))
-    cells = {int(row["sample_id"][:8], 16) % 3: row["boxes"] for row in rows_of(shop)}
+    cells = {int(row["sample_id"][:8], 16) % 3: row["boxes"] for row in load_rows(shop / "d")}
     assert cells == {0: [], 1: None, 2: None}
     generate(shop, server, *tasks("boxes"), "--out", "alone")  # an image without a dog is an example, too
     version = json.loads((shop / "alone/versions/v1.0.0/manifest.json").read_text())
-    assert sum(version["rows"].values()) == sum(int(row["sample_id"][:8], 16) % 3 == 0 for row in rows_of(shop)) > 0
+    assert sum(version["rows"].values()) == sum(int(row["sample_id"][:8], 16) % 3 == 0 for row in load_rows(shop / "d")) > 0
 
 
 def test_a_prompt_that_does_not_fit_a_result_leaves_out_that_image_alone(shop: Path, server: ChatServer, model: Model) -> None:
@@ -269,7 +262,7 @@ def test_a_prompt_that_does_not_fit_a_result_leaves_out_that_image_alone(shop: P
     assert done.returncode == 1 and "None" in done.stderr and not server.bodies  # it was tried with null
     (shop / "more.yaml").write_text(more % "{{ 0 if results.size.n == 0 else 10 % (results.size.n - 1) }}")
     generate(shop, server, "--task", "size.yaml", "--task", "more.yaml")
-    assert {(row["size"]["n"], row["more"]) for row in rows_of(shop)} == {(0, "more"), (1, None)}
+    assert {(row["size"]["n"], row["more"]) for row in load_rows(shop / "d")} == {(0, "more"), (1, None)}
 
 
 def test_bounds_of_texts_may_change_without_asking_again(shop: Path, server: ChatServer, model: Model) -> None:
@@ -279,7 +272,7 @@ def test_bounds_of_texts_may_change_without_asking_again(shop: Path, server: Cha
     generate(shop, server, "--task", "note.yaml")
     (shop / "note.yaml").write_text(task % 1)
     generate(shop, server, "--task", "note.yaml", "--from-stage", "filter")
-    assert model.asked == {"note": COUNT} and {row["note"] for row in rows_of(shop, "v1.0.1")} == {"a"}
+    assert model.asked == {"note": COUNT} and {row["note"] for row in load_rows(shop / "d", "v1.0.1")} == {"a"}
     (shop / "note.yaml").write_text((task % 1).replace("Note.", "Other."))
     refused = synth(
         shop, "generate", "--source", "folder:photos", "--out", "d", "--task", "note.yaml", "--from-stage", "filter"
@@ -298,7 +291,9 @@ def test_a_persons_marks_apply_to_values(shop: Path, server: ChatServer) -> None
     (shop / "marks.jsonl").write_text(json.dumps(mark) + "\n")
     done = synth(shop, "review", "apply", "marks.jsonl", "--data", "d")
     assert done.returncode == 0, done.stderr
-    rows = {row["sample_id"]: row for row in rows_of(shop, "v1.0.1" if (shop / "d/versions/v1.0.1").exists() else "v1.0.0")}
+    rows = {
+        row["sample_id"]: row for row in load_rows(shop / "d", "v1.0.1" if (shop / "d/versions/v1.0.1").exists() else "v1.0.0")
+    }
     assert not rows.get(boxed["id"], {"boxes": []})["boxes"]
     assert sum(len(row["boxes"] or []) for row in rows.values()) == COUNT - 1
     edit = mark | {"mark": "edited", "text": "a dog"}
@@ -321,7 +316,7 @@ def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server:
     model.replies["span"] = lambda prompt, image: {"low": int(image[0], 16), "high": 7}
     (shop / "span.yaml").write_text("{name: span, kind: record, output: 'shapes:Range', prompt: Guess.}")
     generate(shop, server, "--task", "span.yaml")
-    rows = rows_of(shop)
+    rows = load_rows(shop / "d")
     assert 0 < len(rows) < COUNT and all(row["span"]["low"] <= row["span"]["high"] == 7 for row in rows)
     manifest = json.loads((shop / "d/versions/v1.0.0/manifest.json").read_text())
     assert manifest["config"]["own_tasks"][0]["output"]["required"] == ["low", "high"] and "shapes" not in json.dumps(

@@ -14,6 +14,7 @@ from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import save_photos
 
 
 @pytest.fixture
@@ -37,9 +38,7 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    (tmp_path / "photos").mkdir()
-    for number in range(12):
-        photo(number).save(tmp_path / "photos" / f"{number:02}.jpg")
+    save_photos(tmp_path, 12, "jpg")
     (tmp_path / "photos" / "05b.jpg").write_bytes(b"no photo")
     return tmp_path
 

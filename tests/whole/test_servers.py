@@ -10,15 +10,12 @@ import pytest
 from tests.chat.kinds import DEEPSEEK, KINDS
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import run_synth
-from tests.pipeline.images.test_similarity import photo
+from tests.whole.conftest import save_photos
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    (tmp_path / "photos").mkdir()
-    for number in range(20):
-        photo(number).save(tmp_path / "photos" / f"{number}.png")
-    return tmp_path
+    return save_photos(tmp_path, 20)
 
 
 def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.CompletedProcess[str]:
