@@ -15,7 +15,8 @@ from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
 from pipeline.tasks import CHECKING, TASKS
-from tests.whole.conftest import ROOT, SYNTH, Run, read_failure
+from tests.scene_data import make_version, scene_samples
+from tests.whole.conftest import SYNTH, Run, read_failure
 
 COMMANDS = (
     "generate", "serve", "doctor", "models", "sources", "versions", "diff", "push", "train", "evaluate", "caption",
@@ -115,8 +116,8 @@ def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> No
 def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c/resume.pt").write_bytes(b"half")
-    flags = ("train", "--data", str(ROOT / "tests/recorded/scenes/versions/v1.0.0"), "--encoder", "tiny-clip", "--out", "c")
-    problem, hint = read_failure(synth(*flags))
+    make_version(tmp_path / "d", scene_samples(12))
+    problem, hint = read_failure(synth("train", "--data", "d", "--encoder", "tiny-clip", "--out", "c"))
     assert "holds a training that was interrupted" in problem and "--resume" in hint and "resume.pt" in hint
     checked = synth("check", "c")
     assert checked.returncode == 1 and checked.stdout.startswith("BAD c: c/resume.pt is damaged")
