@@ -1,5 +1,6 @@
 """Run `synth` commands: in the process of the tests, which imports torch once, or in a process as a user does."""
 
+import asyncio
 import functools
 import gc
 import importlib
@@ -55,6 +56,8 @@ def _run_main(folder: Path) -> int:
                 if isinstance(value, functools._lru_cache_wrapper):
                     value.cache_clear()
     thresholds, modules = gc.get_threshold(), {*sys.modules}
+    loop = asyncio._get_running_loop()  # that of an open browser
+    asyncio._set_running_loop(None)
     try:
         main()
     except SystemExit as exit_:
@@ -63,6 +66,7 @@ def _run_main(folder: Path) -> int:
         traceback.print_exc()
         return 1
     finally:
+        asyncio._set_running_loop(loop)
         gc.unfreeze()
         gc.set_threshold(*thresholds)
         for name in {*sys.modules} - modules:  # the user's own

@@ -26,7 +26,7 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.served_models import find_model
 from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
-from tests.commands import run_synth
+from tests.commands import run_process, run_synth
 from tests.hostile import LONG
 from tests.scene_data import batch_of, scene_samples, score_annotations
 from tests.vllm_flags import parse_with
@@ -278,7 +278,7 @@ def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
     command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
-    done = run_synth(*command, cwd=tmp_path, env=environment())
+    done = run_process(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
     error, hint = done.stderr.strip().splitlines()[-2:]
     assert error.startswith("synth: vLLM ended while it started")
@@ -322,7 +322,7 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         process.wait()
     wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone")
     before = shard_replies(folder)
-    done = run_synth(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
+    done = run_process(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
