@@ -20,19 +20,19 @@ help:
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
-# Three at once on two cores: some tests wait for servers, and for processes that import much.
+# Three workers on two cores: some tests wait for servers and processes.
 # No worker is started anew: xdist would give it the test again that hung.
 test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
 
 # The full sweeps of which `test` runs a part: of tests/hostile and tests/whole, and some beside their code.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
 	tests/trainer/publish/test_onnx.py
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js .stamps/corpora
-	SYNTH_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
+	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
 resolve: .stamps/venv

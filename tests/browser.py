@@ -57,7 +57,7 @@ def opened(browser: Browser) -> Iterator[Open]:
     assert not problems
 
 
-def wait_until(page: Page, condition: str, seconds: float = 30.0) -> None:
+def wait_until(page: Page, condition: str, seconds: float = 300.0) -> None:
     """Wait until a condition in JavaScript holds; `wait_for_function` asks in the page, whose policy forbids a second time."""
     ends_at = time.monotonic() + seconds
     while not page.evaluate(condition):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser, opened
-from tests.remembered import FILE
-from tests.warm import close_parents
+from tests.remembered import FOLDER
 
 __all__ = ["browser", "opened"]
 
@@ -39,16 +38,13 @@ def working_directory() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name a file of replies that all processes of this run share."""
+    """Set the environment of the tests and of the processes that they start: set before torch is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)
-        os.environ[FILE] = f"{folder.name}/replies.sqlite"
-
-
-def pytest_sessionfinish() -> None:
-    """End the processes that commands were forked from."""
-    close_parents()
+        os.environ[FOLDER] = folder.name  # the replies that all processes of this run share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,12 @@
-"""The mistakes of a new user, each with the command that makes it, and what must be said about it.
+"""The mistakes of a new user: each with its command, its error and its hint.
 
 tests/whole/test_mistakes.py checks the messages.
+`python -m tests.mistakes FOLDER SERVER` makes all mistakes in one process, and prints their outcomes as JSON.
 """
 
+import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from tests.commands import run_synth
 
 NOBODY = "http://127.0.0.1:9/v1"  # nothing listens there
 
@@ -22,7 +27,7 @@ class Mistake:
     name: str
     command: str
     error: str
-    hint: str
+    hint: str = ""
     prepare: Callable[[Path], None] = field(default=lambda folder: None)
     code: int = 1
 
@@ -122,6 +127,30 @@ MISTAKES = (
     Mistake("no such version to train on", "train --data nope", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
     Mistake("no such captioner to score", "evaluate nope", "no captioner in nope", "synth train"),
+    Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),
+    Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
+    Mistake(
+        "style without a prompt", "generate --source scenes --config c.yaml", "cannot be rendered with style 'sonnet'", "",
+        add_file("c.yaml", "generate: {caption_styles: [sonnet]}"),
+    ),
+    Mistake("excluded source misspelled", "generate --source scenes --exclude nowhere", "unknown source: nowhere"),
+    Mistake(
+        "list of entries not there", "generate --source scenes --config c.yaml", "nowhere.txt", "",
+        add_file("c.yaml", "balance: {entries: nowhere.txt}"),
+    ),
+    Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
+    Mistake("no vLLM to serve", "serve --model tiny", "vLLM is not installed here"),
+    Mistake("stage without input", "generate --source scenes --from-stage dedupe", "is missing"),
+    Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
+    Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
+    Mistake("nothing to train on", "train", "no dataset under data/"),
+    Mistake("nothing to report", "report nowhere", "no dataset at nowhere"),
+    Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
+    Mistake("no versions", "versions", "no dataset under data/"),
+    Mistake("no dataset of versions", "versions nowhere", "no dataset at nowhere"),
+    Mistake("no such command", "bake", "No such command 'bake'", code=2),
+    Mistake("limit of none", "generate --source scenes --limit 0", "Invalid value for '--limit'", code=2),
+    Mistake("source without --source", "generate scenes", "flags for vLLM come after --", code=2),
     Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml", "docs/experiment.yaml"),
 )  # fmt: skip
 
@@ -130,3 +159,20 @@ def environment(home: Path) -> dict[str, str]:
     """Return an environment without a key, in which no Hub answers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNTH_", "HF_"))}
     return kept | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf")}
+
+
+def make_all(folder: Path, server: str) -> dict[str, tuple[int, str, list[str]]]:
+    """Return the exit code, the messages and the versions that each mistake leaves, by its name."""
+    outcomes = {}
+    for number, mistake in enumerate(MISTAKES):
+        home = folder / str(number)
+        home.mkdir()
+        add_photos(home)
+        mistake.prepare(home)
+        done = run_synth(*mistake.command.format(server=server).split(), cwd=home, env=environment(home))
+        outcomes[mistake.name] = (done.returncode, done.stderr, [str(path) for path in home.glob("**/versions/v*")])
+    return outcomes
+
+
+if __name__ == "__main__":
+    print(json.dumps(make_all(Path(sys.argv[1]), sys.argv[2])))

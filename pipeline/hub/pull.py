@@ -4,8 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, errors, scan_cache_dir, snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import HfApi, constants, errors, scan_cache_dir, snapshot_download
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
 from pipeline.dataset.integrity import find_damage
@@ -110,7 +109,7 @@ def _tags(repo: str) -> list[str]:
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (errors.OfflineModeIsEnabled, httpx2.TransportError):
-        if not Path(HF_HUB_CACHE).is_dir():
+        if not Path(constants.HF_HUB_CACHE).is_dir():
             return []
         cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo and entry.repo_type == "dataset"]
         names = [name for entry in cached for name in entry.refs]

@@ -21,6 +21,25 @@ def part_of(cases: Sequence[T], count: int) -> Sequence[T]:
     return cases if LONG or len(cases) <= count else random.Random(7).sample(cases, count)
 
 
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Return bytes with one damage at the head, at the end or between: a bit, a hole, a cut, or a piece of another place."""
+    out, kind = bytearray(data), draw.randrange(4)
+    if len(out) < 16:
+        return bytes(out[:-1])
+    end = min(len(out), 2000)
+    place = draw.choice([draw.randrange(len(out)), draw.randrange(end), len(out) - 1 - draw.randrange(end)])
+    if kind == 0:
+        out[place] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        out[place : place + 16] = bytes(len(out[place : place + 16]))
+    elif kind == 2:
+        out = out[:place]
+    else:
+        other = draw.randrange(len(out))
+        out[place : place + 64] = out[other : other + 64]
+    return bytes(out)
+
+
 def link(name: str, target: str) -> Damage:
     """Return a damage that puts a link in place of a file."""
 

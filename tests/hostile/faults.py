@@ -9,7 +9,6 @@ import builtins
 import errno
 import io
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,8 +18,11 @@ from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 
+import pipeline.hub.pull
+import pipeline.hub.push  # noqa: F401  # before the fork, as it takes a second
 from pipeline.cli import main
 from pipeline.inference.journal import Journal
+from tests.commands import set_environment
 
 KILLED = 137
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -82,18 +84,14 @@ def run(
     """Run a command in a folder; with `number`, that write crashes, or fails because the disk is `full` or `broken`."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     counted.write_text("0")
-    if environment is not None:  # some of which is read when packages are imported
-        command = [sys.executable, "-m", "tests.hostile.faults", str(folder), str(number), mode, *arguments]
-        code = subprocess.run(command, env=environment, timeout=200).returncode
-    else:
-        child = os.fork()
-        if child == 0:
-            _run_here(folder, number, mode, arguments)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = os.fork()
+    if child == 0:
+        _run_here(folder, number, mode, arguments, environment or dict(os.environ))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Outcome(code, log.read_text(errors="replace"), int(counted.read_text()))
 
 
-def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str]) -> NoReturn:
+def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
     """Run a command in this process, and end it."""
     log, counted = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.count")
     code = 70
@@ -104,6 +102,7 @@ def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str]) ->
             os.dup2(handle, stream)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
         sys.argv = ["synth", *arguments]
+        set_environment(environment)
         faults = _Faults(folder, number, mode)
         faults.install()
         try:
@@ -122,7 +121,3 @@ def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str]) ->
 def chosen(writes: int, part_of: Callable[[Sequence[int], int], Sequence[int]], count: int) -> Sequence[int]:
     """Return which writes to fail: all in a long run, else some."""
     return part_of(range(1, writes + 1), count)
-
-
-if __name__ == "__main__":
-    _run_here(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

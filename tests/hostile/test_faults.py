@@ -130,25 +130,20 @@ def test_pull_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> 
         whole = tmp_path / "whole"
         whole.mkdir()
         arguments = ("check", "me/photos@v1.0.0")
-        environment = hub_environment(hub, whole)
+        environment = hub.env(whole / "home")
         outcome = run(whole, *arguments, environment=environment)
         assert outcome.code == 0, outcome.output
         for number in chosen(outcome.writes, part_of, COUNT):
             folder = tmp_path / f"pull-{number}"
             folder.mkdir()
-            hit = run(folder, *arguments, number=number, mode=mode, environment=hub_environment(hub, folder))
+            hit = run(folder, *arguments, number=number, mode=mode, environment=hub.env(folder / "home"))
             assert "Traceback" not in hit.output, (number, hit.output)
-            again = run(folder, *arguments, environment=hub_environment(hub, folder))
+            again = run(folder, *arguments, environment=hub.env(folder / "home"))
             assert again.code == 0, (number, again.output)
 
 
-def hub_environment(hub: RunningHub, folder: Path) -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    return hub.env(folder / "home") | {"PYTHONPATH": str(root)}
-
-
 def push(hub: RunningHub, made: Path) -> None:
-    outcome = run(made, "push", "data", "--repo", "me/photos", "--license", "cc0-1.0", environment=hub_environment(hub, made))
+    outcome = run(made, "push", "data", "--repo", "me/photos", "--license", "cc0-1.0", environment=hub.env(made / "home"))
     assert outcome.code == 0, outcome.output
 
 

@@ -13,7 +13,7 @@ def in_a_namespace(*command: str) -> "subprocess.CompletedProcess[str]":
     unshare = shutil.which("unshare")
     assert unshare, "util-linux is on every Linux"
     for options in (("--net",), ("--net", "--map-root-user")):
-        done = subprocess.run([unshare, *options, *command], capture_output=True, text=True, timeout=200)
+        done = subprocess.run([unshare, *options, *command], capture_output=True, text=True, timeout=600)
         if "unshare" not in done.stderr:
             return done
     pytest.skip(f"NOT RUN: this machine lets nobody make a network namespace: {done.stderr.strip()}")

@@ -17,10 +17,10 @@ from PIL import Image
 
 from pipeline.dataset.card import metadata, render_card, render_model_card
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.hostile.vectors import ALL
 from tests.pipeline.dataset.test_card import MANIFEST, sample
-from tests.warm import run_synth
 
 FULL = MANIFEST | {
     "title": "A title",
@@ -154,7 +154,7 @@ def test_the_header_of_a_card_is_yaml_whatever_stands_in_it() -> None:
 
 
 def synth(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run_synth(*arguments, cwd=folder, env=os.environ | environment, timeout=120)
+    return run_synth(*arguments, cwd=folder, env=os.environ | environment)
 
 
 def require_printable(done: subprocess.CompletedProcess[str]) -> None:

@@ -93,21 +93,13 @@ BOXES = pa.list_(pa.struct({"bbox_2d": pa.list_(pa.float64()), "label": pa.strin
 DEEP: Any = []
 for _ in range(500):
     DEEP = [DEEP]
+BROKEN_KEYS = (
+    "columns", "features", "rows", "files", "funnel", "config", "source", "licenses", "measured", "table_version",
+)  # fmt: skip
 DAMAGES: dict[str, Damage] = {
     **{
         f"{key} that is {kind}": manifest(lambda m, key=key, value=value: m.update({key: value}))  # type: ignore[misc]
-        for key in (
-            "columns",
-            "features",
-            "rows",
-            "files",
-            "funnel",
-            "config",
-            "source",
-            "licenses",
-            "measured",
-            "table_version",
-        )
+        for key in BROKEN_KEYS
         for kind, value in (("null", None), ("a number", 7), ("a text", "x"), ("a list", [[1]]), ("a map", {"x": {"y": 1}}))
     },
     "a rejections that is null": manifest(lambda m: m.update(rejections=None)),
@@ -181,7 +173,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         damage(folder / name)
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile.read_versions", str(folder), str(out)],
-        capture_output=True, text=True, timeout=280, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, timeout=600, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = json.loads(done.stdout)

@@ -179,15 +179,6 @@ def _drop(send: Send, fault: Fault) -> None:
     send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's connection: the client gets no answer
 
 
-async def whoami(hub: Hub, request: Request) -> Response:
-    """Return the user, the organizations and the role of the token."""
-    user, role = hub.who(request)
-    if user is None:
-        raise HubError(401, "Unauthorized", "Invalid username or password.")
-    orgs = [{"name": name} for name in sorted(NAMESPACES[user] - {user})]
-    return JSONResponse({"type": "user", "name": user, "orgs": orgs, "auth": {"accessToken": {"role": role}}})
-
-
 async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str = "main") -> Response:
     """Describe a repository at a revision."""
     repository = hub.repo(request, kind, repo)
@@ -229,20 +220,6 @@ async def refs(hub: Hub, request: Request, kind: str, repo: str) -> Response:
             "tags": [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()],
         }
     )
-
-
-async def commits(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """List the history, newest commit first."""
-    repository = hub.repo(request, kind, repo)
-    entries: list[dict[str, object]] = []
-    commit: Commit | None = hub.commit_at(repository, revision)
-    while commit is not None:
-        date = "2026-01-01T00:00:00.000Z"
-        entries.append(
-            {"id": commit.oid, "title": commit.title, "message": commit.message, "date": date, "authors": [{"user": USER}]}
-        )
-        commit = repository.commits[commit.parent] if commit.parent else None
-    return hub.page(request, entries)
 
 
 async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, path: str = "") -> Response:
@@ -301,11 +278,9 @@ async def read_json_lines(request: Request) -> list[dict[str, object]]:
 
 
 READING: list[tuple[str, str, Handler]] = [
-    ("GET", r"/api/whoami-v2", whoami),
     ("GET", rf"{API}/refs", refs),
     ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", tree),
     ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", paths_info),
-    ("GET", rf"{API}/commits/(?P<revision>[^/]+)", commits),
     ("GET", rf"{API}/revision/(?P<revision>[^/]+)", info),
     ("GET", API, info),
     ("GET", rf"{FILES}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", file),

@@ -80,7 +80,6 @@ def test_a_commit_on_an_older_head_is_refused_and_changes_nothing(client: Client
     [
         (("lfsFile", {"path": "a", "algo": "sha256", "oid": "0" * 64}), 400),
         (("deletedFile", {"path": "nothing"}), 404),
-        (("deletedFolder", {"path": "nothing/"}), 404),
         (("file", {"path": "a", "content": "?", "encoding": "base64"}), 400),
         (("rename", {}), 400),
     ],
@@ -90,66 +89,10 @@ def test_one_bad_operation_spoils_the_whole_commit(client: Client, operation: tu
     assert client.ask("HEAD", "/datasets/me/x/resolve/main/good").status_code == 404
 
 
-def test_a_tag_stays_and_cannot_be_written_to(client: Client) -> None:
-    assert client.ask("POST", f"{REPO}/tag/main", json={"tag": "v1.0.0"}).status_code == 200
-    client.commit(small("a"))
-    assert client.ask("POST", f"{REPO}/tag/main", json={"tag": "v1.0.0"}).status_code == 409
-    assert (
-        client.ask("POST", f"{REPO}/commit/v1.0.0", content='{"key": "header", "value": {"summary": "s"}}').status_code == 404
-    )
-    assert client.ask("DELETE", f"{REPO}/tag/v1.0.0").status_code == 200
-
-
 def test_other_bytes_than_announced_are_refused(client: Client) -> None:
     sha256 = hashlib.sha256(b"right").hexdigest()
     assert client.ask("PUT", f"/lfs/{sha256}", None, content=b"wrong").status_code == 400
     assert client.ask("PUT", f"/lfs/{sha256}", None, content=b"right").status_code == 200
-
-
-def test_large_files_come_in_parts(client: Client) -> None:
-    data = bytes(range(256)) * 100_000
-    sha256 = hashlib.sha256(data).hexdigest()
-    batch = {"operation": "upload", "objects": [{"oid": sha256, "size": len(data)}]}
-    url = "/datasets/me/x.git/info/lfs/objects/batch"
-    header = client.ask("POST", url, json=batch).json()["objects"][0]["actions"]["upload"]["header"]
-    size = int(header.pop("chunk_size"))
-    for number, href in header.items():
-        assert client.ask("PUT", href, None, content=data[(int(number) - 1) * size : int(number) * size]).headers["ETag"]
-    parts = [{"partNumber": int(number), "etag": "e"} for number in header]
-    assert client.ask("POST", f"/lfs/{sha256}", None, json={"oid": sha256, "parts": parts}).status_code == 200
-    assert "actions" not in client.ask("POST", url, json=batch).json()["objects"][0]  # the file is already uploaded
-    assert client.commit(("lfsFile", {"path": "a.bin", "algo": "sha256", "oid": sha256})).status_code == 200
-    part = client.ask("GET", "/datasets/me/x/resolve/main/a.bin", headers={"Range": "bytes=255-257"})
-    assert (part.status_code, part.content) == (206, b"\xff\x00\x01")
-
-
-def test_a_card_with_a_broken_header_is_named(client: Client) -> None:
-    answer = client.ask("POST", "/api/validate-yaml", json={"content": "---\na: [\n---\n", "repoType": "dataset"})
-    assert (answer.status_code, len(answer.json()["errors"])) == (400, 1)
-
-
-def test_lists_come_in_pages(client: Client) -> None:
-    client.commit(*(small(f"f{number}") for number in range(5)))
-    client.hub.page_entries = 4
-    first = client.ask("GET", f"{REPO}/tree/main")
-    assert len(first.json()) == 4
-    second = client.ask("GET", first.links["next"]["url"])
-    assert [entry["path"] for entry in first.json() + second.json()] == [".gitattributes", *(f"f{n}" for n in range(5))]
-    assert "next" not in second.links
-
-
-def test_a_branch_a_conversion_and_the_end_of_a_repository(client: Client) -> None:
-    assert client.ask("POST", f"{REPO}/branch/try", json={}).status_code == 200
-    assert client.ask("POST", f"{REPO}/branch/try", json={}).status_code == 409
-    client.hub.storage.seed("dataset", "me/x", {"default/train/0000.parquet": b"x"}, branch="refs/convert/parquet")
-    refs = client.ask("GET", f"{REPO}/refs").json()
-    assert [ref["name"] for ref in refs["branches"]] == ["main", "try"]
-    assert [ref["ref"] for ref in refs["converts"]] == ["refs/convert/parquet"]
-    assert client.ask("DELETE", f"{REPO}/branch/try").status_code == 200
-    repository = {"name": "x", "organization": "me", "type": "dataset"}
-    assert client.ask("DELETE", "/api/repos/delete", OTHER_TOKEN, json=repository).status_code == 403
-    assert client.ask("DELETE", "/api/repos/delete", json=repository).status_code == 200
-    assert client.ask("GET", REPO).status_code == 404
 
 
 def test_a_fault_happens_once_where_it_should(client: Client) -> None:

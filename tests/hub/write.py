@@ -1,9 +1,8 @@
-"""The writing part of the Hub's protocol: repositories, commits, tags, branches, and large files by LFS."""
+"""The writing part of the Hub's protocol: repositories, commits, tags, and large files by LFS."""
 
 import base64
 import binascii
 import hashlib
-import json
 
 import yaml
 from starlette.requests import Request
@@ -14,7 +13,6 @@ from tests.hub.storage import File, Repo
 
 LFS_BYTES = 1_000_000  # files of at least this size, and all Parquet files and weights, are large
 LARGE_ENDINGS = (".parquet", ".safetensors", ".bin", ".zip")
-PART_BYTES = 20_000_000  # a larger file is uploaded in parts of this size
 COMMIT_FILES = 25_000  # limit of one commit; the Hub's documentation asks for far fewer
 
 
@@ -34,16 +32,6 @@ async def create(hub: Hub, request: Request) -> Response:
     )
     hub.storage.repos[kind, repo] = repository
     return JSONResponse(url)
-
-
-async def delete(hub: Hub, request: Request) -> Response:
-    """Delete a repository."""
-    body = await request.json()
-    owner = body.get("organization") or hub.who(request)[0] or ""
-    hub.require_writer(request, owner)
-    if hub.storage.repos.pop((body.get("type", "model"), f"{owner}/{body['name']}"), None) is None:
-        raise HubError(404, "RepoNotFound", "Repository not found")
-    return JSONResponse({})
 
 
 async def settings(hub: Hub, request: Request, kind: str, repo: str) -> Response:
@@ -79,19 +67,13 @@ async def preupload(hub: Hub, request: Request, kind: str, repo: str, revision: 
 
 
 async def lfs_batch(hub: Hub, request: Request, repo: str, kind: str = "models") -> Response:
-    """Return the upload URL of each missing large file, or the URLs of its parts."""
+    """Return the upload URL of each missing large file."""
     hub.writable(request, kind, repo)
     answers = []
     for pointer in (await request.json())["objects"]:
         href = f"{request.base_url}lfs/{pointer['oid']}"
-        upload: dict[str, object] = {}
-        if not hub.storage.path(pointer["oid"]).exists():
-            upload = {"upload": {"href": href}}
-            if pointer["size"] > PART_BYTES:
-                parts = range(1, -(-pointer["size"] // PART_BYTES) + 1)
-                header = {"chunk_size": str(PART_BYTES)} | {f"{n:05d}": f"{href}/part/{n}" for n in parts}
-                upload = {"upload": {"href": href, "header": header}}
-        answers.append(pointer | ({"actions": upload} if upload else {}))
+        is_stored = hub.storage.path(pointer["oid"]).exists()
+        answers.append(pointer | ({} if is_stored else {"actions": {"upload": {"href": href}}}))
     return JSONResponse({"transfer": "basic", "objects": answers})
 
 
@@ -108,31 +90,6 @@ async def lfs_put(hub: Hub, request: Request, sha256: str) -> Response:
         raise HubError(400, "BadChecksum", "the bytes are not those announced")
     draft.replace(hub.storage.path(sha256))
     return Response()
-
-
-async def lfs_part(hub: Hub, request: Request, sha256: str, number: str) -> Response:
-    """Receive one part of a large file."""
-    data = await request.body()
-    hub.received_bytes += len(data)
-    hub.storage.path(f".{sha256}.{number}").write_bytes(data)
-    return Response(headers={"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
-
-
-async def lfs_complete(hub: Hub, request: Request, sha256: str) -> Response:
-    """Join the parts of a large file. Raises HubError if the bytes do not match the sha256."""
-    digest, draft = hashlib.sha256(), hub.storage.path(f".{sha256}.tmp")
-    parts = [hub.storage.path(f".{sha256}.{part['partNumber']}") for part in (await request.json())["parts"]]
-    with draft.open("wb") as file:
-        for part in parts:
-            data = part.read_bytes()
-            digest.update(data)
-            file.write(data)
-            part.unlink()
-    if digest.hexdigest() != sha256:
-        draft.unlink()
-        raise HubError(400, "BadChecksum", "the bytes are not those announced")
-    draft.replace(hub.storage.path(sha256))
-    return JSONResponse({})
 
 
 async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
@@ -163,12 +120,6 @@ async def commit(hub: Hub, request: Request, kind: str, repo: str, revision: str
         elif key == "deletedFile":
             if files.pop(value["path"], None) is None:
                 raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {value['path']}")
-        elif key == "deletedFolder":
-            deleted = [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]
-            if not deleted:
-                raise HubError(404, "EntryNotFound", f"A file with this name doesn't exist: {value['path']}")
-            for path in deleted:
-                del files[path]
         else:
             raise HubError(400, "BadOperation", f"unknown operation: {key}")
     new_commit = repository.commit(revision, title, files, message)
@@ -196,37 +147,6 @@ async def tag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -
     return JSONResponse({})
 
 
-async def untag(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
-    """Delete a tag."""
-    if hub.writable(request, kind, repo).tags.pop(revision, None) is None:
-        raise HubError(404, "RevisionNotFound", f"no tag {revision}")
-    return JSONResponse({})
-
-
-async def branch(hub: Hub, request: Request, kind: str, repo: str, name: str) -> Response:
-    """Create a branch. Raises HubError if it exists."""
-    repository = hub.writable(request, kind, repo)
-    body = await request.body()
-    start = (json.loads(body) if body else {}).get("startingPoint", "main")
-    if name in repository.branches:
-        raise HubError(409, "BranchExists", f"Reference {name} already exists")
-    repository.branches[name] = hub.commit_at(repository, start).oid
-    return JSONResponse({})
-
-
-async def unbranch(hub: Hub, request: Request, kind: str, repo: str, name: str) -> Response:
-    """Delete a branch other than main."""
-    if name == "main" or hub.writable(request, kind, repo).branches.pop(name, None) is None:
-        raise HubError(404, "RevisionNotFound", f"no branch {name} that could be deleted")
-    return JSONResponse({})
-
-
-async def auth_check(hub: Hub, request: Request, kind: str, repo: str, write: str = "") -> Response:
-    """Check that the token may read, or write."""
-    hub.writable(request, kind, repo) if write else hub.repo(request, kind, repo)
-    return JSONResponse({})
-
-
 def _safe(path: str) -> str:
     parts = path.split("/")
     if not path or path.startswith("/") or "\\" in path or "\0" in path or {"", ".", "..", ".git"} & set(parts):
@@ -237,18 +157,11 @@ def _safe(path: str) -> str:
 _SHA256 = r"(?P<sha256>[0-9a-f]{64})"
 ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", r"/api/repos/create", create),
-    ("DELETE", r"/api/repos/delete", delete),
     ("PUT", rf"{API}/settings", settings),
     ("POST", r"/api/validate-yaml", validate_yaml),
     ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", commit),
     ("POST", rf"{API}/tag/(?P<revision>[^/]+)", tag),
-    ("DELETE", rf"{API}/tag/(?P<revision>[^/]+)", untag),
-    ("POST", rf"{API}/branch/(?P<name>[^/]+)", branch),
-    ("DELETE", rf"{API}/branch/(?P<name>[^/]+)", unbranch),
-    ("GET", rf"{API}/auth-check(?P<write>/write)?", auth_check),
     ("POST", rf"{FILES}\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", rf"/lfs/{_SHA256}", lfs_put),
-    ("PUT", rf"/lfs/{_SHA256}/part/(?P<number>\d+)", lfs_part),
-    ("POST", rf"/lfs/{_SHA256}", lfs_complete),
 ]

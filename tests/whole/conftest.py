@@ -1,17 +1,20 @@
-"""Run `synth` commands as a user does: each in a process of its own, in an empty folder."""
+"""Run `synth` commands in an empty folder."""
 
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import load_dataset
 
-from tests.warm import run_synth
+from tests.commands import SYNTH, run_synth
+from tests.pipeline.images.test_similarity import photo
+
+__all__ = ["SYNTH"]
 
 ROOT = Path(__file__).parents[2]
-SYNTH = Path(sys.executable).with_name("synth")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,6 +41,20 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     return copy
+
+
+def save_photos(folder: Path, count: int, suffix: str = "png") -> Path:
+    """Save photos that do not look alike as 00, 01, ... in `folder/photos`; return `folder`."""
+    (folder / "photos").mkdir()
+    for number in range(count):
+        photo(number).save(folder / "photos" / f"{number:02}.{suffix}")
+    return folder
+
+
+def load_rows(dataset: Path, version: str = "v1.0.0") -> Any:
+    """Return the rows of all splits of a version, as `datasets` reads them."""
+    files = [str(path) for path in sorted((dataset / "versions" / version).glob("*-*.parquet"))]
+    return load_dataset("parquet", data_files=files, split="train", cache_dir=str(dataset.parent / "cache"))
 
 
 def restore_sigint() -> None:

@@ -22,17 +22,7 @@ from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
-expect.set_options(timeout=30_000)  # ms; what is waited for comes, on a busy machine later
-
-HOSTILE = (
-    "<script>document.title = 'taken'</script>",
-    "<img src=x onerror=\"document.title = 'taken'\">",
-    "</script><h1>out of the script</h1>",
-    "\x1b[31mred\x1b[0m",
-    "left \u202eright\u202c",
-    "{{ 7 * 7 }} ${7 * 7}",
-    "a\ud7ff\uffff" + "x" * 10_000_000,
-)
+expect.set_options(timeout=120_000)  # ms; ends a hung test only
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +242,7 @@ def test_a_tab_that_missed_what_another_reviewed_shows_it_when_somebody_comes_to
     expect(text_of(second_tab, 0).get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
 
 
-def test_two_tabs_that_review_at_the_same_time_lose_nothing(page: Page, dataset: Version) -> None:
+def test_two_tabs_at_the_same_time_lose_no_review(page: Page, dataset: Version) -> None:
     second_tab = page.context.new_page()
     second_tab.goto(page.url)
     items = "[...document.querySelectorAll('#images .texts > li')]"
@@ -311,37 +301,7 @@ def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewpo
     assert wide <= viewport["width"]
 
 
-def test_a_printed_page_has_pictures_and_texts_and_no_buttons(page: Page) -> None:
-    page.emulate_media(media="print")
-    expect(page.locator("#images article img").first).to_be_visible()
-    expect(page.get_by_role("button", name="Good").first).to_be_hidden()
-    expect(page.get_by_role("navigation")).to_be_hidden()
-
-
-def test_hostile_texts_are_texts(opened: Open, tmp_path: Path) -> None:
-    samples = scene_samples(len(HOSTILE))
-    table = true_captions(samples)
-    texts = [text for text in HOSTILE for _ in range(2)]
-    table = table.set_column(table.column_names.index("text"), "text", pa.array(texts))
-    table = table.set_column(table.column_names.index("style"), "style", pa.array(['"><b>'] * table.num_rows))
-    version, _ = make_version(tmp_path, samples, table)
-    page = opened(write_report(version, tmp_path))
-    displayed = page.locator("#images .texts p").all_inner_texts()
-    assert len(displayed) == 2 * len(HOSTILE)
-    assert page.title() == "scenes v1.0.0"
-    assert page.locator("#images .texts script, #images .texts img, #images .texts b, h1").count() == 1  # the title
-    for text in HOSTILE[:3] + HOSTILE[5:6]:
-        assert text in displayed
-    assert "[U+001B][31mred[U+001B][0m" in displayed
-    assert "left [U+202E]right[U+202C]" in displayed
-    (long,) = {text for text in displayed if "characters)" in text}
-    assert len(long) < 2100
-    last = page.locator("#images .texts > li").filter(has_text="characters)").first
-    expect(last.get_by_role("button", name="Edit")).to_be_disabled()  # a shortened text cannot be edited
-    assert violations(page) == []
-
-
-def test_reviews_that_were_exported_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
+def test_exported_reviews_make_the_next_version(opened: Open, synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "24").returncode == 0
     assert synth("report").returncode == 0
     page = opened(tmp_path / "data" / "scenes" / "report.html", accept_downloads=True)

@@ -11,11 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
 
 from tests.chat.server import Act, ChatServer, running_chat, task_of, uuid_of
-from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
+from tests.commands import run_synth
+from tests.whole.conftest import load_rows, save_photos
 
 COLORS = ("red", "blue", "green", "black")
 THINGS = ("kite", "boat", "horse", "clock")
@@ -105,13 +104,8 @@ def rate(_: int, body: dict[str, Any]) -> Act:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
-    (tmp_path / "photos").mkdir()
-    ids = {}
-    for number in range(COUNT):
-        path = tmp_path / "photos" / f"{number:02}.png"
-        photo(number).save(path)
-        ids[hashlib.sha256(path.read_bytes()).hexdigest()] = number
-    return Model(ids)
+    paths = sorted((save_photos(tmp_path, COUNT) / "photos").iterdir())
+    return Model({hashlib.sha256(path.read_bytes()).hexdigest(): number for number, path in enumerate(paths)})
 
 
 @pytest.fixture
@@ -128,7 +122,7 @@ def judge() -> Iterator[ChatServer]:
 
 def run(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ("generate", *arguments, "--base-url", server.url, "--json")
-    return run_synth(*command, cwd=folder, env={**os.environ, **environment}, timeout=120)
+    return run_synth(*command, cwd=folder, env={**os.environ, **environment})
 
 
 def generate(folder: Path, server: ChatServer, *arguments: str, **environment: str) -> dict[str, Any]:
@@ -140,8 +134,7 @@ def generate(folder: Path, server: ChatServer, *arguments: str, **environment: s
 
 def captions_of(folder: Path, model: Model, version: str = "v1.0.0") -> dict[int, dict[str, Any]]:
     """Return the captions of a version by the number of their image, as `datasets` reads them."""
-    files = [str(path) for path in (folder / "d/versions" / version).glob("*.parquet") if path.name != "rejections.parquet"]
-    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    rows = load_rows(folder / "d", version)
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,10 +26,10 @@ from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_process
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
-from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
@@ -61,6 +62,12 @@ def scripted_replies(seconds: float = 0.0) -> Callable[[int, dict[str, Any]], Ac
 
 
 @pytest.fixture
+def synth(tmp_path: Path) -> Run:
+    """Run `synth ARGUMENTS` in a process: Ray leaves threads, and takes the folder and the environment of the process."""
+    return partial(run_process, cwd=tmp_path)
+
+
+@pytest.fixture
 def chat() -> Iterator[ChatServer]:
     with running_chat(ChatServer(scripted_replies())) as server:
         yield server
@@ -83,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatS
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
     with running_chat(ChatServer(scripted_replies())) as server:
         for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "3", "--workers", "2")):
-            done = run_synth(*flags_of(server), *options, cwd=folder)
+            done = run_process(*flags_of(server), *options, cwd=folder)
             assert done.returncode == 0, done.stderr
             shutil.copytree(folder / options[1], folder / "as made" / options[1])  # a test runs in them again
         yield folder, server
@@ -130,11 +137,11 @@ def test_a_cluster_makes_the_version_that_one_machine_makes(made: tuple[Path, Ch
     before, flags = len(chat.bodies), flags_of(chat)
     on_cluster = ("--out", "one", "--executor", "ray", "--shards", "2")
     for options in (on_cluster, ("--out", "many")) if LONG else (("--out", "many"),):
-        rerun = run_synth(*flags, *options, cwd=folder)
+        rerun = run_process(*flags, *options, cwd=folder)
         assert "nothing new: v1.0.0" in rerun.stderr, rerun.stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
-    refused = run_synth(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
+    refused = run_process(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
     assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
@@ -145,7 +152,7 @@ def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 160, 
         return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
 
 
-def wait_for(is_true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(is_true: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < end, "it did not happen"
@@ -294,10 +301,8 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     assert synth(*flags, "--out", home).returncode == 2  # the local executor writes to a disk only
 
 
-def test_a_plan_that_would_wait_for_ever_is_an_error_before_it_starts(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
+def test_cluster_that_does_not_answer_is_an_error_before_a_request(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
     command = ("generate", "--source", "scenes", "--limit", "4", "--base-url", chat.url, "--executor", "ray")
-    error, hint = read_failure(synth(*command, "--out", "d", "--workers", "500"))
-    assert "500 workers do not fit on" in error and "--workers" in hint
     error, hint = read_failure(synth(*command, "--out", "d", "--ray-address", "127.0.0.1:9"))
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies

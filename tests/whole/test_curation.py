@@ -12,8 +12,8 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.run import STAGES, generate_dataset
+from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
-from tests.warm import run_synth
 
 SCENES = 24
 CHECKS = "round_trip,claims,blind,alignment"
@@ -101,11 +101,6 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)
 
 
-def test_a_source_that_is_to_be_left_out_and_is_none_is_one_error(tmp_path: Path) -> None:
-    done = run("generate", "--source", "scenes", "--limit", "2", "--exclude", "nowhere", cwd=tmp_path)
-    assert done.returncode == 1 and "unknown source: nowhere" in done.stderr
-
-
 def test_a_run_from_the_middle_does_not_use_stages_of_an_earlier_interrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,12 +116,6 @@ def test_a_run_from_the_middle_does_not_use_stages_of_an_earlier_interrupted_run
     with pytest.raises(ConfigError, match="is missing"):
         generate_dataset(strict, tmp_path / "d", "dedupe")
     assert set(generate_dataset(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}
-
-
-def test_a_list_of_entries_that_is_not_there_is_an_error_before_anything_is_touched(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.txt"):
-        generate_dataset(resolve(source="scenes", limit=3, balance={"entries": "nowhere.txt"}), tmp_path / "d")
-    assert not (tmp_path / "d").exists()
 
 
 def files_under(folder: Path) -> dict[Path, bytes]:

@@ -9,8 +9,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.commands import run_synth
 from tests.media import write_pdf, write_video
-from tests.warm import run_synth
 
 
 def caption(times: int, body: dict[str, Any]) -> Act | None:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
+from tests.commands import run_synth
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
-from tests.warm import run_synth
 from tests.whole.conftest import SYNTH
 
 SETTINGS = {"steps": 20, "evaluate_every": 5, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}

@@ -183,7 +183,7 @@ def test_two_stages_a_task_and_a_source_take_few_files_each(package: Path, chat:
     command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
     command += ["--tasks", "caption,place", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "data" / "versions" / "v1.0.0"
     funnel = {stage["stage"]: stage for stage in json.loads((version / "manifest.json").read_text())["funnel"]}

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from huggingface_hub import HfApi, ModelCard
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
+from tests.commands import run_synth
 from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub, running_hub
-from tests.warm import run_synth
 
 SCENES = 80
 
@@ -92,7 +91,7 @@ def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(h
         "from datasets import load_dataset\n"
         "print(len(load_dataset('me/also', split='train')), len(load_dataset('me/also', 'cauldron', split='train')))"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600)
     assert loaded.returncode == 0, loaded.stderr
     count = manifest["rows"]["train"]
     assert loaded.stdout.split() == [str(count)] * 2
@@ -134,12 +133,6 @@ def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
     output = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
     assert output[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in output[0]
     assert "  config.limit: 70 -> 80" in output
-
-
-def test_one_version_is_nothing_to_compare(maker: User) -> None:
-    done = run_synth("diff", "v1.0.0", cwd=maker.folder)
-    assert done.returncode == 2
-    assert "name two versions" in done.stderr
 
 
 def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:
@@ -213,11 +206,6 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr and "me/captioner, public\n" in repeated.stderr
     assert len(repo.commits) == 2
-    config_file = maker.folder / checkpoint / "config.json"
-    config = json.loads(config_file.read_text())
-    assert config["data"].pop("has_unknown_license") is False
-    config_file.write_text(json.dumps(config))  # as earlier releases saved it: its version is asked
-    assert "me/captioner, public\n" in maker.synth("push", checkpoint, "--repo", "me/captioner", "--dry-run").stderr
 
 
 def test_what_goes_with_datasets_and_a_damaged_captioner_are_refused_before_a_push(maker: User) -> None:
@@ -266,33 +254,3 @@ def test_the_report_holds_no_token_and_no_path(maker: User) -> None:
     text = (maker.folder / report).read_text()
     assert "hf_loopback" not in text
     assert str(maker.folder) not in text
-
-
-def test_a_version_that_lies_damaged_on_the_hub_is_found_and_repaired_by_commands(hub: RunningHub, tmp_path: Path) -> None:
-    user = User(hub, tmp_path / "user")
-    user.synth("generate", "--source", "scenes", "--limit", "20", "--seed", "3")
-    user.synth("push", "--repo", "me/rotten")
-    assert all(result["is_ok"] for result in user.json("check"))
-    repo, storage = hub.hub.storage.repos["dataset", "me/rotten"], hub.hub.storage
-    repo.commits[repo.tags["v1.0.0"]].files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
-    assert "v1.0.0 in me/rotten is damaged" in (refused := user.synth("push", "--repo", "me/rotten", fails=True).stderr)
-    assert "synth push --repair" in refused
-    pushed = user.json("push", "--repo", "me/rotten", "--repair")
-    assert pushed["tag"] == "v1.0.1"
-    reader = User(hub, tmp_path / "reader")
-    assert "is damaged" in reader.synth("check", "me/rotten@v1.0.0", fails=True).stderr
-    assert reader.json("check", "me/rotten@v1.0.1")[0]["is_ok"]
-    assert "nothing new" in user.synth("generate", "--source", "scenes", "--limit", "20", "--seed", "3").stderr
-
-
-def test_a_rotten_bit_here_is_found_by_check_and_stops_a_push(hub: RunningHub, tmp_path: Path) -> None:
-    user = User(hub, tmp_path / "user")
-    user.synth("generate", "--source", "scenes", "--limit", "20", "--seed", "4")
-    shard = next((user.folder / "data" / "scenes" / "versions" / "v1.0.0").glob("train-*.parquet"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    checked = user.synth("check", fails=True).stdout
-    assert f"BAD data/scenes/versions/v1.0.0: {shard.name} is not what the manifest says" in checked
-    assert "nothing was sent" in user.synth("push", "--repo", "me/never", fails=True).stderr
-    assert ("dataset", "me/never") not in hub.hub.storage.repos

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.config import LARGE
 from pipeline.inference.engines import TINY_WEIGHTS
+from tests.commands import run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
-from tests.warm import run_synth
 from trainer.presets import DECODERS, ENCODERS
 
 

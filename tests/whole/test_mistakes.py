@@ -1,8 +1,9 @@
 """The mistakes of a new user: one clear error each, with what to do next, before anything heavy is loaded."""
 
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,45 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.commands import run_process, run_synth
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
-from tests.warm import run_synth
+from tests.scene_data import make_version, scene_samples
+from tests.whole.conftest import ROOT
 
 NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ChatServer]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Make all mistakes in one process, in which torch cannot be imported."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "path").mkdir()
+    (folder / "path" / "torch.py").write_text(NO_TORCH)
+    env = os.environ | {"PYTHONPATH": f"{folder / 'path'}:{ROOT}"}
     with running_chat(ChatServer()) as chat:
         chat.key = "a key"
-        yield chat
-
-
-def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    env = environment(folder) | more
-    return run_synth(*command.split(), cwd=folder, env=env, timeout=120)
+        command = [sys.executable, "-m", "tests.mistakes", str(folder), chat.url]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded: dict[str, Any] = json.loads(done.stdout)
+    return loaded
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_a_mistake_is_one_error_with_a_hint(mistake: Mistake, server: ChatServer, tmp_path: Path) -> None:
-    add_photos(tmp_path)
-    mistake.prepare(tmp_path)
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "torch.py").write_text(NO_TORCH)
-    done = run(tmp_path, mistake.command.format(server=server.url), PYTHONPATH=str(tmp_path / "path"))
-    assert done.returncode == mistake.code, done.stderr
-    assert "Traceback" not in done.stderr
-    message = " ".join(done.stderr.split())
+def test_mistake_is_one_error_with_a_hint(mistake: Mistake, outcomes: dict[str, Any]) -> None:
+    code, errors, versions = outcomes[mistake.name]
+    assert (code, versions) == (mistake.code, []), errors
+    assert "Traceback" not in errors
+    message = " ".join(errors.split())
     assert mistake.error in message
     assert mistake.hint in message
-    assert not list(tmp_path.glob("data/*/versions"))
+    if code == 1:
+        error, hint = errors.strip().splitlines()[-2:]
+        assert error.startswith("synth: ") and hint.startswith("  hint: ")
+
+
+def run(folder: Path, command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return run_synth(*command.split(), cwd=folder, env=environment(folder) | more)
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
@@ -53,7 +62,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
 
 
 def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
-    assert run(tmp_path, "generate --source scenes --limit 30 --tasks caption --out d").returncode == 0
+    make_version(tmp_path / "d", scene_samples(30))
     with DatasetDir(tmp_path / "captioner").lock():
         done = run(tmp_path, "train --data d --encoder tiny-vit --steps 1 --out captioner")
     assert (done.returncode, "another process is writing to captioner" in done.stderr) == (1, True), done.stderr
@@ -82,8 +91,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: 
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     add_photos(tmp_path)
-    run_with = {"PYTHONPATH": str(tmp_path / "path")}
-    done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny", **run_with)
+    command = f"{PHOTOS} --engine embedded --model tiny".split()
+    done = run_process(*command, cwd=tmp_path, env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path / "path")})
     assert done.returncode == 1
     assert "needs the package torch" in done.stderr
     assert "pip install" in done.stderr and "[embedded]" in done.stderr

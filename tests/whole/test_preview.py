@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
+from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
+from tests.whole.conftest import save_photos
 
 
 @pytest.fixture
@@ -37,15 +38,13 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    (tmp_path / "photos").mkdir()
-    for number in range(12):
-        photo(number).save(tmp_path / "photos" / f"{number:02}.jpg")
+    save_photos(tmp_path, 12, "jpg")
     (tmp_path / "photos" / "05b.jpg").write_bytes(b"no photo")
     return tmp_path
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = run_synth(*arguments, cwd=folder, timeout=120)
+    done = run_synth(*arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -131,26 +130,23 @@ def test_a_dry_run_is_right_beside_raw_files_and_replies_that_are_there(photos: 
     assert (more["requests"], more["cost"]) == (14, pytest.approx(0.08))
 
 
-def test_a_run_that_keeps_images_which_look_alike_forgets_that_one_was_rejected(photos: Path, server: ChatServer) -> None:
+def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:
     Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
     (photos / "none.yaml").write_text("dedupe: {images: none}")
-    data = ("--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
-    for more, kept in (((), 12), (("--config", "none.yaml"), 13)):
-        made = json.loads(run(photos, "generate", *data, *more).stdout)
-        assert made["stages"]["source"]["kept"] == kept
-        files = {path.stem for path in (photos / "data/folder-photos/stages/source").glob("*.parquet")}
-        assert ("near_duplicates" in files, "image_groups" in files) == (kept == 12, kept == 12)
-
-
-def test_an_image_that_looks_like_another_is_not_paid_for(photos: Path, server: ChatServer) -> None:
-    Image.open(photos / "photos/03.jpg").resize((200, 150)).save(photos / "photos/03-small.jpg")
-    done = run(photos, "generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
-    source = json.loads(done.stdout)["stages"]["source"]
-    assert source == {"input": 14, "kept": 12, "rejected": {"near_duplicate_image": 1, "unreadable_image": 1}}
+    command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--json")
+    done = run(photos, *command)
+    result = json.loads(done.stdout)
+    rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
+    assert result["stages"]["source"] == {"input": 14, "kept": 12, "rejected": rejected}
     assert "source: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics" in done.stderr
-    assert json.loads(done.stdout)["requests"]["total"] == 12
-    report = run(photos, "report").stdout.strip()
-    assert "Images that look alike" in (photos / report).read_text()
+    assert result["requests"]["total"] == 12
+    assert "Images that look alike" in (photos / run(photos, "report").stdout.strip()).read_text()
+    similar = {"near_duplicates.parquet", "image_groups.parquet"}
+    source = photos / "data/folder-photos/stages/source"
+    assert similar <= {path.name for path in source.iterdir()}
+    kept = json.loads(run(photos, *command, "--config", "none.yaml").stdout)
+    assert kept["stages"]["source"]["kept"] == 13
+    assert not similar & {path.name for path in source.iterdir()}
 
 
 def test_a_run_says_what_it_is_about_to_do_and_what_comes_next(photos: Path, server: ChatServer) -> None:

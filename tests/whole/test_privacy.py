@@ -13,12 +13,11 @@ import pytest
 
 from pipeline.images.decode import image_id, prepare_image
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import File
 from tests.pipeline.images.test_metadata import gif, jpeg, leaked, png, tiff, webp
 from tests.pipeline.images.test_similarity import photo
-from tests.warm import run_synth
-from tests.whole.conftest import SYNTH
 
 PHOTOS = {  # no two look alike
     "upright.jpg": jpeg(),
@@ -129,18 +128,9 @@ def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
 def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub: RunningHub) -> None:
     odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
     for option, value in odd:
-        command = [str(SYNTH), "push", "--repo", "me/odd", option, value]
-        done = subprocess.run(command, cwd=home, env=hub.env(home / "home"), capture_output=True, text=True, timeout=60)
+        done = run_synth("push", "--repo", "me/odd", option, value, cwd=home, env=hub.env(home / "home"))
         assert (done.returncode, option in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
-
-
-def test_terms_of_ones_own_are_named_with_their_address(home: Path, hub: RunningHub) -> None:
-    stated = ("--license", "Shop terms", "--license-link", "https://example.org/terms")
-    run(hub, home, "push", "--repo", "me/shop", *stated)
-    repo = hub.hub.storage.repos["dataset", "me/shop"]
-    card = read(hub, repo.commits[repo.tags["v1.0.0"]].files["README.md"]).decode()
-    assert "license: other\nlicense_name: shop-terms\nlicense_link: https://example.org/terms\n" in card
 
 
 def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:

@@ -1,9 +1,7 @@
 """Readers of others take what was pushed as it is: `datasets` by config, and TRL's trainer without a line of conversion."""
 
-import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,9 @@ import pytest
 
 from pipeline.dataset.version import Version, read_version
 from pipeline.inference.engines import TINY_WEIGHTS
+from tests.commands import run_synth
 from tests.hub.server import running_hub
-from tests.whole.test_import import COUNT, made, photos, synth
+from tests.whole.test_import import COUNT, made, photos
 
 __all__ = ["photos"]
 ROOT = Path(__file__).parents[2]
@@ -32,16 +31,19 @@ pickle.dump((
 """
 TRAIN = """
 import sys
+import trl
 from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import SFTConfig, SFTTrainer
 
-trainer = SFTTrainer(
-    model=AutoModelForImageTextToText.from_pretrained(sys.argv[1]),
-    args=SFTConfig(output_dir="sft", max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
-                   save_strategy="no", max_length=None),
-    train_dataset=load_dataset("me/photos", "messages", split="train"),
-    processing_class=AutoProcessor.from_pretrained(sys.argv[1]),
+kind, weights, *data = sys.argv[1:]
+trainer = getattr(trl, f"{kind}Trainer")(
+    model=AutoModelForImageTextToText.from_pretrained(weights),
+    args=getattr(trl, f"{kind}Config")(
+        output_dir="out", max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+        save_strategy="no", max_length=None,
+    ),
+    train_dataset=load_dataset(*data, split="train"),
+    processing_class=AutoProcessor.from_pretrained(weights),
 )
 before = {name: value.clone() for name, value in trainer.model.named_parameters()}
 loss = trainer.train().training_loss
@@ -50,34 +52,27 @@ print(loss, any("visual" in name for name in moved), any("layers" in name for na
 """
 
 
+def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
+    """Train the tiny teacher by TRL's trainer of this kind; assert that it saw the images and learned the texts."""
+    assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
+    env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", TRAIN, kind, str(TINY_WEIGHTS), *data]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    loss, *moved = done.stdout.split()[-3:]
+    assert 0 < float(loss) < 100 and moved == ["True", "True"]
+
+
 def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) -> None:
     made(photos, "import", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
-        pushed = subprocess.run(
-            [sys.executable, "-m", "pipeline", "push", "d", "--repo", "me/photos"],
-            cwd=photos,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+        pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
         assert pushed.returncode == 0, pushed.stderr
-        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=120, cwd=photos)
+        loaded = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, env=env, timeout=600, cwd=photos)
         assert loaded.returncode == 0, loaded.stderr
         plain, talks, shown = pickle.loads(loaded.stdout)
-        assert (TRL / "trl").is_dir(), "TRL is set up by: make .stamps/trl"
-        trl_env = env | {"PYTHONPATH": f"{TRL}:{os.environ.get('PYTHONPATH', '')}"}
-        trained = subprocess.run(
-            [sys.executable, "-c", TRAIN, str(TINY_WEIGHTS)],
-            cwd=photos,
-            env=trl_env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert trained.returncode == 0, trained.stderr
-    loss, *moved = trained.stdout.split()[-3:]
-    assert 0 < float(loss) < 100 and moved == ["True", "True"]  # the images were seen, and the texts learned
+        train_by_trl("SFT", "me/photos", "messages", cwd=photos, env=env)
     assert sum(len(rows) for _, rows in plain.values()) == sum(len(rows) for _, rows in talks.values()) == COUNT // 2
     assert len(shown) == len(talks["train"][1]) and all(min(size) > 0 for size in shown)
     for split, (columns, rows) in plain.items():
@@ -103,7 +98,8 @@ def test_columns_for_readers_are_no_part_of_a_version_and_hardly_any_bytes(
     without = rebuilt(photos)
     assert without.manifest["digest"] == manifest["digest"]
     assert "reader_columns" not in without.manifest
-    assert sum(map(size, version.manifest["files"].values())) < 1.05 * sum(map(size, without.manifest["files"].values()))
+    sizes = [sum(entry["bytes"] for entry in one.manifest["files"].values()) for one in (version, without)]
+    assert sizes[0] < 1.05 * sizes[1]
     assert "config_name: messages" not in (without.path / "README.md").read_text()
 
 
@@ -113,23 +109,3 @@ def rebuilt(photos: Path) -> Version:
 
     config = resolve(source=f"folder:{photos}/photos", captions=[photos / "coco.json"], tasks="none")
     return generate_dataset(config, photos / "e").version
-
-
-def size(entry: dict[str, int]) -> int:
-    return entry["bytes"]
-
-
-def test_a_version_without_pixels_or_with_decks_has_no_conversations(photos: Path) -> None:
-    made(photos, "import")
-    with running_hub(photos / "hub") as hub:
-        env = hub.env(photos / "home")
-        push = [sys.executable, "-m", "pipeline", "push", "d", "--repo", "me/ids", "--no-images"]
-        done = subprocess.run(push, cwd=photos, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        script = "import datasets; d = datasets.load_dataset('me/ids'); print(d['train'].column_names)"
-        loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env, text=True, cwd=photos)
-    assert loaded.returncode == 0, loaded.stderr
-    assert not re.search("'(image|text|messages)'", loaded.stdout) and "'captions'" in loaded.stdout
-    decks = synth(photos, "generate", "--source", "scenes-deck", "--limit", "4", "--out", "decks", "--json")
-    manifest = json.loads((photos / json.loads(decks.stdout)["path"] / "manifest.json").read_text())
-    assert "reader_columns" not in manifest

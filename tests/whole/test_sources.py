@@ -16,9 +16,9 @@ from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.scenes.scene import scenes_of
 from tests.chat.server import ChatServer, running_chat
+from tests.commands import run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
-from tests.warm import run_synth
 
 TRY = ("--engine", "embedded", "--model", "tiny", "--json")
 
@@ -131,6 +131,7 @@ def test_an_image_that_stands_in_two_splits_is_held_out(hub: RunningHub, tmp_pat
     assert_counts_add_up(version, 4)
     (row,) = version.read("test").to_pylist()
     assert row["image"]["bytes"] == datasets.photo(0)
+    assert "rows.parquet" not in json.dumps(version.manifest["config"])
 
 
 def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import yaml
 from playwright.sync_api import Browser, expect
 
 from pipeline.sources.scenes import draw_sample
+from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
-from tests.warm import run_synth
 from tests.whole.conftest import ROOT
 
 GRADIO = ROOT / ".venv-gradio"

@@ -121,15 +121,3 @@ def test_no_command_makes_a_dataset_that_is_not_there(synth: Run, tmp_path: Path
     done = synth("versions", *command, *where)
     assert (done.returncode, "no dataset at typo" in done.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_word_that_is_no_command_is_not_taken_for_a_folder(synth: Run) -> None:
-    done = synth("versions", "remove", "v1.0.0")
-    assert done.returncode == 2
-    assert "No such command 'remove'" in done.stderr
-
-
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_the_help_names_the_commands(synth: Run, option: str) -> None:
-    printed = synth("versions", option).stdout
-    assert all(f"\u2502 {command} " in printed for command in ("list", "tag", "rm", "gc")), printed

@@ -26,10 +26,10 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.served_models import find_model
 from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
+from tests.commands import run_process, run_synth
 from tests.hostile import LONG
 from tests.scene_data import batch_of, scene_samples, scenes_by_id, score_annotations
 from tests.vllm_flags import parse_with
-from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
 SEED = 8001
 SCENES = 48
-START_SECONDS = 300
+MAX_SECONDS = 600
 
 
 def missing_vllm_reason() -> str | None:
@@ -104,7 +104,7 @@ def command_of(pid: int) -> str:
     return ""
 
 
-def wait_until(condition: Any, what: str, seconds: float = START_SECONDS) -> None:
+def wait_until(condition: Any, what: str, seconds: float = MAX_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -147,9 +147,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         media = media_of(servers(process)[0])
         assert [path for path in media.iterdir() if path.is_socket()]
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(MAX_SECONDS)
     assert process.returncode == 130
-    wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C", 20)
+    wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C")
     assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
     assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]
 
@@ -221,7 +221,7 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
 
 def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=60) as response:
+    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=600) as response:
         (model,) = json.load(response)["data"]
     assert model["id"] == f"teacher@{weights_revision(TINY_WEIGHTS)}"
 
@@ -231,7 +231,7 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
         body = json.dumps({"model": model["id"], "messages": [message], "max_tokens": 8}).encode()
         request = urllib.request.Request(f"{served}/chat/completions", body, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=600) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -252,7 +252,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
         (server,) = children(process.pid)
         family, media = descendants(process.pid), media_of(server)
         os.kill(server, signal.SIGKILL)
-        stdout, _ = process.communicate(timeout=START_SECONDS)
+        stdout, _ = process.communicate(timeout=600)
     log = (tmp_path / "talk").read_text()
     assert process.returncode == 0, log
     assert "vLLM died" in log
@@ -267,17 +267,17 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    wait_until(lambda: any("vllm" in command_of(pid) for pid in descendants(process.pid)), "a server process", 120)
+    wait_until(lambda: any("vllm" in command_of(pid) for pid in descendants(process.pid)), "a server process")
     family = descendants(process.pid)
     assert any(map(is_alive, family))
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(is_alive, family)), "the server is gone", 30)
+    wait_until(lambda: not any(map(is_alive, family)), "the server is gone")
 
 
 def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -> None:
     command = generate(tmp_path / "d", "--engine", "vllm", "--", "--warp-speed", "9")
-    done = run_synth(*command, cwd=tmp_path, env=environment())
+    done = run_process(*command, cwd=tmp_path, env=environment())
     assert done.returncode == 1
     error, hint = done.stderr.strip().splitlines()[-2:]
     assert error.startswith("synth: vLLM ended while it started")
@@ -319,9 +319,9 @@ def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goe
         assert len(family) >= 4
         process.kill()
         process.wait()
-    wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone", 60)
+    wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone")
     before = shard_replies(folder)
-    done = run_synth(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
+    done = run_process(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
     assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)

@@ -168,3 +168,15 @@ def test_a_version_among_others_is_of_the_dataset_it_stands_in_and_a_link_elsewh
     (tmp_path / "data" / "versions").rename(tmp_path / "away")
     (tmp_path / "data" / "versions").symlink_to(tmp_path / "away")
     assert read_version(version.path).dataset_dir == tmp_path / "data"
+
+
+def test_file_times_do_not_decide_which_dataset_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("public", "secret"):
+        manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}")
+    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a clock that jumped
+    assert last_made() == Path("data/secret")  # decides what is shown
+    with pytest.raises(StoreError, match="there are 2 datasets"):
+        only_made()

@@ -1,0 +1,107 @@
+"""Run `synth` commands: in the process of the tests, which imports torch once, or in a process as a user does."""
+
+import asyncio
+import functools
+import gc
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from tests.remembered import remember_replies
+
+SYNTH = Path(sys.executable).with_name("synth")
+Done = subprocess.CompletedProcess[str]
+
+
+def run_process(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
+    """Run `synth ARGUMENTS` in a process of its own: its imports, signals and hash seed are those of a user."""
+    command = [str(SYNTH), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Done:
+    """Run `synth ARGUMENTS` in this process with its own folder, environment and streams. Replies are remembered."""
+    command = [str(SYNTH), *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors, Path(os.devnull).open() as nothing:
+        with pytest.MonkeyPatch.context() as patch, _streams(nothing, out, errors):
+            patch.chdir(cwd)
+            patch.setattr(sys, "path", [*sys.path])
+            patch.setattr(sys, "argv", command)
+            patch.setattr(sys.modules["__main__"], "__package__", None)  # click derives the name of the program from it
+            for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", errors)):
+                patch.setattr(sys, name, stream)
+            remember_replies(patch)
+            with _environment(os.environ if env is None else env):
+                code = _run_main(cwd)
+        out.seek(0), errors.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), errors.read())
+
+
+def _run_main(folder: Path) -> int:
+    """Run the command line, and return its exit code; undo what a process leaves to its end."""
+    from pipeline.cli import main
+
+    for name, module in [*sys.modules.items()]:
+        if name.startswith(("pipeline.", "trainer.")):  # a cache may hold the environment or a file of an earlier command
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    thresholds, modules = gc.get_threshold(), {*sys.modules}
+    loop = asyncio._get_running_loop()  # that of an open browser
+    asyncio._set_running_loop(None)
+    try:
+        main()
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except Exception:  # noqa: BLE001  # as Python prints it
+        traceback.print_exc()
+        return 1
+    finally:
+        asyncio._set_running_loop(loop)
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        for name in {*sys.modules} - modules:  # the user's own
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+                del sys.modules[name]
+    return 0
+
+
+@contextmanager
+def _streams(*files: TextIO) -> Iterator[None]:
+    """Replace the standard streams of this process and of those that it starts."""
+    kept = [os.dup(number) for number in range(len(files))]
+    try:
+        for number, file in enumerate(files):
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    set_environment(dict(variables))
+    try:
+        yield
+    finally:
+        set_environment(before)
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    """Replace the environment. The client of the Hub reads it at import, so its constants are read again."""
+    if variables != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(variables)
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
