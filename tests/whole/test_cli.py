@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import typer
 from PIL import Image
+from typer.core import TyperGroup
 
-from pipeline.cli.options import OLD_OPTIONS
+from pipeline.cli import app
 from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
@@ -19,33 +21,45 @@ from pipeline.tasks.checks import CHECKING
 from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import SYNTH, Run, read_failure
 
-COMMANDS = (
-    "generate", "serve", "doctor", "models", "sources", "versions", "diff", "push", "train", "evaluate", "caption",
-    "experiment", "report", "review",
+COMMANDS = (  # in the order of a user's work
+    "init", "doctor", "preview", "generate", "serve", "report", "review apply", "versions list", "versions tag", "versions rm",
+    "versions gc", "diff", "check", "push", "export", "train", "evaluate", "caption", "serve-captioner", "experiment",
 )  # fmt: skip
 
 
-def test_help_lists_every_command(synth: Run) -> None:
-    help_text = synth("--help").stdout
-    assert all(command in help_text for command in COMMANDS)
+def test_commands_are_the_listed_twenty() -> None:
+    group = typer.main.get_group(app)
+    groups = {name: command for name, command in group.commands.items() if isinstance(command, TyperGroup)}
+    inner = {f"{name} {command}" for name, of_group in groups.items() for command in of_group.commands}
+    assert (group.commands.keys() - groups.keys()) | inner == set(COMMANDS) and len(COMMANDS) == 20
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(synth: Run, command: str) -> None:
-    done = synth(command, "--help")
+    done = synth(*command.split(), "--help")
     assert done.returncode == 0
-    assert "Usage: synth" in done.stdout
+    assert f"Usage: synth {command}" in done.stdout
 
 
-def test_options_still_have_their_earlier_names(synth: Run) -> None:
-    commands = {"map": "generate", "never": "generate", "layer": "train", "texts": "train", "beams": "caption"}
-    assert commands.keys() == OLD_OPTIONS.keys()
-    for old, command in commands.items():
-        assert f"'--{OLD_OPTIONS[old]}' requires an argument" in synth(command, f"--{old}").stderr
+def test_help_all_shows_the_options_that_help_leaves_out(synth: Run) -> None:
+    common, every = (synth("generate", flag, env=os.environ | {"COLUMNS": "200"}).stdout for flag in ("--help", "--help-all"))
+    shown = [{word for word in text.split() if word.startswith("--")} for text in (common, every)]
+    assert {"--source", "--out", "--config", "--limit", "--model", "--base-url", "--help-all"} <= shown[0] < shown[1]
+    assert len(shown[0]) <= 16 and "--price-in" in shown[1] - shown[0]
+
+
+def test_options_that_set_one_key_exclude_each_other(synth: Run) -> None:
+    problem, _ = read_failure(synth("generate", "--source", "scenes", "--tasks", "qa", "--no-model"))
+    assert "--no-model and --tasks exclude each other" in problem
 
 
 def test_sources_are_data_on_stdout(synth: Run) -> None:
-    assert "scenes" in [source["name"] for source in json.loads(synth("sources", "--json").stdout)]
+    sources = json.loads(synth("doctor", "--sources", "--json").stdout)
+    assert "scenes" in [source["name"] for source in sources]
+    assert all(source[key] for source in sources for key in ("what", "tasks", "splits", "size", "license", "needs"))
+    assert all(source["example"].startswith("synth generate --source") for source in sources)
+    output = synth("doctor", "--sources").stdout
+    assert all(source["example"] in output and source["license"] in output for source in sources)
 
 
 def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:
@@ -100,13 +114,13 @@ def test_a_project_of_ones_own_is_previewed_with_its_own_prompts(synth: Run, tmp
     done = synth("preview", *command, "-n", "3", "--limit", "1")
     assert "prompts: caption from prompts/caption/v1.j2; system from prompts/system/v1.j2" in done.stderr, done.stderr
     assert "Be brief." in (tmp_path / "data/folder-photos/preview.html").read_text()
-    shown = json.loads(synth("config", *command, "--limit", "1", "--json").stdout)
+    shown = json.loads(synth("generate", "--print-config", *command, "--limit", "1", "--json").stdout)
     assert shown["generate.prompt_dir"] == {"value": "prompts", "from": "synth.yaml"}
     assert shown["limit"]["from"] == "--limit"
 
 
 def test_help_names_the_stages_tasks_and_checks_that_there_are(synth: Run) -> None:
-    help_text = " ".join(word for word in synth("generate", "--help", env=os.environ | {"COLUMNS": "200"}).stdout.split())
+    help_text = " ".join(word for word in synth("generate", "--help-all", env=os.environ | {"COLUMNS": "200"}).stdout.split())
     assert ", ".join(ORDER) in help_text
     assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)};" in help_text
     assert f"What to check: {', '.join(get_args(Check))}." in help_text

@@ -95,7 +95,7 @@ def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_captions_and_questions_of_people_become_a_version_and_a_captioner_without_a_model(photos: Path) -> None:
-    result = made(photos, "import", "--captions", "vqa.jsonl")
+    result = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     assert result["requests"] == {"asked": 0, "total": 0, "flaws": {}}
     assert result["stages"]["validate"]["input"] == 3 * COUNT // 2
     assert result["stages"]["version"]["rejected"] == {"no_annotation_left": COUNT // 2}
@@ -124,7 +124,7 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
 
 def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
     options = ("--base-url", server.url, "--styles", "detailed", "--captions", "vqa.jsonl")
-    imported = made(photos, "import", "--captions", "vqa.jsonl")
+    imported = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     result = made(photos, "generate", *options, "--only-missing")
     rows = rows_of(photos, result)
     without = {row["sample_id"] for name, row in rows.items() if int(name[:2]) % 2}
@@ -185,9 +185,9 @@ def test_an_own_task_gets_the_captions_that_it_needs_also_where_people_wrote_som
 
 
 def test_images_without_any_caption_are_one_clear_error(photos: Path) -> None:
-    done = synth(photos, "import", "--source", "folder:photos", "--out", "d", code=1)
+    done = synth(photos, "generate", "--no-model", "--source", "folder:photos", "--out", "d", code=1)
     assert "folder:photos has no caption and no question that people wrote" in done.stderr and "--captions FILE" in done.stderr
-    done = synth(photos, "import", "--source", "scenes", "--captions", "coco.json", "--out", "e", code=1)
+    done = synth(photos, "generate", "--no-model", "--source", "scenes", "--captions", "coco.json", "--out", "e", code=1)
     assert "source scenes has its own captions, but --captions was given" in done.stderr
     done = synth(
         photos, "generate", "--source", "folder:photos", "--captions", "gone.json", "--tasks", "none", "--out", "d", code=1
@@ -196,7 +196,7 @@ def test_images_without_any_caption_are_one_clear_error(photos: Path) -> None:
 
 
 def test_a_manifest_asks_for_the_captions_that_its_version_was_made_of(photos: Path) -> None:
-    result = made(photos, "import")
+    result = made(photos, "generate", "--no-model")
     manifest = f"{result['path']}/manifest.json"
     done = synth(photos, "generate", "--source", "folder:photos", "--config", manifest, "--out", "e", code=1)
     assert "was made with a file of its maker: captions" in done.stderr
@@ -213,10 +213,10 @@ def test_the_prediction_counts_the_images_that_need_no_request(photos: Path, ser
     assert (predicted["images"], predicted["requests"], predicted["remaining_images"]) == (COUNT, COUNT // 2, COUNT // 2)
 
 
-def test_an_import_asks_no_model_whatever_the_settings_say(photos: Path) -> None:
+def test_no_model_refuses_settings_that_ask_one(photos: Path) -> None:
     (photos / "s.yaml").write_text("source: folder:photos\ncaptions: [coco.json]\nverify: {checks: [claims]}\n")
-    done = synth(photos, "import", "--config", "s.yaml", "--out", "d", code=1)
-    assert "`synth import` asks no model, and the settings ask for checks" in done.stderr
+    done = synth(photos, "generate", "--no-model", "--config", "s.yaml", "--out", "d", code=1)
+    assert "--no-model asks no model, and the settings ask for claims" in done.stderr
     for text, problem in (
         ("tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
         ("tasks: [none, caption]\n", "tasks: none stands alone"),
@@ -236,7 +236,9 @@ def test_questions_of_a_table_come_with_as_many_answers(photos: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
-    done = json.loads(synth(photos, "import", "--source", "parquet:t.parquet", *columns, "--out", "t", "--json").stdout)
+    done = json.loads(
+        synth(photos, "generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--out", "t", "--json").stdout
+    )
     assert done["stages"]["source"]["rejected"] == {"unpaired_answers": 1}
     loaded = load_dataset(str(photos / done["path"]))
     found = sorted(
@@ -263,7 +265,7 @@ def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> No
     pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
     for executor in ((), ("--executor", "ray", "--shards", "2")) if LONG else ((),):
-        command = ("generate", "--tasks", "none") if executor else ("import",)
+        command = ("generate", "--no-model")
         done = json.loads(
             synth(
                 photos, *command, "--source", "parquet:t.parquet", *columns, "--out", f"t{len(executor)}", "--json", *executor
@@ -279,7 +281,7 @@ def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> No
 
 
 def test_a_later_stage_begins_without_the_file_of_captions(photos: Path) -> None:
-    first = made(photos, "import")
+    first = made(photos, "generate", "--no-model")
     (photos / "coco.json").unlink()
     options = ("--source", "folder:photos", "--captions", "coco.json", "--tasks", "none", "--out", "d", "--json")
     again = json.loads(synth(photos, "generate", *options, "--from-stage", "filter").stdout)
@@ -291,5 +293,7 @@ def test_decks_with_questions_become_a_version_without_a_model(photos: Path) -> 
     rows = [{"pages": deck, "q": f"Who wrote page {number}?", "a": "Ada"} for number, deck in enumerate(pages)]
     pq.write_table(pa.Table.from_pylist(rows), photos / "decks.parquet")
     columns = ("--columns", "pages=pages,question=q,answer=a")
-    done = json.loads(synth(photos, "import", "--source", "parquet:decks.parquet", *columns, "--out", "k", "--json").stdout)
+    done = json.loads(
+        synth(photos, "generate", "--no-model", "--source", "parquet:decks.parquet", *columns, "--out", "k", "--json").stdout
+    )
     assert done["stages"]["validate"] == {"input": 4, "kept": 4, "rejected": {}}

@@ -48,7 +48,9 @@ def test_the_script_of_the_image_installs_and_looks_at_the_machine(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert f"ok   synth        {DISTRIBUTION} 0.1.0 on Python 3" in done.stdout
     assert "no   embedded     missing: torch" in done.stdout
-    sources = subprocess.run([python.with_name("synth"), "sources"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    sources = subprocess.run(
+        [python.with_name("synth"), "doctor", "--sources"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert "folder:PATH" in sources.stdout
 
 

@@ -64,7 +64,7 @@ def train_by_trl(kind: str, *data: str, cwd: Path, env: dict[str, str]) -> None:
 
 
 def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) -> None:
-    made(photos, "import", "--captions", "vqa.jsonl")
+    made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     with running_hub(photos / "hub") as hub:
         env = hub.env(photos / "home")
         pushed = run_synth("push", "d", "--repo", "me/photos", cwd=photos, env=env)
@@ -89,7 +89,7 @@ def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) 
 def test_columns_for_readers_are_no_part_of_a_version_and_hardly_any_bytes(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = made(photos, "import")["path"]
+    path = made(photos, "generate", "--no-model")["path"]
     version = read_version(photos / path)
     manifest = version.manifest
     assert manifest["reader_columns"] == ["text", "messages"]

@@ -23,7 +23,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_path: Path) -> None:
-    read = ("import", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
+    read = ("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / "elsewhere"))
     assert synth(*read, "--limit", "2").returncode == 0
     only = synth("export", "--format", "csv")
     assert "v1.0.0 is a preview: its run stopped at --limit" in only.stderr
@@ -52,15 +52,15 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
 
 def test_a_limit_that_all_images_meet_makes_no_preview(synth: Run, photos: Path) -> None:
     (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    result = synth("import", "--source", f"folder:{photos}", "--limit", "50", "--json")
+    result = synth("generate", "--no-model", "--source", f"folder:{photos}", "--limit", "50", "--json")
     assert json.loads(result.stdout)["version"] == "v1.0.0"
     assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
 
 
 def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> None:
     source = f"folder:{photos}"
-    assert synth("import", "--source", source, "--limit", "4").returncode == 0
-    assert synth("import", "--source", source).returncode == 0
+    assert synth("generate", "--no-model", "--source", source, "--limit", "4").returncode == 0
+    assert synth("generate", "--no-model", "--source", source).returncode == 0
     (data,) = (photos.parent / "data").iterdir()
     assert synth("versions", str(data)).stdout == synth("versions", "list").stdout == synth("versions").stdout
     assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
@@ -85,14 +85,14 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     (name,) = [row["version"] for row in json.loads(synth("versions", "--json").stdout)]
     done = synth("versions", "rm", name)  # the last one that has the images
     assert "images that later runs need are kept: 0." in done.stdout and "stages/source" in done.stdout
-    again = synth("import", "--source", source)
+    again = synth("generate", "--no-model", "--source", source)
     assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
     assert not (data / "stages/source/images").exists()
 
 
 def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth: Run, photos: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
-        assert synth("import", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
+        assert synth("generate", "--no-model", "--source", f"folder:{photos}", "--out", str(tmp_path / out)).returncode == 0
     reviews = ("review", "apply", "reviews.jsonl")
     for command in (("versions", "rm", "v1.0.0"), ("versions", "gc"), ("push", "--repo", "ORG/NAME"), reviews):
         (tmp_path / "reviews.jsonl").write_text("")
@@ -105,7 +105,7 @@ def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth
 
 def test_a_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
-    source = ("import", "--source", f"folder:{photos}")
+    source = ("generate", "--no-model", "--source", f"folder:{photos}")
     assert synth(*source, "--limit", f"{COUNT}").returncode == 0
     assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [True]
     assert "nothing new" in synth(*source).stderr

@@ -23,12 +23,3 @@ def test_a_wheel_generates_from_another_folder(tmp_path: Path, source_tree: Path
     done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (elsewhere / "data" / "scenes" / "versions" / "v1.0.0" / "README.md").exists()
-    (tmp_path / "other" / "trainer").mkdir(parents=True)
-    (tmp_path / "other" / "trainer" / "__init__.py").write_text('"""Trainer of another project."""')
-    beside = os.environ | {"PYTHONPATH": f"{tmp_path / 'other'}:{tmp_path / 'installed'}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "sources"], env=beside, cwd=elsewhere, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert f"the package `trainer` in {tmp_path / 'other' / 'trainer'} is another package of that name" in done.stderr
-    assert "pip install 'synth-captioner'" in done.stderr

@@ -1,6 +1,7 @@
 """Dataset folder: files are written whole or not at all, and unchanged files are not touched."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from pipeline.dataset.directory import (
     MAX_REMEMBERED,
     DatasetDir,
     last_made,
+    only_made,
     open_dataset,
     remember_dataset,
 )

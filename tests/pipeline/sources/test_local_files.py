@@ -44,7 +44,12 @@ def test_digests_are_skipped_where_no_revision_is_needed(kind: str, tmp_path: Pa
 
 def test_preview_and_dry_run_skip_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digests: list[str] = []
-    monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", lambda *_: digests.append(digest_or_fault(*_)) or "")
+
+    def record_digest(path: Path, bound: Path | None) -> str:
+        digests.append(digest_or_fault(path, bound))
+        return digests[-1]
+
+    monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", record_digest)
     with running_chat(ChatServer()) as server:
         source = write_source("folder", tmp_path / "photos")
         config = resolve(source=source, tasks=("caption",), base_url=[server.url], model="model")
