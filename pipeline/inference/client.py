@@ -11,8 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 
@@ -67,7 +65,6 @@ class Client:
         self._key_name = key_name
         self._launches = launches
         self._servers: list[Server] = []
-        self._sessions: dict[Path | None, aiohttp.ClientSession] = {}  # by the socket of a server
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._name = launches[0].name if launches else model
@@ -129,8 +126,9 @@ class Client:
             ]
         else:
             endpoints = named_endpoints(self._config, self._key_name)
-        for path in {endpoint.socket_path for endpoint in endpoints}:
-            self._sessions[path] = await stack.enter_async_context(self._make_session(path))
+        timeout = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
+        for endpoint in endpoints:
+            await stack.enter_async_context(endpoint.open_session(timeout))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
         context_tokens = self._launches[0].max_model_len if self._launches else await self._find_model()
@@ -138,7 +136,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
-        self._sender = RequestSender(self._name, self._endpoints, self._sessions, self._images, self._progress)
+        self._sender = RequestSender(self._name, self._endpoints, self._images, self._progress)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
         if settings.concurrency and settings.concurrency > connections:
@@ -151,19 +149,9 @@ class Client:
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
-    def _make_session(self, socket_path: Path | None) -> aiohttp.ClientSession:
-        """Return a session for the servers on ports, or for the one on a Unix socket."""
-        seconds = aiohttp.ClientTimeout(total=self._config.server.request_timeout_s, sock_connect=10)
-        shared: dict[str, Any] = {"limit": 0, "keepalive_timeout": 4}  # shorter than the 5 s after which uvicorn closes
-        connector = aiohttp.UnixConnector(str(socket_path), **shared) if socket_path else aiohttp.TCPConnector(**shared)
-        return aiohttp.ClientSession(connector=connector, timeout=seconds, auto_decompress=False)
-
-    def _session_of(self, endpoint: Endpoint) -> aiohttp.ClientSession:
-        return self._sessions[endpoint.socket_path]
-
     async def _find_model(self) -> int | None:
         """Look for our model on all servers; return its smallest context in tokens, or None if unknown."""
-        return await find_on_servers(self._name, self._endpoints, self._session_of, self._retire, self._progress.warn)
+        return await find_on_servers(self._name, self._endpoints, self._retire, self._progress.warn)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -335,9 +323,8 @@ class Client:
             if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
                 server = self._config.server
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
-                    await find_on_server(self._name, endpoint, self._session_of(endpoint))
-                session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
-                await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress)
+                    await find_on_server(self._name, endpoint)
+                await learn_dialect(endpoint, self._name, server, self._config.generate.max_tokens, self._progress)
                 endpoint.is_learned = True
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
@@ -378,7 +365,7 @@ class Client:
             for endpoint in self._endpoints:
                 if warning := endpoint.busy.warning(endpoint.url):
                     self._progress.warn(warning)
-            await self._endpoints.read_metrics(self._session_of)
+            await self._endpoints.read_metrics()
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),
                 waiting=sum(endpoint.waiting for endpoint in self._endpoints),

@@ -1,14 +1,18 @@
 """Model servers: their health and load, what their answers mean, and the choice of a server for each request."""
 
 import asyncio
+import ipaddress
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -19,7 +23,6 @@ from pipeline.inference.chat_api import FULL, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.pace import Pace
-from pipeline.inference.proxies import proxy_for
 from pipeline.inference.retry import backoff_seconds
 from pipeline.inference.server_errors import CONNECTION_ERRORS
 from pipeline.inference.vllm_server import status_of
@@ -30,7 +33,7 @@ NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
-METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+METRICS_SECONDS = 10.0
 LONG_REST_SECONDS = 60.0
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
@@ -93,6 +96,7 @@ class Endpoint:
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
+    session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0
     answered: int = 0
     refused: int = 0
@@ -108,7 +112,7 @@ class Endpoint:
     keys: list[str] = field(init=False, repr=False)  # in its headers; a server may repeat them in a message, which is kept
 
     def __post_init__(self) -> None:
-        self.proxy = proxy_for(self.url)
+        self.proxy = _proxy_of(self.url)
         values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
         self.has_key = bool(values)
         parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
@@ -138,6 +142,27 @@ class Endpoint:
     def rest_s(self) -> float:
         """Return for how many seconds its pace, or what it has asked for, holds requests back."""
         return max(0.0, self.pace.delay(), self.rests_until - time.monotonic())
+
+    @asynccontextmanager
+    async def open_session(self, timeout: aiohttp.ClientTimeout) -> AsyncIterator[None]:
+        """Open a session, through which all requests to this server go, and close it at the end."""
+        shared: dict[str, Any] = {"limit": 0, "keepalive_timeout": 4}  # shorter than the 5 s after which uvicorn closes
+        path = self.socket_path
+        connector = aiohttp.UnixConnector(str(path), **shared) if path else aiohttp.TCPConnector(**shared)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self.session:
+            yield
+
+    def get(self, url: str, seconds: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a GET to a page of this server."""
+        assert self.session, "the session is not open"
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        return self.session.get(url, headers=self.headers, proxy=self.proxy, allow_redirects=False, timeout=timeout)
+
+    def post_chat(self, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send the body of a chat request. A redirect is not followed: its target would get the images."""
+        assert self.session, "the session is not open"
+        url = f"{self.url}/chat/completions"
+        return self.session.post(url, data=body, headers=self.headers, proxy=self.proxy, allow_redirects=False)
 
     async def is_healthy(self) -> bool:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
@@ -228,18 +253,12 @@ class Endpoints(list[Endpoint]):
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
 
-    async def read_metrics(self, session_of: Callable[[Endpoint], aiohttp.ClientSession]) -> None:
+    async def read_metrics(self) -> None:
         """Read the metrics of each server that is up; a server that does not answer keeps its last ones."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
-                    async with session_of(endpoint).get(
-                        f"{endpoint.root}/metrics",
-                        headers=endpoint.headers,
-                        proxy=endpoint.proxy,
-                        allow_redirects=False,
-                        timeout=METRICS_TIMEOUT,
-                    ) as answer:
+                    async with endpoint.get(f"{endpoint.root}/metrics", METRICS_SECONDS) as answer:
                         page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
                         endpoint.has_metrics = answer.status not in NO_SUCH_PAGE
                     _take_metrics(endpoint, page.decode(errors="replace"))
@@ -266,6 +285,21 @@ class Endpoints(list[Endpoint]):
         endpoint.kept = endpoint.kept and KeptImages()  # it has lost them
         if not endpoint.is_retired:
             endpoint.is_up.set()
+
+
+def _proxy_of(url: str) -> str | None:
+    """Return the proxy that the environment names for an address; None for this machine and private networks.
+
+    aiohttp's `trust_env` is not used: it also sends passwords of ~/.netrc, and fails where the request has a key.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        is_near = not ipaddress.ip_address(host).is_global
+    except ValueError:
+        is_near = "." not in host
+    proxy = None if is_near or proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def no_server(endpoints: list[Endpoint]) -> EngineError:

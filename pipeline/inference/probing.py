@@ -23,7 +23,7 @@ from pipeline.progress import Progress
 
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
 LEARN_SECONDS = 60.0  # for which a server is waited for that is not the only one
-IMAGE_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=20)
+IMAGE_PROBE_SECONDS = 20.0
 
 
 async def learn_all(
@@ -75,7 +75,6 @@ def _take_late(endpoint: Endpoint, retire: Callable[[Endpoint, EngineError], Non
 
 async def learn_dialect(
     endpoint: Endpoint,
-    session: aiohttp.ClientSession,
     model: str,
     server: ServerConfig,
     reply_tokens: int,
@@ -92,7 +91,7 @@ async def learn_dialect(
     max_tokens = chat_api.PROBE_TOKENS
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
-        status, answer = await _probe(endpoint, session, probe, server, progress)
+        status, answer = await _probe(endpoint, probe, server, progress)
         if status == 200 and (problem := chat_api.problem_of(answer, endpoint.keys)):
             hint = "what it says there is to be mended first; then run the same command"
             raise EngineError(f"{endpoint.url} answers its first request with {problem}", hint=hint)
@@ -121,7 +120,7 @@ async def learn_dialect(
             raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = better
     _tell(endpoint, progress)
-    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out and await _keeps_images(endpoint, session, model):
+    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out and await _keeps_images(endpoint, model):
         endpoint.kept = KeptImages()
 
 
@@ -135,37 +134,33 @@ def _tell(endpoint: Endpoint, progress: Progress) -> None:
         progress.warn(f"{endpoint.url} does not enforce JSON schemas: each reply is checked, and bad ones are asked for again")
 
 
-async def _keeps_images(endpoint: Endpoint, session: aiohttp.ClientSession, model: str) -> bool:
+async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
     """Return whether a server refuses the name of an image that it has not, and for that alone.
 
     Any other might answer without the image. What goes wrong here is no reason to end a run: images are then sent each time.
     """
     probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:
-        answer, text = await _post(endpoint, session, probe, timeout=IMAGE_PROBE_TIMEOUT)
+        async with asyncio.timeout(IMAGE_PROBE_SECONDS):
+            answer, text = await _post(endpoint, probe)
     except CONNECTION_ERRORS:
         return False
     return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
 
 
-async def _post(
-    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, **options: Any
-) -> tuple[aiohttp.ClientResponse, bytes]:
+async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
     """Send a probe once; return the answer, and its body."""
-    fixed: dict[str, Any] = {"headers": endpoint.headers, "proxy": endpoint.proxy, "allow_redirects": False}
-    async with session.post(f"{endpoint.url}/chat/completions", data=probe, **fixed, **options) as answer:
+    async with endpoint.post_chat(probe) as answer:
         return answer, await read_body(answer, MAX_BODY_BYTES)
 
 
-async def _probe(
-    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, server: ServerConfig, progress: Progress
-) -> tuple[int, bytes]:
+async def _probe(endpoint: Endpoint, probe: bytes, server: ServerConfig, progress: Progress) -> tuple[int, bytes]:
     """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
     loop = asyncio.get_running_loop()
     faults, refusals, ends_at, busy = 0, 0, loop.time() + server.startup_timeout_s, endpoint.busy
     while True:
         try:
-            answer, text = await _post(endpoint, session, probe)
+            answer, text = await _post(endpoint, probe)
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
                 busy.end()

@@ -5,11 +5,8 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
-
-import aiohttp
 
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
@@ -39,16 +36,9 @@ log = logging.getLogger(__name__)
 class RequestSender:
     """Sends requests to servers, in the form that each takes, and tells what their answers mean."""
 
-    def __init__(
-        self,
-        model: str,
-        endpoints: Endpoints,
-        sessions: Mapping[Path | None, aiohttp.ClientSession],
-        images: RequestImages,
-        progress: Progress,
-    ) -> None:
-        """Prepare to ask for a model by this name; `sessions` are by the socket of a server."""
-        self._name, self._endpoints, self._sessions = model, endpoints, sessions
+    def __init__(self, model: str, endpoints: Endpoints, images: RequestImages, progress: Progress) -> None:
+        """Prepare to ask for a model by this name."""
+        self._name, self._endpoints = model, endpoints
         self._images, self._progress = images, progress
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
@@ -100,13 +90,7 @@ class RequestSender:
         in_flight.sent.add(asyncio.current_task())
         in_flight.unsent.pop(request.id, None)
         try:
-            async with self._sessions[endpoint.socket_path].post(
-                f"{endpoint.url}/chat/completions",
-                data=body,
-                headers=endpoint.headers,
-                proxy=endpoint.proxy,
-                allow_redirects=False,
-            ) as answer:
+            async with endpoint.post_chat(body) as answer:
                 text = await read_body(answer, chat_api.max_answer_bytes(request))
         except CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server

@@ -42,45 +42,39 @@ def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
 
 
 async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
-    async with aiohttp.ClientSession(auto_decompress=False) as session:
-        for endpoint in endpoints:
-            try:
-                models = await list_models(session, endpoint)
-            except ServerFaultError as fault:
-                endpoint.fault = str(fault)
-                continue
-            if models is None:
-                if wanted is None:
-                    raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
-                return wanted, ""
-            if wanted is None and len(models) != 1:
-                hint = f"pass --model: {shown_models(models)}"
-                raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
-            # `synth serve` appends a revision, and Gemini puts "models/" before its names.
-            matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
-            if not matching:
-                raise not_served(endpoint, wanted or "", models)
-            name = wanted if wanted in models else matching[0]
-            if name != wanted and len(matching) > 1:
-                hint = f"name one: --model {shown_models(matching)}"
-                raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
-            return name, models[name].root
+    for endpoint in endpoints:
+        try:
+            async with endpoint.open_session(aiohttp.ClientTimeout(total=MODELS_SECONDS)):
+                models = await list_models(endpoint)
+        except ServerFaultError as fault:
+            endpoint.fault = str(fault)
+            continue
+        if models is None:
+            if wanted is None:
+                raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
+            return wanted, ""
+        if wanted is None and len(models) != 1:
+            hint = f"pass --model: {shown_models(models)}"
+            raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
+        # `synth serve` appends a revision, and Gemini puts "models/" before its names.
+        matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
+        if not matching:
+            raise not_served(endpoint, wanted or "", models)
+        name = wanted if wanted in models else matching[0]
+        if name != wanted and len(matching) > 1:
+            hint = f"name one: --model {shown_models(matching)}"
+            raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
+        return name, models[name].root
     raise no_server(endpoints)
 
 
-async def list_models(session: aiohttp.ClientSession, endpoint: Endpoint) -> dict[str, ServedModel] | None:
+async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
     """Return the models of a server by name; None if it has no list of them.
 
     Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
     """
     try:
-        async with session.get(
-            f"{endpoint.url}/models",
-            headers=endpoint.headers,
-            proxy=endpoint.proxy,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=MODELS_SECONDS),
-        ) as answer:
+        async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
             text = await read_body(answer, MAX_BODY_BYTES)
         if answer.status in (404, 405, 501):
             return None
@@ -129,7 +123,6 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
 async def find_on_servers(
     name: str,
     endpoints: Endpoints,
-    session_of: Callable[[Endpoint], aiohttp.ClientSession],
     retire: Callable[[Endpoint, EngineError], None],
     warn: Callable[[str], None],
 ) -> int | None:
@@ -138,7 +131,7 @@ async def find_on_servers(
     It is in tokens, and None if no server says. Raises EngineError if no server is left.
     """
     lengths: list[int | None] = []
-    found = await asyncio.gather(*(find_on_server(name, one, session_of(one)) for one in endpoints), return_exceptions=True)
+    found = await asyncio.gather(*(find_on_server(name, one) for one in endpoints), return_exceptions=True)
     for endpoint, result in zip(endpoints, found, strict=True):
         if isinstance(result, ServerFaultError):
             endpoint.fault = str(result)
@@ -160,12 +153,12 @@ async def find_on_servers(
     return min((length for length in lengths if length), default=None)
 
 
-async def find_on_server(name: str, endpoint: Endpoint, session: aiohttp.ClientSession) -> int | None:
+async def find_on_server(name: str, endpoint: Endpoint) -> int | None:
     """Return the context of a model on a server in tokens, or None if unknown.
 
     Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
     """
-    models = await list_models(session, endpoint)
+    models = await list_models(endpoint)
     if models is not None and name not in models:
         raise not_served(endpoint, name, models)
     endpoint.is_checked = True

@@ -15,12 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError, SourceError
-from pipeline.inference import client, concurrency, endpoints, probing, proxies, request_sender, retry
+from pipeline.inference import client, concurrency, endpoints, probing, request_sender, retry
 from pipeline.inference.client import Client
 from pipeline.inference.concurrency import START_REQUESTS
 from pipeline.inference.endpoints import Endpoint, Endpoints
@@ -588,7 +587,7 @@ def test_a_name_that_is_not_taken_costs_no_reply_and_is_soon_given_up(tmp_path: 
 def test_a_server_that_fails_at_the_name_of_no_image_gets_no_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_miss: Act
 ) -> None:
-    monkeypatch.setattr(probing, "IMAGE_PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    monkeypatch.setattr(probing, "IMAGE_PROBE_SECONDS", 0.2)
     with running_chat(ChatServer()) as chat:
         chat.keeps_images, chat.on_miss = True, on_miss
         _, errors = run(tmp_path / "j", chat.url)
@@ -1142,9 +1141,8 @@ def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answer
     ("url", "no_proxy", "proxy"),
     [
         ("https://api.example.com/v1", "", "http://proxy:3128"),
-        ("https://api.example.com/v1", "*.example.com", None),
         ("https://api.example.com/v1", "example.com,other.org", None),
-        ("https://api.notexample.com/v1", "*.example.com,example.com,ample.com", "http://proxy:3128"),
+        ("https://api.notexample.com/v1", "example.com,ample.com", "http://proxy:3128"),
         ("https://8.8.8.8/v1", "", "http://proxy:3128"),
         ("https://10.1.2.3:8000/v1", "", None),
         ("https://127.0.1.1/v1", "", None),
@@ -1162,7 +1160,7 @@ def test_servers_nearby_are_asked_without_a_proxy(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
     monkeypatch.setenv("NO_PROXY", no_proxy)
-    assert proxies.proxy_for(url) == proxy
+    assert Endpoint(url, {}).proxy == proxy
 
 
 def test_a_short_name_of_two_models_is_one_error() -> None:

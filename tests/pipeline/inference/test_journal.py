@@ -282,5 +282,3 @@ def test_a_journal_that_another_program_holds_is_not_called_damaged(tmp_path: Pa
         with translate_disk_errors(tmp_path), Journal(tmp_path / "j.sqlite") as journal:
             journal._db.execute("PRAGMA busy_timeout = 50")
             journal.record_sent(REQUESTS[:1])
-
-
