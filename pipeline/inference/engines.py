@@ -15,8 +15,14 @@ from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.gpus import group_gpus, has_bfloat16, visible_gpus
-from pipeline.inference.vllm_launch import VllmCommand, model_settings, plan_vllm_command
+from pipeline.inference.vllm_launch import (
+    VllmCommand,
+    group_gpus,
+    has_bfloat16,
+    model_settings,
+    plan_vllm_command,
+    visible_gpus,
+)
 from pipeline.inference.vllm_server import run_servers
 from pipeline.install import install_command
 from pipeline.progress import Progress
