@@ -12,8 +12,16 @@ from pathlib import Path
 from pipeline.config import TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import LARGE, TINY_WEIGHTS, VLLM_PYTHON, choose_engine, has_gpu, pick_engine, vllm_python
-from pipeline.inference.families import find_family
+from pipeline.inference.engines import (
+    LARGE,
+    TINY_WEIGHTS,
+    VLLM_PYTHON,
+    choose_engine,
+    find_family,
+    has_gpu,
+    pick_engine,
+    vllm_python,
+)
 from pipeline.install import DISTRIBUTION, check_packages, install_command, installed_version
 from pipeline.sources import find_source
 from pipeline.storage.cloned_ranges import can_clone_ranges

@@ -151,7 +151,6 @@ features.command("prune")(features_prune)
 add(generate.init, HELP)
 add(generate.config, HELP, context_settings=VLLM_FLAGS)
 add(generate.doctor, HELP)
-add(generate.models, HELP)
 add(generate.sources, HELP)
 
 

@@ -1,4 +1,4 @@
-"""Commands that make a dataset: generate, import, preview, config, init, serve, doctor, models, sources."""
+"""Commands that make a dataset: generate, import, preview, config, init, serve, doctor, sources."""
 
 import json
 from dataclasses import asdict
@@ -222,31 +222,6 @@ def doctor(
         echo(f"{'ok  ' if finding.ok else 'no  '} {finding.what:<12} {finding.found}")
         if finding.hint:
             echo(f"     {'':<12} {finding.hint}")
-
-
-def models(
-    name: Annotated[str | None, Argument(help="Show all about this family, or this model.", show_default="list all")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List what is known of models that can be asked: licenses, tokens of a photo, how they write boxes."""
-    from pipeline.errors import ConfigError
-    from pipeline.inference.families import FAMILIES, PHOTO_PX, find_family
-
-    chosen = [find_family(name)] if name else FAMILIES
-    described = [family.describe() for family in chosen if family]
-    if not described:
-        hint = f"{', '.join(family.name for family in FAMILIES)}; others may be asked, too"
-        raise ConfigError(f"nothing is known of the model {name}", hint=hint)
-    if as_json:
-        echo(json.dumps(described[0] if name else described))
-    elif name:
-        for field, value in described[0].items():
-            echo(f"{field:<12} {', '.join(value) if isinstance(value, tuple) else value}")
-    else:
-        echo(f"{'family':<16} {'tokens of a photo':<18} {'boxes in':<12} license")
-        for one in described:
-            echo(f"{one['name']:<16} {one['photo_tokens']:<18,} {one['boxes'] or 'not known':<12} {one['license']}")
-        say(f"a photo of {PHOTO_PX[0]} x {PHOTO_PX[1]} px; `synth models NAME` shows the rest")
 
 
 def sources(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import BoxUnit, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors
@@ -49,6 +50,39 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their cont
     )
 )  # fmt: skip
 VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an interpreter that has vLLM
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """Models of one architecture, in several sizes: the coordinates in which they write boxes, and their licenses."""
+
+    name: str
+    pattern: str  # matches names of its models in lower case, without an organization
+    boxes: BoxUnit
+    license: str
+
+
+FAMILIES = (  # by the cards of the models
+    ModelFamily(
+        "Qwen2.5-VL",
+        r"qwen2[._]?5[-_]?vl",
+        "pixels",
+        "3B: Qwen Research License, for no commercial use; 7B, 32B: apache-2.0; 72B: Qwen License",
+    ),
+    ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths", "apache-2.0"),
+    ModelFamily(
+        "InternVL3",
+        r"internvl[-_]?3(?![._]?5)",
+        "thousandths",
+        "the code MIT; the language model inside is Qwen2.5, whose license counts",
+    ),
+)
+
+
+def find_family(model: str) -> ModelFamily | None:
+    """Return the family of a model by its name, such as the name at a server; None for other models."""
+    name = model.casefold().rstrip("/").rpartition("/")[2]
+    return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
 
 
 @dataclass(frozen=True, slots=True)
