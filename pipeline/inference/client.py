@@ -16,6 +16,7 @@ import aiohttp
 
 from pipeline.config import Config
 from pipeline.errors import EngineError
+from pipeline.inference.chat_api import VLLM
 from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
 from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks
 from pipeline.inference.in_flight import InFlight
@@ -23,9 +24,9 @@ from pipeline.inference.named_endpoints import named_endpoints, request_headers
 from pipeline.inference.probing import learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.request_sender import RequestSender
-from pipeline.inference.retry import LONGEST_STATED_SECONDS, RetryState
+from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState
 from pipeline.inference.served_models import find_on_server, find_on_servers
-from pipeline.inference.server_errors import OtherDialectError, ServerBusyError, ServerFaultError
+from pipeline.inference.server_errors import ServerBusyError, ServerFaultError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress, duration
@@ -34,7 +35,6 @@ from pipeline.types import SERVER_ERROR, Reply, Request, RequestSource
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
-LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
@@ -121,7 +121,7 @@ class Client:
         if self._launches:
             self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
             endpoints = [
-                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), is_vllm=True, socket_path=server.socket)
+                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), dialect=VLLM, socket_path=server.socket)
                 for server in self._servers
             ]
         else:
@@ -136,7 +136,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
-        self._sender = RequestSender(self._name, self._endpoints, self._images, self._progress)
+        self._sender = RequestSender(self._name, self._endpoints, self._images)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
         if settings.concurrency and settings.concurrency > connections:
@@ -145,7 +145,7 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
-        await learn_all(self._endpoints, self._learn, self._retire, self._progress, stack)
+        await learn_all(self._endpoints, self._learn, self._retire)
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
@@ -236,7 +236,6 @@ class Client:
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
         failures = RetryState(self._config.server.request_timeout_s)
-        may_name = request.attempt == 0  # a model that did not see an image may have written what is unusable
         while True:
             if in_flight.error:
                 raise in_flight.error
@@ -244,10 +243,9 @@ class Client:
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    answer = await self._try(endpoint, request, in_flight, failures, may_name=may_name)
+                    answer = await self._try(endpoint, request, in_flight, failures)
                 finally:
                     endpoint.outstanding -= 1
-                    may_name = False
                     in_flight.release(request.shown)  # to be sent again may take long
             if isinstance(answer, Reply):
                 return answer
@@ -260,11 +258,11 @@ class Client:
                 await self._rest(answer, in_flight)
 
     async def _try(
-        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState, *, may_name: bool
+        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
     ) -> Reply | float | None:
-        """Send a request to a server; return the reply, or after how many seconds it is to be sent again.
+        """Send a request to a server; return the reply, or the seconds to wait before it is sent again.
 
-        None: at once, in another form or to another server, which is no failure of the request.
+        None: retry immediately with another server; not counted as a failure of the request.
         """
         try:
             await endpoint.pace.wait()
@@ -272,16 +270,14 @@ class Client:
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():  # it died meanwhile
                 return None
-            return await self._sender.post(endpoint, request, in_flight, may_name=may_name)
-        except OtherDialectError:
-            return None
+            return await self._sender.post(endpoint, request, in_flight)
         except EngineError as refusal:
             self._retire(endpoint, refusal)
             return None
         except ServerBusyError as complaint:
             stated_s = complaint.args[0]
             soonest_s = self._soonest_other(endpoint)
-            if stated_s and min(stated_s, soonest_s) > LONGEST_STATED_SECONDS:
+            if stated_s and min(stated_s, soonest_s) > MAX_RETRY_AFTER_SECONDS:
                 hint = "run the same command then: it goes on where it stopped"
                 raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
             pause = failures.after_busy(stated_s)
@@ -290,7 +286,8 @@ class Client:
             endpoint.rest(max(pause, stated_s or 0.0))
             if self._endpoints.has_free:
                 return 0.0
-            self._slow_down(endpoint, stated_s or pause)
+            self._concurrency.slow_down()
+            self._keep_images()
             return min(pause, max(soonest_s, POLL_SECONDS))
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
@@ -308,14 +305,6 @@ class Client:
         """Return in how many seconds another server may answer; infinity if there is none."""
         others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
         return min(others, default=math.inf)
-
-    def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
-        """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
-        self._concurrency.slow_down()
-        self._keep_images()
-        if pause_s >= LONG_WAIT_SECONDS and not endpoint.has_asked_for_long:
-            endpoint.has_asked_for_long = True
-            self._progress.warn(f"{endpoint.url} asks to wait for {duration(pause_s)} before a request is sent again")
 
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""

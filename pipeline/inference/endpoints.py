@@ -19,7 +19,7 @@ import aiohttp
 from pipeline.errors import EngineError
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.chat_api import FULL, Dialect
+from pipeline.inference.chat_api import PLAIN, Dialect
 from pipeline.inference.concurrency import POLL_SECONDS
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.pace import Pace
@@ -89,9 +89,8 @@ class Endpoint:
     is_checked: bool = False  # whether it is known to serve the model
     is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True
-    dialect: Dialect = FULL
+    dialect: Dialect = PLAIN
     is_learned: bool = False  # whether the dialect is known
-    is_vllm: bool = False  # as its list of models says
     model_root: str = ""  # where the model of the run comes from, as that list says
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -102,7 +101,6 @@ class Endpoint:
     refused: int = 0
     denied: int = 0  # answers in a row that say 403 or 404, after others that did not
     refused_in_flight: int = 0  # requests that it has refused, and that wait for whether it answers any
-    has_asked_for_long: bool = False  # to wait for LONG_WAIT_SECONDS, of which the user was told
     fault: str = ""  # why it did not answer when the run began
     waiting: float = 0
     running: float = 0
@@ -120,8 +118,8 @@ class Endpoint:
 
     @property
     def named_images(self) -> KeptImages | None:
-        """The images that may be named to it now; None if it keeps none, or takes no names."""
-        return self.kept if self.kept and self.kept.is_worth_it and "uuid" not in self.dialect.left_out else None
+        """The images that may be named to it now; None if it keeps no images, or misses most names."""
+        return self.kept if self.kept and self.kept.is_worth_it else None
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""

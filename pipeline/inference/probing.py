@@ -2,11 +2,7 @@
 
 import asyncio
 import re
-from asyncio import ALL_COMPLETED, FIRST_COMPLETED
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack, suppress
-from functools import partial
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 
@@ -14,7 +10,7 @@ from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
 from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, raise_for_access
+from pipeline.inference.endpoints import Endpoint, Endpoints, raise_for_access
 from pipeline.inference.kept_images import KeptImages
 from pipeline.inference.request_images import named_image
 from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
@@ -22,55 +18,28 @@ from pipeline.inference.server_errors import CONNECTION_ERRORS, REFUSED_STATUSES
 from pipeline.progress import Progress
 
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
-LEARN_SECONDS = 60.0  # for which a server is waited for that is not the only one
 IMAGE_PROBE_SECONDS = 20.0
 
 
 async def learn_all(
     endpoints: Endpoints,
-    learn: Callable[[Endpoint], Coroutine[Any, Any, None]],
+    learn: Callable[[Endpoint], Awaitable[None]],
     retire: Callable[[Endpoint, EngineError], None],
-    progress: Progress,
-    stack: AsyncExitStack,
 ) -> None:
-    """Have `learn` find out what each server takes; one that takes long is gone on without, until it answers.
+    """Find out by `learn` which fields each server supports; a server that is down is learned later.
 
-    Raises EngineError as `learn` does; of a server that is late, `retire` gets it. The stack ends what still waits.
+    A server that refuses is passed to `retire`. Raises the refusal of the last one.
     """
     for endpoint in endpoints:
         if not endpoint.is_up.is_set():
             endpoints.wait_for(endpoint)
-    learners = {asyncio.create_task(learn(endpoint)): endpoint for endpoint in endpoints if endpoint.is_up.is_set()}
-    late = set(learners)
-    stack.push_async_callback(cancel_tasks, late)
-    refusals: dict[Endpoint, BaseException] = {}
-    timeout: float | None = LEARN_SECONDS
-    while late and len(refusals) == len(learners) - len(late):  # none has answered
-        done, _ = await asyncio.wait(late, timeout=timeout, return_when=FIRST_COMPLETED if timeout is None else ALL_COMPLETED)
-        late -= done
-        refusals |= {learners[task]: error for task in done if (error := task.exception())}
-        timeout = None
-    for endpoint, error in refusals.items():
-        if len(refusals) == len(learners) or not isinstance(error, EngineError):
-            raise error
-        retire(endpoint, error)
-    for task in late:
-        progress.warn(f"{learners[task].url} has not answered its first request yet; going on without it until it does")
-        learners[task].is_up.clear()
-        task.add_done_callback(partial(_take_late, learners[task], retire))
-
-
-def _take_late(endpoint: Endpoint, retire: Callable[[Endpoint, EngineError], None], task: "asyncio.Task[None]") -> None:
-    if task.cancelled():
-        return
-    refusal = task.exception()
-    if refusal and not isinstance(refusal, EngineError):
-        refusal = EngineError(f"{endpoint.url} fails at its first request: {one_line(refusal)}")
-    if isinstance(refusal, EngineError):
-        with suppress(EngineError):  # if it was the last one, the requests that wait for a server say so
-            retire(endpoint, refusal)
-    elif not endpoint.is_retired:
-        endpoint.is_up.set()
+    up = [endpoint for endpoint in endpoints if endpoint.is_up.is_set()]
+    results = await asyncio.gather(*map(learn, up), return_exceptions=True)
+    for endpoint, result in zip(up, results, strict=True):
+        if isinstance(result, EngineError):
+            retire(endpoint, result)
+        elif result is not None:
+            raise result
 
 
 async def learn_dialect(
@@ -120,14 +89,14 @@ async def learn_dialect(
             raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = better
     _tell(endpoint, progress)
-    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out and await _keeps_images(endpoint, model):
+    if endpoint.dialect.is_vllm and await _keeps_images(endpoint, model):
         endpoint.kept = KeptImages()
 
 
 def _tell(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
     if left_out := dialect.describe():
-        progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {left_out}")
+        progress.message(f"{endpoint.url} refuses some fields, which are left out: {left_out}")
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} samples at a temperature of its own: replies are not greedy")
     if dialect.format != "json_schema":
@@ -135,9 +104,10 @@ def _tell(endpoint: Endpoint, progress: Progress) -> None:
 
 
 async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
-    """Return whether a server refuses the name of an image that it has not, and for that alone.
+    """Return whether a server refuses an unknown name of an image, and for that reason alone.
 
-    Any other might answer without the image. What goes wrong here is no reason to end a run: images are then sent each time.
+    vLLM skips some unparsable parts of a message with a warning only: a reply would then be about no image. A failure of this
+    request does not end the run; images are then sent each time.
     """
     probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:

@@ -14,16 +14,13 @@ from pipeline.inference.bodies import read_body
 from pipeline.inference.endpoints import Endpoint, Endpoints, raise_for_access
 from pipeline.inference.in_flight import InFlight
 from pipeline.inference.request_images import RequestImages
-from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, stated_wait
+from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, retry_seconds
 from pipeline.inference.server_errors import (
     CONNECTION_ERRORS,
-    REFUSED_STATUSES,
-    OtherDialectError,
     RefusedError,
     ServerBusyError,
     ServerFaultError,
 )
-from pipeline.progress import Progress
 from pipeline.types import REFUSED_BY_SERVER, Reply, Request
 
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
@@ -34,12 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class RequestSender:
-    """Sends requests to servers, in the form that each takes, and tells what their answers mean."""
+    """Sends requests to servers, in the dialect of each server, and interprets the answers."""
 
-    def __init__(self, model: str, endpoints: Endpoints, images: RequestImages, progress: Progress) -> None:
+    def __init__(self, model: str, endpoints: Endpoints, images: RequestImages) -> None:
         """Prepare to ask for a model by this name."""
-        self._name, self._endpoints = model, endpoints
-        self._images, self._progress = images, progress
+        self._name, self._endpoints, self._images = model, endpoints, images
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     @property
@@ -48,10 +44,11 @@ class RequestSender:
         (start, start_tokens), (end, end_tokens) = self._tokens[0], self._tokens[-1]
         return (end_tokens - start_tokens) / (end - start) if end > start else None
 
-    async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight, *, may_name: bool) -> Reply:
+    async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
 
-        Raises OtherDialectError if it may be taken in another form, and what `_send` raises.
+        A request whose names are not known is sent again with its images. Raises ServerBusyError, ServerFaultError, and
+        EngineError for an answer that every request would get.
         """
         try:
             parts = await self._images.parts(request.shown, request.images, request.pages)
@@ -60,25 +57,25 @@ class RequestSender:
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
         kept, dialect = endpoint.kept, endpoint.dialect
-        is_named = may_name and request.shown in (endpoint.named_images or ())
-        body = chat_api.body(request, parts.named if is_named else parts.whole, self._name, dialect)
+        # A model that did not see an image may have written an unusable reply: the next attempt has the image.
+        if kept and request.attempt == 0 and request.shown in (endpoint.named_images or ()):
+            try:
+                reply = await self._send(endpoint, request, chat_api.body(request, parts.named, self._name, dialect), in_flight)
+            except (ServerFaultError, RefusedError, chat_api.BadAnswerError):  # whatever the reason
+                kept.miss(request.shown)
+            else:
+                kept.hit(request.shown)
+                return reply
         try:
-            reply = await self._send(endpoint, request, body, in_flight)
-        except (ServerFaultError, RefusedError, chat_api.BadAnswerError) as error:
-            if kept:
-                kept.forget(request.shown)
-            if kept and is_named:  # whatever it says
-                kept.count(is_known=False)
-                raise OtherDialectError from None
-            if isinstance(error, RefusedError):
-                return await self._take_refusal(endpoint, request, error, dialect, in_flight)
-            if isinstance(error, chat_api.BadAnswerError):
-                await self._count_refusal(endpoint, str(error), in_flight)
+            reply = await self._send(endpoint, request, chat_api.body(request, parts.whole, self._name, dialect), in_flight)
+        except RefusedError as refusal:
+            await self._count_refusal(endpoint, str(refusal), in_flight)
+            return request.reply(str(refusal), REFUSED_BY_SERVER)
+        except chat_api.BadAnswerError as error:
+            await self._count_refusal(endpoint, str(error), in_flight)
             raise ServerFaultError(str(error)) from None
         if kept and request.shows_image:
             kept.add(request.shown)
-        if kept and is_named:
-            kept.count(is_known=True)
         return reply
 
     async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
@@ -106,27 +103,18 @@ class RequestSender:
         # A gateway speaks for a server that is away. If that says so itself, the request waits until it is back.
         if answer.status in BUSY_STATUSES or (answer.status in GATEWAY_STATUSES and await endpoint.is_healthy()):
             endpoint.busy.start(answer.status, message)
-            raise ServerBusyError(stated_wait(answer.headers))
+            raise ServerBusyError(retry_seconds(answer.headers.get("Retry-After", "")))
         endpoint.busy.end()
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:
-            raise RefusedError(message, answer.status)
+            raise RefusedError(message)
         reply = chat_api.read_reply(request, text, endpoint.keys)
         endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._count_tokens(reply.reply_tokens)
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
-
-    async def _take_refusal(
-        self, endpoint: Endpoint, request: Request, refusal: RefusedError, dialect: chat_api.Dialect, in_flight: InFlight
-    ) -> Reply:
-        """Return the reply to a request that a server refuses in this dialect; raise OtherDialectError if not in another."""
-        if refusal.status in REFUSED_STATUSES:
-            self._adapt(endpoint, dialect, str(refusal))
-        await self._count_refusal(endpoint, str(refusal), in_flight)
-        return request.reply(str(refusal), REFUSED_BY_SERVER)
 
     def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
         """Return the statuses that a server may answer for the image of one request, and not to all of them.
@@ -137,14 +125,6 @@ class RequestSender:
         if endpoint.denied >= MAX_DENIED:
             return ()
         return (403,) if len(self._endpoints) > 1 else (403, 404)
-
-    def _adapt(self, endpoint: Endpoint, dialect: chat_api.Dialect, message: str) -> None:
-        """Raise OtherDialectError if a server that refused a request in this dialect may take it in another one."""
-        if endpoint.dialect == dialect and (better := dialect.after_refusal(message)):
-            endpoint.dialect = better
-            self._progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {better.describe()}")
-        if endpoint.dialect != dialect:
-            raise OtherDialectError
 
     async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
         """Count a request that a server does not answer. Raises EngineError if it has answered none so far.

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference.bodies import MAX_BODY_BYTES, parse_json, read_body
+from pipeline.inference.chat_api import VLLM
 from pipeline.inference.endpoints import MAX_SHOWN_CHARACTERS, Endpoint, Endpoints, no_server, raise_for_access
 from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.server_errors import CONNECTION_ERRORS, ServerFaultError
@@ -164,6 +165,7 @@ async def find_on_server(name: str, endpoint: Endpoint) -> int | None:
     endpoint.is_checked = True
     if models is None:
         return None
-    endpoint.is_vllm = models[name].owner == "vllm"
+    if models[name].owner == "vllm":
+        endpoint.dialect = VLLM
     endpoint.model_root = models[name].root
     return models[name].max_model_len

@@ -183,7 +183,8 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
 
 def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[bool] = []
-    monkeypatch.setattr(KeptImages, "count", lambda self, *, is_known: known.append(is_known))
+    monkeypatch.setattr(KeptImages, "hit", lambda self, shown: known.append(True))
+    monkeypatch.setattr(KeptImages, "miss", lambda self, shown: known.append(False))
     monkeypatch.setenv("SYNTH_API_KEY", KEY)
     config = resolve(source="scenes", base_url=[served], server={"concurrency": 4})
     model, revision = find_model(config)

@@ -1,43 +1,36 @@
-"""Images that a server keeps are known by their names, the latest of them, and as long as most names are found."""
+"""Cached images of a server: the latest are known, and names are given up when most are missed."""
 
 import pytest
 
 from pipeline.inference import kept_images
-from pipeline.inference.kept_images import JUDGED_NAMES, MIN_MISSED_NAMES, KeptImages
+from pipeline.inference.kept_images import MIN_MISSES, RECENT_NAMES, KeptImages
 
 
-def test_the_images_that_were_used_last_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_images_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_images, "MAX_KEPT_IMAGES", 2)
     kept = KeptImages()
-    for shown in "aba":
-        kept.forget(shown)  # as a request about it is sent
-        kept.add(shown)
+    kept.add("a")
+    kept.add("b")
+    kept.hit("a")
     kept.add("c")
     assert [shown in kept for shown in "abc"] == [True, False, True]
+    kept.miss("c")
+    assert "c" not in kept
 
 
-def test_names_are_worth_it_until_more_are_missed_than_found() -> None:
+@pytest.mark.parametrize(
+    ("hits", "misses", "is_worth_it"),
+    [
+        (0, MIN_MISSES - 1, True),
+        (0, MIN_MISSES, False),
+        (MIN_MISSES + 1, MIN_MISSES, True),
+        (RECENT_NAMES * 10, RECENT_NAMES // 2, False),  # the recent names count
+    ],
+)
+def test_names_are_given_up_when_most_recent_ones_are_missed(hits: int, misses: int, is_worth_it: bool) -> None:  # noqa: FBT001
     kept = KeptImages()
-    for _ in range(MIN_MISSED_NAMES - 1):
-        kept.count(is_known=False)
-    assert kept.is_worth_it
-    kept.count(is_known=False)
-    assert not kept.is_worth_it
-    for _ in range(MIN_MISSED_NAMES + 1):
-        kept.count(is_known=True)
-    assert kept.is_worth_it
-
-
-def test_names_are_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_images, "PAUSE_ANSWERS", 5)
-    kept = KeptImages()
-    for _ in range(JUDGED_NAMES):
-        kept.count(is_known=True)
-    for _ in range(2):
-        for _ in range(JUDGED_NAMES):
-            kept.count(is_known=False)  # as of a server that has lost all, or of several behind one address from now on
-        assert not kept.is_worth_it
-        for number in range(5):
-            assert not kept.is_worth_it
-            kept.add(str(number))
-        assert kept.is_worth_it
+    for _ in range(hits):
+        kept.hit("a")
+    for _ in range(misses):
+        kept.miss("a")
+    assert kept.is_worth_it == is_worth_it
