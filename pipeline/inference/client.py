@@ -9,6 +9,8 @@ import contextlib
 import logging
 import math
 import os
+import resource
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,21 +19,19 @@ import aiohttp
 from pipeline.config import Config
 from pipeline.errors import EngineError
 from pipeline.inference.chat_api import VLLM
-from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks
-from pipeline.inference.in_flight import InFlight
-from pipeline.inference.named_endpoints import named_endpoints, request_headers
-from pipeline.inference.probing import learn_all, learn_dialect
+from pipeline.inference.endpoints import POLL_SECONDS, Endpoint, Endpoints, cancel_tasks, named_endpoints, request_headers
+from pipeline.inference.probing import find_on_server, find_on_servers, learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
-from pipeline.inference.request_sender import RequestSender
-from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState
-from pipeline.inference.served_models import find_on_server, find_on_servers
-from pipeline.inference.server_errors import ServerBusyError, ServerFaultError
+from pipeline.inference.request_sender import InFlight, RequestSender
+from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import SERVER_ERROR, Reply, Request, RequestSource
 
+START_REQUESTS = 32  # for each server whose capacity is not known
+MOST_REQUESTS = 1024  # for each server
+MOST_FILES = 65_536
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
@@ -40,6 +40,54 @@ FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
+
+
+class Concurrency:
+    """The limit of requests in flight: the user's, if given, else adapted to the servers' queues and to busy answers.
+
+    A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats them.
+    A busy answer lowers even a `fixed` limit of the user for a while. `server_requests` is how many requests the server
+    computes at once; None if we did not start it. `connections` is how many this process can have.
+    """
+
+    def __init__(self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MOST_FILES) -> None:
+        self._fixed = fixed
+        self._most = min(fixed or MOST_REQUESTS * servers, connections)
+        self._first = min(fixed or (2 * server_requests if server_requests else START_REQUESTS * servers), connections)
+        self._complained_at = 0.0
+        self.limit = self._first
+
+    def slow_down(self) -> None:
+        """Lower the limit by a quarter after a busy answer, at most once in POLL_SECONDS."""
+        now = time.monotonic()
+        if now - self._complained_at > POLL_SECONDS:
+            self._complained_at = now
+            self.limit = max(1, self.limit * 3 // 4)
+
+    def follow(self, running: float, waiting: float, outstanding: int, most: int) -> None:
+        """Adapt the limit to the load of the servers; `most` is another upper bound, such as by the memory of images.
+
+        By their metrics, the servers compute `running` requests, or 0 if they have no metrics, and `waiting` are in their
+        queues; `outstanding` are sent and not answered.
+        """
+        limit = self.limit
+        if running and waiting > running and not self._fixed:
+            limit = max(1, int(running * 1.5))
+        elif outstanding and not waiting and time.monotonic() - self._complained_at > 2 * POLL_SECONDS:
+            is_full = running and outstanding >= self.limit
+            if self._fixed or self.limit < self._first or is_full:
+                limit += max(1, limit // 2)
+        self.limit = max(1, min(limit, self._most, most))
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may, up to MOST_FILES, and return how many: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return most if soft == resource.RLIM_INFINITY else soft
 
 
 class Client:

@@ -1,34 +1,40 @@
-"""Model servers: their health and load, what their answers mean, and the choice of a server for each request."""
+"""Model servers: addresses and keys, pace, health, load, cached images, and the choice of a server for each request."""
 
 import asyncio
 import ipaddress
 import logging
 import math
+import os
 import re
 import time
+from base64 import b64encode
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
+from pipeline.config import Config
+from pipeline.config.addresses import address_of
 from pipeline.errors import EngineError
-from pipeline.inference import chat_api
-from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.chat_api import PLAIN, Dialect
-from pipeline.inference.concurrency import POLL_SECONDS
-from pipeline.inference.kept_images import KeptImages
-from pipeline.inference.pace import Pace
-from pipeline.inference.retry import backoff_seconds
-from pipeline.inference.server_errors import CONNECTION_ERRORS
+from pipeline.inference.chat_api import MAX_BODY_BYTES, PLAIN, Dialect, error_message, read_body, without_keys
+from pipeline.inference.retry import CONNECTION_ERRORS, backoff_seconds
 from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
 
-KEY = "SYNTH_API_KEY"  # environment variables
+MINUTE = 60.0
+POLL_SECONDS = 1.0  # between two looks at the metrics of servers, or at a server that is down
+MAX_KEPT_IMAGES = 256  # vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in common sizes
+RECENT_NAMES = 64
+MIN_MISSES = 16  # of the recent names, before names are given up
+KEY = "SYNTH_API_KEY"  # an environment variable, as the next two
+JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for a judge on another server, which must not get the key of the first
+OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
@@ -40,6 +46,80 @@ PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pace:
+    """When the next request may be sent. The tokens of a request are known when its reply comes, and delay the next ones."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    _by_requests: float = field(default=0.0, init=False)  # when the next may be sent
+    _by_tokens: float = field(default=0.0, init=False)
+
+    async def wait(self) -> None:
+        """Wait until a request may be sent, and count it."""
+        if (seconds := self.take()) > 0:
+            await asyncio.sleep(seconds)
+
+    def delay(self) -> float:
+        """Return in how many seconds a request may be sent; negative if one might have been sent before."""
+        return max(self._by_requests, self._by_tokens) - self.clock()
+
+    def take(self) -> float:
+        """Count a request; return in how many seconds it may be sent."""
+        now = self.clock()
+        due = max(now, self._by_requests, self._by_tokens)
+        if self.requests_per_minute:
+            self._by_requests = due + MINUTE / self.requests_per_minute
+        return due - now
+
+    def add_tokens(self, count: int) -> None:
+        """Count the tokens of a reply and of its request."""
+        if self.tokens_per_minute:
+            self._by_tokens = max(self.clock(), self._by_tokens) + MINUTE * count / self.tokens_per_minute
+
+
+class KeptImages:
+    """The images that a server got recently, by Request.shown: vLLM caches images by their uuid.
+
+    Later requests about an image send a name of 64 characters instead of the file, and the server does not decode it again:
+    decoding is single-threaded in vLLM, and the bottleneck for large photos.
+
+    A server drops images by its own rules, and several processes behind one address do not share them. It refuses an unknown
+    name, and gets the image again. Names are given up for good when most of the recent ones were missed.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, None] = {}
+        self._hits: deque[bool] = deque(maxlen=RECENT_NAMES)
+
+    def __contains__(self, shown: str) -> bool:
+        return shown in self._latest
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether fewer recent names were missed than MIN_MISSES, or than were hit."""
+        hits = sum(self._hits)
+        return len(self._hits) - hits < max(MIN_MISSES, hits)
+
+    def add(self, shown: str) -> None:
+        """Record that the server has answered a request about these images."""
+        self._latest.pop(shown, None)  # it becomes the latest
+        self._latest[shown] = None
+        if len(self._latest) > MAX_KEPT_IMAGES:
+            del self._latest[next(iter(self._latest))]
+
+    def hit(self, shown: str) -> None:
+        """Record that the server had these images."""
+        self._hits.append(True)
+        self.add(shown)
+
+    def miss(self, shown: str) -> None:
+        """Record that the server did not have these images."""
+        self._hits.append(False)
+        self._latest.pop(shown, None)
 
 
 @dataclass(slots=True)
@@ -123,7 +203,7 @@ class Endpoint:
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""
-        return chat_api.error_message(answer, self.keys)
+        return error_message(answer, self.keys)
 
     def rest(self, stated_s: float | None = None) -> None:
         """Count a failure, or an answer that asks to wait: other servers go first for a while, longer after each in a row."""
@@ -352,7 +432,7 @@ def raise_for_access(
         hint = "add credit there, then run the same command: it goes on where it stopped"
         raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
-        location = chat_api.without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
+        location = without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in tolerated:
@@ -365,3 +445,71 @@ def raise_for_access(
         )
     if status == 404:
         raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")
+
+
+def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
+    """Return the servers of `base_url`, with what the settings say of each.
+
+    A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
+    for all servers, else under the usual one; where its address has a name and a password, these instead. Raises EngineError
+    if a header of the settings names a variable that is not set.
+    """
+    endpoints = []
+    for url in config.base_url:
+        parts, settings = urlsplit(url), config.endpoint(url)
+        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
+        name = settings.key_env or key_name or config.server.key_env or usual
+        address, login = _without_login(address_of(url))
+        key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
+        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
+        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
+        endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
+        secret = (login.password or login.user) if login else ""
+        endpoints[-1].keys += [secret] if len(secret) >= LEAST_KEY_CHARACTERS else []
+    return endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """The name and the password in the address of a server."""
+
+    user: str
+    password: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that takes their place (RFC 7617)."""
+        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
+
+
+def _without_login(url: str) -> tuple[str, Login | None]:
+    """Return an address without the name and the password in it, which messages would show, and these."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    user, _, password = login.partition(":")
+    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
+
+
+def _wants_openai_key(host: str) -> bool:
+    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
+    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
+
+
+def _from_environment(name: str, value: str) -> str:
+    if not value.startswith("$"):
+        return value
+    if value[1:] not in os.environ:
+        raise EngineError(f"the header {name} is to be {value}, which is not set", hint=f"export {value[1:]}=...")
+    return os.environ[value[1:]].strip()
+
+
+def request_headers(key: str | None) -> dict[str, str]:
+    """Return the headers of a request, with a key if there is one."""
+    return {
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }

@@ -108,7 +108,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client
-        from pipeline.inference.served_models import find_model
+        from pipeline.inference.probing import find_model
 
         served, revision = find_model(config)
         return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))

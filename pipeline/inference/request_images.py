@@ -11,12 +11,10 @@ import json
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pipeline.errors import ImageError
 from pipeline.images.decode import ORIENTATION, open_image, prepare_image
-from pipeline.images.metadata import strip_metadata, strip_undecoded
 from pipeline.tasks.prompts import user_content
 
 MAX_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
@@ -84,12 +82,9 @@ class RequestImages:
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> ImageParts:
         kind = sendable_format(image, bound)
-        # An earlier release kept metadata in the file. To look takes less time than to wake another thread; to decode does not.
-        data = strip_undecoded(image) if kind else None
-        if data is None:
-            work = partial(strip_metadata, image) if kind else partial(reencode, image, bound)
-            data = await asyncio.get_running_loop().run_in_executor(self._pool, work)
-            kind = kind or "jpeg"
+        data = image  # the source step has removed its metadata
+        if kind is None:
+            data = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, bound)
         uuid = hashlib.sha256(data).hexdigest()
         named = named_image(uuid)
         if self._media is None:

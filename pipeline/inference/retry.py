@@ -1,4 +1,4 @@
-"""When a request is sent again: which answers ask to wait, for how long, and after how many failures it is given up."""
+"""Failures of servers: what a status means, how long to wait before a request is sent again, and when it is abandoned."""
 
 import random
 import re
@@ -7,6 +7,10 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from time import monotonic
 
+import aiohttp
+
+REFUSED_STATUSES = (400, 422)  # something in the request is not supported
+CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
 MAX_RETRY_AFTER_SECONDS = 3600.0  # a longer Retry-After ends the run
@@ -17,6 +21,18 @@ MAX_DEATHS = 2  # of servers at one request, after which it is sent alone, and a
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+
+
+class ServerFaultError(Exception):
+    """Raised when a server fails at a request, which may be sent again."""
+
+
+class ServerBusyError(Exception):
+    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
+
+
+class RefusedError(Exception):
+    """Raised when a server refuses one request."""
 
 
 def backoff_seconds(failures: int) -> float:

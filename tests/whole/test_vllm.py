@@ -19,11 +19,11 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
 from pipeline.inference.client import Client
+from pipeline.inference.endpoints import KeptImages
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.journal import Journal
-from pipeline.inference.kept_images import KeptImages
+from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.served_models import find_model
 from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
 from tests.hostile import LONG

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,11 +16,10 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import client, judge, retry
 from pipeline.inference.client import Client
+from pipeline.inference.endpoints import Pace, named_endpoints
 from pipeline.inference.journal import Journal
-from pipeline.inference.named_endpoints import named_endpoints
-from pipeline.inference.pace import Pace
+from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, OPENAI, PLAIN, PROXY, THINKS, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
@@ -255,7 +255,88 @@ def test_a_server_that_was_down_at_first_is_probed_when_it_is_up(tmp_path: Path)
     assert second.bodies and not any("temperature" in body for body in second.bodies)
 
 
+# --- the model
+
+
+@pytest.mark.parametrize(
+    ("served", "others", "wanted", "found"),
+    [
+        ("llama", [], None, "llama"),
+        ("tiny@c0ffee", [], None, "tiny@c0ffee"),
+        ("tiny@c0ffee", [], "tiny", "tiny@c0ffee"),
+        ("models/gemma", [], "gemma", "models/gemma"),
+        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # a full name goes first
+        ("qwen@q8_0", ["qwen"], "qwen@q8_0", "qwen@q8_0"),
+        ("m@abc", ["m@def"], "m", "m may be several models"),
+        ("a", ["b"], None, "serves 2 models"),
+        ("llama", [], "model", "does not serve model"),
+    ],
+)
+def test_a_model_is_found_by_its_full_or_short_name(served: str, others: list[str], wanted: str | None, found: str) -> None:
+    with running_chat(ChatServer(model=served)) as chat:
+        chat.other_models = others
+        config = resolve(source="scenes", base_url=[chat.url], model=wanted)
+        if " " not in found:
+            assert find_model(config)[0] == found
+            return
+        with pytest.raises(EngineError, match=found) as caught:
+            find_model(config)
+        assert all(name in caught.value.hint for name in (served, *others))
+
+
+def test_the_revision_of_a_model_is_in_its_name_or_a_digest_of_its_name_and_root() -> None:
+    """Two servers that call different models by one name must not share replies."""
+
+    def revision(model: str, root: str = "") -> str:
+        with running_chat(ChatServer(model=model)) as chat:
+            chat.model_root = root
+            return find_model(resolve(source="scenes", base_url=[chat.url]))[1]
+
+    assert revision("tiny@c0ffee") == "c0ffee"
+    assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
+
+
+def test_servers_of_different_models_under_one_name_are_reported() -> None:
+    first, second, notes = ChatServer(model="m"), ChatServer(model="m"), Notes()
+    first.model_root, second.model_root = "/models/a", "/models/b"
+    with running_chat(first), running_chat(second):
+        config = resolve(source="scenes", base_url=[first.url, second.url], model="m")
+        with Client("m", "r", config, progress=notes):
+            pass
+    assert [text for text in notes.texts if "/models/a and /models/b" in text]
+
+
 # --- addresses, keys and headers
+
+
+def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
+    with running_chat(ChatServer(model="llama")) as chat:
+        config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
+        with pytest.raises(EngineError, match="does not serve qwen") as caught:
+            find_model(config)
+        assert "cret" not in str(caught.value)
+        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
+    assert "s@cret-word" in named_endpoints(config)[0].keys
+
+
+def test_a_server_that_wants_a_key_gets_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.key = "sesame-7"
+        with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
+            find_model(resolve(source="scenes", base_url=[chat.url]))
+        assert "SYNTH_API_KEY" in caught.value.hint
+        monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
+        assert find_model(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
+
+
+def test_an_unreachable_server_is_an_error_with_a_hint() -> None:
+    with pytest.raises(EngineError, match="no server answers") as caught:
+        find_model(resolve(source="scenes", base_url=["http://127.0.0.1:9/v1"]))
+    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
+    with running_chat(ChatServer()) as chat, pytest.raises(EngineError, match=r"no server answers at https.*\[SSL") as caught:
+        find_model(resolve(source="scenes", base_url=[chat.url.replace("http:", "https:")]))
+    assert "SSL_CERT_FILE" in caught.value.hint
 
 
 @pytest.mark.parametrize(
