@@ -41,6 +41,7 @@ MAX_CONTEXT_TOKENS = 100_000_000
 SHOWN_MODELS = 8
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
 IMAGE_PROBE_SECONDS = 20.0
+LEARN_SECONDS = 60.0  # a slow server delays the others no longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ async def learn_all(
     learn: Callable[[Endpoint], Awaitable[None]],
     retire: Callable[[Endpoint, EngineError], None],
 ) -> None:
-    """Find out by `learn` which fields each server supports; a server that is down is learned later.
+    """Find out by `learn` which fields each server supports; a server that is down or slow is learned by its first request.
 
     A server that refuses is passed to `retire`. Raises the refusal of the last one.
     """
@@ -205,11 +206,12 @@ async def learn_all(
         if not endpoint.is_up.is_set():
             endpoints.wait_for(endpoint)
     up = [endpoint for endpoint in endpoints if endpoint.is_up.is_set()]
-    results = await asyncio.gather(*map(learn, up), return_exceptions=True)
+    seconds = LEARN_SECONDS if len(up) > 1 else None
+    results = await asyncio.gather(*(asyncio.wait_for(learn(endpoint), seconds) for endpoint in up), return_exceptions=True)
     for endpoint, result in zip(up, results, strict=True):
         if isinstance(result, EngineError):
             retire(endpoint, result)
-        elif result is not None:
+        elif result is not None and not isinstance(result, TimeoutError):
             raise result
 
 

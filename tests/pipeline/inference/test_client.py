@@ -555,6 +555,17 @@ def test_half_of_an_emoji_in_an_error_costs_its_request_alone(tmp_path: Path) ->
     assert errors == {None: ASKED - 3, "refused_by_server": 3}
 
 
+def test_a_server_that_is_slow_to_answer_its_first_request_does_not_delay_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "LEARN_SECONDS", 0.3)
+    good, late = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer()
+    late.probe_seconds = 1.5
+    with running_chat(good), running_chat(late):
+        _, errors = run(tmp_path / "j", good.url, late.url, samples=scene_samples(40), server={"concurrency": 4})
+    assert errors == {None: 120} and good.bodies and late.bodies  # as soon as it answers
+
+
 def later(seconds: float, act: Callable[[], None]) -> None:
     threading.Timer(seconds, act).start()
 
