@@ -28,7 +28,6 @@ from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
 from tests.hostile import LONG
 from tests.scene_data import batch_of, scene_samples, score_annotations
-from tests.vllm_flags import parse_with
 from tests.warm import run_synth
 from tests.whole.conftest import SYNTH, restore_sigint
 
@@ -38,6 +37,26 @@ KEY = "test-key-of-nobody"
 SEED = 8001
 SCENES = 48
 START_SECONDS = 300
+# The class that adds the arguments stands in the same place in 0.32 and 0.33; the module that it calls has moved.
+ASK_PARSER = """
+import json
+import sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser(prog="vllm")
+serve = ServeSubcommand().subparser_init(parser.add_subparsers())
+for arguments in json.loads(sys.argv[1]):
+    serve.parse_args(arguments)
+print("accepted")
+"""
+
+
+def parse_with(python: Path, *commands: list[str]) -> str:
+    """Parse the arguments of commands with the parser of an installed vLLM; return `accepted`, or what it says is wrong."""
+    command = [str(python), "-c", ASK_PARSER, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""})
+    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
 def missing_vllm_reason() -> str | None:
