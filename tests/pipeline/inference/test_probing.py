@@ -40,7 +40,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any) -> tuple[list[str | None], list[str], str]:
     """Ask about the samples; return the errors of all annotations, the messages, and the revision of the model."""
     notes = Notes()
-    settings = {"server": {"concurrency": 4, **server}, "generate": {"max_tokens": max_tokens}}
+    settings: dict[str, Any] = {"server": {"concurrency": 4, **server}, "generate": {"max_tokens": max_tokens}}
     config = resolve(source="scenes", base_url=[chat.url], model="model", **settings)
     name, revision = find_model(config)
     with Journal(path) as journal, ExitStack() as stack:
@@ -484,9 +484,14 @@ def test_settings_of_servers_that_are_not_used_now_are_ignored(tmp_path: Path) -
 
 
 def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[float] = []
+    taken: list[float | None] = []
     tokens: list[int] = []
-    monkeypatch.setattr(Pace, "take", lambda self: taken.append(self.requests_per_minute) or 0.0)
+
+    def take(self: Pace) -> float:
+        taken.append(self.requests_per_minute)
+        return 0.0
+
+    monkeypatch.setattr(Pace, "take", take)
     monkeypatch.setattr(Pace, "add_tokens", lambda self, count: tokens.append(count))
     with running_chat(ChatServer()) as chat:
         ask(tmp_path / "j", chat, requests_per_minute=7)
