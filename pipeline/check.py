@@ -75,9 +75,8 @@ def check_version(version: Version, dataset: DatasetDir | None = None) -> Checke
 
 def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     state = check_journal(path)
-    unchecked = f", {state.unchecked:,} of them without a checksum, by an earlier release" if state.unchecked else ""
     if state.is_intact:
-        return Checked(str(path), f"{state.replies:,} replies{unchecked}")
+        return Checked(str(path), f"{state.replies:,} replies")
     problem = state.problem or f"{len(state.damaged):,} of {state.replies:,} replies have another checksum"
     if not repair:
         hint = f"`synth check {dataset.path} --repair` keeps every other reply; the next run asks the damaged ones again"

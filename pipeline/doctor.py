@@ -12,8 +12,7 @@ from pathlib import Path
 from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, has_gpu, pick_engine, vllm_python
-from pipeline.inference.families import find_family
+from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, find_family, has_gpu, pick_engine, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 

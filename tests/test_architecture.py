@@ -24,9 +24,8 @@ FILES = {
     "pipeline/hub": "__init__ package pull push",
     "pipeline/images": """__init__ check_worker clip decode isolation metadata near_pairs rendering similarity
         upright""",
-    "pipeline/inference": """__init__ bodies budget chat_api client concurrency endpoints engines families gpus
-        in_flight journal journal_pages judge kept_images named_endpoints pace probing proxies queue request_images
-        request_sender requests retry served_models server_errors transformers_engine verification vllm_launch vllm_server""",
+    "pipeline/inference": """__init__ budget chat_api client endpoints engines journal judge probing queue
+        request_images request_sender requests retry transformers_engine verification vllm_launch vllm_server""",
     "pipeline/report": "__init__ build figures html rows",
     "pipeline/scenes": "__init__ claims scene text",
     "pipeline/sources": """__init__ archive archive_entries base benchmarks captions columns documents exclusions folder hub

@@ -12,8 +12,7 @@ from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
-from pipeline.inference.engines import EngineChoice
-from pipeline.inference.families import find_family
+from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
 from pipeline.stages.source import ADVICE
@@ -66,7 +65,7 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
 def describe_boxes(config: Config, model: str) -> Iterator[str]:
     """Yield a note for each task whose boxes are read in another unit than the model is known to write."""
     family = find_family(model)
-    for task in config.own_tasks if family and family.boxes else ():
+    for task in config.own_tasks if family else ():
         if task.kind == "boxes" and family and task.coordinates != family.boxes:
             yield (
                 f"{family.name} writes boxes in {family.boxes}, and the task {task.name} reads them as {task.coordinates}: "

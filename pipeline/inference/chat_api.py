@@ -1,26 +1,34 @@
-"""The OpenAI-style chat protocol: encode requests, decode replies.
+"""The OpenAI-style chat protocol: encode requests, read bodies with bounds, decode replies.
 
 The body is joined from encoded parts, and the image part is encoded once: no JSON encoder runs over its base64.
 The order of the parts favors prefix caching: system text, image, then the text of the task.
 
-Servers differ in what they take (`Dialect`). All of it is sent at first; what a refusal names is left out from then on.
+Servers support different fields (`Dialect`): a first request without an image finds out which ones (probing.py).
+
+A server may send without end, or a megabyte that inflates to gigabytes. Sessions must be made with `auto_decompress=False`:
+aiohttp inflates a body before its bytes can be counted.
 """
 
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from pipeline.inference.bodies import parse_json
+import aiohttp
+
 from pipeline.types import Reply, Request
 
-# A server that supports it ends a reply that repeats a pattern of up to 32 tokens 6 times.
+MAX_BODY_BYTES = 8_000_000  # of a list of models, or a page of metrics
+MAX_ERROR_BYTES = 100_000
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_WINDOW_BITS = {"gzip": _GZIP_OR_ZLIB, "x-gzip": _GZIP_OR_ZLIB, "deflate": _GZIP_OR_ZLIB}
+# vLLM ends a reply that repeats a pattern of up to 32 tokens 6 times.
 _REPETITION = {"max_pattern_size": 32, "min_count": 6}
-_PROOF = "synth-7f3a"
-# Fields that servers may not know. Without a temperature, a server samples at one of its own.
-OPTIONAL = ("repetition_detection", "uuid", "top_p", "temperature")
+_PROOF = "synth-7f3a"  # the only reply that the schema of a probe allows
+OPTIONAL = ("top_p", "temperature")  # fields that a server may refuse; it then uses its own values
 LIMITS = ("max_tokens", "max_completion_tokens", "")  # names of the limit of tokens, in the order in which they are tried
 _UNKNOWN = re.compile(r"unrecogni[sz]ed|unsupported|unknown|unexpected|not (?:supported|allowed|permitted)", re.IGNORECASE)
 _OF_VALUE = re.compile(r"\b(?:values?|range|maximum|minimum|large|small|least|most|between|exceeds?|integer)\b", re.IGNORECASE)
@@ -41,11 +49,55 @@ MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before
 ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
 
 
+class BodyError(aiohttp.ClientError):
+    """Raised for a body that is too large, or encoded in a way that was not asked for."""
+
+
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Return the body of a response, inflated, of at most `max_bytes`; of an error (status 400 and above), its beginning.
+
+    Raise BodyError if it is larger, damaged, or in an unknown encoding. The time is bounded by the timeout of the session.
+    """
+    is_error = response.status >= 400
+    bound = min(max_bytes, MAX_ERROR_BYTES) if is_error else max_bytes
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", *_WINDOW_BITS):
+        raise BodyError(f"the body is encoded as {encoding[:40]}, which was not asked for")
+    inflate = zlib.decompressobj(_WINDOW_BITS[encoding]) if encoding in _WINDOW_BITS else None
+    body, sent_bytes = bytearray(), 0
+    async for chunk in response.content.iter_any():
+        sent_bytes += len(chunk)
+        try:
+            body += inflate.decompress(chunk, bound + 1 - len(body)) if inflate else chunk
+        except zlib.error as error:
+            raise BodyError(f"the body is not {encoding}: {error}") from None
+        if inflate and inflate.eof:  # what follows would only be kept by the decompressor
+            response.close()
+            break
+        if len(body) > bound or sent_bytes > bound + MAX_BODY_BYTES:
+            response.close()  # the rest is not wanted: the connection cannot be used again
+            if is_error:
+                break
+            raise BodyError(f"the body has more than {max_bytes:,} bytes")
+    if inflate and not inflate.eof and not is_error:
+        raise BodyError(f"the body ends within its {encoding} stream")
+    return bytes(body[:bound])
+
+
+def parse_json(body: bytes | str) -> Any:
+    """Parse JSON. Raise ValueError for anything else, also if it is nested more deeply than Python's stack."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What a server takes: optional fields that are left out, the name of the token limit, the format of replies."""
+    """The supported fields of a server: optional fields, the name of the token limit, and the format of replies."""
 
-    left_out: frozenset[str] = frozenset()  # of OPTIONAL
+    is_vllm: bool = False  # supports names of images, and ends a reply that repeats itself
+    left_out: frozenset[str] = frozenset()  # refused fields, a subset of OPTIONAL
     limit_name: str = LIMITS[0]
     format: str = FORMATS[0]
 
@@ -71,19 +123,19 @@ class Dialect:
         return ", ".join(sorted(self.left_out) + ([f"{LIMITS[0]}{instead}"] if self.limit_name != LIMITS[0] else []))
 
 
-FULL = Dialect()
+PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
 class BadAnswerError(Exception):
     """Raised when the body of a 200 answer does not follow the protocol."""
 
 
-def body(request: Request, images: bytes, model: str, dialect: Dialect = FULL) -> bytes:
+def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
     """Return the body of a chat request; `images` is the JSON of its image parts (request_images.ImageParts).
 
     Where the server does not enforce the schema, it is part of the text. No seed is sent: it crashes vLLM's CPU engine.
     """
-    if "uuid" in dialect.left_out:
+    if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
     schema = "" if dialect.format == "json_schema" else schema_in_words(request.schema)
@@ -172,7 +224,7 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
     return text
 
 
-def probe(model: str, dialect: Dialect = FULL, max_tokens: int = PROBE_TOKENS) -> bytes:
+def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -> bytes:
     """Return the body of a chat whose schema allows one answer, which only a server that enforces schemas gives.
 
     It has the optional fields of a request too, so that a server refuses here what it does not know.
@@ -246,7 +298,7 @@ def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
         "temperature": temperature,
         "top_p": 1,
         dialect.limit_name: max_tokens,
-        "repetition_detection": _REPETITION,
+        **({"repetition_detection": _REPETITION} if dialect.is_vllm else {}),
     }
     return b"".join(
         b',"%s":%s' % (name.encode(), json.dumps(value).encode())

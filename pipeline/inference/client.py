@@ -9,39 +9,85 @@ import contextlib
 import logging
 import math
 import os
+import resource
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 from pipeline.config import Config
 from pipeline.errors import EngineError
-from pipeline.inference.concurrency import POLL_SECONDS, Concurrency, raise_file_limit
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks
-from pipeline.inference.in_flight import InFlight
-from pipeline.inference.named_endpoints import named_endpoints, request_headers
-from pipeline.inference.probing import learn_all, learn_dialect
+from pipeline.inference.chat_api import VLLM
+from pipeline.inference.endpoints import POLL_SECONDS, Endpoint, Endpoints, cancel_tasks, named_endpoints, request_headers
+from pipeline.inference.probing import find_on_server, find_on_servers, learn_all, learn_dialect
 from pipeline.inference.request_images import RequestImages
-from pipeline.inference.request_sender import RequestSender
-from pipeline.inference.retry import LONGEST_STATED_SECONDS, RetryState
-from pipeline.inference.served_models import find_on_server, find_on_servers
-from pipeline.inference.server_errors import OtherDialectError, ServerBusyError, ServerFaultError
+from pipeline.inference.request_sender import InFlight, RequestSender
+from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState, ServerBusyError, ServerFaultError
 from pipeline.inference.vllm_launch import VllmCommand
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import SERVER_ERROR, Reply, Request, RequestSource
 
+START_REQUESTS = 32  # for each server whose capacity is not known
+MOST_REQUESTS = 1024  # for each server
+MOST_FILES = 65_536
 GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
 GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
-LONG_WAIT_SECONDS = 60.0  # that a server asks for, and the user is told of
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text beside an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
+
+
+class Concurrency:
+    """The limit of requests in flight: the user's, if given, else adapted to the servers' queues and to busy answers.
+
+    A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats them.
+    A busy answer lowers even a `fixed` limit of the user for a while. `server_requests` is how many requests the server
+    computes at once; None if we did not start it. `connections` is how many this process can have.
+    """
+
+    def __init__(self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MOST_FILES) -> None:
+        self._fixed = fixed
+        self._most = min(fixed or MOST_REQUESTS * servers, connections)
+        self._first = min(fixed or (2 * server_requests if server_requests else START_REQUESTS * servers), connections)
+        self._complained_at = 0.0
+        self.limit = self._first
+
+    def slow_down(self) -> None:
+        """Lower the limit by a quarter after a busy answer, at most once in POLL_SECONDS."""
+        now = time.monotonic()
+        if now - self._complained_at > POLL_SECONDS:
+            self._complained_at = now
+            self.limit = max(1, self.limit * 3 // 4)
+
+    def follow(self, running: float, waiting: float, outstanding: int, most: int) -> None:
+        """Adapt the limit to the load of the servers; `most` is another upper bound, such as by the memory of images.
+
+        By their metrics, the servers compute `running` requests, or 0 if they have no metrics, and `waiting` are in their
+        queues; `outstanding` are sent and not answered.
+        """
+        limit = self.limit
+        if running and waiting > running and not self._fixed:
+            limit = max(1, int(running * 1.5))
+        elif outstanding and not waiting and time.monotonic() - self._complained_at > 2 * POLL_SECONDS:
+            is_full = running and outstanding >= self.limit
+            if self._fixed or self.limit < self._first or is_full:
+                limit += max(1, limit // 2)
+        self.limit = max(1, min(limit, self._most, most))
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may, up to MOST_FILES, and return how many: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return most if soft == resource.RLIM_INFINITY else soft
 
 
 class Client:
@@ -67,7 +113,6 @@ class Client:
         self._key_name = key_name
         self._launches = launches
         self._servers: list[Server] = []
-        self._sessions: dict[Path | None, aiohttp.ClientSession] = {}  # by the socket of a server
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
         self._name = launches[0].name if launches else model
@@ -124,13 +169,14 @@ class Client:
         if self._launches:
             self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
             endpoints = [
-                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), is_vllm=True, socket_path=server.socket)
+                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), dialect=VLLM, socket_path=server.socket)
                 for server in self._servers
             ]
         else:
             endpoints = named_endpoints(self._config, self._key_name)
-        for path in {endpoint.socket_path for endpoint in endpoints}:
-            self._sessions[path] = await stack.enter_async_context(self._make_session(path))
+        timeout = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
+        for endpoint in endpoints:
+            await stack.enter_async_context(endpoint.open_session(timeout))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
         context_tokens = self._launches[0].max_model_len if self._launches else await self._find_model()
@@ -138,7 +184,7 @@ class Client:
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
         self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
-        self._sender = RequestSender(self._name, self._endpoints, self._sessions, self._images, self._progress)
+        self._sender = RequestSender(self._name, self._endpoints, self._images)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
         if settings.concurrency and settings.concurrency > connections:
@@ -147,23 +193,13 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
-        await learn_all(self._endpoints, self._learn, self._retire, self._progress, stack)
+        await learn_all(self._endpoints, self._learn, self._retire)
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
-    def _make_session(self, socket_path: Path | None) -> aiohttp.ClientSession:
-        """Return a session for the servers on ports, or for the one on a Unix socket."""
-        seconds = aiohttp.ClientTimeout(total=self._config.server.request_timeout_s, sock_connect=10)
-        shared: dict[str, Any] = {"limit": 0, "keepalive_timeout": 4}  # shorter than the 5 s after which uvicorn closes
-        connector = aiohttp.UnixConnector(str(socket_path), **shared) if socket_path else aiohttp.TCPConnector(**shared)
-        return aiohttp.ClientSession(connector=connector, timeout=seconds, auto_decompress=False)
-
-    def _session_of(self, endpoint: Endpoint) -> aiohttp.ClientSession:
-        return self._sessions[endpoint.socket_path]
-
     async def _find_model(self) -> int | None:
         """Look for our model on all servers; return its smallest context in tokens, or None if unknown."""
-        return await find_on_servers(self._name, self._endpoints, self._session_of, self._retire, self._progress.warn)
+        return await find_on_servers(self._name, self._endpoints, self._retire, self._progress.warn)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -248,7 +284,6 @@ class Client:
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
         failures = RetryState(self._config.server.request_timeout_s)
-        may_name = request.attempt == 0  # a model that did not see an image may have written what is unusable
         while True:
             if in_flight.error:
                 raise in_flight.error
@@ -256,10 +291,9 @@ class Client:
                 endpoint = await self._endpoints.pick(request.sample_id, self._images.keep)
                 endpoint.outstanding += 1
                 try:
-                    answer = await self._try(endpoint, request, in_flight, failures, may_name=may_name)
+                    answer = await self._try(endpoint, request, in_flight, failures)
                 finally:
                     endpoint.outstanding -= 1
-                    may_name = False
                     in_flight.release(request.shown)  # to be sent again may take long
             if isinstance(answer, Reply):
                 return answer
@@ -272,11 +306,11 @@ class Client:
                 await self._rest(answer, in_flight)
 
     async def _try(
-        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState, *, may_name: bool
+        self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
     ) -> Reply | float | None:
-        """Send a request to a server; return the reply, or after how many seconds it is to be sent again.
+        """Send a request to a server; return the reply, or the seconds to wait before it is sent again.
 
-        None: at once, in another form or to another server, which is no failure of the request.
+        None: retry immediately with another server; not counted as a failure of the request.
         """
         try:
             await endpoint.pace.wait()
@@ -284,16 +318,14 @@ class Client:
                 await self._learn(endpoint)
             if not endpoint.is_up.is_set():  # it died meanwhile
                 return None
-            return await self._sender.post(endpoint, request, in_flight, may_name=may_name)
-        except OtherDialectError:
-            return None
+            return await self._sender.post(endpoint, request, in_flight)
         except EngineError as refusal:
             self._retire(endpoint, refusal)
             return None
         except ServerBusyError as complaint:
             stated_s = complaint.args[0]
             soonest_s = self._soonest_other(endpoint)
-            if stated_s and min(stated_s, soonest_s) > LONGEST_STATED_SECONDS:
+            if stated_s and min(stated_s, soonest_s) > MAX_RETRY_AFTER_SECONDS:
                 hint = "run the same command then: it goes on where it stopped"
                 raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
             pause = failures.after_busy(stated_s)
@@ -302,7 +334,8 @@ class Client:
             endpoint.rest(max(pause, stated_s or 0.0))
             if self._endpoints.has_free:
                 return 0.0
-            self._slow_down(endpoint, stated_s or pause)
+            self._concurrency.slow_down()
+            self._keep_images()
             return min(pause, max(soonest_s, POLL_SECONDS))
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
@@ -321,23 +354,14 @@ class Client:
         others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
         return min(others, default=math.inf)
 
-    def _slow_down(self, endpoint: Endpoint, pause_s: float) -> None:
-        """Send fewer requests at once, since a server asks to wait; say so if it is for long."""
-        self._concurrency.slow_down()
-        self._keep_images()
-        if pause_s >= LONG_WAIT_SECONDS and not endpoint.has_asked_for_long:
-            endpoint.has_asked_for_long = True
-            self._progress.warn(f"{endpoint.url} asks to wait for {duration(pause_s)} before a request is sent again")
-
     async def _learn(self, endpoint: Endpoint) -> None:
         """Find out what a server takes, once for all requests that wait for it."""
         async with endpoint.learning:
             if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
                 server = self._config.server
                 if not (endpoint.is_checked or self._launches):  # it was down when the run began
-                    await find_on_server(self._name, endpoint, self._session_of(endpoint))
-                session, reply_tokens = self._session_of(endpoint), self._config.generate.max_tokens
-                await learn_dialect(endpoint, session, self._name, server, reply_tokens, self._progress)
+                    await find_on_server(self._name, endpoint)
+                await learn_dialect(endpoint, self._name, server, self._config.generate.max_tokens, self._progress)
                 endpoint.is_learned = True
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
@@ -378,7 +402,7 @@ class Client:
             for endpoint in self._endpoints:
                 if warning := endpoint.busy.warning(endpoint.url):
                     self._progress.warn(warning)
-            await self._endpoints.read_metrics(self._session_of)
+            await self._endpoints.read_metrics()
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),
                 waiting=sum(endpoint.waiting for endpoint in self._endpoints),

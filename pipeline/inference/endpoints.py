@@ -1,42 +1,125 @@
-"""Model servers: their health and load, what their answers mean, and the choice of a server for each request."""
+"""Model servers: addresses and keys, pace, health, load, cached images, and the choice of a server for each request."""
 
 import asyncio
+import ipaddress
 import logging
 import math
+import os
 import re
 import time
-from collections.abc import Callable, Collection
+from base64 import b64encode
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
+from pipeline.config import Config
+from pipeline.config.addresses import address_of
 from pipeline.errors import EngineError
-from pipeline.inference import chat_api
-from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.chat_api import FULL, Dialect
-from pipeline.inference.concurrency import POLL_SECONDS
-from pipeline.inference.kept_images import KeptImages
-from pipeline.inference.pace import Pace
-from pipeline.inference.proxies import proxy_for
-from pipeline.inference.retry import backoff_seconds
-from pipeline.inference.server_errors import CONNECTION_ERRORS
+from pipeline.inference.chat_api import MAX_BODY_BYTES, PLAIN, Dialect, error_message, read_body, without_keys
+from pipeline.inference.retry import CONNECTION_ERRORS, backoff_seconds
 from pipeline.inference.vllm_server import status_of
 from pipeline.text.escape import without_passwords
 
-KEY = "SYNTH_API_KEY"  # environment variables
+MINUTE = 60.0
+POLL_SECONDS = 1.0  # between two looks at the metrics of servers, or at a server that is down
+MAX_KEPT_IMAGES = 256  # vLLM keeps 4 GB of prepared images, of 3 to 14 MB each in common sizes
+RECENT_NAMES = 64
+MIN_MISSES = 16  # of the recent names, before names are given up
+KEY = "SYNTH_API_KEY"  # an environment variable, as the next two
+JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # for a judge on another server, which must not get the key of the first
+OPENAI_KEY = "OPENAI_API_KEY"  # for OpenAI's own servers
 NO_SUCH_PAGE = (401, 403, 404, 405, 501)
 BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
-METRICS_TIMEOUT = aiohttp.ClientTimeout(total=10)
+METRICS_SECONDS = 10.0
 LONG_REST_SECONDS = 60.0
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
 _METRICS = ("num_requests_running", "num_requests_waiting", "prefix_cache_queries_total", "prefix_cache_hits_total")
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pace:
+    """When the next request may be sent. The tokens of a request are known when its reply comes, and delay the next ones."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    _by_requests: float = field(default=0.0, init=False)  # when the next may be sent
+    _by_tokens: float = field(default=0.0, init=False)
+
+    async def wait(self) -> None:
+        """Wait until a request may be sent, and count it."""
+        if (seconds := self.take()) > 0:
+            await asyncio.sleep(seconds)
+
+    def delay(self) -> float:
+        """Return in how many seconds a request may be sent; negative if one might have been sent before."""
+        return max(self._by_requests, self._by_tokens) - self.clock()
+
+    def take(self) -> float:
+        """Count a request; return in how many seconds it may be sent."""
+        now = self.clock()
+        due = max(now, self._by_requests, self._by_tokens)
+        if self.requests_per_minute:
+            self._by_requests = due + MINUTE / self.requests_per_minute
+        return due - now
+
+    def add_tokens(self, count: int) -> None:
+        """Count the tokens of a reply and of its request."""
+        if self.tokens_per_minute:
+            self._by_tokens = max(self.clock(), self._by_tokens) + MINUTE * count / self.tokens_per_minute
+
+
+class KeptImages:
+    """The images that a server got recently, by Request.shown: vLLM caches images by their uuid.
+
+    Later requests about an image send a name of 64 characters instead of the file, and the server does not decode it again:
+    decoding is single-threaded in vLLM, and the bottleneck for large photos.
+
+    A server drops images by its own rules, and several processes behind one address do not share them. It refuses an unknown
+    name, and gets the image again. Names are given up for good when most of the recent ones were missed.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, None] = {}
+        self._hits: deque[bool] = deque(maxlen=RECENT_NAMES)
+
+    def __contains__(self, shown: str) -> bool:
+        return shown in self._latest
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether fewer recent names were missed than MIN_MISSES, or than were hit."""
+        hits = sum(self._hits)
+        return len(self._hits) - hits < max(MIN_MISSES, hits)
+
+    def add(self, shown: str) -> None:
+        """Record that the server has answered a request about these images."""
+        self._latest.pop(shown, None)  # it becomes the latest
+        self._latest[shown] = None
+        if len(self._latest) > MAX_KEPT_IMAGES:
+            del self._latest[next(iter(self._latest))]
+
+    def hit(self, shown: str) -> None:
+        """Record that the server had these images."""
+        self._hits.append(True)
+        self.add(shown)
+
+    def miss(self, shown: str) -> None:
+        """Record that the server did not have these images."""
+        self._hits.append(False)
+        self._latest.pop(shown, None)
 
 
 @dataclass(slots=True)
@@ -86,19 +169,18 @@ class Endpoint:
     is_checked: bool = False  # whether it is known to serve the model
     is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True
-    dialect: Dialect = FULL
+    dialect: Dialect = PLAIN
     is_learned: bool = False  # whether the dialect is known
-    is_vllm: bool = False  # as its list of models says
     model_root: str = ""  # where the model of the run comes from, as that list says
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
+    session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0
     answered: int = 0
     refused: int = 0
     denied: int = 0  # answers in a row that say 403 or 404, after others that did not
     refused_in_flight: int = 0  # requests that it has refused, and that wait for whether it answers any
-    has_asked_for_long: bool = False  # to wait for LONG_WAIT_SECONDS, of which the user was told
     fault: str = ""  # why it did not answer when the run began
     waiting: float = 0
     running: float = 0
@@ -108,7 +190,7 @@ class Endpoint:
     keys: list[str] = field(init=False, repr=False)  # in its headers; a server may repeat them in a message, which is kept
 
     def __post_init__(self) -> None:
-        self.proxy = proxy_for(self.url)
+        self.proxy = _proxy_of(self.url)
         values = [value for name, value in self.headers.items() if _HOLDS_KEY.search(name)]
         self.has_key = bool(values)
         parts = [part for value in values for part in (value, value.rpartition(" ")[2])]
@@ -116,12 +198,12 @@ class Endpoint:
 
     @property
     def named_images(self) -> KeptImages | None:
-        """The images that may be named to it now; None if it keeps none, or takes no names."""
-        return self.kept if self.kept and self.kept.is_worth_it and "uuid" not in self.dialect.left_out else None
+        """The images that may be named to it now; None if it keeps no images, or misses most names."""
+        return self.kept if self.kept and self.kept.is_worth_it else None
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""
-        return chat_api.error_message(answer, self.keys)
+        return error_message(answer, self.keys)
 
     def rest(self, stated_s: float | None = None) -> None:
         """Count a failure, or an answer that asks to wait: other servers go first for a while, longer after each in a row."""
@@ -138,6 +220,27 @@ class Endpoint:
     def rest_s(self) -> float:
         """Return for how many seconds its pace, or what it has asked for, holds requests back."""
         return max(0.0, self.pace.delay(), self.rests_until - time.monotonic())
+
+    @asynccontextmanager
+    async def open_session(self, timeout: aiohttp.ClientTimeout) -> AsyncIterator[None]:
+        """Open a session, through which all requests to this server go, and close it at the end."""
+        shared: dict[str, Any] = {"limit": 0, "keepalive_timeout": 4}  # shorter than the 5 s after which uvicorn closes
+        path = self.socket_path
+        connector = aiohttp.UnixConnector(str(path), **shared) if path else aiohttp.TCPConnector(**shared)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self.session:
+            yield
+
+    def get(self, url: str, seconds: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a GET to a page of this server."""
+        assert self.session, "the session is not open"
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        return self.session.get(url, headers=self.headers, proxy=self.proxy, allow_redirects=False, timeout=timeout)
+
+    def post_chat(self, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send the body of a chat request. A redirect is not followed: its target would get the images."""
+        assert self.session, "the session is not open"
+        url = f"{self.url}/chat/completions"
+        return self.session.post(url, data=body, headers=self.headers, proxy=self.proxy, allow_redirects=False)
 
     async def is_healthy(self) -> bool:
         """Return whether the server says so itself, else lists its models; one that has neither page need only answer."""
@@ -228,18 +331,12 @@ class Endpoints(list[Endpoint]):
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
 
-    async def read_metrics(self, session_of: Callable[[Endpoint], aiohttp.ClientSession]) -> None:
+    async def read_metrics(self) -> None:
         """Read the metrics of each server that is up; a server that does not answer keeps its last ones."""
         for endpoint in self:
             if endpoint.is_up.is_set() and endpoint.has_metrics:
                 try:
-                    async with session_of(endpoint).get(
-                        f"{endpoint.root}/metrics",
-                        headers=endpoint.headers,
-                        proxy=endpoint.proxy,
-                        allow_redirects=False,
-                        timeout=METRICS_TIMEOUT,
-                    ) as answer:
+                    async with endpoint.get(f"{endpoint.root}/metrics", METRICS_SECONDS) as answer:
                         page = await read_body(answer, MAX_BODY_BYTES) if answer.status == 200 else b""
                         endpoint.has_metrics = answer.status not in NO_SUCH_PAGE
                     _take_metrics(endpoint, page.decode(errors="replace"))
@@ -266,6 +363,21 @@ class Endpoints(list[Endpoint]):
         endpoint.kept = endpoint.kept and KeptImages()  # it has lost them
         if not endpoint.is_retired:
             endpoint.is_up.set()
+
+
+def _proxy_of(url: str) -> str | None:
+    """Return the proxy that the environment names for an address; None for this machine and private networks.
+
+    aiohttp's `trust_env` is not used: it also sends passwords of ~/.netrc, and fails where the request has a key.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        is_near = not ipaddress.ip_address(host).is_global
+    except ValueError:
+        is_near = "." not in host
+    proxy = None if is_near or proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def no_server(endpoints: list[Endpoint]) -> EngineError:
@@ -320,7 +432,7 @@ def raise_for_access(
         hint = "add credit there, then run the same command: it goes on where it stopped"
         raise EngineError(f"{endpoint.url} has no credit left for this key: {endpoint.error_message(answer)}", hint=hint)
     if 300 <= status < 400:
-        location = chat_api.without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
+        location = without_keys(response.headers.get("Location", ""), endpoint.keys)[:MAX_SHOWN_CHARACTERS]
         hint = "if that is your server, pass its address with --base-url"
         raise EngineError(f"{endpoint.url} sends requests on to {location or 'another address'}", hint=hint)
     if status in tolerated:
@@ -333,3 +445,71 @@ def raise_for_access(
         )
     if status == 404:
         raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")
+
+
+def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
+    """Return the servers of `base_url`, with what the settings say of each.
+
+    A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
+    for all servers, else under the usual one; where its address has a name and a password, these instead. Raises EngineError
+    if a header of the settings names a variable that is not set.
+    """
+    endpoints = []
+    for url in config.base_url:
+        parts, settings = urlsplit(url), config.endpoint(url)
+        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
+        name = settings.key_env or key_name or config.server.key_env or usual
+        address, login = _without_login(address_of(url))
+        key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
+        headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
+        pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
+        endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
+        secret = (login.password or login.user) if login else ""
+        endpoints[-1].keys += [secret] if len(secret) >= LEAST_KEY_CHARACTERS else []
+    return endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """The name and the password in the address of a server."""
+
+    user: str
+    password: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that takes their place (RFC 7617)."""
+        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
+
+
+def _without_login(url: str) -> tuple[str, Login | None]:
+    """Return an address without the name and the password in it, which messages would show, and these."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    user, _, password = login.partition(":")
+    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
+
+
+def _wants_openai_key(host: str) -> bool:
+    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
+    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
+
+
+def _from_environment(name: str, value: str) -> str:
+    if not value.startswith("$"):
+        return value
+    if value[1:] not in os.environ:
+        raise EngineError(f"the header {name} is to be {value}, which is not set", hint=f"export {value[1:]}=...")
+    return os.environ[value[1:]].strip()
+
+
+def request_headers(key: str | None) -> dict[str, str]:
+    """Return the headers of a request, with a key if there is one."""
+    return {
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }

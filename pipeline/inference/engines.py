@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,12 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import BoxUnit, ServerConfig
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import EngineError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.gpus import group_gpus, has_bfloat16, visible_gpus
-from pipeline.inference.vllm_launch import VllmCommand, model_settings, plan_vllm_command
+from pipeline.inference.vllm_launch import (
+    VllmCommand,
+    group_gpus,
+    has_bfloat16,
+    model_settings,
+    plan_vllm_command,
+    visible_gpus,
+)
 from pipeline.inference.vllm_server import run_servers
 from pipeline.install import install_command
 from pipeline.progress import Progress
@@ -45,6 +52,39 @@ VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an in
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """Models of one architecture, in several sizes: the coordinates in which they write boxes, and their licenses."""
+
+    name: str
+    pattern: str  # matches names of its models in lower case, without an organization
+    boxes: BoxUnit
+    license: str
+
+
+FAMILIES = (  # by the cards of the models
+    ModelFamily(
+        "Qwen2.5-VL",
+        r"qwen2[._]?5[-_]?vl",
+        "pixels",
+        "3B: Qwen Research License, for no commercial use; 7B, 32B: apache-2.0; 72B: Qwen License",
+    ),
+    ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths", "apache-2.0"),
+    ModelFamily(
+        "InternVL3",
+        r"internvl[-_]?3(?![._]?5)",
+        "thousandths",
+        "the code MIT; the language model inside is Qwen2.5, whose license counts",
+    ),
+)
+
+
+def find_family(model: str) -> ModelFamily | None:
+    """Return the family of a model by its name, such as the name at a server; None for other models."""
+    name = model.casefold().rstrip("/").rpartition("/")[2]
+    return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineChoice:
     """The chosen engine. `reason` explains the choice to the user; `make` is called when a request must be sent."""
 
@@ -67,7 +107,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client
-        from pipeline.inference.served_models import find_model
+        from pipeline.inference.probing import find_model
 
         served, revision = find_model(config)
         return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))

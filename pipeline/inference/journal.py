@@ -8,9 +8,10 @@ none: a rotten bit would change a dataset without a word.
 import hashlib
 import os
 import re
+import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,19 +20,16 @@ from typing import Any
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
-from pipeline.inference.journal_pages import read_rows
 from pipeline.types import UNANSWERED, Reply, Request
 
-FORMAT = 4  # raise when a table changes
-FIRST_READ = 2  # the oldest format that is read
-COLUMNS_SINCE = {"checksum": 3, "max_pixels": 4}  # the format that added a column
+FORMAT = 5  # raise when a table or the checksum changes; no other format is read
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     request_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     sample_id TEXT NOT NULL, task TEXT NOT NULL, style TEXT NOT NULL, prompt_id TEXT NOT NULL,
     text TEXT NOT NULL, finish_reason TEXT NOT NULL, flaw TEXT, prompt_tokens INTEGER NOT NULL, reply_tokens INTEGER NOT NULL,
-    checksum INTEGER, max_pixels INTEGER,
+    max_pixels INTEGER, checksum INTEGER NOT NULL,
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
 """
@@ -48,9 +46,9 @@ _KEEP = (
     "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
-_ID, MOST_TIMES = re.compile("[0-9a-f]{64}"), 10_000  # of a request, and how often it may have been sent
 _OF_DISKS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
-_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # of request ids, which are hex
+_ID, MOST_TIMES = re.compile("[0-9a-f]{64}"), 10_000  # a request id, and how often a request may have been sent
+_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # prefixes of request ids, which are hexadecimal
 
 
 class Journal:
@@ -61,9 +59,6 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and _repaired(path).exists():  # a repair was killed just before its end
-            _remove_log(path)
-            _repaired(path).replace(path)
         self._path = path
         self._db = sqlite3.connect(path.absolute())
         self._db.text_factory = _damaged_text
@@ -74,9 +69,6 @@ class Journal:
         if self._db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a reply costs more than an fsync
-        if tables and (missing := _missing_columns(self._db)):
-            add = " ".join(f"ALTER TABLE replies ADD COLUMN {name} INTEGER;" for name in missing)
-            self._db.executescript(f"BEGIN; {add} PRAGMA user_version = {FORMAT}; COMMIT;")
         if not tables:
             self._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
 
@@ -155,9 +147,8 @@ class Journal:
     def digest(self) -> str:
         """Return a digest of all replies, by their checksums."""
         replies = hashlib.sha256()
-        of_reply = "request_id, attempt, COALESCE(checksum, finish_reason || text)"  # an earlier release kept no checksum
-        for row in self._db.execute(f"SELECT {of_reply} FROM replies ORDER BY request_id, attempt"):  # noqa: S608
-            replies.update(repr(row).encode())  # which has escapes for halves of surrogate pairs
+        for row in self._db.execute("SELECT request_id, attempt, checksum FROM replies ORDER BY request_id, attempt"):
+            replies.update(repr(row).encode())
         return replies.hexdigest()
 
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
@@ -187,11 +178,10 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class JournalState:
-    """What a journal holds: replies that are intact, those that are damaged, and what SQLite says of the file itself."""
+    """The number of replies in a journal, the request ids of damaged replies, and SQLite's complaint about the file."""
 
     replies: int
-    unchecked: int  # of these, by an earlier release, without a checksum
-    damaged: tuple[str, ...]  # request ids
+    damaged: tuple[str, ...]
     problem: str = ""
 
     @property
@@ -204,12 +194,12 @@ def check_journal(path: Path) -> JournalState:
     """Read all of a journal, and return its state. Raises StoreError if another version of synth wrote it."""
     # Even to read a journal, SQLite writes a file beside it, which a read-only disk does not take, and a full one neither.
     state = _check_journal(path, "mode=ro") if os.access(path.parent, os.W_OK) else None
-    return state or _check_journal(path, "mode=ro&immutable=1") or JournalState(0, 0, (), "it cannot be read")
+    return state or _check_journal(path, "mode=ro&immutable=1") or JournalState(0, (), "it cannot be read")
 
 
 def _check_journal(path: Path, options: str) -> JournalState | None:
     """Return the state of a journal that is opened with these options; None if the disk, and not the file, is at fault."""
-    replies = unchecked = 0
+    replies = 0
     damaged: list[str] = []
     problem = ""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)) as db:
@@ -220,95 +210,60 @@ def _check_journal(path: Path, options: str) -> JournalState | None:
             problem = "; ".join(row for (row,) in db.execute("PRAGMA integrity_check(3)") if row != "ok")
             for row in _read_replies(db):
                 replies += 1
-                unchecked += row[-1] is None
                 damaged += [] if _is_intact(row) else [str(row[0])]
         except sqlite3.DatabaseError as error:
             if "immutable" not in options and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_DISKS:
                 return None
             problem = problem or str(error)
-    return JournalState(replies, unchecked, tuple(damaged), " ".join(problem.split()))
+    return JournalState(replies, tuple(damaged), " ".join(problem.split()))
 
 
 def repair_journal(path: Path) -> tuple[int, int, int]:
-    """Replace a damaged journal by one of all replies that are intact.
+    """Replace a damaged journal by a copy of its intact replies.
 
-    Return how many are kept, how many have another checksum, and how many requests were sent of which there is no reply.
+    Return the number of replies kept, of replies with another checksum, and of requests sent without a reply.
 
-    What SQLite cannot reach is looked for page by page. The damaged file stays beside it, as `.damaged-1` and so on.
-    Raises StoreError, and changes nothing, if none is intact.
+    The damaged file is kept next to the journal, as `.damaged-1` and so on. Raises StoreError, and changes nothing, if no
+    reply is intact.
     """
     fresh = path.with_name(f"{path.name}.repairing")
     fresh.unlink(missing_ok=True)
     lost = 0
-    with _removed_on_failure(fresh), closing(sqlite3.connect(path.absolute())) as source, Journal(fresh) as journal:
-        source.text_factory = _damaged_text
-        for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # in ranges: one that cannot be read costs no other
-            asked, rows = list[Any](), list[Sequence[Any]]()
-            with suppress(sqlite3.DatabaseError):
-                sent = source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids)
-                asked.extend(values for values in sent if _is_sent(values))
-            with suppress(sqlite3.DatabaseError):
-                rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
-            intact = [row for row in rows if _is_intact(row)]
-            lost += len(rows) - len(intact)
-            journal.copy(asked, intact)
-        journal.copy(_sent_in_pages(path), _replies_in_pages(path))
-        kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
-    if not kept:
-        fresh.unlink()
-        raise StoreError(
-            f"no reply in {path} can be read", hint="restore a copy of it, or move it away to ask everything again"
-        )
-    number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
-    fresh.replace(_repaired(path))
-    for suffix in ("", "-wal", "-shm"):  # killed from here on, `Journal` takes the new one
-        with suppress(FileNotFoundError):
-            path.with_name(f"{path.name}{suffix}").replace(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-    _repaired(path).replace(path)
+    try:
+        with closing(sqlite3.connect(path.absolute())) as source, Journal(fresh) as journal:
+            source.text_factory = _damaged_text
+            for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # an unreadable range costs no other range
+                asked, rows = list[Any](), list[Sequence[Any]]()
+                with suppress(sqlite3.DatabaseError):
+                    sent = source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids)
+                    asked.extend(row for row in sent if _is_sent(row))
+                with suppress(sqlite3.DatabaseError):
+                    rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
+                intact = [row for row in rows if _is_intact(row)]
+                lost += len(rows) - len(intact)
+                journal.copy(asked, intact)
+            kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
+        if not kept:
+            hint = "restore a copy of it, or move it away to ask everything again"
+            raise StoreError(f"no reply in {path} can be read", hint=hint)
+        number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                shutil.copy2(f"{path}{suffix}", path.with_name(f"{path.name}.damaged-{number}{suffix}"))
+        for suffix in ("-wal", "-shm"):  # SQLite would apply the log of the damaged file to the new one
+            path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
+        fresh.replace(path)
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            fresh.with_name(f"{fresh.name}{suffix}").unlink(missing_ok=True)
     return kept, lost, unanswered
 
 
-@contextmanager
-def _removed_on_failure(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        file.unlink(missing_ok=True)
-        _remove_log(file)
-        raise
-
-
-def _replies_in_pages(path: Path) -> Iterator[Sequence[Any]]:
-    """Yield the intact replies in the pages of a file, as `_read_replies` does."""
-    for values in read_rows(path):
-        if len(values) in (12, 13):  # the table has its columns in another order, and no sizes of images at first
-            first, (checksum, max_pixels) = values[:11], (values[11], values[12] if len(values) == 13 else None)
-            row = (*first, max_pixels, checksum)
-            if checksum is not None and _is_intact(row):
-                yield row
-
-
-def _sent_in_pages(path: Path) -> Iterator[Sequence[Any]]:
-    """Yield the requests in the pages of a file, with how often each was sent."""
-    yield from (values for values in read_rows(path) if len(values) == 2 and _is_sent(values))
-
-
-def _is_sent(values: Sequence[Any]) -> bool:
-    """Return whether a row of `asked`, which has no checksum, is whole."""
-    request_id, times = values
+def _is_sent(row: Sequence[Any]) -> bool:
+    """Return whether a row of `asked`, which has no checksum, is plausible."""
+    request_id, times = row
     is_id = isinstance(request_id, str) and _ID.fullmatch(request_id) is not None
     return is_id and isinstance(times, int) and 0 < times < MOST_TIMES
-
-
-def _repaired(path: Path) -> Path:
-    """Return where a repair puts the new journal once it is whole, until the damaged one is gone from its place."""
-    return path.with_name(f"{path.name}.repaired")
-
-
-def _remove_log(path: Path) -> None:
-    """Remove what SQLite has kept beside a file that is gone: it must not be applied to another one."""
-    for suffix in ("-wal", "-shm"):
-        path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
 
 
 def _damaged_text(data: bytes) -> str:
@@ -317,24 +272,20 @@ def _damaged_text(data: bytes) -> str:
 
 
 def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:
-    columns = _COLUMNS
-    for name in _missing_columns(db):
-        columns = columns.replace(name, "NULL")
-    return db.execute(f"SELECT {columns} FROM replies {condition}", values)  # noqa: S608
+    return db.execute(f"SELECT {_COLUMNS} FROM replies {condition}", values)  # noqa: S608
 
 
 def _checksum(row: Sequence[Any]) -> int:
     """Return a checksum of the other columns, as SQLite can hold it: 64 bits with a sign."""
-    *first, max_pixels = row
     try:
-        content = canonical(first if max_pixels is None else [*row])  # earlier releases had no max_pixels
+        content = canonical([*row])
     except (TypeError, ValueError):  # a damaged value of another type
         return 0
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
 
 
 def _is_intact(row: Sequence[Any]) -> bool:
-    return row[-1] is None or row[-1] == _checksum(row[:-1])
+    return bool(row[-1] == _checksum(row[:-1]))
 
 
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
@@ -349,16 +300,9 @@ def _damage_error(path: Path, problem: str) -> StoreError:
     return StoreError(f"{path} is damaged: {problem}", hint=hint)
 
 
-def _format_of(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _missing_columns(db: sqlite3.Connection) -> list[str]:
-    """Return the columns of replies that a journal of an earlier release lacks."""
-    return [name for name, since in COLUMNS_SINCE.items() if since > _format_of(db)]
-
-
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
-    if FIRST_READ <= _format_of(db) <= FORMAT:
+    (file_format,) = db.execute("PRAGMA user_version").fetchone()
+    if file_format == FORMAT:
         return None
-    return StoreError(f"{path} was written by another version of synth", hint="choose another folder: --out DIR")
+    hint = "choose another folder: --out DIR"
+    return StoreError(f"{path} was written by another version of synth", hint=hint)

@@ -7,9 +7,9 @@ from pipeline.config.addresses import AT_SERVER, address_of, origin_of
 from pipeline.digests import has_common_revision
 from pipeline.errors import ConfigError
 from pipeline.inference.client import Client
+from pipeline.inference.endpoints import JUDGE_KEY
 from pipeline.inference.engines import EngineChoice
-from pipeline.inference.named_endpoints import JUDGE_KEY
-from pipeline.inference.served_models import find_model
+from pipeline.inference.probing import find_model
 from pipeline.progress import Progress
 
 

@@ -1,81 +1,222 @@
-"""Find out what a server takes of the protocol, and whether it enforces schemas, before any request is paid for."""
+"""Before the first paid request: find the model of a server, the fields that it supports, and whether it enforces schemas."""
 
 import asyncio
 import re
-from asyncio import ALL_COMPLETED, FIRST_COMPLETED
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack, suppress
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from pipeline.config import Config
 from pipeline.config.sections import ServerConfig
+from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
 from pipeline.inference import chat_api
-from pipeline.inference.bodies import MAX_BODY_BYTES, read_body
-from pipeline.inference.endpoints import Endpoint, Endpoints, cancel_tasks, raise_for_access
-from pipeline.inference.kept_images import KeptImages
+from pipeline.inference.chat_api import MAX_BODY_BYTES, VLLM, parse_json, read_body
+from pipeline.inference.endpoints import (
+    MAX_SHOWN_CHARACTERS,
+    Endpoint,
+    Endpoints,
+    KeptImages,
+    named_endpoints,
+    no_server,
+    raise_for_access,
+)
 from pipeline.inference.request_images import named_image
-from pipeline.inference.retry import BUSY_STATUSES, GATEWAY_STATUSES, MAX_FAULTS, backoff_seconds
-from pipeline.inference.server_errors import CONNECTION_ERRORS, REFUSED_STATUSES
+from pipeline.inference.retry import (
+    BUSY_STATUSES,
+    CONNECTION_ERRORS,
+    GATEWAY_STATUSES,
+    MAX_FAULTS,
+    REFUSED_STATUSES,
+    ServerFaultError,
+    backoff_seconds,
+)
 from pipeline.progress import Progress
 
+MODELS_SECONDS = 30.0
+UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
+MAX_CONTEXT_TOKENS = 100_000_000
+SHOWN_MODELS = 8
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
-LEARN_SECONDS = 60.0  # for which a server is waited for that is not the only one
-IMAGE_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=20)
+IMAGE_PROBE_SECONDS = 20.0
+LEARN_SECONDS = 60.0  # a slow server delays the others no longer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as listed by a server: its origin, its context in tokens if given, and whose it is said to be."""
+
+    root: str
+    max_model_len: int | None
+    owner: str = ""
+
+
+def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
+    """Return the name and revision of the model to request from the servers of `config.base_url`, with the key of that name.
+
+    `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
+    Raises EngineError if no server answers, or the model is ambiguous or not served.
+    """
+    name, root = asyncio.run(_find_model(named_endpoints(config, key_name), config.model))
+    revision = name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
+    return name, revision if config.server.enforced_schema else f"{revision}+{UNENFORCED}"
+
+
+async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
+    for endpoint in endpoints:
+        try:
+            async with endpoint.open_session(aiohttp.ClientTimeout(total=MODELS_SECONDS)):
+                models = await list_models(endpoint)
+        except ServerFaultError as fault:
+            endpoint.fault = str(fault)
+            continue
+        if models is None:
+            if wanted is None:
+                raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
+            return wanted, ""
+        if wanted is None and len(models) != 1:
+            hint = f"pass --model: {shown_models(models)}"
+            raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
+        # `synth serve` appends a revision, and Gemini puts "models/" before its names.
+        matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
+        if not matching:
+            raise not_served(endpoint, wanted or "", models)
+        name = wanted if wanted in models else matching[0]
+        if name != wanted and len(matching) > 1:
+            hint = f"name one: --model {shown_models(matching)}"
+            raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
+        return name, models[name].root
+    raise no_server(endpoints)
+
+
+async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
+    """Return the models of a server by name; None if it has no list of them.
+
+    Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
+    """
+    try:
+        async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
+            text = await read_body(answer, MAX_BODY_BYTES)
+        if answer.status in (404, 405, 501):
+            return None
+        raise_for_access(answer, endpoint, text)
+        if answer.status == 200:
+            return _models_in(text)
+        raise ServerFaultError(f"{answer.status}: {endpoint.error_message(text)}")
+    except CONNECTION_ERRORS as error:
+        raise ServerFaultError(one_line(error)) from None
+
+
+def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
+    """Return the models in a list of them, which Together sends without an object around it; None for anything else."""
+    try:
+        value = parse_json(answer)
+        models = [model for model in (value if isinstance(value, list) else value["data"]) if isinstance(model["id"], str)]
+        return {
+            model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model), str(model.get("owned_by") or ""))
+            for model in models
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _context_tokens(model: dict[str, Any]) -> int | None:
+    # As vLLM and SGLang, OpenRouter, LM Studio, and llama.cpp say it.
+    meta = model.get("meta")
+    stated = [model.get(name) for name in ("max_model_len", "context_length", "max_context_length")]
+    stated.append(meta.get("n_ctx_train") if isinstance(meta, dict) else None)
+    length = next((value for value in stated if value is not None), None)
+    return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
+
+
+def shown_models(models: Iterable[str]) -> str:
+    """Return the first names of served models, for a message: a server may list hundreds."""
+    names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
+    return ", ".join(names[:SHOWN_MODELS]) + (f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else "")
+
+
+def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
+    """Return the error that a server does not serve a model."""
+    hint = f"it serves {shown_models(models) or 'none'}: name one of them, by --model or --judge MODEL@URL"
+    return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
+
+
+async def find_on_servers(
+    name: str,
+    endpoints: Endpoints,
+    retire: Callable[[Endpoint, EngineError], None],
+    warn: Callable[[str], None],
+) -> int | None:
+    """Leave out servers that do not answer or serve other models, if another serves this one; return its smallest context.
+
+    It is in tokens, and None if no server says. Raises EngineError if no server is left.
+    """
+    lengths: list[int | None] = []
+    found = await asyncio.gather(*(find_on_server(name, one) for one in endpoints), return_exceptions=True)
+    for endpoint, result in zip(endpoints, found, strict=True):
+        if isinstance(result, ServerFaultError):
+            endpoint.fault = str(result)
+            endpoint.is_up.clear()
+        elif isinstance(result, EngineError):
+            retire(endpoint, result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            lengths.append(result)
+    if not lengths:
+        raise no_server(endpoints)
+    for endpoint in endpoints:
+        if not endpoint.is_up.is_set() and not endpoint.is_retired:
+            warn(f"{endpoint.url} does not answer; going on without it")
+    roots = dict.fromkeys(endpoint.model_root for endpoint in endpoints if endpoint.model_root)
+    if len(roots) > 1:
+        warn(f"what the servers call {name} is {' and '.join(roots)}: all replies count as those of one model")
+    return min((length for length in lengths if length), default=None)
+
+
+async def find_on_server(name: str, endpoint: Endpoint) -> int | None:
+    """Return the context of a model on a server in tokens, or None if unknown.
+
+    Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
+    """
+    models = await list_models(endpoint)
+    if models is not None and name not in models:
+        raise not_served(endpoint, name, models)
+    endpoint.is_checked = True
+    if models is None:
+        return None
+    if models[name].owner == "vllm":
+        endpoint.dialect = VLLM
+    endpoint.model_root = models[name].root
+    return models[name].max_model_len
 
 
 async def learn_all(
     endpoints: Endpoints,
-    learn: Callable[[Endpoint], Coroutine[Any, Any, None]],
+    learn: Callable[[Endpoint], Awaitable[None]],
     retire: Callable[[Endpoint, EngineError], None],
-    progress: Progress,
-    stack: AsyncExitStack,
 ) -> None:
-    """Have `learn` find out what each server takes; one that takes long is gone on without, until it answers.
+    """Find out by `learn` which fields each server supports; a server that is down or slow is learned by its first request.
 
-    Raises EngineError as `learn` does; of a server that is late, `retire` gets it. The stack ends what still waits.
+    A server that refuses is passed to `retire`. Raises the refusal of the last one.
     """
     for endpoint in endpoints:
         if not endpoint.is_up.is_set():
             endpoints.wait_for(endpoint)
-    learners = {asyncio.create_task(learn(endpoint)): endpoint for endpoint in endpoints if endpoint.is_up.is_set()}
-    late = set(learners)
-    stack.push_async_callback(cancel_tasks, late)
-    refusals: dict[Endpoint, BaseException] = {}
-    timeout: float | None = LEARN_SECONDS
-    while late and len(refusals) == len(learners) - len(late):  # none has answered
-        done, _ = await asyncio.wait(late, timeout=timeout, return_when=FIRST_COMPLETED if timeout is None else ALL_COMPLETED)
-        late -= done
-        refusals |= {learners[task]: error for task in done if (error := task.exception())}
-        timeout = None
-    for endpoint, error in refusals.items():
-        if len(refusals) == len(learners) or not isinstance(error, EngineError):
-            raise error
-        retire(endpoint, error)
-    for task in late:
-        progress.warn(f"{learners[task].url} has not answered its first request yet; going on without it until it does")
-        learners[task].is_up.clear()
-        task.add_done_callback(partial(_take_late, learners[task], retire))
-
-
-def _take_late(endpoint: Endpoint, retire: Callable[[Endpoint, EngineError], None], task: "asyncio.Task[None]") -> None:
-    if task.cancelled():
-        return
-    refusal = task.exception()
-    if refusal and not isinstance(refusal, EngineError):
-        refusal = EngineError(f"{endpoint.url} fails at its first request: {one_line(refusal)}")
-    if isinstance(refusal, EngineError):
-        with suppress(EngineError):  # if it was the last one, the requests that wait for a server say so
-            retire(endpoint, refusal)
-    elif not endpoint.is_retired:
-        endpoint.is_up.set()
+    up = [endpoint for endpoint in endpoints if endpoint.is_up.is_set()]
+    seconds = LEARN_SECONDS if len(up) > 1 else None
+    results = await asyncio.gather(*(asyncio.wait_for(learn(endpoint), seconds) for endpoint in up), return_exceptions=True)
+    for endpoint, result in zip(up, results, strict=True):
+        if isinstance(result, EngineError):
+            retire(endpoint, result)
+        elif result is not None and not isinstance(result, TimeoutError):
+            raise result
 
 
 async def learn_dialect(
     endpoint: Endpoint,
-    session: aiohttp.ClientSession,
     model: str,
     server: ServerConfig,
     reply_tokens: int,
@@ -92,7 +233,7 @@ async def learn_dialect(
     max_tokens = chat_api.PROBE_TOKENS
     while True:
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
-        status, answer = await _probe(endpoint, session, probe, server, progress)
+        status, answer = await _probe(endpoint, probe, server, progress)
         if status == 200 and (problem := chat_api.problem_of(answer, endpoint.keys)):
             hint = "what it says there is to be mended first; then run the same command"
             raise EngineError(f"{endpoint.url} answers its first request with {problem}", hint=hint)
@@ -121,51 +262,48 @@ async def learn_dialect(
             raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = better
     _tell(endpoint, progress)
-    if endpoint.is_vllm and "uuid" not in endpoint.dialect.left_out and await _keeps_images(endpoint, session, model):
+    if endpoint.dialect.is_vllm and await _keeps_images(endpoint, model):
         endpoint.kept = KeptImages()
 
 
 def _tell(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
     if left_out := dialect.describe():
-        progress.message(f"{endpoint.url} does not take all that vLLM does; left out: {left_out}")
+        progress.message(f"{endpoint.url} refuses some fields, which are left out: {left_out}")
     if "temperature" in dialect.left_out:
         progress.warn(f"{endpoint.url} samples at a temperature of its own: replies are not greedy")
     if dialect.format != "json_schema":
         progress.warn(f"{endpoint.url} does not enforce JSON schemas: each reply is checked, and bad ones are asked for again")
 
 
-async def _keeps_images(endpoint: Endpoint, session: aiohttp.ClientSession, model: str) -> bool:
-    """Return whether a server refuses the name of an image that it has not, and for that alone.
+async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
+    """Return whether a server refuses an unknown name of an image, and for that reason alone.
 
-    Any other might answer without the image. What goes wrong here is no reason to end a run: images are then sent each time.
+    vLLM skips some unparsable parts of a message with a warning only: a reply would then be about no image. A failure of this
+    request does not end the run; images are then sent each time.
     """
     probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:
-        answer, text = await _post(endpoint, session, probe, timeout=IMAGE_PROBE_TIMEOUT)
+        async with asyncio.timeout(IMAGE_PROBE_SECONDS):
+            answer, text = await _post(endpoint, probe)
     except CONNECTION_ERRORS:
         return False
     return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
 
 
-async def _post(
-    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, **options: Any
-) -> tuple[aiohttp.ClientResponse, bytes]:
+async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
     """Send a probe once; return the answer, and its body."""
-    fixed: dict[str, Any] = {"headers": endpoint.headers, "proxy": endpoint.proxy, "allow_redirects": False}
-    async with session.post(f"{endpoint.url}/chat/completions", data=probe, **fixed, **options) as answer:
+    async with endpoint.post_chat(probe) as answer:
         return answer, await read_body(answer, MAX_BODY_BYTES)
 
 
-async def _probe(
-    endpoint: Endpoint, session: aiohttp.ClientSession, probe: bytes, server: ServerConfig, progress: Progress
-) -> tuple[int, bytes]:
+async def _probe(endpoint: Endpoint, probe: bytes, server: ServerConfig, progress: Progress) -> tuple[int, bytes]:
     """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
     loop = asyncio.get_running_loop()
     faults, refusals, ends_at, busy = 0, 0, loop.time() + server.startup_timeout_s, endpoint.busy
     while True:
         try:
-            answer, text = await _post(endpoint, session, probe)
+            answer, text = await _post(endpoint, probe)
             raise_for_access(answer, endpoint, text)
             if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
                 busy.end()

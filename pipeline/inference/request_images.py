@@ -82,7 +82,7 @@ class RequestImages:
 
     async def _part(self, image: bytes, bound: int | None, shown: str) -> ImageParts:
         kind = sendable_format(image, bound)
-        data = image
+        data = image  # the source step has removed its metadata
         if kind is None:
             data = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, bound)
         uuid = hashlib.sha256(data).hexdigest()

@@ -1,16 +1,19 @@
-"""When a request is sent again: which answers ask to wait, for how long, and after how many failures it is given up."""
+"""Failures of servers: what a status means, how long to wait before a request is sent again, and when it is abandoned."""
 
 import random
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from time import monotonic
 
+import aiohttp
+
+REFUSED_STATUSES = (400, 422)  # something in the request is not supported
+CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
 BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
 GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
-LONGEST_STATED_SECONDS = 3600.0  # that a server may ask to wait for; a longer wait ends the run
+MAX_RETRY_AFTER_SECONDS = 3600.0  # a longer Retry-After ends the run
 ABSURD_SECONDS = 1_000_000.0  # a date so far ahead is a fault of the server's clock
 MAX_LONG_WAITS = 3  # of one request
 MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
@@ -18,10 +21,18 @@ MAX_DEATHS = 2  # of servers at one request, after which it is sent alone, and a
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
-_DURATION = re.compile(
-    r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m(?!s))?(?:([0-9]{1,6}(?:\.[0-9]{1,9})?)s)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)ms)?"
-)
-_RATE_LIMITS = ("requests", "tokens")
+
+
+class ServerFaultError(Exception):
+    """Raised when a server fails at a request, which may be sent again."""
+
+
+class ServerBusyError(Exception):
+    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
+
+
+class RefusedError(Exception):
+    """Raised when a server refuses one request."""
 
 
 def backoff_seconds(failures: int) -> float:
@@ -53,7 +64,7 @@ class RetryState:
             return None
         self.busy += 1
         if stated_s:
-            wait_s = min(stated_s, LONGEST_STATED_SECONDS) * random.uniform(1.0, 1.2)
+            wait_s = min(stated_s, MAX_RETRY_AFTER_SECONDS) * random.uniform(1.0, 1.2)
             if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
                 self.long_waits += 1
                 self._busy_until = now + wait_s + self.patience_s
@@ -74,23 +85,8 @@ class RetryState:
         return self.deaths > MAX_DEATHS
 
 
-def stated_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that an answer asks to wait for; None if it does not say.
-
-    They are in Retry-After (seconds, or a date), retry-after-ms, or, where a rate limit has nothing left, in the time until it
-    is full again, as OpenAI and others write it: 6m0s, 20ms.
-    """
-    if _SECONDS.fullmatch(of_ms := headers.get("retry-after-ms", "")):
-        return float(of_ms) / 1000
-    if (stated := retry_seconds(headers.get("Retry-After", ""))) is not None:
-        return stated
-    spent = [kind for kind in _RATE_LIMITS if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]
-    waits = [_seconds_of(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in spent]
-    return max((wait for wait in waits if wait is not None), default=None)
-
-
 def retry_seconds(header: str) -> float | None:
-    """Return the seconds that a Retry-After header asks for, in seconds or as a date; None if it says neither."""
+    """Return the seconds of a Retry-After header, which holds seconds or a date; None if it holds neither."""
     if _SECONDS.fullmatch(header):
         return float(header)
     try:
@@ -99,14 +95,3 @@ def retry_seconds(header: str) -> float | None:
         return max(0.0, seconds) if seconds < ABSURD_SECONDS else None
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _seconds_of(duration: str) -> float | None:
-    """Return the seconds of a duration such as 1m30s or 20ms, or of plain seconds; None for anything else."""
-    if _SECONDS.fullmatch(duration):
-        return float(duration)
-    match = _DURATION.fullmatch(duration) if duration else None
-    if not match:
-        return None
-    hours, minutes, seconds, ms = (float(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds + ms / 1000

@@ -1,17 +1,20 @@
-"""Build the command that starts vLLM on this machine: its flags and its environment."""
+"""Build the commands that start vLLM on this machine: flags, environment, and the GPUs of each server."""
 
 import json
 import os
+import re
 import secrets
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import EngineError, one_line
-from pipeline.inference.gpus import split_flag
 from pipeline.sources import holds_decks
 from pipeline.tasks.base import MAX_PAGES
 
@@ -19,6 +22,13 @@ STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True, "di
 MIN_TOKENS = 1024
 MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
 MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger pages are scaled down equally
+BFLOAT16_CAPABILITY = 8.0  # NVIDIA's compute capability, from Ampere on; a T4 has 7.5
+_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry of CUDA_VISIBLE_DEVICES
+_PARALLEL = {  # flags of vLLM by which one server uses several GPUs
+    "--tensor-parallel-size": "tensor", "-tp": "tensor",
+    "--pipeline-parallel-size": "pipeline", "-pp": "pipeline",
+    "--data-parallel-size": "data", "-dp": "data",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,3 +149,57 @@ def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
     words = [word for flag in flags for word in split_flag(flag)]
     values = [value for flag, value in pairwise(words) if flag == name]
     return int(values[-1]) if values and values[-1].isdigit() else default
+
+
+@cache
+def visible_gpus() -> tuple[str, ...]:
+    """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES; () without a driver.
+
+    Entries of CUDA_VISIBLE_DEVICES, such as UUIDs of MIG instances, are returned as they are. torch is not imported for this:
+    its import takes seconds.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not count:
+        return tuple(map(str, range(count)))
+    entries = (entry.strip() for entry in visible.split(","))
+    return tuple(takewhile(_GPU.fullmatch, entries))  # CUDA ignores the entries after an invalid one, such as -1
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether all GPUs of this machine multiply in bfloat16; vLLM refuses it on others. True where nobody can tell."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return all(float(line) >= BFLOAT16_CAPABILITY for line in done.stdout.split())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return True
+
+
+def split_flag(flag: str) -> list[str]:
+    """Return `--name=value` as name and value; vLLM takes underscores in names for hyphens."""
+    name, equals, value = flag.partition("=")
+    return [name.replace("_", "-") if name.startswith("-") else name, *([value] if equals else [])]
+
+
+def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the GPUs of each server: one each, or as many as the user's flags give to one; () is a server without a GPU."""
+    words = [word for flag in flags for word in split_flag(flag)]
+    sizes = {_PARALLEL[word]: value for word, value in pairwise(words) if word in _PARALLEL}
+    if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
+        return [tuple(gpus)]
+    size = int(sizes.get("tensor", "1")) * int(sizes.get("pipeline", "1"))
+    whole = [tuple(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
+    return whole or [tuple(gpus)]

@@ -185,7 +185,7 @@ def open_log(path: Path) -> io.FileIO:
     """Open the log of a server to append; only this user may read it, and it is not opened through a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     handle = os.open(path, flags, 0o600)
-    os.fchmod(handle, 0o600)  # of an earlier release
+    os.fchmod(handle, 0o600)  # an existing log may be readable by others
     return io.FileIO(handle, "ab")
 
 

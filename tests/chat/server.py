@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,8 +98,8 @@ class ChatServer:
         self.headers.append({**request.headers})
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        own = {"id": f"{self.kind.model_prefix}{self.model}", **self.kind.model_fields}
-        own |= {"owned_by": "vllm" if self.keeps_images else self.owner}
+        owner = "vllm" if self.keeps_images else self.owner
+        own = {"id": f"{self.kind.model_prefix}{self.model}", "owned_by": owner, **self.kind.model_fields}
         others = [own | {"id": name} for name in self.other_models]
         return web.json_response({"data": [own | ({"root": self.model_root} if self.kind is VLLM else {}), *others]})
 
@@ -196,11 +197,12 @@ def task_of(body: dict[str, Any]) -> str:
 
 
 def uuid_of(body: dict[str, Any]) -> str:
+    """Return the sha256 of the first image of a request, which is its uuid; empty if there is no image."""
     first = next(message for message in body["messages"] if message["role"] == "user")
-    image: dict[str, Any] = next(
-        (part for part in first["content"] if part["type"] == "image_url"), {}
-    )  # a blind question has none
-    return str(image.get("uuid") or hashlib.sha256(json.dumps(image).encode()).hexdigest() if image else "")
+    image: dict[str, Any] | None = next((part for part in first["content"] if part["type"] == "image_url"), None)
+    if image is None:  # as in a blind question
+        return ""
+    return str(image.get("uuid") or hashlib.sha256(b64decode(image["image_url"]["url"].partition(",")[2])).hexdigest())
 
 
 def _name(body: dict[str, Any]) -> str:

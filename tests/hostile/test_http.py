@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, concurrency, endpoints, retry, served_models
+from pipeline.inference import client, endpoints, probing, retry
 from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
+from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
 from tests.hostile import bounded_memory, part_of
 from tests.hostile.http import BODIES, Send, chat_answer, response, running_raw, well_behaved
@@ -27,9 +27,9 @@ JOURNAL_BYTES = 2_000_000
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.05)
-    for module in (client, concurrency, endpoints):
+    for module in (client, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(served_models, "MODELS_SECONDS", 2.0)
+    monkeypatch.setattr(probing, "MODELS_SECONDS", 2.0)
 
 
 def ask(folder: Path, url: str, **server: Any) -> list[str | None]:

@@ -181,7 +181,7 @@ def test_more_than_a_thousand_open_files_are_no_dead_decoder() -> None:
 import os
 from pipeline.images.isolation import check_all
 from tests.pipeline.images.test_isolation import png
-from pipeline.inference.concurrency import raise_file_limit
+from pipeline.inference.client import raise_file_limit
 assert raise_file_limit() > 1200
 kept = [os.dup(0) for _ in range(1100)]
 ((_, result),) = check_all(iter([(0, (png(),))]))

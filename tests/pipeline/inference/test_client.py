@@ -1,12 +1,10 @@
 """Client against a scripted server over real sockets: whatever the server does, each request ends in one stored reply."""
 
-import asyncio
 import json
 import logging
 import signal
 import threading
 import time
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -15,21 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError, SourceError
-from pipeline.inference import client, concurrency, endpoints, probing, proxies, request_sender, retry
-from pipeline.inference.client import Client
-from pipeline.inference.concurrency import START_REQUESTS
-from pipeline.inference.endpoints import Endpoint, Endpoints
+from pipeline.inference import client, endpoints, probing, request_sender, retry
+from pipeline.inference.client import START_REQUESTS, Client
+from pipeline.inference.endpoints import MIN_MISSES
 from pipeline.inference.journal import Journal
-from pipeline.inference.kept_images import MIN_MISSED_NAMES, KeptImages
-from pipeline.inference.named_endpoints import named_endpoints
 from pipeline.inference.probing import UNKNOWN_IMAGE
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.served_models import find_model
 from pipeline.progress import NullProgress, Progress
 from pipeline.types import Sample, SampleBatch, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
@@ -44,7 +37,7 @@ ASKED = len(SAMPLES) * 3
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.1)
-    for module in (client, concurrency, endpoints):
+    for module in (client, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
@@ -216,64 +209,6 @@ def test_the_ladder_goes_on_where_a_run_was_cut_off(tmp_path: Path) -> None:
     assert sorted(map(json.dumps, chat.bodies)) == sorted(map(json.dumps, whole))
 
 
-def test_a_server_that_does_not_enforce_schemas_is_refused_loudly(tmp_path: Path) -> None:
-    with running_chat(ChatServer(schemas=False)) as chat, pytest.raises(EngineError, match="does not enforce JSON schemas"):
-        run(tmp_path / "j", chat.url)
-    assert chat.bodies == []
-
-
-def test_a_server_of_another_model_is_refused(tmp_path: Path) -> None:
-    with running_chat(ChatServer(model="llama")) as chat:
-        with pytest.raises(EngineError, match="does not serve model") as caught:
-            run(tmp_path / "j", chat.url)
-        assert "it serves llama" in caught.value.hint
-        name, revision = find_model(resolve(source="scenes", base_url=[chat.url]))
-        assert (name, len(revision)) == ("llama", 16)
-
-
-def test_the_revision_of_a_server_is_in_its_name_or_in_what_it_says_it_serves() -> None:
-    """Two servers that call different models by one name must not share replies."""
-
-    def revision(chat: ChatServer, **settings: Any) -> str:
-        with running_chat(chat):
-            return find_model(resolve(source="scenes", base_url=[chat.url], **settings))[1]
-
-    assert revision(ChatServer(model="tiny@c0ffee")) == "c0ffee"
-    assert revision(ChatServer(model="tiny@c0ffee"), model="tiny") == "c0ffee"
-    first, second = ChatServer(model="m"), ChatServer(model="m")
-    first.model_root, second.model_root = "/models/a", "/models/b"
-    assert revision(first) != revision(second)
-
-
-def test_a_model_that_is_named_in_full_is_taken_before_one_that_begins_so() -> None:
-    with running_chat(ChatServer(model="qwen@q8_0")) as chat:
-        chat.other_models = ["qwen"]
-        assert find_model(resolve(source="scenes", base_url=[chat.url], model="qwen"))[0] == "qwen"
-        assert find_model(resolve(source="scenes", base_url=[chat.url], model="qwen@q8_0"))[0] == "qwen@q8_0"
-
-
-def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
-    with running_chat(ChatServer(model="llama")) as chat:
-        config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
-        with pytest.raises(EngineError, match="does not serve qwen") as caught:
-            find_model(config)
-        assert "cret" not in str(caught.value)
-        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
-    assert "s@cret-word" in named_endpoints(config)[0].keys
-
-
-def test_servers_of_different_models_under_one_name_are_told(tmp_path: Path) -> None:
-    first, second = ChatServer(model="m"), ChatServer(model="m")
-    first.model_root, second.model_root = "/models/a", "/models/b"
-    with running_chat(first), running_chat(second):
-        config = resolve(source="scenes", base_url=[first.url, second.url], model="m")
-        notes = Notes()
-        with Client("m", "r", config, progress=notes):
-            pass
-    assert [text for text in notes.texts if "/models/a and /models/b" in text]
-
-
 def test_what_was_refused_before_does_not_stop_a_later_run(tmp_path: Path) -> None:
     samples = scene_samples(24)
     with running_chat(ChatServer(always(Act(status=400)))) as chat:
@@ -328,14 +263,6 @@ def test_only_the_request_that_kills_its_server_repeatedly_is_given_up(tmp_path:
     with running_chat(chat):
         _, errors = run(tmp_path / "j", chat.url, server={"concurrency": 8})
     assert errors == {None: ASKED - 1, "server_error": 1}
-
-
-def test_a_server_without_a_health_page_is_asked_for_its_models(tmp_path: Path) -> None:
-    chat = ChatServer(once(Act(status=500)))
-    chat.has_health = False
-    with running_chat(chat):
-        _, errors = run(tmp_path / "j", chat.url)
-    assert errors == {None: ASKED}
 
 
 def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) -> None:
@@ -433,25 +360,6 @@ def test_requests_in_flight_are_kept_when_the_source_of_requests_fails(tmp_path:
             assert journal.totals()["replies"] == len(chat.bodies) == journal.totals()["asked"]
 
 
-def test_a_run_that_ends_does_not_wait_for_a_request_that_is_told_to_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[float] = []
-
-    async def wait(self: Client, seconds: float, in_flight: object) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr(Client, "_rest", wait)
-    refused, busy = Act(status=401), Act(status=429, seconds=0.3, headers={"Retry-After": "25"})
-    with running_chat(ChatServer()) as chat:
-        chat.script = lambda times, body: (
-            refused if len(chat.bodies) == 8 else busy if len(chat.bodies) > 4 else Act(seconds=0.3)
-        )
-        with pytest.raises(EngineError, match="scripted 401"):
-            run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 8})
-    assert not waited
-
-
 def test_a_run_that_ends_interrupts_the_requests_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[float] = []
     ended: list[float] = []
@@ -493,21 +401,6 @@ def test_an_image_that_a_server_has_forgotten_is_sent_again(tmp_path: Path) -> N
     assert chat.named > 10
 
 
-def test_names_go_on_where_few_images_are_forgotten(tmp_path: Path) -> None:
-    late: list[bool] = []
-
-    def script(times: int, body: dict[str, Any]) -> None:
-        forget(chat, "0123")
-        if len(chat.bodies) > 250:
-            late.append(body["messages"][-1]["content"][0]["image_url"] is None)
-
-    with running_chat(ChatServer(script)) as chat:
-        chat.keeps_images = True
-        run(tmp_path / "j", chat.url, samples=scene_samples(120), server={"concurrency": 4})
-    assert len(chat.missed) > MIN_MISSED_NAMES  # in all, and fewer than are found
-    assert any(late)
-
-
 def test_few_requests_are_recorded_at_once_only_where_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[bool, list[int]] = {True: [], False: []}
     record = Journal.record_sent
@@ -521,24 +414,6 @@ def test_few_requests_are_recorded_at_once_only_where_images_are_named(tmp_path:
     assert max(sizes[False]) == 12  # all requests about four samples
 
 
-def test_a_server_that_comes_back_has_lost_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def is_healthy(self: Endpoint) -> bool:
-        return True
-
-    monkeypatch.setattr(Endpoint, "is_healthy", is_healthy)
-
-    async def comes_back() -> bool:
-        endpoint = Endpoint("http://127.0.0.1:1/v1", {}, kept=KeptImages())
-        assert endpoint.kept
-        endpoint.kept.add("a")
-        servers = Endpoints([endpoint], 1.0)
-        servers.mark_down(endpoint)
-        await endpoint.is_up.wait()
-        return "a" in endpoint.kept
-
-    assert not asyncio.run(comes_back())
-
-
 def test_names_are_given_up_if_a_server_forgets_most_images(tmp_path: Path) -> None:
     with running_chat(ChatServer()) as chat:
         chat.keeps_images = True
@@ -546,7 +421,7 @@ def test_names_are_given_up_if_a_server_forgets_most_images(tmp_path: Path) -> N
         _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(30), server={"concurrency": 4})
     assert errors == {None: 90}
     assert chat.named == 0
-    assert MIN_MISSED_NAMES < len(chat.missed) < MIN_MISSED_NAMES + 8
+    assert MIN_MISSES < len(chat.missed) < MIN_MISSES + 8
 
 
 def test_only_a_server_that_proves_to_keep_images_gets_names(tmp_path: Path) -> None:
@@ -577,7 +452,7 @@ def test_a_name_that_is_not_taken_costs_no_reply_and_is_soon_given_up(tmp_path: 
         _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(40), server={"concurrency": 4})
     assert errors == {None: 120}
     if not on_name.text:  # that is an unusable reply: the next attempt is sent with the image
-        assert MIN_MISSED_NAMES <= chat.named < MIN_MISSED_NAMES + 8
+        assert MIN_MISSES <= chat.named < MIN_MISSES + 8
 
 
 @pytest.mark.parametrize(
@@ -588,28 +463,11 @@ def test_a_name_that_is_not_taken_costs_no_reply_and_is_soon_given_up(tmp_path: 
 def test_a_server_that_fails_at_the_name_of_no_image_gets_no_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_miss: Act
 ) -> None:
-    monkeypatch.setattr(probing, "IMAGE_PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    monkeypatch.setattr(probing, "IMAGE_PROBE_SECONDS", 0.2)
     with running_chat(ChatServer()) as chat:
         chat.keeps_images, chat.on_miss = True, on_miss
         _, errors = run(tmp_path / "j", chat.url)
     assert (errors, chat.named, chat.missed) == ({None: ASKED}, 0, [UNKNOWN_IMAGE])
-
-
-def test_a_server_that_refuses_uuids_in_the_middle_is_sent_images_without_them(tmp_path: Path) -> None:
-    def script(times: int, body: dict[str, Any]) -> Act | None:
-        return (
-            Act(status=400, raw=b'{"error": "uuid is not allowed"}') if len(chat.bodies) > 30 and is_with_uuid(body) else None
-        )
-
-    def is_with_uuid(body: dict[str, Any]) -> bool:
-        return any("uuid" in part for part in body["messages"][-1]["content"])
-
-    with running_chat(ChatServer()) as chat:
-        chat.keeps_images, chat.script = True, script
-        _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(20), server={"concurrency": 4})
-    assert errors == {None: 60}
-    last = [part for body in chat.bodies[-20:] for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
-    assert all(part["image_url"] and "uuid" not in part for part in last)
 
 
 def test_requests_wait_for_an_image_only_while_there_is_something_else_to_send(tmp_path: Path) -> None:
@@ -660,36 +518,6 @@ def test_a_key_that_a_server_repeats_is_in_no_message(
         assert b"Authorization: [key] in it" in kept
 
 
-def test_a_server_that_asks_to_wait_for_long_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LONG_WAIT_SECONDS", 0.05)
-    progress = Notes()
-    with running_chat(ChatServer(once(Act(status=429, headers={"retry-after-ms": "100"})))) as chat:
-        assert not ask(chat, tmp_path / "j", progress)
-    assert [text for text in progress.texts if "asks to wait for 0 s" in text] == [
-        f"warning: {chat.url} asks to wait for 0 s before a request is sent again"
-    ]
-
-
-def test_a_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = ChatServer()
-    chat.key = "sesame-7"
-    with running_chat(chat):
-        with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
-            run(tmp_path / "j", chat.url)
-        assert "SYNTH_API_KEY" in caught.value.hint
-        monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
-        run(tmp_path / "j", chat.url)
-
-
-def test_an_unreachable_server_is_an_error_with_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no server answers") as caught:
-        run(tmp_path / "j", "http://127.0.0.1:9/v1")
-    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
-    with running_chat(ChatServer()) as chat, pytest.raises(EngineError, match=r"no server answers at https.*\[SSL") as caught:
-        run(tmp_path / "j", chat.url.replace("http:", "https:"))
-    assert "SSL_CERT_FILE" in caught.value.hint
-
-
 def test_work_goes_to_the_server_with_the_least_to_do_and_an_image_stays_where_it_is(tmp_path: Path) -> None:
     slow = ChatServer(lambda times, body: Act(seconds=0.3))
     with running_chat(slow), running_chat(ChatServer()) as fast:
@@ -719,42 +547,6 @@ def test_a_server_that_fails_for_a_while_is_used_again(tmp_path: Path, monkeypat
     assert len(other.bodies) > 40
 
 
-def test_a_server_that_refuses_is_left_out_though_the_other_is_slow_to_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.inference.probing.LEARN_SECONDS", 0.2)
-    slow, locked = ChatServer(), ChatServer()
-    slow.probe_seconds, locked.schemas = 1.0, False
-    progress = Notes()
-    with running_chat(slow), running_chat(locked):
-        _, errors = run(tmp_path / "j", slow.url, locked.url, progress=progress)
-    assert errors == {None: ASKED} and not locked.bodies
-    assert any(locked.url in text and "going on without it" in text for text in progress.texts)
-    with (
-        running_chat(locked),
-        running_chat(ChatServer(schemas=False)) as other,
-        pytest.raises(EngineError, match="does not enforce"),
-    ):
-        run(tmp_path / "k", locked.url, other.url)
-
-
-def test_an_answer_without_a_reply_is_an_error_and_not_taken_for_one_without_a_schema(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
-    chat = ChatServer()
-    with running_chat(chat):
-        for raw, problem in (
-            (b'{"error": {"message": "Insufficient credits", "code": 402}}', "with an error: Insufficient credits"),
-            (b'{"error": {"message": "sk-very-secret has none"}}', r"with an error: \[key\] has none"),
-            (b'{"choices": []}', "with no reply: its list of choices is empty"),
-            (b'data: {"choices": [{"delta": {"content": "A"}}]}', "with a stream, which it was not asked for"),
-        ):
-            chat.probe_answer = raw
-            with pytest.raises(EngineError, match=problem):
-                ask(chat, tmp_path / "j", Notes())
-
-
 def test_half_of_an_emoji_in_an_error_costs_its_request_alone(tmp_path: Path) -> None:
     """A gateway may cut a message anywhere."""
     cut = Act(raw=b'{"error": {"message": "cannot read: \\ud83d"}}', status=400)
@@ -763,29 +555,15 @@ def test_half_of_an_emoji_in_an_error_costs_its_request_alone(tmp_path: Path) ->
     assert errors == {None: ASKED - 3, "refused_by_server": 3}
 
 
-def test_of_two_servers_the_one_that_is_busy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "BUSY_WARNING_SECONDS", 0.2)
-    good, busy = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(lambda times, body: Act(status=429))
-    progress = Notes()
-    with running_chat(good), running_chat(busy):
-        run(tmp_path / "j", good.url, busy.url, samples=scene_samples(40), server={"concurrency": 4}, progress=progress)
-    warnings = [text for text in progress.texts if "has answered 429" in text]
-    assert warnings and all(text.startswith(f"warning: {busy.url} has") for text in warnings)
-
-
-def test_a_server_that_does_not_answer_its_first_request_is_gone_on_without(
+def test_a_server_that_is_slow_to_answer_its_first_request_does_not_delay_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.inference.probing.LEARN_SECONDS", 0.3)
+    monkeypatch.setattr(probing, "LEARN_SECONDS", 0.3)
     good, late = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer()
     late.probe_seconds = 1.5
-    progress = Notes()
     with running_chat(good), running_chat(late):
-        _, errors = run(
-            tmp_path / "j", good.url, late.url, samples=scene_samples(40), server={"concurrency": 4}, progress=progress
-        )
-    assert errors == {None: 120} and good.bodies and late.bodies  # as soon as it has
-    assert any(text.startswith(f"warning: {late.url} has not answered its first request yet") for text in progress.texts)
+        _, errors = run(tmp_path / "j", good.url, late.url, samples=scene_samples(40), server={"concurrency": 4})
+    assert errors == {None: 120} and good.bodies and late.bodies  # as soon as it answers
 
 
 def later(seconds: float, act: Callable[[], None]) -> None:
@@ -861,12 +639,6 @@ def test_when_no_server_comes_back_what_is_done_is_kept(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         stored = journal.totals()["replies"]
     assert len(chat.bodies) - 2 * 4 <= stored < 180
-
-
-def test_requests_in_flight_stay_within_the_window(tmp_path: Path) -> None:
-    with running_chat(ChatServer(lambda times, body: Act(seconds=0.05))) as chat:
-        run(tmp_path / "j", chat.url, server={"concurrency": 5})
-    assert chat.max_in_flight == 5
 
 
 def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
@@ -950,18 +722,6 @@ def test_replies_say_how_long_they_took_and_what_they_cost(tmp_path: Path) -> No
     assert stats.metrics(config.server)["tokens"] == "160 read, 48 written"
     assert config.server.price(1_000_000, 2_000_000) == 7.0
     assert stats.asking_s > 0.1
-
-
-@pytest.mark.parametrize(
-    "usage",
-    [{"prompt_tokens": 10**24}, {"prompt_tokens": "abc"}, {"prompt_tokens": -3}, {"prompt_tokens": 1.5}, [1], "x", 7, None],
-)
-def test_an_odd_count_of_tokens_costs_no_reply(tmp_path: Path, usage: object) -> None:
-    body = json.dumps({"choices": [{"message": {"content": '{"caption":"A ring."}'}, "finish_reason": "stop"}], "usage": usage})
-    with running_chat(ChatServer(lambda times, request: Act(raw=body.encode()))) as chat:
-        stats, errors = run(tmp_path / "j", chat.url)
-    assert (stats.done, stats.uncounted) == (ASKED, stats.asked)
-    assert errors[None] == 2 * len(SAMPLES)  # all captions
 
 
 def test_an_odd_finish_reason_or_time_to_wait_is_no_traceback(tmp_path: Path) -> None:
@@ -1107,28 +867,6 @@ def test_the_proxy_of_the_environment_is_used_for_other_machines_alone(tmp_path:
         run(tmp_path / "l", here.url)
 
 
-@pytest.mark.parametrize(
-    ("health", "models", "is_healthy"),
-    [
-        (200, None, True),
-        (503, 200, False),
-        (None, 200, False),
-        (404, 200, True),
-        (404, 503, False),
-        (401, 404, True),
-        (302, 404, True),
-    ],
-)
-def test_a_server_is_healthy_by_its_page_its_models_or_any_answer(
-    health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def status_of(url: str, *_: object, **__: object) -> int | None:
-        return health if url.endswith("/health") else models
-
-    monkeypatch.setattr(endpoints, "status_of", status_of)
-    assert asyncio.run(endpoints.Endpoint("http://127.0.0.1:9/v1", {}).is_healthy()) == is_healthy
-
-
 def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answers(tmp_path: Path) -> None:
     answers, refuses = ChatServer(lambda times, body: Act(seconds=0.01)), ChatServer(lambda times, body: Act(status=400))
     with running_chat(answers), running_chat(refuses):
@@ -1136,38 +874,3 @@ def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answer
     refused = errors.pop("refused_by_server")
     assert errors == {None: 180 - refused}
     assert refused < request_sender.MAX_REFUSALS_BEFORE_REPLY + 4
-
-
-@pytest.mark.parametrize(
-    ("url", "no_proxy", "proxy"),
-    [
-        ("https://api.example.com/v1", "", "http://proxy:3128"),
-        ("https://api.example.com/v1", "*.example.com", None),
-        ("https://api.example.com/v1", "example.com,other.org", None),
-        ("https://api.notexample.com/v1", "*.example.com,example.com,ample.com", "http://proxy:3128"),
-        ("https://8.8.8.8/v1", "", "http://proxy:3128"),
-        ("https://10.1.2.3:8000/v1", "", None),
-        ("https://127.0.1.1/v1", "", None),
-        ("https://0.0.0.0:8000/v1", "", None),
-        ("https://[::1]:8000/v1", "", None),
-        ("https://localhost:8000/v1", "", None),
-        ("https://vllm-7:8000/v1", "", None),
-        ("http://api.example.com/v1", "", None),  # for which there is none
-    ],
-)
-def test_servers_nearby_are_asked_without_a_proxy(
-    url: str, no_proxy: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
-    monkeypatch.setenv("NO_PROXY", no_proxy)
-    assert proxies.proxy_for(url) == proxy
-
-
-def test_a_short_name_of_two_models_is_one_error() -> None:
-    with running_chat(ChatServer(model="m@abc")) as chat:
-        chat.other_models = ["m@def"]
-        with pytest.raises(EngineError, match="m may be several models") as caught:
-            find_model(resolve(source="scenes", base_url=[chat.url], model="m"))
-        assert "m@abc, m@def" in caught.value.hint

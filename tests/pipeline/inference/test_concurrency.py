@@ -1,14 +1,14 @@
-"""Tests of pipeline/inference/concurrency.py."""
+"""Concurrency: the limit of requests in flight follows the servers."""
 
 import pytest
 
-from pipeline.inference import concurrency
-from pipeline.inference.concurrency import Concurrency
+from pipeline.inference import client
+from pipeline.inference.client import Concurrency
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concurrency, "POLL_SECONDS", -1)
+    monkeypatch.setattr(client, "POLL_SECONDS", -1)
 
 
 def test_it_starts_with_what_is_known_of_the_servers() -> None:
@@ -50,7 +50,7 @@ def test_a_fixed_limit_is_lowered_by_complaints_alone_and_comes_back() -> None:
 
 
 def test_complaints_of_one_moment_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concurrency, "POLL_SECONDS", 1000)
+    monkeypatch.setattr(client, "POLL_SECONDS", 1000)
     monkeypatch.setattr("time.monotonic", lambda: 5000.0)
     limit = Concurrency(1, None, 8)
     limit.slow_down()

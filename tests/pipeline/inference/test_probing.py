@@ -1,9 +1,10 @@
-"""Probing: of each kind of server it is found out what it takes, and a run on it loses nothing."""
+"""Probing: the protocol of each kind of server is found out, and a run loses nothing; keys go to their servers alone."""
 
 import dataclasses
 import json
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,39 +16,32 @@ from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import client, judge, retry
 from pipeline.inference.client import Client
+from pipeline.inference.endpoints import Pace, named_endpoints
 from pipeline.inference.journal import Journal
-from pipeline.inference.named_endpoints import named_endpoints
-from pipeline.inference.pace import Pace
+from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.served_models import find_model
 from pipeline.types import SampleInfo
-from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PLAIN, PROXY, ServerKind
-from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
+from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, OPENAI, PLAIN, PROXY, THINKS, ServerKind, refuse
+from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.notes import Notes
 from tests.scene_data import batch_of, scene_samples
 
-SAMPLES = scene_samples(10)
-LEFT_OUT = {
-    "deepinfra": {"repetition_detection"},
-    "openai": {"repetition_detection", "uuid"},
-    "openai that thinks": {"repetition_detection", "uuid", "temperature", "top_p", "max_tokens"},
-    "gemini": {"repetition_detection", "uuid"},
-    "mistral": {"repetition_detection", "uuid"},
-}
-EVERYTHING = {"repetition_detection", "temperature", "top_p", "max_tokens", "response_format"}
+SAMPLES = scene_samples(4)
+FIELDS = {"temperature", "top_p", "max_tokens", "response_format"}
+LEFT_OUT = {"openai that thinks": {"temperature", "top_p", "max_tokens"}}
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
-    yield
 
 
-def ask(path: Path, chat: ChatServer, **server: Any) -> tuple[list[str | None], list[str], str]:
-    """Ask about the samples; return the errors of all annotations, what a user reads, and the revision of the model."""
+def ask(path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any) -> tuple[list[str | None], list[str], str]:
+    """Ask about the samples; return the errors of all annotations, the messages, and the revision of the model."""
     notes = Notes()
-    config = resolve(source="scenes", base_url=[chat.url], model="model", server={"concurrency": 4, **server})
+    settings: dict[str, Any] = {"server": {"concurrency": 4, **server}, "generate": {"max_tokens": max_tokens}}
+    config = resolve(source="scenes", base_url=[chat.url], model="model", **settings)
     name, revision = find_model(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
@@ -59,25 +53,25 @@ def ask(path: Path, chat: ChatServer, **server: Any) -> tuple[list[str | None], 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_server_gets_all_that_it_takes_and_nothing_else(kind: ServerKind, tmp_path: Path) -> None:
+def test_a_server_gets_all_fields_that_it_supports_and_no_others(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
         errors, texts, revision = ask(tmp_path / "j", chat)
     assert errors == [None] * 3 * len(SAMPLES) and "unenforced" not in revision
     left_out = LEFT_OUT.get(kind.name, set())
     for body in chat.bodies:
         image = next(part for part in body["messages"][1]["content"] if part["type"] == "image_url")
-        assert ("uuid" in image) == ("uuid" not in left_out)
-        assert EVERYTHING - body.keys() == left_out - {"uuid"}
+        assert ("uuid" in image) == ("repetition_detection" in body) == (kind.name == "vllm")
+        assert FIELDS - body.keys() == left_out
         assert body["response_format"]["type"] == "json_schema"
     assert len(chat.bodies) == 3 * len(SAMPLES)
-    assert len(chat.refused) <= 4 + len(left_out)  # those in flight, and one for each field
-    said = " ".join(texts)
-    assert all(name in said for name in left_out) and ("left out" in said) == bool(left_out)
-    assert ("not greedy" in said) == ("temperature" in left_out)
+    assert len(chat.refused) == len(left_out)
+    messages = " ".join(texts)
+    assert all(name in messages for name in left_out) and ("left out" in messages) == bool(left_out)
+    assert ("not greedy" in messages) == ("temperature" in left_out)
 
 
 @pytest.mark.parametrize("kind", LOOSE, ids=lambda kind: kind.name)
-def test_a_server_that_enforces_no_schema_is_taken_only_if_that_is_said(kind: ServerKind, tmp_path: Path) -> None:
+def test_a_server_that_enforces_no_schema_is_accepted_only_by_the_setting(kind: ServerKind, tmp_path: Path) -> None:
     flawed = {"count": 0}
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
@@ -100,15 +94,14 @@ def test_a_server_that_enforces_no_schema_is_taken_only_if_that_is_said(kind: Se
     assert formats == {"json_object" if kind is DEEPSEEK else "text"}
 
 
-def test_a_server_that_ignores_schemas_is_refused_and_one_that_enforces_them_is_used_so(tmp_path: Path) -> None:
-    with running_chat(ChatServer(schemas=False)) as chat:
-        with pytest.raises(EngineError, match="does not enforce JSON schemas"):
-            ask(tmp_path / "a", chat)
-        errors, _, _ = ask(tmp_path / "b", chat, enforced_schema=False)
-        assert set(errors) == {None} and {body["response_format"]["type"] for body in chat.bodies} == {"json_object"}
-    with running_chat(ChatServer()) as chat:
-        ask(tmp_path / "c", chat, enforced_schema=False)
-        assert {body["response_format"]["type"] for body in chat.bodies} == {"json_schema"}
+@pytest.mark.parametrize(("schemas", "form"), [(False, "json_object"), (True, "json_schema")])
+def test_without_the_setting_a_server_that_ignores_schemas_is_refused(schemas: bool, form: str, tmp_path: Path) -> None:  # noqa: FBT001
+    with running_chat(ChatServer(schemas=schemas)) as chat:
+        if not schemas:
+            with pytest.raises(EngineError, match="does not enforce JSON schemas"):
+                ask(tmp_path / "a", chat)
+        errors, *_ = ask(tmp_path / "b", chat, enforced_schema=False)
+    assert set(errors) == {None} and {body["response_format"]["type"] for body in chat.bodies} == {form}
 
 
 def test_a_server_without_a_list_of_models_needs_the_name_of_one(tmp_path: Path) -> None:
@@ -122,31 +115,245 @@ def test_a_server_without_a_list_of_models_needs_the_name_of_one(tmp_path: Path)
                 pass
 
 
-def test_a_refusal_that_names_nothing_of_ours_is_shown(tmp_path: Path) -> None:
-    def full(times: int, body: dict[str, Any]) -> Act:
-        return Act(status=400, raw=b'{"error":{"message":"This model takes no images."}}')
+def thinking(tokens: int) -> ServerKind:
+    """Return a kind of server whose model thinks for `tokens` tokens before it writes."""
 
-    script: Script = full
-    with running_chat(ChatServer(script)) as chat, pytest.raises(EngineError, match="This model takes no images"):
+    def think(body: dict[str, Any]) -> tuple[int, Any] | None:
+        message = {"role": "assistant", "content": None, "reasoning": "The user says hello. So"}
+        is_cut = body["max_tokens"] <= tokens
+        return (200, {"choices": [{"message": message, "finish_reason": "length"}]}) if is_cut else None
+
+    return ServerKind(name="thinks", model_fields={}, extra=think)
+
+
+def refusing(message: str) -> ServerKind:
+    return ServerKind(name="refuses", model_fields={}, extra=lambda body: refuse(message))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (refusing("Your credit balance is too low."), {}, "refuses the first request: Your credit balance"),
+        (refusing("Your credit balance is too low."), {"enforced_schema": False}, "Your credit balance"),
+        (thinking(1000), {}, "thinks for more than 400 tokens"),
+        *(
+            (refusing(text), {}, "max_tokens")  # a limit that is too large is no unknown field
+            for text in (
+                "max_tokens is too large: 256. This model allows 100.",
+                "Invalid max_tokens value, the valid range of max_tokens is [1, 128]",
+                "Invalid 'max_tokens': integer above maximum value. Expected a value <= 128, but got 256 instead.",
+                "max_tokens: 256 > 128, which is the maximum allowed number of output tokens",
+            )
+        ),
+    ],
+)
+def test_a_first_request_that_is_refused_ends_the_run_with_the_reason(
+    kind: ServerKind, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match=message) as caught:
+        ask(tmp_path / "j", chat, **settings)
+    assert "schema" not in str(caught.value) and not chat.bodies
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b'{"error": {"message": "Insufficient credits", "code": 402}}', "with an error: Insufficient credits"),
+        (b'{"error": {"message": "sk-very-secret has none"}}', r"with an error: \[key\] has none"),
+        (b'{"choices": []}', "with no reply: its list of choices is empty"),
+        (b'data: {"choices": [{"delta": {"content": "A"}}]}', "with a stream, which it was not asked for"),
+    ],
+)
+def test_a_first_answer_without_a_reply_is_an_error(
+    answer: bytes, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
+    chat = ChatServer()
+    chat.probe_answer = answer
+    with running_chat(chat), pytest.raises(EngineError, match=problem):
         ask(tmp_path / "j", chat)
 
 
-def test_a_first_request_that_is_refused_for_another_reason_is_no_matter_of_schemas(tmp_path: Path) -> None:
-    def refuse(body: dict[str, Any]) -> tuple[int, Any]:
-        return 400, {"error": {"message": "Your credit balance is too low."}}
+@pytest.mark.parametrize(
+    "kind",
+    [thinking(1000), ServerKind(name="a server that thinks", model_fields={}, in_parts=True)],
+    ids=["in tokens", "in parts"],
+)
+def test_a_model_that_thinks_first_is_accepted_if_replies_have_the_tokens(kind: ServerKind, tmp_path: Path) -> None:
+    with running_chat(ChatServer(kind=kind)) as chat:
+        errors, texts, _ = ask(tmp_path / "j", chat, max_tokens=4000)
+    assert set(errors) == {None} and not any("schema" in text for text in texts)
 
-    kind = ServerKind(name="poor", model_fields={}, extra=refuse)
-    for settings in ({}, {"enforced_schema": False}):
-        with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match="credit balance") as caught:
-            ask(tmp_path / "j", chat, **settings)
-        assert "schema" not in str(caught.value)
+
+@pytest.mark.parametrize(
+    ("known", "left_out"), [({"max_completion_tokens"}, "max_tokens (max_completion_tokens is sent)"), (set(), "max_tokens")]
+)
+def test_a_server_without_max_tokens_is_asked_without(tmp_path: Path, known: set[str], left_out: str) -> None:
+    strict = dataclasses.replace(OPENAI, fields=PLAIN - {"max_tokens", "max_completion_tokens"} | known)
+    with running_chat(ChatServer(kind=strict)) as chat:
+        errors, texts, _ = ask(tmp_path / "j", chat)
+    assert {*errors} == {None}
+    assert any(text.endswith(f"left out: {left_out}") for text in texts), texts
 
 
-def test_an_address_without_a_path_is_that_of_v1(tmp_path: Path) -> None:
-    with running_chat(ChatServer()) as chat:
-        chat.url = chat.url.removesuffix("/v1")
-        errors, _, _ = ask(tmp_path / "j", chat)
+@pytest.mark.parametrize("reason", ["eos", "eos_token", "end_turn", "STOP"])
+def test_an_ended_reply_counts_in_the_words_of_each_server(tmp_path: Path, reason: str) -> None:
+    with running_chat(ChatServer(lambda times, body: Act(finish_reason=reason))) as chat:
+        errors, *_ = ask(tmp_path / "j", chat)
     assert set(errors) == {None}
+
+
+def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path) -> None:
+    message = {"role": "assistant", "refusal": "I cannot help with that."}
+    refusal = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
+    parts = {"role": "assistant", "content": [{"type": "text", "text": '{"caption":"A small '}, {"text": 'red ring."}'}]}
+    in_parts = json.dumps({"choices": [{"message": parts}], "usage": {}}).encode()
+    parsed = {"message": {"content": {"caption": "A small red ring."}}, "finish_reason": {"type": "stop"}}
+    as_object = json.dumps({"choices": [parsed], "usage": {}}).encode()
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        task = task_of(body)
+        return Act(raw=refusal) if task == "Task: qa" else Act(raw=in_parts if task.endswith("brief") else as_object)
+
+    with running_chat(ChatServer(script)) as chat:
+        errors, _, _ = ask(tmp_path / "j", chat)
+        assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
+        asked = len(chat.bodies)
+        ask(tmp_path / "j", chat)
+    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # a refusal is asked for again twice, and then it is kept
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [b'[{"id": "model", "context_length": 4096}]', b'{"data": [{"id": "model"}]}', b"<html>models</html>", b"[1]", b""],
+)
+def test_a_list_of_models_may_be_bare_or_missing(tmp_path: Path, listed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def models(self: ChatServer, request: web.Request) -> web.Response:
+        return web.Response(body=listed)
+
+    monkeypatch.setattr(ChatServer, "_models", models)
+    with running_chat(ChatServer()) as chat:
+        errors, *_ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None}
+
+
+def test_a_server_that_was_down_at_first_is_probed_when_it_is_up(tmp_path: Path) -> None:
+    first, second = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(kind=THINKS)
+    with running_chat(second):
+        port = int(second.url.split(":")[2].split("/")[0])
+    config = resolve(source="scenes", base_url=[second.url], model="model", server={"concurrency": 4})
+    with running_chat(first), ExitStack() as stack, Journal(tmp_path / "j") as journal:
+        config = config.model_copy(update={"base_url": (first.url, second.url)})
+        chunks = iter([batch_of(scene_samples(60))])
+        started = False
+        engine = lambda: stack.enter_context(Client("model", "r", config))  # noqa: E731
+        for _ in ask_about(chunks, config, "r", engine, journal, RequestStats()):
+            if not started:
+                stack.enter_context(running_chat(second, port))
+                started = True
+        assert journal.totals()["replies"] == 180
+    assert second.bodies and not any("temperature" in body for body in second.bodies)
+
+
+# --- the model
+
+
+@pytest.mark.parametrize(
+    ("served", "others", "wanted", "found"),
+    [
+        ("llama", [], None, "llama"),
+        ("tiny@c0ffee", [], None, "tiny@c0ffee"),
+        ("tiny@c0ffee", [], "tiny", "tiny@c0ffee"),
+        ("models/gemma", [], "gemma", "models/gemma"),
+        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # a full name goes first
+        ("qwen@q8_0", ["qwen"], "qwen@q8_0", "qwen@q8_0"),
+        ("m@abc", ["m@def"], "m", "m may be several models"),
+        ("a", ["b"], None, "serves 2 models"),
+        ("llama", [], "model", "does not serve model"),
+    ],
+)
+def test_a_model_is_found_by_its_full_or_short_name(served: str, others: list[str], wanted: str | None, found: str) -> None:
+    with running_chat(ChatServer(model=served)) as chat:
+        chat.other_models = others
+        config = resolve(source="scenes", base_url=[chat.url], model=wanted)
+        if " " not in found:
+            assert find_model(config)[0] == found
+            return
+        with pytest.raises(EngineError, match=found) as caught:
+            find_model(config)
+        assert all(name in caught.value.hint for name in (served, *others))
+
+
+def test_the_revision_of_a_model_is_in_its_name_or_a_digest_of_its_name_and_root() -> None:
+    """Two servers that call different models by one name must not share replies."""
+
+    def revision(model: str, root: str = "") -> str:
+        with running_chat(ChatServer(model=model)) as chat:
+            chat.model_root = root
+            return find_model(resolve(source="scenes", base_url=[chat.url]))[1]
+
+    assert revision("tiny@c0ffee") == "c0ffee"
+    assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
+
+
+def test_servers_of_different_models_under_one_name_are_reported() -> None:
+    first, second, notes = ChatServer(model="m"), ChatServer(model="m"), Notes()
+    first.model_root, second.model_root = "/models/a", "/models/b"
+    with running_chat(first), running_chat(second):
+        config = resolve(source="scenes", base_url=[first.url, second.url], model="m")
+        with Client("m", "r", config, progress=notes):
+            pass
+    assert [text for text in notes.texts if "/models/a and /models/b" in text]
+
+
+# --- addresses, keys and headers
+
+
+def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
+    with running_chat(ChatServer(model="llama")) as chat:
+        config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
+        with pytest.raises(EngineError, match="does not serve qwen") as caught:
+            find_model(config)
+        assert "cret" not in str(caught.value)
+        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
+    assert "s@cret-word" in named_endpoints(config)[0].keys
+
+
+def test_a_server_that_wants_a_key_gets_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_chat(ChatServer()) as chat:
+        chat.key = "sesame-7"
+        with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
+            find_model(resolve(source="scenes", base_url=[chat.url]))
+        assert "SYNTH_API_KEY" in caught.value.hint
+        monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
+        assert find_model(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
+
+
+def test_an_unreachable_server_is_an_error_with_a_hint() -> None:
+    with pytest.raises(EngineError, match="no server answers") as caught:
+        find_model(resolve(source="scenes", base_url=["http://127.0.0.1:9/v1"]))
+    assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
+    with running_chat(ChatServer()) as chat, pytest.raises(EngineError, match=r"no server answers at https.*\[SSL") as caught:
+        find_model(resolve(source="scenes", base_url=[chat.url.replace("http:", "https:")]))
+    assert "SSL_CERT_FILE" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda url: url.removesuffix("/v1"), "mine"),
+        (lambda url: f"{url}/chat/completions", "mine\r\n"),
+    ],
+)
+def test_an_address_may_lack_its_path_or_name_all_of_it(
+    change: Callable[[str], str], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTH_API_KEY", key)
+    with running_chat(ChatServer()) as chat:
+        chat.url = change(chat.url)
+        errors, _, _ = ask(tmp_path / "j", chat)
+    assert set(errors) == {None} and chat.authorizations == {"Bearer mine"}
 
 
 def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alone(
@@ -171,15 +378,10 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     monkeypatch.setenv("SECOND_KEY", "of-second")
     slow = lambda times, body: Act(seconds=0.2)  # noqa: E731  # answers take longer than all else: all places are in use
-    with running_chat(ChatServer(slow)) as first, running_chat(ChatServer()) as second:
-        second.script = first.script
+    with running_chat(ChatServer(slow)) as first, running_chat(ChatServer(slow)) as second:
         own = {"key_env": "SECOND_KEY", "headers": {"X-Title": "mine"}, "requests_per_minute": 9e6, "weight": 3}
-        server = {
-            "headers": {"X-All": "yes"},
-            "tokens_per_minute": 1e9,
-            "concurrency": 16,
-            "endpoints": {f"{second.url}/": own},
-        }
+        common = {"headers": {"X-All": "yes"}, "tokens_per_minute": 1e9, "concurrency": 16}
+        server = {**common, "endpoints": {f"{second.url}/": own}}
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
         chunks = iter([batch_of(scene_samples(60))])
         with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
@@ -196,7 +398,7 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
         resolve(source="scenes", base_url=[first.url], server={"endpoints": {"http://elsewhere/v1": {}}})
 
 
-def test_a_server_with_a_pace_gets_what_it_may_answer_and_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_server_with_a_pace_delays_no_requests_to_another(tmp_path: Path) -> None:
     slow = lambda times, body: Act(seconds=0.01)  # noqa: E731
     with running_chat(ChatServer(slow)) as paced, running_chat(ChatServer(slow)) as free:
         server = {"concurrency": 16, "endpoints": {paced.url: {"requests_per_minute": 60}}}
@@ -209,15 +411,15 @@ def test_a_server_with_a_pace_gets_what_it_may_answer_and_holds_up_nobody(tmp_pa
     assert 1 <= len(paced.bodies) <= 6  # one a second; of sixteen at once, half would have waited there
 
 
-SPELLINGS = (
-    "https://models.example.com",
-    "https://MODELS.example.com/v1/",
-    "https://models.example.com:443/v1/chat/completions",
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://models.example.com",
+        "https://MODELS.example.com/v1/",
+        "https://models.example.com:443/v1/chat/completions",
+    ],
 )
-
-
-@pytest.mark.parametrize("address", SPELLINGS)
-def test_the_key_of_a_server_is_its_own_however_its_address_is_spelled(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_gets_its_own_key_in_each_spelling_of_its_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-local")
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
     own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
@@ -242,20 +444,22 @@ def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_head
     monkeypatch.setattr(judge, "find_model", find)
     writer, other = "http://127.0.0.1:1/w/v1", "http://127.0.0.1:1/j/v1"
     own = {"key_env": "WRITER_KEY", "headers": {"X-Team": "a"}}
-    for address, key, team in ((other, "of-judge", None), (writer, "of-writer", "a")):
+
+    def headers_for(address: str) -> dict[str, str]:
         verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
         config = resolve(source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify)
         judge.choose_judge(config, "r")
-        assert (asked[-1].headers["Authorization"], asked[-1].headers.get("X-Team")) == (f"Bearer {key}", team)
+        return dict(asked[-1].headers)
+
+    for address, key, team in ((other, "of-judge", None), (writer, "of-writer", "a")):
+        headers = headers_for(address)
+        assert (headers["Authorization"], headers.get("X-Team")) == (f"Bearer {key}", team)
     monkeypatch.delenv("SYNTH_JUDGE_API_KEY")
-    verify = {"judge": f"big@{other}", "judge_may_be_writer": True}
-    config = resolve(source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify)
-    judge.choose_judge(config, "r")
-    assert "Authorization" not in asked[-1].headers  # the key for all is not for a host whose servers have their own
+    assert "Authorization" not in headers_for(other)  # the key for all is not for a host whose servers have their own
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"base_url": ["http://127.0.0.1:99999/v1"]}, "Port out of range"),
         ({"server": {"headers": {"X-A": "b\r\nHost: evil"}}}, "the value of a header, on one line"),
@@ -263,12 +467,12 @@ def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_head
         ({"source": "video:x", "frame_seconds": float("inf")}, "bad value for frame_seconds"),
     ],
 )
-def test_an_address_or_a_value_that_cannot_be_is_one_error(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_impossible_address_or_value_is_one_error(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         resolve(**{"source": "scenes", **settings})
 
 
-def test_what_a_file_says_of_servers_that_are_not_used_now_is_passed_over(tmp_path: Path) -> None:
+def test_settings_of_servers_that_are_not_used_now_are_ignored(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "source: scenes\nbase_url: [http://a:1/v1, http://b:1/v1]\n"
@@ -280,177 +484,16 @@ def test_what_a_file_says_of_servers_that_are_not_used_now_is_passed_over(tmp_pa
 
 
 def test_each_request_waits_for_the_pace_of_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Pace] = []
+    taken: list[float | None] = []
+    tokens: list[int] = []
 
-    class Counted(Pace):
-        def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
-            super().__init__(requests_per_minute, tokens_per_minute)
-            self.taken = self.tokens = 0
-            made.append(self)
+    def take(self: Pace) -> float:
+        taken.append(self.requests_per_minute)
+        return 0.0
 
-        def take(self) -> float:
-            self.taken += 1
-            return 0.0
-
-        def add_tokens(self, count: int) -> None:
-            self.tokens += count
-
-    monkeypatch.setattr("pipeline.inference.named_endpoints.Pace", Counted)
+    monkeypatch.setattr(Pace, "take", take)
+    monkeypatch.setattr(Pace, "add_tokens", lambda self, count: tokens.append(count))
     with running_chat(ChatServer()) as chat:
-        ask(tmp_path / "j", chat, requests_per_minute=7, tokens_per_minute=900)
-    pace = made[-1]  # that of the run; another is made when its model is looked up
-    assert (pace.requests_per_minute, pace.tokens_per_minute) == (7, 900)
-    assert (pace.taken, pace.tokens) == (3 * len(SAMPLES), 3 * len(SAMPLES) * 52)  # type: ignore[attr-defined]
-
-
-def test_a_server_that_was_down_at_first_is_learned_when_it_comes(tmp_path: Path) -> None:
-    strict = next(kind for kind in KINDS if kind.name == "openai that thinks")
-    first, second = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer(kind=strict)
-    with running_chat(second):
-        port = int(second.url.split(":")[2].split("/")[0])
-    config = resolve(source="scenes", base_url=[second.url], model="model", server={"concurrency": 4})
-    with running_chat(first), ExitStack() as stack, Journal(tmp_path / "j") as journal:
-        config = config.model_copy(update={"base_url": (first.url, second.url)})
-        chunks = iter([batch_of(scene_samples(60))])
-        started = False
-        engine = lambda: stack.enter_context(Client("model", "r", config))  # noqa: E731
-        for _ in ask_about(chunks, config, "r", engine, journal, RequestStats()):
-            if not started:
-                stack.enter_context(running_chat(second, port))
-                started = True
-        assert journal.totals()["replies"] == 180
-    assert second.bodies and not any("temperature" in body for body in second.bodies)
-
-
-def test_a_field_that_is_refused_late_is_left_out_from_then_on(tmp_path: Path) -> None:
-    came: list[int] = []
-
-    def refuse(body: dict[str, Any]) -> tuple[int, Any] | None:
-        came.append(1)
-        if len(came) < 4 or "temperature" not in body:
-            return None
-        return 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model."}}
-
-    with running_chat(ChatServer(kind=ServerKind(name="a router", model_fields={}, extra=refuse))) as chat:
-        errors, texts, _ = ask(tmp_path / "j", chat)
-    assert set(errors) == {None} and any("left out: temperature" in text for text in texts)
-
-
-def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path) -> None:
-    message = {"role": "assistant", "refusal": "I cannot help with that."}
-    refusal = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
-    parts = {"role": "assistant", "content": [{"type": "text", "text": '{"caption":"A small '}, {"text": 'red ring."}'}]}
-    in_parts = json.dumps({"choices": [{"message": parts}], "usage": {}}).encode()
-    parsed = {"message": {"content": {"caption": "A small red ring."}}, "finish_reason": {"type": "stop"}}
-    as_object = json.dumps({"choices": [parsed], "usage": {}}).encode()
-
-    def script(times: int, body: dict[str, Any]) -> Act | None:
-        task = task_of(body)
-        return Act(raw=refusal) if task == "Task: qa" else Act(raw=in_parts if task.endswith("brief") else as_object)
-
-    with running_chat(ChatServer(script)) as chat:
-        errors, _, _ = ask(tmp_path / "j", chat)
-        assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
-        asked = len(chat.bodies)
-        ask(tmp_path / "j", chat)
-    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # a refusal is asked for again twice, and then it is one
-
-
-def test_texts_in_parts_prove_schemas_and_are_replies_without_the_thought(tmp_path: Path) -> None:
-    with running_chat(ChatServer(kind=ServerKind(name="a server that thinks", model_fields={}, in_parts=True))) as chat:
-        errors, texts, _ = ask(tmp_path / "j", chat)
-    assert set(errors) == {None} and not any("schema" in text for text in texts)
-
-
-def test_an_address_may_name_the_whole_path_and_a_key_may_end_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNTH_API_KEY", "mine\r\n")
-    with running_chat(ChatServer()) as chat:
-        chat.url += "/chat/completions"
-        ask(tmp_path / "j", chat)
-        assert chat.authorizations == {"Bearer mine"}
-
-
-def thinking(tokens: int) -> ServerKind:
-    """Return a kind of server whose model thinks for so many tokens before it says a word."""
-
-    def think(body: dict[str, Any]) -> tuple[int, Any] | None:
-        if body["max_tokens"] > tokens:
-            return None
-        message = {"role": "assistant", "content": None, "reasoning": "The user says hello. So"}
-        return 200, {"choices": [{"message": message, "finish_reason": "length"}]}
-
-    return ServerKind(name="thinks", model_fields={}, extra=think)
-
-
-def test_a_model_that_thinks_first_is_taken_if_replies_have_the_tokens_for_it(tmp_path: Path) -> None:
-    config = resolve(source="scenes", model="model", generate={"max_tokens": 4000}, tasks=["caption"])
-    with running_chat(ChatServer(kind=thinking(1000))) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
-        asked = config.model_copy(update={"base_url": (chat.url,)})
-        engine = stack.enter_context(Client("model", "r", asked))
-        for _ in ask_about(iter([batch_of(SAMPLES)]), asked, "r", lambda: engine, journal, RequestStats()):
-            pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], asked, "r", journal)
-    assert set(table["reply_error"].to_pylist()) == {None}
-
-
-def test_a_model_that_thinks_longer_than_a_reply_may_be_is_refused_for_that(tmp_path: Path) -> None:
-    with (
-        running_chat(ChatServer(kind=thinking(1000))) as chat,
-        pytest.raises(EngineError, match="thinks for more than") as caught,
-    ):
-        ask(tmp_path / "j", chat)
-    assert "max_tokens" in caught.value.hint and not chat.bodies
-
-
-@pytest.mark.parametrize("reason", ["eos", "eos_token", "end_turn", "STOP"])
-def test_a_reply_that_has_ended_is_one_however_a_server_says_so(tmp_path: Path, reason: str) -> None:
-    with running_chat(ChatServer(lambda times, body: Act(finish_reason=reason))) as chat:
-        errors, *_ = ask(tmp_path / "j", chat)
-    assert set(errors) == {None}
-
-
-@pytest.mark.parametrize(
-    "listed",
-    [b'[{"id": "model", "context_length": 4096}]', b'{"data": [{"id": "model"}]}', b"<html>models</html>", b"[1]", b""],
-)
-def test_a_list_of_models_may_be_bare_or_no_list_at_all(tmp_path: Path, listed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def models(self: ChatServer, request: web.Request) -> web.Response:
-        return web.Response(body=listed)
-
-    monkeypatch.setattr(ChatServer, "_models", models)
-    with running_chat(ChatServer()) as chat:
-        errors, *_ = ask(tmp_path / "j", chat)
-    assert set(errors) == {None}
-
-
-@pytest.mark.parametrize(
-    ("known", "told"),
-    [
-        ({"max_completion_tokens"}, "max_tokens (max_completion_tokens is sent)"),
-        (set(), "max_tokens"),
-    ],
-)
-def test_a_server_that_knows_no_max_tokens_is_asked_without(tmp_path: Path, known: set[str], told: str) -> None:
-    """Its refusal names no other limit."""
-    openai = next(kind for kind in KINDS if kind.name == "openai")
-    strict = dataclasses.replace(openai, fields=PLAIN - {"max_tokens", "max_completion_tokens"} | known)
-    with running_chat(ChatServer(kind=strict)) as chat:
-        errors, texts, _ = ask(tmp_path / "j", chat)
-    assert {*errors} == {None}
-    assert any(text.endswith(f"left out: repetition_detection, uuid, {told}") for text in texts), texts
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "max_tokens is too large: 256. This model allows 100.",
-        "Invalid max_tokens value, the valid range of max_tokens is [1, 128]",
-        "Invalid 'max_tokens': integer above maximum value. Expected a value <= 128, but got 256 instead.",
-        "max_tokens: 256 > 128, which is the maximum allowed number of output tokens",
-    ],
-)
-def test_a_limit_that_is_too_large_is_no_unknown_field(tmp_path: Path, message: str) -> None:
-    refusal = 400, {"error": {"message": message, "type": "invalid_request_error"}}
-    small = ServerKind(name="small", model_fields={}, extra=lambda body: refusal)
-    with running_chat(ChatServer(kind=small)) as chat, pytest.raises(EngineError, match="max_tokens"):
-        ask(tmp_path / "j", chat)
+        ask(tmp_path / "j", chat, requests_per_minute=7)
+    assert taken == [7] * 3 * len(SAMPLES)
+    assert tokens == [52] * 3 * len(SAMPLES)

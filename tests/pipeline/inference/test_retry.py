@@ -10,7 +10,6 @@ from pipeline.inference.retry import (
     RetryState,
     backoff_seconds,
     retry_seconds,
-    stated_wait,
 )
 
 
@@ -20,28 +19,6 @@ from pipeline.inference.retry import (
 )
 def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
     assert retry_seconds(header) == seconds
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"Retry-After": "7", "retry-after-ms": "1500"}, 1.5),
-        ({"retry-after-ms": "soon", "Retry-After": "7"}, 7.0),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30s"}, 90.0),
-        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "1m30s"}, None),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "2h0m1.5s"}, 7201.5),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "12"}, 12.0),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "later"}, None),
-        ({"x-ratelimit-remaining-tokens": "0"}, None),
-    ],
-)
-def test_an_answer_says_how_long_to_wait_in_the_headers_that_servers_use(
-    headers: dict[str, str], seconds: float | None
-) -> None:
-    assert stated_wait(headers) == seconds
 
 
 def test_each_wait_is_twice_as_long_up_to_a_bound() -> None:

@@ -20,7 +20,8 @@ from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
 from pipeline.inference.vllm_server import Server, run_servers
 from pipeline.progress import NullProgress
-from tests.vllm_flags import FLAGS_OF_NEWEST
+
+FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"  # from the sources in its wheel
 
 
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> VllmCommand:
@@ -223,7 +224,7 @@ def test_numbers_that_only_vllm_understands_are_left_to_it(tmp_path: Path, value
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_flags_are_known_to_the_newest_vllm(tmp_path: Path, gpu: bool) -> None:  # noqa: FBT001
-    """Those of 0.33.0, as `tests/vllm_flags.py` reads them from its wheel; test_vllm.py asks the parser of 0.32 itself."""
+    """Those of 0.33.0; tests/whole/test_vllm.py asks the parser of the installed vLLM itself."""
     known = set(FLAGS_OF_NEWEST.read_text(encoding="utf-8").split())
     assert {word for word in plan(tmp_path, gpu=gpu).command(1, tmp_path) if word.startswith("--")} <= known
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # of older ones

@@ -21,7 +21,7 @@ TEXT = {
     "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Idefics3 and SmolVLM walk over the parts of every message: a text that is not a list of parts is left out without a word.
+# SmolVLM walks over the parts of every message: a text that is not a list of parts is left out without a word.
 PARTS_ALONE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
@@ -98,23 +98,25 @@ def qwen3_vl() -> Built:
     return processor, tf.Qwen3VLForConditionalGeneration(config)
 
 
-def _idefics3(kind: str) -> Built:
+def smolvlm() -> Built:
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
     tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
-    sizes = {"size": {"longest_edge": 2 * IMAGE_PX}, "max_image_size": {"longest_edge": IMAGE_PX}}
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_seq_len": 4, "chat_template": PARTS_ALONE}
-    if kind == "SmolVLM":
-        parts |= {"image_processor": tf.SmolVLMImageProcessor(**sizes), "video_processor": tf.SmolVLMVideoProcessor()}
-    else:
-        parts |= {"image_processor": tf.Idefics3ImageProcessor(**sizes)}
-    config = getattr(tf, f"{kind}Config")(
+    sizes: dict[str, Any] = {"size": {"longest_edge": 2 * IMAGE_PX}, "max_image_size": {"longest_edge": IMAGE_PX}}
+    processor = tf.SmolVLMProcessor(
+        image_processor=tf.SmolVLMImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=tf.SmolVLMVideoProcessor(),
+        image_seq_len=4,
+        chat_template=PARTS_ALONE,
+    )
+    config = tf.SmolVLMConfig(
         text_config=_text(tokenizer, model_type="llama"),
         vision_config=VISION | {"image_size": IMAGE_PX, "patch_size": 8},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=0,
     )
-    return getattr(tf, f"{kind}Processor")(**parts), getattr(tf, f"{kind}ForConditionalGeneration")(config)
+    return processor, tf.SmolVLMForConditionalGeneration(config)
 
 
 def gemma3() -> Built:
@@ -135,50 +137,6 @@ def gemma3() -> Built:
         eoi_token_index=tokenizer.eoi_token_id,
     )
     return processor, tf.Gemma3ForConditionalGeneration(config)
-
-
-def internvl() -> Built:
-    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    tokenizer = _tokenizer(**named, video_token="<video>")
-    template = tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
-    processor = tf.InternVLProcessor(
-        image_processor=tf.GotOcr2ImageProcessor(size=_size(), crop_to_patches=True, max_patches=4),
-        tokenizer=tokenizer,
-        video_processor=tf.InternVLVideoProcessor(),
-        image_seq_length=4,
-        chat_template=template,
-    )
-    config = tf.InternVLConfig(
-        text_config=_text(tokenizer, model_type="qwen2"),
-        vision_config=VISION | {"image_size": [IMAGE_PX] * 2, "patch_size": [8, 8]},
-        image_token_id=tokenizer.context_image_token_id,
-        image_seq_length=4,
-        downsample_ratio=0.5,
-    )
-    return processor, tf.InternVLForConditionalGeneration(config)
-
-
-def llava_onevision() -> Built:
-    tokenizer = _tokenizer("<image>", "<video>")
-    pinpoints = [[height, width] for height in (32, 64) for width in (32, 64)]
-    processor = tf.LlavaOnevisionProcessor(
-        image_processor=tf.LlavaOnevisionImageProcessor(size=_size(), image_grid_pinpoints=pinpoints),
-        tokenizer=tokenizer,
-        video_processor=tf.LlavaOnevisionVideoProcessor(size=_size()),
-        num_image_tokens=16,
-        vision_feature_select_strategy="full",
-        chat_template=tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"),
-    )
-    siglip = {"model_type": "siglip_vision_model", "image_size": IMAGE_PX, "patch_size": 8, "vision_use_head": False}
-    config = tf.LlavaOnevisionConfig(
-        text_config=_text(tokenizer, model_type="qwen2"),
-        vision_config=VISION | siglip,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=pinpoints,
-        vision_feature_layer=-1,
-    )
-    return processor, tf.LlavaOnevisionForConditionalGeneration(config)
 
 
 def pixtral() -> Built:
@@ -223,11 +181,8 @@ def _llava(tokenizer: Any, image: str, text: str, vision: dict[str, Any], states
 
 FAMILIES: dict[str, Callable[[], Built]] = {
     "Qwen3-VL": qwen3_vl,
-    "InternVL3": internvl,
-    "SmolVLM": lambda: _idefics3("SmolVLM"),
-    "Idefics3": lambda: _idefics3("Idefics3"),
+    "SmolVLM": smolvlm,
     "Gemma 3": gemma3,
-    "LLaVA-OneVision": llava_onevision,
     "Pixtral": pixtral,
     "LLaVA": llava,
 }
