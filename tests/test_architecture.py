@@ -43,7 +43,7 @@ FILES = {
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ augmentation build caption_files caption_images captioning chair checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index
-        java_scores launch look metrics optimizer pope presets prompts sets side_by_side tokenizer train vqa""",
+        java_scores launch look metrics optimizer pope presets prompts sets tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.captioners import caption, compare, demo, export_model, look, serve_captioner
+from pipeline.cli.captioners import caption, demo, export_model, look, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
@@ -50,7 +50,6 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
     "look": ("synth look ORG/NAME photo.jpg",),
-    "compare": ("synth compare CHECKPOINT ORG/NAME --images photos --captions captions.json",),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
     "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
@@ -140,7 +139,6 @@ add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
 add(look, TRAIN)
-add(compare, TRAIN)
 add(demo, TRAIN)
 add(serve_captioner, TRAIN)
 add(export_model, TRAIN)

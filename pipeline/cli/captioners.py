@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Style
-from pipeline.cli.output import echo, note_seen, note_unfinished, say, show
-from pipeline.cli.training import open_data
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, Style
+from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
-    from pipeline.dataset.version import Version
     from pipeline.storage.sidecars import Existing
-    from trainer.side_by_side import Shown
 
 PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -182,103 +179,6 @@ def look(
         say(f"{score:.3f}  {text}", "dim")
     show(seen.values() | {"path": str(target)}, as_json, "text")
     say(f"wrote {target}")
-
-
-def compare(
-    captioners: Annotated[list[str], Argument(help="Checkpoint folders, or ORG/NAME of the Hub: two or more.")],
-    images: Annotated[
-        list[str] | None, Option(help="Image files, folders or patterns; several times. Else those of --data.")
-    ] = None,
-    captions: Annotated[
-        Path | None, Option(help="What people say of --images: COCO, Karpathy, CSV, JSON lines or Flickr30k.")
-    ] = None,
-    data: DataName = None,
-    split: Annotated[str, Option(help="Of --data: train, validation or test.")] = "test",
-    style: Style = None,
-    num_beams: BeamsAsTrained = None,
-    limit: Annotated[int, Option(min=1, help="Images at most.")] = 1000,
-    out: Annotated[Path | None, Option(**LOCAL_PATH, help="The page.", show_default="compare.html")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put the captions of several captioners side by side, on one page, with scores where people have captioned the images."""
-    from pipeline.storage.files import translate_disk_errors
-    from pipeline.tables import SPLITS
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    if len(captioners) < 2:
-        raise BadParameter("there is nothing to compare one captioner with", param_hint="CAPTIONERS")
-    if len(set(captioners)) < len(captioners):
-        raise BadParameter("one captioner is named twice", param_hint="CAPTIONERS")
-    if split not in SPLITS:
-        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
-    if (data and images) or (captions and not images):
-        raise BadParameter("--images goes with --captions, and --data with --split")
-    page = out or Path("compare.html")
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise BadParameter(f"{page.name} is no page: name it .html", param_hint="--out")
-    folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
-    for folder in folders.values():
-        require_checkpoint(folder)
-        note_unfinished(folder)
-    if images:
-        shown = _images_named(images, captions, limit)
-    else:
-        version = open_data(data, None)
-        shown = _images_of(version, split, limit)
-        for folder in folders.values():
-            note_seen(folder, version, split)
-
-    from trainer.side_by_side import compare_captioners, write_page  # see train
-
-    with show_progress() as progress, translate_disk_errors(page):
-        result = compare_captioners(folders, shown, style, num_beams, progress)
-        write_page(result, shown, page)
-    for one in result["captioners"]:
-        say(
-            f"{one['name']}: "
-            + (f"CIDEr-D {one['scores']['cider_d']:.3f}, " if "scores" in one else "")
-            + f"{one['words']:.1f} words"
-        )
-    for one in result["differences"]:
-        say(f"{one['captioner']} than {one['than']}: {one['difference']:+.3f}, {one['verdict']}")
-    for name, reason in result["unread"].items():
-        say(f"cannot read {name}: {reason}", WARNING)
-    show(result | {"path": str(page)}, as_json, "path")
-
-
-def _short_name(name: str, names: list[str]) -> str:
-    """Return the last part of a captioner's name, or all of it where another one ends so."""
-    last = Path(name).name
-    return name if sum(Path(other).name == last for other in names) > 1 else last
-
-
-def _images_named(names: list[str], captions: Path | None, limit: int) -> list["Shown"]:
-    """Return the images that names lead to, with what a file of captions says of them."""
-    from pipeline.sources.captions import read_captions
-    from pipeline.sources.image_names import describe_unknown, match_images
-    from trainer.caption_files import find_images, shown_path
-    from trainer.side_by_side import Shown
-
-    paths = {shown_path(path): path for path in find_images(names)}
-    written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
-    for warning in describe_unknown(captions, unknown) if captions and unknown else ():
-        say(warning, WARNING)
-    chosen = list(paths.items())[:limit]
-    return [Shown(name, path, tuple(written[name].captions) if name in written else ()) for name, path in chosen]
-
-
-def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
-    """Return the images of a split with their references. Raises TrainError for decks."""
-    from trainer.data import decks_error
-    from trainer.image_index import map_images
-    from trainer.side_by_side import Shown
-
-    if "image" not in version.manifest["columns"]:
-        raise decks_error()
-    rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
-    images = map_images(version, split)
-    return [Shown(row["sample_id"], images[row["sample_id"]], tuple(row["references"])) for row in rows]
 
 
 def serve_captioner(

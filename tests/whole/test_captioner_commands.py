@@ -1,8 +1,7 @@
-"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look, a comparison;
+"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look;
 and how the server of one ends."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from PIL import Image
 from typer import BadParameter
 
 import trainer.loop.steps
-from pipeline.cli.captioners import caption, compare, look
+from pipeline.cli.captioners import caption, look
 from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.training import evaluate, train
 from pipeline.dataset.version import Version
@@ -206,51 +205,6 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
         printed = capsys.readouterr()
         assert json.loads(printed.out)["num_beams"] == beams
         assert ("written with 2 beams" if beams == 2 else "written greedily") in printed.err
-
-
-def test_captioners_are_compared_on_named_images_and_on_a_version(
-    version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    (tmp_path / "photos").mkdir()
-    for number in range(3):
-        photo(number).save(tmp_path / f"photos/{number}.png")
-    (tmp_path / "said.json").write_text(json.dumps({"0.png": ["A dog."], "2.png": ["A cat.", "A black cat."]}))
-    images = [str(tmp_path / "photos")]
-    compare(captioners, images=images, captions=tmp_path / "said.json", out=tmp_path / "a.html", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in printed["captioners"]] == ["one", "other"]
-    assert printed["scored_images"] == 2
-    assert {Path(row["image"]).name: row["references"] for row in printed["images"]}["2.png"] == ["A cat.", "A black cat."]
-    compare(captioners, images=images, out=tmp_path / "c.html", as_json=True)  # of which nobody has said anything
-    assert json.loads(capsys.readouterr().out)["scored_images"] == 0 and "<html" in (tmp_path / "c.html").read_text()
-    config = json.loads((tmp_path / "one/config.json").read_text())
-    config["data"] = {"digest": version.manifest["digest"]}
-    (tmp_path / "one/config.json").write_text(json.dumps(config))
-    compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
-    said = capsys.readouterr()
-    assert f"{tmp_path / 'one'} has learned from these images" in said.err
-    assert f"{tmp_path / 'other'} was trained on other data" in said.err
-    printed = json.loads(said.out)
-    assert len(printed["images"]) == 4 == printed["scored_images"]
-    assert "<html" in (tmp_path / "b.html").read_text()
-
-
-def test_a_name_that_is_no_utf_8_does_not_lose_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    (tmp_path / "photos").mkdir()
-    photo(1).save(tmp_path / "photo.png")
-    (tmp_path / "photo.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/photos/b\xff.png"))
-    compare(captioners, images=[str(tmp_path / "photos")], out=tmp_path / "a.html", as_json=True)
-    assert json.loads(capsys.readouterr().out)["images"][0]["image"].endswith("b\\xff.png")
-    assert "<html" in (tmp_path / "a.html").read_text()
-
-
-def test_captioners_are_not_compared_on_decks(tmp_path: Path) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    decks = make_version(tmp_path / "decks", scene_samples(12), decks=True)[0]
-    with pytest.raises(TrainError, match="these samples are decks"):
-        compare(captioners, data=str(decks.path), split="train", out=tmp_path / "b.html")
 
 
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
