@@ -38,12 +38,12 @@ FILES = {
     "pipeline/storage": "__init__ cloned_ranges database file_lock files lock object_store own_lines sidecars untrusted",
     "pipeline/tasks": """__init__ answer arithmetic base boxes caption claims covers deck_qa human output_schema own prompts qa
         rate repair replies""",
-    "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize objects pii "
+    "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize pii "
     "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ augmentation build caption_files caption_images captioning chair checkpoint checkpoint_checks
+    "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index
-        java_scores launch look metrics optimizer pope presets prompts sets tokenizer train vqa""",
+        java_scores launch look metrics optimizer presets prompts sets tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
     "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",

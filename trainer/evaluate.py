@@ -11,7 +11,6 @@ from typing import Any
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from trainer.chair import chair, chair_of_people
 from trainer.checkpoint import Checkpoint
 from trainer.clipscore import clip_scores, is_own_encoder
 from trainer.config import usual_texts
@@ -21,7 +20,6 @@ from trainer.generate import generate_captions
 from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.pope import PopeEvaluation
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import VqaEvaluation
@@ -51,8 +49,7 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
-    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had. A thorough evaluation of
-    English captions has `things` (chair.py, pope.py).
+    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had.
     """
     is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")
     has_java = options.thorough and is_english and has_java_scores()  # before anything takes long
@@ -60,9 +57,7 @@ def evaluate(
     source, style = options.prompt
     against, examples, texts = choose_references(examples, style)
     quiz = VqaEvaluation.of(checkpoint, examples) if options.questions else None
-    names_things = options.thorough and is_english  # by words of WordNet
-    probing = PopeEvaluation.of(checkpoint, examples, texts) if names_things else None
-    hypotheses = _write(checkpoint, examples, options, features, [part for part in (quiz, probing) if part])
+    hypotheses = _write(checkpoint, examples, options, features, quiz)
     (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     order = derangement([example.sample_id for example in examples])
@@ -89,14 +84,6 @@ def evaluate(
             _add_scores(result, "meteor", meteor([tokens, shuffled], references))
         except TrainError as error:  # a Java that fails costs its own score alone
             log.warning("METEOR is left out: %s", error)
-    if names_things:
-        people = chair_of_people(texts) if against == BY_PEOPLE else None
-        result["things"] = {
-            "chair": chair(hypotheses, texts),
-            "shuffled_chair": chair(others, texts),
-            **({"people": people} if people else {}),
-            **({"probes": probing.scores()} if probing else {}),
-        }
     if options.spice:
         _add_scores(result, "spice", [spice(captions, texts) for captions in (hypotheses, others)])
     if clip:
@@ -114,9 +101,9 @@ def _write(
     examples: list[Example],
     options: EvalOptions,
     features: FeatureSource,
-    asking: Sequence[VqaEvaluation | PopeEvaluation],
+    quiz: VqaEvaluation | None,
 ) -> list[str]:
-    """Return the caption of each example; what else is asked about them is asked while their states are in memory."""
+    """Return the caption of each example; `quiz` is asked about them while their states are in memory."""
     source, style = options.prompt
     prompt, captions = TargetText(source, "", style=style), list[str]()
     for start in range(0, len(examples), HELD_IMAGES):
@@ -124,8 +111,8 @@ def _write(
         held = hold_features(features, part)
         batches = (held(part[index : index + BATCH_IMAGES]) for index in range(0, len(part), BATCH_IMAGES))
         captions += generate_captions(checkpoint, batches, prompt, options.decoding)
-        for questions in asking:
-            questions.ask(checkpoint, held, part)
+        if quiz:
+            quiz.ask(checkpoint, held, part)
     return captions
 
 

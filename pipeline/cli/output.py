@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,34 +167,11 @@ def print_scores(metrics: dict[str, Any]) -> None:
     if low is not None and low <= 0:
         say(f"  the captions of other images score about as well (CIDEr-D by {low:.3f} to {high:.3f} less):", LOSS)
         say("  this captioner ignores its images, or there are too few of them to tell", LOSS)
-    for line in _things_in_words(metrics.get("things")):
-        say(f"  {line}")
     for kind, scores in metrics.get("questions", {}).items():
         say(
             f"  {kind:<8} {scores['accuracy']:6.3f}   with shuffled images {scores['shuffled']:6.3f}"
             f"   most frequent answer {scores['majority']:6.3f}   ({scores['count']} questions)"
         )
-
-
-def _things_in_words(things: dict[str, Any] | None) -> Iterator[str]:
-    """Yield what captions name that no reference names, and how the captioner answers when it is asked for things."""
-    if not things:
-        return
-    own, shuffled = things["chair"], things["shuffled_chair"]
-    yield f"{own['captions']:.0%} of the captions name a thing that no reference names, {_of_things(own)}"
-    yield f"  with shuffled images {shuffled['captions']:.0%}, {_of_things(shuffled)}"
-    if people := things.get("people"):
-        yield f"  captions of people, by the other references, {people['captions']:.0%}, {_of_things(people)}"
-    for kind, scores in things.get("probes", {}).items():
-        neither = f", {scores['neither']:.0%} neither yes nor no" if scores.get("neither") else ""
-        yield (
-            f"asked for {kind} things {scores['count']} times, half of which are there: {scores['accuracy']:.0%} right,"
-            f" {scores['yes']:.0%} yes{neither}"
-        )
-
-
-def _of_things(chair: dict[str, float]) -> str:
-    return f"{chair['of_things']:.0%} of {chair['things']:.1f} things a caption"
 
 
 def say(text: str, style: str = "") -> None:

@@ -102,26 +102,6 @@ def test_a_captioner_that_ignores_its_images_is_told(
     assert (gain["cider_d"][0] > 0) == differs
 
 
-@pytest.mark.parametrize("people", [None, {"captions": 0.4, "of_things": 0.2, "things": 2.5}])
-def test_things_that_no_reference_names_are_told_beside_those_of_people(
-    people: dict[str, float] | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = {"captions": 0.25, "of_things": 0.125, "things": 3.0}
-    probes = {"popular": {"accuracy": 0.75, "yes": 0.6, "neither": 0.1, "count": 12}}
-    things = {"chair": own, "shuffled_chair": own | {"captions": 0.9}, "probes": probes} | (
-        {"people": people} if people else {}
-    )
-    metrics = {"split": "test", "images": 4, "style": "brief", "against": "references", "tokens": "words"}
-    print_scores(metrics | {"scores": {}, "shuffled_scores": {}, "intervals": {}, "things": things})
-    lines = [line.strip() for line in capsys.readouterr().err.splitlines()[2:]]
-    assert lines == [
-        "25% of the captions name a thing that no reference names, 12% of 3.0 things a caption",
-        "with shuffled images 90%, 12% of 3.0 things a caption",
-        *(["captions of people, by the other references, 40%, 20% of 2.5 things a caption"] if people else []),
-        "asked for popular things 12 times, half of which are there: 75% right, 60% yes, 10% neither yes nor no",
-    ]
-
-
 @pytest.mark.parametrize("fault", ["error", "lines", "none"])
 def test_texts_are_cut_into_words_where_the_tokenizer_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(texts: Sequence[str]) -> list[list[str]]:

@@ -201,14 +201,6 @@ def test_what_can_be_refused_is_refused_before_any_states_are_computed(
         train(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
 
 
-def test_things_are_counted_in_english_captions_alone(version: Version, tmp_path: Path, clip: str) -> None:
-    train(version, replace(encoder=clip), tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert "things" in evaluate_version(loaded, version, "test")
-    loaded.captioner.config.data["language"] = "de"
-    assert "things" not in evaluate_version(loaded, version, "test")
-
-
 def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
