@@ -3,9 +3,7 @@
 A captioner that ignores its image scores the same on another image, which the second score reveals.
 """
 
-import logging
 import statistics
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +15,12 @@ from trainer.config import usual_texts
 from trainer.data import Example, examples_in
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.generate import generate_captions
-from trainer.java_scores import has_java_scores, meteor, ptb_tokens, require_spice, spice
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 from trainer.vqa import VqaEvaluation
 
-log = logging.getLogger(__name__)
 BY_PEOPLE = "references of the source"
 SHOWN = 12
 HELD_IMAGES = 256  # whose states are in memory at once: 155 MB of a ViT-B/16
@@ -37,8 +33,6 @@ class EvalOptions:
     prompt: tuple[str, str]
     decoding: DecodingConfig = GREEDY
     questions: bool = False  # also score answers and compute intervals
-    thorough: bool = False  # also what takes seconds: things that are not there; tokens of COCO and METEOR, if Java is here
-    spice: bool = False  # also SPICE, which takes minutes
 
 
 def evaluate(
@@ -49,19 +43,17 @@ def evaluate(
     `scores` use each image's own caption, `shuffled_scores` the caption of another image; `intervals` are 95 % bootstrap
     intervals over images, and `gain` that of CIDEr-D over the caption of another image: a captioner whose gain may be 0 may
     ignore its images. `questions` is there if answers were learned. `each` holds the caption and scores of every image.
-    `tokens` says how texts were cut into words, and `num_beams` how many candidates the search had.
+    `num_beams` is the number of candidates that the search had.
     """
-    is_english = checkpoint.captioner.config.data.get("language", "en") in (None, "en")
-    has_java = options.thorough and is_english and has_java_scores()  # before anything takes long
     checkpoint.captioner.eval()  # before any states are computed: an encoder that is trained along may have dropout
     source, style = options.prompt
     against, examples, texts = choose_references(examples, style)
     quiz = VqaEvaluation.of(checkpoint, examples) if options.questions else None
     hypotheses = _write(checkpoint, examples, options, features, quiz)
-    (tokens, *references), kind = _cut_texts([hypotheses, *texts], has_java=has_java)
+    tokens, references = [tokenize(text) for text in hypotheses], [[tokenize(text) for text in group] for group in texts]
     # Greedy captions depend on the image alone: shuffling the images is shuffling the captions.
     order = derangement([example.sample_id for example in examples])
-    others, shuffled = [hypotheses[index] for index in order], [tokens[index] for index in order]
+    shuffled = [tokens[index] for index in order]
     own_scores, shuffled_scores = score_each(tokens, references), score_each(shuffled, references)
     each = _rows(examples, hypotheses, references, own_scores | {"shuffled_cider_d": shuffled_scores["cider_d"]})
     result: dict[str, Any] = {
@@ -69,7 +61,6 @@ def evaluate(
         "style": style,
         "source": source,
         "against": against,
-        "tokens": kind,
         "num_beams": options.decoding.num_beams,
         "scores": score(tokens, references, own_scores),
         "shuffled_scores": score(shuffled, references, shuffled_scores),
@@ -79,16 +70,9 @@ def evaluate(
         "shown": _best_and_worst(each),
         "each": each,
     }
-    if has_java:
-        try:
-            _add_scores(result, "meteor", meteor([tokens, shuffled], references))
-        except TrainError as error:  # a Java that fails costs its own score alone
-            log.warning("METEOR is left out: %s", error)
-    if options.spice:
-        _add_scores(result, "spice", [spice(captions, texts) for captions in (hypotheses, others)])
     if clip:
         scored = clip_scores(clip, (example.open() for example in examples), hypotheses, range(len(examples)), order)
-        _add_scores(result, "clip_score", map(statistics.fmean, scored))
+        result["scores"]["clip_score"], result["shuffled_scores"]["clip_score"] = map(statistics.fmean, scored)
     if quiz:
         result["questions"] = quiz.scores()
         for row, items in zip(each, quiz.rows(), strict=True):
@@ -141,12 +125,6 @@ def _count_words(captions: list[list[str]], references: list[list[list[str]]]) -
     }
 
 
-def _add_scores(result: dict[str, Any], name: str, values: Iterable[float]) -> None:
-    """Add a score of the captions of each image, and of those of other images."""
-    for scores, value in zip(("scores", "shuffled_scores"), values, strict=True):
-        result[scores][name] = value
-
-
 def evaluate_version(
     checkpoint: Checkpoint,
     version: Version,
@@ -154,17 +132,13 @@ def evaluate_version(
     style: str | None = None,
     beams: int | None = None,
     clip: str | None = None,
-    *,
-    with_spice: bool = False,
 ) -> dict[str, Any]:
     """Score a captioner on a split of a version; see `evaluate`. `clip` names a CLIP for CLIPScore.
 
     Without `beams`, there are as many as when it was scored after its training; 1 if it does not say.
 
-    Raises TrainError if the CLIP is the captioner's own encoder or SPICE cannot be run, EngineError if there is no such CLIP.
+    Raises TrainError if the CLIP is the captioner's own encoder, EngineError if there is no such CLIP.
     """
-    if with_spice:
-        require_spice()
     config = checkpoint.captioner.config
     if clip and is_own_encoder(clip, config.encoder["made_from"]):
         raise TrainError(f"{clip} is the encoder of this captioner, and no judge of it", hint="name another CLIP: --clip-score")
@@ -179,27 +153,12 @@ def evaluate_version(
     features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
     decoding = DecodingConfig(num_beams=beams or config.num_beams)
     prompt = scored_prompt(config.prompts, style)
-    options = EvalOptions(prompt, decoding, questions=True, thorough=True, spice=with_spice)
-    return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
+    return {"split": split, **evaluate(checkpoint, examples, EvalOptions(prompt, decoding, questions=True), features, clip)}
 
 
 def _gains(own: dict[str, list[float]], shuffled: dict[str, list[float]]) -> dict[str, list[float]]:
     """Return by how much CIDEr-D of each image is above that with the caption of another image."""
     return {"cider_d": [one - other for one, other in zip(own["cider_d"], shuffled["cider_d"], strict=True)]}
-
-
-def _cut_texts(corpora: Sequence[Sequence[str]], *, has_java: bool) -> tuple[list[list[list[str]]], str]:
-    """Return the tokens of each text of several lists, and of which kind they are: COCO's, where its tokenizer runs."""
-    texts, kind = [text for of_corpus in corpora for text in of_corpus], "PTB tokens, as on COCO"
-    try:
-        tokens = ptb_tokens(texts) if has_java else []
-    except TrainError as error:
-        log.warning("texts are cut into words: %s", error)
-        tokens = []
-    if len(tokens) != len(texts):
-        tokens, kind = [tokenize(text) for text in texts], "words"
-    remaining = iter(tokens)
-    return [[next(remaining) for _ in of_corpus] for of_corpus in corpora], kind
 
 
 def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:

@@ -1,13 +1,11 @@
 """Evaluation: references of the source take precedence, and shuffled images expose a blind captioner."""
 
-from collections.abc import Sequence
-
 import pytest
 
 from pipeline.cli.output import print_scores
 from pipeline.errors import TrainError
 from trainer.data import Example, Question
-from trainer.evaluate import _cut_texts, _gains, choose_references
+from trainer.evaluate import _gains, choose_references
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
@@ -96,21 +94,7 @@ def test_a_captioner_that_ignores_its_images_is_told(
     own, other = score_each(captions, references), score_each(shuffled, references)
     gain = bootstrap(_gains(own, other))
     metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "scores": {}, "intervals": {}}
-    metrics["tokens"] = "words"
+    metrics["num_beams"] = 1
     print_scores(metrics | {"shuffled_scores": {}, "gain": gain})
     assert ("this captioner ignores its images" in capsys.readouterr().err) == is_told
     assert (gain["cider_d"][0] > 0) == differs
-
-
-@pytest.mark.parametrize("fault", ["error", "lines", "none"])
-def test_texts_are_cut_into_words_where_the_tokenizer_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(texts: Sequence[str]) -> list[list[str]]:
-        if fault == "error":
-            raise TrainError("Java failed", hint="")
-        return [["ptb"] for _ in texts][: 1 if fault == "lines" else None]
-
-    monkeypatch.setattr("trainer.evaluate.ptb_tokens", cut)
-    corpora, kind = _cut_texts([["A dog."], ["One cat.", "A cat."]], has_java=True)
-    words = [[["a", "dog"]], [["one", "cat"], ["a", "cat"]]]
-    assert (corpora, kind) == ((words, "words") if fault != "none" else ([[["ptb"]], [["ptb"]] * 2], "PTB tokens, as on COCO"))
-    assert _cut_texts([["A dog."]], has_java=False) == ([[["a", "dog"]]], "words")
