@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, decode
-from trainer.model.dropout import Dropout
 from trainer.model.packing import pack
 from trainer.model.token_loss import token_loss
 from trainer.tokenizer import TextBatch
@@ -87,7 +86,7 @@ class ScratchDecoder(nn.Module):
         blocks = [Block(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
         # Each block adds three branches to the residual stream: initialise them small, as GPT-2 does.
         for block in blocks:
@@ -194,7 +193,7 @@ class Block(nn.Module):
         self.norm_words, self.norm_image, self.norm_mlp = (nn.RMSNorm(config.width) for _ in range(3))
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,

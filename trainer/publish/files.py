@@ -18,7 +18,6 @@ MODULE = "modeling_synth_captioner"
 DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline.images.upright": {"pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white")},
     "trainer.model.decoder": {
-        "trainer.model.dropout": ("LEVELS", "Dropout", "scaled_mask"),
         "trainer.model.decoder": (
             "DecoderConfig",
             "Seen",
