@@ -35,7 +35,6 @@ from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_s
 from pipeline.progress import NullProgress
 from trainer.data import Example
 from trainer.features import store_features
-from trainer.loop.allocation import keep_freed_memory
 from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
@@ -286,8 +285,6 @@ def main() -> None:
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here: --cpu measures a little on the CPU")
     device = torch.device("cpu" if arguments.cpu else "cuda")
-    if arguments.cpu:
-        keep_freed_memory()  # as trainer.train does
     images = arguments.images or (8 if arguments.cpu else 64)
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
     on_cpu = ("fp32", "bf16") if multiplies_bfloat16(device) else ("fp32",)

@@ -4,7 +4,7 @@
 
 With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
 caption behind 49 image tokens (ours: 50), or 196 (197) with patches of 16 px, encoder frozen, AdamW, one thread, rounds in
-turn, medians of CPU time. Each has a process of its own: ours keeps memory for its next step (trainer/loop/allocation.py).
+turn, medians of CPU time. Each has a process of its own.
 It trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one shared prefix,
 from cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a CPU too; a
 CPU without instructions for it is no faster then. Without `--nanovlm` only our own variants are compared.
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from trainer.loop.allocation import keep_freed_memory
 from trainer.loop.precision import autocast, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
@@ -86,8 +85,6 @@ def our_step(
     device: torch.device = CPU,
 ) -> Step:
     """Return one training step of ours; with `cached`, hidden states are precomputed."""
-    if device.type == "cpu":
-        keep_freed_memory()
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
     captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)).to(device)
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]

@@ -45,7 +45,7 @@ FILES = {
         clipscore config data description distributed evaluate feature_store features generate hub image_index
         launch look metrics optimizer presets prompts sets tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs slices",
-    "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
+    "trainer/loop": """__init__ averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",
     "trainer/publish": "__init__ files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
     "trainer/serving": "__init__ batching guard protocol server",

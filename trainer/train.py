@@ -28,7 +28,6 @@ from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
-from trainer.loop.allocation import keep_freed_memory
 from trainer.loop.batch_loader import BatchLoader
 from trainer.loop.forecast import Forecast, fit_and_forecast
 from trainer.loop.precision import products_in
@@ -120,9 +119,7 @@ def train(
 def _prepare_device(rank: int) -> torch.device:
     """Return the device of this process, which it allocates memory on from here."""
     device = best_device(rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
+    if device.type != "cpu":
         torch.cuda.set_device(device)
     return device
 
