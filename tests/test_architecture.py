@@ -44,7 +44,7 @@ FILES = {
     "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
         clipscore config data description distributed evaluate feature_store features generate hub image_index
         launch look metrics optimizer presets prompts sets tokenizer train vqa""",
-    "trainer/experiment": "__init__ compare grid report runs slices",
+    "trainer/experiment": "__init__ compare grid report runs",
     "trainer/loop": """__init__ averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",
     "trainer/publish": "__init__ files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
