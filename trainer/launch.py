@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
+from pipeline.dataset.directory import LOCK_FILE, DatasetDir
 from pipeline.dataset.paths import slugify
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError
@@ -100,7 +100,7 @@ def is_training_folder(folder: Path) -> bool:
         read_settings(folder)
     except (OSError, ValueError, UnsafeFileError):
         return False
-    return names.isdisjoint((RUN_FILE, "versions"))  # of a dataset into which an earlier release has trained
+    return True
 
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:

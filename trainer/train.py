@@ -22,7 +22,7 @@ from pipeline.storage.untrusted import UnsafeFileError
 from trainer.build import build_checkpoint, build_trainer
 from trainer.caption_files import write_captions
 from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.config import TrainConfig, describe_changes, read_data_digest, read_settings
+from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
@@ -76,8 +76,7 @@ def train(
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
-    all_data = version.manifest["digest"] if only is None else ""  # which no captioner has learned
-    if not is_cut and (metrics := _read_finished(out, run_of(1), config, all_data)) is not None:
+    if not is_cut and (metrics := _read_finished(out, run_of(1))) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -92,7 +91,7 @@ def train(
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
-    state = load_resume(out, config, run_of, processes) if resume else {}
+    state = load_resume(out, config, run_of) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
@@ -130,18 +129,12 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
-def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str) -> dict[str, Any] | None:
-    """Return the metrics of a run that has ended in a folder; None if there is none, or another one.
-
-    Earlier releases did not say which run it was: there the same settings, and all images of the same data, make it the same.
-    """
+def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
+    """Return the metrics of a run that has ended in a folder; None if there is none, or another one."""
     try:
         metrics = read_json(out / "metrics.json")
-        if "run" in metrics:
-            return metrics if metrics["run"] == run else None
-        is_same = data_digest == read_data_digest(out) and not describe_changes(read_settings(out), config.model_dump())
-        return metrics if is_same else None
-    except (OSError, ValueError, UnsafeFileError):
+        return metrics if metrics["run"] == run else None
+    except (OSError, ValueError, KeyError, TypeError, UnsafeFileError):
         return None
 
 

@@ -36,5 +36,5 @@ class SpikeFilter:
         return {"norms": self.norms, "skipped": self.skipped_steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state, which an earlier release may have written. Raises KeyError if it is none."""
-        self.norms, self.skipped_steps = state["norms"], state.get("skipped", 0)
+        """Resume from a state. Raises KeyError if it is damaged."""
+        self.norms, self.skipped_steps = state["norms"], state["skipped"]
