@@ -27,7 +27,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "patches 2 x 2: 10": {"encoder_states": "2x2"},
     "mean of the patches: 1": {"encoder_states": "mean"},
     "class token: 1": {"encoder_states": "class"},
-    "all 37, int8": {"feature_storage": "int8"},
     "all 37 as a prefix": {"decoder": "prefix"},
     "patches 2 x 2 as a prefix": {"decoder": "prefix", "encoder_states": "2x2"},
     "all 37, in the time of a prefix": {"steps": TIMES},

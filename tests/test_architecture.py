@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check digests doctor dry_run errors filtering hub_errors install logs preview progress
         project rules run tables types""",
-    "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
+    "pipeline/cli": """__init__ __main__ captioners datasets generate options output push run_options termination
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity licenses manifest names paths pixels
@@ -42,7 +42,7 @@ FILES = {
     "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
-        clipscore config data description distributed evaluate feature_store features generate hub image_index
+        clipscore config data description distributed evaluate features generate hub image_index
         launch look metrics optimizer presets prompts sets tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs",
     "trainer/loop": """__init__ averaging batch_loader forecast interrupts pace precision resume self_critical
@@ -187,7 +187,7 @@ def test_the_trainer_imports_only_what_data_is_read_with() -> None:
 def test_only_training_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
-            is_of_captioners = module in ("pipeline.cli.captioners", "pipeline.cli.features", "pipeline.cli.training")
+            is_of_captioners = module in ("pipeline.cli.captioners", "pipeline.cli.training")
             names = imports(path, top_only=is_of_captioners)
             assert not [name for name in names if is_within(name, "trainer")], module
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed
 
+from pipeline.dataset.paths import FEATURES
 from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.progress import NullProgress, Progress
@@ -26,7 +27,6 @@ from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.distributed import best_device, join_processes
 from trainer.evaluate import EvalOptions, choose_references, evaluate
-from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop.batch_loader import BatchLoader
 from trainer.loop.forecast import Forecast, fit_and_forecast
@@ -146,7 +146,7 @@ def _features_of(
         return OnlineFeatures(encoder, device)
     views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in sets["train"])
     examples = [*sets["train"], *views, *sets["validation"], *sets["test"]]
-    return store_features(encoder, examples, folder, device, progress, config.feature_storage)
+    return store_features(encoder, examples, folder, device, progress)
 
 
 def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
@@ -194,7 +194,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dic
     trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
     chosen, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = chosen.captioner
-    if not captioner.encoder.config.frozen or trainer.config.feature_storage == "int8":  # whose states nobody else will have
+    if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
     decoding = DecodingConfig(num_beams=trainer.config.num_beams)
     options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)

@@ -17,7 +17,6 @@ from typer.core import TyperGroup
 from pipeline.cli import generate
 from pipeline.cli.captioners import caption, demo, export_model, look, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
-from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -104,7 +103,6 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
-features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
 versions = typer.Typer(
     cls=ListByDefault, help="Versions of a dataset: list, tag and remove them; clean up after killed commands."
 )
@@ -143,9 +141,6 @@ add(demo, TRAIN)
 add(serve_captioner, TRAIN)
 add(export_model, TRAIN)
 add(experiment, TRAIN)
-app.add_typer(features, name="features", rich_help_panel=TRAIN)
-features.command("list")(features_list)
-features.command("prune")(features_prune)
 add(generate.init, HELP)
 add(generate.config, HELP, context_settings=VLLM_FLAGS)
 add(generate.doctor, HELP)

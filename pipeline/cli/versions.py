@@ -133,9 +133,12 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what killed commands have left behind, and store equal files of several versions once."""
+    """Remove leftovers of killed commands and stored hidden states; store equal files of several versions once.
+
+    A training computes hidden states again when it needs them.
+    """
     from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_leftovers, share_equal_files
+    from pipeline.dataset.removal import find_leftovers, remove_features, remove_leftovers, share_equal_files
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _dataset(data or only_made())
@@ -144,6 +147,8 @@ def versions_gc(
         shared_bytes = 0 if is_remote(dataset.path) else share_equal_files(dataset, dry_run=dry_run)
         if not dry_run:
             remove_leftovers(leftovers)
+        if not is_remote(dataset.path):
+            leftovers += remove_features(dataset, dry_run=dry_run)
     freed_bytes = shared_bytes + sum(leftover.num_bytes for leftover in leftovers)
     if as_json:
         paths = [str(leftover.path) for leftover in leftovers]

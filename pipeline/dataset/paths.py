@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.digests import digest
 
 DATA = Path("data")
+FEATURES, FEATURES_LOCK = "features", "lock"  # folder of stored hidden states in a dataset; the lock of each store
 MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 
 

@@ -40,7 +40,7 @@ def test_what_is_said_wins_over_a_preset(tmp_path: Path) -> None:
     config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
     assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
     assert (config.decoder_width, config.label_smoothing) == (512, 0.1)
-    (tmp_path / "c.yaml").write_text("batch_images: 7\n")  # an old key
+    (tmp_path / "c.yaml").write_text("batch_size: 7\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
 
 

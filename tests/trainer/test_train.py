@@ -96,7 +96,7 @@ def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version:
     assert scored["images"] > 0
 
 
-@pytest.mark.parametrize(("storage", "kind"), [("bf16", Features), ("int8", OnlineFeatures), ("none", OnlineFeatures)])
+@pytest.mark.parametrize(("storage", "kind"), [("bf16", Features), ("none", OnlineFeatures)])
 def test_the_test_is_of_states_that_a_captioner_computes(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, kind: type
 ) -> None:

@@ -1,6 +1,7 @@
 """The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look;
 and how the server of one ends."""
 
+import fcntl
 import json
 import signal
 import socket
@@ -15,8 +16,9 @@ from typer import BadParameter
 
 import trainer.loop.steps
 from pipeline.cli.captioners import caption, look
-from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.training import evaluate, train
+from pipeline.cli.versions import versions_gc
+from pipeline.dataset.paths import FEATURES, FEATURES_LOCK
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
@@ -233,28 +235,27 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
         assert "Traceback" not in server.stderr.read()
 
 
-def test_stores_of_hidden_states_are_listed_and_removed(
+def test_a_layer_that_is_no_number_is_one_error(version: Version, models: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="encoder_layer"):
+        train(str(version.path), encoder=models["encoder"], encoder_layer="-1,last")
+
+
+def test_collecting_garbage_removes_stored_hidden_states_but_those_that_a_training_adds_to(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"
-    config.write_text(json.dumps(SMALL | {"steps": 1, "feature_storage": "int8"}))
-    data, encoder = version.dataset_dir, models["encoder"]
-    train(str(data), encoder=encoder, encoder_layer="-1,-2", encoder_states="class", decoder="scratch", config=config)
-    capsys.readouterr()
-    features_list(data)
-    (first, second) = capsys.readouterr().out.splitlines()
-    assert first.endswith("-int8") and " 40 images" in first
-    assert second.strip() == "clip/, layer -1,-2, class states, int8"  # a folder of that name, and not the model
-    features_list(data, as_json=True)
-    (row,) = json.loads(capsys.readouterr().out)
-    features_list(version.path, as_json=True)  # of the dataset that holds the version
-    assert json.loads(capsys.readouterr().out)[0]["images"] == 40
-    assert row["images"] == 40 and row["shape"] == [1, 64]
-    features_prune(data, days=1)
-    assert capsys.readouterr().out.startswith("removed 0 stores of 0.0 MB")
-    features_prune(data, days=0, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"removed": 1, "bytes": row["bytes"]}
-    features_list(data)
-    assert "no hidden states" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="encoder_layer"):
-        train(str(data), encoder=encoder, encoder_layer="-1,last")
+    config.write_text(json.dumps(SMALL | {"steps": 1}))
+    train(str(version.path), encoder=models["encoder"], decoder="scratch", config=config, out=tmp_path / "c")
+    (store,) = (version.dataset_dir / FEATURES).iterdir()
+    busy = store.with_name("busy")
+    busy.mkdir()
+    size = sum(file.stat().st_size for file in store.iterdir())
+    with (busy / FEATURES_LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for dry_run in (True, False):
+            capsys.readouterr()
+            versions_gc(version.dataset_dir, dry_run=dry_run, as_json=True)
+            collected = json.loads(capsys.readouterr().out)
+            assert str(store) in collected["removed"] and collected["bytes"] >= size > 0
+            assert store.exists() == dry_run
+    assert busy.exists()
