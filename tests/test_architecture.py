@@ -43,12 +43,12 @@ FILES = {
     "pipeline/text/wordnet": "__init__ build",
     "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
         clipscore config data description distributed evaluate features generate hub image_index
-        launch look metrics optimizer presets prompts sets tokenizer train vqa""",
+        launch metrics optimizer presets prompts sets tokenizer train vqa""",
     "trainer/experiment": "__init__ compare grid report runs",
     "trainer/loop": """__init__ averaging batch_loader forecast interrupts pace precision resume self_critical
         spikes steps training_log validation""",
-    "trainer/publish": "__init__ files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
-    "trainer/serving": "__init__ batching guard protocol server",
+    "trainer/publish": "__init__ demo files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
+    "trainer/serving": "__init__ batching protocol server",
     "trainer/model": """
         __init__ captioner decoder decoding encoder hf_config language_model loading lora packing states token_loss""",
 }

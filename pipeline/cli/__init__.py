@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.captioners import caption, demo, export_model, look, serve_captioner
+from pipeline.cli.captioners import caption, export_model, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
@@ -48,8 +48,7 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
-    "look": ("synth look ORG/NAME photo.jpg",),
-    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
+    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200", "synth serve-captioner ORG/NAME --demo"),
     "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
     "init": ("synth init my-captions",),
@@ -136,8 +135,6 @@ review.command("apply")(review_apply)
 add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
-add(look, TRAIN)
-add(demo, TRAIN)
 add(serve_captioner, TRAIN)
 add(export_model, TRAIN)
 add(experiment, TRAIN)

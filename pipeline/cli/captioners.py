@@ -2,23 +2,22 @@
 
 import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, Style
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained
 from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
     from pipeline.storage.sidecars import Existing
-
-PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def caption(
@@ -139,115 +138,49 @@ def export_model(
     show({"path": str(target), "files": files}, as_json, "path")
 
 
-def look(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    image: Annotated[Path, Argument(**LOCAL_PATH, help="A photo.")],
-    style: Style = None,
-    question: Annotated[str, Option(help="Look at what answers this.")] = "",
-    out: Annotated[
-        Path | None, Option(**LOCAL_PATH, help="The picture (.png, .jpg, .webp).", show_default="PHOTO-look.png here")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a captioner looks at for each word, and what else it might have written."""
-    from pipeline.storage.files import atomic_write, translate_disk_errors
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    target = out or Path(f"{image.stem}-look.png")
-    kind = PICTURE_KINDS.get(target.suffix.lower())
-    if kind is None:
-        raise BadParameter(f"{target.name} is none of {', '.join(PICTURE_KINDS)}", param_hint="--out")
-    if target.exists() and image.exists() and target.samefile(image):
-        raise BadParameter(f"{target.name} is the photo itself", param_hint="--out")
-    if style and question:
-        raise BadParameter("a question is answered in no style", param_hint="--style")
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
-
-    from trainer.captioning import Captioner  # see train
-    from trainer.look import draw
-    from trainer.look import look as look_at
-
-    seen = look_at(Captioner.from_pretrained(folder), image, style, question)
-    with translate_disk_errors(target), atomic_write(target) as draft:
-        draw(seen).save(draft, kind)
-    if seen.alternatives:
-        say("the texts of a beam search, with the mean log-probability of their tokens:", "dim")
-    for text, score in seen.alternatives:
-        say(f"{score:.3f}  {text}", "dim")
-    show(seen.values() | {"path": str(target)}, as_json, "text")
-    say(f"wrote {target}")
-
-
 def serve_captioner(
     captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    demo: Annotated[bool, Option("--demo", help="Open a page where you drop photos instead; needs Gradio.")] = False,
     host: Annotated[str, Option(help="The address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 8200,
-    name: Annotated[str | None, Option(help="Of the model, in requests.", show_default="the folder's")] = None,
+    name: Annotated[str | None, Option(help="The name of the model in requests.", show_default="the folder's")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
     num_beams: BeamsAsTrained = None,
 ) -> None:
-    """Serve a captioner by OpenAI's chat protocol, with a page to try it.
+    """Serve a captioner by OpenAI's chat protocol, or on a page with --demo.
 
-    A key in SYNTH_API_KEY is asked of every request but /health; there is no page then.
+    If SYNTH_API_KEY is set, all requests but /health must carry this key. The page has no key, and is for this machine alone.
     """
-    _serve(captioner, host, port, name, batch_size, num_beams, os.environ.get("SYNTH_API_KEY", ""), say)
-
-
-def demo(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 0,
-    no_browser: Annotated[bool, Option("--no-browser", help="Only print the address.")] = False,
-) -> None:
-    """Open a page where you drop photos, and see captions and what each word looks at; nothing leaves this machine."""
-
-    import webbrowser
-    from threading import Thread
-
-    def open_page(address: str) -> None:
-        say(address)
-        if not no_browser:  # on a thread: a browser in this terminal would keep the server from answering
-            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-
-    _serve(captioner, "127.0.0.1", port, None, 32, None, "", open_page)
-
-
-def _serve(
-    captioner: str,
-    host: str,
-    port: int,
-    name: str | None,
-    batch_size: int,
-    num_beams: int | None,
-    key: str,
-    announce: Callable[[str], None],
-) -> None:
-    import asyncio
-    import socket
-    from concurrent.futures import ThreadPoolExecutor
-
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner
 
     folder = find_captioner(captioner)
     require_checkpoint(folder)
     note_unfinished(folder)
+    title = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
+    if demo:
+        if host not in ("127.0.0.1", "localhost"):
+            hint = "leave --host out; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
+            raise ConfigError("the page of --demo is for this machine alone", hint=hint)
+        from trainer.publish.demo import run_demo  # see train
 
-    from trainer.captioning import Captioner  # see train
-    from trainer.serving.guard import is_loopback
-    from trainer.serving.server import CaptionServer, serve
+        run_demo(folder, title, port, num_beams, say)
+        return
 
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trainer.captioning import Captioner
+    from trainer.serving.server import CaptionServer, is_loopback, serve
+
+    key = os.environ.get("SYNTH_API_KEY", "")
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
     # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
-    shown = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
-    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams or loaded.usual_beams, model_thread=thread)
+    server = CaptionServer(loaded, title, key, host, batch_size, num_beams or loaded.usual_beams, model_thread=thread)
     try:
-        asyncio.run(serve(server, port, announce))
+        serve(server, port, say)
     except (OSError, UnicodeError) as error:
         if isinstance(error, socket.gaierror | UnicodeError):
             raise TrainError(f"there is no address {host}", hint="name one of this machine: --host 127.0.0.1") from None

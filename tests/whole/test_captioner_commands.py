@@ -1,4 +1,4 @@
-"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look;
+"""The commands about captioners, called as Typer calls them: settings, presets and what goes on;
 and how the server of one ends."""
 
 import fcntl
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from typer import BadParameter
 
 import trainer.loop.steps
-from pipeline.cli.captioners import caption, look
+from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
 from pipeline.dataset.paths import FEATURES, FEATURES_LOCK
@@ -26,7 +25,6 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
-from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
 from trainer.loop.resume import save_resume
 
 SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
@@ -123,16 +121,6 @@ def test_a_preset_that_does_not_fit_is_one_error(version: Version, models: dict[
         train(data=str(version.path), encoder=models["encoder"], preset="photos-lm")
 
 
-def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captioner = str(save_captioner(tmp_path / "c"))
-    photo(3).save(tmp_path / "photo.png")
-    look(captioner, tmp_path / "photo.png", out=tmp_path / "look.webp", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    with Image.open(tmp_path / "look.webp") as picture:
-        assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(printed["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
-    assert printed["text"] and printed["alternatives"][0]["text"]
-
-
 @pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
 def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -211,7 +199,7 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
 
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
-        look(str(tmp_path), tmp_path / "photo.png")
+        caption(str(tmp_path), [str(tmp_path / "photo.png")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -229,7 +217,7 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
                 assert b"200 OK" in other.recv(1000)
             server.send_signal(number)
             try:
-                assert server.wait(20) in (0, 130)
+                assert server.wait(20) == (130 if number == signal.SIGINT else 143)
             finally:
                 server.kill()
         assert "Traceback" not in server.stderr.read()
