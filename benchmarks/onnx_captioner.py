@@ -64,7 +64,7 @@ def main() -> None:
     from pipeline.dataset.directory import open_dataset
     from pipeline.progress import NullProgress
     from trainer.metrics import cider_d, tokenize
-    from trainer.publish.onnx import export_onnx
+    from trainer.publish.onnx_export import export_onnx
 
     version = open_dataset(arguments.dataset)
     rows = version.read("test", ["sample_id", "image", "references"]).slice(0, arguments.images).to_pylist()

@@ -41,13 +41,11 @@ FILES = {
     "pipeline/text": "__init__ artifacts content_keys escape function_words language language_codes normalize pii "
     "questions reasons refusals spelling values vqa_answers",
     "pipeline/text/wordnet": "__init__ build",
-    "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
-        clipscore config data description distributed evaluate features generate hub image_index
-        launch metrics optimizer presets prompts sets tokenizer train vqa""",
+    "trainer": """__init__ build caption_files caption_images captioning checkpoint config data description devices evaluate
+        features hub image_index launch metrics optimizer presets prompts tokenizer train""",
     "trainer/experiment": "__init__ compare grid report runs",
-    "trainer/loop": """__init__ averaging batch_loader forecast interrupts pace precision resume self_critical
-        spikes steps training_log validation""",
-    "trainer/publish": "__init__ demo files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
+    "trainer/loop": "__init__ batch_loader forecast resume self_critical steps training_log validation",
+    "trainer/publish": "__init__ demo files modeling onnx_export run_onnx space",
     "trainer/serving": "__init__ batching protocol server",
     "trainer/model": """
         __init__ captioner decoder decoding encoder hf_config language_model loading lora packing states token_loss""",

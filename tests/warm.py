@@ -62,9 +62,7 @@ LEFT_OUT = (
     "pipeline.executors.ray",
     "pipeline.__main__",
     "pipeline.cli.__main__",
-    "trainer.publish.onnx",
-    "trainer.publish.onnx_parts",
-    "trainer.publish.onnx_writer",
+    "trainer.publish.onnx_export",
     "trainer.publish.run_onnx",
     "trainer.publish.space",  # needs gradio
 )

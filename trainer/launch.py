@@ -67,8 +67,7 @@ def choose_settings(
 
     # What imports torch takes seconds: only once paths and settings are right.
     from trainer.build import choose_encoder
-    from trainer.distributed import best_device
-    from trainer.loop.precision import multiplies_bfloat16
+    from trainer.devices import best_device, multiplies_bfloat16
 
     chosen: dict[str, Any] = {}
     if "encoder" not in config.model_fields_set:

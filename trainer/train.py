@@ -24,13 +24,12 @@ from trainer.build import build_checkpoint, build_trainer
 from trainer.caption_files import write_captions
 from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.config import TrainConfig
-from trainer.data import Example
-from trainer.distributed import best_device, join_processes
+from trainer.data import Example, Sets, choose_examples, texts_of
+from trainer.devices import best_device, join_processes, products_in
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
 from trainer.loop.batch_loader import BatchLoader
 from trainer.loop.forecast import Forecast, fit_and_forecast
-from trainer.loop.precision import products_in
 from trainer.loop.resume import load_resume
 from trainer.loop.steps import Trainer, run_steps
 from trainer.loop.training_log import Log, require_tensorboard
@@ -38,7 +37,6 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder
 from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import prompt_parts, scored_prompt
-from trainer.sets import Sets, choose_examples, texts_of
 from trainer.tokenizer import TargetText
 
 LAST = "last"  # the captioner of the last step, where an earlier one is better

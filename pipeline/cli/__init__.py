@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.captioners import caption, export_model, serve_captioner
+from pipeline.cli.captioners import caption, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.options import OLD_OPTIONS, VLLM_FLAGS
 from pipeline.cli.output import say
@@ -41,7 +41,11 @@ EXAMPLES = {  # by command, shown below its options
     "import": ("synth import --source folder:photos --captions captions_val2017.json",),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
-    "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
+    "export": (
+        "synth export --format webdataset",
+        "synth export --in-place photos --style plain",
+        "synth export CAPTIONER --format onnx --int8",
+    ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
     "caption": (
@@ -49,7 +53,6 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
     "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200", "synth serve-captioner ORG/NAME --demo"),
-    "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
     "config": ("synth config --config synth.yaml --limit 100",),
     "init": ("synth init my-captions",),
 }
@@ -136,7 +139,6 @@ add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
 add(serve_captioner, TRAIN)
-add(export_model, TRAIN)
 add(experiment, TRAIN)
 add(generate.init, HELP)
 add(generate.config, HELP, context_settings=VLLM_FLAGS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained
+from pipeline.cli.options import AsJson, BeamsAsTrained
 from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
@@ -111,13 +111,8 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
     )
 
 
-def export_model(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    out: Annotated[Path | None, Option(**LOCAL_PATH, help="A new folder for the files.", show_default="CAPTIONER-onnx")] = None,
-    int8: Annotated[bool, Option("--int8", help="Also with weights of 8 bits: smaller, and less exact.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Export a captioner to ONNX, which runs without torch."""
+def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
+    """Export a captioner, a checkpoint folder or ORG/NAME of the Hub, to ONNX."""
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner
@@ -126,7 +121,7 @@ def export_model(
     require_checkpoint(folder)
     note_unfinished(folder)
 
-    from trainer.publish.onnx import RUNNER, export_onnx  # see train
+    from trainer.publish.onnx_export import RUNNER, export_onnx  # see train
 
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):

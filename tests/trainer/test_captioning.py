@@ -175,5 +175,3 @@ def test_the_name_of_a_style_that_was_not_learned_is_no_question(prompts: list[t
 
 def test_the_usual_styles_are_those_of_the_built_in_prompts() -> None:
     assert {*STYLES} == {HUMAN, *(style for styles in built_in.STYLES.values() for style in styles)}
-    script = (Path(trainer.__file__).parent / "publish/run_onnx.mjs").read_text()
-    assert f"const STYLES = {list(STYLES)};" in script

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import trainer.data
 import trainer.evaluate
-import trainer.sets
 import trainer.train
-import trainer.vqa
 from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
@@ -153,7 +152,7 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
         return [example.sample_id for example, _ in pairs]
 
     monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 7)
-    monkeypatch.setattr(trainer.vqa, "answer_questions", answer)
+    monkeypatch.setattr(trainer.evaluate, "answer_questions", answer)
     features: Any = Counting(OnlineFeatures(loaded.captioner.encoder, CPU))
     scored = evaluate(loaded, examples, EvalOptions(("synthetic", "brief"), questions=True), features)
     assert sorted(encoded) == sorted(example.sample_id for example in examples)
@@ -195,7 +194,7 @@ def test_what_can_be_refused_is_refused_before_any_states_are_computed(
 
     monkeypatch.setattr(trainer.train, "store_features", lambda *_: pytest.fail("states were computed"))
     if refused.startswith("no held-out"):
-        monkeypatch.setattr(trainer.sets, "examples_in", without_texts)
+        monkeypatch.setattr(trainer.data, "examples_in", without_texts)
     with pytest.raises(TrainError, match=refused):
         train(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
 
@@ -222,7 +221,7 @@ def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: s
 
     notes = Notes()
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(trainer.sets, "examples_in", without_references)
+        context.setattr(trainer.data, "examples_in", without_references)
         train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
     assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]
 

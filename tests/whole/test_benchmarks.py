@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.loop.precision import multiplies_bfloat16
+from trainer.devices import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,11 +20,10 @@ from pipeline.errors import SynthError, TrainError
 from pipeline.progress import Progress
 from pipeline.storage.files import write_json
 from trainer.config import TrainConfig
-from trainer.data import Example, count_words, limit_captions, limit_images
+from trainer.data import Example, count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment.grid import FACTORS, Cell, Experiment
 from trainer.model.loading import LOAD_ERRORS, load_config, reason_of
 from trainer.presets import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT
-from trainer.sets import read_split_examples
 from trainer.train import train
 
 MIN_TEST_IMAGES = 2

@@ -1,6 +1,9 @@
-"""Write and read `resume.pt`: the state that the next step of a training depends on."""
+"""Interrupt a training between two steps, and resume it from `resume.pt`: the state that the next step depends on."""
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,27 @@ def read_resume(path: Path) -> dict[str, Any]:
         reason = one_line(error) if isinstance(error, OSError | ValueError) else "it is not what a training has written"
         raise TrainError(f"{path} is damaged: {reason}", hint=hint) from None
     return state
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Yield a list that gets Ctrl-C and SIGTERM, so that a step is finished and its state saved; the same a second time acts.
+
+    A parent that was interrupted as well sends the other one: the step goes on.
+    """
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _: object) -> None:
+        if number in noted:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        noted.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -22,19 +22,14 @@ from pipeline.progress import Progress
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.data import batches
-from trainer.distributed import all_reduce_gradients, from_first_process, max_over_processes
-from trainer.loop.averaging import WeightAverage
+from trainer.devices import all_reduce_gradients, autocast, from_first_process, max_over_processes, products_in
 from trainer.loop.batch_loader import Batch, BatchLoader
-from trainer.loop.interrupts import signals_noted
-from trainer.loop.pace import Pace, memory_mb
-from trainer.loop.precision import autocast, products_in
-from trainer.loop.resume import save_resume
+from trainer.loop.resume import save_resume, signals_noted
 from trainer.loop.self_critical import SelfCritic
-from trainer.loop.spikes import SpikeFilter
-from trainer.loop.training_log import Log
+from trainer.loop.training_log import Log, Pace, memory_mb
 from trainer.loop.validation import Validation
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import build_optimizer, set_stage
+from trainer.optimizer import SpikeFilter, WeightAverage, build_optimizer, set_stage
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
 GIVE_UP = 10  # skipped steps in a row

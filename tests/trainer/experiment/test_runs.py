@@ -22,12 +22,11 @@ from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
-from trainer.data import count_words, limit_captions, limit_images
+from trainer.data import count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment import runs
 from trainer.experiment.grid import FACTORS, Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, require_models, run_cells
-from trainer.sets import read_split_examples
 
 SAMPLES = scene_samples(60)
 SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8}
