@@ -44,6 +44,8 @@ def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Ve
     assert [list(metrics) for metrics in shown] == [["loss"], *[["loss", "validation loss", "CIDEr-D"]] * 2]
     assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
     assert "with shuffled images" in shown[2]["CIDEr-D"]
+    scored = [line["validation_loss"] for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
+    assert [metrics["validation loss"] for metrics in shown[1:]] == [f"{loss:.3f}" for loss in scored]
 
 
 def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:

@@ -107,20 +107,6 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
     assert (trained / "metrics.json").exists()
 
 
-def test_of_several_interrupted_trainings_one_must_be_named(version: Version) -> None:
-    for name in ("one", "two"):
-        (version.dataset_dir / "checkpoints" / name).mkdir(parents=True)
-        (version.dataset_dir / "checkpoints" / name / "resume.pt").touch()
-    with pytest.raises(ConfigError, match="several trainings were interrupted: one, two") as refused:
-        train(data=str(version.path), resume=True)
-    assert refused.value.hint and "--out" in refused.value.hint
-
-
-def test_a_preset_that_does_not_fit_is_one_error(version: Version, models: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="the preset photos-lm is for a language model"):
-        train(data=str(version.path), encoder=models["encoder"], preset="photos-lm")
-
-
 @pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
 def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
