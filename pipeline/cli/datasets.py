@@ -121,7 +121,7 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance; of a captioner: onnx.",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance. Of a captioner: onnx.",
             show_default="imagefolder",
         ),
     ] = None,
