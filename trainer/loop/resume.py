@@ -32,7 +32,7 @@ def load_resume(folder: Path, config: TrainConfig, run_of: Callable[[int], str])
             f"nothing to resume in {folder}", hint="leave --resume out: a training begins, or one that is finished is shown"
         )
     state = read_resume(path)
-    if state["run"] != run_of(state["processes"]):
+    if state["run"] != run_of(state.get("processes", 1)):
         hint = f"use the same, name another folder (--out DIR), or remove {path} to start anew without --resume"
         raise TrainError(f"{folder} was trained with {_describe_run(folder, config)}", hint=hint)
     return state
@@ -51,7 +51,7 @@ def read_resume(path: Path) -> dict[str, Any]:
     """Return the state in a resume.pt. Raises TrainError for a truncated file, or one of another program."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"run", "step", "processes", "frozen"} <= state.keys() or not isinstance(state["step"], int):
+        if not {"run", "step"} <= state.keys() or not isinstance(state["step"], int):
             raise ValueError("it is of another program")
     except Exception as error:  # noqa: BLE001  # whatever torch raises
         hint = f"remove {path}, and start anew without --resume"

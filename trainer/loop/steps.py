@@ -175,7 +175,7 @@ class Trainer:
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
         """Go on from a state; return its step. Raises TrainError if it is damaged, or of other pretrained weights."""
-        if state["frozen"] != self.frozen_key:
+        if state.get("frozen") != self.frozen_key:
             hint = "name the encoder and the decoder that it began with, or remove resume.pt to start anew without --resume"
             raise TrainError(f"{path.parent} began with other pretrained weights than those of today", hint=hint)
         try:
