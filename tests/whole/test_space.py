@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -127,6 +129,9 @@ def test_visitor_drops_a_photo_reads_its_caption_and_asks(
         command = [str(SYNTH), "serve-captioner", "captioner", "--demo", "--port", "0"]
         opened = running(command, home, environment | {"PYTHONPATH": str(GRADIO)})
     with opened as address:
+        if where == "demo":
+            with pytest.raises(HTTPError, match="400"):  # of a page whose name points to this machine
+                urlopen(Request(address, headers={"Host": "evil.example"}), timeout=60)
         page = browser.new_page()
         page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())  # fonts, scripts
         page.goto(address)

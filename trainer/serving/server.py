@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -106,9 +107,10 @@ class CaptionServer:
         with self._held(request):
             body = await read_body(request)
             answer = asyncio.create_task(self._answer(body))
-            gone = asyncio.create_task(request.receive())  # after the body, the next message is that the client has gone
+            gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client has gone
+            waiting: set[asyncio.Future[Any]] = {answer, gone}
             try:
-                await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():
                     raise ClientDisconnect
                 return answer.result()
