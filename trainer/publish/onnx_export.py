@@ -156,7 +156,7 @@ class EncoderPart(nn.Module):
 
 
 def round_to_bfloat16(values: Tensor) -> Tensor:
-    """Round float32 to the 8 significant bits of bfloat16 by products and differences alone: browsers have no such type.
+    """Round float32 to the 8 significant bits of bfloat16 by products and differences alone: not every runtime has this type.
 
     Dekker (1971) splits numbers so; halfway between two of them the other one may be taken.
     """
