@@ -109,9 +109,9 @@ def published(files: dict[str, bytes], folder: Path, environment: dict[str, str]
     """Run the page as a Space does: isolated, without `site`, so that this project cannot be imported."""
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
-    start = "import runpy, sys; sys.path[:0] = sys.argv[1:3]; runpy.run_path('app.py', run_name='__main__')"
-    command = [sys.executable, "-I", "-S", "-u", "-c", start, str(GRADIO), packages]
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    start = "import runpy, sys; sys.path[:0] = sys.argv[1:]; runpy.run_path('app.py', run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-u", "-c", start, str(GRADIO), *packages]
     environment.pop("PYTHONPATH", None)
     with running(command, folder, environment) as address:
         yield address
