@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ IMAGES = 100
 QUESTION = "How many?"
 SCRIPT = """
 import json, sys
-sys.path += [sys.argv[1], sys.argv[2]]
+sys.path += [*sys.argv[1].split(":"), sys.argv[2]]
 from pathlib import Path
 from caption import OnnxCaptioner
 
@@ -86,7 +85,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def run_exported(exported: Path, photos: list[Path], *, int8: bool = False) -> dict[str, Any]:
     """Return what an exported captioner writes in a process that has onnxruntime and not this package."""
-    packages = sysconfig.get_paths()["purelib"]
+    packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, str(exported), "int8" if int8 else "", *map(str, photos)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
