@@ -153,7 +153,7 @@ def export(
 
     chosen = [name for name, is_set in (("overwrite", overwrite), ("append", append), ("skip", skip_existing)) if is_set]
     if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
-        raise BadParameter("a captioner is exported with --format onnx, perhaps with --int8", param_hint="--format")
+        raise BadParameter("a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx")
     if captioner is not None:
         if data or in_place or style or split or images or chosen:
             raise BadParameter("of a captioner, --out, --int8 and --json alone have a meaning", param_hint="--format")
