@@ -22,7 +22,7 @@ demo: .stamps/venv
 
 # Three workers on two cores: some tests wait for servers and processes.
 # No worker is started anew: xdist would give it the test again that hung.
-test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js
+test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,7 +31,7 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stam
 # The full sweeps of which `test` runs a part: of tests/hostile and tests/whole, and some beside their code.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
 	tests/trainer/publish/test_onnx.py
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/js .stamps/corpora
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/corpora
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
@@ -86,13 +86,6 @@ check-real: .stamps/venv
 		safehttpx semantic-version tomlkit opentelemetry-api uvicorn
 	@touch $@
 
-# transformers.js, in which exported captioners run in Node and in a page. Its scripts would fetch what a GPU needs.
-.stamps/js: Makefile
-	@mkdir -p .stamps .venv-js
-	@if { command -v npm || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends nodejs npm; }; } > .stamps/js.log 2>&1 \
-	&& npm install --prefix .venv-js --ignore-scripts --no-save --no-audit --no-fund '@huggingface/transformers@4.3.2' >> .stamps/js.log 2>&1; \
-	then touch $@; else rm -rf .venv-js; echo "transformers.js cannot be installed here: $$(tail -n 1 .stamps/js.log)"; fi
-
 # A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
@@ -110,6 +103,6 @@ check-real: .stamps/venv
 	|| echo 'the test files of Parquet cannot be fetched here'
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .venv-js .stamps demo check-real build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
 
 .PHONY: help demo test test-long resolve format teacher experiment check-real clean

@@ -32,8 +32,8 @@ from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_s
 
 from pipeline.progress import NullProgress
 from trainer.data import Example
+from trainer.devices import autocast, multiplies_bfloat16, products_in
 from trainer.features import store_features
-from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder

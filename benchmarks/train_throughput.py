@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from trainer.loop.precision import autocast, products_in
+from trainer.devices import autocast, products_in
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
 from trainer.presets import Precision

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 UV = Path(sys.executable).with_name("uv")
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = ("highest", "lowest-direct")
-EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,scores,onnx,export,lance")  # core, without vLLM, and everything
+EXTRAS = ("", "embedded,train", "gpu,ray,heic,pdf,video,s3,serve,onnx,export,lance")  # core, without vLLM, and everything
 SHOWN = ("vllm", "torch", "transformers", "numpy", "pillow", "pyarrow", "huggingface-hub", "ray")
 PLATFORM = "x86_64-manylinux_2_31"  # of the wheels of llguidance
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     "pipeline": """__init__ __main__ check digests doctor dry_run errors filtering hub_errors install logs preview progress
         project rules run tables types""",
-    "pipeline/cli": """__init__ __main__ captioners datasets features generate options output push run_options termination
+    "pipeline/cli": """__init__ __main__ captioners datasets generate options output push run_options termination
         training versions""",
     "pipeline/config": "__init__ addresses files flaws manifests section sections",
     "pipeline/dataset": """__init__ builder card conversation diff directory integrity manifest pixels publishing removal
@@ -37,16 +37,14 @@ FILES = {
     "pipeline/text": """__init__ artifacts content_keys escape language language_codes normalize pii reasons refusals
         vqa_answers""",
     "pipeline/text/wordnet": "__init__",
-    "trainer": """__init__ augmentation build caption_files caption_images captioning checkpoint checkpoint_checks
-        clipscore config data description distributed evaluate feature_store features generate hub image_index
-        java_scores launch look metrics optimizer presets prompts sets side_by_side tokenizer train vqa""",
-    "trainer/experiment": "__init__ compare grid report runs slices",
-    "trainer/loop": """__init__ allocation averaging batch_loader forecast interrupts pace precision resume self_critical
-        spikes steps training_log validation""",
-    "trainer/publish": "__init__ files modeling onnx onnx_merge onnx_parts onnx_writer run_onnx space",
-    "trainer/serving": "__init__ batching guard protocol server",
+    "trainer": """__init__ build caption_files caption_images captioning checkpoint config data description devices evaluate
+        features hub image_index launch metrics optimizer presets prompts tokenizer train""",
+    "trainer/experiment": "__init__ compare grid report runs",
+    "trainer/loop": "__init__ batch_loader forecast resume self_critical steps training_log validation",
+    "trainer/publish": "__init__ demo files modeling onnx_export run_onnx space",
+    "trainer/serving": "__init__ batching protocol server",
     "trainer/model": """
-        __init__ captioner decoder decoding dropout encoder hf_config language_model loading lora packing states token_loss""",
+        __init__ captioner decoder decoding encoder hf_config language_model loading lora packing states token_loss""",
 }
 # From top to bottom: a part may import itself and the parts in lines below it, and nothing else of the project.
 LAYERS = (
@@ -183,7 +181,7 @@ def test_the_trainer_imports_only_what_data_is_read_with() -> None:
 def test_only_training_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
-            is_of_captioners = module in ("pipeline.cli.captioners", "pipeline.cli.features", "pipeline.cli.training")
+            is_of_captioners = module in ("pipeline.cli.captioners", "pipeline.cli.training")
             names = imports(path, top_only=is_of_captioners)
             assert not [name for name in names if is_within(name, "trainer")], module
 

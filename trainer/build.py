@@ -14,8 +14,7 @@ from pipeline.errors import TrainError
 from pipeline.images.clip import CLIP_MODELS, TINY_CLIP
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.data import Example
-from trainer.loop.averaging import WeightAverage
+from trainer.data import Example, texts_of
 from trainer.loop.batch_loader import BatchLoader
 from trainer.loop.self_critical import SelfCritic
 from trainer.loop.steps import Trainer
@@ -24,8 +23,8 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder, weights_digest
 from trainer.model.language_model import load_decoder, new_decoder
+from trainer.optimizer import WeightAverage
 from trainer.presets import PREFIX
-from trainer.sets import texts_of
 from trainer.tokenizer import train_tokenizer
 
 CLIP = CLIP_MODELS["clip"]

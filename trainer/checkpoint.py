@@ -1,28 +1,36 @@
-"""A checkpoint folder: it loads with `from_pretrained`, and training resumes from `resume.pt` (resume.py).
+"""A checkpoint folder: it loads with `from_pretrained`, and training resumes from `resume.pt` (loop/resume.py).
 
-A checkpoint may be a stranger's, and is checked before it is loaded (checkpoint_checks.py). `log.jsonl` holds the training
-curves (training_log.py), `captions.jsonl` the caption and scores of each test image.
+A checkpoint may be untrusted, and is checked before it is loaded: config.json holds known keys only, weights are safetensors,
+and no memory is allocated before their shapes fit the config. `log.jsonl` holds the training curves (loop/training_log.py),
+`captions.jsonl` the caption and scores of each test image.
 """
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers.initialization import no_init_weights
 
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import flush_file, flush_folder, scratch_folder
-from trainer.checkpoint_checks import read_config, read_tokenizer, require_shapes
-from trainer.config import CAPTIONER_FILES, no_captioner, require_checkpoint
-from trainer.distributed import best_device
-from trainer.model.captioner import CaptionerModel
+from pipeline.storage.untrusted import read_regular
+from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, MAX_LAYERS, no_captioner, require_checkpoint
+from trainer.devices import best_device
+from trainer.model.captioner import CaptionerConfig, CaptionerModel
+from trainer.model.hf_config import require_few_layers
+from trainer.presets import EncoderStates
 from trainer.prompts import scored_prompt
-from trainer.tokenizer import CaptionTokenizer, TargetText
+from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +102,66 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     with redirect_stdout(StringIO()), no_init_weights():
         captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
     return Checkpoint(captioner, tokenizer)
+
+
+MAX_CONFIG_BYTES = 10_000_000
+PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
+MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
+MAX_TOKENIZER_BYTES = 100_000_000
+MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
+
+
+def read_config(folder: Path) -> CaptionerConfig:
+    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
+    values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    known = {field.name for field in fields(CaptionerConfig)}
+    if values.get("model_type") == PUBLISHED_TYPE:  # of publish/files.py, or saved by transformers; its keys are not read here
+        values = {name: value for name, value in values.items() if name in known}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"config.json has an unknown key {unknown[0]}")
+    config = TypeAdapter(CaptionerConfig).validate_python(values)
+    if not config.prompts:
+        raise ValueError("it has learned no prompt")
+    if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
+        raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
+    if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
+        raise ValueError(f"num_beams is {config.num_beams!r}")
+    require_few_layers(config.decoder)
+    return config
+
+
+def require_shapes(config: CaptionerConfig, weights: Path) -> None:
+    """Raise ValueError unless a file of weights has the tensors that a config asks for. No tensor is allocated."""
+    with safe_open(weights, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    with torch.device("meta"):
+        captioner = CaptionerModel(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
+    encoder = captioner.encoder
+    layers = encoder.config.layers
+    if len(layers) > MAX_LAYERS or any(layer not in range(-encoder.depth - 1, encoder.depth + 1) for layer in layers):
+        raise ValueError(f"the encoder has no layers {layers[: MAX_LAYERS + 1]}")
+    if encoder.config.states not in get_args(EncoderStates):
+        raise ValueError(f"the encoder has no states {encoder.config.states!r}")
+    # Of tensors that share their memory, such as the embedding and the head, the file holds one.
+    if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
+        raise ValueError(f"the weights do not fit the config: {wrong[0]}")
+    allocated, held = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
+    if allocated > MAX_SHARED * held + 1:
+        raise ValueError(f"the config asks for {allocated:,} weights, and there are {held:,}")
+
+
+def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
+    """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
+    backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
+    vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
+    if not 0 <= config.eos_id < vocab_size:
+        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,} tokens")
+    require_known_tokens(backend, vocab_size)
+    tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
+    backend.encode_special_tokens = True  # the name of a token in a text is not the token
+    for source, style in config.prompts:
+        ids = tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+        if max(ids) >= vocab_size:
+            raise ValueError(f"the prompt of the style {style or 'of answers'} has tokens that the decoder has not")
+    return tokenizer

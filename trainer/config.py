@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -34,12 +34,6 @@ CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
-# Settings of later releases: at their defaults they are no part of a digest, so that earlier runs can go on.
-LATER_KEYS = (
-    "label_smoothing", "average_decay", "lr_floor_frac", "align_epochs", "evaluate_epochs", "patience", "lora_rank",
-    "lora_dropout", "checkpoint_blocks", "min_steps", "scst_steps", "scst_lr", "scst_samples", "encoder_states",
-    "feature_storage", "augment_views",
-)  # fmt: skip
 
 
 class TrainConfig(Section):
@@ -49,14 +43,6 @@ class TrainConfig(Section):
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
-
-    OLD_KEYS: ClassVar = {
-        "layer": "encoder_layer", "texts": "text_source", "name_source": "source_in_prompt",
-        "caption_words": "caption_word_budget", "align_rate": "align_lr", "contrast": "contrastive_weight",
-        "connector_rate": "connector_lr", "decoder_rate": "decoder_lr", "encoder_rate": "encoder_lr",
-        "batch_images": "batch_size", "accumulate": "gradient_accumulation_steps", "clip_norm": "max_grad_norm",
-        "beams": "num_beams",
-    }  # fmt: skip
 
     preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
     encoder: str = TINY_VIT
@@ -185,11 +171,8 @@ class TrainConfig(Section):
         ]
 
     def digest_values(self) -> dict[str, Any]:
-        """Return all settings as digests take them: under their first names, so that runs of earlier releases can resume."""
-        first_names = {name: old for old, name in self.OLD_KEYS.items()}
-        usual = {"preset": self.preset, **{name: type(self).model_fields[name].default for name in LATER_KEYS}}
-        values = self.model_dump(mode="json")
-        return {first_names.get(name, name): value for name, value in values.items() if usual.get(name, ...) != value}
+        """Return the settings that decide a result: all but the preset, whose values are among them."""
+        return self.model_dump(mode="json", exclude={"preset"})
 
     def with_defaults(self, images: int) -> "TrainConfig":
         """Return the settings with all defaults filled in, for training on this number of images."""
@@ -214,7 +197,7 @@ def resolve(config_file: Path | None = None, **flags: Any) -> TrainConfig:
     Raises ConfigError for an invalid key or value.
     """
     given = read_yaml(config_file, "train.json of a checkpoint") if config_file else {}
-    values = {TrainConfig.OLD_KEYS.get(name, name): value for name, value in given.items() if _says_something(name, value)}
+    values = {name: value for name, value in given.items() if _says_something(name, value)}
     flags = {name: value for name, value in flags.items() if value is not None and _says_something(name, value)}
     stale = _derived_for_others(values, flags)
     values = {name: value for name, value in values.items() if name not in stale}

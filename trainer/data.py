@@ -2,24 +2,45 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from pipeline.dataset.version import Version
 from pipeline.digests import hash_to_unit
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
-from pipeline.tables import HUMAN, PIXELS, REVIEWED
+from pipeline.tables import HUMAN, PIXELS, REVIEWED, SPLITS
 from pipeline.text.vqa_answers import kind_of_answer
-from trainer.augmentation import view_of
-from trainer.config import Mixture, keeps_human_texts
+from trainer.config import Mixture, TrainConfig, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
 from trainer.tokenizer import TargetText
+
+MIN_AREA = 0.75  # of the image that a crop shows
+MAX_LIGHT = 0.2  # by which brightness and contrast change at most
+
+
+def view_of(picture: Image.Image, sample_id: str, number: int) -> Image.Image:
+    """Return a view of an RGB image: the same one for the same number, from 1 on."""
+    draw = random.Random(f"{sample_id}:{number}")
+    side = draw.uniform(MIN_AREA, 1.0) ** 0.5
+    width, height = (max(1, round(side * length)) for length in picture.size)
+    left, top = draw.randint(0, picture.width - width), draw.randint(0, picture.height - height)
+    view = picture.crop((left, top, left + width, top + height))
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
+        view = change(view).enhance(1 + draw.uniform(-MAX_LIGHT, MAX_LIGHT))
+    return view
+
+
+def view_in_epoch(sample_id: str, epoch: int, views: int) -> int:
+    """Return which view an epoch shows, 0 for the image itself: all come in turn, and images begin with different ones."""
+    first = random.Random(sample_id).randint(0, views)
+    return (first + epoch) % (views + 1)
+
 
 REFERENCE_STYLE = "brief"  # as which a caption by people is learned
 ANY_SOURCE = "any"  # source in prompts that do not name one
@@ -212,3 +233,37 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return order
+
+
+Sets = dict[str, list[Example]]  # by split
+
+
+def choose_examples(version: Version, config: TrainConfig, only: Container[str] | None) -> tuple[Sets, TrainConfig]:
+    """Return what is learned from, what is scored while training and what at its end; and the settings that follow."""
+    sets = {split: read_split_examples(version, split, config, only) for split in SPLITS}
+    sets["train"] = limit_captions(limit_images(sets["train"], config.train_images), config.caption_word_budget)
+    config = config.with_defaults(len(sets["train"]))
+    sets["validation"] = _of_learned_prompts(sets["validation"][: config.evaluate_images], sets["train"])
+    if not any((config.encoder_lr, config.connector_lr, config.decoder_lr)):
+        raise TrainError("nothing would learn: all rates are 0", hint="give connector_lr, decoder_lr or encoder_lr")
+    return sets, config
+
+
+def read_split_examples(version: Version, split: str, config: TrainConfig, only: Container[str] | None = None) -> list[Example]:
+    """Return the examples of a split under these settings, before budgets, sorted by id since a version has no order."""
+    options: dict[str, Any] = {"questions": config.questions, "styles": config.styles}
+    options |= {"source_in_prompt": config.source_in_prompt, "to_score": split != "train"}
+    examples = examples_in(version, split, config.text_source, **options)
+    chosen = (example for example in examples if only is None or example.sample_id in only)
+    return sorted(chosen, key=lambda example: example.sample_id)
+
+
+def texts_of(examples: list[Example]) -> list[TargetText]:
+    """Return all texts of examples, in their order."""
+    return [text for example in examples for text in example.texts]
+
+
+def _of_learned_prompts(examples: list[Example], train_set: list[Example]) -> list[Example]:
+    """Drop texts whose source and style are not in the training set: a word budget may remove a whole style."""
+    learned = {(text.source, text.style) for example in train_set for text in example.texts}
+    return [replace(e, texts=tuple(text for text in e.texts if (text.source, text.style) in learned)) for e in examples]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DECKS, SCENES
-from pipeline.dataset.directory import LOCK_FILE, RUN_FILE, DatasetDir
+from pipeline.dataset.directory import LOCK_FILE, DatasetDir
 from pipeline.dataset.version import Version, slugify
 from pipeline.errors import ConfigError
 from pipeline.storage.untrusted import UnsafeFileError
@@ -67,8 +67,7 @@ def choose_settings(
 
     # What imports torch takes seconds: only once paths and settings are right.
     from trainer.build import choose_encoder
-    from trainer.distributed import best_device
-    from trainer.loop.precision import multiplies_bfloat16
+    from trainer.devices import best_device, multiplies_bfloat16
 
     chosen: dict[str, Any] = {}
     if "encoder" not in config.model_fields_set:
@@ -100,7 +99,7 @@ def is_training_folder(folder: Path) -> bool:
         read_settings(folder)
     except (OSError, ValueError, UnsafeFileError):
         return False
-    return names.isdisjoint((RUN_FILE, "versions"))  # of a dataset into which an earlier release has trained
+    return True
 
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:

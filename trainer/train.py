@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed
 
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import FEATURES, Version
 from pipeline.digests import digest
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, remove, write_json
@@ -22,16 +22,13 @@ from pipeline.storage.untrusted import UnsafeFileError
 from trainer.build import build_checkpoint, build_trainer
 from trainer.caption_files import write_captions
 from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.config import TrainConfig, describe_changes, read_data_digest, read_settings
-from trainer.data import Example
-from trainer.distributed import best_device, join_processes
+from trainer.config import TrainConfig
+from trainer.data import Example, Sets, choose_examples, texts_of
+from trainer.devices import best_device, join_processes, products_in
 from trainer.evaluate import EvalOptions, choose_references, evaluate
-from trainer.feature_store import FEATURES
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
-from trainer.loop.allocation import keep_freed_memory
 from trainer.loop.batch_loader import BatchLoader
 from trainer.loop.forecast import Forecast, fit_and_forecast
-from trainer.loop.precision import products_in
 from trainer.loop.resume import load_resume
 from trainer.loop.steps import Trainer, run_steps
 from trainer.loop.training_log import Log, require_tensorboard
@@ -39,7 +36,6 @@ from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder
 from trainer.model.language_model import PretrainedDecoder
 from trainer.prompts import prompt_parts, scored_prompt
-from trainer.sets import Sets, choose_examples, texts_of
 from trainer.tokenizer import TargetText
 
 LAST = "last"  # the captioner of the last step, where an earlier one is better
@@ -77,8 +73,7 @@ def train(
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
-    all_data = version.manifest["digest"] if only is None else ""  # which no captioner has learned
-    if not is_cut and (metrics := _read_finished(out, run_of(1), config, all_data)) is not None:
+    if not is_cut and (metrics := _read_finished(out, run_of(1))) is not None:
         report.message(f"{out} holds this captioner, trained before; to train it anew, remove the folder or name another one")
         if processes > 1:
             torch.distributed.destroy_process_group()
@@ -93,7 +88,7 @@ def train(
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
-    state = load_resume(out, config, run_of, processes) if resume else {}
+    state = load_resume(out, config, run_of) if resume else {}
     _, style = scored_prompt(checkpoint.captioner.config.prompts)
     for split in ("validation", "test"):
         choose_references(sets[split], style)
@@ -120,9 +115,7 @@ def train(
 def _prepare_device(rank: int) -> torch.device:
     """Return the device of this process, which it allocates memory on from here."""
     device = best_device(rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
+    if device.type != "cpu":
         torch.cuda.set_device(device)
     return device
 
@@ -133,18 +126,12 @@ def _run_digest(version: Version, config: TrainConfig, train_set: list[Example],
     return digest([config.digest_values(), version.manifest["digest"], processes, ids])
 
 
-def _read_finished(out: Path, run: str, config: TrainConfig, data_digest: str) -> dict[str, Any] | None:
-    """Return the metrics of a run that has ended in a folder; None if there is none, or another one.
-
-    Earlier releases did not say which run it was: there the same settings, and all images of the same data, make it the same.
-    """
+def _read_finished(out: Path, run: str) -> dict[str, Any] | None:
+    """Return the metrics of a run that has ended in a folder; None if there is none, or another one."""
     try:
         metrics = read_json(out / "metrics.json")
-        if "run" in metrics:
-            return metrics if metrics["run"] == run else None
-        is_same = data_digest == read_data_digest(out) and not describe_changes(read_settings(out), config.model_dump())
-        return metrics if is_same else None
-    except (OSError, ValueError, UnsafeFileError):
+        return metrics if metrics["run"] == run else None
+    except (OSError, ValueError, KeyError, TypeError, UnsafeFileError):
         return None
 
 
@@ -156,7 +143,7 @@ def _features_of(
         return OnlineFeatures(encoder, device)
     views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in sets["train"])
     examples = [*sets["train"], *views, *sets["validation"], *sets["test"]]
-    return store_features(encoder, examples, folder, device, progress, config.feature_storage)
+    return store_features(encoder, examples, folder, device, progress)
 
 
 def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
@@ -204,7 +191,7 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dic
     trainer.checkpoint.captioner.decoder.to("meta")  # its memory is for the one that is scored
     chosen, features = load_checkpoint(out, trainer.device), trainer.loader.features
     captioner = chosen.captioner
-    if not captioner.encoder.config.frozen or trainer.config.feature_storage == "int8":  # whose states nobody else will have
+    if not captioner.encoder.config.frozen:
         features = OnlineFeatures(captioner.encoder, trainer.device)
     decoding = DecodingConfig(num_beams=trainer.config.num_beams)
     options = EvalOptions(scored_prompt(captioner.config.prompts), decoding, questions=True)

@@ -14,9 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import generate
-from pipeline.cli.captioners import caption, compare, demo, export_model, look, serve_captioner
+from pipeline.cli.captioners import caption, serve_captioner
 from pipeline.cli.datasets import check, diff, export, report, review_apply
-from pipeline.cli.features import features_list, features_prune
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
@@ -41,17 +40,18 @@ EXAMPLES = {  # by command, shown below its options
     ),
     "preview": ("synth preview --source folder:photos -n 6 --base-url http://localhost:8000/v1",),
     "push": ("synth push data/folder-photos --repo ORG/NAME --license cc-by-4.0",),
-    "export": ("synth export --format webdataset", "synth export --in-place photos --style plain"),
+    "export": (
+        "synth export --format webdataset",
+        "synth export --in-place photos --style plain",
+        "synth export CAPTIONER --format onnx --int8",
+    ),
     "check": ("synth check data/folder-photos", "synth check ORG/NAME@v1.0.0"),
     "train": ("synth train --data data/folder-photos --encoder clip --decoder scratch",),
     "caption": (
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
-    "look": ("synth look ORG/NAME photo.jpg",),
-    "compare": ("synth compare CHECKPOINT ORG/NAME --images photos --captions captions.json",),
-    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200",),
-    "export-model": ("synth export-model ORG/NAME --out captioner-onnx --int8",),
+    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200", "synth serve-captioner ORG/NAME --demo"),
     "init": ("synth init my-captions",),
 }
 
@@ -86,7 +86,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-features = typer.Typer(no_args_is_help=True, help="Hidden states of encoders, which trainings keep: list and remove them.")
 versions = typer.Typer(no_args_is_help=True, help="List, tag and remove the versions of a dataset; free disk space.")
 review = typer.Typer(no_args_is_help=True, help="Review texts in a report, then apply the reviews.")
 
@@ -119,15 +118,8 @@ add(export, USE)
 add(train, TRAIN)
 add(evaluate, TRAIN)
 add(caption, TRAIN)
-add(look, TRAIN)
-add(compare, TRAIN)
-add(demo, TRAIN)
 add(serve_captioner, TRAIN)
-add(export_model, TRAIN)
 add(experiment, TRAIN)
-app.add_typer(features, name="features", rich_help_panel=TRAIN)
-features.command("list")(features_list)
-features.command("prune")(features_prune)
 
 
 def print_version(value: bool) -> None:

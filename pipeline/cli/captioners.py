@@ -2,26 +2,22 @@
 
 import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Style
-from pipeline.cli.output import echo, note_seen, note_unfinished, say, show
-from pipeline.cli.training import open_data
+from pipeline.cli.options import AsJson, BeamsAsTrained
+from pipeline.cli.output import echo, note_unfinished, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
 if TYPE_CHECKING:
-    from pipeline.dataset.version import Version
     from pipeline.storage.sidecars import Existing
-    from trainer.side_by_side import Shown
-
-PICTURE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def caption(
@@ -115,13 +111,8 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
     )
 
 
-def export_model(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    out: Annotated[Path | None, Option(**LOCAL_PATH, help="A new folder for the files.", show_default="CAPTIONER-onnx")] = None,
-    int8: Annotated[bool, Option("--int8", help="Also with weights of 8 bits: smaller, and less exact.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Export a captioner to ONNX, which runs without torch."""
+def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
+    """Export a captioner, a checkpoint folder or ORG/NAME of the Hub, to ONNX."""
     from pipeline.storage.files import translate_disk_errors
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner
@@ -130,7 +121,7 @@ def export_model(
     require_checkpoint(folder)
     note_unfinished(folder)
 
-    from trainer.publish.onnx import RUNNER, export_onnx  # see train
+    from trainer.publish.onnx_export import RUNNER, export_onnx  # see train
 
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):
@@ -142,211 +133,49 @@ def export_model(
     show({"path": str(target), "files": files}, as_json, "path")
 
 
-def look(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    image: Annotated[Path, Argument(**LOCAL_PATH, help="A photo.")],
-    style: Style = None,
-    question: Annotated[str, Option(help="Look at what answers this.")] = "",
-    out: Annotated[
-        Path | None, Option(**LOCAL_PATH, help="The picture (.png, .jpg, .webp).", show_default="PHOTO-look.png here")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a captioner looks at for each word, and what else it might have written."""
-    from pipeline.storage.files import atomic_write, translate_disk_errors
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    target = out or Path(f"{image.stem}-look.png")
-    kind = PICTURE_KINDS.get(target.suffix.lower())
-    if kind is None:
-        raise BadParameter(f"{target.name} is none of {', '.join(PICTURE_KINDS)}", param_hint="--out")
-    if target.exists() and image.exists() and target.samefile(image):
-        raise BadParameter(f"{target.name} is the photo itself", param_hint="--out")
-    if style and question:
-        raise BadParameter("a question is answered in no style", param_hint="--style")
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
-
-    from trainer.captioning import Captioner  # see train
-    from trainer.look import draw
-    from trainer.look import look as look_at
-
-    seen = look_at(Captioner.from_pretrained(folder), image, style, question)
-    with translate_disk_errors(target), atomic_write(target) as draft:
-        draw(seen).save(draft, kind)
-    if seen.alternatives:
-        say("the texts of a beam search, with the mean log-probability of their tokens:", "dim")
-    for text, score in seen.alternatives:
-        say(f"{score:.3f}  {text}", "dim")
-    show(seen.values() | {"path": str(target)}, as_json, "text")
-    say(f"wrote {target}")
-
-
-def compare(
-    captioners: Annotated[list[str], Argument(help="Checkpoint folders, or ORG/NAME of the Hub: two or more.")],
-    images: Annotated[
-        list[str] | None, Option(help="Image files, folders or patterns; several times. Else those of --data.")
-    ] = None,
-    captions: Annotated[
-        Path | None, Option(help="What people say of --images: COCO, Karpathy, CSV, JSON lines or Flickr30k.")
-    ] = None,
-    data: DataName = None,
-    split: Annotated[str, Option(help="Of --data: train, validation or test.")] = "test",
-    style: Style = None,
-    num_beams: BeamsAsTrained = None,
-    limit: Annotated[int, Option(min=1, help="Images at most.")] = 1000,
-    out: Annotated[Path | None, Option(**LOCAL_PATH, help="The page.", show_default="compare.html")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put the captions of several captioners side by side, on one page, with scores where people have captioned the images."""
-    from pipeline.storage.files import translate_disk_errors
-    from pipeline.tables import SPLITS
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    if len(captioners) < 2:
-        raise BadParameter("there is nothing to compare one captioner with", param_hint="CAPTIONERS")
-    if len(set(captioners)) < len(captioners):
-        raise BadParameter("one captioner is named twice", param_hint="CAPTIONERS")
-    if split not in SPLITS:
-        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
-    if (data and images) or (captions and not images):
-        raise BadParameter("--images goes with --captions, and --data with --split")
-    page = out or Path("compare.html")
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise BadParameter(f"{page.name} is no page: name it .html", param_hint="--out")
-    folders = {_short_name(name, captioners): find_captioner(name) for name in captioners}
-    for folder in folders.values():
-        require_checkpoint(folder)
-        note_unfinished(folder)
-    if images:
-        shown = _images_named(images, captions, limit)
-    else:
-        version = open_data(data, None)
-        shown = _images_of(version, split, limit)
-        for folder in folders.values():
-            note_seen(folder, version, split)
-
-    from trainer.side_by_side import compare_captioners, write_page  # see train
-
-    with show_progress() as progress, translate_disk_errors(page):
-        result = compare_captioners(folders, shown, style, num_beams, progress)
-        write_page(result, shown, page)
-    for one in result["captioners"]:
-        say(
-            f"{one['name']}: "
-            + (f"CIDEr-D {one['scores']['cider_d']:.3f}, " if "scores" in one else "")
-            + f"{one['words']:.1f} words"
-        )
-    for one in result["differences"]:
-        say(f"{one['captioner']} than {one['than']}: {one['difference']:+.3f}, {one['verdict']}")
-    for name, reason in result["unread"].items():
-        say(f"cannot read {name}: {reason}", WARNING)
-    show(result | {"path": str(page)}, as_json, "path")
-
-
-def _short_name(name: str, names: list[str]) -> str:
-    """Return the last part of a captioner's name, or all of it where another one ends so."""
-    last = Path(name).name
-    return name if sum(Path(other).name == last for other in names) > 1 else last
-
-
-def _images_named(names: list[str], captions: Path | None, limit: int) -> list["Shown"]:
-    """Return the images that names lead to, with what a file of captions says of them."""
-    from pipeline.sources.captions import describe_unknown, match_images, read_captions
-    from trainer.caption_files import find_images, shown_path
-    from trainer.side_by_side import Shown
-
-    paths = {shown_path(path): path for path in find_images(names)}
-    written, unknown = match_images(read_captions(captions), list(paths)) if captions else ({}, [])
-    for warning in describe_unknown(captions, unknown) if captions and unknown else ():
-        say(warning, WARNING)
-    chosen = list(paths.items())[:limit]
-    return [Shown(name, path, tuple(written[name].captions) if name in written else ()) for name, path in chosen]
-
-
-def _images_of(version: "Version", split: str, limit: int) -> list["Shown"]:
-    """Return the images of a split with their references. Raises TrainError for decks."""
-    from trainer.data import decks_error
-    from trainer.image_index import map_images
-    from trainer.side_by_side import Shown
-
-    if "image" not in version.manifest["columns"]:
-        raise decks_error()
-    rows = version.read(split, ["sample_id", "references"]).slice(0, limit).to_pylist()
-    images = map_images(version, split)
-    return [Shown(row["sample_id"], images[row["sample_id"]], tuple(row["references"])) for row in rows]
-
-
 def serve_captioner(
     captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    demo: Annotated[bool, Option("--demo", help="Open a page where you drop photos instead; needs Gradio.")] = False,
     host: Annotated[str, Option(help="The address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 8200,
-    name: Annotated[str | None, Option(help="Of the model, in requests.", show_default="the folder's")] = None,
+    name: Annotated[str | None, Option(help="The name of the model in requests.", show_default="the folder's")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
     num_beams: BeamsAsTrained = None,
 ) -> None:
-    """Serve a captioner by OpenAI's chat protocol, with a page to try it.
+    """Serve a captioner by OpenAI's chat protocol, or on a page with --demo.
 
-    A key in SYNTH_API_KEY is asked of every request but /health; there is no page then.
+    If SYNTH_API_KEY is set, all requests but /health must carry this key. The page has no key, and is for this machine alone.
     """
-    _serve(captioner, host, port, name, batch_size, num_beams, os.environ.get("SYNTH_API_KEY", ""), say)
-
-
-def demo(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
-    port: Annotated[int, Option(min=0, max=65535, help="0: one that is free.")] = 0,
-    no_browser: Annotated[bool, Option("--no-browser", help="Only print the address.")] = False,
-) -> None:
-    """Open a page where you drop photos, and see captions and what each word looks at; nothing leaves this machine."""
-
-    import webbrowser
-    from threading import Thread
-
-    def open_page(address: str) -> None:
-        say(address)
-        if not no_browser:  # on a thread: a browser in this terminal would keep the server from answering
-            Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-
-    _serve(captioner, "127.0.0.1", port, None, 32, None, "", open_page)
-
-
-def _serve(
-    captioner: str,
-    host: str,
-    port: int,
-    name: str | None,
-    batch_size: int,
-    num_beams: int | None,
-    key: str,
-    announce: Callable[[str], None],
-) -> None:
-    import asyncio
-    import socket
-    from concurrent.futures import ThreadPoolExecutor
-
     from trainer.config import require_checkpoint
     from trainer.hub import find_captioner
 
     folder = find_captioner(captioner)
     require_checkpoint(folder)
     note_unfinished(folder)
+    title = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
+    if demo:
+        if host not in ("127.0.0.1", "localhost"):
+            hint = "leave --host out; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
+            raise ConfigError("the page of --demo is for this machine alone", hint=hint)
+        from trainer.publish.demo import run_demo  # see train
 
-    from trainer.captioning import Captioner  # see train
-    from trainer.serving.guard import is_loopback
-    from trainer.serving.server import CaptionServer, serve
+        run_demo(folder, title, port, num_beams, say)
+        return
 
+    from concurrent.futures import ThreadPoolExecutor
+
+    from trainer.captioning import Captioner
+    from trainer.serving.server import CaptionServer, is_loopback, serve
+
+    key = os.environ.get("SYNTH_API_KEY", "")
     if not is_loopback(host) and not key:
         say(f"anyone who reaches {host} can use this captioner: set SYNTH_API_KEY", WARNING)
     # Loaded where it runs: OpenMP has its threads spin for the first thread that needs some, which is 1.5 times faster.
     thread = ThreadPoolExecutor(1)
     loaded = thread.submit(Captioner.from_pretrained, folder).result()
-    shown = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
-    server = CaptionServer(loaded, shown, key, host, batch_size, num_beams or loaded.usual_beams, model_thread=thread)
+    server = CaptionServer(loaded, title, key, host, batch_size, num_beams or loaded.usual_beams, model_thread=thread)
     try:
-        asyncio.run(serve(server, port, announce))
+        serve(server, port, say)
     except (OSError, UnicodeError) as error:
         if isinstance(error, socket.gaierror | UnicodeError):
             raise TrainError(f"there is no address {host}", hint="name one of this machine: --host 127.0.0.1") from None

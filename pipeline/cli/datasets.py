@@ -112,13 +112,16 @@ def diff(
 
 
 def export(
+    captioner: Annotated[
+        str | None, Argument(help="With --format onnx: a captioner folder, or ORG/NAME of the Hub.", show_default=False)
+    ] = None,
     data: DataName = None,
     kind: Annotated[
         str | None,
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance.",
+            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance. Of a captioner: onnx.",
             show_default="imagefolder",
         ),
     ] = None,
@@ -137,9 +140,11 @@ def export(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace text files that are there.")] = False,
     append: Annotated[bool, Option("--append", help="Add a line to text files that are there.")] = False,
     skip_existing: Annotated[bool, Option("--skip-existing", help="Leave text files that are there as they are.")] = False,
+    int8: Annotated[bool, Option("--int8", help="Also ONNX with weights of 8 bits: smaller, and less exact.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a version as files for other tools, or its captions beside your own images."""
+    """Write a version as files for other tools, its captions beside your own images, or a captioner as ONNX."""
+    from pipeline.cli.captioners import export_captioner
     from pipeline.cli.training import open_data
     from pipeline.export.export import export_version, write_beside
     from pipeline.export.formats import FORMATS
@@ -147,6 +152,13 @@ def export(
     from pipeline.tables import SPLITS
 
     chosen = [name for name, is_set in (("overwrite", overwrite), ("append", append), ("skip", skip_existing)) if is_set]
+    if (captioner is not None) != (kind == "onnx") or (int8 and kind != "onnx"):
+        raise BadParameter("a captioner, --format onnx and --int8 go together: synth export CAPTIONER --format onnx")
+    if captioner is not None:
+        if data or in_place or style or split or images or chosen:
+            raise BadParameter("of a captioner, --out, --int8 and --json alone have a meaning", param_hint="--format")
+        export_captioner(captioner, out, int8=int8, as_json=as_json)
+        return
     if len(chosen) > 1 or (chosen and in_place is None):
         raise BadParameter("one of --overwrite, --append and --skip-existing goes with --in-place", param_hint="--in-place")
     if in_place is not None and (kind not in (None, "sidecar") or out or split):

@@ -156,9 +156,8 @@ def show_picture(image: bytes) -> None:
 def print_scores(metrics: dict[str, Any]) -> None:
     """Print scores on own images beside those on shuffled images."""
     say(f"{metrics['split']}: {metrics['images']} images, {metrics['style']} captions, against {metrics['against']}")
-    beams = metrics.get("num_beams")  # earlier releases said neither this nor how texts were cut
-    search = f"written {'greedily' if beams == 1 else f'with {beams} beams'} and " if beams else ""
-    say(f"  scores of captions {search}cut into {metrics.get('tokens', 'words')}")
+    beams = metrics["num_beams"]
+    say(f"  scores of captions written {'greedily' if beams == 1 else f'with {beams} beams'}")
     for name, value in metrics["scores"].items():
         low, high = metrics["intervals"].get(name, (None, None))
         interval = f"  [{low:.3f}, {high:.3f}]" if low is not None else ""

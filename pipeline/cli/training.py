@@ -146,9 +146,6 @@ def evaluate(
     clip_score: Annotated[
         str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
     ] = None,
-    spice: Annotated[
-        bool, Option("--spice", help="Score by SPICE too, in minutes; needs Java, and says where to get its parser.")
-    ] = False,
     captions: Annotated[
         Path | None, Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
     ] = None,
@@ -178,7 +175,7 @@ def evaluate(
         with translate_disk_errors(captions):  # before minutes of scoring, and without a change to what is there
             captions.parent.mkdir(parents=True, exist_ok=True)
             captions.open("a").close()
-    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score, with_spice=spice)
+    metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
     image_results = metrics.pop("each")
     if captions:
         with translate_disk_errors(captions):

@@ -142,9 +142,9 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what killed commands have left behind."""
+    """Remove leftovers of killed commands and stored hidden states, which a training computes again."""
     from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_leftovers
+    from pipeline.dataset.removal import find_leftovers, remove_features, remove_leftovers
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _local_dataset(data or only_made())
@@ -152,6 +152,7 @@ def versions_gc(
         leftovers = list(find_leftovers(dataset))
         if not dry_run:
             remove_leftovers(leftovers)
+        leftovers += remove_features(dataset, dry_run=dry_run)
     freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
     if as_json:
         paths = [str(leftover.path) for leftover in leftovers]

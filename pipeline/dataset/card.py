@@ -23,7 +23,6 @@ CARD_SAMPLES = 5
 METRICS = {
     "bleu_4": ("bleu", "BLEU-4"),
     "rouge_l": ("rouge", "ROUGE-L"),
-    "meteor": ("meteor", "METEOR"),
     "cider_d": ("cider", "CIDEr-D"),
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir, read_tags
 from pipeline.dataset.samples import describe_lost, keep_images
-from pipeline.dataset.version import MANIFEST, VERSION_NAME
+from pipeline.dataset.version import FEATURES, FEATURES_LOCK, MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
+from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
 
 # Folders whose files are written by commands that hold the lock.
 LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*")
+STORED_FEATURES = (f"{FEATURES}/*", f"joined/{FEATURES}/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
 
 
@@ -78,6 +80,30 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
     """Remove what `find_leftovers` has found. Raise StoreError for what cannot be removed."""
     for leftover in leftovers:
         _remove(leftover.path)
+
+
+def remove_features(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove stored hidden states, which a training computes again; return them. A store that grows at the moment stays.
+
+    A training that reads a removed store continues: its file is still open.
+    """
+    removed = []
+    for store in (path for pattern in STORED_FEATURES for path in sorted(dataset.path.glob(pattern))):
+        below = (part for part in (store, *store.parents) if part != dataset.path and part.is_relative_to(dataset.path))
+        if not store.is_dir() or any(part.is_symlink() for part in below):
+            continue
+        try:
+            with lock_file(store / FEATURES_LOCK, _raise_busy, StoreError):
+                removed.append(Leftover(store, _size(store)))
+                if not dry_run:
+                    _remove(store)
+        except BlockingIOError:
+            continue
+    return removed
+
+
+def _raise_busy() -> None:
+    raise BlockingIOError
 
 
 def _remove(path: Path) -> None:

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
 DATA = Path("data")
+FEATURES, FEATURES_LOCK = "features", "lock"  # folder of stored hidden states in a dataset; the lock of each store
 MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 

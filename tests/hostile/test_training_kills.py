@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.dataset.paths import FEATURES
 
 from pipeline.dataset.version import Version
 from pipeline.progress import NullProgress
@@ -16,7 +17,6 @@ from tests.hostile import part_of
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
-from trainer.feature_store import FEATURES
 from trainer.loop.training_log import read_log
 from trainer.train import train
 

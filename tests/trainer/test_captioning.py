@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import trainer
 from pipeline.errors import ImageError, TrainError
 from pipeline.tables import HUMAN
 from pipeline.tasks import prompts as built_in
@@ -175,5 +174,3 @@ def test_the_name_of_a_style_that_was_not_learned_is_no_question(prompts: list[t
 
 def test_the_usual_styles_are_those_of_the_built_in_prompts() -> None:
     assert {*STYLES} == {HUMAN, *built_in.STYLES}
-    script = (Path(trainer.__file__).parent / "publish/run_onnx.mjs").read_text()
-    assert f"const STYLES = {list(STYLES)};" in script

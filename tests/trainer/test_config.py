@@ -109,10 +109,10 @@ def test_a_longer_training_is_evaluated_at_its_own_steps(tmp_path: Path) -> None
         ({"align_epochs": 0.5, "align_steps": 4}, ["align_epochs"]),
         ({"steps": 4, "epochs": 2, "min_steps": 3}, ["epochs", "min_steps"]),
         ({"evaluate_epochs": 0.5, "evaluate_every": 3}, ["evaluate_epochs"]),
-        ({"feature_storage": "int8"}, ["feature_storage"]),
-        ({"feature_storage": "int8", "encoder": "clip"}, []),
-        ({"feature_storage": "int8", "encoder": "clip", "encoder_lr": 1e-5}, ["feature_storage"]),
-        ({"feature_storage": "int8", "encoder_lr": 0.0}, []),
+        ({"feature_storage": "none"}, ["feature_storage"]),
+        ({"feature_storage": "none", "encoder": "clip"}, []),
+        ({"feature_storage": "none", "encoder": "clip", "encoder_lr": 1e-5}, ["feature_storage"]),
+        ({"feature_storage": "none", "encoder_lr": 0.0}, []),
     ],
 )
 def test_settings_without_an_effect_beside_others_are_named(given: dict[str, Any], told: list[str]) -> None:

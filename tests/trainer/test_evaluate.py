@@ -1,17 +1,25 @@
-"""Evaluation: references of the source take precedence, and shuffled images expose a blind captioner."""
+"""Evaluation: references of the source take precedence, shuffled images expose a blind captioner, and CLIPScore."""
 
-from collections.abc import Sequence
+import random
+from pathlib import Path
 
 import pytest
+import torch
+from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
+from pipeline.scenes.draw import draw
+from pipeline.scenes.facts import sample_scene
+from transformers import CLIPModel
 
 from pipeline.cli.output import print_scores
-from pipeline.errors import TrainError
+from pipeline.errors import EngineError, TrainError
+from pipeline.images.clip import ClipScorer
+from pipeline.scenes.text import caption
+from tests.trainer.tiny_models import save_clip
 from trainer.data import Example, Question
-from trainer.evaluate import _cut_texts, _gains, choose_references
+from trainer.evaluate import _gains, choose_references, clip_scores, is_own_encoder, vqa_accuracy
 from trainer.metrics import bootstrap, derangement, score_each
 from trainer.prompts import answering_prompt, scored_prompt
 from trainer.tokenizer import TargetText
-from trainer.vqa import vqa_accuracy
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
@@ -96,21 +104,56 @@ def test_a_captioner_that_ignores_its_images_is_told(
     own, other = score_each(captions, references), score_each(shuffled, references)
     gain = bootstrap(_gains(own, other))
     metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "scores": {}, "intervals": {}}
-    metrics["tokens"] = "words"
+    metrics["num_beams"] = 1
     print_scores(metrics | {"shuffled_scores": {}, "gain": gain})
     assert ("this captioner ignores its images" in capsys.readouterr().err) == is_told
     assert (gain["cider_d"][0] > 0) == differs
 
 
-@pytest.mark.parametrize("fault", ["error", "lines", "none"])
-def test_texts_are_cut_into_words_where_the_tokenizer_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(texts: Sequence[str]) -> list[list[str]]:
-        if fault == "error":
-            raise TrainError("Java failed", hint="")
-        return [["ptb"] for _ in texts][: 1 if fault == "lines" else None]
+SCENES = [sample_scene(random.Random(seed)) for seed in range(5)]
+TEXTS = [caption(scene, "detailed") for scene in SCENES]
 
-    monkeypatch.setattr("trainer.evaluate.ptb_tokens", cut)
-    corpora, kind = _cut_texts([["A dog."], ["One cat.", "A cat."]], has_java=True)
-    words = [[["a", "dog"]], [["one", "cat"], ["a", "cat"]]]
-    assert (corpora, kind) == ((words, "words") if fault != "none" else ([[["ptb"]], [["ptb"]] * 2], "PTB tokens, as on COCO"))
-    assert _cut_texts([["A dog."]], has_java=False) == ([[["a", "dog"]]], "words")
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), train_tokenizer(TEXTS)
+    torch.manual_seed(0)
+    build_model(tokenizer).save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_score_is_two_and_a_half_times_the_cosine_clipped_at_zero(clip: str) -> None:
+    images = [draw(scene, random.Random(0)) for scene in SCENES]
+    backwards = [4, 3, 2, 1, 0]
+    scores, shuffled = clip_scores(clip, iter(images), TEXTS, range(5), backwards)
+    model = CLIPModel.from_pretrained(clip).eval()
+    from transformers import CLIPProcessor
+
+    inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
+    expected, expected_shuffled = (
+        2.5 * (out.image_embeds * texts).sum(-1) for texts in (out.text_embeds, out.text_embeds[backwards])
+    )
+    assert scores == pytest.approx(expected.clamp(min=0).tolist(), abs=1e-5)
+    assert shuffled == pytest.approx(expected_shuffled.clamp(min=0).tolist(), abs=1e-5) and shuffled != scores
+    assert min(scores) >= 0
+
+
+def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
+    assert is_own_encoder("clip", {"name": "clip"})
+    assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
+    assert is_own_encoder(clip, {"name": Path(clip).name})
+    assert not is_own_encoder("metaclip", {"name": "clip"})
+
+
+def test_a_folder_without_a_clip_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no CLIP"):
+        clip_scores(str(tmp_path), [], [])
+
+
+def test_a_clip_without_its_tokenizer_is_refused_and_texts_are_cut_to_its_context(clip: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="it lacks its tokenizer"):
+        ClipScorer(save_clip(tmp_path / "clip"))
+    assert len(ClipScorer(clip).text_states(["word " * 500])) == 1

@@ -1,6 +1,5 @@
 """Features: stored states are those that would be computed, a build that was cut off goes on, and one store serves all runs."""
 
-import errno
 import fcntl
 import itertools
 import os
@@ -22,10 +21,9 @@ from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
-from trainer import feature_store, features
+from trainer import features
 from trainer.data import Example, examples_in
-from trainer.feature_store import ABOUT, list_stores, prune_stores
-from trainer.features import Features, OnlineFeatures, Record, hold_features, store_features
+from trainer.features import Features, OnlineFeatures, hold_features, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -92,7 +90,7 @@ def test_more_images_cost_their_own_pass_and_fewer_cost_none(encoder: Encoder, e
     assert torch.equal(everything(examples), OnlineFeatures(encoder, CPU)(examples))
     store_features(encoder, examples[::-2], tmp_path, CPU, read)
     assert read.done == []
-    assert len(list_stores(tmp_path)) == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_build_that_was_cut_off_goes_on(
@@ -110,33 +108,14 @@ def test_a_build_that_was_cut_off_goes_on(
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_other_weights_layers_states_or_precision_are_another_store(examples: list[Example], tmp_path: Path) -> None:
+def test_other_weights_layers_or_states_are_another_store(examples: list[Example], tmp_path: Path) -> None:
     folder = save_clip(tmp_path / "clip")
     loaded = [load_encoder(folder), load_encoder(folder, layer=-2), load_encoder(folder, states="mean"), load_encoder(folder)]
     with torch.no_grad():
         next(loaded[3].tower.parameters()).flatten()[0] += 1e-3
     for one in loaded:
         store_features(one, examples, tmp_path / "features", CPU, QUIET)
-    store_features(loaded[0], examples, tmp_path / "features", CPU, QUIET, "int8")
-    stores = list_stores(tmp_path / "features")
-    assert len(stores) == 5
-    assert {store.images for store in stores} == {len(examples)}
-    assert sorted(str(store.about["states"]) for store in stores) == ["all"] * 4 + ["mean"]
-
-
-def test_eight_bits_take_half_the_bytes_and_change_little(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
-    exact = store_features(encoder, examples, tmp_path, CPU, QUIET)(examples)
-    stored = store_features(encoder, examples, tmp_path, CPU, QUIET, "int8")
-    largest = exact.abs().amax(-1, keepdim=True)
-    assert ((stored(examples) - exact).abs() <= largest / 254 + 1e-6).all()
-    assert torch.equal(stored.states(stored.load(examples), CPU), stored(examples))
-    shape = (197, 768)
-    assert Record(shape, "int8").num_bytes / Record(shape, "bf16").num_bytes < 0.51
-
-
-def test_zeros_stay_zeros_with_eight_bits() -> None:
-    record = Record((2, 3), "int8")
-    assert torch.equal(record.unpack(torch.from_numpy(record.pack(torch.zeros(1, 2, 3)))), torch.zeros(1, 2, 3))
+    assert len(list((tmp_path / "features").iterdir())) == 4
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
@@ -145,7 +124,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 500))
     store_features(encoder, examples[:2], tmp_path, CPU, QUIET)  # so little is always tried
-    monkeypatch.setattr(feature_store, "TOLD_BYTES", 0)
+    monkeypatch.setattr(features, "REPORTED_BYTES", 0)
     progress = Counted()
     with pytest.raises(TrainError, match=r"hidden states of 22 images take .* are free") as refused:
         store_features(encoder, examples[:24], tmp_path, CPU, progress)
@@ -153,45 +132,6 @@ def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
     store_features(encoder, examples[:24], tmp_path, CPU, progress)
     assert progress.said[0].startswith("the hidden states of 22 images take 0.0 GB")
-
-
-def test_a_disk_that_reserves_no_space_takes_a_store_as_well(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the C library does on such disks, which writes a byte into each block: not into a file that only appends."""
-
-    def write_blocks(handle: int, offset: int, num_bytes: int) -> None:
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        os.pwrite(handle, b"\0", offset + num_bytes - 1)
-
-    monkeypatch.setattr(os, "posix_fallocate", write_blocks)
-    store_features(encoder, examples[:2], tmp_path / "a", CPU, QUIET)
-    store_features(encoder, examples[:4], tmp_path / "a", CPU, QUIET)  # also behind what is there
-    monkeypatch.undo()
-    store_features(encoder, examples[:4], tmp_path / "b", CPU, QUIET)
-    first, second = (next((tmp_path / name).rglob("states.bin")).read_bytes() for name in ("a", "b"))
-    assert first == second
-
-
-def test_stores_that_nobody_uses_are_removed_and_a_build_is_left_alone(
-    encoder: Encoder, examples: list[Example], tmp_path: Path
-) -> None:
-    used = store_features(encoder, examples, tmp_path, CPU, QUIET)
-    store_features(encoder, examples, tmp_path, CPU, QUIET, "int8")
-    (tmp_path / "0123456789abcdef01234567.bin").write_bytes(b"of an earlier release")
-    (tmp_path / "0123456789abcdef01234567.json").write_text("{}")
-    old, new = sorted(tmp_path.glob(f"*/{ABOUT}"))
-    os.utime(old, (time.time() - 40 * 86_400,) * 2)
-    assert [store.path for store in list_stores(tmp_path)] == [new.parent, old.parent]
-    with (old.parent / "lock").open("w") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        assert prune_stores(tmp_path, 30)[0] == 1  # the file of an earlier release
-    assert prune_stores(tmp_path, 30)[0] == 1
-    assert [store.path for store in list_stores(tmp_path)] == [new.parent]
-    assert prune_stores(tmp_path, 0)[0] == 1
-    assert [*tmp_path.iterdir()] == []
-    assert torch.equal(used(examples), OnlineFeatures(encoder, CPU)(examples))  # which had it open
 
 
 def test_an_image_is_known_by_its_id(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
@@ -231,25 +171,11 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None
     assert built == ["0", "1"]
 
 
-def test_a_build_that_goes_on_needs_no_more_room_than_it_has_taken(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(features, "BATCH_IMAGES", 8)
-    monkeypatch.setattr(feature_store, "TOLD_BYTES", 0)
-    with pytest.raises(KeyboardInterrupt):
-        store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, feature_store.SPARE_BYTES))
-    left = Counted()
-    store_features(encoder, examples, tmp_path, CPU, left)
-    assert left.done[-1] == (len(examples) - 16, len(examples) - 16)
-
-
 def test_who_waits_says_so_and_a_store_that_was_removed_meanwhile_is_made_again(
     encoder: Encoder, examples: list[Example], tmp_path: Path
 ) -> None:
     store_features(encoder, examples[:4], tmp_path, CPU, QUIET)
-    (path,) = (about.parent for about in tmp_path.glob(f"*/{ABOUT}"))
+    (path,) = tmp_path.iterdir()
     held, waits = (path / "lock").open("w"), Counted()
     fcntl.flock(held, fcntl.LOCK_EX)
     results: list[Features] = []
@@ -263,35 +189,20 @@ def test_who_waits_says_so_and_a_store_that_was_removed_meanwhile_is_made_again(
     assert waits.said[0].startswith("another training adds to")
     assert waits.done == [(len(examples), len(examples))]
     assert torch.equal(results[0](examples), OnlineFeatures(encoder, CPU)(examples))
-    assert (path / "lock").exists() and list_stores(tmp_path)[0].images == len(examples)
+    assert (path / "lock").exists() and (path / "ids.bin").stat().st_size == 32 * len(examples)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"layers": [-1]}'])
-def test_a_damaged_store_is_named_and_can_be_removed(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, text: str
-) -> None:
-    store_features(encoder, examples, tmp_path, CPU, QUIET)
-    (about,) = tmp_path.glob(f"*/{ABOUT}")
-    about.write_text(text)
-    with pytest.raises(TrainError, match=r"store\.json is damaged") as refused:
-        list_stores(tmp_path)
-    assert str(about.parent) in refused.value.hint
-    assert prune_stores(tmp_path, 0)[0] == 1
-
-
-@pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin", ABOUT])
+@pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])
 def test_a_link_in_a_store_is_refused_and_its_target_stays(
     encoder: Encoder, examples: list[Example], tmp_path: Path, name: str
 ) -> None:
     store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
-    (about,) = (tmp_path / "features").glob(f"*/{ABOUT}")
+    (store,) = (tmp_path / "features").iterdir()
     (tmp_path / "precious").write_text("of the user")
-    (about.parent / name).unlink()
-    (about.parent / name).symlink_to(tmp_path / "precious")
+    (store / name).unlink()
+    (store / name).symlink_to(tmp_path / "precious")
     with pytest.raises(TrainError, match="is a link"):
         store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
-    with pytest.raises(TrainError, match="is a link"):
-        prune_stores(tmp_path / "features", 0)
     assert (tmp_path / "precious").read_text() == "of the user"
 
 
@@ -301,7 +212,7 @@ def test_records_that_are_lost_or_damaged_are_computed_again(
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
     expected = OnlineFeatures(encoder, CPU)(examples)
     store_features(encoder, examples, tmp_path, CPU, QUIET)
-    (path,) = (about.parent for about in tmp_path.glob(f"*/{ABOUT}"))
+    (path,) = tmp_path.iterdir()
     size, count = (path / "states.bin").stat().st_size, len(examples)
     os.truncate(path / "states.bin", size // 2)
     again = Counted()
@@ -311,16 +222,9 @@ def test_records_that_are_lost_or_damaged_are_computed_again(
     (path / "ids.bin").write_bytes(ids[:64] + ids[32:64] + ids[96:])  # one comes twice
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
     (path / "states.bin").unlink()
-    with pytest.raises(KeyboardInterrupt):  # of ids whose records were lost none is left when the space is taken again
+    with pytest.raises(KeyboardInterrupt):  # ids whose records were lost must not name the records of the first batch
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=0))
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
-
-
-def test_only_files_of_stores_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "notes.json").write_text("{}")
-    (tmp_path / "d.bin").mkdir()
-    assert prune_stores(tmp_path, 0) == (0, 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "notes.json"]
 
 
 def test_a_view_that_is_held_is_not_its_image(encoder: Encoder, examples: list[Example]) -> None:

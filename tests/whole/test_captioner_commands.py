@@ -1,8 +1,8 @@
-"""The commands about captioners, called as Typer calls them: settings, presets and what goes on, a look, a comparison;
+"""The commands about captioners, called as Typer calls them: settings, presets and what goes on;
 and how the server of one ends."""
 
+import fcntl
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from pipeline.dataset.paths import FEATURES, FEATURES_LOCK
 from typer import BadParameter
 
 import trainer.loop.steps
-from pipeline.cli.captioners import caption, compare, look
-from pipeline.cli.features import features_list, features_prune
+from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
+from pipeline.cli.versions import versions_gc
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
@@ -25,7 +25,6 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
-from trainer.look import LABEL_PX, TILE_PX, TILES_IN_ROW
 from trainer.loop.resume import save_resume
 
 SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
@@ -108,30 +107,6 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
     assert (trained / "metrics.json").exists()
 
 
-def test_of_several_interrupted_trainings_one_must_be_named(version: Version) -> None:
-    for name in ("one", "two"):
-        (version.dataset_dir / "checkpoints" / name).mkdir(parents=True)
-        (version.dataset_dir / "checkpoints" / name / "resume.pt").touch()
-    with pytest.raises(ConfigError, match="several trainings were interrupted: one, two") as refused:
-        train(data=str(version.path), resume=True)
-    assert refused.value.hint and "--out" in refused.value.hint
-
-
-def test_a_preset_that_does_not_fit_is_one_error(version: Version, models: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="the preset photos-lm is for a language model"):
-        train(data=str(version.path), encoder=models["encoder"], preset="photos-lm")
-
-
-def test_a_look_is_written_as_a_picture_and_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captioner = str(save_captioner(tmp_path / "c"))
-    photo(3).save(tmp_path / "photo.png")
-    look(captioner, tmp_path / "photo.png", out=tmp_path / "look.webp", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    with Image.open(tmp_path / "look.webp") as picture:
-        assert picture.size == (TILES_IN_ROW * TILE_PX, -(-(len(printed["words"]) + 1) // TILES_IN_ROW) * (TILE_PX + LABEL_PX))
-    assert printed["text"] and printed["alternatives"][0]["text"]
-
-
 @pytest.mark.parametrize("separator", ["\n", "\0"], ids=["lines", "find -print0"])
 def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -208,54 +183,9 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
         assert ("written with 2 beams" if beams == 2 else "written greedily") in printed.err
 
 
-def test_captioners_are_compared_on_named_images_and_on_a_version(
-    version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    (tmp_path / "photos").mkdir()
-    for number in range(3):
-        photo(number).save(tmp_path / f"photos/{number}.png")
-    (tmp_path / "said.json").write_text(json.dumps({"0.png": ["A dog."], "2.png": ["A cat.", "A black cat."]}))
-    images = [str(tmp_path / "photos")]
-    compare(captioners, images=images, captions=tmp_path / "said.json", out=tmp_path / "a.html", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in printed["captioners"]] == ["one", "other"]
-    assert printed["scored_images"] == 2
-    assert {Path(row["image"]).name: row["references"] for row in printed["images"]}["2.png"] == ["A cat.", "A black cat."]
-    compare(captioners, images=images, out=tmp_path / "c.html", as_json=True)  # of which nobody has said anything
-    assert json.loads(capsys.readouterr().out)["scored_images"] == 0 and "<html" in (tmp_path / "c.html").read_text()
-    config = json.loads((tmp_path / "one/config.json").read_text())
-    config["data"] = {"digest": version.manifest["digest"]}
-    (tmp_path / "one/config.json").write_text(json.dumps(config))
-    compare(captioners, data=str(version.path), split="train", limit=4, out=tmp_path / "b.html", as_json=True)
-    said = capsys.readouterr()
-    assert f"{tmp_path / 'one'} has learned from these images" in said.err
-    assert f"{tmp_path / 'other'} was trained on other data" in said.err
-    printed = json.loads(said.out)
-    assert len(printed["images"]) == 4 == printed["scored_images"]
-    assert "<html" in (tmp_path / "b.html").read_text()
-
-
-def test_a_name_that_is_no_utf_8_does_not_lose_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    (tmp_path / "photos").mkdir()
-    photo(1).save(tmp_path / "photo.png")
-    (tmp_path / "photo.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/photos/b\xff.png"))
-    compare(captioners, images=[str(tmp_path / "photos")], out=tmp_path / "a.html", as_json=True)
-    assert json.loads(capsys.readouterr().out)["images"][0]["image"].endswith("b\\xff.png")
-    assert "<html" in (tmp_path / "a.html").read_text()
-
-
-def test_captioners_are_not_compared_on_decks(tmp_path: Path) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
-    decks = make_version(tmp_path / "decks", scene_samples(12), decks=True)[0]
-    with pytest.raises(TrainError, match="these samples are decks"):
-        compare(captioners, data=str(decks.path), split="train", out=tmp_path / "b.html")
-
-
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
-        look(str(tmp_path), tmp_path / "photo.png")
+        caption(str(tmp_path), [str(tmp_path / "photo.png")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -273,34 +203,33 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
                 assert b"200 OK" in other.recv(1000)
             server.send_signal(number)
             try:
-                assert server.wait(20) in (0, 130)
+                assert server.wait(20) == (130 if number == signal.SIGINT else 143)
             finally:
                 server.kill()
         assert "Traceback" not in server.stderr.read()
 
 
-def test_stores_of_hidden_states_are_listed_and_removed(
+def test_a_layer_that_is_no_number_is_one_error(version: Version, models: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="encoder_layer"):
+        train(str(version.path), encoder=models["encoder"], encoder_layer="-1,last")
+
+
+def test_collecting_garbage_removes_stored_hidden_states_but_those_that_a_training_adds_to(
     version: Version, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "small.yaml"
-    config.write_text(json.dumps(SMALL | {"steps": 1, "feature_storage": "int8"}))
-    data, encoder = version.dataset_dir, models["encoder"]
-    train(str(data), encoder=encoder, encoder_layer="-1,-2", encoder_states="class", decoder="scratch", config=config)
-    capsys.readouterr()
-    features_list(data)
-    (first, second) = capsys.readouterr().out.splitlines()
-    assert first.endswith("-int8") and " 40 images" in first
-    assert second.strip() == "clip/, layer -1,-2, class states, int8"  # a folder of that name, and not the model
-    features_list(data, as_json=True)
-    (row,) = json.loads(capsys.readouterr().out)
-    features_list(version.path, as_json=True)  # of the dataset that holds the version
-    assert json.loads(capsys.readouterr().out)[0]["images"] == 40
-    assert row["images"] == 40 and row["shape"] == [1, 64]
-    features_prune(data, days=1)
-    assert capsys.readouterr().out.startswith("removed 0 stores of 0.0 MB")
-    features_prune(data, days=0, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"removed": 1, "bytes": row["bytes"]}
-    features_list(data)
-    assert "no hidden states" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="encoder_layer"):
-        train(str(data), encoder=encoder, encoder_layer="-1,last")
+    config.write_text(json.dumps(SMALL | {"steps": 1}))
+    train(str(version.path), encoder=models["encoder"], decoder="scratch", config=config, out=tmp_path / "c")
+    (store,) = (version.dataset_dir / FEATURES).iterdir()
+    busy = store.with_name("busy")
+    busy.mkdir()
+    size = sum(file.stat().st_size for file in store.iterdir())
+    with (busy / FEATURES_LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for dry_run in (True, False):
+            capsys.readouterr()
+            versions_gc(version.dataset_dir, dry_run=dry_run, as_json=True)
+            collected = json.loads(capsys.readouterr().out)
+            assert str(store) in collected["removed"] and collected["bytes"] >= size > 0
+            assert store.exists() == dry_run
+    assert busy.exists()

@@ -1,13 +1,15 @@
 """A Space: the page that `synth push --space` publishes runs in Gradio, with the captioner that was pushed, and without us."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from playwright.sync_api import Browser, expect
 from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
-from tests.whole.conftest import ROOT
+from tests.whole.conftest import ROOT, SYNTH
 
 GRADIO = ROOT / ".venv-gradio"
 
@@ -83,12 +85,8 @@ def test_a_space_without_a_captioner_or_a_name_is_refused(hub: RunningHub, home:
 
 
 @contextmanager
-def running(folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Run the page of a folder as a Space does, and yield its address."""
-    # Isolated, without `site`: this project cannot be imported.
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
-    start = "import runpy, sys; sys.path[:0] = sys.argv[1:3]; runpy.run_path('app.py', run_name='__main__')"
-    command = [sys.executable, "-I", "-S", "-u", "-c", start, str(GRADIO), packages]
+def running(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run a command that opens the page, and yield its address."""
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -97,8 +95,8 @@ def running(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     try:
         for line in process.stdout:
             printed.append(line)
-            if "Running on local URL" in line:
-                yield line.split()[-1]
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                yield address[0]
                 return
         raise AssertionError("".join(printed))
     finally:
@@ -106,15 +104,34 @@ def running(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         process.wait()
 
 
-def test_a_visitor_drops_a_photo_reads_its_caption_and_asks(
-    space: dict[str, bytes], hub: RunningHub, home: Path, tmp_path: Path, browser: Browser
-) -> None:
-    for name, data in space.items():
-        (tmp_path / name).write_bytes(data)
-    environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
+@contextmanager
+def published(files: dict[str, bytes], folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run the page as a Space does: isolated, without `site`, so that this project cannot be imported."""
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    start = "import runpy, sys; sys.path[:0] = sys.argv[1:]; runpy.run_path('app.py', run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-u", "-c", start, str(GRADIO), *packages]
     environment.pop("PYTHONPATH", None)
+    with running(command, folder, environment) as address:
+        yield address
+
+
+@pytest.mark.parametrize("where", ["space", "demo"])
+def test_visitor_drops_a_photo_reads_its_caption_and_asks(
+    request: pytest.FixtureRequest, hub: RunningHub, home: Path, tmp_path: Path, browser: Browser, where: str
+) -> None:
+    environment = hub.env(tmp_path / "home") | {"GRADIO_ANALYTICS_ENABLED": "False"}
     expected: dict[str, Any] = json.loads(synth(hub, home, "caption", "captioner", "scene.png", "--json").stdout)
-    with running(tmp_path, environment) as address:
+    if where == "space":
+        opened = published(request.getfixturevalue("space"), tmp_path, environment)
+    else:
+        command = [str(SYNTH), "serve-captioner", "captioner", "--demo", "--port", "0"]
+        opened = running(command, home, environment | {"PYTHONPATH": str(GRADIO)})
+    with opened as address:
+        if where == "demo":
+            with pytest.raises(HTTPError, match="400"):  # of a page whose name points to this machine
+                urlopen(Request(address, headers={"Host": "evil.example"}), timeout=60)
         page = browser.new_page()
         page.route(lambda url: not url.startswith((address, "blob:", "data:")), lambda route: route.abort())  # fonts, scripts
         page.goto(address)
@@ -124,6 +141,10 @@ def test_a_visitor_drops_a_photo_reads_its_caption_and_asks(
         page.get_by_label("Question").fill("How many?")
         page.get_by_role("button", name="Write").click()
         expect(written).not_to_have_value(expected["caption"], timeout=60_000)
-        if os.environ.get("SCREENSHOT"):
-            page.screenshot(path=os.environ["SCREENSHOT"])
         page.close()
+
+
+@pytest.mark.parametrize(("host", "hint"), [("127.0.0.1", "pip install gradio"), ("0.0.0.0", "--space")])
+def test_page_without_gradio_or_for_other_machines_is_one_error(hub: RunningHub, home: Path, host: str, hint: str) -> None:
+    done = synth(hub, home, "serve-captioner", "captioner", "--demo", "--host", host, code=1)
+    assert hint in done.stderr and "Traceback" not in done.stderr

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from pipeline.storage.files import read_json
 from trainer.experiment.grid import FACTORS
 from trainer.experiment.runs import Run
-from trainer.experiment.slices import SLICES, slice_scores
 from trainer.loop.training_log import read_log
 from trainer.metrics import cider_d, tokenize
 
@@ -156,8 +155,6 @@ def summarise(arm: Arm, images: int, words: int) -> dict[str, Any]:
         kind: {name: float(np.mean([m["questions"][kind][name] for m in arm.metrics])) for name in ("accuracy", "majority")}
         for kind in arm.metrics[0].get("questions", {})
     }
-    references = [[reference.split(" ") for reference in texts] for texts in arm.references]
-    sliced = [slice_scores([tokenize(text) for text in texts], references) for texts in arm.captions]
     return {
         "name": arm.name,
         **dict(zip((*FACTORS, "otherwise"), arm.key, strict=True)),
@@ -174,7 +171,6 @@ def summarise(arm: Arm, images: int, words: int) -> dict[str, Any]:
         "rouge_l": float(np.mean([m["scores"]["rouge_l"] for m in arm.metrics])),
         "mean_words": float(np.mean([m["words"]["mean"] for m in arm.metrics])),
         "words_of_references": float(np.mean([m["words"]["of_references"] for m in arm.metrics])),
-        "slices": {name: _mean([scores[name] for scores in sliced]) for name in SLICES},
         "questions": questions,
     }
 
@@ -195,8 +191,3 @@ def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
         }
         for index in chosen
     ]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -7,7 +7,7 @@ grids that replace some of these lists.
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,8 +33,6 @@ GRID_SETTINGS = (
 
 class Data(Section):
     """A version and the choice of its texts to learn from."""
-
-    OLD_KEYS: ClassVar = {"texts": "text_source", "name_source": "source_in_prompt"}
 
     data: str | None = None  # as in `synth train --data`; None: the latest dataset
     images: str | None = None
@@ -78,14 +76,14 @@ class Experiment(Grid):
     @model_validator(mode="after")
     def _is_one_budget(self) -> "Experiment":
         for settings in (self.settings, *({**self.settings, **more.settings} for more in self.also)):
-            known = [*TrainConfig.model_fields, *TrainConfig.OLD_KEYS]
+            known = list(TrainConfig.model_fields)
             if unknown := sorted(settings.keys() - {*known}):
                 meant = did_you_mean(unknown[0], known) or "docs/settings.md lists them"
                 raise ValueError(f"settings.{unknown[0]} is not a setting of a training: {meant}")
             steps = settings.get("steps")
             if not isinstance(steps, int) or steps < MIN_STEPS:
                 raise ValueError(f"settings.steps must say how many steps every cell trains for: a number from {MIN_STEPS} on")
-            if clash := sorted({TrainConfig.OLD_KEYS.get(key, key) for key in settings} & set(GRID_SETTINGS)):
+            if clash := sorted(settings.keys() & set(GRID_SETTINGS)):
                 raise ValueError(f"settings.{clash[0]} is decided by the grid, not by settings")
         if "auto" in (self.settings.get("preset"), *(more.settings.get("preset") for more in self.also)):
             raise ValueError("an experiment names its preset: auto is none")
@@ -142,8 +140,8 @@ def cells_of(experiment: Experiment) -> list[Cell]:
     grids = [(tuple(experiment.data), first, "")]
     for more in experiment.also:
         replaced = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
-        usual, given = (_by_new_names(settings) for settings in (experiment.settings, more.settings))
-        changed = {name: value for name, value in given.items() if usual.get(name) != value}
+        usual = experiment.settings
+        changed = {name: value for name, value in more.settings.items() if usual.get(name) != value}
         overrides = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))
         settings = {**usual, **changed}
         grids.append((more.data or tuple(experiment.data), {**first, **replaced, "settings": settings}, overrides))
@@ -155,10 +153,6 @@ def cells_of(experiment: Experiment) -> list[Cell]:
             cell = Cell(data, encoder, decoder, alignment, images, seed, config, overrides)
             cells.setdefault((data, digest(config.digest_values())), cell)  # a setting may be the usual one
     return list(cells.values())
-
-
-def _by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {TrainConfig.OLD_KEYS.get(name, name): value for name, value in settings.items()}
 
 
 def _config(

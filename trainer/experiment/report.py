@@ -9,7 +9,6 @@ from pipeline.report.html import Points, chart, data_uri, points, render_page, t
 from pipeline.storage.files import write_json, write_text
 from trainer.experiment.compare import Arm, compare, examples, read_arms, summarise
 from trainer.experiment.runs import Run
-from trainer.experiment.slices import SLICES
 from trainer.image_index import map_images
 
 SHOWN_EXAMPLES = 12
@@ -36,7 +35,6 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
         "trainer.experiment",
         "experiment.html.j2",
         result=result,
-        slices=SLICES,
         questions=sorted({kind for arm in result["arms"] for kind in arm["questions"]}),
         curves=[*_learning_curves(arms), *_size_curves(result["arms"])],
         uris=uris,
@@ -66,10 +64,6 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {_cell(row['arm'])} | {_cell(row['than'])} | {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
             f"| {row['verdict']} | {row['length_matched_difference']:+.3f}, {row['length_matched_verdict']} |"
         )
-    lines += ["", f"| arm | {' | '.join(SLICES)} |", "|---|" + "---|" * len(SLICES)]
-    for arm in result["arms"]:
-        values = [arm["slices"][name] for name in SLICES]
-        lines.append(f"| {_cell(arm['name'])} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |")
     return "\n".join(lines) + "\n"
 
 

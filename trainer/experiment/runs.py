@@ -18,14 +18,12 @@ from pipeline.dataset.version import Version
 from pipeline.digests import digest
 from pipeline.errors import SynthError, TrainError
 from pipeline.progress import Progress
-from pipeline.storage.files import read_json, write_json
-from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.storage.files import write_json
 from trainer.config import TrainConfig
-from trainer.data import Example, count_words, limit_captions, limit_images
+from trainer.data import Example, count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment.grid import FACTORS, Cell, Experiment
 from trainer.model.loading import LOAD_ERRORS, load_config, reason_of
 from trainer.presets import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT
-from trainer.sets import read_split_examples
 from trainer.train import train
 
 MIN_TEST_IMAGES = 2
@@ -142,10 +140,6 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
     """
     waiting = [run for run in runs if not run.is_done]
     done = len(runs) - len(waiting)
-    if waiting and any(_is_of_earlier_release(run) for run in runs if run.is_done):
-        progress.warn(
-            f"cells of an earlier release are compared with new ones; to train them anew, remove {runs[0].folder.parent}"
-        )
     progress("cells", done, len(runs))
     jobs = max(1, min(jobs, len(waiting)))
     slots, failed = list(range(jobs)), list[str]()
@@ -172,14 +166,6 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
             process.terminate()
             process.join()
     return failed
-
-
-def _is_of_earlier_release(run: Run) -> bool:
-    """Return whether a cell was trained by a release that did not say which run it was (train.py)."""
-    try:
-        return "run" not in read_json(run.folder / "metrics.json")
-    except (OSError, ValueError, UnsafeFileError):
-        return False
 
 
 def _message(errors: Connection) -> str:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trainer.augmentation import view_in_epoch
 from trainer.config import TrainConfig
-from trainer.data import Example
+from trainer.data import Example, view_in_epoch
 from trainer.features import LoadedFeatures
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate
 

@@ -1,10 +1,8 @@
 """Try a step before a training begins: find micro-batches that fit a GPU, and say what the training will take."""
 
 import math
-import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,26 +10,23 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from trainer.data import Example
-from trainer.distributed import max_over_processes
-from trainer.loop.pace import memory_mb
+from trainer.devices import max_over_processes
 from trainer.loop.steps import Trainer
-from trainer.model.decoding import GREEDY
+from trainer.loop.training_log import memory_mb
 from trainer.optimizer import build_optimizer, parameter_groups
 
-ADAM_BYTES = 8  # of each weight that learns: two moments
-CAPTIONED_IMAGES = 8  # whose captions are timed
 MINUTES_FROM_S = 90.0
 FEW_STEPS = 10  # of a training to which trying three would add a third and more
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a training takes before its final test; it may end sooner where the score no longer improves."""
+    """What the steps of a training take at most: it may end sooner where the score no longer improves."""
 
     weights: int
     learning: int
     steps: int
-    seconds: float  # of the steps, and of the captions for evaluations
+    seconds: float
     memory_mb: float  # at the peak
 
 
@@ -44,13 +39,7 @@ def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
     steps, size = config.total_steps, min(config.batch_size, len(trainer.loader.examples))
-    adam_mb, free_mb = learning * ADAM_BYTES / 1e6, _available_mb()
-    if trainer.device.type == "cpu" and adam_mb > free_mb:
-        progress.warn(f"the optimizer alone needs {adam_mb / 1e3:.1f} GB, and {free_mb / 1e3:.1f} GB are free: see lora_rank")
     seconds = steps * _fit(trainer, size, progress)
-    written = _tokens_written(trainer, size)
-    if written:
-        seconds += written * _seconds_of_token(trainer)
     weights = sum(one.numel() for one in captioner.parameters())
     forecast = Forecast(weights, learning, steps, round(seconds, 1), memory_mb())
     progress.message(_describe(forecast, trainer, size))
@@ -64,7 +53,7 @@ def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
     return (
         f"{preset}{_shown(forecast.weights)} weights, {_shown(forecast.learning)} of them learn; at most "
         f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.loader.examples):.1f} epochs), "
-        f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without the final test"
+        f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without evaluations"
     )
 
 
@@ -147,43 +136,5 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _tokens_written(trainer: Trainer, size: int) -> float:
-    """Return the tokens of captions for evaluations, the first of which have no end, and of those drawn for rewards."""
-    config = trainer.config
-    evaluations = -(-config.total_steps // config.evaluate_every)
-    evaluated = len(trainer.validation.examples) * (config.max_caption_tokens + _caption_tokens(trainer) * (evaluations - 1))
-    return evaluated + config.scst_steps * size * config.scst_samples * _caption_tokens(trainer)
-
-
-def _caption_tokens(trainer: Trainer) -> float:
-    """Return the mean tokens of captions that are learned."""
-    tokenizer = trainer.checkpoint.tokenizer
-    captions = [text for example in trainer.loader.examples[:CAPTIONED_IMAGES] for text in example.texts if text.style]
-    return statistics.fmean(len(tokenizer.target(text)) for text in captions) if captions else 0.0
-
-
-@torch.inference_mode()
-def _seconds_of_token(trainer: Trainer) -> float:
-    """Return the seconds of a token of a greedy caption, in a batch of a few images."""
-    captioner = trainer.checkpoint.captioner.eval()
-    examples, tokens = trainer.loader.examples[:CAPTIONED_IMAGES], max(1, round(_caption_tokens(trainer)))
-    prompt_T = torch.tensor(trainer.checkpoint.scored_prompt(), device=trainer.device)
-    _wait(trainer.device)
-    started = time.monotonic()
-    memory_BND = captioner.connector(trainer.loader.features(examples).to(trainer.device))
-    captioner.decoder.generate(memory_BND, prompt_T.expand(len(examples), -1), GREEDY, tokens, captioner.config.eos_id)
-    _wait(trainer.device)
-    return (time.monotonic() - started) / len(examples) / tokens
-
-
 def _characters(example: Example) -> int:
     return sum(len(text.text) + len(text.question) for text in example.texts)
-
-
-def _available_mb() -> float:
-    """Return the memory that is free on this machine; without end where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return float("inf")

@@ -22,19 +22,14 @@ from pipeline.progress import Progress
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.data import batches
-from trainer.distributed import all_reduce_gradients, from_first_process, max_over_processes
-from trainer.loop.averaging import WeightAverage
+from trainer.devices import all_reduce_gradients, autocast, from_first_process, max_over_processes, products_in
 from trainer.loop.batch_loader import Batch, BatchLoader
-from trainer.loop.interrupts import signals_noted
-from trainer.loop.pace import Pace, memory_mb
-from trainer.loop.precision import autocast, products_in
-from trainer.loop.resume import save_resume
+from trainer.loop.resume import save_resume, signals_noted
 from trainer.loop.self_critical import SelfCritic
-from trainer.loop.spikes import SpikeFilter
-from trainer.loop.training_log import Log
+from trainer.loop.training_log import Log, Pace, memory_mb
 from trainer.loop.validation import Validation
 from trainer.model.language_model import PretrainedDecoder
-from trainer.optimizer import build_optimizer, set_stage
+from trainer.optimizer import SpikeFilter, WeightAverage, build_optimizer, set_stage
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
 GIVE_UP = 10  # skipped steps in a row
@@ -180,7 +175,7 @@ class Trainer:
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> int:
         """Go on from a state; return its step. Raises TrainError if it is damaged, or of other pretrained weights."""
-        if state.get("frozen", self.frozen_key) != self.frozen_key:
+        if state.get("frozen") != self.frozen_key:
             hint = "name the encoder and the decoder that it began with, or remove resume.pt to start anew without --resume"
             raise TrainError(f"{path.parent} began with other pretrained weights than those of today", hint=hint)
         try:
@@ -190,7 +185,7 @@ class Trainer:
             optimizer.load_state_dict(state["optimizer"])
             self.validation.restore(state)
             self.spikes.restore(state)
-            if self.average and "average" in state:
+            if self.average:
                 self.average.restore(state["average"], self.device)
             return int(state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:

@@ -87,8 +87,8 @@ class Validation:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state, which an earlier release may have written. Raises KeyError if it is none."""
+        """Resume from a state. Raises KeyError if it is damaged."""
         self.best_score = state["best"]
-        self.evaluations_without_gain = state.get("unimproved", 0)
-        self.best_cider_d = state.get("best_cider_d", self.best_score)
-        self.best_loss = state.get("best_loss", math.inf)
+        self.evaluations_without_gain = state["unimproved"]
+        self.best_cider_d = state["best_cider_d"]
+        self.best_loss = state["best_loss"]

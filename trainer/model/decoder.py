@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.decoding import DecodingConfig, Step, beam_search, beam_texts, decode
-from trainer.model.dropout import Dropout
+from trainer.model.decoding import DecodingConfig, Step, beam_search, decode
 from trainer.model.packing import pack
 from trainer.model.token_loss import token_loss
 from trainer.tokenizer import TextBatch
@@ -87,7 +86,7 @@ class ScratchDecoder(nn.Module):
         blocks = [Block(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
         # Each block adds three branches to the residual stream: initialise them small, as GPT-2 does.
         for block in blocks:
@@ -129,28 +128,6 @@ class ScratchDecoder(nn.Module):
             return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
 
         return step, cache
-
-    def alternatives(
-        self, memory_1ND: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
-    ) -> list[tuple[float, list[int]]]:
-        """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
-        step, cache = self._next_scores(memory_1ND)
-        decoding = DecodingConfig(num_beams=beams)
-        return beam_texts(step, cache.reorder, cache.keep_images, prompt_1T, decoding, max_tokens, eos_id)[0]
-
-    def attention_to_image(self, ids_1T: Tensor, memory_1ND: Tensor) -> Tensor:
-        """Return the share of each state of the image in what each token attends to, a mean over blocks and heads: (T, N)."""
-        T = ids_1T.shape[1]
-        seen_TT = torch.ones(T, T, dtype=torch.bool, device=ids_1T.device).tril()
-        table = rope_table(torch.arange(T, device=ids_1T.device), self.head_width)
-        x_1TD, shares = self.embedding(ids_1T), []
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            attend, read_1TD = block.attend_image, x_1TD + block._words(block.norm_words(x_1TD), table, seen_TT, None)
-            q_1HTK, (k_1HNK, _) = attend.heads(attend.query(block.norm_image(read_1TD))), attend.keys_values(memory_1ND)
-            shares.append((q_1HTK @ k_1HNK.transpose(-1, -2) / self.head_width**0.5).softmax(-1)[0].mean(0))
-            x_1TD = block(x_1TD, memory_1ND, table, seen_TT, None)
-        return torch.stack(shares).mean(0)
 
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Return states (C, T, D) that predict the token after each of `ids_CT`; with a cache, only of new tokens.
@@ -194,7 +171,7 @@ class Block(nn.Module):
         self.norm_words, self.norm_image, self.norm_mlp = (nn.RMSNorm(config.width) for _ in range(3))
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,

@@ -106,8 +106,7 @@ class Encoder(nn.Module):
 
     def key(self) -> str:
         """Return a digest of the encoder's settings and of every weight."""
-        about: list[Any] = [self.config.model, self.config.processor, self.config.layer]
-        about += [self.config.states] if self.config.states != "all" else []  # as in keys of earlier releases
+        about = [self.config.model, self.config.processor, self.config.layer, self.config.states]
         return weights_digest(canonical(about), self.tower.state_dict())
 
 

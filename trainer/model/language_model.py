@@ -248,15 +248,6 @@ class PretrainedDecoder(nn.Module):
             problem = f"this decoder cannot search with {beams} beams: {one_line(error)[:200]}"
             raise TrainError(problem, hint="set num_beams: 1, or choose another --decoder") from None
 
-    def alternatives(
-        self, prefix_1PD: Tensor, prompt_1T: Tensor, beams: int, max_tokens: int, eos_id: int
-    ) -> list[tuple[float, list[int]]]:
-        """Return the texts that a beam search finishes about one image, best first, each with its mean log-probability."""
-        several = {"num_beams": max(2, beams), "num_return_sequences": max(2, beams), "do_sample": False, **UNTIL_THE_END}
-        scored = {"return_dict_in_generate": True, "output_scores": True}
-        written = self._generate(prefix_1PD, prompt_1T, max_tokens, eos_id, **several, **scored)
-        return list(zip(written.sequences_scores.tolist(), _without_eos(written.sequences, eos_id), strict=True))
-
     def _generate(self, prefix_BPD: Tensor, prompt_BT: Tensor, max_tokens: int, eos_id: int, **options: Any) -> Any:
         """Return what `generate` of transformers does for a prompt behind images."""
         self.require_positions(prefix_BPD.shape[1], prompt_BT.shape[1] + 1, hint="ask a shorter question")
@@ -271,26 +262,6 @@ class PretrainedDecoder(nn.Module):
             pad_token_id=eos_id,
             **options,
         )
-
-    def attention_to_image(self, ids_1T: Tensor, prefix_1PD: Tensor) -> Tensor:
-        """Return the share of each state of the image in what each token attends to, a mean over layers and heads: (T, P).
-
-        What a token gives to other tokens is left out. Raises TrainError if the model does not tell its attention.
-        """
-        words_1TD, P = self.model.get_input_embeddings()(ids_1T), prefix_1PD.shape[1]
-        usual = self.model.config._attn_implementation
-        try:
-            self.model.set_attn_implementation("eager")  # the others do not tell
-            embeds_1LD = torch.cat([prefix_1PD.to(words_1TD.dtype), words_1TD], 1)
-            output = self.model.get_decoder()(inputs_embeds=embeds_1LD, use_cache=False, output_attentions=True)
-            layers = getattr(output, "attentions", None)  # recurrent models have none
-        finally:
-            self.model.set_attn_implementation(usual)
-        shares_by_layer = [layer_1HLL[0, :, P:, :P].mean(0) for layer_1HLL in layers or () if layer_1HLL is not None]
-        if not shares_by_layer:
-            raise TrainError("this language model does not tell its attention", hint="look at a decoder from scratch")
-        shares_TP = torch.stack(shares_by_layer).mean(0)
-        return shares_TP / shares_TP.sum(-1, keepdim=True)
 
 
 def _without_eos(ids_BT: Tensor, eos_id: int) -> list[list[int]]:

@@ -18,7 +18,6 @@ MODULE = "modeling_synth_captioner"
 DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline.images.upright": {"pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white")},
     "trainer.model.decoder": {
-        "trainer.model.dropout": ("LEVELS", "Dropout", "scaled_mask"),
         "trainer.model.decoder": (
             "DecoderConfig",
             "Seen",
@@ -109,10 +108,8 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
 def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
     """Return the files of a Space that shows the captioner of a checkpoint folder, once it is in `repo` at a revision."""
     require_checkpoint(folder)
-    prompts = read_json(folder / "config.json")["prompts"]
-    usual = preferred_style(prompts)
-    styles = list(dict.fromkeys([usual, *(style for _, style in prompts if style)])) if usual else [""]  # the first is chosen
-    about = {"model": repo, "revision": revision, "styles": styles, "answers": any(not style for _, style in prompts)}
+    styles, answers = page_options(read_json(folder / "config.json")["prompts"])
+    about = {"model": repo, "revision": revision, "styles": styles, "answers": answers}
     header = {
         "title": repo.rpartition("/")[2],
         "emoji": "\N{FRAME WITH PICTURE}",
@@ -131,6 +128,13 @@ def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
         "space.json": json_text(about).encode(),
         "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{text}".encode(),
     }
+
+
+def page_options(prompts: list[tuple[str, str]]) -> tuple[list[str], bool]:
+    """Return the styles that a page offers, the default first, and whether its captioner answers questions."""
+    usual = preferred_style(prompts)
+    styles = list(dict.fromkeys([usual, *(style for _, style in prompts if style)])) if usual else [""]
+    return styles, any(not style for _, style in prompts)
 
 
 def standalone_source(name: str) -> str:

@@ -27,7 +27,7 @@ class OnnxCaptioner:
         suffix = "_quantized" if int8 else ""
         parts = ("encoder_model", "decoder_model", "decoder_with_past_model")
         if int8 and not (folder / "onnx" / f"encoder_model{suffix}.onnx").exists():
-            raise ValueError("there are no parts with weights of 8 bits: export it with `synth export-model --int8`")
+            raise ValueError("there are no parts with weights of 8 bits: export the captioner with --int8")
         options = {"providers": ["CPUExecutionProvider"]}
         self.encoder, self.first, self.following = (
             onnxruntime.InferenceSession(str(folder / "onnx" / f"{part}{suffix}.onnx"), **options) for part in parts

@@ -1,1 +1,1 @@
-"""A captioner behind HTTP: OpenAI's chat protocol, and a page to try it on."""
+"""A captioner behind HTTP: OpenAI's chat protocol."""

@@ -103,10 +103,10 @@ def answer_text(request: ChatRequest, text: str) -> str:
     return text if request.field is None else json.dumps({request.field: text}, ensure_ascii=False)
 
 
-def completion(number: int, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool) -> dict[str, Any]:
+def completion(identity: str, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool) -> dict[str, Any]:
     """Return the body of an answer; `tokens` are those of the prompt and of the text."""
     return {
-        "id": f"chatcmpl-{number}",
+        "id": identity,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,

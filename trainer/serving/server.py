@@ -1,57 +1,51 @@
-"""Serve a captioner: `/v1/chat/completions` and `/v1/models` of OpenAI's protocol, `/health`, `/metrics`, and a page.
+"""Serve a captioner by OpenAI's chat protocol: `/v1/chat/completions`, `/v1/models` and `/health`.
 
-The page is served where no key is asked for; `/health` is answered without one. Nothing is fetched, and nothing is kept.
+Nothing is fetched, and nothing is kept. `/health` is answered without the key.
 """
 
 import asyncio
-import base64
-import json
+import hmac
+import ipaddress
+import logging
 import math
-import signal
-import threading
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from io import BytesIO
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import torch
-from aiohttp import web
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from pipeline.errors import ImageError, TrainError
 from trainer.captioning import READERS, Captioner
-from trainer.look import look
 from trainer.model.captioner import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.batching import Batcher, GenerationRequest
-from trainer.serving.guard import MAX_BODY_BYTES, Guard, read_body
-from trainer.serving.protocol import (
-    MAX_QUESTION_CHARACTERS,
-    RefusedError,
-    answer_text,
-    chunks,
-    completion,
-    read_image,
-    read_request,
-    until,
-)
+from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request, until
 
-HERE = Path(__file__).parent
-SHUTDOWN_TIMEOUT_S = 5.0  # for requests that are being answered
-PAGE_FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
-}
+MAX_BODY_BYTES = 48_000_000  # a photo of 32 MB as base64
+BODY_TIMEOUT_S = 30.0
+MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000  # requests and bodies that are received or wait for their texts
+SHUTDOWN_TIMEOUT_S = 5
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class CaptionServer:
-    """The handlers of a server of one captioner, which `name` stands for in requests."""
+    """The handlers of a server of one captioner; requests call it `name`."""
 
     captioner: Captioner
     name: str
@@ -59,36 +53,38 @@ class CaptionServer:
     host: str = "127.0.0.1"
     batch_size: int = 32
     num_beams: int = 1
-    texts: int = 0
+    texts: int = 0  # written so far
+    held_requests: int = 0
+    held_bytes: int = 0
     num_states: int = field(init=False)  # of an image
-    guard: Guard = field(init=False)
     batcher: Batcher = field(init=False)
     model_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS))
 
     def __post_init__(self) -> None:
         self.num_states = self.captioner.checkpoint.captioner.encoder.count_states()
-        self.guard = Guard(self.host, self.key)
         self.batcher = Batcher(self._write, self.batch_size, self.model_thread)
 
-    def application(self) -> web.Application:
-        """Return the application, which starts and stops with its event loop."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self.guard.check])
-        app.add_routes(
-            [
-                web.post("/v1/chat/completions", self.chat),
-                web.get("/v1/models", self.models),
-                web.get("/health", self.health),
-                web.get("/metrics", self.metrics),
-            ]
+    def application(self) -> Starlette:
+        """Return the application, which starts and stops its threads with the server."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/models", self.models),
+                Route("/health", self.health),
+            ],
+            middleware=[Middleware(Guard, host=self.host, key=self.key)],
+            exception_handlers={
+                RefusedError: _refused,
+                HTTPException: _http_error,
+                ClientDisconnect: _gone,
+                Exception: _failed,
+            },
+            lifespan=self._running,
         )
-        if not self.key:
-            app.add_routes([web.get(path, self.page) for path in PAGE_FILES])
-            app.add_routes([web.get("/api/captioner", self.about), web.post("/api/look", self.look)])
-        app.cleanup_ctx.append(self._running)
-        return app
 
-    async def _running(self, _: web.Application) -> Any:
+    @asynccontextmanager
+    async def _running(self, _: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(self.batcher.run())
         yield
         task.cancel()
@@ -97,9 +93,46 @@ class CaptionServer:
         self.readers.shutdown(wait=False, cancel_futures=True)
         self.model_thread.shutdown(wait=False, cancel_futures=True)
 
-    async def chat(self, request: web.Request) -> web.Response:
+    async def models(self, _: Request) -> Response:
+        """List the one model."""
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
+        return JSONResponse({"object": "list", "data": [model]}, headers=HEADERS)
+
+    async def health(self, _: Request) -> Response:
+        """Report that requests are answered."""
+        return JSONResponse({"status": "ok", "model": self.name}, headers=HEADERS)
+
+    async def chat(self, request: Request) -> Response:
         """Answer a chat request; see trainer/serving/protocol.py."""
-        asked = read_request(await read_body(request), self.captioner.styles)
+        with self._held(request):
+            body = await read_body(request)
+            answer = asyncio.create_task(self._answer(body))
+            gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client has gone
+            waiting: set[asyncio.Future[Any]] = {answer, gone}
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done():
+                    raise ClientDisconnect
+                return answer.result()
+            finally:
+                answer.cancel()
+                gone.cancel()
+
+    @contextmanager
+    def _held(self, request: Request) -> Iterator[None]:
+        """Count a request and its body until it is answered. Raises RefusedError where there are too many."""
+        length = request.headers.get("content-length", "")
+        size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
+        if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
+            raise RefusedError("too many requests wait", 503)
+        self.held_requests, self.held_bytes = self.held_requests + 1, self.held_bytes + size
+        try:
+            yield
+        finally:
+            self.held_requests, self.held_bytes = self.held_requests - 1, self.held_bytes - size
+
+    async def _answer(self, body: bytes) -> Response:
+        asked = read_request(body, self.captioner.styles)
         if asked.model not in (None, self.name):
             raise RefusedError(f"there is no model {asked.model[:80]} here, but {self.name}", 404)
         text, tokens, is_cut = asked.only or "", (0, 0), False
@@ -113,7 +146,7 @@ class CaptionServer:
             )
             try:
                 ids = await self.batcher.submit(job)
-            except GpuMemoryError:  # not for what is asked
+            except GpuMemoryError:  # which is not a fault of the request
                 raise
             except TrainError as error:  # such as of a question that is too long for the model
                 raise RefusedError(str(error)) from None
@@ -123,67 +156,10 @@ class CaptionServer:
             is_cut = is_cut and not has_stopped
             tokens = (len(prompt), len(kept))
             self.texts += 1
-        body = completion(sum(self.guard.statuses.values()), self.name, answer_text(asked, text), tokens, is_cut=is_cut)
+        content = completion(f"chatcmpl-{uuid4().hex}", self.name, answer_text(asked, text), tokens, is_cut=is_cut)
         if asked.streams:
-            return web.Response(body=chunks(body, counts=asked.counts), content_type="text/event-stream")
-        return web.json_response(body)
-
-    async def models(self, _: web.Request) -> web.Response:
-        """List the one model."""
-        one = {"id": self.name, "object": "model", "created": 0, "owned_by": "synth"}
-        return web.json_response({"object": "list", "data": [one]})
-
-    async def health(self, _: web.Request) -> web.Response:
-        """Say that requests are answered."""
-        return web.json_response({"status": "ok", "model": self.name})
-
-    async def metrics(self, _: web.Request) -> web.Response:
-        """Return counts in the text format of Prometheus."""
-        lines = [
-            f'synth_captioner_requests_total{{status="{status}"}} {count}'
-            for status, count in sorted(self.guard.statuses.items())
-        ]
-        lines += [
-            f"synth_captioner_texts_total {self.texts}",
-            f"synth_captioner_batches_total {self.batcher.batches}",
-            f"synth_captioner_waiting {self.batcher.waiting}",
-            f"synth_captioner_request_seconds_total {self.guard.seconds:.3f}",
-        ]
-        return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
-
-    async def page(self, request: web.Request) -> web.Response:
-        """Return a file of the page."""
-        name, kind = PAGE_FILES[request.path]
-        return web.Response(body=(HERE / name).read_bytes(), content_type=kind, charset="utf-8")
-
-    async def about(self, _: web.Request) -> web.Response:
-        """Say what the captioner has learned."""
-        captioner = self.captioner
-        return web.json_response(
-            {"name": self.name, "styles": captioner.styles, "style": captioner.usual_style, "answers": captioner.answers}
-        )
-
-    async def look(self, request: web.Request) -> web.Response:
-        """Return a text about an image with what each word looks at, and other texts: for the page."""
-        try:
-            values = json.loads(await read_body(request))
-            address, style, question = values["image"], values.get("style") or None, values.get("question") or ""
-            if not isinstance(question, str) or not isinstance(style, str | None) or len(question) > MAX_QUESTION_CHARACTERS:
-                raise TypeError
-            question.encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise RefusedError("the page sends an image as a data: address, a style and a question") from None
-        image = read_image(address)
-        self._prompt(style, question)
-        loop = asyncio.get_running_loop()
-        try:
-            seen = await loop.run_in_executor(self.model_thread, partial(look, self.captioner, image, style, question))
-        except TrainError as error:
-            raise RefusedError(str(error)) from None
-        picture = BytesIO()
-        seen.seen.save(picture, "PNG")
-        address = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-        return web.json_response(seen.values() | {"seen": address})
+            return Response(chunks(content, counts=asked.counts), headers=HEADERS, media_type="text/event-stream")
+        return JSONResponse(content, headers=HEADERS)
 
     def _most_tokens(self, prompt_tokens: int) -> int:
         """Return how many tokens a text has that was cut by the captioner and not by a request."""
@@ -214,23 +190,117 @@ class CaptionServer:
         return self.captioner.write(pixels_BCHW, [job.prompt for job in jobs], jobs[0].decoding)
 
 
-async def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until cancelled, or SIGTERM; `announce` gets the address once requests are answered. Port 0 is one that is free."""
-    asked_to_end = asyncio.Event()
-    if threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked_to_end.set)
-    runner = web.AppRunner(
-        server.application(),
-        access_log=None,
-        handler_cancellation=True,  # who has gone is not written for
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-    )
-    await runner.setup()
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Middleware: admit requests for this host, of its own pages, with the key and with JSON."""
+
+    app: ASGIApp
+    host: str
+    key: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        app = self.app
+        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
+            app = _error(*refusal)
+        await app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> tuple[str, int] | None:
+        """Return why a request is refused, with the status; None if it is admitted."""
+        # A foreign page may let its own name point to this machine (DNS rebinding): its requests carry that name.
+        given = request.headers.get("host", "")
+        name = given.rpartition(":")[0] if given.rpartition(":")[2].isdigit() else given
+        if is_loopback(self.host) and not is_loopback(name.strip("[]")):
+            return f"this server is {self.host}, and not {name[:80]}", 403
+        if (origin := request.headers.get("origin")) and urlsplit(origin).netloc != given:
+            return "requests of other pages are refused", 403
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if self.key and request.url.path != "/health" and not hmac.compare_digest(key, self.key.encode()):
+            return "the key is missing, or another one", 401
+        if request.method == "POST" and request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return "send application/json", 415  # browsers send other types without asking the server first
+        if "content-encoding" in request.headers:
+            return "send the body as it is, without a content encoding", 400
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or localhost, is of this machine alone."""
     try:
-        site = web.TCPSite(runner, server.host, port)
-        await site.start()
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        announce(f"http://{host}:{runner.addresses[0][1]}")
-        await asked_to_end.wait()
-    finally:
-        await runner.cleanup()
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request. Raises RefusedError if it is too large, or comes too slowly."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise RefusedError(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413)
+    except TimeoutError:
+        raise RefusedError(f"the body did not come within {BODY_TIMEOUT_S:.0f} s", 408) from None
+    return bytes(body)
+
+
+def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
+    """Return an error as clients of the protocol expect it."""
+    more = {"Retry-After": "1"} if status == 503 else {"Connection": "close"} if status in (408, 413) else {}
+    return JSONResponse(error_body(message, status), status, HEADERS | more | (headers or {}))
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return _error(str(error), error.status)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.detail, error.status_code, dict(error.headers or {}))
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # which no client reads
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    log.error("a request failed", exc_info=error)
+    return _error("the captioner failed; its log says why", 500)
+
+
+def make_server(server: CaptionServer) -> uvicorn.Server:
+    """Return the HTTP server of a captioner. It handles Ctrl-C and SIGTERM, and reports nothing itself."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            server.application(),
+            http="h11",  # bounds the bytes of headers
+            ws="none",
+            lifespan="on",
+            proxy_headers=False,
+            server_header=False,
+            log_config=None,
+            log_level=logging.CRITICAL,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        )
+    )
+
+
+def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM; `announce` gets the address. Port 0 is a free one. Raises OSError for a bad address."""
+    with listen(server.host, port) as listener:
+        announce(address_of(server.host, listener))
+        make_server(server).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+
+
+def address_of(host: str, listener: socket.socket) -> str:
+    """Return the address of a server for a person."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -102,7 +102,7 @@ def test_the_example_in_the_documentation_is_one() -> None:
     assert len(cells_of(read_experiment(ROOT / "docs" / "experiment.yaml"))) == 20
 
 
-@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"batch_images": 16}])
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"batch_size": 16}])
 def test_a_setting_as_it_is_anyway_is_no_other_arm(settings: dict[str, Any]) -> None:
     """Two cells would have one folder, and be trained there at the same time."""
     usual = {"steps": 100, "batch_size": 16}

@@ -17,9 +17,9 @@ from trainer.features import OnlineFeatures
 from trainer.loop import forecast
 from trainer.loop.batch_loader import Batch, BatchLoader
 from trainer.loop.forecast import fit_and_forecast
-from trainer.loop.pace import memory_mb
 from trainer.loop.self_critical import SelfCritic
 from trainer.loop.steps import Trainer
+from trainer.loop.training_log import memory_mb
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
 CPU = torch.device("cpu")
@@ -28,13 +28,9 @@ CPU = torch.device("cpu")
 class Messages(NullProgress):
     def __init__(self) -> None:
         self.messages: list[str] = []
-        self.warnings: list[str] = []
 
     def message(self, text: str, *, transient: bool = False) -> None:
         self.messages.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +47,18 @@ def trainer(version: Version, tmp_path: Path) -> Trainer:
     return build_trainer(checkpoint, config, loader, examples[:3], CPU)
 
 
-def test_it_says_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten steps of 7 s; three images twice, first without end (64 tokens), then as long as what is learned, 2 s a token."""
-    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 7.0)
-    monkeypatch.setattr(forecast, "_caption_tokens", lambda *_: 10.0)
-    monkeypatch.setattr(forecast, "_seconds_of_token", lambda *_: 2.0)
+def test_forecast_states_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 14.0)
     shown = Messages()
     took = fit_and_forecast(trainer, shown)
     captioner = trainer.checkpoint.captioner
     assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
     assert (took.steps, trainer.loader.micro_batches) == (10, 1)
-    assert took.seconds == 10 * 7 + 3 * (64 + 10) * 2
+    assert took.seconds == 10 * 14
     assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
     epochs = 10 * 8 / len(trainer.loader.examples)
-    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 9 min and" in shown.messages[0]
-
-
-def test_drawn_captions_take_time_too(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_try_steps", lambda *_: 0.0)
-    monkeypatch.setattr(forecast, "_caption_tokens", lambda *_: 10.0)
-    monkeypatch.setattr(forecast, "_seconds_of_token", lambda *_: 1.0)
-    before = fit_and_forecast(trainer, NullProgress()).seconds
-    trainer.config = trainer.config.model_copy(update={"scst_steps": 5, "scst_samples": 3})
-    assert fit_and_forecast(trainer, NullProgress()).seconds == before + 3 * 10 + 5 * 8 * 3 * 10  # one evaluation more
+    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min and" in shown.messages[0]
 
 
 def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,13 +201,6 @@ def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: 
     with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
         fit_and_forecast(trainer, NullProgress())
     assert refused.value.hint and "lora_rank" in refused.value.hint
-
-
-def test_too_little_memory_is_told_before_it_is_taken(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_available_mb", lambda: 0.001)
-    shown = Messages()
-    fit_and_forecast(trainer, shown)
-    assert "the optimizer alone needs 0.0 GB, and 0.0 GB are free" in shown.warnings[0]
 
 
 @pytest.mark.parametrize(("weights", "shown"), [(98_304, "98,304"), (100_000, "0.1 million"), (596_049_920, "596.0 million")])

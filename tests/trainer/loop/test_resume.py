@@ -21,7 +21,6 @@ from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import CPU, LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
 from trainer.build import build_checkpoint, build_trainer
-from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.features import OnlineFeatures
 from trainer.loop.batch_loader import BatchLoader
@@ -137,21 +136,6 @@ def test_a_run_goes_on_with_its_own_pretrained_weights_only(
     save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainError, match="cut began with other pretrained weights"):
         train(version, config, tmp_path / "cut", resume=True)
-
-
-def test_a_state_of_the_release_before_goes_on(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """It holds all weights, and does not say how many processes there were."""
-    config = replace(encoder=clip, steps=6)
-    whole = train(version, config, tmp_path / "whole")
-    train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
-    encoder = load_checkpoint(tmp_path / "whole").captioner.encoder.state_dict()
-    state["captioner"] |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    old = {name: state[name] for name in ("captioner", "optimizer", "step", "best", "norms", "run")}
-    torch.save(old, tmp_path / "cut/resume.pt")
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
 
 
 def test_a_run_of_two_processes_goes_on_in_one(

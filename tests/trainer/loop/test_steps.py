@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.sets
+import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
@@ -18,9 +18,9 @@ from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop.spikes import SpikeFilter
 from trainer.loop.training_log import read_log
 from trainer.model.captioner import CaptionerModel
+from trainer.optimizer import SpikeFilter
 from trainer.tokenizer import collate
 from trainer.train import train
 
@@ -28,7 +28,7 @@ from trainer.train import train
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes some seconds: only overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
-    monkeypatch.setattr(trainer.sets, "examples_in", lambda version, split, mixture, **how: four)
+    monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
     metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)

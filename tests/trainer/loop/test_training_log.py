@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import trainer.loop.pace
+import trainer.loop.training_log
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import interrupt, losses, replace
@@ -61,6 +61,6 @@ def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> Non
         log.write(step=step, seconds=seconds)
     log.write(step=2, validation_cider_d=1.0)
     again = Log(tmp_path / "log.jsonl", 2)
-    pace = trainer.loop.pace.Pace(again.seconds)
+    pace = trainer.loop.training_log.Pace(again.seconds)
     assert again.seconds == 20.0
     assert pace.after(Batch([], 9, 1, 4), 0)["seconds"] > 20.0

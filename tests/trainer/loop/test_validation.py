@@ -1,6 +1,5 @@
 """The validation split while a captioner is trained: which one is kept, and when a training ends."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import trainer.loop.validation
 import trainer.train
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import losses, replace, weights
 from trainer.checkpoint import load_checkpoint
 from trainer.loop.training_log import read_log
@@ -40,18 +38,6 @@ def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
     train(version, replace(steps=6, evaluate_every=1, patience=2), tmp_path / "c")
     assert [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "validation_loss" in line] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "c/last").exists()  # the last is the best
-
-
-def test_the_last_evaluation_is_what_is_shown_at_the_end(version: Version, clip: str, tmp_path: Path) -> None:
-    shown: list[Mapping[str, str]] = []
-
-    class Shown(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            shown.extend([metrics] if stage == "train" and metrics else [])
-
-    train(version, replace(encoder=clip, steps=4, evaluate_every=2), tmp_path, progress=Shown())
-    scored = [line for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
-    assert shown[-1]["validation loss"] == f"{scored[-1]['validation_loss']:.3f}" != shown[1]["validation loss"]
 
 
 def test_training_ends_where_the_score_no_longer_improves(

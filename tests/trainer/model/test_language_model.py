@@ -157,11 +157,6 @@ def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -
         decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
 
 
-def test_a_recurrent_model_tells_no_attention() -> None:
-    with pytest.raises(TrainError, match="does not tell its attention"):
-        decoder_of("mamba").attention_to_image(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 4, 32))
-
-
 def test_penalties_of_a_checkpoint_end_with_the_training_and_beams_go_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captioner keeps none: its scores while it learns are to be those of what is saved."""
     model = AutoModelForCausalLM.from_config(config_of({"model_type": "llama", **BASE}))

@@ -1,30 +1,20 @@
-"""An exported captioner runs without torch, in Python and in transformers.js, and writes the tokens that it writes here."""
+"""An exported captioner runs without torch, and writes the tokens that it writes here."""
 
 import json
-import os
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
-import onnx as onnx_format
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, expect
 from transformers import CLIPImageProcessor, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.progress import NullProgress
-from tests.browser import browser
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
@@ -36,18 +26,16 @@ from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.prompts import scored_prompt
-from trainer.publish import onnx_writer, run_onnx
+from trainer.publish import onnx_export, run_onnx
 from trainer.publish.files import space_files
-from trainer.publish.onnx import export_onnx
+from trainer.publish.onnx_export import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
-__all__ = ["browser"]  # a fixture
-NODE_MODULES = Path(__file__).parents[3] / ".venv-js" / "node_modules"
 IMAGES = 100
 QUESTION = "How many?"
 SCRIPT = """
 import json, sys
-sys.path += [sys.argv[1], sys.argv[2]]
+sys.path += [*sys.argv[1].split(":"), sys.argv[2]]
 from pathlib import Path
 from caption import OnnxCaptioner
 
@@ -66,40 +54,6 @@ if sys.argv[3] == "int8":
     found["int8"] = small.tokens(pixels, small.prompt(""))
 json.dump(found, sys.stdout)
 """
-JS_SCRIPT = """
-import { env, pipeline } from '@huggingface/transformers';
-import { loadCaptioner } from './caption.mjs';
-
-env.allowRemoteModels = false;
-const folder = import.meta.dirname, photos = process.argv.slice(2);
-const captioner = await loadCaptioner(folder), written = {};
-written.tokens = await captioner.tokens(photos);
-written.detailed = await captioner.tokens(photos.slice(0, 8), 'detailed');
-written.answers = await captioner.tokens(photos.slice(0, 8), 'How many?');
-if (process.env.INT8) written.int8 = await (await loadCaptioner(folder, { int8: true })).tokens(photos);
-if (process.env.PIPELINE) {
-    const write = await pipeline('image-to-text', folder, { dtype: 'fp32' });
-    written.pipeline = (await write(photos.slice(0, 8))).map(([{ generated_text }]) => generated_text);
-    written.texts = await captioner.caption(photos.slice(0, 8));
-}
-console.log(JSON.stringify(written));
-"""
-PAGE = """<!doctype html><meta charset=utf-8><title>Caption</title><input type=file><output></output>
-<script type=importmap>{"imports": {
-    "@huggingface/transformers": "/js/@huggingface/transformers/dist/transformers.web.js",
-    "onnxruntime-common": "/js/onnxruntime-common/dist/esm/index.js",
-    "onnxruntime-web/webgpu": "/js/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs"}}</script>
-<script type=module>
-    import { env } from '@huggingface/transformers';
-    import { loadCaptioner } from '/models/captioner/caption.mjs';
-    Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, localModelPath: '/models/' });
-    env.backends.onnx.wasm.wasmPaths = '/js/onnxruntime-web/dist/';
-    const captioner = await loadCaptioner('captioner');
-    document.querySelector('input').addEventListener('change', async ({ target }) => {
-        document.querySelector('output').textContent = JSON.stringify(await captioner.tokens([...target.files]));
-    });
-    document.title = 'Ready';
-</script>"""
 # A window of 128 tokens, recurrent states, a convolution, positions in the scores.
 REFUSED = ("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "mamba", "bloom")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
@@ -131,35 +85,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def run_exported(exported: Path, photos: list[Path], *, int8: bool = False) -> dict[str, Any]:
     """Return what an exported captioner writes in a process that has onnxruntime and not this package."""
-    packages = sysconfig.get_paths()["purelib"]
+    packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, str(exported), "int8" if int8 else "", *map(str, photos)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-@pytest.fixture(scope="module")
-def node_modules() -> Path:
-    """Return the folder that has transformers.js."""
-    if not (NODE_MODULES / "@huggingface" / "transformers").is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail("there is no transformers.js, and CI must not pass without it")
-        pytest.skip("NOT RUN: there is no transformers.js; `make test` installs it where there is Node")
-    return NODE_MODULES
-
-
-def run_in_node(exported: Path, photos: list[Path], node_modules: Path, **environment: str) -> dict[str, Any]:
-    """Return what an exported captioner writes in Node, with transformers.js."""
-    (exported / "node_modules").symlink_to(node_modules)
-    (exported / "run.mjs").write_text(JS_SCRIPT)
-    command = ["node", str(exported / "run.mjs"), *map(str, photos)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
-    written: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    (exported / "node_modules").unlink()
-    (exported / "run.mjs").unlink()
-    return written
 
 
 def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], different: int) -> None:
@@ -192,21 +123,8 @@ def test_the_tokens_of_100_images_are_those_of_pytorch_and_torch_is_not_needed(
     assert same > IMAGES / 2 and found["int8"] != found["tokens"]  # nearly the same model, and not the same
 
 
-def test_transformers_js_writes_the_same_tokens_in_node_and_its_pipeline_the_usual_caption(
-    exported: Path, photos: list[Path], node_modules: Path
-) -> None:
-    expected = run_exported(exported, photos, int8=True)
-    written = run_in_node(exported, photos, node_modules, INT8="1", PIPELINE="1")
-    assert {name: written[name] for name in ("tokens", "detailed", "answers")} == {
-        name: expected[name] for name in ("tokens", "detailed", "answers")
-    }
-    assert written["pipeline"] == written["texts"]
-    same = sum(one == other for one, other in zip(written["int8"], expected["int8"], strict=True))
-    assert same > IMAGES / 2 and written["int8"] != written["tokens"]  # the weights of 8 bits were taken
-
-
 def test_photos_that_lie_sideways_or_have_no_background_are_seen_as_in_training(
-    checkpoint: Path, exported: Path, photos: list[Path], node_modules: Path, tmp_path: Path
+    checkpoint: Path, exported: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     turned, clear = Image.open(photos[0]), Image.open(photos[1]).convert("RGBA")
     exif = Image.Exif()
@@ -219,36 +137,9 @@ def test_photos_that_lie_sideways_or_have_no_background_are_seen_as_in_training(
     require_same(expected, checkpoint, odd, different=2)
     as_they_lie = run_exported(exported, photos[:8])["tokens"]
     assert [one == other for one, other in zip(expected["tokens"], as_they_lie, strict=True)] == [False] * 2 + [True] * 6
-    assert run_in_node(exported, odd, node_modules)["tokens"] == expected["tokens"]
 
 
-def test_the_program_of_an_export_names_an_image_that_it_cannot_read_and_goes_on(
-    exported: Path, photos: list[Path], node_modules: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    (exported / "node_modules").symlink_to(node_modules)
-    command = ["node", str(exported / "caption.mjs"), str(tmp_path / "bad.jpg"), str(photos[0])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    (exported / "node_modules").unlink()
-    assert done.returncode == 1
-    assert "bad.jpg cannot be captioned" in done.stderr and str(photos[0]) in done.stdout
-
-
-def test_a_question_that_names_a_token_is_refused_in_node(exported: Path, photos: list[Path], node_modules: Path) -> None:
-    """Python takes the name for a text; transformers.js would take it for the token."""
-    (exported / "node_modules").symlink_to(node_modules)
-    program = ["node", str(exported / "caption.mjs"), str(photos[0]), "--text"]
-    said = [
-        subprocess.run([*program, text], capture_output=True, text=True, timeout=300) for text in ("Is <eos> a dog?", QUESTION)
-    ]
-    (exported / "node_modules").unlink()
-    assert [done.returncode for done in said] == [1, 0]
-    assert "the question holds <eos>, which is a token of its own here" in said[0].stderr
-
-
-def test_a_text_ends_where_a_language_model_has_no_more_positions(
-    photos: list[Path], node_modules: Path, tmp_path: Path
-) -> None:
+def test_a_text_ends_where_a_language_model_has_no_more_positions(photos: list[Path], tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
     prompts = [TargetText("synthetic", "", style="detailed"), TargetText("synthetic", "", question=QUESTION)]
     longest, num_states = max(len(tokenizer.prompt(prompt)) for prompt in prompts), 5
@@ -266,7 +157,6 @@ def test_a_text_ends_where_a_language_model_has_no_more_positions(
     found = run_exported(tmp_path / "out", photos[:8])
     require_same(found, checkpoint, photos[:8], different=1)
     assert max(map(len, found["detailed"])) <= 3
-    assert run_in_node(tmp_path / "out", photos[:8], node_modules)["detailed"] == found["detailed"]
 
 
 @pytest.mark.parametrize("prompts", [[("synthetic", "detailed"), ("synthetic", "plain")], [("synthetic", "odd")]])
@@ -286,64 +176,10 @@ def test_a_size_in_proportion_is_the_one_that_transformers_takes(size: tuple[int
     assert run_onnx._size(Image.new("RGB", size), {"shortest_edge": 224}) == seen[::-1]
 
 
-def test_a_page_captions_a_photo_with_transformers_js_and_asks_nothing_of_others(
-    exported: Path, photos: list[Path], node_modules: Path, browser: Browser, tmp_path: Path
-) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "captioner").symlink_to(exported)
-    (tmp_path / "js").symlink_to(node_modules)
-    (tmp_path / "index.html").write_text(PAGE)
-    expected = run_exported(exported, photos[:12])["tokens"]
-    with serving(tmp_path) as address:
-        page = browser.new_page()
-        strange: list[str] = []
-        page.on("request", lambda request: strange.append(request.url) if address not in request.url else None)
-        page.on("pageerror", lambda error: strange.append(str(error)))
-        page.goto(address)
-        expect(page).to_have_title("Ready", timeout=60_000)
-        page.locator("input").evaluate("input => { input.multiple = true }")
-        page.locator("input").set_input_files(photos[:12])
-        expect(page.locator("output")).not_to_be_empty(timeout=60_000)
-        assert json.loads(page.locator("output").inner_text()) == expected
-        assert [url for url in strange if not url.startswith("data:")] == []
-        page.close()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves a folder and prints nothing."""
-
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
-
-    def log_message(self, *args: Any) -> None:
-        """Print nothing."""
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder, and yield its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_an_export_names_no_path_of_the_machine_that_wrote_it(exported: Path) -> None:
     for path in exported.rglob("*.onnx"):
         data = path.read_bytes()
         assert not [name for name in (b"trainer/", b"site-packages", str(Path.home()).encode() + b"/") if name in data], path
-
-
-def test_the_merged_steps_share_their_weights(exported: Path) -> None:
-    def weights(name: str) -> int:
-        graph = onnx_format.load(str(exported / "onnx" / name)).graph
-        return sum(len(weight.SerializeToString()) for weight in graph.initializer)
-
-    assert weights("decoder_model_merged.onnx") < 1.1 * weights("decoder_model.onnx")
-    assert weights("decoder_model_merged_quantized.onnx") < 1.1 * weights("decoder_model_quantized.onnx")
 
 
 def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: CaptionTokenizer) -> Path:
@@ -358,11 +194,11 @@ def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: Cap
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "prefix"] if LONG else ["prefix"])
 def test_a_language_model_is_exported_with_the_image_as_its_prefix(
-    name: str, photos: list[Path], node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_large = name == "qwen3"
     if is_large:  # as if it were large: its weights lie beside the parts
-        monkeypatch.setattr(onnx_writer, "MAX_BYTES_WITHIN", 0)
+        monkeypatch.setattr(onnx_export, "MAX_BYTES_WITHIN", 0)
     if name == "prefix":
         texts = [
             TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
@@ -376,13 +212,6 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
     assert ("onnx/decoder_model.onnx.data" in files) == (name == "qwen3")
     found = run_exported(tmp_path / "out", photos[:40], int8="onnx/encoder_model_quantized.onnx" in files)
     require_same(found, checkpoint, photos[:40], different=10)
-    merged = name != "qwen3"
-    assert ("onnx/decoder_model_merged.onnx" in files) == merged
-    if merged:
-        in_node = run_in_node(tmp_path / "out", photos[:40], node_modules)
-        assert [in_node[part] for part in ("tokens", "detailed", "answers")] == [
-            found[part] for part in ("tokens", "detailed", "answers")
-        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES if LONG else ["lfm2"])
@@ -405,7 +234,7 @@ def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
 ) -> None:
     with pytest.raises(TrainError, match="is there already"):
         export_onnx(checkpoint, tmp_path, NullProgress())
-    monkeypatch.setattr(onnx_writer, "MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr(onnx_export, "MAX_DIFFERENCE", -1.0)
     with pytest.raises(TrainError, match=r"encoder_model\.onnx gives other values of last_hidden_state"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -452,5 +281,5 @@ def test_values_of_an_encoder_may_be_rounded_otherwise_here_and_there(flips: int
     expected = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
     values = expected + np.float32(shift)
     values.flat[:flips] += 0.03
-    assert onnx_writer._is_near(values, expected, is_rounded=True) == is_near
-    assert onnx_writer._is_near(values, expected, is_rounded=False) == (not flips and not shift)
+    assert onnx_export._is_near(values, expected, is_rounded=True) == is_near
+    assert onnx_export._is_near(values, expected, is_rounded=False) == (not flips and not shift)

@@ -51,7 +51,7 @@ def test_the_text_stands_in_the_only_field_of_a_schema() -> None:
 
 def test_the_probe_of_synth_generate_gets_the_answer_that_proves_schemas() -> None:
     asked = read_request(chat_api.probe("m"), STYLES)
-    body = completion(1, "m", answer_text(asked, asked.only or ""), (0, 0), is_cut=False)
+    body = completion("1", "m", answer_text(asked, asked.only or ""), (0, 0), is_cut=False)
     assert asked.image is None
     assert chat_api.proves_schemas(json.dumps(body).encode())
 
@@ -156,7 +156,7 @@ def test_a_text_ends_before_what_is_to_stop_it() -> None:
 
 
 def test_a_stream_holds_the_answer_at_once() -> None:
-    body = completion(7, "m", "A dog.", (3, 2), is_cut=True)
+    body = completion("7", "m", "A dog.", (3, 2), is_cut=True)
     lines = chunks(body).decode().split("\n\n")
     first, second = (json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:2])
     assert first["delta"]["content"] == "A dog."

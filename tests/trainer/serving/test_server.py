@@ -1,4 +1,4 @@
-"""The server over real sockets: many requests at once, hostile ones, a key, and a captioner that teaches."""
+"""The server over real sockets: many requests at once, a key, and a captioner that teaches."""
 
 import asyncio
 import base64
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ import pytest
 from pipeline.dataset.version import read_version
 from pipeline.errors import TrainError
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.serving.test_protocol import BAD
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import DecodingConfig
-from trainer.serving import guard
-from trainer.serving.guard import is_loopback
-from trainer.serving.server import CaptionServer, serve
+from trainer.serving import server as serving
+from trainer.serving.server import CaptionServer, address_of, is_loopback, listen, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -33,32 +31,15 @@ NAME = "student"
 @contextmanager
 def running(server: CaptionServer) -> Iterator[str]:
     """Run a server on a thread; yield its address."""
-    address: list[str] = []
-    is_up, loop = threading.Event(), asyncio.new_event_loop()
-
-    def announce(url: str) -> None:
-        address.append(url)
-        is_up.set()
-
-    async def run() -> None:
-        await serve(server, 0, announce)
-
-    task = loop.create_task(run())
-
-    def work() -> None:
-        asyncio.set_event_loop(loop)
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert is_up.wait(30)
-    try:
-        yield address[0]
-    finally:
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join(30)
-        loop.close()
+    http = make_server(server)
+    with listen(server.host, 0) as listener:
+        thread = threading.Thread(target=http.run, args=([listener],))
+        thread.start()
+        try:
+            yield address_of(server.host, listener)
+        finally:
+            http.should_exit = True
+            thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +90,12 @@ def test_two_hundred_requests_at_once_are_all_answered_and_share_batches(caption
 
     with running(server) as url:
         answers = asyncio.run(all_at_once(url))
-        metrics = asyncio.run(ask(url, "/metrics"))[1]
     assert {status for status, *_ in answers} == {200}
     for number, (_, answer, _) in enumerate(answers):
         if number % 4 != 3:
             assert content_of(answer) == expected[number % 20]
     assert server.batcher.batches < 200
-    assert "synth_captioner_texts_total 200" in metrics
-    assert 'requests_total{status="200"} 200' in metrics
+    assert server.texts == 200
 
 
 def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(
@@ -127,7 +106,7 @@ def test_an_answer_counts_its_tokens_and_says_whether_it_was_cut(
     assert whole["usage"]["total_tokens"] == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
     _, cut, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1), "detailed", max_tokens=1)))
     assert (cut["usage"]["completion_tokens"], cut["choices"][0]["finish_reason"]) == (1, "length")
-    assert "script-src 'self'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
     model = captioner.checkpoint.captioner
     room = model.encoder.count_states() + whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
     with monkeypatch.context() as few:
@@ -146,51 +125,6 @@ def test_the_model_is_listed_and_another_is_not_there(url: str) -> None:
     assert asyncio.run(ask(url, "/health"))[1]["status"] == "ok"
     status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)) | {"model": "gpt"}))
     assert status == 404 and f"but {NAME}" in answer["error"]["message"]
-
-
-def test_hostile_requests_are_refused_and_others_go_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    json_type = {"Content-Type": "application/json"}
-    for kind, body in BAD.items():
-        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=json_type))
-        assert 400 <= status < 500, kind
-        assert answer["error"]["message"], kind
-    bomb = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
-    for image in (b"", b"no image", bomb, png(1)[:60], b"GIF89a"):
-        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(image)))
-        assert status == 400 and "cannot be read" in answer["error"]["message"]
-        status, answer, _ = asyncio.run(
-            ask(url, "/api/look", {"image": chat(image)["messages"][0]["content"][0]["image_url"]["url"]})
-        )
-        assert status == 400
-
-    async def slowly() -> Any:
-        yield b'{"model": '
-        await asyncio.sleep(20)
-
-    for headers, body, expected in (
-        ({"Content-Type": "text/plain"}, b"{}", 415),
-        (json_type | {"Content-Encoding": "gzip"}, b"{}", 400),
-        (json_type, b"[" * 50_000_000, 413),
-        (json_type | {"Host": "evil.example"}, b"{}", 403),
-    ):
-        status, _, _ = asyncio.run(ask(url, "/v1/chat/completions", body, headers=headers))
-        assert status == expected
-    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.2)
-    assert asyncio.run(ask(url, "/v1/chat/completions", slowly(), headers=json_type))[0] == 408
-    monkeypatch.undo()
-    for path, expected in (("/v1/nothing", 404), ("/../../etc/passwd", 404), ("/page.py", 404), ("/v1/chat/completions", 405)):
-        status, _, answered = asyncio.run(ask(url, path))
-        assert status == expected
-        assert ("Allow" in answered) == (status == 405)
-    for look in (
-        {},
-        {"image": 3},
-        {"image": "data:image/png;base64,%"},
-        {"image": "", "style": ["x"]},
-        {"image": "", "question": "?" * 999},
-    ):
-        assert asyncio.run(ask(url, "/api/look", look))[0] == 400
-    assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
 
 
 def test_a_failure_is_answered_without_its_details(captioner: Captioner, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -219,16 +153,13 @@ def test_a_question_that_the_model_has_no_positions_for_is_refused(
     assert status == 400 and "take 300 positions" in json.dumps(answer)
 
 
-def test_a_key_is_asked_for_and_then_there_is_no_page(captioner: Captioner) -> None:
+def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> None:
     with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 401
         *wrong, right = ({"Authorization": f"Bearer {key}"} for key in ("s3cre", "\u00fc", "s3cret"))
         for headers in wrong:
             assert asyncio.run(ask(url, "/v1/models", headers=headers))[0] == 401
-        assert asyncio.run(ask(url, "/metrics"))[0] == 401
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)), headers=right))[0] == 200
-        assert asyncio.run(ask(url, "/", headers=right))[0] == 404
-        assert asyncio.run(ask(url, "/api/look", {"image": ""}, headers=right))[0] == 404
         assert asyncio.run(ask(url, "/health"))[0] == 200
 
 
@@ -245,11 +176,10 @@ def test_too_many_requests_are_asked_to_come_again(captioner: Captioner, monkeyp
     server = CaptionServer(captioner, NAME)
     with running(server) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 200
-        assert (server.guard.held_requests, server.guard.held_bytes) == (0, 0)
-        monkeypatch.setattr(guard, bound, 0)
-        for path in ("/v1/chat/completions", "/api/look"):
-            status, _, headers = asyncio.run(ask(url, path, chat(png(1))))
-            assert (status, headers["Retry-After"]) == (503, "1")
+        assert (server.held_requests, server.held_bytes) == (0, 0)
+        monkeypatch.setattr(serving, bound, 0)
+        status, _, headers = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
+        assert (status, headers["Retry-After"]) == (503, "1")
         assert asyncio.run(ask(url, "/health"))[0] == 200
 
 
@@ -271,12 +201,12 @@ def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pyte
         first = asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(1))))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(number)))) for number in range(4)]
-        while server.guard.held_requests < 5 or server.batcher.coming:
+        while server.held_requests < 5 or server.batcher.coming:
             await asyncio.sleep(0.01)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        while server.guard.held_requests > 1:
+        while server.held_requests > 1:
             await asyncio.sleep(0.01)
         go_on.set()
         assert (await first)[0] == 200

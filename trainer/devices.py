@@ -1,14 +1,17 @@
-"""Join distributed training processes and sum their gradients."""
+"""The device of a process, the precision of its products, and the processes that train together."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import TrainError, one_line
+from trainer.presets import Precision
 
 WAIT = timedelta(hours=6)  # for the first process, which scores all of validation; NCCL's own limit is ten minutes
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
@@ -92,3 +95,37 @@ def join_processes() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
     return torch.distributed.get_rank(), processes
+
+
+@contextmanager
+def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices in a precision until the context ends, in the whole process.
+
+    For `bf16` a CPU rounds the factors of a product to bfloat16 and adds in float32: all else stays float32, since casts of
+    weights and states, as on a GPU, would take what that gains. Its fused attention is left out: its products are too small.
+    """
+    before, convolved_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # of the convolution that cuts an image into patches
+        if precision == "bf16" and device.type == "cpu":
+            torch.set_float32_matmul_precision("medium")
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # high: TF32
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolved_before
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass: for `bf16` on a GPU, most operations take and return bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type != "cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has units for products of bfloat16 matrices: a GPU from Ampere on, or a CPU with AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -1,12 +1,27 @@
-"""In which precision matrices are multiplied, and where that is set back."""
+"""Devices: the precision of products, and gradients that several processes sum."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.loop.precision import autocast, multiplies_bfloat16, products_in
+from trainer.devices import all_reduce_gradients, autocast, multiplies_bfloat16, products_in
 from trainer.presets import Precision
+
+
+def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_path: Path) -> None:
+    """The optimizer would change them by their decay, as it does not in one process."""
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert all_reduce_gradients(model, 1.5, torch.device("cpu")) == 1.5
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
+
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -1,0 +1,120 @@
+"""The captioner's server over raw sockets: every hostile request is refused with its status, and the next one is answered."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.serving.test_protocol import BAD
+from tests.trainer.serving.test_server import NAME, chat, png, running
+from tests.trainer.test_captioning import save_captioner
+from trainer import Captioner
+from trainer.serving import server as serving
+from trainer.serving.server import CaptionServer
+
+CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
+JSON = {"Content-Type": "application/json"}
+BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
+IMAGES = {"empty": b"", "text": b"no image", "bomb": BOMB, "cut off": png(1)[:60], "GIF of a header": b"GIF89a"}
+URLS = ("http://169.254.169.254/latest/meta-data", "file:///etc/passwd", "//localhost/x.png", "data:text/html;base64,eA==")
+REQUESTS = {  # by name: the request line, headers, body, and the status
+    "another host": (MODELS, {"Host": "evil.example"}, b"", 403),
+    "another host with a port": (MODELS, {"Host": "evil.example:80"}, b"", 403),
+    "name that contains localhost": (MODELS, {"Host": "localhost.evil.example"}, b"", 403),
+    "no host": (MODELS, {"Host": ""}, b"", 403),
+    "post of another page": (CHAT, JSON | {"Origin": "https://evil.example"}, b"{}", 403),
+    "post of a sandboxed page": (CHAT, JSON | {"Origin": "null"}, b"{}", 403),
+    "read of another port": (MODELS, {"Origin": "http://localhost:1"}, b"", 403),
+    "form": (CHAT, {"Content-Type": "application/x-www-form-urlencoded"}, b"{}", 415),
+    "plain text": (CHAT, {"Content-Type": "text/plain"}, b"{}", 415),
+    "no content type": (CHAT, {}, b"{}", 415),
+    "gzip": (CHAT, JSON | {"Content-Encoding": "gzip"}, b"{}", 400),
+    "unknown path": ("GET /v1/nothing", {}, b"", 404),
+    "path of a file": ("GET /../../etc/passwd", {}, b"", 404),
+    "removed page": ("GET /", {}, b"", 404),
+    "other method": ("GET /v1/chat/completions", {}, b"", 405),
+    "delete": ("DELETE /v1/models", {}, b"", 405),
+    "headers without end": (MODELS, {"X": "x" * 1_000_000}, b"", 400),
+    "negative length": (CHAT, JSON | {"Content-Length": "-1"}, b"", 400),
+    "two lengths": (CHAT, JSON | {"Content-Length": "1, 2"}, b"", 400),
+    "no HTTP": ("SSH-2.0-OpenSSH_9.6\r\n", {}, b"", 400),
+    **{f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400) for name, image in IMAGES.items()},
+    **{f"body: {name}": (CHAT, JSON, body, 400) for name, body in BAD.items()},
+    **{
+        f"address: {url}": (
+            CHAT,
+            JSON,
+            json.dumps(
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+            ).encode(),
+            400,
+        )
+        for url in URLS
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    folder: Path = save_captioner(tmp_path_factory.mktemp("models") / "c")
+    with running(CaptionServer(Captioner.from_pretrained(folder, device="cpu"), NAME)) as url:
+        yield "127.0.0.1", int(url.rpartition(":")[2])
+
+
+def send(address: tuple[str, int], line: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, bytes]:
+    """Return the status and the body of the answer to a request; 0 if the connection ends without one."""
+    given = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close"} | headers
+    head = f"{line} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in given.items()) + "\r\n"
+    with socket.create_connection(address, timeout=60) as client:
+        sending = threading.Thread(target=_send_all, args=(client, head.encode() + body))
+        sending.start()
+        answer = bytearray()
+        with suppress(ConnectionError):
+            while part := client.recv(65536):
+                answer += part
+        sending.join()
+    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1") else 0, bytes(answer).partition(b"\r\n\r\n")[2]
+
+
+def _send_all(client: socket.socket, data: bytes) -> None:
+    with suppress(OSError):  # the server has closed
+        client.sendall(data)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_hostile_request_is_refused_and_the_next_one_is_answered(name: str, address: tuple[str, int]) -> None:
+    line, headers, body, expected = REQUESTS[name]
+    status, answer = send(address, line, headers, body)
+    assert status == expected
+    if body:
+        assert json.loads(answer)["error"]["message"]
+    assert send(address, MODELS, {})[0] == 200
+
+
+def test_request_of_its_own_page_is_admitted(address: tuple[str, int]) -> None:
+    own = f"localhost:{address[1]}"
+    assert send(address, MODELS, {"Host": own, "Origin": f"http://{own}"})[0] == 200
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
+def test_body_over_the_limit_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, *, declared: bool) -> None:
+    monkeypatch.setattr(serving, "MAX_BODY_BYTES", 100_000)
+    body = b"[" * 200_000
+    if declared:
+        assert send(address, CHAT, JSON, body)[0] == 413
+    else:
+        chunked = JSON | {"Transfer-Encoding": "chunked"}
+        head = "".join(f"{key}: {value}\r\n" for key, value in (chunked | {"Host": "localhost"}).items())
+        with socket.create_connection(address, timeout=60) as client:
+            _send_all(client, f"{CHAT} HTTP/1.1\r\n{head}\r\n".encode() + f"{len(body):x}\r\n".encode() + body)
+            assert client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_body_that_comes_too_slowly_is_refused(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.2)
+    status, answer = send(address, CHAT, JSON | {"Content-Length": "200"}, b'{"model": ')
+    assert status == 408 and b"did not come" in answer
