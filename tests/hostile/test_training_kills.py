@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.dataset.paths import FEATURES
 
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import FEATURES, Version
 from pipeline.progress import NullProgress
 from tests.hostile import part_of
 from tests.scene_data import make_version, scene_samples

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import trainer
 from pipeline.errors import ImageError, TrainError
 from pipeline.tables import HUMAN
 from pipeline.tasks import prompts as built_in

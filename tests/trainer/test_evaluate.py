@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.scenes.clip import build_model, build_processor, train_tokenizer
-from pipeline.scenes.draw import draw
-from pipeline.scenes.facts import sample_scene
 from transformers import CLIPModel
 
+from examples.scenes.train_clip import build_model, build_processor, train_tokenizer
 from pipeline.cli.output import print_scores
 from pipeline.errors import EngineError, TrainError
 from pipeline.images.clip import ClipScorer
+from pipeline.scenes.scene import draw, sample_scene
 from pipeline.scenes.text import caption
 from tests.trainer.tiny_models import save_clip
 from trainer.data import Example, Question

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.dataset.paths import FEATURES, FEATURES_LOCK
 from typer import BadParameter
 
 import trainer.loop.steps
 from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import FEATURES, FEATURES_LOCK, Version
 from pipeline.errors import ConfigError, StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
