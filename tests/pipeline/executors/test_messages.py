@@ -15,7 +15,6 @@ from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
-    describe_title,
     describe_unanswered,
     describe_warnings,
 )
@@ -90,13 +89,6 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
     assert "the validation split" in told
     whole, _ = make_version(tmp_path / "e", samples, texts)
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
-
-
-def test_a_title_that_makes_no_version_is_told(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(6))
-    assert list(describe_title(version, resolve(source="scenes"))) == []
-    (warning,) = describe_title(version, resolve(source="scenes", title="Rings"))
-    assert warning == "v1.0.0 keeps a card without a title: a title alone makes no version"
 
 
 def test_rows_about_an_image_that_is_there_are_no_losses() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.digests import hash_to_unit
 from pipeline.errors import StoreError, TableError
-from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database, read
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database
 
 NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string())])
 
@@ -21,25 +21,12 @@ def numbers(first: int, count: int) -> pa.Table:
     return pa.table({"number": values, "name": [f"n{value}" for value in values]}, schema=NUMBERS)
 
 
-def test_tables_are_loaded_in_parts_and_read_in_order(tmp_path: Path) -> None:
-    with open_database(tmp_path) as db:
-        load(db, "numbers", [numbers(50_000, 50_000), numbers(0, 50_000)], NUMBERS)
-        tables = list(read(db.sql("FROM numbers ORDER BY number")))
-    assert pa.concat_tables(tables)["number"].to_pylist() == list(range(100_000))
-
-
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 10)], NUMBERS)
         assert list(tmp_path.iterdir()) != []
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-
-
-def test_queries_print_no_progress_where_results_are_printed(tmp_path: Path) -> None:
-    with open_database(tmp_path) as db:
-        for connection in (db, open_cursor(db)):
-            assert connection.sql("SELECT current_setting('enable_progress_bar')").fetchall() == [(False,)]
 
 
 def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
@@ -74,15 +61,6 @@ def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -
     with open_database(tmp_path) as db, pytest.raises(TableError, match="column without name") as caught:
         load(db, "numbers", rows(), NUMBERS)
     assert caught.value.hint == "run without --from-stage"
-
-
-def test_a_folder_without_room_for_a_database_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise duckdb.IOException("IO Error: No space left on device")
-
-    monkeypatch.setattr(duckdb, "connect", refuse)
-    with pytest.raises(StoreError, match="No space left"), open_database(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])

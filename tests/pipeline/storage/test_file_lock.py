@@ -33,13 +33,6 @@ def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
             fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "lock").symlink_to(tmp_path / "other")
-    with pytest.raises(StoreError, match="is a link, which nothing here has made"):
-        lock_file(tmp_path / "lock", refuse, StoreError)
-    assert not (tmp_path / "other").exists()
-
-
 def test_a_lock_that_is_held_goes_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(KeyError), hold_lock(path, StoreError("busy")):
