@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 
-from pipeline.dataset.builder import Rows
 from pipeline.errors import TableError
 from pipeline.tables import REVIEWED, SPLITS, Extras
 from pipeline.types import ReferenceQA
@@ -47,16 +45,6 @@ def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     rows = [row for split in SPLITS if version.shards(split) for row in version.read(split).to_pylist()]
     scores = {caption["prompt_id"] == REVIEWED: caption["coverage"] for row in rows for caption in row["captions"]}
     assert scores == {True: None, False: 0.5}
-
-
-def test_columns_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
-    samples, rows = scene_samples(6), Rows()
-    unannotated = [sample.id for sample in samples[:3]]
-    batches = [batch for part in (samples[:3], samples[3:]) for batch in sample_table(part).to_batches()]
-    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(unannotated))
-    version, _ = publish_rows(tmp_path, [annotations], batches, rows=rows)
-    assert "image" in version.manifest["columns"]
-    assert rows.rejected == unannotated
 
 
 def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samples(tmp_path: Path) -> None:

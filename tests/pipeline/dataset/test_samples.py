@@ -26,7 +26,7 @@ from pipeline.storage.files import read_table, write_table
 from pipeline.tables import LISTED_SAMPLE, SPLITS
 from tests.notes import Notes
 from tests.pipeline.stages.test_source_reader import photo
-from tests.scene_data import make_version, sample_table, scene_samples, true_captions
+from tests.scene_data import make_version, sample_table, scene_samples
 
 SAMPLES = scene_samples(12)
 
@@ -61,15 +61,6 @@ def test_the_images_are_those_of_the_versions_wherever_each_lies(*, decks: bool,
     make_version(tmp_path, SAMPLES[3:], decks=decks)
     assert find_samples_without_images(dataset) == []
     assert images_of(dataset) == of_samples()
-
-
-def test_images_in_no_version_are_gone_and_said_to_be(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    list_samples(dataset)
-    make_version(tmp_path, SAMPLES[:10])
-    assert find_samples_without_images(dataset) == [sample.id for sample in SAMPLES[10:]]
-    with pytest.raises(StoreError, match="the images of 2 samples are gone"):
-        images_of(dataset)
 
 
 def test_a_removed_version_leaves_the_images_that_no_other_has(tmp_path: Path) -> None:
@@ -179,19 +170,3 @@ def damage(path: Path) -> None:
     held = row["image"]["bytes"] if "image" in row else row["images"][0]
     data[data.index(held) + len(held) // 2] ^= 1
     path.write_bytes(data)
-
-
-def two_versions(folder: Path) -> DatasetDir:
-    """Make two versions with the same images and other texts."""
-    list_samples(DatasetDir(folder))
-    captions = true_captions(SAMPLES)
-    for table in (captions, captions.filter(pc.equal(captions["style"], "brief"))):
-        make_version(folder, SAMPLES, table)
-    return DatasetDir(folder)
-
-
-def test_of_two_places_the_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    dataset = two_versions(tmp_path)
-    for path in dataset.versions()[1].shards("train"):
-        damage(path)
-    assert images_of(dataset) == of_samples()

@@ -64,14 +64,6 @@ def test_a_change_of_one_row_leaves_most_shards_as_they_are(tmp_path: Path, chan
     assert len(after.keys() - before.keys()) <= 2
 
 
-def test_a_group_of_large_images_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
-    monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)
-    write(tmp_path / "a", [row(number) for number in range(100)], chunk=10)
-    metadata = pq.read_metadata(tmp_path / "a" / "train-00000.parquet")
-    assert metadata.num_row_groups == 5
-
-
 def test_how_large_images_arrive_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of rows end elsewhere where an image was removed before: groups end before they are too large to be held."""
     monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)

@@ -45,8 +45,3 @@ def test_a_file_of_tags_of_somebody_else_is_an_error_that_names_it(tmp_path: Pat
 @pytest.mark.parametrize("name", ["@v1.0.0", "d@", "@", "."])
 def test_what_names_no_folder_and_version_is_a_path(name: str) -> None:
     assert split_version(Path(name)) == (Path(name), None)
-
-
-def test_a_folder_with_such_a_name_is_that_folder(tmp_path: Path) -> None:
-    make_version(tmp_path / "me@home", scene_samples(3))
-    assert open_dataset(tmp_path / "me@home").name == open_dataset(tmp_path / "me@home@v1.0.0").name == "v1.0.0"

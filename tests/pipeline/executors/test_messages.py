@@ -8,14 +8,12 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
-from pipeline.errors import StoreError, TableError
+from pipeline.errors import StoreError
 from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
-    describe_unanswered,
     describe_warnings,
 )
 from pipeline.run import STAGES, generate_dataset
@@ -55,20 +53,6 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
     told = [text for text in describe_warnings(STAGES, result.version, result.funnel, config) if "server" in text]
     assert any(text.startswith("12 requests got nothing but errors") and "scripted 500" in text for text in told), told
     assert any("refused by the server" in text and "scripted 413" in text for text in told), told
-
-
-def test_where_no_row_is_left_the_server_is_quoted_and_nobody_is_sent_to_a_report(tmp_path: Path) -> None:
-    answered: list[int] = []
-
-    def script(times: int, body: dict[str, object]) -> Act:
-        answered.append(1)
-        return REFUSAL if len(answered) == 1 else Act(status=400)
-
-    with pytest.raises(TableError) as caught:
-        run(tmp_path, script)
-    assert 'it said "scripted 400"' in str(caught.value) and "synth report" not in str(caught.value)
-    assert f"{tmp_path}/stages" in caught.value.hint
-    assert not [*describe_losses(STAGES, [])] and not [*describe_unanswered(DatasetDir(tmp_path), [])]
 
 
 def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each(tmp_path: Path) -> None:

@@ -70,11 +70,6 @@ def test_the_same_question_about_another_image_is_no_duplicate() -> None:
     assert set(reasons(table(*[question] * 50)).values()) == {None}
 
 
-def test_a_caption_and_a_question_are_not_duplicates() -> None:
-    rows = table({"sample_id": "s", "clean_text": "A ring"}, {"sample_id": "s", "task": "qa", "clean_question": "A ring?"})
-    assert list(reasons(rows).values()) == [None, None]
-
-
 def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
     reason_of = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
     assert list(reason_of.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
@@ -132,11 +127,6 @@ def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
         marked = deduped(rows.take(order))
         assert dict(zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)) == expected
     assert reasons(rows) == reasons(rows, shards=3)
-
-
-def test_texts_without_words_are_not_merged() -> None:
-    rows = captions("", " ", "?", "the", "yes", "no", *["5"] * 3, sample_id="s")
-    assert list(reasons(rows).values()) == [None] * 6 + [None, "duplicate", "duplicate"]
 
 
 def test_of_equal_captions_in_two_styles_that_share_a_reply_one_stays() -> None:

@@ -108,18 +108,6 @@ def test_captions_of_other_images_and_styles_people_and_questions_are_left_alone
     assert selected(rows, shards=shards)["reason"].null_count == 6
 
 
-def test_several_captions_of_one_reply_are_no_alternatives() -> None:
-    view = {"type": "object", "required": ["caption"], "properties": {"caption": {"type": "string"}}}
-    output = {"type": "object", "required": ["views"], "properties": {"views": {"type": "array", "items": view}}}
-    views = {"name": "views", "kind": "caption", "prompt": "Three views.", "rows": "views", "output": output}
-    rows = captions("A dog.", "A cat.", "A cow.", task="views", style="views")
-    marked = selected(rows, tasks=["caption", "views"], own_tasks=[views])
-    assert marked["reason"].null_count == 3
-    one = {"name": "short", "kind": "caption", "prompt": "Short."}
-    marked = selected(captions("A dog.", "A cat.", task="short", style="short"), own_tasks=[one])
-    assert marked["reason"].null_count == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "what"),
     [

@@ -208,17 +208,6 @@ def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path
     assert Reading(tmp_path / "e", settings(photos, license="mit")).starts == [0]
 
 
-def test_a_row_that_has_moved_makes_a_new_beginning(photos: Path, tmp_path: Path) -> None:
-    """A file of another format is no part of the revision of a folder."""
-    (photos / "000.psd").write_bytes(b"8BPS")
-    with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=20)
-    (photos / "000.psd").unlink()
-    assert Reading(tmp_path / "d", settings(photos)).starts[-1] == 0
-    Reading(tmp_path / "new", settings(photos))
-    assert contents(tmp_path / "d") == contents(tmp_path / "new")
-
-
 def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"file_name": "001.jpg", "text": "A bowl."}')
     config = settings(photos, captions=[str(tmp_path / "captions.jsonl")])
@@ -232,16 +221,6 @@ def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: P
     first = reading_key(with_list, source, [])
     (tmp_path / "splits.json").write_text('{"a": 1}')
     assert reading_key(with_list, source, []) != first
-
-
-def test_drawn_scenes_to_a_limit_and_without_end_are_two_sources(tmp_path: Path) -> None:
-    def read(**more: Any) -> Reading:
-        return Reading(tmp_path / "d", resolve(source="scenes", **more))
-
-    assert not read(limit=6).has_more
-    assert read(images=6).has_more
-    assert not read(limit=6).has_more
-    assert "preview" not in DatasetDir(tmp_path / "d").provenance("source").read_text()
 
 
 def test_a_source_without_rows_is_one_error(tmp_path: Path) -> None:

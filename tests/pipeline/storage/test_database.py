@@ -37,15 +37,6 @@ def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
     assert all(value == hash_to_unit("split", 7, name) for name, value in rows)
 
 
-def test_what_a_killed_command_left_behind_goes(tmp_path: Path) -> None:
-    (tmp_path / ".compare-abc").mkdir()
-    (tmp_path / ".compare-abc" / "rows.duckdb").write_bytes(b"x")
-    (tmp_path / "stages").mkdir()
-    with open_database(tmp_path):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
-
-
 @pytest.mark.parametrize("kind", [duckdb.IOException, duckdb.OutOfMemoryException])
 def test_a_full_disk_or_memory_is_one_error_with_a_hint(kind: type[duckdb.Error], tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No space left") as caught, open_database(tmp_path):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline import tables
@@ -27,15 +26,6 @@ def test_between_stages_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path
     assert image in data
     assert text.encode() not in data
     assert files.read_table(tmp_path / "a.parquet").to_pylist() == [row]
-
-
-@pytest.mark.parametrize("name", [name for name, value in vars(tables).items() if isinstance(value, pa.Schema)])
-def test_each_column_of_a_table_is_written_as_it_is_said(name: str, tmp_path: Path) -> None:
-    schema = getattr(tables, name)
-    files.write_table(tmp_path / "a.parquet", [schema.empty_table()], schema)
-    metadata = pq.read_metadata(tmp_path / "a.parquet")
-    written = {metadata.schema.column(n).path for n in range(metadata.num_columns)}
-    assert set(files.writer_options(schema)["compression"]) == written
 
 
 def test_a_planted_link_in_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:

@@ -1,17 +1,13 @@
 """Untrusted files: only regular files below the folder are opened, whatever stands there."""
 
-import contextlib
 import os
 import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from pipeline.storage import untrusted
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 
 
@@ -96,27 +92,6 @@ def test_a_root_that_is_itself_a_link_holds_its_files(tmp_path: Path) -> None:
     (tmp_path / "real" / "file").write_bytes(b"x")
     (tmp_path / "root").symlink_to("real")
     assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"x"
-
-
-def test_a_file_that_grows_between_two_looks_at_it_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(bytes(10))
-    opened = untrusted.open_regular
-    asked: list[int] = []
-
-    def open_and_grow(*arguments: Any) -> Any:
-        file = opened(*arguments)
-        os.truncate(tmp_path / "file", 1 << 40)
-
-        def read(count: int) -> bytes:
-            asked.append(count)
-            return file.read(count)
-
-        return contextlib.closing(SimpleNamespace(fileno=file.fileno, close=file.close, read=read))
-
-    monkeypatch.setattr(untrusted, "open_regular", open_and_grow)
-    with pytest.raises(UnsafeFileError, match="more than 100 bytes"):
-        read_regular(tmp_path / "file", tmp_path, max_bytes=100)
-    assert sum(asked) <= 102
 
 
 def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

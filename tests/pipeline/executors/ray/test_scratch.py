@@ -114,28 +114,6 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(
         keep(folder, 0)
         wait_for(lambda: len(attempts) >= 3)
     assert stored(run) == 1
-    attempts.clear()
-    with pytest.raises(OSError, match="away"), scratch_shard(run, 2) as folder:
-        monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
-        keep(folder, 1)  # the last upload fails: an error, and the reply stays here
-    assert replies(folder.journal) == 2
-
-
-def test_a_worker_that_was_given_up_takes_nothing_away(
-    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "near").mkdir()
-    with scratch_shard(run, 2) as given_up:
-        keep(given_up, 0)
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "near"))  # a node that took its place
-        with scratch_shard(run, 2) as folder:
-            keep(folder, 1, 2)
-        assert stored(run) == 2
-    assert stored(run) == 2  # with its own journal beside the other
-    with scratch_shard(run, 2) as folder:
-        assert replies(folder.journal) == 3
-    assert stored(run) == 3
-    assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # journals that were merged into it are removed
 
 
 def test_a_folder_that_another_user_has_put_there_as_a_link_is_refused(

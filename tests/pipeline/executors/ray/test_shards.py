@@ -1,6 +1,5 @@
 """Sharded run: ids decide the shard, workers need the command's files, and tasks that kill workers are given up."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +8,9 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.digests import digest
-from pipeline.errors import ClusterError, TableError
-from pipeline.executors.ray import executor
+from pipeline.errors import ClusterError
 from pipeline.executors.ray.executor import _begin
 from pipeline.executors.ray.shards import MAX_DEATHS, ShardedRun, named_files, run_exclusively
-from pipeline.progress import NullProgress
-from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import parse_dataset_path
 from tests.stage_runs import plan_of
 
@@ -74,21 +70,6 @@ def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path:
     (tmp_path / "own_checks.py").write_text(code + "    # checked otherwise\n")
     assert named_files(config)["own_tasks"] != before["own_tasks"]
     assert "own_tasks" not in named_files(resolve(source="scenes"))
-
-
-def test_a_review_that_fails_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = plan_of(tmp_path).dataset
-    (tmp_path / "shards").mkdir()
-    write_json(dataset.finished, {"version": "v1.0.0", "filled": []})
-
-    def fail(*_: object) -> None:
-        raise TableError("no row is left")
-
-    monkeypatch.setattr(executor, "_finish", fail)
-    monkeypatch.setattr(executor, "open_cluster", lambda _: nullcontext())
-    with pytest.raises(TableError):
-        executor.review_on_cluster(resolve(source="scenes"), dataset, [], NullProgress(), lambda: None)
-    assert read_json(dataset.finished) == {"version": "v1.0.0", "filled": []}
 
 
 def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:
