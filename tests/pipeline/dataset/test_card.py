@@ -72,14 +72,6 @@ def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard()
     assert info["dataset_size"] == 1000
 
 
-@pytest.mark.parametrize(
-    ("name", "upstream"),
-    [("scenes", "original"), ("hub:me/photos", "me/photos"), ("flickr30k:me/copy", "me/copy"), ("folder", "original")],
-)
-def test_the_header_names_the_dataset_that_it_is_made_from(name: str, upstream: str) -> None:
-    assert metadata(MANIFEST | {"source": {"name": name, "revision": "1"}})["source_datasets"] == [upstream]
-
-
 def test_a_measurement_is_shown_with_its_baseline() -> None:
     measured = {
         "captions": {"brief": {"count": 9, "mean_words": 7.5}},

@@ -14,7 +14,7 @@ from pipeline.dataset.directory import (
     open_dataset,
     remember_dataset,
 )
-from pipeline.dataset.version import dataset_folder, read_version
+from pipeline.dataset.version import dataset_folder
 from pipeline.errors import StoreError
 from pipeline.storage.files import atomic_write, write_text
 from tests.pipeline.dataset.test_card import MANIFEST
@@ -105,17 +105,6 @@ def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatc
     make_version(tmp_path / "one", scene_samples(2))
     remember_dataset(tmp_path / "one")
     assert last_made() == tmp_path / "one"
-
-
-def test_a_version_among_others_is_of_the_dataset_it_stands_in_and_a_link_elsewhere_of_that_of_its_target(
-    tmp_path: Path,
-) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(3))
-    (tmp_path / "latest").symlink_to(version.path)
-    assert read_version(tmp_path / "latest").dataset_dir == tmp_path / "data"
-    version.path.rename(tmp_path / "moved")
-    version.path.symlink_to(tmp_path / "moved")
-    assert read_version(version.path).dataset_dir == tmp_path / "data"
 
 
 def test_file_times_do_not_decide_which_dataset_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,6 @@ def refuse() -> None:
     raise StoreError("busy")
 
 
-def test_a_second_holder_is_told_and_gets_the_lock_after_the_first(tmp_path: Path) -> None:
-    with lock_file(tmp_path / "lock", refuse, StoreError), pytest.raises(StoreError, match="busy"):
-        lock_file(tmp_path / "lock", refuse, StoreError)
-    lock_file(tmp_path / "lock", refuse, StoreError).close()
-
-
 def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = lock_file(path, refuse, StoreError)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.executors.ray.shuffle import Indices, Shuffle
@@ -36,11 +35,3 @@ def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> No
     assert sum(map(len, keys)) == len(set.union(*keys)) == 7
     for table in shard_tables:
         assert table["value"].to_pylist() == sorted(table["value"].to_pylist())  # in the order in which they were written
-
-
-def test_a_shard_without_rows_gets_a_table_without_rows(tmp_path: Path) -> None:
-    shuffle = Shuffle(tmp_path, 3)
-    shuffle.write(0, [rows(1)], lambda table: np.array([2]))
-    assert read_shard(shuffle, 0, 1).num_rows == 0
-    assert read_shard(shuffle, 0, 1).schema.equals(SCHEMA)
-    assert read_shard(shuffle, 2, 1)["value"].to_pylist() == [1]

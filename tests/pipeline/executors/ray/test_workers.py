@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
-from pipeline.errors import SourceError
 from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import ShardWorker, read_slice
@@ -58,13 +57,6 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     for which in ("kept", "rejected"):
         assert rows(run.shards, which) == rows([single], which)
     assert len(rows([single], "kept")) == min(limit or 100, 15)
-
-
-def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
-    config = resolve(source="scenes", limit=3)
-    run = ShardedRun(plan_of(tmp_path, config), tmp_path, 1, 1, "embedded", "another revision", "files", "inputs")
-    with pytest.raises(SourceError, match="scenes has changed while it was read"):
-        read_slice(run, 0)
 
 
 @pytest.mark.parametrize(("limit", "has_more"), [(5, True), (15, True), (100, False)])
