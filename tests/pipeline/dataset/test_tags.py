@@ -25,7 +25,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_there(tmp_path: Path) -
     write_tags(tmp_path, {"paper": "v1.0.0", "draft": "v0.9.0"})  # a version that is gone
     with pytest.raises(StoreError, match="has no version draft") as error:
         DatasetDir(tmp_path).version("draft")
-    assert "v1.0.0, paper" in (error.value.hint or "")
+    assert "v1.0.0, draft, paper" in (error.value.hint or "")
 
 
 @pytest.mark.parametrize("tag", ["v1.0.0", "", "a/b", "a" * 65, "a\n"])

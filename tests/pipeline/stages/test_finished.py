@@ -13,7 +13,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.executors.base import RunResult
-from pipeline.inference import requests
+from pipeline.inference import journal, requests
 from pipeline.run import generate_dataset, stages_of
 from pipeline.stages import base as stage_base
 from pipeline.stages import finished, generate, version
@@ -149,16 +149,17 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def change_reply(dataset: DatasetDir, value: str) -> None:
-    """Change the first reply."""
+def change_reply(dataset: DatasetDir) -> None:
+    """Change the text of the first reply, with its checksum."""
     with closing(sqlite3.connect(dataset.journal)) as db, db:
-        db.execute(f"UPDATE replies SET {value}, checksum = NULL WHERE request_id = (SELECT MIN(request_id) FROM replies)")
+        row = list(db.execute(f"SELECT {journal._COLUMNS} FROM replies ORDER BY request_id").fetchone()[:-1])
+        row[6] = '{"caption": "Nobody is on the long, grey beach today."}'
+        values = {"id": row[0], "text": row[6], "checksum": journal._checksum(row)}
+        db.execute("UPDATE replies SET text = :text, checksum = :checksum WHERE request_id = :id", values)
 
 
 CHANGES_OF_REPLIES: dict[str, Callable[[DatasetDir], object]] = {
-    "another text": lambda dataset: change_reply(
-        dataset, """text = '{"caption": "Nobody is on the long, grey beach today."}'"""
-    ),
+    "another text": change_reply,
     "annotations that are gone": lambda dataset: dataset.stage("generate").unlink(),
 }
 
