@@ -86,7 +86,6 @@ def make_version(
     folder: Path,
     samples: list[Sample],
     annotations: pa.Table | None = None,
-    rejections: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
@@ -99,24 +98,14 @@ def make_version(
     order = {sample.id: position for position, sample in enumerate(samples)}
     positions = pa.array([order[name] for name in annotations["sample_id"].to_pylist()], pa.int64())
     annotations = annotations.take(pc.array_sort_indices(positions)) if len(positions) else annotations
-    return publish_rows(
-        folder,
-        [annotations],
-        sample_table(samples).to_batches(),
-        rejections,
-        funnel,
-        source,
-        provenance,
-        extras,
-        decks=decks,
-    )
+    batches = sample_table(samples).to_batches()
+    return publish_rows(folder, [annotations], batches, funnel, source, provenance, extras, decks=decks)
 
 
 def publish_rows(
     folder: Path,
     annotations: Iterable[pa.Table],
     batches: Iterable[pa.RecordBatch],
-    rejections: pa.Table | None = None,
     funnel: Sequence[dict[str, Any]] = (),
     source: str = "scenes",
     provenance: dict[str, Any] = PROVENANCE,
@@ -127,43 +116,17 @@ def publish_rows(
 ) -> tuple[Version, bool]:
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
-    return publish_tables(folder, tables, rows, rejections, funnel, provenance, extras)
-
-
-def publish_tables(
-    folder: Path,
-    tables: Iterable[pa.Table],
-    rows: Rows,
-    rejections: pa.Table | None = None,
-    funnel: Sequence[dict[str, Any]] = (),
-    provenance: dict[str, Any] = PROVENANCE,
-    extras: Extras = NO_EXTRAS,
-) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
-        for table in tables:
+        for table in build_rows(annotations, batches, source, rows, extras, decks=decks):
             writer.add(table)
-        content = content_of(writer, rows)
-        rejections = [REJECTIONS.empty_table() if rejections is None else rejections]
+        files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
+        digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
+        licenses = sorted(rows.licenses)
+        content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
+        rejections = [REJECTIONS.empty_table()]
         return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
-
-
-def content_of(writer: RowWriter, rows: Rows) -> Content:
-    """Close the writer and return the columns, digests, counts and files of all rows."""
-    files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
-    digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
-    return Content(
-        writer.columns,
-        writer.extras,
-        digests,
-        writer.counts(),
-        files,
-        sorted(rows.licenses),
-        rows.examples,
-    )
 
 
 def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, tuple[Scene, ...]]:

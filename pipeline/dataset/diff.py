@@ -81,26 +81,17 @@ class Diff:
         for change in shown:
             yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)})"
             for name, sides in change.fields.items():
-                before, after = ([*map(_short, _listed(side))] for side in sides.values())
-                if not {*before}.isdisjoint(after):  # equal texts of other prompts
-                    before, after = ([_short(item, names_prompt=True) for item in _listed(side)] for side in sides.values())
-                yield from (f"  - {name}: {item}" for item in before)
-                yield from (f"  + {name}: {item}" for item in after)
+                for sign, side in zip("-+", sides.values(), strict=True):
+                    items = side if isinstance(side, list) else [side]
+                    yield from (f"  {sign} {name}: {_short(item)}" for item in items)
         if others := self.kinds.total() - len(shown):
             yield f"and {others} more rows; --rows shows more, --json all"
 
 
-def _listed(side: Any) -> list[Any]:
-    return side if isinstance(side, list) else [side]
-
-
-def _short(value: Any, *, names_prompt: bool = False) -> str:
+def _short(value: Any) -> str:
     """Return a value as a short line without control characters, since it may be model text."""
     if isinstance(value, dict):
-        shown = {name: item for name, item in value.items() if item not in (None, "") and name != "prompt_id"}
-        value = ", ".join(f"{name} {item}" for name, item in shown.items()) + (
-            f" [{value.get('prompt_id')}]" if names_prompt else ""
-        )
+        value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, ""))
     text = on_one_line(str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 

@@ -69,9 +69,7 @@ def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
             yield Leftover(folder, 0 if folder.is_symlink() else _size(folder))
     for pattern in LOCKED_FOLDERS:
         for folder in sorted(dataset.path.glob(pattern)):
-            below = [part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path)]
-            is_linked = any(part.is_symlink() for part in below)
-            for file in [] if is_linked else sorted(folder.glob(TEMPORARY_FILES)):
+            for file in [] if _is_linked(dataset, folder) else sorted(folder.glob(TEMPORARY_FILES)):
                 if file.is_file() or file.is_symlink():
                     yield Leftover(file, file.lstat().st_size)
 
@@ -89,8 +87,7 @@ def remove_features(dataset: DatasetDir, *, dry_run: bool = False) -> list[Lefto
     """
     removed = []
     for store in (path for pattern in STORED_FEATURES for path in sorted(dataset.path.glob(pattern))):
-        below = (part for part in (store, *store.parents) if part != dataset.path and part.is_relative_to(dataset.path))
-        if not store.is_dir() or any(part.is_symlink() for part in below):
+        if not store.is_dir() or _is_linked(dataset, store):
             continue
         try:
             with lock_file(store / FEATURES_LOCK, _raise_busy, StoreError):
@@ -100,6 +97,12 @@ def remove_features(dataset: DatasetDir, *, dry_run: bool = False) -> list[Lefto
         except BlockingIOError:
             continue
     return removed
+
+
+def _is_linked(dataset: DatasetDir, folder: Path) -> bool:
+    """Return whether a folder within a dataset folder is reached through a link."""
+    below = (part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path))
+    return any(part.is_symlink() for part in below)
 
 
 def _raise_busy() -> None:

@@ -167,13 +167,9 @@ def publish(
     """
     funnel = summarize_shards(executor, stages, plan)
     if not funnel[2].input and plan.config.keeps_human_texts:
-        spec = find_source(plan.config.source)
-        where = f"README.md says where {spec.kind}: reads them"
-        if "captions" in spec.options:
-            where = "name a file of them: --captions FILE"
-        elif spec.kind in ("hub", "parquet"):  # the others know their columns by name
-            where = "name a column: --columns references=COLUMN"
-        hint = f"{where}; --tasks caption asks a model"
+        has_files = "captions" in find_source(plan.config.source).options
+        where = "a file of them: --captions FILE" if has_files else "a column: --columns references=COLUMN"
+        hint = f"name {where}; --tasks caption asks a model"
         raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
         losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]

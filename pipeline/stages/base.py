@@ -9,7 +9,6 @@ judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: 
 A shard is a dataset folder that holds some of the samples with all of their annotations. A run in one process has one.
 """
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,6 @@ from pipeline.storage.files import (
     read_batches,
     read_json,
     read_table,
-    temporary_path,
     write_json,
     write_table,
 )
@@ -52,7 +50,6 @@ LOOK_ALIKE_ADVICE = {  # by reason: what to change if the images of too many row
     "near_held_out_image": "dedupe.images: none keeps images that look alike",
 }
 BATCH_ROWS = 16_384  # judged at once
-COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs
 NO_COLUMNS = pa.schema([])
 ROW = pa.field("row", pa.int64())  # the position of an annotation among those of all shards
 
@@ -180,25 +177,13 @@ def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> 
             yield _checked(stage, table, stage.judge(joined, plan))
             first = end
 
-    with collect_less_often():
-        write_stage_output(shard, stage.name, judged())
+    write_stage_output(shard, stage.name, judged())
 
 
 def stage_input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
     """Return the file of the rows that a stage compares and judges. Raise ConfigError if it is missing."""
     prepared = stage.prepare is not None and stage.is_prepared(plan.config)
     return require_file(shard.stage(stage.name, "prepared") if prepared else shard.stage(before))
-
-
-@contextmanager
-def collect_less_often() -> Iterator[None]:
-    """Run Python's garbage collector less often: values of rows form no cycles, and it walks over all of them each time."""
-    before = gc.get_threshold()
-    gc.set_threshold(COLLECTED_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> None:
@@ -248,8 +233,6 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
             read, written = journal.likely_tokens()
             tokens = {"prompt_tokens": read, "reply_tokens": written}
             write_json(dataset.cost, {**totals, **tokens, "timed": timed, "seconds": seconds})
-        else:
-            temporary_path(dataset.cost).unlink(missing_ok=True)  # of a run that was killed while it wrote
 
 
 class _InOrder:

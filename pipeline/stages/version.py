@@ -19,7 +19,7 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
-from pipeline.stages.base import ROW, AllRows, RunPlan, collect_less_often, summarize_stage
+from pipeline.stages.base import ROW, AllRows, RunPlan, summarize_stage
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, read_json, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
@@ -56,9 +56,8 @@ def write_rows(
     """
     rows, writer = Rows(), RowWriter(path, extras)
     annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
-    with collect_less_often():
-        for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
-            writer.add(table)
+    for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
+        writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
     write_table(shard.stage(NAME, "rejected"), [rejected], REJECTED)

@@ -7,7 +7,6 @@ the only way from such a folder to a row, a published file or a model.
 import io
 import os
 import stat
-from functools import lru_cache
 from pathlib import Path, PurePath
 
 from pipeline.errors import SynthError
@@ -74,19 +73,12 @@ def _require_below(root: Path, path: Path, handle: int) -> None:
         name = os.path.realpath(path)
         if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
             raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
-    status = root.stat()
-    if not (_is_below(name, _resolve(str(root), status.st_dev, status.st_ino)) or _is_below(name, os.path.realpath(root))):
+    if not _is_below(name, os.path.realpath(root)):
         raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
 
 
 def _is_below(name: str, root: str) -> bool:
     return name == root or name.startswith(os.path.join(root, ""))  # noqa: PTH118  # of strings: this is done for each image
-
-
-@lru_cache(64)
-def _resolve(root: str, device: int, inode: int) -> str:  # noqa: ARG001  # by which one folder is told from a later one
-    """Return a folder without links, which takes several calls of the system."""
-    return os.path.realpath(root)
 
 
 def _path_of(handle: int) -> str:

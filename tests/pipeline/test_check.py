@@ -43,10 +43,6 @@ def rot_a_page(path: Path) -> None:
     path.write_bytes(data)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
-
-
 def rot_a_reply(dataset: DatasetDir) -> None:
     data = bytearray(dataset.journal.read_bytes())
     place = data.index(b'{"caption":"') + 15
@@ -58,13 +54,8 @@ DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
     "a rotten reply": (rot_a_reply, "journal/local.sqlite"),
     "a journal that is none": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
     "a rotten page of a stage": (lambda d: rot_a_page(d.stage("filter")), "stages/filter/kept.parquet"),
-    "a stage file cut off": (
-        lambda d: d.stage("generate").write_bytes(d.stage("generate").read_bytes()[:-9]) and None,
-        "stages/generate",
-    ),
     "settings that are none": (lambda d: d.run_file.write_text("{"), "run.json"),
     "a rotten shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
-    "a shard less": (lambda d: d.version().shards("train")[0].unlink(), "versions/v1.0.0"),
     "a manifest that is none": (lambda d: (d.version().path / "manifest.json").write_text("[]"), "versions/v1.0.0"),
 }
 
@@ -117,15 +108,6 @@ def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset:
     version.path.rename(dataset.path / "away")
     made = generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path).version
     assert made.manifest["digest"] == version.manifest["digest"]
-
-
-def test_a_journal_on_a_disk_that_takes_no_file_is_read(dataset: DatasetDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in dataset.journal.parent.glob("*-*"):  # of a run that has ended
-        path.unlink()
-    monkeypatch.setattr("os.access", lambda *arguments: False)
-    results = {Path(result.what).name: result for result in check_dataset(dataset)}
-    assert results["local.sqlite"].is_ok and results["local.sqlite"].found == "16 replies"
-    assert [path.name for path in dataset.journal.parent.iterdir()] == ["local.sqlite"]  # nothing was written beside it
 
 
 @pytest.mark.parametrize("name", ["parts/00000.parquet", "images/rest.parquet"])

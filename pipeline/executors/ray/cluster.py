@@ -37,11 +37,7 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(address: str | None) -> Iterator[None]:
-    """Join the cluster at an address, or start one on this machine that ends with this process.
-
-    Raises:
-        ClusterError: Ray is not installed, or there is no cluster at the address.
-    """
+    """Join the cluster at an address, or start one on this machine that ends with this process. Raises ClusterError."""
     if find_spec("ray") is None:
         raise ClusterError("--executor ray needs the package ray", hint=install_command("ray"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
@@ -82,10 +78,7 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     """Return the plan for the workers that send requests: one for each GPU, or for each CPU but one.
 
     If each worker loads a model and there are no GPUs, there is one worker a node: a model takes all of its CPUs. A pool that
-    holds every CPU would wait forever for a reading task.
-
-    Raises:
-        ClusterError: the cluster has no room for the workers.
+    holds every CPU would wait forever for a reading task. Raises ClusterError if the workers do not fit.
     """
     import ray
 
@@ -110,17 +103,9 @@ def map_on_cluster(
 ) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
-    A worker that dies is replaced, and its indices are repeated.
-
-    Args:
-        count: how many indices there are.
-        work: writes files that appear whole or not at all. It is pickled; with `workers`, each worker has a copy of its own.
-        workers: how many at once; None: Ray decides. If `work` is a context manager, it is exited at the end.
-        report: receives the number of finished indices.
-
-    Raises:
-        SynthError: the first that a worker raised.
-        ClusterError: workers died.
+    A worker that dies is replaced, and its indices are repeated: `work` writes files that appear whole or not at all. It is
+    pickled; with `workers`, each worker has its own copy, which is exited at the end if it is a context manager. `report`
+    receives the number of finished indices. Raises the first SynthError of a worker, and ClusterError if workers died.
     """
     results: dict[int, T] = {}
     for index, result in _map(count, work, workers):

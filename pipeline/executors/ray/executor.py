@@ -40,7 +40,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.install import installed_version
 from pipeline.logs import log_to
-from pipeline.progress import NullProgress, Progress
+from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Stage, step_order
@@ -76,17 +76,10 @@ class RayExecutor:
 def run_on_cluster(
     config: Config, dataset: DatasetDir, stages: Sequence[Stage], options: ClusterOptions, progress: Progress
 ) -> RunResult:
-    """Run all stages on a Ray cluster and return the version that comes out: the same as of a run in one process.
+    """Run all stages on a Ray cluster and return the new version: the same as that of a run in one process.
 
-    Args:
-        config: the settings of the run.
-        dataset: the dataset folder, on a file system that all nodes share or in an object store.
-        stages: all stages between generate and version, in order.
-        options: the address of the cluster, and the numbers of shards and workers.
-        progress: receives updates.
-
-    Raises:
-        SynthError: an error that the user can fix; finished work stays on the disk.
+    The dataset folder is on a file system that all nodes share, or in an object store. `stages` are all between generate and
+    version, in order. Raises SynthError; finished work stays on the disk.
     """
     if config.server.has_budget:
         hint = "leave out --max-requests, --max-tokens and --max-cost, or --executor ray"
@@ -114,10 +107,8 @@ def run_on_cluster(
         _begin(run)
         for shard in (dataset, *run.shards):
             forget_other_stages(shard, step_order(stages))
-        (excluded,) = map_on_cluster(1, partial(_write_exclusions, run))
-        for text in excluded.messages:
-            progress.message(text)
-        described = describe_source(source, excluded.described, plan.image_kind, config.captions)
+        excluded = write_exclusions(dataset, config, open_exclusions(config), progress)
+        described = describe_source(source, excluded, plan.image_kind, config.captions)
         model = {"name": public_name(choice.model), "revision": choice.revision}
         write_json(dataset.provenance("source"), described)
         write_json(dataset.provenance("generate"), model)
@@ -135,14 +126,8 @@ def review_on_cluster(
 ) -> RunResult:
     """Apply reviews to the shards of a run on a cluster, on this machine, and return the new version.
 
-    The source is not read, and no request is sent.
-
-    Args:
-        config: the settings of the run.
-        dataset: the dataset folder, whose lock the caller holds.
-        stages: all stages between generate and version, in order; the last one is run.
-        progress: receives updates.
-        check: raises if the lock is lost.
+    The source is not read, and no request is sent. The caller holds the lock of the dataset folder; `check` raises if it is
+    lost. `stages` are all between generate and version, in order; only the last one is run.
     """
     with open_cluster("local"):
         plan = RunPlan(dataset, config, "", choose_image_kind(config))
@@ -250,38 +235,6 @@ def _begin(run: ShardedRun) -> None:
     """Remove the attempt counts of an earlier run in this folder, and its file finished.json."""
     remove(run.attempts)
     run.plan.dataset.finished.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Excluded:
-    described: list[dict[str, Any]]
-    messages: list[str]
-
-
-def _write_exclusions(run: ShardedRun, _: int) -> _Excluded:
-    def write() -> _Excluded:
-        progress = RecordingProgress()
-        return _Excluded(
-            write_exclusions(run.plan.dataset, run.config, open_exclusions(run.config), progress), progress.messages
-        )
-
-    return run_exclusively(run, "exclude", 0, write)
-
-
-class RecordingProgress(NullProgress):
-    """A Progress that keeps its messages."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def warn(self, text: str) -> None:
-        """See Progress."""
-        self.messages.append(f"warning: {text}")
-
-    def message(self, text: str, *, transient: bool = False) -> None:
-        """See Progress."""
-        if not transient:
-            self.messages.append(text)
 
 
 def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:

@@ -63,7 +63,12 @@ class ShardedRun:
 
     def enter(self) -> None:
         """Work in the command's directory, and check that its files are the same. Raises ClusterError if not."""
-        change_directory(self.working_dir, is_required=not is_remote(self.root))
+        try:
+            os.chdir(self.working_dir)
+        except OSError as error:
+            if not is_remote(self.root):
+                hint = "use a file system that all nodes share"
+                raise ClusterError(f"a worker cannot see {self.working_dir}: {error.strerror}", hint=hint) from None
         if self.files not in _KNOWN_FILES:
             if digest(named_files(self.config)) != self.files:
                 raise ClusterError(
@@ -117,17 +122,6 @@ class ShardedRun:
         return self.root / "shards" / "tries"
 
 
-def change_directory(path: Path, *, is_required: bool) -> None:
-    """Change to the folder of the command, to which relative paths refer. Raises ClusterError if that fails and is required."""
-    try:
-        os.chdir(path)
-    except OSError as error:
-        if is_required:
-            raise ClusterError(
-                f"a worker cannot see {path}: {error.strerror}", hint="use a file system that all nodes share"
-            ) from None
-
-
 def named_files(config: Config) -> dict[str, Any]:
     """Return the content or the digest of each file that the settings name, code of own tasks among them, by setting."""
     clip, entries = Path(config.verify.clip_model), config.balance.entries
@@ -161,35 +155,22 @@ def scratch_root(root: Path) -> Path:
     return folder / digest(str(root))[:16]
 
 
-def run_exclusively(
-    run: ShardedRun, name: str, index: int, work: Callable[[], T], growth: Callable[[DatasetDir], int] = lambda shard: 0
-) -> T:
-    """Call `work` on a shard while no other worker works on it.
+def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T]) -> T:
+    """Call `work` (of this name) on a shard while no other worker works on it.
 
     An abandoned worker may still run beside its replacement. An object store has no locks: there both do the same work, and
-    their files are the same, or have names of their own.
-
-    Args:
-        run: the run.
-        name: of the work.
-        index: of the shard.
-        work: the function to call.
-        growth: measures the progress of the work in the folder of the shard; after progress, deaths are counted from zero.
-
-    Raises:
-        ClusterError: more than MAX_DEATHS workers died of the work: Ray itself would retry forever.
+    their files are the same, or have names of their own. Raises ClusterError if more than MAX_DEATHS workers died of the work:
+    Ray itself would retry forever.
     """
     run.enter()
     shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"
     with translate_disk_errors(shard.path), nullcontext() if is_remote(shard.path) else shard.lock(wait=True):
-        grown = growth(shard)
-        record = read_json(attempts) if attempts.exists() else {"tried": 0, "got_on": grown}
-        deaths = record["tried"] if record["got_on"] == grown else 0
+        deaths = read_json(attempts)["tried"] if attempts.exists() else 0
         if deaths > MAX_DEATHS:
             raise ClusterError(
                 f"{attempts.stem} has ended {deaths} workers", hint="was memory short? the same command goes on with the rest"
             )
-        write_json(attempts, {"tried": deaths + 1, "got_on": grown})
+        write_json(attempts, {"tried": deaths + 1})
         result = work()
         attempts.unlink(missing_ok=True)
         return result

@@ -6,11 +6,9 @@ again.
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +48,8 @@ class Shuffle:
     def read(self, shard: int, readers: int) -> Iterator[pa.RecordBatch]:
         """Yield the rows of one shard, reader after reader."""
         for reader in range(readers):
-            with _open(self.file(reader)) as source:
+            path = self.file(reader)
+            with open_object(path, AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path)) as source:
                 file = pa.ipc.open_file(source)
                 for number in range(shard, file.num_record_batches, self.shards):
                     yield file.get_batch(number)
@@ -62,8 +61,3 @@ class Shuffle:
     def by_hash(self, names: Iterable[str]) -> Indices:
         """Return the shard index of each name, by its CRC-32."""
         return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
-
-
-def _open(path: Path) -> AbstractContextManager[Any]:
-    """Open a file of batches, of which one is read: a map of the file, or ranges of an object."""
-    return open_object(path, AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path))

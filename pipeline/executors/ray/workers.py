@@ -148,7 +148,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
 
     def __call__(self, index: int) -> FillResult:
         """Fill a shard, unless it was filled from the same inputs."""
-        return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index), _journal_size)
+        return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index))
 
     def _fill_once(self, index: int) -> FillResult:
         run = self.run
@@ -248,10 +248,3 @@ def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Count
             stats.reply_tokens += result.reply_tokens
             stats.uncounted += result.uncounted
     return stats, cost
-
-
-def _journal_size(shard: DatasetDir) -> int:
-    if is_remote(shard.path):  # periodic copies of the journal, compared by size
-        return max((path.stat().st_size for path in shard.journal.parent.glob("*.sqlite")), default=0)
-    with Journal(shard.journal) as journal:
-        return journal.totals()["replies"]

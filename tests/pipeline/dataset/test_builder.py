@@ -5,13 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 
-from pipeline.dataset.builder import Rows, version_digest
-from pipeline.digests import digest
 from pipeline.errors import TableError
-from pipeline.tables import REVIEWED, SPLITS, TABLE_VERSION, Extras
+from pipeline.tables import REVIEWED, SPLITS, Extras
 from pipeline.types import ReferenceQA
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
@@ -23,46 +20,21 @@ def test_the_digest_depends_on_the_rows_alone(tmp_path: Path) -> None:
     assert make_version(tmp_path / "third", scene_samples(20, seed=1))[0].manifest["digest"] != first["digest"]
 
 
-def test_the_digest_is_that_of_one_json_value() -> None:
-    for rows in ([], [("a", "1")], [("a", "1"), ("b", "\u00e4"), ("c", "3")]):
-        assert version_digest(iter(rows), ["image"]) == digest([TABLE_VERSION, ["image"], [], rows])
-        assert version_digest(iter(rows), ["image"], ["form"]) == digest([TABLE_VERSION, ["image"], ["form"], rows])
-
-
-def test_a_sample_without_annotations_is_left_out(tmp_path: Path) -> None:
-    samples = scene_samples(20)
-    annotations = true_captions(samples).filter(pc.field("sample_id") != samples[3].id)
-    version, _ = make_version(tmp_path, samples, annotations)
-    assert sum(version.manifest["rows"].values()) == 19
-
-
-def test_personal_data_is_masked_in_the_captions_of_the_source_too(tmp_path: Path) -> None:
+def test_personal_data_in_captions_and_questions_of_the_source_is_masked(tmp_path: Path) -> None:
     first, *others = scene_samples(6)
-    told = ("Call +49 30 123456 or mail@example.org.", "Six red rings.")
-    version, _ = make_version(tmp_path, [replace(first, references=told), *others], true_captions([first, *others]))
-    rows = {
-        row["sample_id"]: row["references"]
-        for _, batch in version.batches(["sample_id", "references"])
-        for row in batch.to_pylist()
-    }
-    assert rows[first.id] == ["Call [phone] or [email].", "Six red rings."]
-    assert all(rows[sample.id] == list(sample.references) for sample in others)
-
-
-def test_personal_data_is_masked_in_the_questions_of_the_source_too(tmp_path: Path) -> None:
-    first, *others = scene_samples(6)
-    told = ReferenceQA(question="Is it mail@example.org?", answers=("yes", "+49 30 123456"), answer_type="other")
-    asked = (told, ReferenceQA(question="Red?", answers=("no",), answer_type="yes/no"))
-    samples = [replace(first, reference_qa=asked), *(replace(sample, reference_qa=(asked[1],)) for sample in others)]
+    private = ReferenceQA(question="Is it mail@example.org?", answers=("yes", "+49 30 123456"), answer_type="other")
+    public = ReferenceQA(question="Red?", answers=("no",), answer_type="yes/no")
+    captions = ("Call +49 30 123456 or mail@example.org.", "Six red rings.")
+    first = replace(first, references=captions, reference_qa=(private, public))
+    samples = [first, *(replace(sample, reference_qa=(public,)) for sample in others)]
     version, _ = make_version(tmp_path, samples, true_captions(samples))
-    rows = {
-        row["sample_id"]: [(pair["question"], pair["answers"], pair["answer_type"]) for pair in row["reference_qa"]]
-        for _, batch in version.batches(["sample_id", "reference_qa"])
-        for row in batch.to_pylist()
-    }
-    unchanged = ("Red?", ["no"], "yes/no")
-    assert rows[first.id] == [("Is it [email]?", ["yes", "[phone]"], "other"), unchanged]
-    assert all(rows[sample.id] == [unchanged] for sample in others)
+    batches = version.batches(["sample_id", "references", "reference_qa"])
+    rows = {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
+    asked = {name: [(pair["question"], pair["answers"]) for pair in row["reference_qa"]] for name, row in rows.items()}
+    assert rows[first.id]["references"] == ["Call [phone] or [email].", "Six red rings."]
+    assert asked[first.id] == [("Is it [email]?", ["yes", "[phone]"]), ("Red?", ["no"])]
+    for sample in others:
+        assert (rows[sample.id]["references"], asked[sample.id]) == (list(sample.references), [("Red?", ["no"])])
 
 
 def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
@@ -73,16 +45,6 @@ def test_the_scores_of_a_text_are_not_those_of_its_edit(tmp_path: Path) -> None:
     rows = [row for split in SPLITS if version.shards(split) for row in version.read(split).to_pylist()]
     scores = {caption["prompt_id"] == REVIEWED: caption["coverage"] for row in rows for caption in row["captions"]}
     assert scores == {True: None, False: 0.5}
-
-
-def test_columns_stay_when_the_first_images_have_no_annotation(tmp_path: Path) -> None:
-    samples, rows = scene_samples(6), Rows()
-    unannotated = [sample.id for sample in samples[:3]]
-    batches = [batch for part in (samples[:3], samples[3:]) for batch in sample_table(part).to_batches()]
-    annotations = true_captions(samples).filter(~pc.field("sample_id").isin(unannotated))
-    version, _ = publish_rows(tmp_path, [annotations], batches, rows=rows)
-    assert "image" in version.manifest["columns"]
-    assert rows.rejected == unannotated
 
 
 def test_annotations_may_come_in_any_cuts_but_not_in_another_order_than_the_samples(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from pipeline.dataset.directory import (
@@ -15,9 +14,9 @@ from pipeline.dataset.directory import (
     open_dataset,
     remember_dataset,
 )
-from pipeline.dataset.version import dataset_folder, parse_version, read_version
-from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import atomic_write, write_table, write_text
+from pipeline.dataset.version import dataset_folder
+from pipeline.errors import StoreError
+from pipeline.storage.files import atomic_write, write_text
 from tests.pipeline.dataset.test_card import MANIFEST
 from tests.scene_data import make_version, scene_samples
 
@@ -40,13 +39,6 @@ def test_a_file_that_would_not_change_is_left_alone(tmp_path: Path) -> None:
     assert (target.stat().st_mtime_ns, target.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
-    schema = pa.schema([("a", pa.string())])
-    for name in ("one", "two"):
-        write_table(tmp_path / name, [pa.table({"a": ["x", "y"]}), pa.table({"a": ["z"]})], schema)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
 def test_two_writers_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
     with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process"), DatasetDir(tmp_path).lock():
         pass
@@ -59,23 +51,11 @@ def test_a_source_makes_a_safe_folder_name(source: str, name: str) -> None:
     assert dataset_folder(source) == Path("data") / name
 
 
-def test_versions_sort_by_number() -> None:
-    assert parse_version("v1.10.0") > parse_version("v1.9.3")
-    with pytest.raises(ConfigError, match="not a version"):
-        parse_version("1.0")
-
-
-@pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x", "../a", "notes.txt"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x"])
 def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     with pytest.raises(StoreError, match="not shards"):
-        open_dataset(tmp_path)
-
-
-def test_a_version_of_a_newer_synth_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"version": "v1.0.0", "table_version": 99, "files": {}}))
-    with pytest.raises(StoreError, match="newer synth"):
         open_dataset(tmp_path)
 
 
@@ -90,12 +70,6 @@ def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path)
     with pytest.raises(StoreError, match="newer synth") as refused:
         DatasetDir(tmp_path).versions()
     assert refused.value.hint == "upgrade synth"
-
-
-def test_another_version_than_the_one_named_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": {}}))
-    with pytest.raises(StoreError, match=r"is v1\.0\.0, not v9\.9\.9"):
-        open_dataset(tmp_path, "v9.9.9")
 
 
 def test_a_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,29 +92,6 @@ def test_a_planted_link_in_place_of_the_lock_is_an_error_and_its_target_stays_as
     assert victim.read_text() == "private"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[" * 100_000,
-        '{"datasets": ["' + "a" * 5000 + '"]}',
-        "[]",
-        '{"datasets": 3}',
-        '{"datasets": [3]}',
-        '{"datasets": ["nowhere"]}',
-    ],
-)
-def test_a_list_of_datasets_that_is_damaged_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "elsewhere.json").write_text(text)
-    with pytest.raises(StoreError, match="no dataset under data/"):
-        last_made()
-    make_version(tmp_path / "one", scene_samples(2))
-    remember_dataset(tmp_path / "one")
-    assert last_made() == tmp_path / "one"
-
-
 def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(MAX_REMEMBERED + 2):
@@ -150,26 +101,10 @@ def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatc
     names = [Path(name).name for name in json.loads(Path("data/elsewhere.json").read_text())["datasets"]]
     assert names[:2] == ["out9", f"out{MAX_REMEMBERED + 1}"]
     assert len(names) == len(set(names)) == MAX_REMEMBERED
-
-
-def test_a_run_does_not_fail_where_nothing_can_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").write_text("a file")
+    Path("data/elsewhere.json").write_text("[]")  # damaged
+    make_version(tmp_path / "one", scene_samples(2))
     remember_dataset(tmp_path / "one")
-
-
-def test_a_version_among_others_is_of_the_dataset_it_stands_in_and_a_link_elsewhere_of_that_of_its_target(
-    tmp_path: Path,
-) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(3))
-    (tmp_path / "latest").symlink_to(version.path)
-    assert read_version(tmp_path / "latest").dataset_dir == tmp_path / "data"
-    version.path.rename(tmp_path / "moved")
-    version.path.symlink_to(tmp_path / "moved")
-    assert read_version(version.path).dataset_dir == tmp_path / "data"
-    (tmp_path / "data" / "versions").rename(tmp_path / "away")
-    (tmp_path / "data" / "versions").symlink_to(tmp_path / "away")
-    assert read_version(version.path).dataset_dir == tmp_path / "data"
+    assert last_made() == tmp_path / "one"
 
 
 def test_file_times_do_not_decide_which_dataset_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

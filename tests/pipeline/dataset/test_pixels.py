@@ -48,7 +48,9 @@ def files(folder: Path, samples: list[Sample]) -> Path:
 
 def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tmp_path: Path) -> None:
     assert lacks_pixels(texts)
+    assert find_joined(texts, tmp_path / "joined") is None
     joined = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
+    assert find_joined(texts, tmp_path / "joined") == joined and joined.repo == "me/x"
     assert not lacks_pixels(joined)
     assert joined.manifest["columns"] == whole.manifest["columns"]
     assert joined.manifest["digest"] == whole.manifest["digest"]
@@ -57,29 +59,12 @@ def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tm
         assert by_id[0] == by_id[1]
 
 
-def test_so_does_another_version_that_has_them(whole: Version, texts: Version, tmp_path: Path) -> None:
-    joined = join_pixels(texts, images_of_dataset(whole.path), tmp_path / "joined")
-    assert joined.read("train")["image"].to_pylist() == whole.read("train")["image"].to_pylist()
-
-
-def test_the_second_time_reads_no_image(texts: Version, tmp_path: Path) -> None:
-    assert find_joined(texts, tmp_path / "joined") is None
-    first = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
-    assert find_joined(texts, tmp_path / "joined") == first
-    assert first.repo == "me/x"
-
-
 def test_missing_images_are_counted_and_nothing_is_left(texts: Version, tmp_path: Path) -> None:
     images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are not there") as refused:
         join_pixels(texts, images, tmp_path / "joined")
     assert "the very files" in refused.value.hint
     assert list((tmp_path / "joined").iterdir()) == []
-
-
-def test_a_dataset_without_pixels_is_no_copy(texts: Version) -> None:
-    with pytest.raises(StoreError, match="holds no pixels either"):
-        next(images_of_dataset(texts.path))
 
 
 def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) -> None:
@@ -92,11 +77,3 @@ def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) ->
     joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages
-
-
-def test_a_deck_of_one_page_keeps_it(tmp_path: Path) -> None:
-    whole, _ = make_version(tmp_path / "whole", SAMPLES[:6], decks=True)
-    joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
-    for split in (split for split, count in whole.manifest["rows"].items() if count):
-        pages = [{row["sample_id"]: row["pages"] for row in v.read(split).to_pylist()} for v in (joined, whole)]
-        assert pages[0] == pages[1] and all(pages[0].values())

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
-from datasets import Image, load_dataset
+from datasets import load_dataset
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
-from pipeline.scenes.scene import scenes_of
 from pipeline.tables import Extras
 from tests.scene_data import SCORED, make_version, publish_rows, sample_table, scene_samples, scored_captions, true_captions
 
@@ -20,6 +19,9 @@ def test_the_same_rows_make_no_second_version(tmp_path: Path) -> None:
     assert (is_new, is_new_again) == (True, False)
     assert second == first
     assert list((tmp_path / "versions").iterdir()) == [first.path]
+    for unfinished in (".next", "v9.0.0"):  # without a manifest
+        (tmp_path / "versions" / unfinished).mkdir()
+    assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
 
 
 def test_added_rows_are_a_minor_version_and_removed_or_changed_ones_a_patch(tmp_path: Path) -> None:
@@ -48,23 +50,6 @@ def test_scores_lie_beside_their_texts_and_another_set_of_them_is_a_major_versio
     assert loaded["train"].features["captions"].feature["form"].dtype == "int32"
     again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), extras=Extras(SCORED))
     assert (again.name, is_new) == ("v2.0.1", True)
-
-
-def test_datasets_reads_a_version_with_images(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(20))
-    files = {split: [str(p) for p in version.shards(split)] for split in ("train", "test") if version.shards(split)}
-    loaded = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]
-    assert loaded.features["image"] == Image()
-    assert loaded[0]["image"].size == (84, 84)
-    (scene,) = scenes_of(loaded[0]["source"], loaded[0]["source_row"])
-    assert scene.background in loaded[0]["captions"][0]["text"]
-
-
-def test_a_version_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
-    make_version(tmp_path, scene_samples(5))
-    (tmp_path / "versions" / ".next").mkdir()
-    (tmp_path / "versions" / "v9.0.0").mkdir()  # a folder without its manifest
-    assert [version.name for version in DatasetDir(tmp_path).versions()] == ["v1.0.0"]
 
 
 def test_pixels_that_have_no_column_are_an_error_and_are_not_dropped(tmp_path: Path) -> None:

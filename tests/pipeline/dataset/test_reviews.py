@@ -49,11 +49,6 @@ def test_reviews_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
-        (review("A.", "good").model_dump_json().replace("good", "great"), "verdict"),
-        (
-            review("A.", "good").model_dump_json().replace('"bad"', '"good"').replace("null", '"other"', 1),
-            "a reason goes with bad",
-        ),
         (review("A.", "good").model_dump_json().replace("good", "bad"), "a reason goes with bad"),
         (review("A.", "good").model_dump_json().replace("good", "edited"), "edited goes with new words"),
         (review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"), "new words go with edited"),
@@ -74,12 +69,6 @@ def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> No
             read_reviews(tmp_path / name)
 
 
-def test_the_last_word_on_a_text_counts() -> None:
-    new = [review("A cat.", "bad", reason="unclear"), review("A dog.", "good")]
-    merged = merge_reviews([review("A cat.", "good")], new, captions("A cat.", "A dog."))
-    assert [(m.verdict, m.reason) for m in merged.values()] == [("bad", "unclear"), ("good", None)]
-
-
 def test_a_review_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
@@ -93,27 +82,6 @@ def test_an_edit_that_was_found_good_stays() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     assert merge_reviews(first.values(), [review("A dog.", "good")], rows)[review("A cat.", "good").name].text == "A dog."
-
-
-def test_an_edit_of_the_pages_alone_was_found_good_and_stays() -> None:
-    row: dict[str, Any] = {
-        "sample_id": SAMPLE,
-        "task": "deck_qa",
-        "text": None,
-        "question": "Which?",
-        "answer": "2",
-        "pages": 4,
-    }
-    row = row | {"answer_type": "span", "evidence_pages": [1], "expression": ""}
-    edit = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "Which?", "answer": "2"}
-    first = merge_reviews([], [Review.model_validate({**edit, "evidence_pages": [3]})], {text_name(row): row})
-    good = Review(sample_id=SAMPLE, content=text_name(row)[1], verdict="good")
-    (kept,) = merge_reviews(first.values(), [good], {text_name(row): row}).values()
-    assert (kept.verdict, kept.evidence_pages) == ("edited", (3,))
-    (undone,) = merge_reviews(
-        first.values(), [Review.model_validate({**edit, "evidence_pages": [1]})], {text_name(row): row}
-    ).values()
-    assert undone.verdict == "good"
 
 
 def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
@@ -169,8 +137,3 @@ def test_edited_words_hold_no_personal_data(tmp_path: Path) -> None:
     edit = review("A sign.", "edited", text="A sign says mail@example.org.")
     assert edit.text == "A sign says [email]."
     assert edit.resulting_name == text_name(caption("A sign says [email]."))
-
-
-def test_reviews_are_read_after_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "m.jsonl").write_text("\ufeff" + format_reviews([review("A cat.", "good")]))
-    assert read_reviews(tmp_path / "m.jsonl") == [review("A cat.", "good")]

@@ -3,19 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.dataset import samples
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import make_repaired_version
 from pipeline.dataset.removal import remove_versions
 from pipeline.dataset.samples import (
-    SampleImages,
     bytes_beside,
     find_samples_without_images,
     keep_images,
@@ -26,10 +23,10 @@ from pipeline.dataset.samples import (
 from pipeline.errors import StoreError
 from pipeline.run import generate_dataset
 from pipeline.storage.files import read_table, write_table
-from pipeline.tables import LISTED_SAMPLE, SAMPLE_IMAGES, SPLITS
+from pipeline.tables import LISTED_SAMPLE, SPLITS
 from tests.notes import Notes
 from tests.pipeline.stages.test_source_reader import photo
-from tests.scene_data import make_version, sample_table, scene_samples, true_captions
+from tests.scene_data import make_version, sample_table, scene_samples
 
 SAMPLES = scene_samples(12)
 
@@ -56,24 +53,6 @@ def of_samples() -> dict[str, tuple[bytes, ...]]:
     return {sample.id: sample.images for sample in SAMPLES}
 
 
-@pytest.mark.parametrize("pages", [[1, 1, 1, 1, 1], [1, 1, 3, 1, 1], [2, 2, 1, 1, 4]])
-@pytest.mark.parametrize("lists_only", [False, True])
-def test_pages_are_counted_where_a_row_group_has_decks(pages: list[int], *, lists_only: bool, tmp_path: Path) -> None:
-    shard = DatasetDir(tmp_path)
-    images = [[b"page"] * count for count in pages]
-    columns = {"num_pages": pages} if lists_only else {"images": images}
-    path = shard.stage("source")
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"sample_id": list("abcde"), **columns}), path, row_group_size=2)
-    if lists_only:
-        table = pa.table([list("abcde"), images], schema=SAMPLE_IMAGES)
-        write_table(path.with_name("parts") / "00000.parquet", [table], SAMPLE_IMAGES)
-    assert list(page_counts(shard)) == pages
-    batches = list(sample_batches(shard))
-    assert [batch.ids for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
-    assert [len(one) for batch in batches for one in batch.read_images()] == pages
-
-
 @pytest.mark.parametrize("decks", [False, True])
 def test_the_images_are_those_of_the_versions_wherever_each_lies(*, decks: bool, tmp_path: Path) -> None:
     dataset = DatasetDir(tmp_path)
@@ -82,15 +61,6 @@ def test_the_images_are_those_of_the_versions_wherever_each_lies(*, decks: bool,
     make_version(tmp_path, SAMPLES[3:], decks=decks)
     assert find_samples_without_images(dataset) == []
     assert images_of(dataset) == of_samples()
-
-
-def test_images_in_no_version_are_gone_and_said_to_be(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    list_samples(dataset)
-    make_version(tmp_path, SAMPLES[:10])
-    assert find_samples_without_images(dataset) == [sample.id for sample in SAMPLES[10:]]
-    with pytest.raises(StoreError, match="the images of 2 samples are gone"):
-        images_of(dataset)
 
 
 def test_a_removed_version_leaves_the_images_that_no_other_has(tmp_path: Path) -> None:
@@ -127,28 +97,6 @@ def test_removing_versions_that_are_damaged_keeps_what_can_be_read(tmp_path: Pat
         f"the images of {len(SAMPLES) - in_others} samples are damaged: the next run reads them from the source"
     ]
     assert len(SAMPLES) - len(find_samples_without_images(dataset)) == in_others > 0
-
-
-def test_a_version_without_a_readable_manifest_is_passed_over(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    list_samples(dataset)
-    make_version(tmp_path, SAMPLES)
-    (tmp_path / "versions/v9.0.0").mkdir()
-    (tmp_path / "versions/v9.0.0/manifest.json").write_text("{")
-    assert images_of(dataset) == of_samples()
-
-
-def test_few_row_groups_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "KEPT_GROUPS", 2)
-    monkeypatch.setattr(samples, "KEPT_BYTES", 0)
-    monkeypatch.setattr("pipeline.dataset.shards.GROUP_ROWS", 1)
-    dataset = DatasetDir(tmp_path)
-    list_samples(dataset)
-    make_version(tmp_path, SAMPLES)
-    images = SampleImages.of(dataset)
-    for sample in SAMPLES * 2:
-        assert images.read([sample.id]).to_pylist() == [list(sample.images)]
-        assert len(images._in_memory) <= 2
 
 
 @pytest.fixture
@@ -222,75 +170,3 @@ def damage(path: Path) -> None:
     held = row["image"]["bytes"] if "image" in row else row["images"][0]
     data[data.index(held) + len(held) // 2] ^= 1
     path.write_bytes(data)
-
-
-def two_versions(folder: Path) -> DatasetDir:
-    """Make two versions with the same images and other texts."""
-    list_samples(DatasetDir(folder))
-    captions = true_captions(SAMPLES)
-    for table in (captions, captions.filter(pc.equal(captions["style"], "brief"))):
-        make_version(folder, SAMPLES, table)
-    return DatasetDir(folder)
-
-
-def test_of_two_places_the_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    dataset = two_versions(tmp_path)
-    for path in dataset.versions()[1].shards("train"):
-        damage(path)
-    assert images_of(dataset) == of_samples()
-
-
-def test_a_version_is_not_relied_upon_that_is_damaged(tmp_path: Path) -> None:
-    dataset = two_versions(tmp_path)
-    for path in dataset.versions()[0].shards("train"):
-        damage(path)
-    warnings: list[str] = []
-    remove_versions(dataset, [dataset.versions()[1].name], warnings.append)
-    assert not warnings and images_of(dataset) == of_samples()
-
-
-def test_images_beside_that_are_damaged_are_told_and_read_again(photos: Path, tmp_path: Path) -> None:
-    generate_dataset(settings(photos), tmp_path / "d")
-    rest = tmp_path / "d/stages/source/images/rest.parquet"
-    damage(rest)
-    assert not generate_dataset(settings(photos), tmp_path / "d").is_new  # which reads no image
-    with pytest.raises(StoreError, match=r"rest\.parquet is damaged") as raised:
-        generate_dataset(settings(photos, seed=1), tmp_path / "d")
-    assert f"move {rest} away" in raised.value.hint
-    rest.unlink()
-    assert generate_dataset(settings(photos, seed=1), tmp_path / "d").is_new
-    assert len(images_of(DatasetDir(tmp_path / "d"))) == 12
-
-
-def test_what_stays_in_parts_is_not_stored_beside_as_well(photos: Path, tmp_path: Path) -> None:
-    version = generate_dataset(settings(photos, images=5), tmp_path / "d").version
-    dataset = DatasetDir(tmp_path / "d")
-    remove_versions(dataset, [version.name])
-    assert not bytes_beside(dataset) and not find_samples_without_images(dataset)
-
-
-def test_a_list_of_samples_that_is_damaged_does_not_keep_a_version_from_being_removed(tmp_path: Path) -> None:
-    dataset = two_versions(tmp_path)
-    dataset.stage("source").write_bytes(b"PAR1")
-    warnings: list[str] = []
-    assert remove_versions(dataset, [dataset.versions()[0].name], warnings.append)
-    assert warnings[0].startswith("no images are kept for later runs: ") and len(dataset.versions()) == 1
-
-
-def test_images_come_in_the_order_in_which_they_lie(tmp_path: Path) -> None:
-    dataset = two_versions(tmp_path)
-    images = SampleImages.of(dataset)
-    ids = images.in_order({*of_samples(), "gone"})
-    of_split = {name: split for split, batch in dataset.versions()[1].batches(["sample_id"]) for name in batch[0].to_pylist()}
-    splits = [of_split[name] for name in ids]
-    assert sorted(ids) == sorted(of_split) and splits == sorted(splits)
-
-
-def test_what_was_read_anew_is_not_given_up_for_an_old_version_that_is_damaged(photos: Path, tmp_path: Path) -> None:
-    version = generate_dataset(settings(photos), tmp_path / "d").version
-    dataset = DatasetDir(tmp_path / "d")
-    before = images_of(dataset)
-    damage(version.shards("train")[0])
-    (tmp_path / "d/stages/source/read.json").unlink()
-    assert not generate_dataset(settings(photos), tmp_path / "d").is_new
-    assert bytes_beside(dataset) and images_of(dataset) == before

@@ -8,15 +8,12 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
-from pipeline.errors import StoreError, TableError
+from pipeline.errors import StoreError
 from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
-    describe_title,
-    describe_unanswered,
     describe_warnings,
 )
 from pipeline.run import STAGES, generate_dataset
@@ -58,20 +55,6 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
     assert any("refused by the server" in text and "scripted 413" in text for text in told), told
 
 
-def test_where_no_row_is_left_the_server_is_quoted_and_nobody_is_sent_to_a_report(tmp_path: Path) -> None:
-    answered: list[int] = []
-
-    def script(times: int, body: dict[str, object]) -> Act:
-        answered.append(1)
-        return REFUSAL if len(answered) == 1 else Act(status=400)
-
-    with pytest.raises(TableError) as caught:
-        run(tmp_path, script)
-    assert 'it said "scripted 400"' in str(caught.value) and "synth report" not in str(caught.value)
-    assert f"{tmp_path}/stages" in caught.value.hint
-    assert not [*describe_losses(STAGES, [])] and not [*describe_unanswered(DatasetDir(tmp_path), [])]
-
-
 def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each(tmp_path: Path) -> None:
     samples = scene_samples(40)
     held_out = {sample.id: "train" for sample in samples}
@@ -90,13 +73,6 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
     assert "the validation split" in told
     whole, _ = make_version(tmp_path / "e", samples, texts)
     assert not list(describe_empty_splits(whole, resolve(source="scenes")))
-
-
-def test_a_title_that_makes_no_version_is_told(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(6))
-    assert list(describe_title(version, resolve(source="scenes"))) == []
-    (warning,) = describe_title(version, resolve(source="scenes", title="Rings"))
-    assert warning == "v1.0.0 keeps a card without a title: a title alone makes no version"
 
 
 def test_rows_about_an_image_that_is_there_are_no_losses() -> None:

@@ -4,7 +4,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
@@ -50,16 +49,6 @@ def test_checks_of_a_part_of_the_annotations_at_a_time_are_those_of_all(
         assert one.pop("alignment") == pytest.approx(other.pop("alignment"), abs=1e-5)
     assert parts == whole
     assert (sent_in_parts, distinct_in_parts) == (sent, distinct)
-
-
-@pytest.mark.parametrize(
-    ("ids", "parts"),
-    [("aab|bbc|c", ["aa", "bbb", "cc"]), ("aaaa|a|ab", ["aaaaaab"]), ("a", ["a"]), ("", [""]), ("abc|def", ["ab", "cdef"])],
-)
-def test_a_part_has_all_rows_of_its_samples(ids: str, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "AT_ONCE_ROWS", 3)
-    tables = (pa.table({"sample_id": pa.array(list(some), pa.string())}) for some in ids.split("|"))
-    assert ["".join(table["sample_id"].to_pylist()) for table in verify._whole_samples(tables)] == parts
 
 
 def test_a_clip_that_cannot_be_had_is_refused_before_a_model_is_asked(tmp_path: Path) -> None:

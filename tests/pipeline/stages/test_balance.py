@@ -8,11 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from examples.scenes.questions import ask_yes_no
 from pipeline.config.sections import BalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.scenes.scene import sample_scene
-from pipeline.scenes.text import caption
 from pipeline.stages.balance import (
     RARE,
     STAGE,
@@ -26,21 +23,8 @@ from pipeline.stages.balance import (
 from pipeline.text.wordnet import names
 from tests.stage_runs import run_stage
 
-SCHEMA = pa.schema(
-    [
-        (name, pa.string())
-        for name in (
-            "annotation_id",
-            "sample_id",
-            "image_group",
-            "task",
-            "clean_text",
-            "clean_question",
-            "clean_answer",
-            "answer_type",
-        )
-    ]
-)
+COLUMNS = ("annotation_id", "sample_id", "image_group", "task", "clean_text", "clean_question", "clean_answer", "answer_type")
+SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -84,24 +68,17 @@ def test_no_answer_of_a_type_has_more_than_its_share_and_rare_ones_stay() -> Non
     assert (counts["blue"], counts["green"], counts["mauve"]) == (60, 40, 3)
 
 
-def test_answers_count_as_equal_where_the_official_evaluation_takes_them_so() -> None:
-    rows = table(*question_rows("How many dogs are there?", *["two", "2", "2.", "Two"] * 100, *["3"] * 20, *["1"] * 20))
-    counts = Counter("3" if row["clean_answer"] == "3" else "2" for row in balance_rows(rows) if row["clean_answer"] != "1")
-    assert counts["2"] == largest([400, 20, 20], 0.4)
+def test_two_chances_are_the_union_of_both() -> None:
+    assert keep_probability([10, 100], 5) == pytest.approx(1 - 0.5 * 0.95)
+    assert keep_probability([3, 1000], 5) == keep_probability([], 5) == 1.0
 
 
 def test_a_type_with_one_answer_and_a_handful_of_questions_are_left_alone() -> None:
     assert len(balance_rows(table(*question_rows("Where is the dog?", *["outside"] * 80)))) == 80
     assert len(balance_rows(table(*question_rows("Is there a dog?", *["yes"] * 20, "no")))) == 21
-
-
-def test_types_that_are_rare_are_balanced_together() -> None:
-    rows = [
-        *question_rows("Is there a dog?", *["yes", "no"] * 30),
-        *question_rows("Are there cats?", "no"),
-        *question_rows("Does it rain?", "yes"),
-    ]
-    assert [row["question_type"] for row in balance_rows(table(*rows))] == ["is there"] * 60 + [RARE] * 2
+    rare = [*question_rows("Are there cats?", "no"), *question_rows("Does it rain?", "yes")]
+    rows = balance_rows(table(*question_rows("Is there a dog?", *["yes", "no"] * 30), *rare))
+    assert [row["question_type"] for row in rows] == ["is there"] * 60 + [RARE] * 2
 
 
 @pytest.mark.parametrize(
@@ -119,56 +96,19 @@ def test_a_pair_asks_the_same_of_two_similar_images_and_gets_two_answers() -> No
         ("A cat on a bed.", "2"),
         ("A cat on a sofa.", "2"),
     ]
-    rows = [
-        {"sample_id": f"s{n}", "image_group": f"s{n}", "task": "caption", "clean_text": text}
-        for n, (text, _) in enumerate(descriptions)
-    ] + [
-        {
-            "sample_id": f"s{n}",
-            "image_group": f"s{n}",
-            "clean_question": "How many are there?",
-            "clean_answer": answer,
-            "answer_type": "number",
-        }
-        for n, (_, answer) in enumerate(descriptions)
-    ]
+    rows: list[dict[str, Any]] = []
+    for n, (text, answer) in enumerate(descriptions):
+        image = {"sample_id": f"s{n}", "image_group": f"s{n}"}
+        rows.append(image | {"task": "caption", "clean_text": text})
+        rows.append(image | {"clean_question": "How many are there?", "clean_answer": answer, "answer_type": "number"})
     pairs = [row for row in balance_rows(table(*rows)) if row["pair_id"]]
     assert {row["sample_id"] for row in pairs} == {"s0", "s1"}
     assert len({row["pair_id"] for row in pairs}) == 1
 
 
-def test_in_a_world_of_scenes_every_pair_is_one() -> None:
-    rows: list[dict[str, Any]] = []
-    for n in range(1500):
-        rng = random.Random(f"pairs:{n}")
-        scene = sample_scene(rng)
-        ids = {"sample_id": f"s{n}", "image_group": f"g{n // 2}"}
-        rows.append(ids | {"task": "caption", "clean_text": caption(scene, "brief")})
-        pair = ask_yes_no(scene, rng)
-        if pair.answer == "yes" or rng.random() < 0.4:  # a teacher biased towards yes
-            rows.append(ids | {"clean_question": pair.question, "clean_answer": pair.answer, "answer_type": "yes/no"})
-    kept_rows = balance_rows(table(*rows))
-    questions = [row for row in kept_rows if row["clean_question"]]
-    assert 0.45 <= sum(row["clean_answer"] == "yes" for row in questions) / len(questions) <= 0.55
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for row in questions:
-        if row["pair_id"]:
-            pairs.setdefault(row["pair_id"], []).append(row)
-    assert len(pairs) >= 20
-    for first, second in pairs.values():
-        assert first["clean_question"].lower() == second["clean_question"].lower()
-        assert first["clean_answer"] != second["clean_answer"]
-        assert first["image_group"] != second["image_group"]
-
-
 def test_images_that_look_the_same_are_no_pair() -> None:
     rows = [{"image_group": "g", "clean_question": "Is it?", "clean_answer": answer} for answer in ("yes", "no")]
     assert [row["pair_id"] for row in balance_rows(table(*rows))] == [None, None]
-
-
-def test_wordnet_and_numbers_are_the_share_of_them_in_metaclips_metadata() -> None:
-    # MetaCLIP 2 counts 251,465 unigrams, 100,646 bigrams and 61,235 titles among 500,000 entries.
-    assert len(names()) == len(set(names())) == 500_000 - 251_465 - 100_646 - 61_235
 
 
 def test_entries_are_found_as_whole_words_nested_ones_too() -> None:
@@ -222,11 +162,6 @@ def test_the_tail_stays_whole_and_the_head_as_the_formula_says(zipf: pa.Table, e
     assert len(head) >= 5
 
 
-def test_a_larger_share_keeps_all_that_a_smaller_one_keeps(zipf: pa.Table, entries: Path) -> None:
-    few, many = ({row["annotation_id"] for row in balance_rows(zipf, tail_frac=share, entries=entries)} for share in (0.1, 0.3))
-    assert few < many < set(zipf["annotation_id"].to_pylist())
-
-
 def test_the_order_of_rows_does_not_matter_and_the_seed_does(zipf: pa.Table, entries: Path) -> None:
     def ids(rows: pa.Table, seed: int = 0) -> set[str]:
         return {row["annotation_id"] for row in balance_rows(rows, seed, tail_frac=0.1, entries=entries)}
@@ -242,12 +177,6 @@ def test_the_order_of_rows_does_not_matter_and_the_seed_does(zipf: pa.Table, ent
     assert balance_rows(zipf, tail_frac=0.1, entries=entries) == balance_rows(zipf, shards=5, tail_frac=0.1, entries=entries)
 
 
-def test_two_chances_are_the_union_of_both() -> None:
-    assert keep_probability([10, 100], 5) == pytest.approx(1 - 0.5 * 0.95)
-    assert keep_probability([3, 1000], 5) == 1.0
-    assert keep_probability([], 5) == 1.0
-
-
 def test_without_a_list_a_caption_is_kept_for_its_rarest_word_in_whatever_form() -> None:
     common = [
         f"Two men are walking with a w{number} in the park." for number in range(100) for _ in range(1000 // (number + 1))
@@ -257,10 +186,6 @@ def test_without_a_list_a_caption_is_kept_for_its_rarest_word_in_whatever_form()
     assert set(rare) <= {row["clean_text"] for row in kept}
     assert len(kept) < 0.6 * len(common)
     assert {row["keep_probability"] for row in kept if row["clean_text"] in rare} == {1.0}
-
-
-def test_captions_are_left_alone_unless_it_is_asked_for(zipf: pa.Table) -> None:
-    assert len(balance_rows(zipf)) == zipf.num_rows
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
@@ -289,8 +214,7 @@ def test_questions_of_a_pair_stay_rather_than_others_and_a_broken_pair_is_none()
     assert all(count == 2 for count in Counter(row["pair_id"] for row in remaining if row["pair_id"]).values())
 
 
-@pytest.mark.parametrize("rows_a_table", [1, 2, 3, 100])
-@pytest.mark.parametrize("min_rows", [1, 3, 100])
+@pytest.mark.parametrize(("rows_a_table", "min_rows"), [(1, 3), (3, 1), (100, 3)])
 def test_regrouped_tables_cut_no_group(rows_a_table: int, min_rows: int) -> None:
     keys = list("aabbbbbcddefgggh")
     whole = pa.table({"key": keys})

@@ -1,8 +1,5 @@
 """Dedupe: repeated texts of one image are rejected, equal texts of other images stay, and decisive words keep texts apart."""
 
-import itertools
-import random
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -73,11 +70,6 @@ def test_the_same_question_about_another_image_is_no_duplicate() -> None:
     assert set(reasons(table(*[question] * 50)).values()) == {None}
 
 
-def test_a_caption_and_a_question_are_not_duplicates() -> None:
-    rows = table({"sample_id": "s", "clean_text": "A ring"}, {"sample_id": "s", "task": "qa", "clean_question": "A ring?"})
-    assert list(reasons(rows).values()) == [None, None]
-
-
 def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
     reason_of = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
     assert list(reason_of.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
@@ -108,78 +100,24 @@ def test_the_best_of_a_cluster_is_kept_whichever_comes_first(better: dict[str, A
 
 
 # Words of this test only; none of them is shared with the code.
-ANIMALS = ["otter", "walrus", "pelican", "badger", "lizard", "heron", "donkey", "ferret", "magpie", "hamster"]
-COATS = ["crimson", "turquoise", "spotted", "ginger", "silver"]
-DEEDS = ["naps beside", "leaps over", "peers at", "hides behind"]
-THINGS = ["the anvil", "a wicker basket", "the mossy boulder", "a broken ladder", "the copper kettle", "an empty barrel"]
 
 
-def planted(count: int) -> tuple[list[str], list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return captions, each reworded, and each altered in meaning; the last two as (kind of change, text)."""
-    rng = random.Random("planted")
-    bases = [f"A {c} {a} {d} {t}." for c, a, d, t in itertools.product(COATS, ANIMALS, DEEDS, THINGS)]
-    rng.shuffle(bases)
-    bases = bases[:count]
-    reworded = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(REWORDED.items()), strict=False)]
-    altered = [(kind, make(base, rng)) for base, (kind, make) in zip(bases, itertools.cycle(ALTERED.items()), strict=False)]
-    return bases, reworded, altered
-
-
-def _moved(base: str, rng: random.Random) -> str:
-    deed = next(phrase for phrase in DEEDS if phrase in base)
-    front, back = base.rstrip(".").split(f" {deed} ")
-    return f"{deed.capitalize()} {back}, {front[0].lower()}{front[1:]}."
-
-
-def _swapped(base: str, values: list[str], rng: random.Random) -> str:
-    old = next(value for value in values if value in base)
-    return base.replace(old, rng.choice([value for value in values if value != old]))
-
-
-REWORDED: dict[str, Callable[[str, random.Random], str]] = {
-    "case and marks": lambda base, rng: base.upper().replace(".", " !"),
-    "opening": lambda base, rng: (
-        rng.choice(("This photo shows ", "In the image, there is ", "We can see ")) + base[0].lower() + base[1:]
-    ),
-    "articles": lambda base, rng: base.replace("A ", "The ", 1).replace(" the ", " that ").replace(" an ", " the "),
-    "adverbs": lambda base, rng: base.replace("A ", "There is a really ", 1),
-    "order of clauses": _moved,
-}
-ALTERED: dict[str, Callable[[str, random.Random], str]] = {
-    "color": lambda base, rng: _swapped(base, COATS, rng),
-    "subject": lambda base, rng: _swapped(base, ANIMALS, rng),
-    "deed": lambda base, rng: _swapped(base, DEEDS, rng),
-    "number": lambda base, rng: base.replace("A ", "Three ", 1),
-    "negation": lambda base, rng: (
-        base.replace(" naps", " never naps").replace(" leaps", " never leaps").replace("A ", "No ", 1)
-    ),
-    "plural": lambda base, rng: base.replace(
-        next(a for a in ANIMALS if a in base), next(a for a in ANIMALS if a in base) + "s"
-    ),
-}
-
-
-def test_planted_duplicates_are_found_and_decisive_words_keep_texts_apart() -> None:
-    bases, reworded, altered = planted(1200)
-    texts = [*bases, *(text for _, text in reworded), *(text for _, text in altered)]
-    marked = deduped(captions(*texts))
-    cluster = marked["cluster"].to_pylist()
-    n = len(bases)
-    right = sum(cluster[index] == cluster[n + index] for index in range(n))
-    wrong = sum(cluster[index] == cluster[2 * n + index] for index in range(n))
-    clusters: dict[str, set[str]] = {}
-    for index, name in enumerate(cluster[: 2 * n]):
-        clusters.setdefault(name, set()).add(bases[index % n])
-    assert right >= 0.80 * n, f"recall {right / n:.3f}"
-    assert wrong == 0
-    assert right / (right + sum(len(different) > 1 for different in clusters.values())) >= 0.995
-
-
-def test_order_and_shards_do_not_matter() -> None:
-    bases, reworded, _ = planted(300)
-    rows = captions(*bases, *(text for _, text in reworded), *bases)
-    shuffled = rows.take(random.Random(1).sample(range(rows.num_rows), rows.num_rows))
-    assert reasons(rows) == reasons(shuffled) == reasons(rows, shards=7)
+@pytest.mark.parametrize(
+    ("text", "is_same"),
+    [
+        ("A CRIMSON OTTER NAPS BESIDE THE ANVIL !", True),
+        ("In the image, there is a crimson otter that naps beside an anvil.", True),
+        ("A silver otter naps beside the anvil.", False),
+        ("A crimson walrus naps beside the anvil.", False),
+        ("A crimson otter leaps over the anvil.", False),
+        ("Three crimson otter naps beside the anvil.", False),
+        ("No crimson otter naps beside the anvil.", False),
+        ("A crimson otter never naps beside the anvil.", False),
+    ],
+)
+def test_other_wording_is_a_duplicate_and_a_decisive_word_is_not(text: str, *, is_same: bool) -> None:
+    cluster = deduped(captions("A crimson otter naps beside the anvil.", text))["cluster"].to_pylist()
+    assert (cluster[0] == cluster[1]) == is_same
 
 
 def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
@@ -188,15 +126,7 @@ def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         marked = deduped(rows.take(order))
         assert dict(zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)) == expected
-
-
-def test_no_rows_are_no_clusters() -> None:
-    assert deduped(captions("A ring.").slice(0, 0)).num_rows == 0
-
-
-def test_texts_without_words_are_not_merged() -> None:
-    rows = captions("", " ", "?", "the", "yes", "no", *["5"] * 3, sample_id="s")
-    assert list(reasons(rows).values()) == [None] * 6 + [None, "duplicate", "duplicate"]
+    assert reasons(rows) == reasons(rows, shards=3)
 
 
 def test_of_equal_captions_in_two_styles_that_share_a_reply_one_stays() -> None:

@@ -57,14 +57,11 @@ class Reviewed:
         return rows
 
 
-def test_a_text_without_a_review_goes_on_as_it_is(tmp_path: Path) -> None:
-    (row,) = Reviewed(tmp_path, CAPTION).apply()
-    assert (row["final_text"], row["final_prompt_id"], row["reason"]) == ("A cat on a mat.", "p", None)
-
-
 def test_a_bad_text_goes_with_its_reason_and_a_good_one_stays(tmp_path: Path) -> None:
-    rows = Reviewed(tmp_path, CAPTION, {**CAPTION, "clean_text": "A dog on a mat."}).apply((0, BAD), (1, {"verdict": "good"}))
-    assert [row["reason"] for row in rows] == ["reviewed_not_true", None]
+    texts = ({**CAPTION, "clean_text": f"A {animal} on a mat."} for animal in ("cat", "dog", "fox"))
+    rows = Reviewed(tmp_path, *texts).apply((0, BAD), (1, {"verdict": "good"}))
+    assert [row["reason"] for row in rows] == ["reviewed_not_true", None, None]
+    assert [row["final_prompt_id"] for row in rows] == ["p"] * 3 and rows[2]["final_text"] == "A fox on a mat."
 
 
 def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) -> None:

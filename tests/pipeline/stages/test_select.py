@@ -9,8 +9,6 @@ from pipeline.config.files import resolve
 from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import ConfigError
 from pipeline.executors.messages import describe_losses
-from pipeline.run import stages_of
-from pipeline.stages.base import step_order
 from pipeline.stages.select import STAGE
 from pipeline.tables import HUMAN, RUBRIC
 from tests.stage_runs import run_stage
@@ -81,8 +79,6 @@ def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STAGE], funnel)
     assert text.startswith("3 of 4 captions that were not taken are the same as the one that was: ")
-    funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 3, "same_as_the_best": 1})]
-    assert not list(describe_losses([STAGE], funnel))
 
 
 def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:
@@ -112,33 +108,13 @@ def test_captions_of_other_images_and_styles_people_and_questions_are_left_alone
     assert selected(rows, shards=shards)["reason"].null_count == 6
 
 
-def test_only_a_run_that_asks_for_several_has_the_stage() -> None:
-    assert "select" not in step_order(stages_of(resolve(source="scenes")))
-    assert "select" in step_order(stages_of(resolve(source="scenes", generate={"samples": 2})))
-
-
-def test_several_captions_of_one_reply_are_no_alternatives() -> None:
-    view = {"type": "object", "required": ["caption"], "properties": {"caption": {"type": "string"}}}
-    output = {"type": "object", "required": ["views"], "properties": {"views": {"type": "array", "items": view}}}
-    views = {"name": "views", "kind": "caption", "prompt": "Three views.", "rows": "views", "output": output}
-    rows = captions("A dog.", "A cat.", "A cow.", task="views", style="views")
-    marked = selected(rows, tasks=["caption", "views"], own_tasks=[views])
-    assert marked["reason"].null_count == 3
-    one = {"name": "short", "kind": "caption", "prompt": "Short."}
-    marked = selected(captions("A dog.", "A cat.", task="short", style="short"), own_tasks=[one])
-    assert marked["reason"].null_count == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
         ({"select": {"pairs": True}}, "chooses among several captions: --samples 4"),
-        ({"select": {"by": "judge"}}, "chooses among several captions: --samples 4"),
         ({"select": {"by": "clip"}, "generate": {"samples": 2}}, "--verify alignment"),
         ({"select": {"by": "judge"}, "generate": {"samples": 2}}, "--judge MODEL@URL"),
         ({"select": {"by": "longest"}, "generate": {"samples": 2}}, "--verify claims"),
-        ({"select": {"by": "luck"}}, "not one of"),
-        ({"generate": {"samples": 0}}, "not 1 or more"),
     ],
 )
 def test_a_measure_that_nothing_measures_is_an_error_before_anything_is_asked(settings: dict[str, Any], what: str) -> None:

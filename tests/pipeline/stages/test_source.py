@@ -41,13 +41,6 @@ def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sampl
     assert rejected == {("b", COPIED.id), ("c", COPIED.id)}
 
 
-def test_without_copies_nothing_changes() -> None:
-    copies = DuplicateImages()
-    assert copies.add(COPIED.to_row()) is None
-    assert copies.add(SINGLE.to_row()) is None
-    assert copies.changes == {}
-
-
 @pytest.mark.parametrize("rows", list(itertools.permutations([("9", ("A dog.",)), ("10", ()), ("11", ("A cat.",))])))
 def test_a_copy_without_a_text_takes_none_away(rows: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
     samples = tuple(replace(COPIED, source_row=name, references=texts) for name, texts in rows)

@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,11 +18,10 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples
-from pipeline.digests import file_digest
 from pipeline.errors import SourceError
 from pipeline.executors.local import reading_settings
 from pipeline.sources import open_source
-from pipeline.stages import source_parts, source_reader
+from pipeline.stages import source_parts
 from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
 from pipeline.storage.files import read_table
 from pipeline.types import Rejected, Sample, Source
@@ -129,7 +127,7 @@ def test_every_setting_is_of_the_source_or_of_what_comes_later() -> None:
 
 @pytest.mark.parametrize(
     ("more", "stop_at"),
-    [*(({"human_texts": "keep"}, stop) for stop in (1, 6, 9, 17, 39)), *(({"limit": 13}, stop) for stop in (6, 14))],
+    [*(({"human_texts": "keep"}, stop) for stop in (1, 9, 39)), ({"limit": 13}, 14)],
 )
 def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
     photos: Path, tmp_path: Path, more: dict[str, Any], stop_at: int
@@ -144,12 +142,7 @@ def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert any("goes on behind" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
-
-
-def test_there_are_copies_near_duplicates_and_files_that_are_no_image(photos: Path, tmp_path: Path) -> None:
-    """The other tests would prove less without them."""
-    Reading(tmp_path / "d", settings(photos))
-    reasons = {row["reason"] for row in rows(tmp_path / "d", "rejected")}
+    reasons = {row["reason"] for row in rows(tmp_path / "whole", "rejected")}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
 
 
@@ -164,40 +157,16 @@ def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
 
 
-def test_files_of_the_stage_are_read_for_their_digest_only_where_their_times_have_changed(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Reading(tmp_path / "d", settings(photos))
-    read: list[str] = []
-
-    def noted(path: Path) -> str:
-        read.append(path.name)
-        return file_digest(path)
-
-    monkeypatch.setattr(source_reader, "file_digest", noted)
-    samples = DatasetDir(tmp_path / "d").stage("source")
-    assert Reading(tmp_path / "d", settings(photos)).starts == [] and samples.name not in read
-    samples.write_bytes(samples.read_bytes())  # as a copy of the folder has them
-    assert Reading(tmp_path / "d", settings(photos)).starts == [] and samples.name in read
-
-
 @pytest.mark.parametrize(
     ("first", "second", "starts"),
     [
         ({}, {"license": "cc-by-4.0"}, [0]),
         ({}, {"dedupe": {"images": "none"}}, [0]),
         ({}, {"human_texts": "keep"}, [0]),
-        ({}, {"limit": 10}, [39]),  # the parts have them: of the source, the last row alone is read, to compare it
-        ({}, {"limit": 33}, []),  # all that there are
+        ({}, {"limit": 10}, [39]),  # the parts have them: only the last row of the source is read, to compare it
         ({"limit": 10}, {"limit": 10}, []),
-        ({"limit": 10}, {"limit": 12}, [11]),
-        ({"limit": 12}, {"limit": 10}, [14]),
         ({"limit": 10}, {}, [11]),
-        ({"limit": 100}, {}, []),  # there was no more
-        ({"limit": 33}, {}, [39]),  # a source may end where the limit says
         ({"images": 10}, {"images": 8}, [11]),
-        ({"images": 10}, {"images": 12}, [11]),
-        ({"images": 10}, {"limit": 10}, [11]),
         ({"limit": 10}, {"images": 10}, [11]),
     ],
 )
@@ -229,65 +198,14 @@ def test_a_file_that_has_changed_in_the_source_or_in_the_stage_is_noticed(photos
 
 def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "whole", settings(photos))
-    parts = tmp_path / "d/stages/source/parts"
-
-    def stop() -> None:
-        with pytest.raises(SourceError, match="the line is cut"):
-            Reading(tmp_path / "d", settings(photos), stop_at=20)
-
-    stop()
-    (parts / "00002.json").write_text('{"key": 1')
+    with pytest.raises(SourceError, match="the line is cut"):
+        Reading(tmp_path / "d", settings(photos), stop_at=20)
+    (tmp_path / "d/stages/source/parts/00002.json").write_text('{"key": 1')
     assert Reading(tmp_path / "d", settings(photos)).starts == [9]  # the last row of the first two parts
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-    shutil.rmtree(parts)
-    stop()
-    (parts / "00000.parquet").write_bytes(b"PAR1")
-    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
-    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-    shutil.rmtree(parts)
-    stop()
-    assert Reading(tmp_path / "d", settings(photos, license="mit")).starts == [0]
-
-
-def test_of_parts_that_follow_a_gap_none_is_taken(photos: Path, tmp_path: Path) -> None:
-    Reading(tmp_path / "whole", settings(photos))
-    for stop_at in (30, 14):
-        with pytest.raises(SourceError, match="the line is cut"):
-            Reading(tmp_path / "d", settings(photos), stop_at=stop_at)
-        (tmp_path / "d/stages/source/parts/00001.json").unlink()
-    Reading(tmp_path / "d", settings(photos))
-    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-
-
-def test_a_damaged_page_of_a_part_is_read_again(photos: Path, tmp_path: Path) -> None:
-    Reading(tmp_path / "whole", settings(photos))
     with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=30)
-    path = tmp_path / "d/stages/source/parts/00001.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
-    path.write_bytes(data)
-    assert Reading(tmp_path / "d", settings(photos)).starts == [3]
-    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-
-
-def test_a_row_that_has_moved_makes_a_new_beginning(photos: Path, tmp_path: Path) -> None:
-    """A file of another format is no part of the revision of a folder."""
-    (photos / "000.psd").write_bytes(b"8BPS")
-    with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=20)
-    (photos / "000.psd").unlink()
-    assert Reading(tmp_path / "d", settings(photos)).starts[-1] == 0
-    Reading(tmp_path / "new", settings(photos))
-    assert contents(tmp_path / "d") == contents(tmp_path / "new")
-
-
-def test_a_smaller_limit_takes_the_first_of_the_parts(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=20)
-    assert Reading(tmp_path / "d", settings(photos, limit=5)).starts == [19]
-    Reading(tmp_path / "new", settings(photos, limit=5))
-    assert all(rows(tmp_path / "d", name) == rows(tmp_path / "new", name) for name in FILES)
+        Reading(tmp_path / "e", settings(photos), stop_at=20)
+    assert Reading(tmp_path / "e", settings(photos, license="mit")).starts == [0]
 
 
 def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: Path) -> None:
@@ -305,36 +223,12 @@ def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: P
     assert reading_key(with_list, source, []) != first
 
 
-def test_what_the_place_says_of_the_license_is_part_of_the_key(photos: Path) -> None:
-    source = open_source(settings(photos))
-    assert reading_key(settings(photos), source, []) != reading_key(settings(photos), replace(source, license="gated"), [])
-
-
-def test_drawn_scenes_to_a_limit_and_without_end_are_two_sources(tmp_path: Path) -> None:
-    def read(**more: Any) -> Reading:
-        return Reading(tmp_path / "d", resolve(source="scenes", **more))
-
-    assert not read(limit=6).has_more
-    assert read(images=6).has_more
-    assert not read(limit=6).has_more
-    assert "preview" not in DatasetDir(tmp_path / "d").provenance("source").read_text()
-
-
 def test_a_source_without_rows_is_one_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
     config = resolve(source=f"parquet:{tmp_path / 'empty.parquet'}")
     reader = SourceReader(DatasetDir(tmp_path / "d"), config, open_source(config), Notes())
     with pytest.raises(SourceError, match=r"no image of .* can be used; it is empty"):
         reader.read(None)
-
-
-def test_the_files_of_the_same_settings_stay_until_others_are_there(photos: Path, tmp_path: Path) -> None:
-    Reading(tmp_path / "d", settings(photos))
-    before = contents(tmp_path / "d")
-    shutil.rmtree(tmp_path / "d/stages/source/parts")
-    with pytest.raises(SourceError, match="the line is cut"):
-        Reading(tmp_path / "d", settings(photos), stop_at=3)
-    assert contents(tmp_path / "d") == before
 
 
 def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
@@ -370,61 +264,10 @@ def test_what_may_be_read_another_time_is_tried_again(photos: Path, tmp_path: Pa
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
-def test_a_reading_with_rows_that_failed_goes_on_where_it_was_stopped(photos: Path, tmp_path: Path) -> None:
-    Reading(tmp_path / "whole", settings(photos))
-    with pytest.raises(SourceError, match="the line is cut"):
-        Unreachable(tmp_path / "cut", settings(photos), stop_at=30)
-    assert Reading(tmp_path / "cut", settings(photos)).starts == [29]
-    assert len(rows(tmp_path / "cut", "kept")) == len(rows(tmp_path / "whole", "kept")) - 1
-    assert Reading(tmp_path / "cut", settings(photos)).starts == [0]  # now that all else is there
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
 def test_rows_that_fail_again_are_not_tried_a_third_time(photos: Path, tmp_path: Path) -> None:
     folder, config = tmp_path / "d", settings(photos)
-    assert [Unreachable(folder, config).starts for _ in range(4)] == [[0], [0], [], []]
+    assert [Unreachable(folder, config).starts for _ in range(3)] == [[0], [0], []]
     assert Reading(folder, config).starts == []
-    assert Unreachable(tmp_path / "e", config).starts == [0]
-    with pytest.raises(SourceError, match="the line is cut"):
-        Unreachable(tmp_path / "e", config, stop_at=30)
-    assert [Unreachable(tmp_path / "e", config).starts for _ in range(2)] == [[29], []]  # the second reading was stopped once
-
-
-def test_rows_are_tried_as_long_as_that_gives_more(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = []
-    for cut in ((2, 12, 22), (2, 12), (2,), (2,), (2,)):
-        monkeypatch.setattr(Unreachable, "rows_cut", cut)
-        starts.append(Unreachable(tmp_path / "d", settings(photos)).starts)
-    assert starts == [[0], [0], [0], [0], []]
-
-
-def test_a_reading_for_a_number_of_rows_tries_rows_that_failed_each_time(photos: Path, tmp_path: Path) -> None:
-    """It has no end after which all would be read anew."""
-    config = settings(photos, images=30)
-    with pytest.raises(SourceError, match="the line is cut"):
-        Unreachable(tmp_path / "d", config, stop_at=30)
-    assert Reading(tmp_path / "d", config).starts == [9]
-
-
-def test_another_limit_is_tried_again_as_well(photos: Path, tmp_path: Path) -> None:
-    """With more images more rows fail: that is no sign that the next try gives nothing."""
-    assert Unreachable(tmp_path / "d", settings(photos, limit=14)).starts == [0]
-    assert Unreachable(tmp_path / "d", settings(photos)).starts == [0]
-    assert Reading(tmp_path / "d", settings(photos)).starts == [0]
-    assert Reading(tmp_path / "d", settings(photos)).starts == []
-
-
-def test_what_was_read_without_a_network_is_read_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Unreachable, "rows_cut", range(8, 30))
-    with pytest.raises(SourceError, match="the line is cut"):
-        Unreachable(tmp_path / "cut", settings(photos), stop_at=30)
-    assert Reading(tmp_path / "cut", settings(photos)).starts == [3]  # the last row of the part before those
-    assert contents(tmp_path / "cut") == contents(Reading(tmp_path / "whole", settings(photos)).reader.dataset.path)
-    monkeypatch.setattr(Unreachable, "rows_cut", range(40))
-    for _ in range(2):
-        with pytest.raises(SourceError, match=r"no image of .* can be used"):
-            Unreachable(tmp_path / "none", settings(photos))
-    assert Reading(tmp_path / "none", settings(photos)).starts == [0]
 
 
 def test_a_source_without_a_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
@@ -445,9 +288,8 @@ def test_excluded_images_that_could_not_be_read_are_tried_again(
     (tmp_path / "others/a.jpg").write_bytes(photo(2))
     (tmp_path / "others/b.jpg").write_bytes(b"no image")
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
-    for start in (0, 39):  # those that are not excluded are in the parts
+    for _ in range(2):
         reading = Reading(tmp_path / "d", config)
-        assert reading.starts == [start]
         assert any("1 rows could not be read, and are not compared with" in text for text in reading.notes.texts)
 
 

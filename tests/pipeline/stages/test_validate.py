@@ -5,7 +5,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import TableError
 from pipeline.stages.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 
@@ -35,8 +34,3 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 def test_a_row_is_kept_or_has_a_reason(row: dict[str, Any], reason: str | None) -> None:
     marked = validate_annotations(table(CAPTION, row))
     assert marked["reason"].to_pylist() == [None, reason]
-
-
-def test_a_missing_column_is_named() -> None:
-    with pytest.raises(TableError, match="answer_type"):
-        validate_annotations(table(PAIR).drop_columns(["answer_type"]))

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.digests import hash_to_unit
 from pipeline.errors import StoreError, TableError
-from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database, read
+from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, open_database
 
 NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string())])
 
@@ -19,13 +19,6 @@ NUMBERS = pa.schema([pa.field("number", pa.int64()), pa.field("name", pa.string(
 def numbers(first: int, count: int) -> pa.Table:
     values = list(range(first, first + count))
     return pa.table({"number": values, "name": [f"n{value}" for value in values]}, schema=NUMBERS)
-
-
-def test_tables_are_loaded_in_parts_and_read_in_order(tmp_path: Path) -> None:
-    with open_database(tmp_path) as db:
-        load(db, "numbers", [numbers(50_000, 50_000), numbers(0, 50_000)], NUMBERS)
-        tables = list(read(db.sql("FROM numbers ORDER BY number")))
-    assert pa.concat_tables(tables)["number"].to_pylist() == list(range(100_000))
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -36,27 +29,12 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_queries_print_no_progress_where_results_are_printed(tmp_path: Path) -> None:
-    with open_database(tmp_path) as db:
-        for connection in (db, open_cursor(db)):
-            assert connection.sql("SELECT current_setting('enable_progress_bar')").fetchall() == [(False,)]
-
-
 def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
     with open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 100)], NUMBERS)
         chance = hash_to_unit_sql("'split'", "'7'", "name")
         rows = db.sql(f"SELECT name, {chance} FROM numbers").fetchall()
     assert all(value == hash_to_unit("split", 7, name) for name, value in rows)
-
-
-def test_what_a_killed_command_left_behind_goes(tmp_path: Path) -> None:
-    (tmp_path / ".compare-abc").mkdir()
-    (tmp_path / ".compare-abc" / "rows.duckdb").write_bytes(b"x")
-    (tmp_path / "stages").mkdir()
-    with open_database(tmp_path):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
 
 
 @pytest.mark.parametrize("kind", [duckdb.IOException, duckdb.OutOfMemoryException])
@@ -74,15 +52,6 @@ def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -
     with open_database(tmp_path) as db, pytest.raises(TableError, match="column without name") as caught:
         load(db, "numbers", rows(), NUMBERS)
     assert caught.value.hint == "run without --from-stage"
-
-
-def test_a_folder_without_room_for_a_database_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise duckdb.IOException("IO Error: No space left on device")
-
-    monkeypatch.setattr(duckdb, "connect", refuse)
-    with pytest.raises(StoreError, match="No space left"), open_database(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])

@@ -13,12 +13,6 @@ def refuse() -> None:
     raise StoreError("busy")
 
 
-def test_a_second_holder_is_told_and_gets_the_lock_after_the_first(tmp_path: Path) -> None:
-    with lock_file(tmp_path / "lock", refuse, StoreError), pytest.raises(StoreError, match="busy"):
-        lock_file(tmp_path / "lock", refuse, StoreError)
-    lock_file(tmp_path / "lock", refuse, StoreError).close()
-
-
 def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = lock_file(path, refuse, StoreError)
@@ -31,13 +25,6 @@ def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
         assert not second.closed
         with pytest.raises(BlockingIOError):  # the lock is that of the file which others find
             fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "lock").symlink_to(tmp_path / "other")
-    with pytest.raises(StoreError, match="is a link, which nothing here has made"):
-        lock_file(tmp_path / "lock", refuse, StoreError)
-    assert not (tmp_path / "other").exists()
 
 
 def test_a_lock_that_is_held_goes_with_its_holder(tmp_path: Path) -> None:

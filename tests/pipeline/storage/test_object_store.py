@@ -1,7 +1,6 @@
 """Dataset folders in an object store: atomic writes, publishing and leases, over the in-memory store of fsspec."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipeline.storage.files import (
     write_table,
 )
 from pipeline.storage.lock import lease
-from pipeline.storage.object_store import filesystem_of, is_remote, parse_dataset_path, translate_store_errors
+from pipeline.storage.object_store import is_remote, parse_dataset_path, translate_store_errors
 from tests.s3 import running_s3
 
 TABLE = pa.table({"a": [1, 2], "b": ["x", "y"]})
@@ -51,14 +50,9 @@ def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
     [
         ("hf://datasets/me/x", "cannot lie at hf://"),
         ("https://a.b/c", "cannot lie at https://"),
-        ("az://container/x", "cannot lie at az://"),
-        ("file:///x", "cannot lie at file://"),
-        ("s3://", "not a place in a store"),
-        ("s3://bucket//x", "not a place in a store"),
         ("s3://bucket/x[1]", "not a place in a store"),
         ("s3://bucket/../x", "not a place in a store"),
         ("s3:/bucket/x", "not a path on this machine"),
-        ("nowhere://x", "nowhere"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
 )
@@ -105,22 +99,13 @@ def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest
 
 def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
     messages: list[str] = []
-    with lease(home / ".lock", 1.0):
-        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0, messages.append):
-            pass
-        time.sleep(1.5)  # longer than the wait for a dead holder
-        with pytest.raises(StoreError, match="another command is writing"), lease(home / ".lock", 1.0):
-            pass
+    busy = pytest.raises(StoreError, match="another command is writing")
+    with lease(home / ".lock", 1.0), busy, lease(home / ".lock", 1.0, messages.append):
+        pass
     assert "waiting 1 s for a sign of life" in messages[0]
     start = time.monotonic()
     with DatasetDir(home).lock():
         assert time.monotonic() - start < 1  # the lease was released
-
-
-def test_a_lease_that_is_renewed_while_it_is_read_is_no_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lease(home / ".lock", 1.0) as check, monkeypatch.context() as patched:
-        patched.setattr(filesystem_of(home), "open", lambda *_, **__: pytest.fail("it is read in two requests"))
-        check()
 
 
 def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
@@ -133,26 +118,6 @@ def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
     assert not (home / ".lock").exists()
 
 
-def test_of_two_that_wait_for_a_dead_one_one_goes_on(home: Path) -> None:
-    (home / ".lock").write_text('["dead", 7]')
-    results: list[str] = []
-
-    def take() -> None:
-        try:
-            with lease(home / ".lock", 0.8):
-                results.append("held")
-                time.sleep(1.5)
-        except StoreError:
-            results.append("refused")
-
-    threads = [threading.Thread(target=take) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(results) == ["held", "refused"]
-
-
 def test_a_holder_taken_for_dead_gets_an_error_and_leaves_the_new_lease_alone(home: Path) -> None:
     with lease(home / ".lock", 0.4) as check:
         check()
@@ -161,25 +126,6 @@ def test_a_holder_taken_for_dead_gets_an_error_and_leaves_the_new_lease_alone(ho
             check()
         time.sleep(0.5)
     assert (home / ".lock").read_text() == '["another", 0]'
-
-
-def test_a_sign_of_life_that_fails_is_followed_by_the_next(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = type(home).write_bytes
-    failed: list[int] = []
-
-    def fails_twice(path: Path, data: bytes) -> int:
-        if len(failed) < 2:
-            failed.append(1)
-            raise RuntimeError("of a library of its own kind")
-        return write(path, data)
-
-    with lease(home / ".lock", 0.4):
-        monkeypatch.setattr(type(home), "write_bytes", fails_twice)
-        before, end = (home / ".lock").read_text(), time.monotonic() + 5
-        while (home / ".lock").read_text() == before:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        assert len(failed) == 2
 
 
 def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

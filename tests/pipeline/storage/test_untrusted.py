@@ -1,17 +1,13 @@
 """Untrusted files: only regular files below the folder are opened, whatever stands there."""
 
-import contextlib
 import os
 import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from pipeline.storage import untrusted
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
 
 
@@ -44,10 +40,8 @@ def sparse_file(path: Path) -> None:
 
 UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link to the environment": (link_to("/proc/self/environ"), OUTSIDE),
-    "a link to the memory": (link_to("/proc/self/mem"), OUTSIDE),
     "a link to a device": (link_to("/dev/zero"), OUTSIDE),
     "a link to a file beside the folder": (link_to("../secret"), OUTSIDE),
-    "an absolute link": (link_to("/etc/passwd"), OUTSIDE),
     "a link to a folder whose name begins as the folder's": (link_to("../root-evil/secret"), OUTSIDE),
     "a path through a link to such a folder": (lambda path: path.symlink_to("beside/secret"), OUTSIDE),
     "a link to a link that leads outside": (link_to("inner/way-out"), OUTSIDE),
@@ -57,7 +51,6 @@ UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a socket": (socket_at, NOT_A_FILE),
     "a folder": (Path.mkdir, NOT_A_FILE),
     "a link to itself": (loop, "error"),
-    "a link to nothing": (link_to("nothing"), "error"),
     "a file that is too large": (large_file, TOO_LARGE),
     "a file with holes": (sparse_file, TOO_LARGE),
 }
@@ -87,44 +80,11 @@ def test_a_file_and_a_link_within_the_folder_are_read(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "file", tmp_path, max_bytes=100) == read_regular(tmp_path / "link", tmp_path, max_bytes=100)
 
 
-def test_without_a_root_a_link_may_lead_anywhere(tmp_path: Path) -> None:
-    (tmp_path / "root").mkdir()
-    (tmp_path / "file").write_bytes(b"x")
-    (tmp_path / "root" / "link").symlink_to(tmp_path / "file")
-    assert read_regular(tmp_path / "root" / "link", max_bytes=100) == b"x"
-
-
 def test_a_root_that_is_itself_a_link_holds_its_files(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_bytes(b"x")
     (tmp_path / "root").symlink_to("real")
     assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"x"
-
-
-def test_a_file_that_grows_while_it_is_read_stays_bounded(tmp_path: Path) -> None:
-    with pytest.raises(UnsafeFileError, match="more than 10 bytes"):
-        read_regular(Path("/proc/self/status"), max_bytes=10)  # whose size is said to be 0
-
-
-def test_a_file_that_grows_between_two_looks_at_it_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(bytes(10))
-    opened = untrusted.open_regular
-    asked: list[int] = []
-
-    def open_and_grow(*arguments: Any) -> Any:
-        file = opened(*arguments)
-        os.truncate(tmp_path / "file", 1 << 40)
-
-        def read(count: int) -> bytes:
-            asked.append(count)
-            return file.read(count)
-
-        return contextlib.closing(SimpleNamespace(fileno=file.fileno, close=file.close, read=read))
-
-    monkeypatch.setattr(untrusted, "open_regular", open_and_grow)
-    with pytest.raises(UnsafeFileError, match="more than 100 bytes"):
-        read_regular(tmp_path / "file", tmp_path, max_bytes=100)
-    assert sum(asked) <= 102
 
 
 def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,18 +105,6 @@ def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path
     assert caught.value.reason == OUTSIDE
 
 
-def test_where_the_system_does_not_say_what_is_open_the_path_is_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(untrusted, "_path_of", lambda handle: "")
-    test_a_root_that_is_itself_a_link_holds_its_files(tmp_path)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "file").write_text("secret")
-    (tmp_path / "real" / "way-out").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UnsafeFileError, match="leads to a file outside"):
-        open_regular(tmp_path / "root" / "way-out" / "file", tmp_path / "root")
-
-
 def test_what_is_a_pipe_by_the_time_it_is_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"x")
     real_open = os.open
@@ -170,43 +118,6 @@ def test_what_is_a_pipe_by_the_time_it_is_open_is_refused(tmp_path: Path, monkey
     with pytest.raises(UnsafeFileError) as caught:
         open_regular(tmp_path / "file", tmp_path)
     assert caught.value.reason == NOT_A_FILE
-
-
-def test_without_proc_a_file_that_is_replaced_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    real_open = os.open
-
-    def open_then_swap(path: str, flags: int) -> int:
-        handle = real_open(path, flags)
-        (tmp_path / "file").unlink()
-        (tmp_path / "file").write_bytes(b"y")
-        return handle
-
-    monkeypatch.setattr(untrusted, "_path_of", lambda handle: "")
-    monkeypatch.setattr(os, "open", open_then_swap)
-    with pytest.raises(UnsafeFileError, match="was replaced"):
-        open_regular(tmp_path / "file", tmp_path)
-
-
-def test_a_root_that_moves_to_another_place_still_holds_its_files(tmp_path: Path) -> None:
-    test_a_root_that_is_itself_a_link_holds_its_files(tmp_path)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "file").write_bytes(b"y")
-    (tmp_path / "root").unlink()
-    (tmp_path / "root").symlink_to("new")
-    assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"y"
-    (tmp_path / "new" / "former").symlink_to(tmp_path / "real")
-    with pytest.raises(UnsafeFileError, match="leads to a file outside"):
-        open_regular(tmp_path / "root" / "former" / "file", tmp_path / "root")
-
-
-def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    os.mkfifo(tmp_path / "pipe")
-    for _ in range(20):
-        with pytest.raises(UnsafeFileError):
-            open_regular(tmp_path / "pipe", tmp_path)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_error_crosses_processes_whole() -> None:

@@ -1,13 +1,10 @@
 """Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost with the node."""
 
-import errno
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -15,14 +12,14 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import digest
-from pipeline.errors import ClusterError, EngineError, StoreError
+from pipeline.errors import ClusterError
 from pipeline.executors.ray import scratch
-from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_stages
-from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
+from pipeline.executors.ray.scratch import save_journal, scratch_shard
+from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
-from pipeline.storage.files import read_json, remove, write_json
+from pipeline.storage.files import remove
 from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.stage_runs import plan_of
@@ -117,91 +114,6 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(
         keep(folder, 0)
         wait_for(lambda: len(attempts) >= 3)
     assert stored(run) == 1
-    attempts.clear()
-    with pytest.raises(OSError, match="away"), scratch_shard(run, 2) as folder:
-        monkeypatch.setattr(scratch, "SAVE_SECONDS", 100.0)
-        keep(folder, 1)  # the last upload fails: an error, and the reply stays here
-    assert replies(folder.journal) == 2
-
-
-def test_a_worker_that_was_given_up_takes_nothing_away(
-    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "near").mkdir()
-    with scratch_shard(run, 2) as given_up:
-        keep(given_up, 0)
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "near"))  # a node that took its place
-        with scratch_shard(run, 2) as folder:
-            keep(folder, 1, 2)
-        assert stored(run) == 2
-    assert stored(run) == 2  # with its own journal beside the other
-    with scratch_shard(run, 2) as folder:
-        assert replies(folder.journal) == 3
-    assert stored(run) == 3
-    assert len(list(run.shard(2).journal.parent.glob("*"))) == 1  # journals that were merged into it are removed
-
-
-class Ticks:
-    """An event that is set after so many waits."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def wait(self, seconds: float) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-def test_a_journal_that_has_not_grown_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[int] = []
-    monkeypatch.setattr(scratch, "upload", lambda file, path: copied.append(1))
-    shard, counts = DatasetDir(tmp_path / "shard"), []
-    keep(shard, 0)
-    for ticks in (1, 10):
-        copied.clear()
-        scratch._keep_saving(shard, tmp_path / "saved", cast(threading.Event, Ticks(ticks)))
-        counts.append(len(copied))
-    assert counts[0] == counts[1] > 0
-
-
-def test_whatever_goes_wrong_with_a_copy_the_next_one_is_tried(run: ShardedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts: list[int] = []
-
-    def breaks(file: Path, path: Path) -> None:
-        attempts.append(1)
-        raise RuntimeError("of a library of its own kind")
-
-    monkeypatch.setattr(scratch, "upload", breaks)
-    with pytest.raises(EngineError, match="the server is gone"), scratch_shard(run, 2) as folder:  # not the error of the upload
-        keep(folder, 0)
-        wait_for(lambda: len(attempts) >= 3)
-        raise EngineError("the server is gone")
-
-
-def test_a_full_disk_of_the_node_is_not_blamed_on_the_store(run: ShardedRun, tmp_path: Path) -> None:
-    def fill_the_disk() -> None:
-        with scratch_shard(run, 2):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(StoreError, match="the disk is full") as raised:
-        run_exclusively(run, "fill", 2, fill_the_disk)
-    assert str(tmp_path) in str(raised.value)
-
-
-def test_what_asking_has_cost_is_added_up_over_nodes(run: ShardedRun) -> None:
-    with scratch_shard(run, 2) as folder:
-        write_json(folder.cost, {"seconds": 7.0})
-    with scratch_shard(run, 2) as folder:
-        assert read_json(folder.cost) == {"seconds": 7.0}
-
-
-def test_each_filling_leaves_a_folder_of_its_own(run: ShardedRun, tmp_path: Path) -> None:
-    shard = DatasetDir(tmp_path / "made")
-    write_json(shard.provenance("source"), {"a": 1})
-    names = [upload_stages(run, 2, shard) for _ in range(2)]
-    assert len(set(names)) == 2
-    for name in names:
-        assert DatasetDir(run.root / "shards" / name).provenance("source").exists()
 
 
 def test_a_folder_that_another_user_has_put_there_as_a_link_is_refused(

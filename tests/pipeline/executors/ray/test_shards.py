@@ -1,23 +1,17 @@
 """Sharded run: ids decide the shard, workers need the command's files, and tasks that kill workers are given up."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import prompts
 from pipeline.config.files import resolve
 from pipeline.digests import digest
-from pipeline.errors import ClusterError, TableError
-from pipeline.executors.ray import executor
+from pipeline.errors import ClusterError
 from pipeline.executors.ray.executor import _begin
 from pipeline.executors.ray.shards import MAX_DEATHS, ShardedRun, named_files, run_exclusively
-from pipeline.progress import NullProgress
-from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import parse_dataset_path
-from pipeline.tasks.prompts import template
 from tests.stage_runs import plan_of
 
 
@@ -64,16 +58,6 @@ def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_p
         replace(run, files=other_digest).enter()
 
 
-def test_prompts_of_ones_own_are_among_the_files_that_settings_name(tmp_path: Path) -> None:
-    template_file = tmp_path / "prompts" / "caption" / "v1.j2"
-    template_file.parent.mkdir(parents=True)
-    config = resolve(source="scenes", generate={"prompt_dir": tmp_path / "prompts"})
-    before = named_files(config)
-    template_file.write_text((Path(prompts.__file__).parent / "caption" / "v1.j2").read_text() + " Mine.")
-    template.cache_clear()  # another process
-    assert named_files(config)["prompts"] != before["prompts"]
-
-
 def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checks decide what is kept: a shard that was filled with others is not taken."""
     code = "from pydantic import BaseModel\n\n\nclass Seen(BaseModel):\n    color: str\n"
@@ -86,21 +70,6 @@ def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path:
     (tmp_path / "own_checks.py").write_text(code + "    # checked otherwise\n")
     assert named_files(config)["own_tasks"] != before["own_tasks"]
     assert "own_tasks" not in named_files(resolve(source="scenes"))
-
-
-def test_a_review_that_fails_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = plan_of(tmp_path).dataset
-    (tmp_path / "shards").mkdir()
-    write_json(dataset.finished, {"version": "v1.0.0", "filled": []})
-
-    def fail(*_: object) -> None:
-        raise TableError("no row is left")
-
-    monkeypatch.setattr(executor, "_finish", fail)
-    monkeypatch.setattr(executor, "open_cluster", lambda _: nullcontext())
-    with pytest.raises(TableError):
-        executor.review_on_cluster(resolve(source="scenes"), dataset, [], NullProgress(), lambda: None)
-    assert read_json(dataset.finished) == {"version": "v1.0.0", "filled": []}
 
 
 def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:
@@ -118,17 +87,3 @@ def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path)
     _begin(run)  # the same command, once more
     with pytest.raises(KeyboardInterrupt):
         run_exclusively(run, "dies", 2, dies)
-
-
-def test_a_task_that_got_on_before_its_worker_died_is_begun_again(tmp_path: Path) -> None:
-    run = run_in(tmp_path, 4)
-    begun: list[int] = []
-
-    def dies() -> None:
-        begun.append(1)
-        raise KeyboardInterrupt
-
-    for _ in range(3 * MAX_DEATHS):
-        with pytest.raises(KeyboardInterrupt):
-            run_exclusively(run, "dies", 2, dies, lambda shard: len(begun))
-    assert len(begun) == 3 * MAX_DEATHS

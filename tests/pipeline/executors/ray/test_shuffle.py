@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pytest
 
 from pipeline.executors.ray.shuffle import Indices, Shuffle
 
@@ -37,26 +35,3 @@ def test_each_row_arrives_once_and_equal_keys_at_one_shard(tmp_path: Path) -> No
     assert sum(map(len, keys)) == len(set.union(*keys)) == 7
     for table in shard_tables:
         assert table["value"].to_pylist() == sorted(table["value"].to_pylist())  # in the order in which they were written
-
-
-def test_a_shard_without_rows_gets_a_table_without_rows(tmp_path: Path) -> None:
-    shuffle = Shuffle(tmp_path, 3)
-    shuffle.write(0, [rows(1)], lambda table: np.array([2]))
-    assert read_shard(shuffle, 0, 1).num_rows == 0
-    assert read_shard(shuffle, 0, 1).schema.equals(SCHEMA)
-    assert read_shard(shuffle, 2, 1)["value"].to_pylist() == [1]
-
-
-def test_writing_a_file_again_changes_nothing_and_an_interrupted_write_leaves_none(tmp_path: Path) -> None:
-    shuffle = Shuffle(tmp_path, 3)
-    shuffle.write(0, [rows(1, 2)], by_key(shuffle))
-    before = shuffle.file(0).stat().st_ino
-    shuffle.write(0, [rows(1, 2)], by_key(shuffle))
-    assert shuffle.file(0).stat().st_ino == before
-
-    def cut_short(table: pa.Table) -> Indices:
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        shuffle.write(1, [rows(1)], cut_short)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000.arrow"]

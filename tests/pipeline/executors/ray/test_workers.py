@@ -1,27 +1,23 @@
 """Source slices, shuffled to shards: the same samples and rejections as when one process reads the source."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
-from pipeline.errors import SourceError
 from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
-from pipeline.executors.ray.workers import FILLED, FillResult, ShardWorker, is_to_be_tried_again, read_fill_result, read_slice
+from pipeline.executors.ray.workers import ShardWorker, read_slice
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.source import write_rejected, write_source
+from pipeline.stages.source import write_source
 from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
-from pipeline.storage.files import remove, write_json
-from pipeline.storage.object_store import parse_dataset_path
 from tests.hub import datasets
 from tests.stage_runs import plan_of
 
@@ -42,8 +38,7 @@ def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
     return sorted(all_rows, key=str)
 
 
-@pytest.mark.parametrize("limit", [None, 1, 5, 100])
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("limit", "shards"), [(None, 4), (5, 4), (100, 1)])
 def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
     config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
     single = DatasetDir(tmp_path / "one")
@@ -64,26 +59,6 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     assert len(rows([single], "kept")) == min(limit or 100, 15)
 
 
-def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
-    config = resolve(source="scenes", limit=3)
-    run = ShardedRun(plan_of(tmp_path, config), tmp_path, 1, 1, "embedded", "another revision", "files", "inputs")
-    with pytest.raises(SourceError, match="scenes has changed while it was read"):
-        read_slice(run, 0)
-
-
-def test_a_shard_whose_folder_is_gone_is_filled_again() -> None:
-    home = parse_dataset_path(f"memory://{uuid4().hex}")
-    run = ShardedRun(plan_of(home), Path.cwd(), 2, 1, "embedded", "s", "files", "inputs")
-    result = FillResult("00001/here")
-    write_json(run.shard(1).path / FILLED, {"inputs": "inputs", "result": asdict(result)})
-    assert not read_fill_result(run, 1, "filter")  # written by a worker that was given up, after its folder was removed
-    write_json(DatasetDir(home / "shards" / "00001" / "here").stage("filter"), {})
-    assert read_fill_result(run, 1, "filter") == result
-    assert not read_fill_result(replace(run, inputs="others"), 1, "filter")
-    assert not read_fill_result(run, 0, "filter")
-    remove(home)
-
-
 @pytest.mark.parametrize(("limit", "has_more"), [(5, True), (15, True), (100, False)])
 def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     tmp_path: Path,
@@ -98,44 +73,3 @@ def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     read_slice(run, 0)
     assert _had_more(run) == has_more
     assert not _had_more(replace(run, inputs="others"))
-
-
-def test_a_shard_with_rows_that_failed_is_filled_again_as_long_as_that_gives_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in one process."""
-    config = resolve(source="scenes", limit=3)
-    run = ShardedRun(plan_of(tmp_path, config), tmp_path, 1, 1, "embedded", "s", "files", "inputs")
-    left = iter([2, 1, 1, 1])
-
-    def fill(_: ShardWorker, index: int, shard: DatasetDir) -> FillResult:
-        rejected = [{"source_row": str(n), "reason": "url_unreachable", "detail": ""} for n in range(next(left))]
-        write_rejected(shard, rejected)
-        write_json(shard.stage("filter"), {})
-        return FillResult(run.shard(index).path.name)
-
-    monkeypatch.setattr(ShardWorker, "_fill", fill)
-    monkeypatch.setattr(ShardWorker, "last_stage", "filter")
-    filled_before = []
-    for _ in range(5):  # commands
-        again = replace(run, tries_again=is_to_be_tried_again(run))
-        filled_before.append(ShardWorker(again, [])._fill_once(0).is_old)
-    assert filled_before == [False, False, False, True, True]
-
-
-def test_all_shards_are_filled_again_where_one_has_a_row_that_failed(tmp_path: Path) -> None:
-    """When it can be read, it is an image of any of them."""
-    run = ShardedRun(plan_of(tmp_path), tmp_path, 2, 1, "embedded", "s", "files", "inputs")
-    for index, may_pass in enumerate((0, 1)):
-        run.shard(index).path.mkdir(parents=True)
-        write_json(run.shard(index).stage("filter"), {})
-        about = {
-            "inputs": "inputs",
-            "result": asdict(FillResult(f"{index:05d}")),
-            "may_pass": may_pass,
-            "may_pass_before": None,
-        }
-        write_json(run.shard(index).path / FILLED, about)
-    assert is_to_be_tried_again(run) and not is_to_be_tried_again(replace(run, inputs="others"))
-    assert read_fill_result(run, 0, "filter")
-    assert not read_fill_result(replace(run, tries_again=True), 0, "filter")
