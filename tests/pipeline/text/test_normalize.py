@@ -1,14 +1,12 @@
 """Text normalization: which texts share a content key, and which must not."""
 
-import random
 import re
 import sys
 import unicodedata
 
-import pyarrow as pa
 import pytest
 
-from pipeline.text.content_keys import content_key, content_keys
+from pipeline.text.content_keys import content_key
 from pipeline.text.normalize import combining_marks, has_marks, strip_opening, text_key, tidy, words_of
 
 
@@ -100,28 +98,6 @@ def test_a_text_without_content_is_its_own_key() -> None:
 
 def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
     assert text_key(" What's  that?! ") == text_key("what s that")
-
-
-WORDS = "a two Two 2 there are is it's don't there's red zebra A x_y one running ring"
-PARTS = (
-    *WORDS.split(),
-    *("There is", "The image shows", "In this photo, there is", "This is a picture of", "We can see", "here in this photo,"),
-    *("the image is of", "'", "''", "\u2019", "é", "ß", "\t", "\x1c", "日本", ",", ".", "-", "_", " ", "  "),
-)
-
-
-def test_keys_of_many_texts_are_the_keys_of_each() -> None:
-    rng = random.Random("keys")
-    texts = ["".join(rng.choice(PARTS) + rng.choice(("", " ", " ")) for _ in range(rng.randrange(9))) for _ in range(20_000)]
-    assert content_keys(pa.array(texts)).to_pylist() == list(map(content_key, texts))
-
-
-def test_keys_of_a_slice_and_of_nothing() -> None:
-    texts = pa.array(["A red ring.", "a blue ring", "It's a dog's ring", "the", ""])
-    for start, count in ((1, 3), (2, 1), (4, 1), (0, 0), (5, 0)):
-        part = texts.slice(start, count)
-        assert content_keys(part).to_pylist() == list(map(content_key, part.to_pylist()))
-    assert content_keys(pa.array([], pa.string())).to_pylist() == []
 
 
 @pytest.mark.parametrize(
