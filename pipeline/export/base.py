@@ -19,7 +19,7 @@ class Format(Protocol):
         """Finish all files, after the last image."""
 
     def abandon(self) -> None:
-        """Close what is open; what is not finished is not kept for the next time. Does nothing after `close`."""
+        """Close what is open. Does nothing after `close`."""
 
 
 class BaseFormat:
@@ -49,11 +49,10 @@ class BaseFormat:
         }
 
     def put_image(self, item: Item, folder: str) -> str:
-        """Write the file of an image, unless an interrupted export has; return its path within the export."""
+        """Write the file of an image; return its path within the export."""
         path = self.folder / folder / item.file_name
-        if not path.exists() or path.read_bytes() != item.image:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(item.image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.image)
         return f"{folder}/{item.file_name}"
 
     def file(self, name: str) -> TextIO:

@@ -97,7 +97,6 @@ class WebDataset(BaseFormat):
         self.shard_bytes = shard_bytes
         self._split, self._number, self._bytes = "", 0, 0
         self._tar: tarfile.TarFile | None = None
-        self._path = folder
 
     def add(self, item: Item) -> bool:
         """See Format."""
@@ -126,25 +125,17 @@ class WebDataset(BaseFormat):
         self._end_shard()
         super().close()
 
-    def abandon(self) -> None:
-        """See Format."""
-        if self._tar:
-            self._tar.close()
-        super().abandon()
+    abandon = close
 
     def _next_shard(self, split: str) -> None:
         self._end_shard()
         self._number = self._number + 1 if split == self._split else 0
         self._split, self._bytes = split, 0
-        self._path = self.folder / f"{split}-{self._number:06d}.tar"
-        # A shard that is there was finished by an export that was interrupted later.
-        unfinished = self._path.with_suffix(".unfinished")
-        self._tar = None if self._path.exists() else tarfile.open(unfinished, "w")  # noqa: SIM115  # until the shard is full
+        self._tar = tarfile.open(self.folder / f"{split}-{self._number:06d}.tar", "w")  # noqa: SIM115  # until the shard is full
 
     def _end_shard(self) -> None:
         if self._tar:
             self._tar.close()
-            self._path.with_suffix(".unfinished").rename(self._path)
             self._tar = None
 
 

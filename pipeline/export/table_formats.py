@@ -151,7 +151,7 @@ class Lance(BaseFormat):
             os.environ.setdefault("LANCE_LOG", "error")  # it warns of each file that it makes
             import lance
 
-            mode = "append" if self._split in self._begun else "overwrite"  # of an export that was interrupted
+            mode = "append" if self._split in self._begun else "create"
             table = pa.Table.from_pylist(self._rows, schema=self.SCHEMA)
             lance.write_dataset(table, str(self.folder / f"{self._split}.lance"), mode=mode)
             self._begun.add(self._split)
