@@ -123,7 +123,7 @@ def preview(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask about a few images, and show them with their texts here and on a small page. The replies are kept.
+    """Ask about a few images, print their texts, and write a small page with both. The replies are kept.
 
     What stands after -- goes to the vLLM server that is started.
     """

@@ -1,8 +1,6 @@
 """Print the output of commands: data to stdout, messages to stderr."""
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +17,6 @@ if TYPE_CHECKING:
     from pipeline.dataset.version import Version
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
-
-log = logging.getLogger(__name__)
-PICTURE_COLUMNS = 48  # of a terminal
-PICTURE_PIXELS = 480 * 360
 
 
 def last_dataset() -> Path:
@@ -111,13 +105,12 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 
 
 def print_preview(preview: "Preview") -> None:
-    """Print pictures and texts: pictures by the terminal's own protocol or as half blocks, on terminals only."""
+    """Print the texts of a preview."""
     from pipeline.config import NO_MODEL
     from pipeline.tables import HUMAN
 
     for image in preview.images:
         say(f"\n{image.name}  {image.width_px} x {image.height_px} px")
-        show_picture(image.image)
         for reply in image.replies:
             took = "kept from before" if reply.seconds is None else f"{reply.seconds:.1f} s"
             cost = f"{reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {took}"
@@ -131,26 +124,6 @@ def print_preview(preview: "Preview") -> None:
         say(f"not usable: {text}", WARNING)
     model = f"{preview.model} ({preview.engine}); prompts: {preview.prompt_sources}"
     say(f"\nmodel: {'none is asked' if preview.model == NO_MODEL else model}", "dim")
-
-
-def show_picture(image: bytes) -> None:
-    """Draw an image on a terminal: by sixels or the Kitty protocol where the terminal knows one, else as half blocks."""
-    # The terminal is asked what it can draw, so all three must be one.
-    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.__stdout__, sys.stderr)):
-        return
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return
-    from rich.console import Console
-
-    from pipeline.images.decode import prepare_image
-
-    logging.getLogger("textual_image").setLevel(logging.CRITICAL)
-    try:
-        from textual_image.renderable import Image  # asks the terminal
-
-        Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
-    except Exception:  # terminals answer in many ways, and the texts matter more than the picture
-        log.debug("no picture can be drawn here", exc_info=True)
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
