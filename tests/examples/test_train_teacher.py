@@ -23,7 +23,7 @@ from examples.scenes.train_teacher import (
     tokenizer_corpus,
     train,
 )
-from pipeline.scenes.scene import BACKGROUNDS, PLACES, draw, sample_deck, sample_scene
+from pipeline.scenes.scene import BACKGROUNDS, draw, sample_deck, sample_scene
 from pipeline.tasks.prompts import Prompt
 
 PAGES = len(BACKGROUNDS)
@@ -103,35 +103,3 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(tmp_path: Path, monkeypat
     train(tmp_path / "cut", phases)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
-
-
-def test_each_word_that_is_seen_somewhere_says_where() -> None:
-    for seed in range(40):
-        rng = random.Random(seed)
-        deck = sample_deck(rng)
-        for task in deck_tasks(deck, rng, DECKS):
-            assert task.decided_spans == tuple(sorted(task.decided_spans))
-            for start, stop, spots in task.decided_spans:
-                word, pages = task.reply[start:stop], {deck[page - 1] for page, _ in spots}
-                if word in BACKGROUNDS:
-                    grounds = {scene.background for scene in pages}
-                    compared = task.reply[:start].endswith(" more objects are there on the ")  # on which page are there more?
-                    assert word in grounds and len(grounds) == (2 if compared else 1)
-                elif word.isdigit() and task.line == "Task: deck_qa":
-                    assert [len(scene.objects) for scene in pages] == [int(word)]
-                elif word in PLACES:
-                    assert {PLACES[spot] for _, spot in spots} == {thing.place for scene in pages for thing in scene.objects}
-                elif not word.isdigit():
-                    (thing,) = [obj for scene in pages for obj in scene.objects if obj.place == PLACES[spots[0][1]]]
-                    assert word in (thing.color, thing.shape, thing.size)
-
-
-def test_where_a_token_is_decided_is_noted_at_the_token_before_it(student: TeacherTraining) -> None:
-    task = TrainingTask(
-        "Question: Which page is it?", '{"answer":"3"}', seldom_worded=True, decided_spans=((11, 12, ((3, 9),)),)
-    )
-    packed = student.packer.pack(PAGES, random.Random(5), [task], 10.0)
-    (position,) = [n for n, spots in enumerate(packed.decided_spans) if spots]
-    assert student.packer.tokenizer.decode([packed.labels[position]]) == "3"
-    assert packed.decided_spans[position] == ((3, 9),) and packed.weights[position] == 10.0
-    assert len(packed.decided_spans) == len(packed.ids)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import read_task, resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
 
@@ -81,12 +81,6 @@ def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: P
     assert complaint in str(raised.value) and raised.value.hint
 
 
-@pytest.mark.parametrize("own_tasks", [5, True, "tags.yaml", [5], [[1]], {"name": "t"}])
-def test_own_tasks_that_are_no_list_of_tasks_are_an_error(own_tasks: Any) -> None:
-    with pytest.raises(ConfigError):
-        resolve(source="folder:x", own_tasks=own_tasks)
-
-
 def test_two_tasks_of_one_name_are_an_error() -> None:
     with pytest.raises(ConfigError, match="two own tasks have the name t"):
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
@@ -133,10 +127,3 @@ def test_an_option_takes_the_place_of_a_task_of_that_name(tmp_path: Path) -> Non
     (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
     config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])
     assert {task.name: task.prompt for task in config.own_tasks} == {"t": "New.", "u": "Look."}
-
-
-def test_a_misspelled_key_of_a_task_is_named_rather_than_the_one_that_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "say.yaml").write_text("name: say\nkind: text\npromt: What is said?\n")
-    with pytest.raises(ConfigError, match=r"say\.yaml: unknown config key: promt") as caught:
-        read_task(tmp_path / "say.yaml")
-    assert "prompt" in caught.value.hint

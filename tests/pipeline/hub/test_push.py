@@ -73,7 +73,10 @@ def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(client: Pusher,
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.0", True)
     assert repo.tags == {"v1.0.0": pushed["commit"]}
     assert len(repo.commits) == 2  # the empty first commit, and the push
-    assert set(repo.commits[pushed["commit"]].files) == {*version.manifest["files"], *EXTRA}
+    files_there = repo.commits[pushed["commit"]].files
+    assert set(files_there) == {*version.manifest["files"], *EXTRA}
+    card = client.hub.hub.storage.path(files_there["README.md"].sha256).read_text()
+    assert 'load_dataset("me/scenes", revision="v1.0.0")' in card
     shown = load(
         client,
         f"tag, commit = 'v1.0.0', {pushed['commit']!r}\n"
@@ -201,26 +204,8 @@ def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_sent(name
 def test_private_photos_do_not_go_into_a_public_repository(client: Pusher, version: Version) -> None:
     client.push(version)
     assert "exists and is public" in client.push(version, private=True)["error"]
-
-
-def test_private_is_private(client: Pusher, version: Version) -> None:
     client.push(version, "me/secret", private=True)
     assert repo_of(client, "me/secret").private
-
-
-def test_the_card_on_the_hub_names_its_repository(client: Pusher, version: Version) -> None:
-    pushed = client.push(version, "me/named")
-    file = repo_of(client, "me/named").commits[pushed["commit"]].files["README.md"]
-    assert 'load_dataset("me/named", revision="v1.0.0")' in client.hub.hub.storage.path(file.sha256).read_text()
-
-
-def test_other_bytes_on_the_hub_than_its_manifest_says_are_found(client: Pusher, version: Version) -> None:
-    client.push(version)
-    repo, storage = repo_of(client), client.hub.hub.storage
-    head = repo.commits[repo.branches["main"]]
-    head.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
-    refused = client.push(version)
-    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in refused["error"]
 
 
 def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Pusher, tmp_path: Path) -> None:
@@ -229,6 +214,8 @@ def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Push
     repo, storage = repo_of(client), client.hub.hub.storage
     tagged = repo.commits[repo.tags["v1.0.0"]]
     tagged.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
+    damage = client.push(version)["error"]
+    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in damage
     repaired = make_repaired_version(version, ["train-00000.parquet"])
     pushed = client.push(repaired)
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)

@@ -26,29 +26,18 @@ def hostile_captions(count: int) -> pa.Table:
     return table.set_column(table.column_names.index("text"), "text", pa.array([HOSTILE] * table.num_rows))
 
 
-def test_text_of_a_model_is_escaped(tmp_path: Path) -> None:
+def test_text_of_a_model_is_escaped_and_only_scripts_of_the_page_may_run(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12), hostile_captions(12))
     page = write_report(version, tmp_path).read_text()
     scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     assert len(scripts) == page.count("<script") == page.count("</script") == 3  # the script of the page, and two with data
     assert "<img src=x" not in page
     assert json.dumps(HOSTILE[:40]).replace("<", "\\u003c")[:-1] in scripts[1]
-
-
-def test_only_the_scripts_of_the_page_may_run(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(12), hostile_captions(12))
-    page = write_report(version, tmp_path).read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     hashes = " ".join(html.escape(script_hash(script), quote=True) for script in scripts)
     assert html.unescape(policy).endswith(f"script-src {html.unescape(hashes)}")
-
-
-def test_the_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(12))
-    page = write_report(version, tmp_path).read_text()
-    assert "default-src 'none'" in page
-    assert re.findall(r"(?:src|href)=\"(?!data:image/webp;base64,|#)", page) == []
+    assert "default-src 'none'" in policy
+    assert re.findall(r"(?:src|href)=\"(?!data:image/webp;base64,|#)", page) == []  # nothing of the network
     assert page.count("data:image/webp;base64,") == 12
 
 
@@ -95,15 +84,6 @@ def test_what_others_have_put_there_stays(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "report.html").write_text("<h1>my report</h1>")
     with pytest.raises(ConfigError, match=r"report\.html is not a report of synth"):
         write_report(version, tmp_path)
-
-
-@pytest.mark.parametrize("most", [5, 20])
-def test_there_is_one_report_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    version, _ = make_version(tmp_path, scene_samples(20))
-    write_report(version, tmp_path, max_rows=25 - most)
-    report = write_report(version, tmp_path, max_rows=most)
-    assert [path.name for path in tmp_path.glob("report*")] == [report.relative_to(tmp_path).parts[0]]
 
 
 def test_a_sample_that_is_called_like_a_path_leaves_the_folder_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

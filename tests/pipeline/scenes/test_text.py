@@ -5,7 +5,7 @@ import random
 import pytest
 
 from examples.scenes.questions import ASK, ASK_DECK
-from pipeline.scenes.scene import BACKGROUNDS, PLACES, Scene, Thing, sample_deck, sample_scene
+from pipeline.scenes.scene import Scene, Thing, sample_deck, sample_scene
 from pipeline.scenes.text import AnswerScore, CaptionScore, Truth, answer, answer_deck, background, caption, phrases
 
 SCENE = Scene(
@@ -78,12 +78,6 @@ def test_every_question_that_is_asked_has_the_answer_that_was_given(kind: str) -
     assert len(answers) == {"yes/no": 2, "number": 5}.get(kind, len(answers))
 
 
-def test_places_that_share_words_are_distinguished() -> None:
-    for place in PLACES:
-        scene = Scene("white", (Thing("large", "pink", "star", place),))
-        assert phrases(caption(scene, "detailed"))[0].place == place
-
-
 @pytest.mark.parametrize(
     ("question", "truth"),
     [
@@ -113,11 +107,6 @@ def test_every_question_about_a_deck_has_the_truth_that_was_given(kind: str) -> 
         truth = answer_deck(deck, pair.question)
         assert truth == Truth(pair.answer, pair.evidence_pages, pair.expression)
         assert pair.answer_type == kind
-
-
-def test_the_pages_of_a_deck_differ_in_their_background() -> None:
-    deck = sample_deck(random.Random(0))
-    assert len({page.background for page in deck}) == len(deck) == len(BACKGROUNDS)
 
 
 def scored(text: str, style: str = "brief") -> CaptionScore:
