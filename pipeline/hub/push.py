@@ -5,6 +5,7 @@ repository, and continues from where an interrupted attempt stopped.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -70,6 +71,10 @@ def check_repo_name(repo: str) -> None:
 def push_package(package: Package, repo: str, *, private: bool = False, progress: Progress | None = None) -> PushResult:
     """Push a package and tag its commit, once. Raise PushError if the Hub refuses, does not answer, or holds other content."""
     check_repo_name(repo)
+    # By Xet, one block of 64 MB is uploaded while the next is filled: this bounds the memory of an upload.
+    os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
+    os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1")
+    os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")
     api = HfApi()
     try:
         return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
