@@ -86,18 +86,6 @@ def test_two_tasks_of_one_name_are_an_error() -> None:
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
 
 
-def test_a_field_of_a_result_wins_over_a_method_of_that_name() -> None:
-    output = {"type": "object", "properties": {name: {"type": "string"} for name in ("items", "keys", "copy")}}
-    cart = {"name": "cart", "kind": "record", "prompt": "Look.", "output": output}
-    prompt = "{{ results.cart.items }} {{ results.cart['keys'] }} {{ results.cart.copy }}"
-    say = {"name": "say", "kind": "text", "prompt": prompt, "needs": ["cart"]}
-    config = resolve(source="folder:x", own_tasks=[cart, say])
-    check_prompts(config)
-    result = {"cart": '{"items": "a bell", "keys": "of brass", "copy": null}'}
-    (request,) = build_requests("0" * 64, config, "r", results=result, asked=[("say", "")])
-    assert request.text.splitlines()[0] == "a bell of brass None"
-
-
 def test_a_prompt_knows_the_language_of_its_task() -> None:
     for language, words in (("de", "German"), ("any", ""), (None, "French")):
         task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}

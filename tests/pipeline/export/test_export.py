@@ -425,21 +425,6 @@ def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_image
         assert isinstance(row, Sample) and row.references == ("A ring.",)
 
 
-def test_captions_are_added_to_text_files_that_can_be_read_or_to_none(photos: tuple[Path, Version]) -> None:
-    folder, version = photos
-    images = sorted(folder.rglob("*.png"))
-    (images[0].with_suffix(".txt")).write_bytes(b"\xef\xbb\xbfA bowl.\r\n")
-    write_beside(version, folder, existing="append")
-    write_beside(version, folder, existing="append")  # nothing is added twice
-    first, *more = images[0].with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    assert first == "A bowl." and len(more) == len(set(more)) > 0
-    images[1].with_suffix(".txt").unlink()
-    images[2].with_suffix(".txt").write_bytes("Caf\xe9".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"cannot add to .*codec") as caught:
-        write_beside(version, folder, existing="append")
-    assert "UTF-8" in caught.value.hint and not images[1].with_suffix(".txt").exists()
-
-
 def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:
     folder, _ = photos
     image = (folder / "my photo 0.png").read_bytes()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import MANIFEST
 from pipeline.errors import StoreError
 from pipeline.hub.pull import is_hub_name, open_or_download
@@ -183,9 +182,3 @@ def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))
     with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
         open_or_download(bucket, "v1.0.0")
-
-
-def test_a_version_in_the_cache_of_the_hub_opens_by_its_path(hub: RunningHub, tmp_path: Path) -> None:
-    (pulled,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    assert any(path.is_symlink() for path in Path(pulled["path"]).iterdir())
-    assert open_dataset(Path(pulled["path"])).name == "v1.0.0"

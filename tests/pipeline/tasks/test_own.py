@@ -7,7 +7,6 @@ import pytest
 
 from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError
-from pipeline.tables import INT64, STRING
 from pipeline.tasks import find_broken_rule, find_task, wire_schema
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.own import NOTHING_FOUND, OwnTask, build_task
@@ -139,9 +138,7 @@ def test_a_reply_is_read_as_models_write_it_where_no_schema_is_enforced(own: Own
     assert all(error is None for _, error in read(own, reply))
 
 
-@pytest.mark.parametrize(
-    "box", ["0.1, 0.2, 0.5, 1.0", "0.5, 0.5, 0.9, 1.2", "1, 2, 30.5, Infinity", "1, 2, NaN, 40", "1, 2, 3, 1e400"]
-)
+@pytest.mark.parametrize("box", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
 def test_what_is_no_box_of_pixels_stays_a_flaw_of_its_reply(box: str) -> None:
     own = task("boxes")
     reply = Reply("r", 0, f'[{{"bbox_2d": [{box}], "label": "dog"}}]', "stop", 1, 1)
@@ -152,15 +149,6 @@ def test_what_is_no_box_of_pixels_stays_a_flaw_of_its_reply(box: str) -> None:
 def test_a_question_without_a_mark_breaks_a_rule() -> None:
     ((fields, error),) = read(task("question"), {"qa": [{"question": "Who", "answer": "me"}]})
     assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"
-
-
-def test_the_column_has_the_type_and_the_form_of_its_kind() -> None:
-    labels, boxes = task("labels", labels=["a"]).column, task("boxes").column
-    assert labels and (str(labels.type), labels.is_list) == ("list<item: string>", False)
-    assert boxes and boxes.is_list
-    assert {boxes.type.value_type.field(n).name: boxes.type.value_type.field(n).type for n in range(2)}["label"] == STRING
-    assert boxes.type.value_type.field("bbox_2d").type.value_type == INT64
-    assert task("caption").column is None and task("question").column is None
 
 
 def test_what_the_decoder_enforces_has_allowed_values_and_no_lengths() -> None:
