@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def last_dataset() -> Path:
-    """Return the dataset folder that was made last, and say which it is. Raises StoreError if there is none."""
+    """Return the dataset folder that was made last, and print its path. Raises StoreError if there is none."""
     from pipeline.dataset.directory import last_made
 
     folder = last_made()
@@ -29,19 +29,19 @@ def last_dataset() -> Path:
 
 
 def note_unfinished(captioner: Path) -> None:
-    """Say that the training of a captioner was interrupted: what is used is the best of it so far."""
+    """Print a note if the training of a captioner was interrupted: its best state so far is used."""
     if (captioner / "resume.pt").exists():
         say(f"note: the training of {captioner} has not ended; `synth train --resume` goes on with it", WARNING)
 
 
 def note_other_data(captioner: Path, version: "Version") -> None:
-    """Say that a captioner was trained on other data than a version. Of a folder that says nothing, others say why."""
+    """Print a note if a captioner was trained on other data than a version."""
     if _training_digest(captioner) not in (None, version.manifest["digest"]):
         say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
 
 
 def _training_digest(captioner: Path) -> str | None:
-    """Return the digest of the version that a captioner was trained on; None if its folder does not say it."""
+    """Return the digest of the version that a captioner was trained on; None if its folder does not state it."""
     from pipeline.storage.files import read_json
 
     try:
@@ -51,16 +51,16 @@ def _training_digest(captioner: Path) -> str | None:
 
 
 def note_seen(captioner: Path, version: "Version", split: str) -> None:
-    """Say that a captioner may have learned from the images of a split: if it was trained on them, or does not say on what."""
+    """Print a note if a captioner was trained on the images of a split, or may have been."""
     trained_on = _training_digest(captioner)
     if trained_on != version.manifest["digest"]:
         say(f"note: {captioner} was trained on other data than {version.path}; the split may hold images it has seen")
     elif split == "train":
-        say(f"note: {captioner} has learned from these images: the scores say how well it remembers them")
+        say(f"note: {captioner} has learned from these images: the scores measure how well it remembers them")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:
-    """Say that a version is a preview, or that a newer one is and was passed over, unless `path` names the version itself."""
+    """Print a note if a version is a preview, or a newer preview was passed over and `path` does not name the version."""
     from pipeline.dataset.directory import DatasetDir, split_version
 
     if version.is_preview:
