@@ -74,7 +74,7 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A man stands at an airport next to gate A.", None),
         ("Your caption here", "placeholder"),
         (("question?", "answer"), "placeholder"),
-        ("Names the main things in view of a harbour", "prompt_echo"),
+        ("A sentence that names what matters most.", "prompt_echo"),
         (("Which number does one call?", "617-497-4111"), "personal_answer"),
         ("A kite flies over the grey harbour and the", "cut_off"),
         ("The image shows a photo of several objects and things.", "too_general"),

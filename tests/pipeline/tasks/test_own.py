@@ -21,8 +21,12 @@ PAIR = {
     "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
 }
 
-NO_PAIRS = {"type": "object", "properties": {"qa": {"type": "array", "items": PAIR}}}
-GRID = {"type": "object", "properties": {"grid": {"type": "array", "items": {"enum": ["x", "o"]}}}}
+
+def fields(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+NO_PAIRS = fields({"qa": {"type": "array", "items": PAIR}})
 
 
 def task(kind: str, **settings: Any) -> OwnTask:
@@ -52,32 +56,20 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
                 {"record": '{"bbox_2d": [5, 5, 9, 9], "label": "dog"}'},
             ],
         ),
-        (
-            task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}),
-            {"n": 3},
-            [{"record": '{"n": 3}'}],
-        ),
-        (task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}), {}, [{"record": '{"n": null}'}]),
+        (task("record", output=fields({"n": {"type": "integer"}})), {"n": 3}, [{"record": '{"n": 3}'}]),
+        (task("record", output=fields({"n": {"type": "integer"}})), {}, [{"record": '{"n": null}'}]),
         (
             task("labels", output={"type": "object", "required": ["is"], "properties": {"is": {"enum": ["day", "night"]}}}),
             {"is": "day"},
             [{"record": '"day"'}],
         ),
         (
-            task(
-                "caption",
-                field="alt",
-                output={"type": "object", "properties": {"why": {"type": "string"}, "alt": {"type": "string"}}},
-            ),
+            task("caption", field="alt", output=fields({"why": {"type": "string"}, "alt": {"type": "string"}})),
             {"why": "It is a shop.", "alt": "A lamp."},
             [{"text": "A lamp."}],
         ),
         (
-            task(
-                "text",
-                rows="lines",
-                output={"type": "object", "properties": {"lines": {"type": "array", "items": {"type": "string"}}}},
-            ),
+            task("text", rows="lines", output=fields({"lines": {"type": "array", "items": {"type": "string"}}})),
             {"lines": ["one", "two"]},
             [{"record": '"one"'}, {"record": '"two"'}],
         ),
@@ -152,12 +144,7 @@ def test_a_question_without_a_mark_breaks_a_rule() -> None:
 
 
 def test_what_the_decoder_enforces_has_allowed_values_and_no_lengths() -> None:
-    settings = {
-        "name": "own",
-        "kind": "text",
-        "prompt": "Look.",
-        "output": {"type": "object", "properties": {"t": {"type": "string", "maxLength": 5}}},
-    }
+    settings = {"name": "own", "kind": "text", "prompt": "Look.", "output": fields({"t": {"type": "string", "maxLength": 5}})}
     own = build_task(TaskConfig.model_validate(settings))
     assert "maxLength" not in json.dumps(wire_schema(own)) and "maxLength" in json.dumps(own.whole)
     pattern = {
@@ -194,17 +181,10 @@ def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
         ({"kind": "boxes", "output": PAIR}, "boxes are rows with one list of four whole numbers"),
         ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
         (
-            {
-                "kind": "caption",
-                "field": "caption",
-                "output": {"type": "object", "properties": {"caption": {"type": "integer"}}},
-            },
+            {"kind": "caption", "field": "caption", "output": fields({"caption": {"type": "integer"}})},
             "a caption is a text, and not a number",
         ),
-        (
-            {"kind": "labels", "field": "n", "output": {"type": "object", "properties": {"n": {"type": "integer"}}}},
-            "labels are texts",
-        ),
+        ({"kind": "labels", "field": "n", "output": fields({"n": {"type": "integer"}})}, "labels are texts"),
         ({"kind": "boxes", "show_image": False}, "boxes are drawn on an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are of captions"),
         ({"kind": "text", "name": "image"}, "has a column image already"),
