@@ -10,13 +10,13 @@ import pyarrow as pa
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
 from pipeline.errors import ConfigError
-from pipeline.export.base import BaseFormat, to_json
+from pipeline.export.base import Format, to_json
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
 from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, REFERENCE_QA, STRING, WRITTEN_BY, fields
 
 
-class ParquetFormat(BaseFormat):
+class ParquetFormat(Format):
     """Base of formats that are Parquet files a split, as `datasets` reads them, with the images in the rows."""
 
     SCHEMA: pa.Schema
@@ -106,7 +106,7 @@ class Preferences(ParquetFormat):
         return rows
 
 
-class Lance(BaseFormat):
+class Lance(Format):
     """A Lance dataset a split: a row for each image, with all texts and values."""
 
     SCHEMA = pa.schema(

@@ -61,15 +61,6 @@ def test_a_tag_names_a_version_and_no_tag_the_newest(hub: RunningHub, tmp_path: 
     assert pulled["name"] == "v1.0.0"
 
 
-def test_exports_that_lie_beside_a_version_are_not_fetched(hub: RunningHub, tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(20))
-    files = {path.name: path.read_bytes() for path in version.path.iterdir()}
-    hub.hub.storage.seed("dataset", "me/exports", {**files, "cauldron/train-00000.parquet": b"export"})
-    (pulled,) = pull(hub, tmp_path / "home", "me/exports@main")
-    assert pulled["rows"] == 20
-    assert not list(Path(pulled["path"]).glob("*/*.parquet"))
-
-
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: dict[str, str]) -> None:
     pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes@v1.1.0")
