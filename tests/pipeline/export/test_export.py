@@ -409,15 +409,9 @@ def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_image
     sample = replace(scene_samples(1)[0], source_row="a.png", references=("A ring.",))
     (folder / "a.png").write_bytes(sample.images[0])
     (folder / "a.txt").write_text("A ring.\n")
-    text = {
-        "sample_id": sample.id,
-        "task": "caption",
-        "style": "human",
-        "text": "A ring.",
-        "prompt_id": "human",
-        "split": "train",
-    }
-    table = pa.table({name: pa.array([value], STRING) for name, value in (text | {"annotation_id": "a" * 64}).items()})
+    text = {"task": "caption", "style": "human", "text": "A ring.", "prompt_id": "human", "split": "train"}
+    text |= {"sample_id": sample.id, "annotation_id": "a" * 64}
+    table = pa.table({name: pa.array([value], STRING) for name, value in text.items()})
     version, _ = publish_rows(tmp_path / "d", [table], sample_table([sample]).to_batches(), rows=Rows())
     for existing in ("append", "overwrite"):
         write_beside(version, folder, existing=existing)
