@@ -60,16 +60,12 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
         ("{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}", "the prompt t cannot be rendered: No filter named 'random'"),
         ("{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}", "maximum recursion depth"),
-        ("{name: t, kind: record, prompt: a, output: '{bad'}", "no output at {bad"),
         ("{name: alt_x, kind: caption, prompt: a}", "alt_x is the name of a built-in task or of a caption style"),
         ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
         ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        ("{name: plain, kind: caption, prompt: a}", "plain is the name of a built-in task or of a caption style"),
-        ("{name: captions, kind: text, prompt: a}", "a dataset has a column captions already"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
-        ("{name: t, kind: record, prompt: a, output: {type: object}}", "must name its fields"),
     ],
 )
 def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:

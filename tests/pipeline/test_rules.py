@@ -120,13 +120,9 @@ def test_a_threshold_alone_decides_over_a_stored_score() -> None:
     [
         ("Zwarte kat slaapt op de bank", {}, "other_language"),  # of which the detector is unsure
         ("Seekor anjing berlari di pantai", {}, "other_language"),
-        ("En sort hund løber på stranden", {}, "other_language"),
         ("Tom Brady throws a football to Gronkowski at Foxborough", {}, None),
         ("A margherita pizza, bruschetta, prosciutto, mozzarella, focaccia.", {}, None),
-        ("BMW, Audi, Skoda and Volkswagen logos.", {}, None),
-        ("Lionel Messi dribbles past Sergio Ramos, Toni Kroos.", {}, None),
         ("Musta kissa nukkuu sohvalla", {"language": "fi"}, None),  # four words, and all is said
-        ("Musta kissa", {"language": "fi"}, "too_short"),
         ("Musta kissa nukkuu sohvalla", {"language": "fi", "min_caption_words": 5}, "too_short"),
         ("Musta kissa nukkuu sohvalla", {"language": None}, "too_short"),
         ("Black cat on sofa", {}, "too_short"),
