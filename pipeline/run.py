@@ -137,8 +137,10 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
     """Raise ConfigError for another source in the same folder, or, with --from-stage, settings that an earlier stage lacked."""
     if not dataset.run_file.exists():
         return
-    now, before = config.recorded(), _settings_of(dataset).recorded()
-    source = before["source"]
+    now, before = config.recorded(), dataset.settings()
+    if not isinstance(before, dict) or not before.keys() >= now.keys():
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR")
+    source = str(before["source"])
     if not _is_same_source(source, config.source):
         hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
         raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
