@@ -137,22 +137,19 @@ def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> No
     """Raise ConfigError for another source in the same folder, or, with --from-stage, settings that an earlier stage lacked."""
     if not dataset.run_file.exists():
         return
-    try:
-        before = dataset.settings()
-        source = before["source"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{dataset.run_file} is not ours", hint="choose another folder: --out DIR") from None
+    now, before = config.recorded(), dataset.settings()
+    if not isinstance(before, dict) or not before.keys() >= now.keys():
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR")
+    source = str(before["source"])
     if not _is_same_source(source, config.source):
         hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
         raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
     later = ORDER[ORDER.index(start) :]
     free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
     free |= {"images"} if "trim" in later else set()
-    now = config.recorded()
     if start in ORDER[ORDER.index("filter") :]:
-        now["own_tasks"], before["own_tasks"] = (_without_bounds(settings.get("own_tasks", [])) for settings in (now, before))
-    before.setdefault("own_tasks", [])  # of an earlier release
-    changed = [name for name in now if start != ORDER[0] and name not in free and now[name] != before.get(name)]
+        now["own_tasks"], before["own_tasks"] = (_without_bounds(settings["own_tasks"]) for settings in (now, before))
+    changed = [name for name in now if start != ORDER[0] and name not in free and now[name] != before[name]]
     if changed:
         raise ConfigError(f"{changed[0]} has changed since the stages before {start} ran", hint="run without --from-stage")
 
@@ -178,4 +175,4 @@ def _settings_of(dataset: DatasetDir) -> Config:
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):
-        raise ConfigError(f"{dataset.run_file} is of another synth", hint="run `synth generate` in this folder once") from None
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR") from None

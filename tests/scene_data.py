@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.version import Version
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.scenes.scene import Scene, scenes_of
+from pipeline.scenes.scene import Scene, sample_scene, scenes_of
 from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
@@ -60,7 +61,7 @@ def true_captions(samples: list[Sample]) -> pa.Table:
                 "sample_id": sample.id,
                 "task": "caption",
                 "style": style,
-                "text": caption(scenes_of(SCENES, sample.source_row)[0], style),
+                "text": caption((scenes_of(SCENES, sample.source_row) or [sample_scene(Random(sample.id))])[0], style),
                 "prompt_id": "caption/v1@test",
                 "split": split_of(sample.id, SplitConfig(), 0),
             }

@@ -33,7 +33,7 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every reply, stage file, version and captioner of a dataset; say what is damaged and what can be made again.
+    """Verify every reply, stage file, version and captioner of a dataset; report damage and how to repair it.
 
     Exits with 1 if anything is damaged.
     """
@@ -81,10 +81,10 @@ def check(
 
 def diff(
     names: Annotated[list[str], Argument(metavar="[DIR] V1 V2", help="Versions here, or ORG/NAME@VERSION on the Hub.")],
-    rows: Annotated[int, Option(min=0, help="Show so many of the rows that differ.")] = 10,
+    rows: Annotated[int, Option(min=0, help="Show at most this many of the rows that differ.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Say what changed from one version to another, field by field, and why."""
+    """Show the differences between two versions, field by field, with their causes."""
     from pipeline.dataset.diff import diff_versions
     from pipeline.dataset.directory import split_version
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
@@ -130,16 +130,16 @@ def export(
     ] = None,
     in_place: Annotated[
         Path | None,
-        Option(**LOCAL_PATH, help="Write one text file beside each image of this folder, which the dataset was made of."),
+        Option(**LOCAL_PATH, help="Write one text file next to each image of this folder, from which the dataset was made."),
     ] = None,
     style: Annotated[
         str | None, Option(help="Captions of this style alone.", show_default="all, or where one has room: plain, brief, ...")
     ] = None,
     split: Annotated[str | None, Option(help="train, validation or test.", show_default="all")] = None,
     images: Images = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace text files that are there.")] = False,
-    append: Annotated[bool, Option("--append", help="Add a line to text files that are there.")] = False,
-    skip_existing: Annotated[bool, Option("--skip-existing", help="Leave text files that are there as they are.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing text files.")] = False,
+    append: Annotated[bool, Option("--append", help="Add a line to existing text files.")] = False,
+    skip_existing: Annotated[bool, Option("--skip-existing", help="Keep existing text files.")] = False,
     int8: Annotated[bool, Option("--int8", help="Also ONNX with weights of 8 bits: smaller, and less exact.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -185,7 +185,7 @@ def report(
     checkpoint: Annotated[
         Path | None, Option(**LOCAL_PATH, help="Show this training.", show_default="the last one of the dataset")
     ] = None,
-    rows: Annotated[int, Option(min=1, help="Show so many images; of more, some are drawn by lot.")] = 10_000,
+    rows: Annotated[int, Option(min=1, help="Show at most this many images, drawn at random.")] = 10_000,
 ) -> None:
     """Write a page that shows a dataset and how a captioner learned from it; above 500 images, a folder.
 
@@ -213,7 +213,7 @@ def review_apply(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take bad texts out, put edited ones in, and make the version that follows. Later runs of generate keep the reviews."""
+    """Apply reviews: remove bad texts, insert edited texts, and make the next version. Later runs keep the reviews."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses
     from pipeline.run import STAGES, apply_reviews

@@ -113,7 +113,7 @@ def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
 @with_run_settings
 def preview(
     settings: RunSettings,
-    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Ask about so many images.")] = 4,
+    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Ask about this many images.")] = 4,
     page: Annotated[
         Path | None, Option(**LOCAL_PATH, help="Where the page goes.", show_default="preview.html in data/SOURCE")
     ] = None,
@@ -123,9 +123,9 @@ def preview(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask about a few images, and show them with their texts here and on a small page. The replies are kept.
+    """Ask about a few images, print their texts, and write a small page with both. The replies are kept.
 
-    What stands after -- goes to the vLLM server that is started.
+    Arguments after -- are passed to the vLLM server that synth starts.
     """
     from pipeline.preview import preview_run, write_preview
 
@@ -159,7 +159,7 @@ def serve(
 ) -> None:
     """Run a vLLM server on this machine until Ctrl-C, for `synth generate --base-url`.
 
-    It listens on loopback, behind the key in SYNTH_API_KEY, or a random one. What stands after -- goes to vLLM.
+    It listens on loopback and requires the key in SYNTH_API_KEY, or a random one. Arguments after -- are passed to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model

@@ -1,8 +1,6 @@
 """Print the output of commands: data to stdout, messages to stderr."""
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +18,9 @@ if TYPE_CHECKING:
     from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
 
-log = logging.getLogger(__name__)
-PICTURE_COLUMNS = 48  # of a terminal
-PICTURE_PIXELS = 480 * 360
-
 
 def last_dataset() -> Path:
-    """Return the dataset folder that was made last, and say which it is. Raises StoreError if there is none."""
+    """Return the dataset folder that was made last, and print its path. Raises StoreError if there is none."""
     from pipeline.dataset.directory import last_made
 
     folder = last_made()
@@ -35,19 +29,19 @@ def last_dataset() -> Path:
 
 
 def note_unfinished(captioner: Path) -> None:
-    """Say that the training of a captioner was interrupted: what is used is the best of it so far."""
+    """Print a note if the training of a captioner was interrupted: its best state so far is used."""
     if (captioner / "resume.pt").exists():
         say(f"note: the training of {captioner} has not ended; `synth train --resume` goes on with it", WARNING)
 
 
 def note_other_data(captioner: Path, version: "Version") -> None:
-    """Say that a captioner was trained on other data than a version. Of a folder that says nothing, others say why."""
+    """Print a note if a captioner was trained on other data than a version."""
     if _training_digest(captioner) not in (None, version.manifest["digest"]):
         say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
 
 
 def _training_digest(captioner: Path) -> str | None:
-    """Return the digest of the version that a captioner was trained on; None if its folder does not say it."""
+    """Return the digest of the version that a captioner was trained on; None if its folder does not state it."""
     from pipeline.storage.files import read_json
 
     try:
@@ -57,16 +51,16 @@ def _training_digest(captioner: Path) -> str | None:
 
 
 def note_seen(captioner: Path, version: "Version", split: str) -> None:
-    """Say that a captioner may have learned from the images of a split: if it was trained on them, or does not say on what."""
+    """Print a note if a captioner was trained on the images of a split, or may have been."""
     trained_on = _training_digest(captioner)
     if trained_on != version.manifest["digest"]:
         say(f"note: {captioner} was trained on other data than {version.path}; the split may hold images it has seen")
     elif split == "train":
-        say(f"note: {captioner} has learned from these images: the scores say how well it remembers them")
+        say(f"note: {captioner} has learned from these images: the scores measure how well it remembers them")
 
 
 def note_previews(version: "Version", path: Path | None = None) -> None:
-    """Say that a version is a preview, or that a newer one is and was passed over, unless `path` names the version itself."""
+    """Print a note if a version is a preview, or a newer preview was passed over and `path` does not name the version."""
     from pipeline.dataset.directory import DatasetDir, split_version
 
     if version.is_preview:
@@ -111,13 +105,12 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 
 
 def print_preview(preview: "Preview") -> None:
-    """Print pictures and texts: pictures by the terminal's own protocol or as half blocks, on terminals only."""
+    """Print the texts of a preview."""
     from pipeline.config import NO_MODEL
     from pipeline.tables import HUMAN
 
     for image in preview.images:
         say(f"\n{image.name}  {image.width_px} x {image.height_px} px")
-        show_picture(image.image)
         for reply in image.replies:
             took = "kept from before" if reply.seconds is None else f"{reply.seconds:.1f} s"
             cost = f"{reply.prompt_tokens} tokens read, {reply.reply_tokens} written, {took}"
@@ -131,26 +124,6 @@ def print_preview(preview: "Preview") -> None:
         say(f"not usable: {text}", WARNING)
     model = f"{preview.model} ({preview.engine}); prompts: {preview.prompt_sources}"
     say(f"\nmodel: {'none is asked' if preview.model == NO_MODEL else model}", "dim")
-
-
-def show_picture(image: bytes) -> None:
-    """Draw an image on a terminal: by sixels or the Kitty protocol where the terminal knows one, else as half blocks."""
-    # The terminal is asked what it can draw, so all three must be one.
-    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.__stdout__, sys.stderr)):
-        return
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return
-    from rich.console import Console
-
-    from pipeline.images.decode import prepare_image
-
-    logging.getLogger("textual_image").setLevel(logging.CRITICAL)
-    try:
-        from textual_image.renderable import Image  # asks the terminal
-
-        Console(stderr=True).print(Image(prepare_image(image, PICTURE_PIXELS), width=PICTURE_COLUMNS, height="auto"))
-    except Exception:  # terminals answer in many ways, and the texts matter more than the picture
-        log.debug("no picture can be drawn here", exc_info=True)
 
 
 def print_scores(metrics: dict[str, Any]) -> None:

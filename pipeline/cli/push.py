@@ -45,13 +45,13 @@ def push(
         Option("--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"),
     ] = None,
     acknowledge: Annotated[
-        list[str] | None, Option(help="A license under which you hold the right to pass pixels on; the card says so.")
+        list[str] | None, Option(help="A license under which you hold the right to pass pixels on; the card states it.")
     ] = None,
     license_: Annotated[
         str | None, Option("--license", help="The license of images whose license is unknown, such as cc-by-4.0, for the card.")
     ] = None,
     license_link: Annotated[
-        str | None, Option(help="Where the terms of a license stand that the Hub has no name for: https://...")
+        str | None, Option(help="Address of the terms of a license that the Hub has no name for: https://...")
     ] = None,
     title: Annotated[str | None, Option(help="The title of the card.", show_default="named after the source")] = None,
     language: Annotated[
@@ -64,9 +64,9 @@ def push(
         str | None,
         Option(metavar="FORMAT,...", help="Push the same rows in these formats, too: webdataset, cauldron, dpo, lance."),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the files to send, and send nothing.")] = False,
     repair: Annotated[
-        bool, Option("--repair", help="If this version lies damaged on the Hub, push its rows as the next patch.")
+        bool, Option("--repair", help="If this version is damaged on the Hub, push its rows as the next patch.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -168,7 +168,7 @@ def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {', '.join(restricted)} are pushed; the card says that you acknowledged their terms")
+            say(f"note: pixels under {', '.join(restricted)} are pushed; the card states that you acknowledged their terms")
         elif restricted and choices["images"] is None:
             say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
         yield package
@@ -210,7 +210,7 @@ def send(
     with show_progress() as progress:
         pushed = push_package(package, repo, private=private, progress=progress)
     if pushed.is_private and not private:
-        say("note: the repository was there, and private, and stays so", WARNING)
+        say("note: the existing repository is private, and stays private", WARNING)
     if pushed.warning:
         say(f"warning: {pushed.warning}", WARNING)
     say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")

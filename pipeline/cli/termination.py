@@ -1,4 +1,4 @@
-"""End a command by SIGTERM as by Ctrl-C: a batch system or `docker stop` says it so, and what Ctrl-C keeps is kept."""
+"""Handle SIGTERM like Ctrl-C: batch systems and `docker stop` send it."""
 
 import signal
 import threading

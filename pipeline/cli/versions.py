@@ -76,11 +76,11 @@ def versions_tag(
     tag: Annotated[str, Argument(help="A name, such as paper.")],
     version: Annotated[str | None, Argument(help="Which version.", show_default="the newest that is not a preview")] = None,
     data: Annotated[Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)] = None,
-    move: Annotated[bool, Option("--move", help="Let a tag that is there name this version.")] = False,
+    move: Annotated[bool, Option("--move", help="Let an existing tag name this version.")] = False,
     delete: Annotated[bool, Option("--delete", help="Remove the tag; the version stays.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give a version a name, by which `--version` knows it, and which keeps it from being removed."""
+    """Give a version a name, which `--version` accepts and which protects the version from removal."""
     from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
@@ -139,7 +139,7 @@ def versions_rm(
 
 def versions_gc(
     data: OnlyMade = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the files to remove, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove leftovers of killed commands and stored hidden states, which a training computes again."""

@@ -1,7 +1,6 @@
-"""Checks keys and values against the settings there are, and says what is wrong with one."""
+"""Checks keys and values against the settings there are, and reports the first invalid one."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +14,18 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_SHOWN_CHARACTERS = 80
-SECRET_KEYS = frozenset(("key_env", "headers"))  # whose values are not shown: by mistake they may be keys of servers
+SECRET_KEYS = frozenset(("key_env", "headers"))  # their values are not shown: by mistake they may be keys of servers
+WANTED = {  # by the kind of pydantic's errors; the other kinds have its messages
+    "bool_for_number": "a number",
+    "dict": "keys and values",
+    "float": "a number",
+    "greater_than_equal": "{ge} or more",
+    "int": "a whole number",
+    "literal_error": "one of {expected}",
+    "model": "keys and values, indented below it",
+    "string": "a text",
+    "tuple": "a list, such as [a, b]",
+}
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
@@ -23,74 +33,37 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str = "")
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        # An unknown key says more than one that is missing, which may be the same with a letter lost.
+        # A missing key may be an unknown one that lost a letter: the unknown one is reported.
         first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
         key, known = ".".join(str(part) for part in first["loc"]), keys_of(section)
         page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
-        # Of the section that the key is in, or is.
-        section_of = key if any(name.startswith(f"{key}.") for name in known) else key.rpartition(".")[0]
-        near = [name for name in known if name.rpartition(".")[0] == section_of]
-        every_key = f"known keys: {', '.join(near or known)}"
         if first["type"] == "extra_forbidden":
-            elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            hint = did_you_mean(key, known) or (f"did you mean {' or '.join(elsewhere)}?" if elsewhere else every_key)
+            near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+            hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
         key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # of an item of a list, or one of several types
-        if not key:  # a rule about several of them
+        if not key:
             problem = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{where}{problem}", hint=f"{page} explains each setting") from None
-        if first["type"] == "missing":
-            raise ConfigError(f"{where}{key} is missing", hint=every_key) from None
+        else:
+            problem = f"{key} is missing" if first["type"] == "missing" else f"bad value for {key}: {_flaw(first)}"
         all_shown = "`synth generate --print-config` shows all settings; " if section is Config else ""
-        is_rule = first["type"] in ("value_error", "assertion_error")  # and not about which keys there are
-        hint = f"{all_shown}{page} explains {key}" if key in known or is_rule else every_key
-        raise ConfigError(f"{where}bad value for {key}: {_flaw(first)}", hint=hint) from None
+        raise ConfigError(where + problem, hint=f"{all_shown}{page} explains {key or 'each setting'}") from None
 
 
 def _flaw(error: "ErrorDetails") -> str:
-    """Return what is wrong with a value, in our words."""
-    value, context = error["input"], error.get("ctx", {})
-    if isinstance(value, list | tuple):
-        value = [str(item) if isinstance(item, Path) else item for item in value]
-    shown = repr(value) if len(repr(value)) <= MAX_SHOWN_CHARACTERS else f"{repr(value)[:MAX_SHOWN_CHARACTERS]}..."
-    is_secret = not SECRET_KEYS.isdisjoint(error["loc"])
-    if is_secret:
-        shown = "it"
-    shown = re.sub(r"://.*@", "://***@", shown)  # a password, whatever is in it
-    wanted = {
-        "tuple_type": "a list, such as [a, b]",
-        "list_type": "a list, such as [a, b]",
-        "dict_type": "keys and values",
-        "model_type": "keys and values, indented below it",
-        "model_attributes_type": "keys and values, indented below it",
-        "string_type": "a text",
-        "int_type": "a whole number",
-        "int_parsing": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "float_parsing": "a number",
-        "bool_for_number": "a number; YAML reads yes, no, on and off as true and false",
-        "bool_type": "true or false",
-        "bool_parsing": "true or false",
-        "path_type": "a path",
-        "literal_error": f"one of {context.get('expected')}",
-        "greater_than": f"more than {context.get('gt')}",
-        "greater_than_equal": f"{context.get('ge')} or more",
-        "less_than": f"less than {context.get('lt')}",
-        "less_than_equal": f"{context.get('le')} or less",
-        "too_short": "at least one item",
-        "string_too_short": "at least one character",
-        "string_too_long": f"at most {context.get('max_length')} characters",
-    }.get(error["type"])
-    if error["type"] == "string_pattern_mismatch":
-        wanted = PATTERNS.get(str(context.get("pattern")), f"a text that matches {context.get('pattern')}")
-    if wanted is None:  # a rule of our own
-        rule = error["msg"].removeprefix("Value error, ")
-        may_hold_keys = is_secret or isinstance(value, dict | BaseModel)  # of servers, as a section may
-        return rule if may_hold_keys else f"{rule} ({shown})"
-    is_unquoted = isinstance(value, bool) and error["type"] == "string_type"
-    quotes = "; YAML reads yes, no, on and off so: put it in quotes" if is_unquoted else ""
-    return f"{shown} is not {wanted}{quotes}"
+    """Return what is wrong with a value; it is shown unless it may hold keys of servers, as a section may."""
+    value, context, kind = error["input"], error.get("ctx", {}), error["type"]
+    is_secret = not SECRET_KEYS.isdisjoint(error["loc"]) or isinstance(value, dict | BaseModel)
+    # A password of an address is left out, whatever is in it.
+    shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
+    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", kind))
+    if kind == "string_pattern_mismatch":
+        wanted = PATTERNS.get(str(context["pattern"]), f"a text that matches {context['pattern']}")
+    if wanted is None:
+        message = error["msg"].removeprefix("Value error, ")
+        return message if is_secret else f"{message} ({shown})"
+    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if isinstance(value, bool) else ""
+    return f"{shown} is not {wanted if kind == 'string_pattern_mismatch' else wanted.format(**context)}{quotes}"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -56,7 +56,7 @@ class DatasetDir:
         return self.path / RUN_FILE
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run, under today's names; of another release, as they are."""
+        """Return the settings of the last run; those that are not valid as they are, such as addresses without passwords."""
         values = read_json(self.run_file)
         try:
             return Config.model_validate(values).model_dump(mode="json")

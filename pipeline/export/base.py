@@ -3,32 +3,23 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from pipeline.export.items import Item
 from pipeline.tables import ANSWERS, BY_MODEL, CAPTIONS, QUESTION, REFERENCE_QA, WRITTEN_BY
 
 
-class Format(Protocol):
-    """Writes images and texts to a folder."""
-
-    def add(self, item: Item) -> bool:
-        """Write one image with its texts; return whether there was any to write."""
-
-    def close(self) -> None:
-        """Finish all files, after the last image."""
-
-    def abandon(self) -> None:
-        """Close what is open; what is not finished is not kept for the next time. Does nothing after `close`."""
-
-
-class BaseFormat:
-    """Base of formats: the folder, the style that is wanted, and files that stay open until the end."""
+class Format:
+    """Writes images and texts to a folder: in the captions of a style, if one is named; files stay open until the end."""
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
         self.folder, self.style = folder, style
         self._stack = ExitStack()
         self._files: dict[str, TextIO] = {}
+
+    def add(self, item: Item) -> bool:
+        """Write one image with its texts; return whether there was any to write."""
+        raise NotImplementedError
 
     def captions(self, item: Item) -> list[tuple[str, str]]:
         """Return the captions that are wanted: all, or those of a style."""
@@ -49,11 +40,10 @@ class BaseFormat:
         }
 
     def put_image(self, item: Item, folder: str) -> str:
-        """Write the file of an image, unless an interrupted export has; return its path within the export."""
+        """Write the file of an image; return its path within the export."""
         path = self.folder / folder / item.file_name
-        if not path.exists() or path.read_bytes() != item.image:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(item.image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.image)
         return f"{folder}/{item.file_name}"
 
     def file(self, name: str) -> TextIO:
@@ -69,11 +59,11 @@ class BaseFormat:
         self.file(name).write(to_json(value) + "\n")
 
     def close(self) -> None:
-        """See Format."""
+        """Finish all files, after the last image."""
         self._stack.close()
 
     def abandon(self) -> None:
-        """See Format."""
+        """Close what is open. Does nothing after `close`."""
         self._stack.close()
 
 

@@ -1,16 +1,13 @@
 """`synth export`: write a version as files for another tool, or its captions beside the user's own images.
 
-An export appears under its name when it is complete. Until then it lies in a folder beside it, where one that was interrupted
-goes on.
+An export appears under its name when it is complete. Until then it is in a hidden folder next to it.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
@@ -27,7 +24,6 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 
 CHECKSUMS = "SHA256SUMS"
-MARKER = ".export.json"  # in an unfinished export: what it is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +61,13 @@ def _export(version: Version, kind: str, out: Path, style: str | None, splits: t
     if out.exists():
         raise _is_there(out)
     _require_style(version, style)
-    draft = out.with_name(f".{out.name}.unfinished")
-    about = {"digest": version.manifest["digest"], "format": kind, "style": style, "splits": splits}
-    _go_on(draft, about)
-    written = without = 0
     total = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not total:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
+    draft = out.with_name(f".{out.name}.unfinished")
+    remove(draft)  # of an interrupted export
+    draft.mkdir(parents=True)
+    written = without = 0
     format_ = FORMATS[kind](draft, style)
     try:
         for item in read_items(version, splits):
@@ -84,8 +80,6 @@ def _export(version: Version, kind: str, out: Path, style: str | None, splits: t
     if not written:
         remove(draft)
         raise _nothing_to_write(version, style, kind)
-    (draft / MARKER).unlink()
-    # Notes of an export that went on may be there twice.
     files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
     sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
     write_text(draft / CHECKSUMS, sums)
@@ -141,16 +135,6 @@ def _path_of(folder: Path, name: str) -> Path:
 
 def _is_there(out: Path) -> ConfigError:
     return ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
-
-
-def _go_on(draft: Path, about: dict[str, Any]) -> None:
-    """Make the folder of an unfinished export, or keep that of an interrupted one of the very same."""
-    marker = draft / MARKER
-    content = json.dumps(about, sort_keys=True)
-    if not marker.exists() or marker.read_text(encoding="utf-8") != content:
-        remove(draft)
-        draft.mkdir(parents=True)
-        write_text(marker, content)
 
 
 def _require_style(version: Version, style: str | None) -> None:

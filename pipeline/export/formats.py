@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import turns
-from pipeline.export.base import BaseFormat, Format, to_json, with_values
+from pipeline.export.base import Format, to_json, with_values
 from pipeline.export.items import Item
 from pipeline.export.table_formats import Cauldron, Lance, Preferences
 from pipeline.storage.own_lines import note_own_lines
@@ -38,7 +38,7 @@ DRAFT, LINES_AT_ONCE = ".metadata.jsonl", 10_000
 SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
 
 
-class ImageFolder(BaseFormat):
+class ImageFolder(Format):
     """A folder a split, with metadata.parquet: in lines of JSON, `datasets` takes an empty list for one of another type."""
 
     def add(self, item: Item) -> bool:
@@ -74,7 +74,7 @@ def _tables(path: Path) -> Iterator[pa.Table]:
     yield from map(pa.Table.from_pylist, _lines(path))
 
 
-class Sidecar(BaseFormat):
+class Sidecar(Format):
     """A text file beside each image, with one caption."""
 
     def add(self, item: Item) -> bool:
@@ -89,7 +89,7 @@ class Sidecar(BaseFormat):
         return True
 
 
-class WebDataset(BaseFormat):
+class WebDataset(Format):
     """Tar files with an image, a text and a JSON file for each sample."""
 
     def __init__(self, folder: Path, style: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -97,7 +97,6 @@ class WebDataset(BaseFormat):
         self.shard_bytes = shard_bytes
         self._split, self._number, self._bytes = "", 0, 0
         self._tar: tarfile.TarFile | None = None
-        self._path = folder
 
     def add(self, item: Item) -> bool:
         """See Format."""
@@ -126,29 +125,21 @@ class WebDataset(BaseFormat):
         self._end_shard()
         super().close()
 
-    def abandon(self) -> None:
-        """See Format."""
-        if self._tar:
-            self._tar.close()
-        super().abandon()
+    abandon = close
 
     def _next_shard(self, split: str) -> None:
         self._end_shard()
         self._number = self._number + 1 if split == self._split else 0
         self._split, self._bytes = split, 0
-        self._path = self.folder / f"{split}-{self._number:06d}.tar"
-        # A shard that is there was finished by an export that was interrupted later.
-        unfinished = self._path.with_suffix(".unfinished")
-        self._tar = None if self._path.exists() else tarfile.open(unfinished, "w")  # noqa: SIM115  # until the shard is full
+        self._tar = tarfile.open(self.folder / f"{split}-{self._number:06d}.tar", "w")  # noqa: SIM115  # until the shard is full
 
     def _end_shard(self) -> None:
         if self._tar:
             self._tar.close()
-            self._path.with_suffix(".unfinished").rename(self._path)
             self._tar = None
 
 
-class Llava(BaseFormat):
+class Llava(Format):
     """A JSON list a split: one conversation for each image."""
 
     def add(self, item: Item) -> bool:
@@ -172,7 +163,7 @@ class Llava(BaseFormat):
         super().close()
 
 
-class ShareGpt(BaseFormat):
+class ShareGpt(Format):
     """JSON lines of messages with the paths of images."""
 
     def add(self, item: Item) -> bool:
@@ -188,7 +179,7 @@ class ShareGpt(BaseFormat):
         return True
 
 
-class Coco(BaseFormat):
+class Coco(Format):
     """Captions and boxes as COCO's annotations; lists are held until the end, without pixels."""
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
@@ -239,7 +230,7 @@ class Coco(BaseFormat):
         super().close()
 
 
-class Csv(BaseFormat):
+class Csv(Format):
     """A table a split, with the names of columns that open_clip reads by default: one line a caption."""
 
     def add(self, item: Item) -> bool:

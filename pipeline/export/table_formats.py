@@ -10,13 +10,13 @@ import pyarrow as pa
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
 from pipeline.errors import ConfigError
-from pipeline.export.base import BaseFormat, to_json
+from pipeline.export.base import Format, to_json
 from pipeline.export.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
 from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, REFERENCE_QA, STRING, WRITTEN_BY, fields
 
 
-class ParquetFormat(BaseFormat):
+class ParquetFormat(Format):
     """Base of formats that are Parquet files a split, as `datasets` reads them, with the images in the rows."""
 
     SCHEMA: pa.Schema
@@ -106,7 +106,7 @@ class Preferences(ParquetFormat):
         return rows
 
 
-class Lance(BaseFormat):
+class Lance(Format):
     """A Lance dataset a split: a row for each image, with all texts and values."""
 
     SCHEMA = pa.schema(
@@ -151,7 +151,7 @@ class Lance(BaseFormat):
             os.environ.setdefault("LANCE_LOG", "error")  # it warns of each file that it makes
             import lance
 
-            mode = "append" if self._split in self._begun else "overwrite"  # of an export that was interrupted
+            mode = "append" if self._split in self._begun else "create"
             table = pa.Table.from_pylist(self._rows, schema=self.SCHEMA)
             lance.write_dataset(table, str(self.folder / f"{self._split}.lance"), mode=mode)
             self._begun.add(self._split)

@@ -1,6 +1,6 @@
 """Read the rows that a report shows: texts of a version with their names in reviews, and what each stage rejected.
 
-All text is untrusted: long text is cut, control characters are written out, and invalid UTF-8 is replaced.
+All text is untrusted: long text is cut, and control characters are written out.
 """
 
 import json
@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
+from pipeline.errors import StoreError
 from pipeline.storage.files import open_table
-from pipeline.tables import PIXELS, SCORE_NAMES
+from pipeline.tables import SCORE_NAMES
 from pipeline.tasks.boxes import BOX_FIELDS
 from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
@@ -87,34 +88,11 @@ _TEXT_FIELDS = ("text", "question", "answer", "record")
 
 
 def to_pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows as Python objects; bytes that are not UTF-8 become U+FFFD."""
+    """Return rows as Python objects. Raise StoreError for text that is not UTF-8: a version may be a stranger's."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
-        table = pa.Table.from_batches([batch])
-        as_bytes = table.cast(pa.schema([field.with_type(_binary(field.type)) for field in table.schema]))
-        return [
-            {name: value if name in (*PIXELS, "images") else _decoded(value) for name, value in row.items()}
-            for row in as_bytes.to_pylist()
-        ]
-
-
-def _binary(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_binary(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([kind.field(n).with_type(_binary(kind.field(n).type)) for n in range(kind.num_fields)])
-    return kind
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    return {name: _decoded(item) for name, item in value.items()} if isinstance(value, dict) else value
+        raise StoreError("a file holds text that is not UTF-8", hint="do not use this dataset") from None
 
 
 def _row(row: dict[str, Any], split: str, own: dict[str, Any]) -> dict[str, Any]:

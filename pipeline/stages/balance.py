@@ -31,7 +31,7 @@ from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_compa
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
-from pipeline.text.content_keys import content_word_lists
+from pipeline.text.content_keys import content_words
 from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import map_distinct, text_key, words_of
 from pipeline.text.vqa_answers import normalize_answer
@@ -228,7 +228,7 @@ def _questions(rows: AllRows) -> Iterator[pa.Table]:
 def _caption_words(rows: AllRows) -> Iterator[pa.Table]:
     for table in rows.batches("sample_id", "clean_text"):
         table = table.filter(pc.is_valid(table["clean_text"])).combine_chunks()
-        words = content_word_lists(table["clean_text"].combine_chunks())
+        words = pa.array(map(content_words, table["clean_text"].to_pylist()), CAPTION_WORDS.field("words").type)
         yield pa.table({"sample_id": table["sample_id"], "words": words}, schema=CAPTION_WORDS)
 
 

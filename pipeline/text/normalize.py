@@ -11,11 +11,8 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-Indices = npt.NDArray[np.int64]
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")  # spaces without width, marks of direction, soft hyphens
 _NOISE = re.compile(r"[\W_]+")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import read_task, resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
 
@@ -60,16 +60,12 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
         ("{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}", "the prompt t cannot be rendered: No filter named 'random'"),
         ("{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}", "maximum recursion depth"),
-        ("{name: t, kind: record, prompt: a, output: '{bad'}", "no output at {bad"),
         ("{name: alt_x, kind: caption, prompt: a}", "alt_x is the name of a built-in task or of a caption style"),
         ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
         ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        ("{name: plain, kind: caption, prompt: a}", "plain is the name of a built-in task or of a caption style"),
-        ("{name: captions, kind: text, prompt: a}", "a dataset has a column captions already"),
         ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
-        ("{name: t, kind: record, prompt: a, output: {type: object}}", "must name its fields"),
     ],
 )
 def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:
@@ -81,27 +77,9 @@ def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: P
     assert complaint in str(raised.value) and raised.value.hint
 
 
-@pytest.mark.parametrize("own_tasks", [5, True, "tags.yaml", [5], [[1]], {"name": "t"}])
-def test_own_tasks_that_are_no_list_of_tasks_are_an_error(own_tasks: Any) -> None:
-    with pytest.raises(ConfigError):
-        resolve(source="folder:x", own_tasks=own_tasks)
-
-
 def test_two_tasks_of_one_name_are_an_error() -> None:
     with pytest.raises(ConfigError, match="two own tasks have the name t"):
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
-
-
-def test_a_field_of_a_result_wins_over_a_method_of_that_name() -> None:
-    output = {"type": "object", "properties": {name: {"type": "string"} for name in ("items", "keys", "copy")}}
-    cart = {"name": "cart", "kind": "record", "prompt": "Look.", "output": output}
-    prompt = "{{ results.cart.items }} {{ results.cart['keys'] }} {{ results.cart.copy }}"
-    say = {"name": "say", "kind": "text", "prompt": prompt, "needs": ["cart"]}
-    config = resolve(source="folder:x", own_tasks=[cart, say])
-    check_prompts(config)
-    result = {"cart": '{"items": "a bell", "keys": "of brass", "copy": null}'}
-    (request,) = build_requests("0" * 64, config, "r", results=result, asked=[("say", "")])
-    assert request.text.splitlines()[0] == "a bell of brass None"
 
 
 def test_a_prompt_knows_the_language_of_its_task() -> None:
@@ -133,10 +111,3 @@ def test_an_option_takes_the_place_of_a_task_of_that_name(tmp_path: Path) -> Non
     (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
     config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])
     assert {task.name: task.prompt for task in config.own_tasks} == {"t": "New.", "u": "Look."}
-
-
-def test_a_misspelled_key_of_a_task_is_named_rather_than_the_one_that_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "say.yaml").write_text("name: say\nkind: text\npromt: What is said?\n")
-    with pytest.raises(ConfigError, match=r"say\.yaml: unknown config key: promt") as caught:
-        read_task(tmp_path / "say.yaml")
-    assert "prompt" in caught.value.hint

@@ -57,10 +57,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_each_setting_says_where_it_comes_from(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompts: p}\n")
+    file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompt_dir: p}\n")
     config = resolve(file, limit=7)
     rows = {key: (value, origin) for key, value, origin in describe_settings(config, file, {"limit": "--limit"})}
     assert rows["limit"] == (7, "--limit")
     assert rows["filter.language"] == ("de", str(file))
-    assert rows["generate.prompt_dir"] == ("p", str(file))  # by its earlier name
+    assert rows["generate.prompt_dir"] == ("p", str(file))
     assert rows["seed"] == (0, "default")

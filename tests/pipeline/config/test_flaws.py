@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
     [
         (
             "source: scenes\nlimit: yes\n",
-            "bad value for limit: True is not a number; YAML reads yes, no, on and off as true and false",
+            "bad value for limit: True is not a number; YAML reads yes, no, on and off as true and false: put a text in quotes",
             "docs/settings.md explains limit",
         ),
         ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", ""),
@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
             "bad value for split",
             "docs/settings.md explains split",
         ),
-        ("source: scenes\nfilter: [a]\n", "keys and values, indented below it", "known keys: filter."),
+        ("source: scenes\nfilter: [a]\n", "keys and values, indented below it", "docs/settings.md explains filter"),
     ],
 )
 def test_a_slip_in_a_file_of_settings_is_named(text: str, message: str, hint: str, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_rule_about_a_section_does_not_print_the_keys_in_it(tmp_path: Path) ->
 
 def test_yes_and_no_in_a_task_of_ones_own_want_quotes(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
-    with pytest.raises(ConfigError, match="put it in quotes") as caught:
+    with pytest.raises(ConfigError, match="put a text in quotes") as caught:
         read_task(tmp_path / "task.yaml")
     assert "docs/own-tasks.md" in caught.value.hint
 

@@ -91,15 +91,6 @@ def test_public_sources_of_a_manifest_are_taken(source: str, tmp_path: Path) -> 
     assert resolve(manifest_with(tmp_path, source=source)).source == source
 
 
-@pytest.mark.parametrize("kept", [{"model": "tiny"}, {"model": None}, {}])
-def test_a_folder_with_the_name_of_the_tiny_model_changes_nothing(
-    kept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tiny").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert resolve(manifest_with(tmp_path, **kept)).model == resolve(source="scenes", **kept).model
-
-
 def test_a_model_of_a_manifest_that_is_a_path_here_is_given_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "me" / "model").mkdir(parents=True)
     assert resolve(manifest_with(tmp_path, model="me/model")).model == "me/model"
@@ -131,8 +122,3 @@ def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) 
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
     with pytest.raises(ConfigError, match="is not a manifest of a version"):
         resolve(file)
-
-
-def test_a_split_list_that_is_named_again_is_used(tmp_path: Path) -> None:
-    split_list = tmp_path / "splits.json"
-    assert resolve(manifest_with(tmp_path, split_list="d" * 64), split_list=split_list).split_list == split_list

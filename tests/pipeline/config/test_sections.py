@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli.run_options import OPTIONS
+from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.config.flaws import keys_of
 from pipeline.errors import ConfigError
+from trainer.config import TrainConfig
+
+
+def test_page_of_settings_lists_the_settings_and_options_that_exist() -> None:
+    page = (Path(__file__).parents[3] / "docs/settings.md").read_text(encoding="utf-8")
+    generate, _, train = page.partition("## `synth train`")
+    for part, section in ((generate, Config), (train.partition("| preset |")[0], TrainConfig)):
+        keys = [re.sub(r"\(.*?\)", "", row) for row in re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE)]
+        assert sorted(re.findall(r"`([\w.]+)`", "".join(keys))) == sorted(keys_of(section))
+    assert [option.flag for option in OPTIONS if f"`{option.flag}" not in page] == ["--no-model"]  # it is `--tasks none`
 
 
 @pytest.mark.parametrize(

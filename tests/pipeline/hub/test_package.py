@@ -52,11 +52,6 @@ def test_pixels_that_may_not_be_passed_on_are_left_out(restricted: Version, imag
     assert not path.exists()
 
 
-def test_no_images_leaves_out_free_pixels_too(free: Version) -> None:
-    with build_package(free, REPO, images=False) as package:
-        assert "image" not in package.manifest["columns"]
-
-
 def test_with_images_wants_each_license_acknowledged(restricted: Version) -> None:
     with (
         pytest.raises(PushError, match="flickr-terms may not be passed on") as refused,
@@ -71,11 +66,6 @@ def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version
         assert package.files["train-00000.parquet"] == restricted.path / "train-00000.parquet"
         assert package.manifest["acknowledged"] == ["flickr-terms"]
         assert r"Pixels under flickr\-terms are included" in str(package.files["README.md"], "utf-8")  # type: ignore[arg-type]
-
-
-def test_an_acknowledgement_alone_publishes_nothing(restricted: Version) -> None:
-    with build_package(restricted, REPO, acknowledged=["flickr-terms"]) as package:
-        assert "image" not in package.manifest["columns"]
 
 
 def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.version import MANIFEST, Version
+from pipeline.dataset.version import MANIFEST
 from pipeline.errors import StoreError
 from pipeline.hub.pull import is_hub_name, open_or_download
 from pipeline.storage.files import remove
@@ -57,21 +56,9 @@ def test_a_tag_names_a_version_and_no_tag_the_newest(hub: RunningHub, tmp_path: 
     assert (old["name"], old["rows"]) == ("v1.0.0", 20)
     assert (new["name"], new["rows"]) == ("v1.1.0", 24)
     assert new["dataset"] == "data/me-scenes"  # checkpoints go there, not into the cache
-
-
-def test_a_commit_names_a_version_too(hub: RunningHub, tmp_path: Path) -> None:
     commit = hub.hub.storage.repos["dataset", "me/scenes"].tags["v1.0.0"]
     (pulled,) = pull(hub, tmp_path / "home", f"me/scenes@{commit}")
     assert pulled["name"] == "v1.0.0"
-
-
-def test_exports_that_lie_beside_a_version_are_not_fetched(hub: RunningHub, tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(20))
-    files = {path.name: path.read_bytes() for path in version.path.iterdir()}
-    hub.hub.storage.seed("dataset", "me/exports", {**files, "cauldron/train-00000.parquet": b"export"})
-    (pulled,) = pull(hub, tmp_path / "home", "me/exports@main")
-    assert pulled["rows"] == 20
-    assert not list(Path(pulled["path"]).glob("*/*.parquet"))
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
@@ -124,16 +111,6 @@ def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: 
     assert "not a version" in foreign["error"]
 
 
-def test_a_gated_dataset_says_how_to_get_in(hub: RunningHub, tmp_path: Path) -> None:
-    repo = hub.hub.storage.repos["dataset", "me/texts"]
-    repo.gated = True
-    try:
-        (refused,) = pull(hub, tmp_path / "home", "me/texts@v1.0.0")
-    finally:
-        repo.gated = False
-    assert "me/texts is gated" in refused["error"] and "/datasets/me/texts, then `hf auth login`" in refused["hint"]
-
-
 def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("me/scenes@v1.0.0")
@@ -141,12 +118,6 @@ def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch:
     (tmp_path / "me" / "scenes").mkdir(parents=True)
     assert not is_hub_name("me/scenes")
     assert not is_hub_name("data/me/scenes")
-
-
-def test_a_version_of_the_hub_keeps_its_pushes_apart(tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path, scene_samples(3))
-    assert replace(version, repo="me/x").dataset_dir == Path("data/me-x")
-    assert isinstance(version, Version)
 
 
 @pytest.fixture
@@ -202,9 +173,3 @@ def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))
     with pytest.raises(StoreError, match=r"is another v1\.0\.0 than the one in memory"):
         open_or_download(bucket, "v1.0.0")
-
-
-def test_a_version_in_the_cache_of_the_hub_opens_by_its_path(hub: RunningHub, tmp_path: Path) -> None:
-    (pulled,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    assert any(path.is_symlink() for path in Path(pulled["path"]).iterdir())
-    assert open_dataset(Path(pulled["path"])).name == "v1.0.0"

@@ -15,9 +15,8 @@ import pytest
 
 from pipeline.dataset.integrity import make_repaired_version
 from pipeline.dataset.version import Version
-from pipeline.errors import PushError, StoreError
+from pipeline.errors import StoreError
 from pipeline.hub.package import build_package
-from pipeline.hub.push import check_repo_name
 from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
@@ -73,7 +72,14 @@ def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(client: Pusher,
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.0", True)
     assert repo.tags == {"v1.0.0": pushed["commit"]}
     assert len(repo.commits) == 2  # the empty first commit, and the push
-    assert set(repo.commits[pushed["commit"]].files) == {*version.manifest["files"], *EXTRA}
+    files_there = repo.commits[pushed["commit"]].files
+    assert set(files_there) == {*version.manifest["files"], *EXTRA}
+    card = client.hub.hub.storage.path(files_there["README.md"].sha256).read_text()
+    assert 'load_dataset("me/scenes", revision="v1.0.0")' in card
+    published = [client.hub.hub.storage.path(file.sha256).read_bytes() for file in files_there.values()]
+    for secret in (str(version.path), str(client.home), str(Path.home()) + "/", "hf_loopback"):
+        assert not any(secret.encode() in data for data in published)
+    assert str(version.path) not in repo.commits[pushed["commit"]].title + repo.commits[pushed["commit"]].message
     shown = load(
         client,
         f"tag, commit = 'v1.0.0', {pushed['commit']!r}\n"
@@ -91,6 +97,7 @@ def test_a_version_is_one_commit_with_a_tag_and_loads_back_at_it(client: Pusher,
 def test_the_same_version_again_is_no_commit(client: Pusher, version: Version) -> None:
     first = client.push(version)
     assert client.push(version) == first | {"is_new": False}
+    assert "already has v1.0.0 with its images" in client.push(version, images=False)["error"]
     assert len(repo_of(client).commits) == 2
 
 
@@ -152,6 +159,7 @@ def test_a_push_that_died_before_its_tag_only_adds_the_tag(client: Pusher, versi
         ("me/scenes", READ_TOKEN, "may not write to me/scenes"),
         ("you/scenes", "hf_loopback", "may not write to you/scenes"),
         ("me/sc enes", "hf_loopback", "not a repository name"),
+        ("https://huggingface.co/datasets/me/x", "hf_loopback", "not a repository name"),
     ],
 )
 def test_a_refusal_has_a_plain_message_and_a_hint(
@@ -191,36 +199,11 @@ def test_statements_about_a_version_that_is_there_are_no_news_and_that_is_told(c
     assert b"pretty_name: Mine" in storage.path(card.sha256).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["me/my photos", "https://huggingface.co/datasets/me/x", "a/b/c"])
-def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_sent(name: str) -> None:
-    with pytest.raises(PushError, match="not a repository name") as caught:
-        check_repo_name(name)
-    assert ("ORG/NAME" in caught.value.hint) or caught.value.hint.endswith(": me/x")
-
-
 def test_private_photos_do_not_go_into_a_public_repository(client: Pusher, version: Version) -> None:
     client.push(version)
     assert "exists and is public" in client.push(version, private=True)["error"]
-
-
-def test_private_is_private(client: Pusher, version: Version) -> None:
     client.push(version, "me/secret", private=True)
     assert repo_of(client, "me/secret").private
-
-
-def test_the_card_on_the_hub_names_its_repository(client: Pusher, version: Version) -> None:
-    pushed = client.push(version, "me/named")
-    file = repo_of(client, "me/named").commits[pushed["commit"]].files["README.md"]
-    assert 'load_dataset("me/named", revision="v1.0.0")' in client.hub.hub.storage.path(file.sha256).read_text()
-
-
-def test_other_bytes_on_the_hub_than_its_manifest_says_are_found(client: Pusher, version: Version) -> None:
-    client.push(version)
-    repo, storage = repo_of(client), client.hub.hub.storage
-    head = repo.commits[repo.branches["main"]]
-    head.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
-    refused = client.push(version)
-    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in refused["error"]
 
 
 def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Pusher, tmp_path: Path) -> None:
@@ -229,6 +212,8 @@ def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Push
     repo, storage = repo_of(client), client.hub.hub.storage
     tagged = repo.commits[repo.tags["v1.0.0"]]
     tagged.files["train-00000.parquet"] = replace(storage.put(b"other bytes"), lfs=True)
+    damage = client.push(version)["error"]
+    assert "v1.0.0 in me/scenes is damaged: train-00000.parquet is not what its manifest says" in damage
     repaired = make_repaired_version(version, ["train-00000.parquet"])
     pushed = client.push(repaired)
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)
@@ -248,31 +233,20 @@ def test_a_rotten_bit_is_noticed_before_anything_is_sent(hub: RunningHub, tmp_pa
     assert hub.hub.log == []
 
 
-def test_other_files_of_the_user_stay(client: Pusher, version: Version, later: Version) -> None:
-    client.push(version)
-    repo, storage = repo_of(client), client.hub.hub.storage
-    head = repo.commits[repo.branches["main"]].files
-    repo.commit("main", "notes", head | {"notes.md": storage.put(b"mine"), "extra/train-00000.parquet": storage.put(b"mine")})
-    pushed = client.push(later)
-    assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
-
-
-def test_a_card_that_was_edited_on_the_hub_is_replaced_with_a_word_about_it(
+def test_edited_card_on_the_hub_is_replaced_with_a_warning_and_other_files_of_the_user_stay(
     client: Pusher, version: Version, later: Version
 ) -> None:
     client.push(version)
     repo, storage = repo_of(client), client.hub.hub.storage
     head = repo.commits[repo.branches["main"]].files
-    repo.commit("main", "edit", head | {"README.md": storage.put(b"# My photos")})
+    added = {"README.md": b"# My photos", "notes.md": b"mine", "extra/train-00000.parquet": b"mine"}
+    repo.commit("main", "edit", head | {name: storage.put(data) for name, data in added.items()})
     edited = repo.branches["main"]
-    assert client.push(later)["warning"] == (
+    pushed = client.push(later)
+    assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
+    assert pushed["warning"] == (
         f"the card of me/scenes was edited on the Hub, and is replaced: its README.md at the revision {edited} holds the edits"
     )
-
-
-def test_with_and_without_images_are_not_mixed_up(client: Pusher, version: Version) -> None:
-    client.push(version)
-    assert "already has v1.0.0 with its images" in client.push(version, images=False)["error"]
 
 
 def test_a_child_version_sends_by_xet_only_what_changed(hub: RunningHub, tmp_path: Path) -> None:
@@ -310,14 +284,3 @@ def test_no_token_reaches_a_log_even_when_debugging(hub: RunningHub, version: Ve
     assert "/commit/main" in log  # debug logging was on
     assert "hf_loopback" not in log + str(answers)
     assert answers[1]["is_new"]
-
-
-def test_no_path_and_no_token_is_published(client: Pusher, version: Version) -> None:
-    pushed = client.push(version)
-    storage = client.hub.hub.storage
-    commit = repo_of(client).commits[pushed["commit"]]
-    for file in commit.files.values():
-        data = storage.path(file.sha256).read_bytes()
-        for secret in (str(version.path), str(client.home), str(Path.home()) + "/", "hf_loopback"):
-            assert secret.encode() not in data
-    assert str(version.path) not in commit.title + commit.message

@@ -10,8 +10,6 @@ import pytest
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import StoreError
 from pipeline.report.figures import (
-    MAX_CLUSTERS,
-    MAX_MEMBERS,
     clusters_of,
     distributions_of,
     funnel_of,
@@ -67,11 +65,6 @@ def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Pa
     assert 600 < of_dogs < 740  # rows that alternate are drawn alike
 
 
-def test_a_version_without_stages_has_no_such_figures(tmp_path: Path) -> None:
-    assert distributions_of(tmp_path) == []
-    assert clusters_of(tmp_path) == {}
-
-
 OF_DEDUPE: dict[str, Any] = dict.fromkeys(
     ("clean_text", "clean_question", "clean_answer", "clean_record", "duplicate_of", "image_reason", "reason")
 )
@@ -105,17 +98,6 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
     }
 
 
-def test_the_best_of_a_cluster_is_shown_though_it_is_rejected_for_something_else(tmp_path: Path) -> None:
-    rejected = [
-        caption(4, "a", "A street.", "a street", duplicate_of="1", reason="duplicate"),
-        caption(1, "a", "a street", reason="caption_of_many_images"),
-    ]
-    write_stage(tmp_path, "dedupe", "kept", [caption(3, "c", "a street")], OF_DEDUPE)
-    write_stage(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
-    (cluster,) = clusters_of(tmp_path)["Texts that say the same"]["shown"]
-    assert [(m["said"], m["kept"]) for m in cluster["members"]] == [("a street", False), ("A street.", False)]
-
-
 def test_stages_of_another_run_are_recognized_by_their_row_counts(tmp_path: Path) -> None:
     def manifest(**kept: int) -> dict[str, Any]:
         return {"funnel": [{"stage": stage, "unit": "annotations", "kept": count} for stage, count in kept.items()]}
@@ -135,19 +117,6 @@ def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path)
     (tmp_path / "stages" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
     with pytest.raises(StoreError, match=r"dedupe/rejected\.parquet is damaged"):
         clusters_of(tmp_path)
-
-
-def test_of_many_clusters_the_largest_are_shown_and_all_are_counted(tmp_path: Path) -> None:
-    kept = [caption(n, f"s{n}", f"text {n}") for n in range(MAX_CLUSTERS + 5)]
-    duplicates = [
-        caption(1000 + n, f"s{n}", f"Text {n}.", f"text {n}", duplicate_of=str(n), reason="duplicate") for n in range(len(kept))
-    ]
-    duplicates += [caption(2000 + n, "s3", "text 3", duplicate_of="3", reason="duplicate") for n in range(20)]
-    write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
-    write_stage(tmp_path, "dedupe", "rejected", duplicates, OF_DEDUPE)
-    texts = clusters_of(tmp_path)["Texts that say the same"]
-    assert (texts["found"], len(texts["shown"])) == (MAX_CLUSTERS + 5, MAX_CLUSTERS)
-    assert (texts["shown"][0]["size"], len(texts["shown"][0]["members"])) == (22, MAX_MEMBERS)
 
 
 def test_images_of_samples_that_are_in_no_version_are_found_at_the_source(tmp_path: Path) -> None:

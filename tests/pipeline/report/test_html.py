@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.report.build import _curves
-from pipeline.report.html import CURVE_POINTS, chart, data_uri, points, thumbnail
+from pipeline.report.html import CURVE_POINTS, chart, points, thumbnail
 from pipeline.sources.scenes import draw_sample
 
 
@@ -43,19 +43,11 @@ def test_what_is_no_image_has_no_thumbnail() -> None:
         thumbnail(b"<svg onload=alert(1)>", 4096)
 
 
-def test_a_thumbnail_within_a_page_is_a_webp() -> None:
-    assert data_uri(b"RIFF").startswith("data:image/webp;base64,UklGRg")
-
-
 def test_of_a_long_log_a_curve_shows_some_points_and_the_last() -> None:
     lines = [{"step": step, "loss": 1.0} for step in range(10_000)] + [{"step": 10_000, "other": 2.0}]
     curve = points(lines, "loss")
     assert len(curve) <= CURVE_POINTS + 60
     assert curve[-1] == (9999, 1.0)
-
-
-def test_a_chart_without_points_has_empty_lines() -> None:
-    assert chart("Loss", {"training": []})["lines"] == [("training", "")]
 
 
 def test_steps_whose_loss_is_no_number_are_left_out_of_a_curve() -> None:

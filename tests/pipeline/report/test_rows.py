@@ -7,18 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.reviews import text_name
+from pipeline.errors import StoreError
 from pipeline.report.rows import MAX_REJECTED, read_rejected, read_rows, to_pylist
 from pipeline.tables import SPLITS
 from tests.scene_data import make_version, scene_samples
-
-
-def test_bytes_that_are_no_text_are_shown_as_such() -> None:
-    broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
-    nested = pa.StructArray.from_arrays([broken], names=["text"])
-    batch = pa.record_batch([broken, pa.ListArray.from_arrays([0, 1], nested), pa.array([b"\xff\xd8"])], ["a", "b", "images"])
-    with pytest.raises(UnicodeDecodeError):
-        batch.to_pylist()
-    assert to_pylist(batch) == [{"a": "caf� au lait", "b": [{"text": "caf� au lait"}], "images": b"\xff\xd8"}]
 
 
 def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
@@ -56,3 +48,9 @@ def test_what_is_shown_of_rejected_replies_holds_no_personal_data(tmp_path: Path
     path.parent.mkdir(parents=True)
     pq.write_table(pa.table({"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}), path)
     assert [row["what"] for row in read_rejected(tmp_path)] == ["{[email]"]
+
+
+def test_text_that_is_not_utf_8_is_one_error() -> None:
+    broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
+    with pytest.raises(StoreError, match="not UTF-8"):
+        to_pylist(pa.record_batch([broken], ["a"]))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pipeline.scenes.claims import extract_claims, pluralize
+from pipeline.scenes.claims import extract_claims
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, answer, caption
 
@@ -59,11 +59,3 @@ def test_a_question_that_the_caption_answers_twice_is_not_asked() -> None:
     questions = {claim.question for claim in extract_claims("A small red ring and a small red star on a mint background.")}
     assert "What shape is the small red object?" not in questions
     assert "What size is the red ring?" in questions
-
-
-@pytest.mark.parametrize(
-    ("singular", "several"),
-    [("dog", "dogs"), ("red bus", "red buses"), ("lady", "ladies"), ("key", "keys"), ("old man", "old men")],
-)
-def test_several_of_a_thing(singular: str, several: str) -> None:
-    assert pluralize(singular) == several

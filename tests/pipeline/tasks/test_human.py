@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.tables import ANNOTATION
 from pipeline.tasks import find_broken_rule, find_task
-from pipeline.tasks.human import has_texts, human_annotations
+from pipeline.tasks.human import human_annotations
 
 
 def asked(question: str, *answers: str, kind: str | None = None, **more: Any) -> dict[str, Any]:
@@ -71,8 +71,3 @@ def test_all_pages_are_the_evidence_of_a_question_that_names_none() -> None:
 def test_a_mark_that_people_leave_out_is_added(text: str, expected: str) -> None:
     (row,) = human_annotations("s", [], [asked(text, "a")])
     assert row["question"] == expected
-
-
-def test_whether_there_are_texts_is_known_without_making_them() -> None:
-    assert has_texts([" "], [asked("Is it?", " ")]) == (False, False)
-    assert has_texts(["A dog."], [asked("Is it?", "", "yes")]) == (True, True)

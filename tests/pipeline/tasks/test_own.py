@@ -7,7 +7,6 @@ import pytest
 
 from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError
-from pipeline.tables import INT64, STRING
 from pipeline.tasks import find_broken_rule, find_task, wire_schema
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.own import NOTHING_FOUND, OwnTask, build_task
@@ -22,8 +21,12 @@ PAIR = {
     "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
 }
 
-NO_PAIRS = {"type": "object", "properties": {"qa": {"type": "array", "items": PAIR}}}
-GRID = {"type": "object", "properties": {"grid": {"type": "array", "items": {"enum": ["x", "o"]}}}}
+
+def fields(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+NO_PAIRS = fields({"qa": {"type": "array", "items": PAIR}})
 
 
 def task(kind: str, **settings: Any) -> OwnTask:
@@ -53,32 +56,20 @@ def read(own: OwnTask, value: Any) -> list[tuple[dict[str, Any], str | None]]:
                 {"record": '{"bbox_2d": [5, 5, 9, 9], "label": "dog"}'},
             ],
         ),
-        (
-            task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}),
-            {"n": 3},
-            [{"record": '{"n": 3}'}],
-        ),
-        (task("record", output={"type": "object", "properties": {"n": {"type": "integer"}}}), {}, [{"record": '{"n": null}'}]),
+        (task("record", output=fields({"n": {"type": "integer"}})), {"n": 3}, [{"record": '{"n": 3}'}]),
+        (task("record", output=fields({"n": {"type": "integer"}})), {}, [{"record": '{"n": null}'}]),
         (
             task("labels", output={"type": "object", "required": ["is"], "properties": {"is": {"enum": ["day", "night"]}}}),
             {"is": "day"},
             [{"record": '"day"'}],
         ),
         (
-            task(
-                "caption",
-                field="alt",
-                output={"type": "object", "properties": {"why": {"type": "string"}, "alt": {"type": "string"}}},
-            ),
+            task("caption", field="alt", output=fields({"why": {"type": "string"}, "alt": {"type": "string"}})),
             {"why": "It is a shop.", "alt": "A lamp."},
             [{"text": "A lamp."}],
         ),
         (
-            task(
-                "text",
-                rows="lines",
-                output={"type": "object", "properties": {"lines": {"type": "array", "items": {"type": "string"}}}},
-            ),
+            task("text", rows="lines", output=fields({"lines": {"type": "array", "items": {"type": "string"}}})),
             {"lines": ["one", "two"]},
             [{"record": '"one"'}, {"record": '"two"'}],
         ),
@@ -139,9 +130,7 @@ def test_a_reply_is_read_as_models_write_it_where_no_schema_is_enforced(own: Own
     assert all(error is None for _, error in read(own, reply))
 
 
-@pytest.mark.parametrize(
-    "box", ["0.1, 0.2, 0.5, 1.0", "0.5, 0.5, 0.9, 1.2", "1, 2, 30.5, Infinity", "1, 2, NaN, 40", "1, 2, 3, 1e400"]
-)
+@pytest.mark.parametrize("box", ["0.1, 0.2, 0.5, 1.0", "1, 2, 30.5, Infinity", "1, 2, NaN, 40"])
 def test_what_is_no_box_of_pixels_stays_a_flaw_of_its_reply(box: str) -> None:
     own = task("boxes")
     reply = Reply("r", 0, f'[{{"bbox_2d": [{box}], "label": "dog"}}]', "stop", 1, 1)
@@ -154,22 +143,8 @@ def test_a_question_without_a_mark_breaks_a_rule() -> None:
     assert error is None and find_broken_rule(task("question"), fields) == "question_without_mark"
 
 
-def test_the_column_has_the_type_and_the_form_of_its_kind() -> None:
-    labels, boxes = task("labels", labels=["a"]).column, task("boxes").column
-    assert labels and (str(labels.type), labels.is_list) == ("list<item: string>", False)
-    assert boxes and boxes.is_list
-    assert {boxes.type.value_type.field(n).name: boxes.type.value_type.field(n).type for n in range(2)}["label"] == STRING
-    assert boxes.type.value_type.field("bbox_2d").type.value_type == INT64
-    assert task("caption").column is None and task("question").column is None
-
-
 def test_what_the_decoder_enforces_has_allowed_values_and_no_lengths() -> None:
-    settings = {
-        "name": "own",
-        "kind": "text",
-        "prompt": "Look.",
-        "output": {"type": "object", "properties": {"t": {"type": "string", "maxLength": 5}}},
-    }
+    settings = {"name": "own", "kind": "text", "prompt": "Look.", "output": fields({"t": {"type": "string", "maxLength": 5}})}
     own = build_task(TaskConfig.model_validate(settings))
     assert "maxLength" not in json.dumps(wire_schema(own)) and "maxLength" in json.dumps(own.whole)
     pattern = {
@@ -206,17 +181,10 @@ def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
         ({"kind": "boxes", "output": PAIR}, "boxes are rows with one list of four whole numbers"),
         ({"kind": "record", "output": {"type": "array", "items": PAIR}}, "output must be an object"),
         (
-            {
-                "kind": "caption",
-                "field": "caption",
-                "output": {"type": "object", "properties": {"caption": {"type": "integer"}}},
-            },
+            {"kind": "caption", "field": "caption", "output": fields({"caption": {"type": "integer"}})},
             "a caption is a text, and not a number",
         ),
-        (
-            {"kind": "labels", "field": "n", "output": {"type": "object", "properties": {"n": {"type": "integer"}}}},
-            "labels are texts",
-        ),
+        ({"kind": "labels", "field": "n", "output": fields({"n": {"type": "integer"}})}, "labels are texts"),
         ({"kind": "boxes", "show_image": False}, "boxes are drawn on an image"),
         ({"kind": "labels", "min_words": 3}, "min_words and max_words are of captions"),
         ({"kind": "text", "name": "image"}, "has a column image already"),

@@ -9,7 +9,7 @@ from pipeline.config import SCENE_PROMPTS
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
 from pipeline.scenes.text import STYLES as KNOWN_STYLES
-from pipeline.tasks import TASKS, prompts
+from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import DRAWS, STYLES, prompt_texts, render, template
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -35,11 +35,6 @@ def test_the_image_stands_between_the_system_text_and_the_task() -> None:
     system, user = render(TASKS["qa"]).messages()
     assert system["role"] == "system"
     assert [part["type"] for part in user["content"]] == ["image", "text"]
-
-
-def test_a_value_that_is_missing_is_an_error_and_not_an_empty_word() -> None:
-    with pytest.raises(ConfigError, match="'question' is undefined"):
-        render(TASKS["answer"])
 
 
 def test_a_style_that_the_prompt_does_not_know_is_named() -> None:
@@ -123,21 +118,6 @@ def test_a_style_of_the_settings_has_a_prompt_and_an_id_of_its_own() -> None:
     ):
         with pytest.raises(ConfigError, match="caption/haiku cannot be rendered"):
             render(TASKS["caption"], row=(("price", ""),), own_styles=(("haiku", mistake),), style="haiku")
-
-
-def test_a_template_that_is_none_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "qa").mkdir()
-    (tmp_path / "qa" / "v1.j2").write_text("{% if %}")
-    with pytest.raises(ConfigError, match="cannot be rendered"):
-        render(TASKS["qa"], (tmp_path,))
-
-
-def test_the_id_changes_with_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {task: prompt_id(task) for task in ("caption", "qa")}
-    original = template
-    monkeypatch.setattr(prompts, "template", lambda name, folders=(): original(name) + (" now" if name == "qa/v1" else ""))
-    assert prompt_id("qa") != before["qa"]
-    assert prompt_id("caption") == before["caption"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Artifacts: markup, labels, placeholders, runs and unfinished ends are found, and texts that only look like them are not."""
 
+from collections.abc import Callable
+
 import pytest
 
 from pipeline.text.artifacts import (
@@ -16,86 +18,45 @@ from pipeline.text.artifacts import (
 from pipeline.text.normalize import words_of
 
 MARKUP = (
-    "A kite.</s>",
-    "A kite <image> flies",
-    "[INST] Describe [/INST] A kite",
-    "USER: What? ASSISTANT: A kite",
-    "A kite addCriterion flies",
-    "<|im_start|>user",
-    "A \ufffd kite",
-    "assistant A kite flies",
-    "**A kite**",
-    "_A kite_",
-    "- A kite",
-    "1. A kite 2. A harbour",
-    "# A kite",
-    "| kite | red |",
-    '{"caption": "A kite"}',
-    "['a kite']",
-    'A kite", "answer": "kite',
-    "A kite\\nflies",
-    "A \\u00e9 kite",
-    "A kite (531,516),(581,596) flies",
-    "A kite [12, 14, 300, 400]",
-    "a kite at coordinates (120, 45)",
-    "bbox_2d: 1 2 3 4 a kite",
-)
+    "A kite.</s>", "A kite <image> flies", "[INST] Describe [/INST] A kite",
+    "USER: What? ASSISTANT: A kite", "A kite addCriterion flies", "<|im_start|>user", "A \ufffd kite",
+    "assistant A kite flies", "**A kite**", "_A kite_", "- A kite", "1. A kite 2. A harbour", "# A kite",
+    "| kite | red |", '{"caption": "A kite"}', "['a kite']", 'A kite", "answer": "kite', "A kite\\nflies",
+    "A \\u00e9 kite", "A kite (531,516),(581,596) flies", "A kite [12, 14, 300, 400]",
+    "a kite at coordinates (120, 45)", "bbox_2d: 1 2 3 4 a kite",
+)  # fmt: skip
 NO_MARKUP = (
-    "# 8 for Iowa State looks up.",
-    "A man's hat - red and blue - on a table.",
-    "Two (2) dogs & a cat.",
-    "A sign that says \"NO\", 'STOP'.",
-    "It costs $5 (about 10%).",
-    "A room with 1.5 l bottles",
-    "A ratio of 3:2",
-    "A user of a computer",
-    "Kites (red, blue) fly.",
-    "A café au lait, 5 °C",
+    "# 8 for Iowa State looks up.", "A man's hat - red and blue - on a table.", "Two (2) dogs & a cat.",
+    "A sign that says \"NO\", 'STOP'.", "It costs $5 (about 10%).", "A room with 1.5 l bottles",
+    "A ratio of 3:2", "A user of a computer", "Kites (red, blue) fly.", "A café au lait, 5 °C",
     "An assistant helps.",
-)
+)  # fmt: skip
 LABELS = (
-    "Caption: A kite flies.",
-    "Output: A kite",
-    "Image caption: a kite",
-    "Q: What is it? A: A kite.",
-    "A kite flies. Question 1: What?",
-    "Sure! A kite flies.",
-    "Certainly, a kite flies.",
-    "Here is a caption for the image: A kite",
-    "A kite flies. I hope this helps!",
-    "The image: a kite",
+    "Caption: A kite flies.", "Output: A kite", "Image caption: a kite", "Q: What is it? A: A kite.",
+    "A kite flies. Question 1: What?", "Sure! A kite flies.", "Certainly, a kite flies.",
+    "Here is a caption for the image: A kite", "A kite flies. I hope this helps!", "The image: a kite",
     "A kite. Caption: a kite",
-)
+)  # fmt: skip
 NO_LABELS = (
-    "Great show of skill by a skater.",
-    "A clock that says 10:30.",
-    "A sign with the text: STOP",
-    "Here a kite flies.",
-    "A certain kite flies, surely.",
-    "Men at work: two dig, one looks on.",
-    "A text message on a phone.",
-    "Ok sign made by a hand",
+    "Great show of skill by a skater.", "A clock that says 10:30.", "A sign with the text: STOP",
+    "Here a kite flies.", "A certain kite flies, surely.", "Men at work: two dig, one looks on.",
+    "A text message on a phone.", "Ok sign made by a hand",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("finds", "text", "is_found"),
+    [
+        *((has_markup, text, True) for text in MARKUP),
+        *((has_markup, text, False) for text in NO_MARKUP),
+        *((has_label, text, True) for text in LABELS),
+        *((has_label, text, False) for text in NO_LABELS),
+    ],
 )
-
-
-@pytest.mark.parametrize("text", MARKUP)
-def test_markup_is_found(text: str) -> None:
-    assert has_markup(text)
-
-
-@pytest.mark.parametrize("text", NO_MARKUP)
-def test_marks_of_a_sentence_are_no_markup(text: str) -> None:
-    assert not has_markup(text)
-
-
-@pytest.mark.parametrize("text", LABELS)
-def test_a_label_or_a_word_to_the_reader_is_found(text: str) -> None:
-    assert has_label(text)
-
-
-@pytest.mark.parametrize("text", NO_LABELS)
-def test_a_colon_or_a_hearty_word_is_no_label(text: str) -> None:
-    assert not has_label(text)
+def test_markup_and_labels_are_found_and_marks_of_a_sentence_are_not(
+    finds: Callable[[str], bool], text: str, *, is_found: bool
+) -> None:
+    assert finds(text) == is_found
 
 
 def test_placeholders_stand_for_a_text() -> None:
@@ -118,13 +79,7 @@ def test_runs_of_characters_are_found() -> None:
 )
 def test_an_end_that_no_sentence_has_is_found(text: str) -> None:
     assert is_cut_off(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["The seat that he stands in front of.", "A kite to look at", "A red kite,", "A boy puts a hat on"]
-)
-def test_an_end_that_people_write_is_left_alone(text: str) -> None:
-    assert not is_cut_off(text)
+    assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off("The seat that he stands in front of.")
 
 
 def test_a_caption_of_any_image_is_too_general() -> None:

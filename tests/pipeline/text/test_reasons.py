@@ -2,7 +2,7 @@
 
 from pipeline.rules import RULES
 from pipeline.tables import SCORE_NAMES
-from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS, in_words
+from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS
 
 
 def test_every_rule_of_filter_is_said_in_words_of_its_own() -> None:
@@ -13,7 +13,3 @@ def test_every_rule_of_filter_is_said_in_words_of_its_own() -> None:
 
 def test_every_score_is_explained() -> None:
     assert {*SCORES_IN_WORDS} == {*SCORE_NAMES}
-
-
-def test_an_unknown_reason_is_legible() -> None:
-    assert in_words("marked_unclear") == "marked unclear"
