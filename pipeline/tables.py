@@ -171,7 +171,7 @@ FINAL = pa.schema(
 )
 
 CAPTION = pa.struct(fields(STRING, "text", "style", "prompt_id"))
-QA = pa.struct(
+QA_PAIR = pa.struct(
     [*fields(STRING, "question", "answer", "answer_type"), EVIDENCE, *fields(STRING, "expression", "prompt_id", "pair_id")]
 )
 REJECTED = pa.field("rejected", STRING)  # of a caption that was the best of several: the worst of them
@@ -196,7 +196,7 @@ ROW = pa.schema(
         pa.field("context", STRING),  # null; `row_schema` has a struct with a text for each column that was named
         pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
         pa.field("captions", pa.list_(CAPTION)),
-        pa.field("qa", pa.list_(QA)),
+        pa.field("qa", pa.list_(QA_PAIR)),
     ]
 )
 # The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
