@@ -12,12 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.images import decode
 from pipeline.images.decode import (
     MAX_SCANS,
     check_image,
     decode_for_hash,
-    image_id,
     pdq_hash,
     prepare_image,
     upright_size,
@@ -37,16 +35,6 @@ def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
     with pytest.raises(ImageError) as caught:
         prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
     assert caught.value.reason == "unsupported_depth"
-
-
-def test_an_image_that_takes_all_memory_is_refused_in_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(image: Image.Image) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(ImageError) as caught:
-        prepare_image(encoded(Image.new("RGB", (4, 4))))
-    assert caught.value.reason == "too_much_memory"
 
 
 def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
@@ -99,11 +87,6 @@ def test_no_damage_raises_anything_else(seed: int) -> None:
         check_image(bytes(data))
 
 
-def test_the_id_is_the_digest_of_the_bytes() -> None:
-    assert check_image(GOOD) == check_image(bytes(GOOD))
-    assert len(image_id(GOOD)) == 64
-
-
 @pytest.fixture(scope="module")
 def large() -> Image.Image:
     """A photo of six megapixels."""
@@ -132,36 +115,12 @@ def test_a_large_photo_that_was_taken_sideways_is_turned(large: Image.Image) -> 
     assert hamming_distances(as_hashes([info.pdq_hash]), as_hashes([upright.pdq_hash]))[0, 0] <= MAX_COPY_BITS
 
 
-@pytest.mark.parametrize(("mode", "decoded"), [("L", "L"), ("RGB", "L"), ("CMYK", "RGB")])
-def test_a_large_jpeg_of_any_mode_is_reduced(mode: str, decoded: str, large: Image.Image) -> None:
-    reduced = decode_for_hash(encoded(large.convert(mode), "JPEG"))
-    assert (reduced.mode, reduced.size) == (decoded, (720, 540))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_what_a_model_sees_of_a_jpeg_is_always_rgb(mode: str) -> None:
-    assert prepare_image(encoded(photo(3).convert(mode), "JPEG")).mode == "RGB"
-
-
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"quality": 100}])
 def test_the_luma_of_a_jpeg_has_the_hash_of_its_colors(options: dict[str, Any]) -> None:
     for number in range(8):
         data = encoded(photo(number), "JPEG", **options)
         hashes = as_hashes([check_image(data).pdq_hash, pdq_hash(prepare_image(data))])
         assert hamming_distances(hashes[:1], hashes[1:])[0, 0] <= 4
-
-
-def test_colors_are_not_decoded_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def hash_of(image: Image.Image) -> bytes:
-        seen.append(image.mode)
-        return b"some"
-
-    monkeypatch.setattr(decode, "pdq_hash", hash_of)
-    check_image(encoded(photo(3), "JPEG"))
-    check_image(encoded(photo(3), "PNG"))
-    assert seen == ["L", "RGB"]
 
 
 def test_a_jpeg_whose_detail_is_in_its_colors_has_a_hash() -> None:

@@ -5,11 +5,10 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 
 from pipeline.errors import ImageError
 from pipeline.images import metadata
@@ -236,14 +235,6 @@ def test_colors_are_decoded_as_adobe_says_and_nothing_else_of_its_segment_is_lef
     assert b"SECR" not in clean and leaked(clean) == []
     assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
     assert strip_metadata(cmyk) == cmyk
-
-
-def test_a_tiff_with_a_profile_of_an_odd_type_is_read(tmp_path: Path) -> None:
-    info = TiffImagePlugin.ImageFileDirectory_v2()
-    info.tagtype[34675] = 2
-    info[34675] = "no profile"
-    data = encoded("TIFF", tiffinfo=info)
-    assert prepare_image(strip_metadata(data)).tobytes() == prepare_image(data).tobytes()
 
 
 def test_names_and_leftovers_within_parts_that_stay_are_removed() -> None:

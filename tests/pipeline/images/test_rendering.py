@@ -4,10 +4,8 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 from PIL import Image
@@ -80,26 +78,6 @@ def test_small_and_large_steps_find_the_frames_that_are_due(every_s: float, coun
         assert count_images("video", file, ".mp4", every_s) == count
 
 
-def test_a_long_wait_for_a_frame_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_video(tmp_path / "a.mp4", 12)
-    slow = """
-import time
-from pipeline.images import check_worker, rendering
-check_worker.CPU_SECONDS = 1
-decoded = rendering._decoded
-def slowly(*arguments):
-    for frame in decoded(*arguments):
-        until = time.process_time() + 0.03
-        while time.process_time() < until: pass
-        yield frame
-rendering._decoded = slowly
-rendering.serve()
-"""
-    monkeypatch.setattr(rendering, "_SERVE", slow)
-    monkeypatch.setattr(isolation, "WALL_SECONDS", 30.0)
-    assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 10.0)] == [0, 10_000]  # after 3 s of a processor
-
-
 def test_damage_in_a_video_is_named_and_passed_over(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 20)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
@@ -108,22 +86,6 @@ def test_damage_in_a_video_is_named_and_passed_over(tmp_path: Path) -> None:
     frames = rendered(saved(tmp_path / "b.mp4", bytes(data)), "video")
     assert len([frame for frame in frames if frame.fault]) <= 1
     assert len([frame for frame in frames if frame.data]) >= 15
-
-
-def test_fields_that_were_filled_in_are_seen(tmp_path: Path) -> None:
-    dark = []
-    for value in ("", "(FILLED IN)"):
-        field = "/AcroForm << /Fields [6 0 R] /NeedAppearances true /DA (/F1 40 Tf 0 g) /DR << /Font << /F1 5 0 R >> >> >>"
-        data = text_pdf(" ", more=field if value else "", field=value)
-        (page,) = rendered(saved(tmp_path / "f.pdf", data))
-        dark.append(sum(level < 100 for level in image_of(page).convert("L").tobytes()))
-    assert dark[0] == 0 and dark[1] > 500
-
-
-def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mkv", 1, (72, 58), shape=Fraction(64, 45))
-    (frame,) = rendered(tmp_path / "a.mkv", "video")
-    assert image_of(frame).size == (102, 58)
 
 
 def test_large_frames_are_scaled_down(tmp_path: Path) -> None:
@@ -209,24 +171,6 @@ rendering.serve()
     assert caught.value.reason == reason
     if reason == "unreadable_file":
         assert "Too many open files" in str(caught.value)
-
-
-def test_the_process_ends_with_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-
-    class Remembered(isolation.Worker):
-        def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:
-            super().__init__(code, file, arguments)
-            started.append(self)
-
-    monkeypatch.setattr(rendering, "Worker", Remembered)
-    write_pdf(tmp_path / "a.pdf", 30)
-    with (tmp_path / "a.pdf").open("rb") as file:
-        pages = render("pdf", file, ".pdf")
-        next(pages)
-        pages.close()  # type: ignore[attr-defined]
-    (worker,) = started
-    assert not worker.is_alive()
 
 
 def test_the_process_ends_when_its_reader_is_killed(tmp_path: Path) -> None:

@@ -132,12 +132,6 @@ def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image])
     assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
 
 
-def test_decks_are_near_whichever_comes_first(photos: list[Image.Image]) -> None:
-    same_pages, different_pages = {"pdq_hashes": hashes_of(*photos[:1] * 4)}, {"pdq_hashes": hashes_of(*photos[:4])}
-    for rows in ((same_pages, different_pages), (different_pages, same_pages)):
-        assert len(set(compare_samples(samples(*rows), "graphics")["image_group"].to_pylist())) == 2
-
-
 def test_empty_pictures_are_near_nothing() -> None:
     assert pdq_hash(Image.new("RGB", (300, 200), "white")) == b""
     rows: list[dict[str, Any]] = [{"pdq_hashes": [b""]}, {"pdq_hashes": [b""]}, {"pdq_hashes": []}]

@@ -145,13 +145,6 @@ def test_a_user_is_told_which_texts_are_beside_images_and_which_are_for_nothing(
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
 
 
-def test_metadata_file_of_an_archive_is_not_read_and_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"b/0.jpg": photo(0), "b/metadata.csv": b"file_name,text\n0.jpg,A cup.\n"}))
-    source = open_source(resolve(source=f"archive:{tmp_path}"))
-    assert "tables that are not read in p.zip: b/metadata.csv (unpack it, and read it as a folder)" in source.messages
-    assert [row.references for row in source.rows if isinstance(row, Sample)] == [()]
-
-
 def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
     """A key is the name up to the first dot, and what has it is one sample."""
     with webdataset.TarWriter(str(tmp_path / "train-000.tar")) as shard:
@@ -455,17 +448,6 @@ def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
-def test_an_archive_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("pipeline.sources.local_files.open_regular", refuse)
-    with pytest.raises(SourceError, match="Permission denied"):
-        rows(tmp_path)
-
-
 @pytest.mark.parametrize("make", [tar_of, zip_of])
 def test_texts_are_found_wherever_they_are_by_their_key(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
     """`tar cf` writes a folder in the order of its disk. The only image of a key has all texts of the key."""
@@ -484,12 +466,6 @@ def test_streams_in_a_row_are_read_and_archives_in_a_row_are_an_error(tmp_path: 
     (tmp_path / "p.tar").write_bytes(packed(first) + packed(second))
     with pytest.raises(SourceError, match=r"p\.tar goes on after its end"):
         rows(tmp_path / "p.tar")
-
-
-def test_the_first_bytes_say_what_an_archive_is(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(zip_of({"0.jpg": photo(0)}))
-    (tmp_path / "b.zip").write_bytes(tar_of({"1.jpg": photo(1)}, "w:gz"))
-    assert [*samples(tmp_path)] == ["a.tar/0.jpg", "b.zip/1.jpg"]
 
 
 def test_archive_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
@@ -533,12 +509,6 @@ def test_a_link_in_a_folder_of_archives_is_refused_unless_it_is_allowed(tmp_path
     with pytest.raises(SourceError, match="outside of"):
         rows(tmp_path / "home")
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
-
-
-def test_a_group_of_one_name_that_never_ends_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_GROUP_ENTRIES", 4)
-    (tmp_path / "p.tar").write_bytes(tar_of({f"x.{n}.jpg": photo(n) for n in range(9)}))
-    assert len(samples(tmp_path / "p.tar")) == 9
 
 
 @pytest.fixture
@@ -585,14 +555,6 @@ def test_archives_of_which_nothing_may_be_learned_say_so(tmp_path: Path) -> None
     assert not told()
 
 
-def test_questions_are_read_where_a_later_archive_has_the_first_of_them(tmp_path: Path) -> None:
-    (tmp_path / "0.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
-    own = {"question": "What is it?", "answer": "a cup"}
-    (tmp_path / "1.zip").write_bytes(zip_of({"1.jpg": photo(1), "1.json": json.dumps(own).encode()}))
-    rows = [row for row in open_source(resolve(source=f"archive:{tmp_path}")).rows if isinstance(row, Sample)]
-    assert [[one.question for one in row.reference_qa or ()] for row in rows] == [[], ["What is it?"]]
-
-
 def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> None:
     titles = ["Cup", {"en": "Bowl"}, ["red", "blue"]]
     files = {f"{number}.jpg": photo(number) for number in range(3)}
@@ -602,18 +564,3 @@ def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> N
     assert [row.reason if isinstance(row, Rejected) else row.context for row in rows] == [
         (("title", "Cup"),), "unusable_column", (("title", "red, blue"),),
     ]  # fmt: skip
-
-
-def test_names_that_are_no_utf8_keep_their_folder(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "latin.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
-        for number, name in enumerate(["été.jpg", "b/café.jpg", "c\\d.jpg"]):
-            entry, data = tarfile.TarInfo(name), photo(number)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    rows = list(open_source(resolve(source=f"archive:{tmp_path / 'latin.tar'}")).rows)
-    assert all(isinstance(row, Sample) for row in rows), rows
-    assert [row.source_row.rpartition(":")[2] for row in rows] == [
-        r"latin.tar/\udce9t\udce9.jpg",
-        r"latin.tar/b/caf\udce9.jpg",
-        "latin.tar/c/d.jpg",
-    ]

@@ -6,8 +6,6 @@ import json
 import unicodedata
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -66,13 +64,6 @@ def test_each_common_form_says_the_same(tmp_path: Path, name: str, suffix: str) 
     }
     splits = [about.split for about in written.values()]
     assert splits == (["train", "validation"] if name == "karpathy.json" else [None, None])
-
-
-def test_odd_values_are_no_captions_and_odd_line_ends_no_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "captions": ["A\u2028dog.", NaN, null, " ", 7]}\n')
-    assert read_captions(tmp_path / "a.jsonl")["a.jpg"].captions == ["A\u2028dog."]
-    (tmp_path / "b.txt").write_bytes("a.jpg#0\tA dog\u2028runs.\r\na.jpg#1\tA dog.\r\n".encode())
-    assert read_captions(tmp_path / "b.txt")["a.jpg"].captions == ["A dog\u2028runs.", "A dog."]
 
 
 @pytest.mark.parametrize(
@@ -240,19 +231,6 @@ def test_a_split_is_read_in_any_case_and_an_unknown_one_is_an_error(tmp_path: Pa
         read_captions(tmp_path / "a.json")
 
 
-def test_spreadsheets_write_other_encodings_and_empty_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("file_name\tcaption\na.jpg\tEin grüner Käfer.\n\t\n", "utf-16")
-    assert {name: one.captions for name, one in read_captions(tmp_path / "a.txt").items()} == {"a.jpg": ["Ein grüner Käfer."]}
-    (tmp_path / "b.csv").write_text('\n\nfile_name,caption\n,\na.jpg,"A dog, running"\n')
-    assert read_captions(tmp_path / "b.csv")["a.jpg"].captions == ["A dog, running"]
-
-
-def test_an_annotation_of_an_image_that_the_file_does_not_list_is_about_its_number(tmp_path: Path) -> None:
-    part = {**COCO, "images": COCO["images"][:1]}  # type: ignore[index]
-    (tmp_path / "a.json").write_text(json.dumps(part))
-    assert [*read_captions(tmp_path / "a.json")] == ["000009.jpg", "12"]
-
-
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_quoted_values_are_read_as_csv_writes_them(tmp_path: Path, delimiter: str) -> None:
     rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat, a dog; a bird."), ("c.jpg", "It's 6\" long")]
@@ -268,13 +246,6 @@ def test_quote_that_takes_other_lines_is_an_error(tmp_path: Path, text: str) -> 
     (tmp_path / "c.tsv").write_text(f"file_name\tcaption\n{text}")
     with pytest.raises(SourceError, match="is not closed"):
         read_captions(tmp_path / "c.tsv")
-
-
-def test_an_image_that_a_file_of_coco_lists_twice_is_one(tmp_path: Path) -> None:
-    image = {"id": 1, "file_name": "a.jpg"}
-    written = {"images": [image, image], "annotations": [{"image_id": 1, "caption": "A dog."}]}
-    (tmp_path / "c.json").write_text(json.dumps(written))
-    assert read_captions(tmp_path / "c.json")["a.jpg"].captions == ["A dog."]
 
 
 def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
@@ -296,42 +267,6 @@ def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
 def test_captions_and_references_of_an_export_keep_their_order_and_come_once() -> None:
     row = {"written_by": "people", "captions": ["A  dog.", "A cat."], "references": ["A dog. ", "A bird."]}
     assert captions_of_people(row) == ["A  dog.", "A cat.", "A bird."]
-
-
-@pytest.mark.parametrize("key", ["data", "annotations"])
-def test_rows_within_an_object_are_rows(tmp_path: Path, key: str) -> None:
-    rows = [{"file_name": "a.jpg", "caption": "A dog."}, {"file_name": "b.jpg", "caption": "A cat."}]
-    (tmp_path / "c.json").write_text(json.dumps({"info": {"year": 2024}, key: rows, "licenses": []}))
-    written = read_captions(tmp_path / "c.json")
-    assert {name: about.captions for name, about in written.items()} == {"a.jpg": ["A dog."], "b.jpg": ["A cat."]}
-
-
-def test_a_table_of_parquet_is_a_file_of_captions(tmp_path: Path) -> None:
-    table = pa.table({"File_Name": ["a.jpg", "b.jpg"], "caption": [["A dog.", "A brown dog."], None], "split": ["val", None]})
-    pq.write_table(table, tmp_path / "c.parquet")
-    written = read_captions(tmp_path / "c.parquet")
-    assert (written["a.jpg"].captions, written["a.jpg"].split) == (["A dog.", "A brown dog."], "validation")
-    (tmp_path / "damaged.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-20])
-    with pytest.raises(SourceError, match="cannot read"):
-        read_captions(tmp_path / "damaged.parquet")
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ('{"questions": [{"question_id": 1, "image_id": 2, "question": "Is it?"}], "license": {}}', "questions, license"),
-        ('[{"image": "a.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]', "image, conversations"),
-        ('{"image": "a.jpg", "messages": []}\n{"image": "b.jpg", "messages": []}', "image, messages"),
-        ("file_name,caption_1,caption_2\na.jpg,A dog.,A cat.", "file_name, caption_1, caption_2"),
-    ],
-)
-def test_a_file_without_captions_is_refused_with_what_it_has(tmp_path: Path, text: str, told: str) -> None:
-    (tmp_path / "c.json").write_text(text)
-    with pytest.raises(SourceError, match=f"has no caption and no question: it has {told}"):
-        read_captions(tmp_path / "c.json")
-    pq.write_table(pa.table({"image": ["a.jpg"], "stars": [5]}), tmp_path / "c.parquet")
-    with pytest.raises(SourceError, match="has no caption and no question: it has image, stars"):
-        read_captions(tmp_path / "c.parquet")
 
 
 def test_an_export_keeps_all_answers_to_a_question() -> None:

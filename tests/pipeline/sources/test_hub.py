@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +18,6 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.run import generate_dataset
 from pipeline.sources import open_source
-from pipeline.sources.hub import parse_name
 from pipeline.types import ReferenceQA, Rejected, Sample, Source, non_redistributable
 from tests.hub import datasets
 from tests.hub.app import TOKEN
@@ -128,20 +126,6 @@ def test_of_named_data_sets_the_rows_behind_the_first_ones_are_those_of_the_whol
         assert list(whole.read(start)) == list(whole.rows)[start:], (source, split)
 
 
-def test_images_that_are_passed_over_are_not_fetched(hub: RunningHub) -> None:
-    rows = [
-        {"image": {"bytes": datasets.photo(n) + Random(n).randbytes(200_000), "path": None}, "split": ("train", "val")[n % 2]}
-        for n in range(80)
-    ]
-    schema = pa.schema([("image", datasets.IMAGE), ("split", pa.string())])
-    data = datasets.parquet(rows, schema, rows_a_group=20)
-    hub.hub.storage.seed("dataset", "me/split", {"data/all.parquet": data})
-    source = opened("hub:me/split", source_split="validation")
-    hub.hub.sent_bytes = 0
-    assert len(list(source.read(35))) == 5
-    assert hub.hub.sent_bytes < len(data) / 2
-
-
 def test_a_missing_split_is_an_error_that_lists_the_splits(hub: RunningHub) -> None:
     datasets.seed_vqav2(hub.hub.storage)
     with pytest.raises(SourceError, match="has no split train") as caught:
@@ -184,13 +168,6 @@ def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) 
             expression="30% - 18%",
         ),
     )
-
-
-def test_pages_that_a_deck_does_not_have_are_left_out(hub: RunningHub) -> None:
-    datasets.seed_slidevqa(hub.hub.storage)
-    hub.hub.granted.add("NTT-hil-insight/SlideVQA")
-    samples, _ = read("slidevqa", source_split="validation")
-    assert [(len(sample.images), sample.split) for sample in samples] == [(7, "validation")]
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
@@ -280,16 +257,6 @@ def test_config_is_a_folder_or_the_files_that_the_card_declares(
     rows, _ = read(f"hub:me/mixed{name}", columns={"image": "photo"})
     assert {row.images: row.split for row in rows} == {(datasets.photo(n),): split for n, split in expected.items()}
     assert len(rows) == len(expected)
-
-
-def test_a_config_may_be_pinned_to_a_commit(hub: RunningHub) -> None:
-    table = datasets.parquet([{"photo": datasets.cell(0)}], PLAIN)
-    hub.hub.storage.seed("dataset", "me/mixed", {"en/train/0.parquet": table, "fr/train/0.parquet": table})
-    first = opened("hub:me/mixed:en", columns={"image": "photo"}).revision
-    hub.hub.storage.seed("dataset", "me/mixed", {"de/train/0.parquet": table})
-    assert opened(f"hub:me/mixed:en@{first}", columns={"image": "photo"}).revision == first
-    assert parse_name("a/b") == ("a/b", None, None)
-    assert parse_name("a/b@refs/pr/1") == ("a/b", None, "refs/pr/1")
 
 
 def test_what_the_hub_has_converted_in_part_is_refused_and_told(hub: RunningHub, tmp_path: Path) -> None:
