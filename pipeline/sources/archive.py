@@ -139,22 +139,15 @@ def _read_json(entry: Entry) -> dict[str, Any] | None:
 
 
 def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
-    """Yield what a user should know of the texts of an archive: captions beside images, and what is used for nothing."""
-    beside = {key: texts for key, texts in index.texts.items() if index.images[key]}
-    read = [_read_beside(texts) for texts in beside.values()]
+    """Yield how many captions are next to images of an archive, and which of its texts are not read."""
+    read = [_read_beside(texts) for key, texts in index.texts.items() if index.images[key]]
     if captions := sum(len(of_people) for of_people, _ in read):
         yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
     yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
     if index.tables:
         yield f"tables that are not read in {archive}: {first_names(index.tables)} (unpack it, and read it as a folder)"
-    if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
+    if alone := sorted(text.name for key, texts in index.texts.items() if not index.images[key] for text in texts):
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
-    if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
-        yield f"texts that are not read in {archive}: {len(odd):,} ({first_names(odd)})"
-
-
-def _is_odd_json(text: Entry) -> bool:
-    return text.name.lower().endswith(".json") and _read_json(text) is None
 
 
 def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
@@ -210,7 +203,10 @@ def open_archives(
     Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
     if an archive is damaged or none has an image.
     """
-    names = [name for name in archives.names if split in (None, split_of_path(_without_suffix(name)))]
+    by_split: dict[str | None, list[str]] = {}
+    for name in archives.names:
+        by_split.setdefault(_split_of(name), []).append(name)
+    names = [name for name in archives.names if split in (None, _split_of(name))]
     if not names:
         raise SourceError(f"no archive is named after the split {split}", hint="the name of a file says its split: train-0.tar")
     index_of = lru_cache(1)(partial(_read_index, archives))  # columns are looked for in the first archive, which is read then
@@ -223,35 +219,30 @@ def open_archives(
         for index, name in enumerate(names):
             if by_file and index % part.of != part.number:
                 continue
-            of_archive = split_of_path(_without_suffix(name))
             for image, texts in _read_images(archives, name, index_of):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    row = _row(f"{name}/{image.name}", image, texts, license, columns, of_archive, has_questions=has_questions)
-                    if isinstance(row, Rejected) or split in (None, row.fields["split"]):
-                        yield row if isinstance(row, Rejected) else _with_stored_split(row, split)
+                    row = _row(name, image, texts, license, columns, has_questions=has_questions)
+                    if isinstance(row, Rejected):
+                        yield row
+                    elif split in (None, row.fields["split"]):
+                        yield replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], split)})
         if number < 0 and part == ALL:
             raise SourceError(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
             )
 
-    messages: tuple[str, ...] = ()
+    messages = list(archives.messages) if part == ALL else []
     if archives.is_local and part == ALL:
         with archives.translate_errors():
             first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-            messages = tuple(_describe_texts(first, index_of(names[0])))
-    if not split:
-        by_split: dict[str | None, list[str]] = {}
-        for name in names:
-            by_split.setdefault(split_of_path(_without_suffix(name)), []).append(name)
-        messages = (*messages, *describe_held_out(by_split))
-    if part == ALL:
-        messages = (*archives.messages, *messages)
+            messages += _describe_texts(first, index_of(names[0]))
+    messages += [] if split else describe_held_out(by_split)
     return Source(
         name="archive",
         revision=archives.revision if part == ALL else "",
         read=lambda start: check_samples(islice(read(), start, None), columns),
-        messages=messages,
+        messages=tuple(messages),
     )
 
 
@@ -278,25 +269,15 @@ def _read_index(archives: Archives, name: str) -> TextsByKey:
     return index
 
 
-def _with_stored_split(row: RawSample, requested: str | None) -> RawSample:
-    return replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], requested)})
-
-
 def _row(
-    name: str,
-    image: Entry,
-    texts: Sequence[Entry],
-    license: str,
-    columns: Sequence[str],
-    split: str | None,
-    *,
-    has_questions: bool,
+    archive: str, image: Entry, texts: Sequence[Entry], license: str, columns: Sequence[str], *, has_questions: bool
 ) -> RawSample | Rejected:
+    name = f"{archive}/{image.name}"
     if image.data is None:
         return Rejected(source_row=name, reason=image.reason, detail=REASONS[image.reason])
     captions, values = _read_beside(texts)
     try:
-        split = read_split(values.get(SPLIT)) or split
+        split = read_split(values.get(SPLIT)) or _split_of(archive)
     except ValueError as error:
         return Rejected(source_row=name, reason="unknown_split", detail=str(error))
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
@@ -326,8 +307,8 @@ def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence
         raise SourceError(f"there is no column {unknown[0]}", hint=hint)
 
 
-def _without_suffix(name: str) -> str:
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+def _split_of(archive: str) -> str | None:
+    return split_of_path(archive[: -len(next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix)))])
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:

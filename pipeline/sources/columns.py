@@ -32,7 +32,7 @@ from pipeline.sources.parquet import (
 from pipeline.sources.texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, UNKNOWN, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
+from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
@@ -197,7 +197,8 @@ def _read_row(
         if len(questions) != len(answers):
             detail = f"{len(questions)} questions, and {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
-        fields["reference_qa"] = _questions(questions, answers)
+        pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
+        fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     elif "reference_qa" in columns:
         listed = row[columns["reference_qa"][0]] or ()
         fields["reference_qa"] = tuple(question for one in listed if (question := read_question(one)))
@@ -291,11 +292,6 @@ def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]
         questions += question if isinstance(question, list) else [question]
         answers += _listed(answer) if isinstance(question, list) else [answer]
     return questions, answers
-
-
-def _questions(questions: list[Any], answers: list[Any]) -> tuple[ReferenceQA, ...]:
-    pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
-    return tuple(question for pair in pairs if (question := read_question(pair)))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -24,9 +24,7 @@ from pipeline.sources.local_files import (
     UNREADABLE_FOLDER,
     FolderContent,
     count_by_suffix,
-    describe_folders,
-    describe_hidden,
-    describe_links,
+    describe_unread,
     digest_or_fault,
     list_files,
     row_name,
@@ -92,13 +90,10 @@ def open_files(
     own = files[part.number :: part.of]
     read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, license=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
-    revision = (
-        digest([[row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own] + renderer)
-        if part == ALL
-        else ""
-    )
+    contents = ([row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own)
+    revision = digest([*contents, *renderer]) if part == ALL else ""
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
-    messages = [*describe_folders(content), *describe_links(content), *describe_hidden(content)]
+    messages = describe_unread(content)
     messages += [f"not read: {count_by_suffix(others)}"] if others else []
     count = partial(_count_rows, kind, own, bound, every_s, MAX_PAGES if decks else 1)
     return Source(

@@ -83,22 +83,14 @@ def count_by_suffix(paths: Iterable[Path]) -> str:
     return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
 
 
-def describe_folders(content: FolderContent) -> list[str]:
-    """Return which folders cannot be read."""
-    folders = sorted(row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER)
-    return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
-
-
-def describe_links(content: FolderContent) -> list[str]:
-    """Return which links to folders are not entered."""
-    names = sorted(path.name for path in content.links)
-    return [f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"] if names else []
-
-
-def describe_hidden(content: FolderContent) -> list[str]:
-    """Return which hidden files and folders are not read, but for the notes of synth itself."""
-    names = sorted(path.name for path in content.hidden if path.name != OWN_LINES)
-    return [f"hidden, and not read: {len(names):,} ({first_names(names)})"] if names else []
+def describe_unread(content: FolderContent) -> list[str]:
+    """Return which folders cannot be read, which links are not entered, and which hidden files are not read."""
+    names = {
+        "folders that cannot be read": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
+        "links to folders, which are not entered": [path.name for path in content.links],
+        "hidden, and not read": [path.name for path in content.hidden if path.name != OWN_LINES],
+    }
+    return [f"{what}: {len(of_kind):,} ({first_names(sorted(of_kind))})" for what, of_kind in names.items() if of_kind]
 
 
 def row_name(path: Path, root: Path) -> str:
@@ -163,7 +155,7 @@ def find_local_files(root: Path, suffixes: tuple[str, ...], *, follow_links: boo
             if is_whole:
                 contents.append([name, digest_of_file(path, bound)])
     revision = digest(contents) if is_whole else ""
-    messages = (*describe_folders(content), *describe_links(content))
+    messages = tuple(describe_unread(content))
     return LocalFiles([*path_of], revision, lambda name: open_regular(path_of[name], bound), messages)
 
 

@@ -245,7 +245,7 @@ def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert source.messages[:3] == (
         "captions of people: 3 for 2 of 3 images",
-        f"{tmp_path}/metadata.jsonl gives no captions: they stand in caption, captions, text, sentences, "
+        f"{tmp_path}/metadata.jsonl gives no captions: they are in caption, captions, text, sentences, "
         "alt_text, original_alt_text, description, and it has file_name, title",
         f"{tmp_path}/b/metadata.csv names 1 images that are not here: gone.png",
     )
