@@ -320,8 +320,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="archive:PATH",
     what="the images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
-    splits="as the names of the archives say, or split in NAME.json, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source archive:photos.zip",

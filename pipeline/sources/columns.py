@@ -320,8 +320,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="parquet:PATH",
     what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
-    splits="as the file names say, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",

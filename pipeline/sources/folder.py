@@ -144,8 +144,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="folder:PATH",
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
-    splits="as folders train, validation and test, metadata files or files of captions say, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",

@@ -217,8 +217,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="list:FILE",
     what="the images that a text, CSV, TSV or JSON file names, as paths beside it, or as URLs with --allow-urls",
-    splits="by a column split, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source list:urls.csv --allow-urls",
