@@ -9,12 +9,11 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
@@ -22,7 +21,7 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import spelled_alike
-from pipeline.sources.local_files import find_local_files, translate_disk_errors
+from pipeline.sources.local_files import SourceFiles, find_source_files
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.references import OF_EVERY_IMAGE
 from pipeline.sources.texts import (
@@ -41,18 +40,6 @@ MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file 
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
 QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
-
-
-@dataclass(frozen=True, slots=True)
-class Archives:
-    """Archives by name, with a digest of their contents."""
-
-    names: list[str]
-    revision: str
-    open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
-    is_local: bool = False
-    messages: tuple[str, ...] = ()  # about folders that were not read
 
 
 @dataclass(slots=True)
@@ -150,7 +137,7 @@ def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
 
 
-def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
+def _have_questions(archives: SourceFiles, names: Sequence[str], index_of: IndexOf) -> bool:
     """Return whether the first archives have questions, in a store the first image: a column is of all images, or none."""
     if archives.is_local:
         with archives.translate_errors():
@@ -167,32 +154,8 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8", "replace")
 
 
-def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = True) -> Archives:
-    """Return an archive, or all under a folder, on this disk or in a store. Raise SourceError if there is none.
-
-    `is_whole`: also compute the digest of their contents.
-    """
-    missing = SourceError(
-        f"no archive at {path}", hint=f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
-    )
-    if "://" in path:
-        from pipeline.sources.remote import find_files, translate_errors  # fsspec is imported only when needed
-
-        files = find_files(path, SUFFIXES)
-        names = sorted(files.paths)
-        if not names:
-            raise missing
-        return Archives(names, files.revision, files.open, partial(translate_errors, path))
-    root = Path(path).expanduser()
-    local = find_local_files(root, SUFFIXES, follow_links=follow_links, is_whole=is_whole)
-    if not local.names:
-        raise missing
-    translate = partial(translate_disk_errors, root)
-    return Archives(local.names, local.revision, local.open, translate, is_local=True, messages=local.messages)
-
-
 def open_archives(
-    archives: Archives,
+    archives: SourceFiles,
     part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
@@ -246,7 +209,7 @@ def open_archives(
     )
 
 
-def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
+def _read_images(archives: SourceFiles, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
     """Yield the images of an archive, each with the texts that are about it."""
     with archives.translate_errors():
         index = index_of(name) if archives.is_local else None
@@ -257,7 +220,7 @@ def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[
                 yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
 
 
-def _read_index(archives: Archives, name: str) -> TextsByKey:
+def _read_index(archives: SourceFiles, name: str) -> TextsByKey:
     index, num_bytes = TextsByKey(), 0
     with archives.open(name) as file:
         for entry in read_entries(file, name, "texts"):
@@ -290,7 +253,7 @@ def _row(
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 
-def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
+def _require_columns(archives: SourceFiles, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
     """Raise SourceError if nothing that lies beside the first images has one of these columns."""
     known = {*OF_EVERY_IMAGE}
     columns = [column for column in columns if not is_exif_name(column)]
@@ -313,7 +276,10 @@ def _split_of(archive: str) -> str | None:
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
-    archives = find_archives(path, follow_links=config.follow_links, is_whole=part == ALL)
+    archives = find_source_files(path, SUFFIXES, follow_links=config.follow_links, is_whole=part == ALL)
+    if not archives.names:
+        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+        raise SourceError(f"no archive at {path}", hint=hint)
     return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
 
 

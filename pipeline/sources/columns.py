@@ -18,7 +18,7 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
-from pipeline.sources.local_files import find_local_files, translate_disk_errors
+from pipeline.sources.local_files import find_source_files
 from pipeline.sources.parquet import (
     SPLIT_OF_WORD,
     Tables,
@@ -103,23 +103,6 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         license=tables.license,
         messages=(*([PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []), *held_out),
     )
-
-
-def open_local(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> tuple[Tables, tuple[str, ...]]:
-    """Return the tables of a Parquet file, or of all under a folder, and messages; a slice has no revision.
-
-    Raise SourceError for no file, and for a link to the outside of the folder, unless `follow_links` is set.
-    """
-    files = find_local_files(path, (".parquet",), follow_links=follow_links, is_whole=part == ALL)
-    if not files.names:
-        hint = "pass a file or a folder: --source parquet:PATH"
-        if any(path.rglob("*.arrow")):
-            hint = f"datasets.load_from_disk({str(path)!r}) reads it: write it with to_parquet first"
-        raise SourceError(f"no Parquet file at {path}", hint=hint)
-    where = partial(translate_disk_errors, path)
-    return Tables(
-        path.resolve().name, files.revision, UNKNOWN, group_by_split(files.names), files.open, where, part=part
-    ), files.messages
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
@@ -305,16 +288,16 @@ def _texts_of(item: Any) -> list[Any]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    messages: tuple[str, ...] = ()
-    if "://" in path:
-        from pipeline.sources.remote import open_remote  # fsspec is imported only when needed
-
-        tables = replace(open_remote(path), part=part)
-    else:
-        tables, messages = open_local(Path(path).expanduser(), part, follow_links=config.follow_links)
-    tables = replace(tables, license=config.license or UNKNOWN)
+    files = find_source_files(path, (".parquet",), follow_links=config.follow_links, is_whole=part == ALL)
+    if not files.names:
+        hint = "pass a file, or a folder on the disk or in a store: --source parquet:PATH"
+        if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
+            hint = f"datasets.load_from_disk({path!r}) reads it: write it with to_parquet first"
+        raise SourceError(f"no Parquet file at {path}", hint=hint)
+    by_split, license = group_by_split(files.names), config.license or UNKNOWN
+    tables = Tables(files.name, files.revision, license, by_split, files.open, files.translate_errors, part=part)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
-    return replace(source, messages=(*messages, *source.messages))
+    return replace(source, messages=(*files.messages, *source.messages))
 
 
 SPEC = SourceSpec(

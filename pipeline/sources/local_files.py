@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -130,33 +131,48 @@ def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_
 
 
 @dataclass(frozen=True, slots=True)
-class LocalFiles:
+class SourceFiles:
     """Files of a source, such as archives, by names that any program can write, with a digest of their contents."""
 
+    name: str  # of the folder, or of the only file
     names: list[str]
     revision: str
     open: Callable[[str], BinaryIO]
+    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
+    is_local: bool = True
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
-def find_local_files(root: Path, suffixes: tuple[str, ...], *, follow_links: bool = False, is_whole: bool = True) -> LocalFiles:
-    """Return a file, or all below a folder whose names end so, in order. `is_whole`: also compute the digest of their contents.
+def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
+    """Return a file, or all below a folder whose names end so, in order, on this disk or in a store.
 
-    Raise SourceError for a link to the outside of the folder, unless links are followed, and for a file that cannot be read.
+    `is_whole`: also compute the digest of their contents on a disk. Raise SourceError for a link to the outside of the folder,
+    unless links are followed, and for a file that cannot be read.
     """
+    if "://" in path:
+        from pipeline.sources.remote import find_remote_files  # fsspec is imported only when needed
+
+        return find_remote_files(path, suffixes)
+    root = Path(path).expanduser()
     content = FolderContent(others=[root]) if root.is_file() else list_files(root) if root.is_dir() else FolderContent()
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
     paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
     path_of = {row_name(path, base): path for path in paths}
     contents = []
-    with translate_disk_errors(root):
-        for name, path in path_of.items():
-            require_regular(path, bound)
+    translate = partial(translate_disk_errors, root)
+    with translate():
+        for name, path_of_file in path_of.items():
+            require_regular(path_of_file, bound)
             if is_whole:
-                contents.append([name, digest_of_file(path, bound)])
-    revision = digest(contents) if is_whole else ""
-    messages = tuple(describe_unread(content))
-    return LocalFiles([*path_of], revision, lambda name: open_regular(path_of[name], bound), messages)
+                contents.append([name, digest_of_file(path_of_file, bound)])
+    return SourceFiles(
+        name=root.resolve().name,
+        names=[*path_of],
+        revision=digest(contents) if is_whole else "",
+        open=lambda name: open_regular(path_of[name], bound),
+        translate_errors=translate,
+        messages=tuple(describe_unread(content)),
+    )
 
 
 @contextmanager

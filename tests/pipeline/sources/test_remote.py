@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import SourceError
 from pipeline.sources import open_source
-from pipeline.sources.remote import open_remote
+from pipeline.sources.remote import find_remote_files
 from pipeline.types import Sample, Source
 from tests.hub import datasets
 from tests.hub.server import running_hub
@@ -82,7 +82,7 @@ def test_a_store_that_says_nothing_of_contents_is_asked_for_the_end_of_the_file(
         memory.store.clear()
         memory.pipe("/m/a.parquet", content)
         memory.store["/m/a.parquet"].modified = memory.store["/m/a.parquet"].created = None
-        revisions.add(open_remote("memory://m/a.parquet").revision)
+        revisions.add(find_remote_files("memory://m/a.parquet", (".parquet",)).revision)
     assert len(revisions) == 2
 
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_one_line_and_a_hint(place: str, what: str) -> No
 
 
 def test_a_file_that_goes_away_while_it_is_read_is_one_line() -> None:
-    tables = open_remote("s3://photos/mine/test")
+    source = opened("s3://photos/mine/test")
     boto3.client("s3").delete_object(Bucket="photos", Key="mine/test/0.parquet")
     with pytest.raises(SourceError, match="nothing is found at s3://photos/mine/test"):
-        list(tables.rows(("photo",)))
+        list(source.rows)
