@@ -147,14 +147,6 @@ def test_a_file_without_metadata_stays_as_it_is(plain: bytes) -> None:
     assert strip_metadata(plain) == plain
 
 
-def test_scans_and_restart_markers_of_a_jpeg_are_kept() -> None:
-    for more in ({"progressive": True}, {"restart_marker_rows": 1}, {"quality": 100, "subsampling": 0}):
-        data = jpeg(6, **more)
-        clean = strip_metadata(data)
-        assert leaked(clean) == []
-        assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
-
-
 @pytest.mark.parametrize(("kind", "more"), [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_all_frames_of_an_animation_are_kept(kind: str, more: dict[str, Any]) -> None:
     frames = [photo(n) for n in (1, 2, 3)]

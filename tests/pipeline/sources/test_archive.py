@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import stat
 import struct
 import tarfile
@@ -220,20 +219,13 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
     return out.getvalue()
 
 
-def sized(name: str, size: int) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info
-
-
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"])
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path: Path, name: str, kind: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / f"p.{kind}").write_bytes((tar_of if kind == "tar" else zip_of)({name: photo(0), "good.jpg": photo(1)}))
-    outcomes = reasons(home)
-    assert sorted(map(str, outcomes.values())) == ["None", "outside_archive"]
+    assert sorted(map(str, reasons(home).values())) == ["None", "outside_archive"]
     assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
 
 
@@ -297,13 +289,6 @@ def tar_bomb() -> bytes:
     return gzip.compress(tar_of({"a.jpg": bytes(BOMB_BYTES), "b.jpg": photo(0)}), 9)
 
 
-def unknown_bomb() -> bytes:
-    """Return a tar file whose entry is of a type that nobody knows, and so has data."""
-    info = tarfile.TarInfo("x.bin")
-    info.type, info.size = b"Z", BOMB_BYTES
-    return gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(BOMB_BYTES), 9)
-
-
 def header_bomb() -> bytes:
     """Return a tar file with a name of 300 MB."""
     info = tarfile.TarInfo("././@LongLink")
@@ -311,12 +296,11 @@ def header_bomb() -> bytes:
     return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path: Path, method: int) -> None:
+def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path: Path) -> None:
     """zipfile unpacks all of such an entry at once, whatever size the directory states."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), method)
+        archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), zipfile.ZIP_LZMA)
         archive.writestr("good.jpg", photo(0))
     (tmp_path / "p.zip").write_bytes(out.getvalue())
     with bounded_memory(100_000_000):
@@ -334,8 +318,13 @@ def sparse_tar(form: str) -> bytes:
         return bytes(header) + (bytes(504) + b"\1" + bytes(7)) * 10_000
     info = tarfile.TarInfo("GNUSparseFile.0/x.jpg")
     info.size = 2048
-    version = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"} if form == "1.0" else {"GNU.sparse.size": "9"}
-    info.pax_headers = version | {"GNU.sparse.name": "x.jpg", "GNU.sparse.realsize": "9", "GNU.sparse.map": "0,9"}
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "x.jpg",
+        "GNU.sparse.realsize": "9",
+        "GNU.sparse.map": "0,9",
+    }
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(info, io.BytesIO(b"999999999\n" + b"1\n" * 1019))
@@ -351,10 +340,8 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
     [
         ("p.zip", zip_bomb, "unpacks to over"),
         ("p.tar.gz", tar_bomb, "unpacks to over"),
-        ("q.tgz", unknown_bomb, "unpacks to over"),
         ("p.tgz", header_bomb, "a header has 300,000,000 bytes"),
         ("p.tar", lambda: sparse_tar("gnu"), "is a sparse file"),
-        ("p.tar", lambda: sparse_tar("0.1"), "is a sparse file"),
         ("p.tar", lambda: sparse_tar("1.0"), "is a sparse file"),
         ("p.tar", lambda: tar_of(FOUR)[: PLACE + 20] + b"\xff" + tar_of(FOUR)[PLACE + 21 :], "is damaged"),
         ("p.tar", lambda: tar_of(FOUR)[:PLACE], "is damaged: its end is missing"),
@@ -375,26 +362,6 @@ def test_archive_that_cannot_be_read_as_a_whole_is_an_error_that_names_it(
     with bounded_memory(150_000_000), pytest.raises(SourceError, match=problem) as caught:
         rows(tmp_path)
     assert name in str(caught.value)
-
-
-def test_a_name_that_comes_again_is_read_once_in_a_zip_file(tmp_path: Path) -> None:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        for _ in range(5):
-            archive.writestr("x.jpg", photo(0))
-            archive.writestr("x.txt", "A bowl.")
-    (tmp_path / "p.zip").write_bytes(out.getvalue())
-    (row,) = rows(tmp_path / "p.zip")
-    assert isinstance(row, Sample) and row.references == ("A bowl.",)
-
-
-def test_large_files_of_another_kind_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_entries, "FREE_UNPACKED_BYTES", 1000)
-    monkeypatch.setattr(archive_entries, "BLOCK_BYTES", 5000)
-    files = {"v.mp4": os.urandom(400_000), "0.jpg": photo(0)}
-    for name, data in (("p.tar", tar_of(files)), ("p.tar.gz", tar_of(files, "w:gz"))):
-        (tmp_path / name).write_bytes(data)
-        assert len(samples(tmp_path / name)) == 1
 
 
 def test_names_with_colons_are_names_and_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -452,12 +419,6 @@ def test_streams_in_a_row_are_read_and_archives_in_a_row_are_an_error(tmp_path: 
     (tmp_path / "p.tar").write_bytes(packed(first) + packed(second))
     with pytest.raises(SourceError, match=r"p\.tar goes on after its end"):
         rows(tmp_path / "p.tar")
-
-
-def test_archive_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.zip")).write_bytes(zip_of({"0.jpg": photo(0)}))
-    assert [*samples(tmp_path)] == ["\\xff.zip/0.jpg"]
-    assert open_source(resolve(source=f"archive:{tmp_path}")).revision
 
 
 @pytest.mark.parametrize(

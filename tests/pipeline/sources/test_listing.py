@@ -123,15 +123,6 @@ def test_a_list_that_is_not_there_or_is_no_text_is_one_error(home: Path) -> None
         opened(home / "list.csv", "photo\n0.jpg\n", columns={"image": "photo"})
 
 
-@pytest.mark.parametrize("parts", [2, 3, 9])
-def test_parts_together_are_the_whole_and_have_no_revision(home: Path, parts: int) -> None:
-    text = "\n".join(f"{n}.jpg" for n in range(4)) + "\n../private.jpg\n"
-    pieces = [opened(home / "list.txt", text, SourceSlice(number, parts)) for number in range(parts)]
-    assert {piece.revision for piece in pieces} == {""}
-    read = [row for piece in pieces for row in outcomes(piece).items()]
-    assert sorted(read) == sorted(outcomes(opened(home / "list.txt", text)).items())
-
-
 def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> None:
     places = ["HTTPS://127.0.0.1/x.jpg?key=secret", "s3://bucket/x.jpg?sig=secret", "file:///etc/passwd", "ftp://h/x"]
     source = opened(home / "list.txt", "\n".join(places))
@@ -167,13 +158,6 @@ def test_odd_values_stop_nothing(home: Path) -> None:
         read = list(opened(home / "list.json", text, columns={"context": "score"}).rows)
         assert [getattr(row, "reason", None) for row in read] == [None, "unknown_split", None]
         assert [row.references for row in read if isinstance(row, Sample)] == [("A bowl.",), ()]
-
-
-def test_names_of_columns_are_read_in_any_case_and_each_row_may_have_another(home: Path) -> None:
-    (first,) = opened(home / "list.csv", "PATH,Caption,Title\n0.jpg,A bowl.,Bowl\n", columns={"context": "Title"}).rows
-    assert isinstance(first, Sample) and (first.references, dict(first.context)) == (("A bowl.",), {"Title": "Bowl"})
-    mixed = opened(home / "list.jsonl", '{"file_name": "1.jpg"}\n{"URL": "https://example.org/x.jpg"}\n{"file_name": null}\n')
-    assert outcomes(mixed) == {"1.jpg": "read", "list.jsonl:2": "image_not_embedded", "list.jsonl:3": "image_missing"}
 
 
 class Together(http.server.BaseHTTPRequestHandler):
