@@ -8,13 +8,16 @@
 | rows | a JSON list, JSON lines, or CSV with a header: a name, and captions, or a question with answers |
 | Flickr30k | lines `NAME#0<tab>CAPTION` |
 
-An image is named by its path, or by its file name if no other image has it.
+Each may be compressed by gzip. An image is named by its path, or by its file name if no other image has it.
 """
 
 import csv
+import gzip
+import io
 import json
 import re
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,14 +61,20 @@ def read_captions(path: Path) -> dict[str, Written]:
     """Return what a file says of each image, by the names that it gives them. Raise SourceError if it cannot be read."""
     try:
         data = read_regular(path, max_bytes=MAX_METADATA_BYTES)
+        if path.suffix == ".gz":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_METADATA_BYTES + 1)
+            if len(data) > MAX_METADATA_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
         rows = list(_rows(decode_text(data).lstrip()))
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}", hint="name a file of captions: --captions FILE") from None
+        raise SourceError(
+            f"cannot read {path}: {error.strerror or error}", hint="name a file of captions: --captions FILE"
+        ) from None
     except KeyError as error:
         raise SourceError(f"cannot read {path}: an object in it has no {error}", hint=HINT) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         problem = f"{error!r}" if isinstance(error, LookupError | AttributeError | TypeError) else str(error)
         raise SourceError(f"cannot read {path}: {problem}", hint=HINT) from None
     written: defaultdict[str, Written] = defaultdict(Written)

@@ -1,6 +1,7 @@
 """Files of captions that people wrote: each common form is read, names find their images, and bad files are one error."""
 
 import csv
+import gzip
 import json
 import unicodedata
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
+from pipeline.sources import captions
 from pipeline.sources.captions import Written, match_images, read_captions
 from pipeline.sources.folder import open_folder
 from pipeline.sources.texts import questions_of_people, read_texts
@@ -76,6 +78,19 @@ def test_each_common_form_says_the_same(tmp_path: Path, name: str) -> None:
 )
 def test_a_list_in_a_cell_of_a_table_is_a_list(cell: str, texts: list[str]) -> None:
     assert read_texts({"caption": cell}, ("caption",)) == texts
+
+
+def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(FORMS["coco.json"].encode())
+    (tmp_path / "whole.json.gz").write_bytes(packed)
+    assert read_captions(tmp_path / "whole.json.gz")["000012.jpg"].captions == ["A cat."]
+    (tmp_path / "cut.json.gz").write_bytes(packed[:-9])
+    with pytest.raises(SourceError, match="cannot read"):
+        read_captions(tmp_path / "cut.json.gz")
+    monkeypatch.setattr(captions, "MAX_METADATA_BYTES", 10_000)
+    (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 1_000_000))
+    with pytest.raises(SourceError, match="unpacks to more than"):
+        read_captions(tmp_path / "bomb.json.gz")
 
 
 def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
