@@ -21,9 +21,10 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import spelled_alike
-from pipeline.sources.local_files import SourceFiles, find_source_files
+from pipeline.sources.local_files import SourceFiles
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.references import OF_EVERY_IMAGE
+from pipeline.sources.remote import find_source_files
 from pipeline.sources.texts import (
     captions_of_people,
     decode_text,

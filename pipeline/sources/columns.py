@@ -18,7 +18,6 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
-from pipeline.sources.local_files import find_source_files
 from pipeline.sources.parquet import (
     SPLIT_OF_WORD,
     Tables,
@@ -29,6 +28,7 @@ from pipeline.sources.parquet import (
     is_text,
     stored_split,
 )
+from pipeline.sources.remote import find_source_files
 from pipeline.sources.texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES

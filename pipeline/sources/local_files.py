@@ -143,16 +143,12 @@ class SourceFiles:
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
-def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
-    """Return a file, or all below a folder whose names end so, in order, on this disk or in a store.
+def find_local_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
+    """Return a file, or all below a folder whose names end so, in order.
 
-    `is_whole`: also compute the digest of their contents on a disk. Raise SourceError for a link to the outside of the folder,
+    `is_whole`: also compute the digest of their contents. Raise SourceError for a link to the outside of the folder,
     unless links are followed, and for a file that cannot be read.
     """
-    if "://" in path:
-        from pipeline.sources.remote import find_remote_files  # fsspec is imported only when needed
-
-        return find_remote_files(path, suffixes)
     root = Path(path).expanduser()
     content = FolderContent(others=[root]) if root.is_file() else list_files(root) if root.is_dir() else FolderContent()
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)

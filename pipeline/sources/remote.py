@@ -16,7 +16,7 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
-from pipeline.sources.local_files import SourceFiles
+from pipeline.sources.local_files import SourceFiles, find_local_files
 from pipeline.sources.parquet import BUFFER_BYTES
 from pipeline.storage.untrusted import is_hidden
 
@@ -25,6 +25,13 @@ from pipeline.storage.untrusted import is_hidden
 _DIGESTS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
 _TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
+
+
+def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
+    """Return the files at or under a path of this disk or a URL of a store; `find_local_files` has the options of a disk."""
+    if "://" in path:
+        return find_remote_files(path, suffixes)
+    return find_local_files(path, suffixes, follow_links=follow_links, is_whole=is_whole)
 
 
 def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
