@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,8 +23,8 @@ def write_pdf(path: Path, pages: int, size_px: tuple[int, int] = (640, 360), fir
     images[0].save(path, "PDF", save_all=True, append_images=images[1:])
 
 
-def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 200", field: str = "") -> bytes:
-    """Return a document of one page in a font that is not embedded; `more` stands in its catalog, `field` in a form field."""
+def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 200") -> bytes:
+    """Return a document of one page in a font that is not embedded; `more` is a part of its catalog."""
     content = f"BT /F1 48 Tf 20 80 Td ({text}) Tj ET"
     objects = [
         f"<< /Type /Catalog /Pages 2 0 R {more} >>",
@@ -34,15 +33,6 @@ def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 2
         f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
-    if field:
-        appearance = f"/Tx BMC q BT /F1 40 Tf 0 g 5 20 Td {field} Tj ET Q EMC"
-        objects[2] = objects[2].removesuffix(" >>") + " /Annots [6 0 R] >>"
-        objects += [
-            "<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /Rect [10 60 290 140] /P 3 0 R /F 4 "
-            f"/V {field} /DA (/F1 40 Tf 0 g) /AP << /N 7 0 R >> >>",
-            f"<< /Type /XObject /Subtype /Form /BBox [0 0 280 80] /Resources << /Font << /F1 5 0 R >> >> "
-            f"/Length {len(appearance)} >>\nstream\n{appearance}\nendstream",
-        ]
     out = io.BytesIO(b"%PDF-1.4\n")
     out.seek(0, io.SEEK_END)
     places = []
@@ -56,21 +46,12 @@ def text_pdf(text: str = "Hello", *, more: str = "", media_box: str = "0 0 300 2
     return out.getvalue()
 
 
-def write_video(
-    path: Path,
-    seconds: int,
-    size_px: tuple[int, int] = (320, 240),
-    rate: int = 10,
-    shift: int = 0,
-    shape: Fraction | None = None,
-) -> None:
-    """Write a video that shows another picture in each second; `shape` is the width of a pixel by its height."""
+def write_video(path: Path, seconds: int, size_px: tuple[int, int] = (320, 240), rate: int = 10, shift: int = 0) -> None:
+    """Write a video that shows another picture in each second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height = size_px
         stream.pix_fmt = "yuv420p"
-        if shape:
-            stream.codec_context.sample_aspect_ratio = shape
         for picture in _pictures(seconds, size_px, shift):
             for _ in range(rate):
                 for packet in stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")):

@@ -80,7 +80,7 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
         for image in images:
             allow_cpu()
             stripped.append(strip_metadata(image))
-            infos.append(check_image(stripped[-1], is_stripped=True))
+            infos.append(check_image(stripped[-1]))
             fields.append(read_exif(image, exif) if exif else {})
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]

@@ -59,12 +59,9 @@ class ImageInfo:
     pdq_hash: bytes
 
 
-def check_image(data: bytes, *, is_stripped: bool = False) -> ImageInfo:
-    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large.
-
-    Of a file that `strip_metadata` has returned (`is_stripped`), the scans are not counted again.
-    """
-    image, (width_px, height_px) = _decode_for_hash(data, counts_scans=not is_stripped)
+def check_image(data: bytes) -> ImageInfo:
+    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
+    image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
     if not pdq and image.mode == "L":  # its detail may be in its colors
         pdq = pdq_hash(_decode(data)[0])
@@ -97,24 +94,22 @@ def decode_for_hash(data: bytes) -> Image.Image:
     return _decode_for_hash(data)[0]
 
 
-def _decode_for_hash(data: bytes, *, counts_scans: bool = True) -> tuple[Image.Image, tuple[int, int]]:
+def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     try:
-        return _decode(data, for_hash=True, counts_scans=counts_scans)
+        return _decode(data, for_hash=True)
     except ImageError:
         if not data.startswith(_JPEG):
             raise
         return _decode(data)  # a lossless JPEG cannot be decoded as luma; what is damaged is refused again
 
 
-def _decode(
-    data: bytes | memoryview, *, for_hash: bool = False, counts_scans: bool = True
-) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
     """Return an image, upright in RGB over white, and its size.
 
     With `for_hash`, the colors of a JPEG are parsed and not decoded: PDQ looks at the luma alone. The sides of a large one are
     halved up to three times while both keep MIN_HASHED_SIDE_PX. Still what is damaged is found, since all is parsed.
     """
-    with open_image(data, counts_scans=counts_scans) as image:
+    with open_image(data) as image:
         size_px, upright_px = image.size, _upright_size(image)
         if for_hash:
             image.draft("L" if _has_usual_sampling(image) else None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))

@@ -9,12 +9,11 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import SourceError
@@ -22,9 +21,10 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.archive_entries import REASONS, Entry, is_metadata, is_text, read_entries
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
 from pipeline.sources.captions import spelled_alike
-from pipeline.sources.local_files import find_local_files, translate_disk_errors
+from pipeline.sources.local_files import SourceFiles
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.references import OF_EVERY_IMAGE
+from pipeline.sources.remote import find_source_files
 from pipeline.sources.texts import (
     captions_of_people,
     decode_text,
@@ -41,18 +41,6 @@ MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file 
 MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
 QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
 COLUMN_IMAGES = 20  # beside which columns of the context are looked for
-
-
-@dataclass(frozen=True, slots=True)
-class Archives:
-    """Archives by name, with a digest of their contents."""
-
-    names: list[str]
-    revision: str
-    open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
-    is_local: bool = False
-    messages: tuple[str, ...] = ()  # about folders that were not read
 
 
 @dataclass(slots=True)
@@ -139,25 +127,18 @@ def _read_json(entry: Entry) -> dict[str, Any] | None:
 
 
 def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
-    """Yield what a user should know of the texts of an archive: captions beside images, and what is used for nothing."""
-    beside = {key: texts for key, texts in index.texts.items() if index.images[key]}
-    read = [_read_beside(texts) for texts in beside.values()]
+    """Yield how many captions are next to images of an archive, and which of its texts are not read."""
+    read = [_read_beside(texts) for key, texts in index.texts.items() if index.images[key]]
     if captions := sum(len(of_people) for of_people, _ in read):
         yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
     yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
     if index.tables:
         yield f"tables that are not read in {archive}: {first_names(index.tables)} (unpack it, and read it as a folder)"
-    if alone := sorted(text.name for key, texts in index.texts.items() if key not in beside for text in texts):
+    if alone := sorted(text.name for key, texts in index.texts.items() if not index.images[key] for text in texts):
         yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
-    if odd := sorted(text.name for texts in beside.values() for text in texts if text.data is None or _is_odd_json(text)):
-        yield f"texts that are not read in {archive}: {len(odd):,} ({first_names(odd)})"
 
 
-def _is_odd_json(text: Entry) -> bool:
-    return text.name.lower().endswith(".json") and _read_json(text) is None
-
-
-def _have_questions(archives: Archives, names: Sequence[str], index_of: IndexOf) -> bool:
+def _have_questions(archives: SourceFiles, names: Sequence[str], index_of: IndexOf) -> bool:
     """Return whether the first archives have questions, in a store the first image: a column is of all images, or none."""
     if archives.is_local:
         with archives.translate_errors():
@@ -174,32 +155,8 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8", "replace")
 
 
-def find_archives(path: str, *, follow_links: bool = False, is_whole: bool = True) -> Archives:
-    """Return an archive, or all under a folder, on this disk or in a store. Raise SourceError if there is none.
-
-    `is_whole`: also compute the digest of their contents.
-    """
-    missing = SourceError(
-        f"no archive at {path}", hint=f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
-    )
-    if "://" in path:
-        from pipeline.sources.remote import find_files, translate_errors  # fsspec is imported only when needed
-
-        files = find_files(path, SUFFIXES)
-        names = sorted(files.paths)
-        if not names:
-            raise missing
-        return Archives(names, files.revision, files.open, partial(translate_errors, path))
-    root = Path(path).expanduser()
-    local = find_local_files(root, SUFFIXES, follow_links=follow_links, is_whole=is_whole)
-    if not local.names:
-        raise missing
-    translate = partial(translate_disk_errors, root)
-    return Archives(local.names, local.revision, local.open, translate, is_local=True, messages=local.messages)
-
-
 def open_archives(
-    archives: Archives,
+    archives: SourceFiles,
     part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
@@ -210,7 +167,10 @@ def open_archives(
     Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
     if an archive is damaged or none has an image.
     """
-    names = [name for name in archives.names if split in (None, split_of_path(_without_suffix(name)))]
+    by_split: dict[str | None, list[str]] = {}
+    for name in archives.names:
+        by_split.setdefault(_split_of(name), []).append(name)
+    names = [name for name in archives.names if split in (None, _split_of(name))]
     if not names:
         raise SourceError(f"no archive is named after the split {split}", hint="the name of a file says its split: train-0.tar")
     index_of = lru_cache(1)(partial(_read_index, archives))  # columns are looked for in the first archive, which is read then
@@ -223,39 +183,34 @@ def open_archives(
         for index, name in enumerate(names):
             if by_file and index % part.of != part.number:
                 continue
-            of_archive = split_of_path(_without_suffix(name))
             for image, texts in _read_images(archives, name, index_of):
                 number += 1
                 if by_file or number % part.of == part.number:
-                    row = _row(f"{name}/{image.name}", image, texts, license, columns, of_archive, has_questions=has_questions)
-                    if isinstance(row, Rejected) or split in (None, row.fields["split"]):
-                        yield row if isinstance(row, Rejected) else _with_stored_split(row, split)
+                    row = _row(name, image, texts, license, columns, has_questions=has_questions)
+                    if isinstance(row, Rejected):
+                        yield row
+                    elif split in (None, row.fields["split"]):
+                        yield replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], split)})
         if number < 0 and part == ALL:
             raise SourceError(
                 f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
             )
 
-    messages: tuple[str, ...] = ()
+    messages = list(archives.messages) if part == ALL else []
     if archives.is_local and part == ALL:
         with archives.translate_errors():
             first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-            messages = tuple(_describe_texts(first, index_of(names[0])))
-    if not split:
-        by_split: dict[str | None, list[str]] = {}
-        for name in names:
-            by_split.setdefault(split_of_path(_without_suffix(name)), []).append(name)
-        messages = (*messages, *describe_held_out(by_split))
-    if part == ALL:
-        messages = (*archives.messages, *messages)
+            messages += _describe_texts(first, index_of(names[0]))
+    messages += [] if split else describe_held_out(by_split)
     return Source(
         name="archive",
         revision=archives.revision if part == ALL else "",
         read=lambda start: check_samples(islice(read(), start, None), columns),
-        messages=messages,
+        messages=tuple(messages),
     )
 
 
-def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
+def _read_images(archives: SourceFiles, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
     """Yield the images of an archive, each with the texts that are about it."""
     with archives.translate_errors():
         index = index_of(name) if archives.is_local else None
@@ -266,7 +221,7 @@ def _read_images(archives: Archives, name: str, index_of: IndexOf) -> Generator[
                 yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
 
 
-def _read_index(archives: Archives, name: str) -> TextsByKey:
+def _read_index(archives: SourceFiles, name: str) -> TextsByKey:
     index, num_bytes = TextsByKey(), 0
     with archives.open(name) as file:
         for entry in read_entries(file, name, "texts"):
@@ -278,25 +233,15 @@ def _read_index(archives: Archives, name: str) -> TextsByKey:
     return index
 
 
-def _with_stored_split(row: RawSample, requested: str | None) -> RawSample:
-    return replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], requested)})
-
-
 def _row(
-    name: str,
-    image: Entry,
-    texts: Sequence[Entry],
-    license: str,
-    columns: Sequence[str],
-    split: str | None,
-    *,
-    has_questions: bool,
+    archive: str, image: Entry, texts: Sequence[Entry], license: str, columns: Sequence[str], *, has_questions: bool
 ) -> RawSample | Rejected:
+    name = f"{archive}/{image.name}"
     if image.data is None:
         return Rejected(source_row=name, reason=image.reason, detail=REASONS[image.reason])
     captions, values = _read_beside(texts)
     try:
-        split = read_split(values.get(SPLIT)) or split
+        split = read_split(values.get(SPLIT)) or _split_of(archive)
     except ValueError as error:
         return Rejected(source_row=name, reason="unknown_split", detail=str(error))
     values = {"folder": posixpath.dirname(image.name), "file_name": image.name} | values
@@ -309,7 +254,7 @@ def _row(
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 
-def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
+def _require_columns(archives: SourceFiles, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
     """Raise SourceError if nothing that lies beside the first images has one of these columns."""
     known = {*OF_EVERY_IMAGE}
     columns = [column for column in columns if not is_exif_name(column)]
@@ -326,21 +271,22 @@ def _require_columns(archives: Archives, names: Sequence[str], columns: Sequence
         raise SourceError(f"there is no column {unknown[0]}", hint=hint)
 
 
-def _without_suffix(name: str) -> str:
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+def _split_of(archive: str) -> str | None:
+    return split_of_path(archive[: -len(next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix)))])
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
     refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
-    archives = find_archives(path, follow_links=config.follow_links, is_whole=part == ALL)
+    archives = find_source_files(path, SUFFIXES, follow_links=config.follow_links, is_whole=part == ALL)
+    if not archives.names:
+        hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
+        raise SourceError(f"no archive at {path}", hint=hint)
     return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(
     name="archive:PATH",
     what="the images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
-    splits="as the names of the archives say, or split in NAME.json, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source archive:photos.zip",

@@ -45,8 +45,6 @@ class SourceSpec:
 
     name: str
     what: str
-    splits: str
-    size: str
     license: str
     needs: str
     example: str
@@ -74,8 +72,8 @@ class SourceSpec:
     def describe(self) -> dict[str, str]:
         """Return the description of the source, as `synth doctor --sources` prints it."""
         tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
-        more = {"splits": self.splits, "size": self.size, "license": self.license, "needs": self.needs, "example": self.example}
-        return {"name": self.name, "what": self.what, "tasks": tasks, **more}
+        facts = {"name": self.name, "what": self.what, "tasks": tasks}
+        return {**facts, "license": self.license, "needs": self.needs, "example": self.example}
 
     def check_options(self, config: Config) -> None:
         """Raise ConfigError for an option that this source does not support."""

@@ -57,8 +57,6 @@ def _open_flickr30k(config: Config, repo: str, part: SourceSlice) -> Source:
 FLICKR30K = SourceSpec(
     name="flickr30k",
     what="everyday photos with five captions each (Young et al., 2014); another copy: flickr30k:ORG/NAME",
-    splits="Karpathy: train 29,000, validation 1,014, test 1,000",
-    size="31,014 photos, about 4.4 GB",
     license="Flickr terms: research only, pixels stay here",
     needs="the Hub, a vision-language model",
     example="synth generate --source flickr30k",
@@ -137,8 +135,6 @@ def _open_vqav2(config: Config, repo: str, _: SourceSlice) -> Source:
 VQAV2 = SourceSpec(
     name="vqav2",
     what="photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
-    splits="validation 214,354 questions, test; the default copy has no train",
-    size="about 40,000 photos in validation",
     license="CC-BY-4.0 words, Flickr terms for the photos: pixels stay here",
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
@@ -172,8 +168,6 @@ def _open_slidevqa(config: Config, repo: str, _: SourceSlice) -> Source:
 SLIDEVQA = SourceSpec(
     name="slidevqa",
     what="decks of up to 20 slides with questions, evidence pages and arithmetic (Tanaka et al., 2023); one sample is a deck",
-    splits="train 10,617, validation 1,652, test 2,215 questions",
-    size="2,619 decks, 10.9 GB",
     license="NTT's license for evaluation: pixels stay here",
     needs="the Hub, access granted there, a vision-language model",
     example="synth generate --source slidevqa --split validation --limit 50",

@@ -5,7 +5,7 @@
 | COCO | JSON with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`) |
 | Karpathy | JSON with `images`: `filename`, `split`, and `sentences` with `raw` |
 | a JSON object | names of images with their captions |
-| rows | a JSON list, JSON lines, Parquet, or CSV with a header: a name, and captions, or a question with answers |
+| rows | a JSON list, JSON lines, or CSV with a header: a name, and captions, or a question with answers |
 | Flickr30k | lines `NAME#0<tab>CAPTION` |
 
 Each may be compressed by gzip. An image is named by its path, or by its file name if no other image has it.
@@ -19,18 +19,13 @@ import re
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import SourceError
-from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.sources.base import MAX_METADATA_BYTES, first_names
-from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows
+from pipeline.sources.base import MAX_METADATA_BYTES
 from pipeline.sources.texts import (
     captions_of_people,
     decode_text,
@@ -44,16 +39,11 @@ from pipeline.sources.texts import (
 )
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import CAPTIONS, SPLIT, WRITTEN_BY
-from pipeline.text.escape import printable
 from pipeline.types import ReferenceQA
 
 FILE_NAMES = ("file_name", "filename", "image_name", "image", "image_path", "filepath", "file", "path")
 NAMES = (*FILE_NAMES, "image_id", "name")
-HINT = (
-    "it may be COCO's or Karpathy's JSON, Parquet, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
-)
-_PARQUET = b"PAR1"  # with which such a file begins
-MAX_SHOWN_CHARACTERS = 200
+HINT = "it may be COCO's or Karpathy's JSON, CSV or JSON lines with file_name and caption, or Flickr30k's lines, in UTF-8"
 _TOKEN = re.compile(r"(.+)#\d+\t(.*)")
 
 
@@ -72,32 +62,20 @@ def read_captions(path: Path) -> dict[str, Written]:
     try:
         data = read_regular(path, max_bytes=MAX_METADATA_BYTES)
         if path.suffix == ".gz":
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_METADATA_BYTES + 1)
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_METADATA_BYTES + 1)
             if len(data) > MAX_METADATA_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_METADATA_BYTES:,} bytes")
-        rows = list(_rows_of_parquet(data) if data.startswith(_PARQUET) else _rows(decode_text(data).lstrip()))
+        rows = list(_rows(decode_text(data).lstrip()))
     except UnsafeFileError as error:
         raise SourceError(f"cannot read the captions: {error}", hint=error.hint) from None
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        csv.Error,
-        pa.ArrowException,
-    ) as error:
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {path}: {error.strerror or error}", hint="name a file of captions: --captions FILE"
+        ) from None
+    except KeyError as error:
+        raise SourceError(f"cannot read {path}: an object in it has no {error}", hint=HINT) from None
+    except (EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         problem = f"{error!r}" if isinstance(error, LookupError | AttributeError | TypeError) else str(error)
-        if isinstance(error, OSError) and error.strerror:
-            raise SourceError(
-                f"cannot read {path}: {error.strerror}", hint="name a file of captions: --captions FILE"
-            ) from None
-        if isinstance(error, KeyError):
-            problem = f"an object in it has no {error}"
         raise SourceError(f"cannot read {path}: {problem}", hint=HINT) from None
     written: defaultdict[str, Written] = defaultdict(Written)
     for name, captions, question, split, num_by_model in rows:
@@ -110,7 +88,7 @@ def read_captions(path: Path) -> dict[str, Written]:
         if any(about.num_by_model for about in written.values()):
             hint = f"people's are wanted here; without the values {WRITTEN_BY!r} they are taken for those"
             raise SourceError(f"a model wrote all that is in {path}", hint=hint)
-        raise SourceError(f"{path} has no caption and no question{_describe_form(data)}", hint=HINT)
+        raise SourceError(f"{path} has no caption and no question", hint=HINT)
     return dict(written)
 
 
@@ -125,39 +103,12 @@ def _rows(text: str) -> Iterator[Row]:
         try:
             value = json.loads(text)
         except ValueError:
-            return _rows_of_lines(text)
+            return map(_object_row, read_lines(text))
         return _rows_of_object(value)
     lines = text.split("\n")  # other line ends may be in a text
     if _TOKEN.fullmatch(lines[0].rstrip("\r")):
         return (_token_row(line.rstrip("\r")) for line in lines if line.strip())
     return (_row({name.lower(): value for name, value in row.items()}) for row in read_csv(text))
-
-
-def _rows_of_parquet(data: bytes) -> Iterator[Row]:
-    """Yield the rows of a table. Raise ValueError if it unpacks to very much."""
-    for row in read_plain_rows(data, MAX_METADATA_BYTES):
-        yield _row({name.lower(): value for name, value in row.items()})
-
-
-def _describe_form(data: bytes) -> str:
-    """Return what a file has in place of captions: the names in its first object, or its first line."""
-    if data.startswith(_PARQUET):
-        names = pq.read_schema(pa.BufferReader(data)).names
-    else:
-        text = decode_text(data).lstrip()
-        line = text.partition("\n")[0]
-        try:
-            value = json.loads(text if text[:1] == "[" else line if line.rstrip()[-1:] == "}" else text)
-            value = value[0] if isinstance(value, list) and value else value
-            names = [*value] if isinstance(value, dict) else []
-        except ValueError:
-            names = line.strip().split(",")
-    return f": it has {printable(', '.join(map(str, names)))[:MAX_SHOWN_CHARACTERS]}" if names else ""
-
-
-def _rows_of_lines(text: str) -> Iterator[Row]:
-    """Yield the rows of JSON lines. Raise ValueError for a line that is none."""
-    yield from (_object_row(value) for value in read_lines(text) if value is not None)
 
 
 def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
@@ -171,19 +122,7 @@ def _rows_of_object(value: dict[str, Any]) -> Iterator[Row]:
         return (_row({**one, "captions": [sentence["raw"] for sentence in one["sentences"]]}) for one in images)
     if any(name in value for name in NAMES):
         return iter([_row(value)])  # JSON lines with a single one
-    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and any(map(_names_a_file, rows))}
-    if lists and not any(_is_image_name(key) for key in value):  # {"data": [...]}, or a list for each split
-        splits = {key: SPLIT_OF_WORD.get(key.casefold()) for key in lists}
-        return (_object_row({SPLIT: splits[key], **row}) for key, rows in lists.items() for row in filter(_names_a_file, rows))
     return ((str(name), texts_of_value(captions), None, None, 0) for name, captions in value.items())
-
-
-def _names_a_file(row: Any) -> bool:
-    return isinstance(row, dict) and ("image_id" in row or any(_is_image_name(row.get(name)) for name in FILE_NAMES))
-
-
-def _is_image_name(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _token_row(line: str) -> Row:
@@ -242,10 +181,3 @@ def spelled_alike(name: str) -> str:
 
 def _file_name(name: str) -> str:
     return spelled_alike(name).rpartition("/")[2]
-
-
-def describe_unknown(path: Path, unknown: Iterable[str]) -> Iterator[str]:
-    """Yield what a user should know of names that are those of no image."""
-    names = list(unknown)
-    if names:
-        yield f"{path} names {len(names):,} images that are not here: {first_names(names)}"

@@ -18,7 +18,6 @@ from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
 from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
-from pipeline.sources.local_files import find_local_files, translate_disk_errors
 from pipeline.sources.parquet import (
     SPLIT_OF_WORD,
     Tables,
@@ -29,10 +28,11 @@ from pipeline.sources.parquet import (
     is_text,
     stored_split,
 )
+from pipeline.sources.remote import find_source_files
 from pipeline.sources.texts import TEXT_KEYS, list_in_cell, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
-from pipeline.types import ALL, UNKNOWN, RawSample, ReferenceQA, Rejected, Sample, Source, SourceSlice
+from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
 
 ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
 PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
@@ -103,23 +103,6 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         license=tables.license,
         messages=(*([PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []), *held_out),
     )
-
-
-def open_local(path: Path, part: SourceSlice = ALL, *, follow_links: bool = False) -> tuple[Tables, tuple[str, ...]]:
-    """Return the tables of a Parquet file, or of all under a folder, and messages; a slice has no revision.
-
-    Raise SourceError for no file, and for a link to the outside of the folder, unless `follow_links` is set.
-    """
-    files = find_local_files(path, (".parquet",), follow_links=follow_links, is_whole=part == ALL)
-    if not files.names:
-        hint = "pass a file or a folder: --source parquet:PATH"
-        if any(path.rglob("*.arrow")):
-            hint = f"datasets.load_from_disk({str(path)!r}) reads it: write it with to_parquet first"
-        raise SourceError(f"no Parquet file at {path}", hint=hint)
-    where = partial(translate_disk_errors, path)
-    return Tables(
-        path.resolve().name, files.revision, UNKNOWN, group_by_split(files.names), files.open, where, part=part
-    ), files.messages
 
 
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
@@ -197,7 +180,8 @@ def _read_row(
         if len(questions) != len(answers):
             detail = f"{len(questions)} questions, and {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
-        fields["reference_qa"] = _questions(questions, answers)
+        pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
+        fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     elif "reference_qa" in columns:
         listed = row[columns["reference_qa"][0]] or ()
         fields["reference_qa"] = tuple(question for one in listed if (question := read_question(one)))
@@ -293,11 +277,6 @@ def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]
     return questions, answers
 
 
-def _questions(questions: list[Any], answers: list[Any]) -> tuple[ReferenceQA, ...]:
-    pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
-    return tuple(question for pair in pairs if (question := read_question(pair)))
-
-
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -309,23 +288,21 @@ def _texts_of(item: Any) -> list[Any]:
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    messages: tuple[str, ...] = ()
-    if "://" in path:
-        from pipeline.sources.remote import open_remote  # fsspec is imported only when needed
-
-        tables = replace(open_remote(path), part=part)
-    else:
-        tables, messages = open_local(Path(path).expanduser(), part, follow_links=config.follow_links)
-    tables = replace(tables, license=config.license or UNKNOWN)
+    files = find_source_files(path, (".parquet",), follow_links=config.follow_links, is_whole=part == ALL)
+    if not files.names:
+        hint = "pass a file, or a folder on the disk or in a store: --source parquet:PATH"
+        if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
+            hint = f"datasets.load_from_disk({path!r}) reads it: write it with to_parquet first"
+        raise SourceError(f"no Parquet file at {path}", hint=hint)
+    by_split, license = group_by_split(files.names), config.license or UNKNOWN
+    tables = Tables(files.name, files.revision, license, by_split, files.open, files.translate_errors, part=part)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
-    return replace(source, messages=(*messages, *source.messages))
+    return replace(source, messages=(*files.messages, *source.messages))
 
 
 SPEC = SourceSpec(
     name="parquet:PATH",
     what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
-    splits="as the file names say, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",

@@ -24,9 +24,7 @@ from pipeline.sources.local_files import (
     UNREADABLE_FOLDER,
     FolderContent,
     count_by_suffix,
-    describe_folders,
-    describe_hidden,
-    describe_links,
+    describe_unread,
     digest_or_fault,
     list_files,
     row_name,
@@ -92,13 +90,10 @@ def open_files(
     own = files[part.number :: part.of]
     read = partial(_read, kind, root=root, bound=bound, make_rows=make_rows, license=config.license or UNKNOWN, every_s=every_s)
     renderer = [version(PACKAGES[kind]), *([every_s] if kind == "video" else [])]
-    revision = (
-        digest([[row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own] + renderer)
-        if part == ALL
-        else ""
-    )
+    contents = ([row_name(path, root), digest_or_fault(path, bound, max_bytes=None)] for path in own)
+    revision = digest([*contents, *renderer]) if part == ALL else ""
     unreadable = [row for row in content.rejected if row.reason == UNREADABLE_FOLDER] if part.number == 0 else []
-    messages = [*describe_folders(content), *describe_links(content), *describe_hidden(content)]
+    messages = describe_unread(content)
     messages += [f"not read: {count_by_suffix(others)}"] if others else []
     count = partial(_count_rows, kind, own, bound, every_s, MAX_PAGES if decks else 1)
     return Source(
@@ -152,8 +147,6 @@ _OPTIONS = frozenset({"split.group_by", "license", "follow_links"})
 PDF = SourceSpec(
     name="pdf:PATH",
     what="PDF documents as decks: a file, or all below a folder",
-    splits="by hash",
-    size=f"yours; decks of at most {MAX_PAGES} pages",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model that takes several images; pip install 'synth-captioner[pdf]'",
     example="synth generate --source pdf:slides --model Qwen/Qwen2.5-VL-3B-Instruct",
@@ -165,8 +158,6 @@ PDF = SourceSpec(
 PDF_PAGES = SourceSpec(
     name="pdf-pages:PATH",
     what="pages of PDF documents as single images",
-    splits="by hash; pages of one document share theirs",
-    size="yours",
     license=PDF.license,
     needs="a vision-language model; pip install 'synth-captioner[pdf]'",
     example="synth generate --source pdf-pages:slides --styles detailed,ocr",
@@ -178,8 +169,6 @@ PDF_PAGES = SourceSpec(
 VIDEO = SourceSpec(
     name="video:PATH",
     what="frames of videos, every few seconds (--every): a file, or all below a folder",
-    splits="by hash; frames of one video share theirs",
-    size="yours",
     license=PDF.license,
     needs="a vision-language model; pip install 'synth-captioner[video]'",
     example="synth generate --source video:clips --every 10",

@@ -6,7 +6,7 @@ the context of prompts, and so may `folder` and `file_name`, which every image h
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from pipeline.sources.local_files import (
     REFUSALS,
     FolderContent,
     count_by_suffix,
-    describe_folders,
-    describe_hidden,
-    describe_links,
+    describe_unread,
     digest_or_fault,
     list_files,
     row_name,
@@ -65,7 +63,7 @@ def open_folder(
         hint = f"files that end in {suffixes} are read, in subfolders too"
         if any(path.suffix == ".arrow" for path in content.others):
             hint = f"datasets.load_from_disk({str(root)!r}) reads it: write it with to_parquet, and read that with parquet:PATH"
-        raise SourceError("; ".join([f"no image in {root}", *describe_folders(content), *describe_hidden(content)]), hint=hint)
+        raise SourceError("; ".join([f"no image in {root}", *describe_unread(content)]), hint=hint)
     images = {row_name(path, root): path for path in content.images}
     rows: dict[str, Path | Rejected] = {**images}
     rows |= {row.source_row: row for row in content.rejected}
@@ -81,7 +79,6 @@ def open_folder(
     if unknown and part == ALL:  # a slice may have no image beside the file that has the column
         known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
-    references.messages += _describe_empty(contexts.values(), columns) if part == ALL else []
 
     def contents() -> Iterator[list[Any]]:
         for name, row in own:
@@ -113,20 +110,8 @@ def open_folder(
     )
 
 
-def _describe_empty(contexts: Collection[Context], columns: Sequence[str]) -> list[str]:
-    """Return of which columns some images have no value: their prompts say so. Of EXIF, that is read later."""
-    values = list(map(dict, contexts))
-    counts = {name: sum(not of_image[name] for of_image in values) for name in columns if not is_exif_name(name)}
-    messages = []
-    for name, count in counts.items():
-        if count and name != "folder":
-            messages.append(f"{count:,} of {len(values):,} images have no value in the column {name}")
-    return messages
-
-
 def _describe_content(content: FolderContent, references: References) -> Iterator[str]:
     """Yield what a user should know of a folder: what cannot be read, captions beside images, files that are for nothing."""
-    yield from describe_folders(content)
     if references.captions:
         captioned = [references.captions[path] for path in content.images if path in references.captions]
         count, total = sum(map(len, captioned)), len(content.images)
@@ -139,8 +124,7 @@ def _describe_content(content: FolderContent, references: References) -> Iterato
         yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
     yield from describe_by_model(references.num_by_model)
     yield from references.messages
-    yield from describe_links(content)
-    yield from describe_hidden(content)
+    yield from describe_unread(content)
     files = {path.resolve() for path in references.files}
     if unread := [path for path in content.others if path.resolve() not in files]:
         yield f"not read: {count_by_suffix(unread)}"
@@ -160,8 +144,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="folder:PATH",
     what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
-    splits="as folders train, validation and test, metadata files or files of captions say, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",

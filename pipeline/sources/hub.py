@@ -172,8 +172,6 @@ def _open(config: Config, repo: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="hub:ORG/NAME",
     what="any dataset of the Hub that is Parquet, or that the Hub has converted; ORG/NAME:CONFIG; @REVISION pins a commit",
-    splits="as upstream files them",
-    size="streamed: --limit downloads little",
     license="as its card says",
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",

@@ -31,25 +31,14 @@ BLOCK_BYTES = 1 << 16
 # Limits on the cost of failed attempts at one host. Above them it is given up, if failures took most of its time.
 MAX_WASTED_SECONDS, MAX_WASTED_BYTES = 120.0, 500_000_000
 MAX_HOSTS = 10_000  # hosts whose cost is stored
-# Addresses that Python calls global, and that lead to this machine, its network or a cloud's services all the same.
-_INTERNAL = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "::/96",  # IPv4-compatible, deprecated
-            "64:ff9b::/96",  # NAT64 (RFC 6052): the last 32 bits are an IPv4 address, such as 10.0.0.1
-            "64:ff9b:1::/48",  # NAT64 of a network's own (RFC 8215)
-            "2001::/32",  # Teredo
-            "2002::/16",  # 6to4: bits 16 to 47 are an IPv4 address
-            "3fff::/20",  # documentation (RFC 9637)
-            "5f00::/16",  # SRv6 (RFC 9602)
-            "fec0::/10",  # site-local, deprecated
-            "168.63.129.16/32",  # Azure's platform
-            "192.0.0.0/24",  # Oracle's metadata, among others
-            "192.88.99.0/24",  # relays of 6to4
-        ),
-    )
-)
+# Addresses that Python calls global, and that lead to this machine, its network or a cloud's services all the same:
+# IPv4-compatible, NAT64 (RFC 6052: the last 32 bits are an IPv4 address, such as 10.0.0.1; RFC 8215), Teredo, 6to4 (bits 16 to
+# 47 are an IPv4 address), documentation (RFC 9637), SRv6 (RFC 9602), site-local; Azure's platform, Oracle's metadata among
+# others, relays of 6to4.
+_INTERNAL = tuple(map(ipaddress.ip_network, (
+    "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "3fff::/20", "5f00::/16", "fec0::/10",
+    "168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24",
+)))  # fmt: skip
 J = TypeVar("J")
 R = TypeVar("R")
 _REDIRECTS, _BUSY = (301, 302, 303, 307, 308), (429, 503)

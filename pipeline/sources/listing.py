@@ -26,14 +26,12 @@ from pipeline.sources.local_files import REFUSALS, digest_or_fault
 from pipeline.sources.parquet import stored_split
 from pipeline.sources.texts import captions_of_people, decode_text, questions_of_people, read_csv, read_lines, read_split
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from pipeline.tables import ANSWER_TYPE, ANSWERS, CAPTION_COLUMNS, CAPTIONS, QA, QUESTION, SPLIT, WRITTEN_BY
+from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 TABLE_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", *TABLE_SUFFIXES, *JSON_SUFFIXES)
 IMAGE_COLUMNS = (*FILE_NAMES, "url", "image_url")
-READ_COLUMNS = frozenset((*IMAGE_COLUMNS, *CAPTION_COLUMNS, SPLIT, QUESTION, *ANSWERS, ANSWER_TYPE, QA))
-OF_EXPORTS = frozenset((*CAPTIONS, "style", WRITTEN_BY))  # more of the columns of an export
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -55,15 +53,7 @@ class ListedImage:
         return bool(_ADDRESS.match(self.address))
 
 
-@dataclass(frozen=True, slots=True)
-class ImageList:
-    """The lines of a list, and the names of its columns."""
-
-    images: list[ListedImage]
-    columns: list[str]
-
-
-def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
+def read_list(file: Path, columns: Sequence[str] = ()) -> list[ListedImage]:
     """Return the lines of a list, with the values of `columns` as their context.
 
     Raise SourceError if it cannot be read, no column names an image, or one of `columns` is missing.
@@ -85,7 +75,7 @@ def read_list(file: Path, columns: Sequence[str] = ()) -> ImageList:
         raise SourceError(f"no column of {file} names an image: it has {', '.join(names)[:200]}", hint=hint)
     if unknown := [name for name in columns if name not in names and not is_exif_name(name)]:
         raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {file.name}: {', '.join(names)}")
-    return ImageList([_listed(number, row, columns, file) for number, row in rows], names)
+    return [_listed(number, row, columns, file) for number, row in rows]
 
 
 def _read_rows(text: str, suffix: str) -> list[tuple[int, dict[str, Any]]]:
@@ -150,11 +140,11 @@ def open_list(
     no line is of the `split`.
     """
     whole, root = read_list(file, columns), file.parent
-    chosen = [image for image in whole.images if split in (None, image.split)]
+    chosen = [image for image in whole if split in (None, image.split)]
     if not chosen:
         raise SourceError(f"{file} has no line of the split {split}", hint=f"the column {SPLIT} says it")
     own, bound = chosen[part.number :: part.of], None if follow_links else root
-    has_questions = any(image.questions for image in whole.images)
+    has_questions = any(image.questions for image in whole)
 
     def read(image: ListedImage) -> RawSample | Rejected:
         if image.fault:
@@ -177,7 +167,7 @@ def open_list(
         revision=digest([_content(image, root, file_digest) for image in own]) if part == ALL else "",
         read=lambda start: check_samples(read_all(own[start:]), columns),
         count=lambda: len(own),
-        messages=tuple(_describe(whole, columns)) if part == ALL else (),
+        messages=tuple(_describe(whole)) if part == ALL else (),
     )
 
 
@@ -205,18 +195,14 @@ def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_url
         raise ImageError("unreadable_file", "no name of a file") from None
 
 
-def _describe(whole: ImageList, columns: Sequence[str]) -> Iterator[str]:
-    """Yield what a user should know of a list: how many captions, questions and URLs it has, and columns that nobody reads."""
-    total = len(whole.images)
+def _describe(images: Sequence[ListedImage]) -> Iterator[str]:
+    """Yield how many lines of a list have captions, questions and URLs."""
     counts = {
-        "captions of people": sum(bool(image.captions) for image in whole.images),
-        "questions of people": sum(bool(image.questions) for image in whole.images),
-        "on the web": sum(image.is_url for image in whole.images),
+        "captions of people": sum(bool(image.captions) for image in images),
+        "questions of people": sum(bool(image.questions) for image in images),
+        "on the web": sum(image.is_url for image in images),
     }
-    yield from (f"{what}: {count:,} of {total:,} lines" for what, count in counts.items() if count)
-    read = READ_COLUMNS | (OF_EXPORTS if WRITTEN_BY in whole.columns else frozenset())
-    if unread := [name for name in whole.columns if name.lower() not in read and name not in columns]:
-        yield f"columns that are not read: {', '.join(unread)[:200]}"
+    yield from (f"{what}: {count:,} of {len(images):,} lines" for what, count in counts.items() if count)
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
@@ -231,8 +217,6 @@ def _open(config: Config, path: str, part: SourceSlice) -> Source:
 SPEC = SourceSpec(
     name="list:FILE",
     what="the images that a text, CSV, TSV or JSON file names, as paths beside it, or as URLs with --allow-urls",
-    splits="by a column split, else by hash",
-    size="yours",
     license=LICENSE_UNLESS_SAID,
     needs="a vision-language model",
     example="synth generate --source list:urls.csv --allow-urls",

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,22 +84,14 @@ def count_by_suffix(paths: Iterable[Path]) -> str:
     return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
 
 
-def describe_folders(content: FolderContent) -> list[str]:
-    """Return which folders cannot be read."""
-    folders = sorted(row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER)
-    return [f"folders that cannot be read: {len(folders)} ({first_names(folders)})"] if folders else []
-
-
-def describe_links(content: FolderContent) -> list[str]:
-    """Return which links to folders are not entered."""
-    names = sorted(path.name for path in content.links)
-    return [f"links to folders, which are not entered: {len(names):,} ({first_names(names)})"] if names else []
-
-
-def describe_hidden(content: FolderContent) -> list[str]:
-    """Return which hidden files and folders are not read, but for the notes of synth itself."""
-    names = sorted(path.name for path in content.hidden if path.name != OWN_LINES)
-    return [f"hidden, and not read: {len(names):,} ({first_names(names)})"] if names else []
+def describe_unread(content: FolderContent) -> list[str]:
+    """Return which folders cannot be read, which links are not entered, and which hidden files are not read."""
+    names = {
+        "folders that cannot be read": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
+        "links to folders, which are not entered": [path.name for path in content.links],
+        "hidden, and not read": [path.name for path in content.hidden if path.name != OWN_LINES],
+    }
+    return [f"{what}: {len(of_kind):,} ({first_names(sorted(of_kind))})" for what, of_kind in names.items() if of_kind]
 
 
 def row_name(path: Path, root: Path) -> str:
@@ -138,33 +131,44 @@ def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_
 
 
 @dataclass(frozen=True, slots=True)
-class LocalFiles:
+class SourceFiles:
     """Files of a source, such as archives, by names that any program can write, with a digest of their contents."""
 
+    name: str  # of the folder, or of the only file
     names: list[str]
     revision: str
     open: Callable[[str], BinaryIO]
+    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
+    is_local: bool = True
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
-def find_local_files(root: Path, suffixes: tuple[str, ...], *, follow_links: bool = False, is_whole: bool = True) -> LocalFiles:
-    """Return a file, or all below a folder whose names end so, in order. `is_whole`: also compute the digest of their contents.
+def find_local_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
+    """Return a file, or all below a folder whose names end so, in order.
 
-    Raise SourceError for a link to the outside of the folder, unless links are followed, and for a file that cannot be read.
+    `is_whole`: also compute the digest of their contents. Raise SourceError for a link to the outside of the folder,
+    unless links are followed, and for a file that cannot be read.
     """
+    root = Path(path).expanduser()
     content = FolderContent(others=[root]) if root.is_file() else list_files(root) if root.is_dir() else FolderContent()
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
     paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
     path_of = {row_name(path, base): path for path in paths}
     contents = []
-    with translate_disk_errors(root):
-        for name, path in path_of.items():
-            require_regular(path, bound)
+    translate = partial(translate_disk_errors, root)
+    with translate():
+        for name, path_of_file in path_of.items():
+            require_regular(path_of_file, bound)
             if is_whole:
-                contents.append([name, digest_of_file(path, bound)])
-    revision = digest(contents) if is_whole else ""
-    messages = (*describe_folders(content), *describe_links(content))
-    return LocalFiles([*path_of], revision, lambda name: open_regular(path_of[name], bound), messages)
+                contents.append([name, digest_of_file(path_of_file, bound)])
+    return SourceFiles(
+        name=root.resolve().name,
+        names=[*path_of],
+        revision=digest(contents) if is_whole else "",
+        open=lambda name: open_regular(path_of[name], bound),
+        translate_errors=translate,
+        messages=tuple(describe_unread(content)),
+    )
 
 
 @contextmanager

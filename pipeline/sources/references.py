@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, as_text, first_names
-from pipeline.sources.captions import describe_unknown, match_images, read_captions, spelled_alike
+from pipeline.sources.captions import match_images, read_captions, spelled_alike
 from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows, split_of_path
 from pipeline.sources.texts import (
     captions_of_people,
@@ -99,7 +99,7 @@ def add_caption_files(references: References, files: Sequence[Path], root: Path,
             hint = f"names as the images have them are looked for, such as {next(iter(images))}"
             raise SourceError(f"{file} names no image of {root}; it names {first_names(unknown)}", hint=hint)
         references.files.add(file)
-        references.messages += describe_unknown(file, unknown)
+        references.messages += _describe_unknown(file, unknown)
         for name, about in matched.items():
             path = images[name]
             references.captions[path] = (*references.captions.get(path, ()), *about.captions)
@@ -145,12 +145,18 @@ def read_references(
                     where = f"{file}, {row['file_name']}: the column"
                     own = {name: as_text(row[name], f"{where} {name}") for name in columns if name in row}
                     references.values.setdefault(image_of(folder, row), {}).update(own)
-                references.messages += _add_captions(file, rows, captions, images, partial(image_of, folder))
+                references.messages += _describe_metadata(file, rows)
                 references.messages += _add_splits(file, rows, references.splits, partial(image_of, folder))
+                unknown = list[str]()
                 for row in rows:
-                    if (questions := questions_of_people(row)) and (path := image_of(folder, row)) in images:
-                        references.questions[path] = (*references.questions.get(path, ()), *questions)
                     references.num_by_model += len(texts_by_model(row))
+                    if (path := image_of(folder, row)) not in images:
+                        unknown.append(str(row["file_name"]))
+                        continue
+                    captions.setdefault(path, []).extend(captions_of_people(row))
+                    if questions := questions_of_people(row):
+                        references.questions[path] = (*references.questions.get(path, ()), *questions)
+                references.messages += _describe_unknown(file, unknown)
     own_lines = dict[Path, frozenset[str]]()
     for path in paths:
         if (caption_file := path.with_suffix(".txt")).is_file():
@@ -173,23 +179,6 @@ def read_references(
     return references
 
 
-def _add_captions(
-    file: Path,
-    rows: list[dict[str, Any]],
-    captions: dict[Path, list[str]],
-    images: set[Path],
-    image_of: Callable[[dict[str, Any]], Path],
-) -> list[str]:
-    """Add the captions of a metadata file; return messages about what of it was not used."""
-    missing = []
-    for row in rows:
-        path = image_of(row)
-        if path not in images:
-            missing.append(str(row["file_name"]))
-        captions.setdefault(path, []).extend(captions_of_people(row))
-    return _describe_metadata(str(file), rows, missing)
-
-
 def _add_splits(
     file: Path, rows: list[dict[str, Any]], splits: dict[Path, str], image_of: Callable[[dict[str, Any]], Path]
 ) -> list[str]:
@@ -206,15 +195,19 @@ def _add_splits(
     return []
 
 
-def _describe_metadata(file: str, rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
-    """Return what of a metadata file was not used; `missing` are images that it names, and that are not there."""
-    messages = [f"{file} names {len(missing):,} images that are not here: {first_names(missing)}"] if missing else []
+def _describe_unknown(file: Path, names: Sequence[str]) -> list[str]:
+    """Return a message about names in a file that match no image."""
+    return [f"{file} names {len(names):,} images that are not here: {first_names(names)}"] if names else []
+
+
+def _describe_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a message about a metadata file without rows about images, or without captions."""
     if not rows:
-        messages.append(f"{file} is not used: no row of it has a file_name")
-    elif not any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
-        columns = ", ".join(str(name) for name in rows[0])
-        messages.append(f"{file} gives no captions: they stand in {', '.join(CAPTION_COLUMNS)}, and it has {columns}")
-    return messages
+        return [f"{file} is not used: no row of it has a file_name"]
+    if any(column in row for row in rows for column in (*CAPTION_COLUMNS, QUESTION)):
+        return []
+    columns = ", ".join(str(name) for name in rows[0])
+    return [f"{file} gives no captions: they are in {', '.join(CAPTION_COLUMNS)}, and it has {columns}"]
 
 
 def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
@@ -230,7 +223,8 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", hint="check its permissions") from None
     try:
         if file.suffix == ".parquet":
-            rows = _read_parquet(data)
+            has_names = "file_name" in pq.read_schema(pa.BufferReader(data)).names  # else it is a table of another program
+            rows = list(read_plain_rows(data, MAX_METADATA_BYTES)) if has_names else []
         elif file.suffix == ".csv":
             rows = list(read_csv(decode_text(data)))
         else:
@@ -240,10 +234,3 @@ def _read_metadata(file: Path, bound: Path | None) -> list[dict[str, Any]]:
         problem = "a row has no names and values" if isinstance(error, AttributeError) else str(error)
         hint = f"it holds file_name and one of {', '.join(CAPTION_COLUMNS)}, in UTF-8"
         raise SourceError(f"cannot read {file}: {problem}", hint=hint) from None
-
-
-def _read_parquet(data: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a table. Raise ValueError if it unpacks to very much."""
-    if "file_name" not in pq.read_schema(pa.BufferReader(data)).names:  # another program's table of that name
-        return []
-    return list(read_plain_rows(data, MAX_METADATA_BYTES))

@@ -4,9 +4,8 @@ Files are read in place, and only the needed byte ranges are transferred. Each s
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -17,9 +16,9 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
 from pipeline.errors import SourceError, one_line
-from pipeline.sources.parquet import BUFFER_BYTES, Tables, group_by_split
+from pipeline.sources.local_files import SourceFiles, find_local_files
+from pipeline.sources.parquet import BUFFER_BYTES
 from pipeline.storage.untrusted import is_hidden
-from pipeline.types import UNKNOWN
 
 # Keys under which stores list a digest or a time of a file. Without any of them, the end of the file is hashed: it holds a
 # Parquet file's sizes and statistics.
@@ -28,17 +27,14 @@ _TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFiles:
-    """Files in a store, as their paths there by their names, and a digest of the metadata of each."""
-
-    name: str
-    revision: str
-    paths: dict[str, str]
-    open: Callable[[str], BinaryIO]
+def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
+    """Return the files at or under a path of this disk or a URL of a store; `find_local_files` has the options of a disk."""
+    if "://" in path:
+        return find_remote_files(path, suffixes)
+    return find_local_files(path, suffixes, follow_links=follow_links, is_whole=is_whole)
 
 
-def find_files(url: str, suffixes: tuple[str, ...]) -> RemoteFiles:
+def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
     """Return the files at or under a URL whose names end so. Raise SourceError if they cannot be listed."""
     with translate_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
@@ -56,17 +52,7 @@ def find_files(url: str, suffixes: tuple[str, ...]) -> RemoteFiles:
         return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
-    return RemoteFiles(name, digest(contents), paths, open_file)
-
-
-def open_remote(url: str) -> Tables:
-    """Return the tables at or under a URL. Raise SourceError if they cannot be read."""
-    files = find_files(url, (".parquet",))
-    if not files.paths:
-        hint = "pass a file, or a folder of a store that lists them: --source parquet:s3://BUCKET/FOLDER"
-        raise SourceError(f"no Parquet file at {url}", hint=hint)
-    where = partial(translate_errors, url)
-    return Tables(files.name, files.revision, UNKNOWN, group_by_split(files.paths), files.open, where)
+    return SourceFiles(name, [*paths], digest(contents), open_file, partial(translate_errors, url), is_local=False)
 
 
 def _without_key(path: str) -> str:

@@ -1,9 +1,7 @@
 """Image decoding: valid images become upright RGB; unreadable or oversized ones are refused with a reason."""
 
 import base64
-import contextlib
 import io
-import random
 import struct
 import zlib
 from typing import Any
@@ -12,12 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ImageError
-from pipeline.images import decode
 from pipeline.images.decode import (
     MAX_SCANS,
     check_image,
-    decode_for_hash,
-    image_id,
     pdq_hash,
     prepare_image,
     upright_size,
@@ -37,16 +32,6 @@ def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
     with pytest.raises(ImageError) as caught:
         prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
     assert caught.value.reason == "unsupported_depth"
-
-
-def test_an_image_that_takes_all_memory_is_refused_in_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(image: Image.Image) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(ImageError) as caught:
-        prepare_image(encoded(Image.new("RGB", (4, 4))))
-    assert caught.value.reason == "too_much_memory"
 
 
 def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
@@ -78,7 +63,6 @@ GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
         (bomb(100_000, 100_000), "too_many_pixels"),
         (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
     ],
-    ids=["empty", "text", "cut", "bomb", "huge bomb", "sliver"],
 )
 def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
@@ -87,34 +71,10 @@ def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     assert "0x" not in str(caught.value)  # an address in memory
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_no_damage_raises_anything_else(seed: int) -> None:
-    rng = random.Random(seed)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = bytearray(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif))
-    for _ in range(3):
-        data[rng.randrange(min(len(data), 120))] = rng.randrange(256)
-    with contextlib.suppress(ImageError):
-        check_image(bytes(data))
-
-
-def test_the_id_is_the_digest_of_the_bytes() -> None:
-    assert check_image(GOOD) == check_image(bytes(GOOD))
-    assert len(image_id(GOOD)) == 64
-
-
 @pytest.fixture(scope="module")
 def large() -> Image.Image:
     """A photo of six megapixels."""
     return photo(3).resize((2880, 2160), Image.Resampling.BICUBIC)
-
-
-def test_a_large_jpeg_is_reduced_before_it_is_hashed_and_nothing_else_is(large: Image.Image) -> None:
-    assert decode_for_hash(encoded(large, "JPEG")).size == (720, 540)
-    assert decode_for_hash(encoded(large.resize((1000, 750)), "JPEG")).size == (1000, 750)
-    assert decode_for_hash(encoded(large.resize((1440, 1080)), "PNG")).size == (1440, 1080)
-    assert prepare_image(encoded(large, "JPEG")).size == large.size
 
 
 def test_the_hash_of_a_reduced_photo_is_that_of_a_copy(large: Image.Image) -> None:
@@ -132,36 +92,12 @@ def test_a_large_photo_that_was_taken_sideways_is_turned(large: Image.Image) -> 
     assert hamming_distances(as_hashes([info.pdq_hash]), as_hashes([upright.pdq_hash]))[0, 0] <= MAX_COPY_BITS
 
 
-@pytest.mark.parametrize(("mode", "decoded"), [("L", "L"), ("RGB", "L"), ("CMYK", "RGB")])
-def test_a_large_jpeg_of_any_mode_is_reduced(mode: str, decoded: str, large: Image.Image) -> None:
-    reduced = decode_for_hash(encoded(large.convert(mode), "JPEG"))
-    assert (reduced.mode, reduced.size) == (decoded, (720, 540))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_what_a_model_sees_of_a_jpeg_is_always_rgb(mode: str) -> None:
-    assert prepare_image(encoded(photo(3).convert(mode), "JPEG")).mode == "RGB"
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"quality": 100}])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}])
 def test_the_luma_of_a_jpeg_has_the_hash_of_its_colors(options: dict[str, Any]) -> None:
-    for number in range(8):
+    for number in range(4):
         data = encoded(photo(number), "JPEG", **options)
         hashes = as_hashes([check_image(data).pdq_hash, pdq_hash(prepare_image(data))])
         assert hamming_distances(hashes[:1], hashes[1:])[0, 0] <= 4
-
-
-def test_colors_are_not_decoded_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def hash_of(image: Image.Image) -> bytes:
-        seen.append(image.mode)
-        return b"some"
-
-    monkeypatch.setattr(decode, "pdq_hash", hash_of)
-    check_image(encoded(photo(3), "JPEG"))
-    check_image(encoded(photo(3), "PNG"))
-    assert seen == ["L", "RGB"]
 
 
 def test_a_jpeg_whose_detail_is_in_its_colors_has_a_hash() -> None:
@@ -172,12 +108,9 @@ def test_a_jpeg_whose_detail_is_in_its_colors_has_a_hash() -> None:
 
 
 @pytest.mark.parametrize("sampling", [(0x31, 0x21, 0x11), (0x13, 0x12, 0x11)], ids=["in a row", "in a column"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
-def test_a_jpeg_whose_colors_cannot_be_enlarged_is_refused_though_its_luma_can_be_decoded(
-    sampling: tuple[int, ...], options: dict[str, Any]
-) -> None:
-    data = bytearray(encoded(photo(3).resize((96, 72)), "JPEG", subsampling=0, **options))
-    frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+def test_a_jpeg_whose_colors_cannot_be_enlarged_is_refused_though_its_luma_can_be_decoded(sampling: tuple[int, ...]) -> None:
+    data = bytearray(encoded(photo(3).resize((96, 72)), "JPEG", subsampling=0))
+    frame = data.find(b"\xff\xc0")
     for component, of_component in enumerate(sampling):
         data[frame + 11 + 3 * component] = of_component
     for look in (check_image, prepare_image):
@@ -208,11 +141,10 @@ def test_scans_of_an_mpo_are_counted_as_well() -> None:
         assert caught.value.reason == "too_many_scans"
 
 
-@pytest.mark.parametrize("share", [0.2, 0.9, 0.999])
-def test_a_large_jpeg_that_was_cut_off_is_refused(share: float, large: Image.Image) -> None:
+def test_a_large_jpeg_that_was_cut_off_is_refused(large: Image.Image) -> None:
     data = encoded(large, "JPEG")
     with pytest.raises(ImageError) as caught:
-        check_image(data[: int(len(data) * share)])
+        check_image(data[: int(len(data) * 0.999)])
     assert caught.value.reason == "unreadable_image"
 
 
@@ -221,7 +153,7 @@ def exif_of(orientation: int, kind: int) -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x0112, kind, 1, orientation, 0) + bytes(4)
 
 
-@pytest.mark.parametrize(("orientation", "kind"), [(0, 3), (9, 3), (300, 3), (ord("6"), 2), (6, 7)])
+@pytest.mark.parametrize(("orientation", "kind"), [(9, 3), (ord("6"), 2)])
 def test_an_orientation_that_means_nothing_turns_nothing(orientation: int, kind: int, large: Image.Image) -> None:
     info = check_image(encoded(large.resize((80, 60)), "JPEG", exif=exif_of(orientation, kind)))
     assert (info.width_px, info.height_px) == (80, 60)

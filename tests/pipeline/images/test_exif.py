@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from pipeline.config.files import resolve
-from pipeline.images.metadata import MAX_EXIF_CHARACTERS, is_exif_name, read_exif
+from pipeline.images.metadata import is_exif_name, read_exif
 from pipeline.sources import open_source
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
@@ -55,10 +55,6 @@ def test_an_image_without_readable_fields_has_none(data: bytes) -> None:
     assert read_exif(data, NAMES) == {}
 
 
-def test_a_long_field_is_cut() -> None:
-    assert read_exif(taken(model="x" * 1000), ["exif_Model"]) == {"exif_Model": "x" * MAX_EXIF_CHARACTERS}
-
-
 @pytest.mark.parametrize("source", ["folder", "list", "archive"])
 def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_none(source: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
@@ -92,13 +88,3 @@ def test_a_column_of_the_source_comes_before_a_field_of_that_name(tmp_path: Path
         (sample,) = open_source(resolve(source=source, columns={"context": "exif_FNumber,exif_Model"})).rows
         assert isinstance(sample, Sample)
         assert dict(sample.context) == {"exif_FNumber": "2.8", "exif_Model": "of the table"}
-
-
-def test_a_number_that_the_camera_did_not_know_is_no_text() -> None:
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FNumber] = TiffImagePlugin.IFDRational(0, 0)
-    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
-    gps[ExifTags.GPS.GPSLatitude] = tuple(TiffImagePlugin.IFDRational(0, 0) for _ in range(3))
-    buffer = io.BytesIO()
-    photo(1).save(buffer, "JPEG", exif=exif)
-    assert read_exif(buffer.getvalue(), NAMES) == {}

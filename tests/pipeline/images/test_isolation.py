@@ -1,8 +1,6 @@
 """Isolation: an image that kills, fills or stalls its decoder is the only thing that is lost."""
 
 import io
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,14 +65,6 @@ def test_a_worker_says_of_an_image_what_this_process_would() -> None:
         assert result == [CheckedImage(data, check_image(data))]
 
 
-def test_an_image_that_cannot_be_read_has_the_reason_that_this_process_would_give() -> None:
-    (result,) = check(b"not an image")
-    assert isinstance(result, ImageError)
-    with pytest.raises(ImageError) as caught:
-        check_image(b"not an image")
-    assert (result.reason, str(result)) == (caught.value.reason, str(caught.value))
-
-
 def test_all_pages_of_a_deck_are_checked_and_one_bad_page_spoils_it() -> None:
     jobs = iter([("deck", (png(), png(20))), ("spoilt", (png(), b"x")), ("empty", ())])
     results = dict(check_all(jobs))
@@ -87,20 +77,6 @@ def test_results_come_in_the_order_of_the_images() -> None:
     sides = [8 + n for n in range(60)]
     jobs = iter([(side, (png(side),)) for side in sides])
     assert [(side, side) for side in sides] == [(key, r[0].info.width_px) for key, r in check_all(jobs)]  # type: ignore[index]
-
-
-def test_few_images_are_read_ahead() -> None:
-    read = []
-
-    def jobs() -> Iterator[tuple[int, tuple[bytes, ...]]]:
-        for number in range(100):
-            read.append(number)
-            yield number, (png(),)
-
-    results = check_all(jobs())
-    assert next(results)[0] == 0
-    assert len(read) == 2 * isolation._pool().size
-    results.close()  # type: ignore[attr-defined]
 
 
 def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
@@ -118,16 +94,10 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
     ("attack", "settings", "expected"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "", "decoder_died"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "", "decoder_died"),
-        ("os._exit(0)", "", "decoder_died"),
-        ("os.abort()", "", "decoder_died"),
         ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
         ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 200_000_000", "too_much_memory"),
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
         ("os.write(1, check_worker._LENGTH.pack(1 << 50))", "", "decoder_died"),
-        ("os.write(1, check_worker._LENGTH.pack(2) + b'{}'); os._exit(0)", "", "decoder_died"),
-        ("os.write(1, check_worker._LENGTH.pack(5) + b'[[[[['); os._exit(0)", "", "decoder_died"),
-        ("raise SystemExit", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
         ("d = b'[' * 900_000; os.write(1, check_worker._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
         ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, check_worker._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
@@ -146,49 +116,6 @@ def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     patch(monkeypatch, "import time; time.sleep(600)")
     results = check(png(), png(20), b"EVIL", png())
     assert [reason(result) for result in results] == ["fine", "fine", "too_slow", "fine"]
-
-
-def test_each_page_of_a_deck_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first image loads the libraries, which takes long on a busy machine.
-    monkeypatch.setattr(isolation, "_most_workers", 1)
-    wait = "import time; t = time.process_time()\n        while time.process_time() < t + 0.7: pass"
-    patch(monkeypatch, f"{wait}\n        return check(data[4:])", "check_worker.CPU_SECONDS = 2")
-    results = dict(check_all(iter([("first", (png(),)), ("deck", (b"EVIL" + png(),) * 6)])))
-    assert reason(results["deck"]) == "fine"  # 4 s in all
-
-
-def test_a_forked_process_has_workers_of_its_own_and_leaves_those_of_its_parent_alone() -> None:
-    code = """
-import os, sys
-from pipeline.images.isolation import check_all
-from tests.pipeline.images.test_isolation import png
-def check():
-    ((_, result),) = check_all(iter([(0, (png(),))]))
-    return isinstance(result, list)
-assert check()
-child = os.fork()
-if child == 0:
-    sys.exit(0 if check() else 1)  # and its atexit functions run
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-print(check())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr
-
-
-def test_more_than_a_thousand_open_files_are_no_dead_decoder() -> None:
-    code = """
-import os
-from pipeline.images.isolation import check_all
-from tests.pipeline.images.test_isolation import png
-from pipeline.inference.client import raise_file_limit
-assert raise_file_limit() > 1200
-kept = [os.dup(0) for _ in range(1100)]
-((_, result),) = check_all(iter([(0, (png(),))]))
-print(type(result).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "list\n", done.stderr
 
 
 def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 
 from pipeline.errors import ImageError
 from pipeline.images import metadata
@@ -148,14 +147,6 @@ def test_a_file_without_metadata_stays_as_it_is(plain: bytes) -> None:
     assert strip_metadata(plain) == plain
 
 
-def test_scans_and_restart_markers_of_a_jpeg_are_kept() -> None:
-    for more in ({"progressive": True}, {"restart_marker_rows": 1}, {"quality": 100, "subsampling": 0}):
-        data = jpeg(6, **more)
-        clean = strip_metadata(data)
-        assert leaked(clean) == []
-        assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
-
-
 @pytest.mark.parametrize(("kind", "more"), [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_all_frames_of_an_animation_are_kept(kind: str, more: dict[str, Any]) -> None:
     frames = [photo(n) for n in (1, 2, 3)]
@@ -236,14 +227,6 @@ def test_colors_are_decoded_as_adobe_says_and_nothing_else_of_its_segment_is_lef
     assert b"SECR" not in clean and leaked(clean) == []
     assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
     assert strip_metadata(cmyk) == cmyk
-
-
-def test_a_tiff_with_a_profile_of_an_odd_type_is_read(tmp_path: Path) -> None:
-    info = TiffImagePlugin.ImageFileDirectory_v2()
-    info.tagtype[34675] = 2
-    info[34675] = "no profile"
-    data = encoded("TIFF", tiffinfo=info)
-    assert prepare_image(strip_metadata(data)).tobytes() == prepare_image(data).tobytes()
 
 
 def test_names_and_leftovers_within_parts_that_stay_are_removed() -> None:

@@ -1,7 +1,5 @@
 """Near pairs among many hashes: found as surely as promised, without comparing each with each."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,6 @@ from pipeline.images.near_pairs import (
     NearPairs,
     find_near_pairs,
     image_distances,
-    plan_search,
 )
 
 COUNT = 5000
@@ -63,7 +60,7 @@ def test_pairs_are_found_as_surely_as_promised(bits: int, least: float, turned_b
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_pairs_in_clusters_are_nearly_all_of_those_of_comparing_each_with_each(seed: int, kind: str) -> None:
     mirrored = kind == "photos"
     rng = np.random.default_rng(seed)
@@ -76,13 +73,6 @@ def test_pairs_in_clusters_are_nearly_all_of_those_of_comparing_each_with_each(s
     assert len(all_pairs) == 21_240
     assert [bits for *_, bits in all_pairs - found if bits <= 48] == []
     assert len(all_pairs - found) <= 2
-
-
-def test_the_parts_of_a_hash_that_are_looked_at_first_are_two_quarters_of_each_word() -> None:
-    first, second = near_pairs._two_quarters(np.random.default_rng(3))
-    for one, other in zip(first, second, strict=True):
-        assert (int(one).bit_count(), int(other).bit_count(), int(one) & int(other)) == (16, 16, 0)
-    assert len({*map(int, first), *map(int, second)}) == 4  # other bits of other words
 
 
 def test_mirrored_images_are_not_near_where_mirroring_matters() -> None:
@@ -110,43 +100,3 @@ def test_the_same_pairs_are_found_each_time() -> None:
 def test_few_hashes_have_few_pairs(count: int) -> None:
     hashes = np.repeat(random_hashes(1), count, axis=0)
     assert as_list(find_near_pairs(hashes, 70, 64, mirrored=True)) == ([(0, 1, 0)] if count == 2 else [])
-
-
-def test_in_a_crowd_pairs_are_told_apart_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    crowd = changed(np.repeat(random_hashes(1, 7), 800, axis=0), 20)
-    at_once = as_list(find_near_pairs(crowd, 70, 64, mirrored=True))
-    monkeypatch.setattr(near_pairs, "MET_PAIRS", 1000)
-    held: list[int] = []
-    concatenate = np.concatenate
-
-    def counted(parts: Any, **options: Any) -> Any:
-        held.append(sum(np.size(part) for part in parts) if options else 0)
-        return concatenate(parts, **options)
-
-    monkeypatch.setattr(np, "concatenate", counted)
-    assert as_list(find_near_pairs(crowd, 70, 64, mirrored=True)) == at_once
-    assert 0 < max(held) <= 2 * (1000 + 800 * near_pairs.MAX_MEETINGS)  # those of one table, beyond those that are held
-
-
-def test_pairs_found_in_many_rounds_are_merged_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_pairs, "MERGED_PAIRS", 50)
-    merged: list[int] = []
-    unique = np.unique
-
-    def counted(pairs: Any) -> Any:
-        merged.append(len(pairs))
-        return unique(pairs)
-
-    monkeypatch.setattr(np, "unique", counted)
-    hashes = np.concatenate([random_hashes(1000), random_hashes(1000)])
-    assert len(find_near_pairs(hashes, 70, 64, mirrored=True).first) == 1000
-    assert max(merged) <= 2 * 1000 + 2 * 1000
-
-
-def test_a_plan_compares_each_hash_in_few_tables_however_many_there_are() -> None:
-    def rows_in_tables(count: int) -> int:
-        plan = plan_search(count, 64)
-        return count * plan.rounds * plan.tables
-
-    assert rows_in_tables(10_000_000) < 40 * rows_in_tables(1_000_000)
-    assert rows_in_tables(1_000_000) < 40 * rows_in_tables(100_000)

@@ -100,20 +100,6 @@ def hashes_of(*images: Image.Image) -> list[bytes]:
     return [pdq_hash(image) for image in images]
 
 
-@pytest.mark.parametrize(
-    ("split", "other_split"), [("train", "test"), ("train", "validation"), ("validation", "test"), (None, "test")]
-)
-@pytest.mark.parametrize("change", [stored_again, cropped])
-def test_what_is_near_a_held_out_image_goes(
-    photos: list[Image.Image], split: str | None, other_split: str, change: Any
-) -> None:
-    rows = (
-        {"pdq_hashes": hashes_of(photos[0]), "split": split},
-        {"pdq_hashes": hashes_of(change(photos[0])), "split": other_split, "width_px": 100},
-    )
-    assert compare_samples(samples(*rows), "photos")["image_reason"].to_pylist() == ["near_held_out_image", None]
-
-
 def test_slides_of_one_template_are_not_rejected() -> None:
     texts = ("Revenue grew by 12 %", "Costs fell in all regions", "New plants in three cities", "Staff: 1,240 people")
     pages = [slide([*random.Random(seed).sample(texts, 4), f"Chart {seed}: {seed * 37} units"]) for seed in range(12)]
@@ -132,27 +118,16 @@ def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image])
     assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
 
 
-def test_decks_are_near_whichever_comes_first(photos: list[Image.Image]) -> None:
-    same_pages, different_pages = {"pdq_hashes": hashes_of(*photos[:1] * 4)}, {"pdq_hashes": hashes_of(*photos[:4])}
-    for rows in ((same_pages, different_pages), (different_pages, same_pages)):
-        assert len(set(compare_samples(samples(*rows), "graphics")["image_group"].to_pylist())) == 2
-
-
 def test_empty_pictures_are_near_nothing() -> None:
     assert pdq_hash(Image.new("RGB", (300, 200), "white")) == b""
     rows: list[dict[str, Any]] = [{"pdq_hashes": [b""]}, {"pdq_hashes": [b""]}, {"pdq_hashes": []}]
     assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
 
 
-@pytest.mark.parametrize("flat_at", range(4))
-def test_a_flat_image_among_photos_that_are_near_is_a_group_of_its_own(photos: list[Image.Image], flat_at: int) -> None:
-    rows = [{"pdq_hashes": hashes_of(photo)} for photo in (photos[0], cropped(photos[0]), photos[1])]
-    rows.insert(flat_at, {"pdq_hashes": [b""]})
-    names = [name for name in ("s0", "s1", "s2", "s3") if name != f"s{flat_at}"]
-    groups = dict(
-        zip(["s0", "s1", "s2", "s3"], compare_samples(samples(*rows), "photos")["image_group"].to_pylist(), strict=True)
-    )
-    assert groups == {f"s{flat_at}": f"s{flat_at}", names[0]: names[0], names[1]: names[0], names[2]: names[2]}
+def test_a_flat_image_among_photos_that_are_near_is_a_group_of_its_own(photos: list[Image.Image]) -> None:
+    hashes = [hashes_of(photos[0]), [b""], hashes_of(cropped(photos[0])), hashes_of(photos[1])]
+    groups = compare_samples(samples(*({"pdq_hashes": of_sample} for of_sample in hashes)), "photos")
+    assert groups["image_group"].to_pylist() == ["s0", "s1", "s0", "s3"]
 
 
 def test_every_pair_within_reach_is_found_across_blocks() -> None:
@@ -202,7 +177,7 @@ def choose_one_by_one(
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_samples_are_chosen_as_if_one_by_one(seed: int, kind: ImageKind) -> None:
     rng = np.random.default_rng(seed)
     count = 80

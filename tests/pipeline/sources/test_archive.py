@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import stat
 import struct
 import tarfile
@@ -22,7 +21,6 @@ import webdataset
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import archive as archives
 from pipeline.sources import archive_entries, open_source
 from pipeline.types import ALL, Rejected, Sample, SourceSlice
 from tests.hostile import bounded_memory
@@ -134,22 +132,15 @@ def test_questions_of_json_files_are_read_where_the_first_images_have_some(tmp_p
 
 
 def test_a_user_is_told_which_texts_are_beside_images_and_which_are_for_nothing(tmp_path: Path) -> None:
-    files = FILES | {"a/9.txt": b"A boat.", "b/IMG.001.json": b"{odd", "c.json": b"[1]"}
+    table = b"file_name,text\nIMG.001.jpg,A cup.\n"
+    files = FILES | {"a/9.txt": b"A boat.", "b/IMG.001.json": b"{odd", "c.json": b"[1]", "b/metadata.csv": table}
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == (
         "captions of people in p.zip: 3, and 4 images",
+        "tables that are not read in p.zip: b/metadata.csv (unpack it, and read it as a folder)",
         "texts beside no image in p.zip: 2 (a/9.txt, c.json)",
-        "texts that are not read in p.zip: 1 (b/IMG.001.json)",
     )
-    (tmp_path / "p.zip").write_bytes(zip_of({"a.jpg": photo(0)}))
-    assert open_source(resolve(source=f"archive:{tmp_path}")).messages == ()
-
-
-def test_metadata_file_of_an_archive_is_not_read_and_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"b/0.jpg": photo(0), "b/metadata.csv": b"file_name,text\n0.jpg,A cup.\n"}))
-    source = open_source(resolve(source=f"archive:{tmp_path}"))
-    assert "tables that are not read in p.zip: b/metadata.csv (unpack it, and read it as a folder)" in source.messages
-    assert [row.references for row in source.rows if isinstance(row, Sample)] == [()]
+    assert samples(tmp_path)["p.zip/b/IMG.001.jpg"].references == ()
 
 
 def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
@@ -179,9 +170,8 @@ def test_the_name_of_an_archive_says_its_split(tmp_path: Path) -> None:
         rows(tmp_path, source_split="validation")
 
 
-@pytest.mark.parametrize("parts", [2, 3, 7])
-@pytest.mark.parametrize("count", [1, 4])
-def test_parts_together_are_the_whole(tmp_path: Path, parts: int, count: int) -> None:
+@pytest.mark.parametrize(("count", "parts"), [(1, 2), (4, 3), (4, 7)])
+def test_parts_together_are_the_whole(tmp_path: Path, count: int, parts: int) -> None:
     for number in range(count):
         files = {f"{n}.jpg": photo(10 * number + n) for n in range(5)}
         (tmp_path / f"{number}.tar").write_bytes(tar_of(files))
@@ -206,9 +196,6 @@ def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "nothing.zip"):
         with pytest.raises(SourceError, match="no archive at"):
             rows(path)
-    with pytest.raises(ConfigError, match="unknown source") as refused:
-        open_source(resolve(source=str(tmp_path / "notes.txt")))
-    assert f"did you mean list:{tmp_path / 'notes.txt'}?" in refused.value.hint
     (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
     with pytest.raises(ConfigError) as refused:
         open_source(resolve(source=str(tmp_path / "p.zip")))
@@ -232,20 +219,13 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
     return out.getvalue()
 
 
-def sized(name: str, size: int) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info
-
-
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"])
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path: Path, name: str, kind: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / f"p.{kind}").write_bytes((tar_of if kind == "tar" else zip_of)({name: photo(0), "good.jpg": photo(1)}))
-    outcomes = reasons(home)
-    assert sorted(map(str, outcomes.values())) == ["None", "outside_archive"]
+    assert sorted(map(str, reasons(home).values())) == ["None", "outside_archive"]
     assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
 
 
@@ -309,13 +289,6 @@ def tar_bomb() -> bytes:
     return gzip.compress(tar_of({"a.jpg": bytes(BOMB_BYTES), "b.jpg": photo(0)}), 9)
 
 
-def unknown_bomb() -> bytes:
-    """Return a tar file whose entry is of a type that nobody knows, and so has data."""
-    info = tarfile.TarInfo("x.bin")
-    info.type, info.size = b"Z", BOMB_BYTES
-    return gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(BOMB_BYTES), 9)
-
-
 def header_bomb() -> bytes:
     """Return a tar file with a name of 300 MB."""
     info = tarfile.TarInfo("././@LongLink")
@@ -323,12 +296,11 @@ def header_bomb() -> bytes:
     return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path: Path, method: int) -> None:
+def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path: Path) -> None:
     """zipfile unpacks all of such an entry at once, whatever size the directory states."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), method)
+        archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), zipfile.ZIP_LZMA)
         archive.writestr("good.jpg", photo(0))
     (tmp_path / "p.zip").write_bytes(out.getvalue())
     with bounded_memory(100_000_000):
@@ -346,8 +318,13 @@ def sparse_tar(form: str) -> bytes:
         return bytes(header) + (bytes(504) + b"\1" + bytes(7)) * 10_000
     info = tarfile.TarInfo("GNUSparseFile.0/x.jpg")
     info.size = 2048
-    version = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"} if form == "1.0" else {"GNU.sparse.size": "9"}
-    info.pax_headers = version | {"GNU.sparse.name": "x.jpg", "GNU.sparse.realsize": "9", "GNU.sparse.map": "0,9"}
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "x.jpg",
+        "GNU.sparse.realsize": "9",
+        "GNU.sparse.map": "0,9",
+    }
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(info, io.BytesIO(b"999999999\n" + b"1\n" * 1019))
@@ -363,19 +340,15 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
     [
         ("p.zip", zip_bomb, "unpacks to over"),
         ("p.tar.gz", tar_bomb, "unpacks to over"),
-        ("q.tgz", unknown_bomb, "unpacks to over"),
         ("p.tgz", header_bomb, "a header has 300,000,000 bytes"),
         ("p.tar", lambda: sparse_tar("gnu"), "is a sparse file"),
-        ("p.tar", lambda: sparse_tar("0.1"), "is a sparse file"),
         ("p.tar", lambda: sparse_tar("1.0"), "is a sparse file"),
         ("p.tar", lambda: tar_of(FOUR)[: PLACE + 20] + b"\xff" + tar_of(FOUR)[PLACE + 21 :], "is damaged"),
         ("p.tar", lambda: tar_of(FOUR)[:PLACE], "is damaged: its end is missing"),
-        ("p.tar", lambda: tar_of(FOUR)[: PLACE + 100], "is damaged"),
-        ("p.tar", lambda: tar_of(FOUR)[:-5000], "is damaged"),
         ("p.tar.gz", lambda: tar_of(FOUR, "w:gz")[:-2000], "is damaged"),
         ("p.zip", lambda: zip_of(FOUR)[:-2000], "is damaged"),
         ("p.zip", lambda: zip_of({"x.jpg": photo(0)}).replace(b"x.jpg", b"\0.jpg"), "is damaged"),
-        *((f"p{suffix}", lambda: Random(0).randbytes(3000), "is damaged") for suffix in archives.SUFFIXES),
+        *((name, lambda: Random(0).randbytes(3000), "is damaged") for name in ("p.tar", "p.zip")),
         ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no image in"),
     ],
 )
@@ -389,33 +362,6 @@ def test_archive_that_cannot_be_read_as_a_whole_is_an_error_that_names_it(
     with bounded_memory(150_000_000), pytest.raises(SourceError, match=problem) as caught:
         rows(tmp_path)
     assert name in str(caught.value)
-
-
-def test_a_name_that_comes_again_is_read_once_in_a_zip_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, read = io.BytesIO(), list[Any]()
-    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        for _ in range(5):
-            archive.writestr("x.jpg", photo(0))
-            archive.writestr("x.txt", "A bowl.")
-    (tmp_path / "p.zip").write_bytes(out.getvalue())
-    open_entry = zipfile.ZipFile.open
-
-    def note(*arguments: Any) -> Any:
-        read.append(arguments[1])
-        return open_entry(*arguments)
-
-    monkeypatch.setattr(zipfile.ZipFile, "open", note)
-    (row,) = rows(tmp_path / "p.zip")
-    assert isinstance(row, Sample) and row.references == ("A bowl.",) and len(read) == 2
-
-
-def test_large_files_of_another_kind_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_entries, "FREE_UNPACKED_BYTES", 1000)
-    monkeypatch.setattr(archive_entries, "BLOCK_BYTES", 5000)
-    files = {"v.mp4": os.urandom(400_000), "0.jpg": photo(0)}
-    for name, data in (("p.tar", tar_of(files)), ("p.tar.gz", tar_of(files, "w:gz"))):
-        (tmp_path / name).write_bytes(data)
-        assert len(samples(tmp_path / name)) == 1
 
 
 def test_names_with_colons_are_names_and_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -455,17 +401,6 @@ def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
-def test_an_archive_that_may_not_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("pipeline.sources.local_files.open_regular", refuse)
-    with pytest.raises(SourceError, match="Permission denied"):
-        rows(tmp_path)
-
-
 @pytest.mark.parametrize("make", [tar_of, zip_of])
 def test_texts_are_found_wherever_they_are_by_their_key(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
     """`tar cf` writes a folder in the order of its disk. The only image of a key has all texts of the key."""
@@ -484,18 +419,6 @@ def test_streams_in_a_row_are_read_and_archives_in_a_row_are_an_error(tmp_path: 
     (tmp_path / "p.tar").write_bytes(packed(first) + packed(second))
     with pytest.raises(SourceError, match=r"p\.tar goes on after its end"):
         rows(tmp_path / "p.tar")
-
-
-def test_the_first_bytes_say_what_an_archive_is(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(zip_of({"0.jpg": photo(0)}))
-    (tmp_path / "b.zip").write_bytes(tar_of({"1.jpg": photo(1)}, "w:gz"))
-    assert [*samples(tmp_path)] == ["a.tar/0.jpg", "b.zip/1.jpg"]
-
-
-def test_archive_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.zip")).write_bytes(zip_of({"0.jpg": photo(0)}))
-    assert [*samples(tmp_path)] == ["\\xff.zip/0.jpg"]
-    assert open_source(resolve(source=f"archive:{tmp_path}")).revision
 
 
 @pytest.mark.parametrize(
@@ -535,12 +458,6 @@ def test_a_link_in_a_folder_of_archives_is_refused_unless_it_is_allowed(tmp_path
     assert len(rows(tmp_path / "home", follow_links=True)) == 1
 
 
-def test_a_group_of_one_name_that_never_ends_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_GROUP_ENTRIES", 4)
-    (tmp_path / "p.tar").write_bytes(tar_of({f"x.{n}.jpg": photo(n) for n in range(9)}))
-    assert len(samples(tmp_path / "p.tar")) == 9
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     with running_s3("archives") as environment:
@@ -574,23 +491,10 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
 
 
 def test_archives_of_which_nothing_may_be_learned_say_so(tmp_path: Path) -> None:
-    def told() -> bool:
+    for name, is_reported in (("shop-test.tar", True), ("shop-train.tar", False)):
+        (tmp_path / name).write_bytes(tar_of({f"{name}.jpg": photo(len(name))}))
         messages = open_source(resolve(source=f"archive:{tmp_path}")).messages
-        what = "all rows are of the split test, as the name of shop-test.tar says: rename it if they are to be learned from"
-        return what in messages
-
-    (tmp_path / "shop-test.tar").write_bytes(tar_of({"a.jpg": photo(1)}))
-    assert told()
-    (tmp_path / "shop-train.tar").write_bytes(tar_of({"b.jpg": photo(2)}))
-    assert not told()
-
-
-def test_questions_are_read_where_a_later_archive_has_the_first_of_them(tmp_path: Path) -> None:
-    (tmp_path / "0.zip").write_bytes(zip_of({"0.jpg": photo(0)}))
-    own = {"question": "What is it?", "answer": "a cup"}
-    (tmp_path / "1.zip").write_bytes(zip_of({"1.jpg": photo(1), "1.json": json.dumps(own).encode()}))
-    rows = [row for row in open_source(resolve(source=f"archive:{tmp_path}")).rows if isinstance(row, Sample)]
-    assert [[one.question for one in row.reference_qa or ()] for row in rows] == [[], ["What is it?"]]
+        assert any("all rows are of the split test" in text for text in messages) == is_reported
 
 
 def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> None:
@@ -602,18 +506,3 @@ def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> N
     assert [row.reason if isinstance(row, Rejected) else row.context for row in rows] == [
         (("title", "Cup"),), "unusable_column", (("title", "red, blue"),),
     ]  # fmt: skip
-
-
-def test_names_that_are_no_utf8_keep_their_folder(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "latin.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
-        for number, name in enumerate(["été.jpg", "b/café.jpg", "c\\d.jpg"]):
-            entry, data = tarfile.TarInfo(name), photo(number)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    rows = list(open_source(resolve(source=f"archive:{tmp_path / 'latin.tar'}")).rows)
-    assert all(isinstance(row, Sample) for row in rows), rows
-    assert [row.source_row.rpartition(":")[2] for row in rows] == [
-        r"latin.tar/\udce9t\udce9.jpg",
-        r"latin.tar/b/caf\udce9.jpg",
-        "latin.tar/c/d.jpg",
-    ]

@@ -72,14 +72,6 @@ def test_one_page_of_an_excluded_deck_excludes_a_deck() -> None:
     assert index.find(sample(photo(5), photo(6))) is None
 
 
-def test_an_empty_list_or_an_empty_picture_excludes_nothing() -> None:
-    white = Image.new("RGB", (300, 200), "white")
-    assert ExclusionIndex.of(EXCLUSIONS.empty_table(), "photos").find(sample(photo(1))) is None
-    assert (
-        ExclusionIndex.of(exclusion_table(sample(white)), "photos").find(sample(Image.new("RGB", (301, 200), "white"))) is None
-    )
-
-
 def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
     questions = (ReferenceQA(question="How many?", answers=("2",)),)
     rows = list(exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=questions)]))
@@ -137,14 +129,3 @@ def test_a_text_inside_a_longer_one_is_found_and_so_is_a_longer_one() -> None:
         [{"name": "x", "image_id": "i", "look": b"", "texts": [f"{sentence} {short}"]}], schema=EXCLUSIONS
     )
     assert contaminated([short], table) == ["x"]
-
-
-def test_without_exclusions_nothing_is_marked() -> None:
-    assert contaminated(["A dog."], EXCLUSIONS.empty_table()) == [None]
-
-
-def test_a_short_text_is_compared_as_a_whole_only() -> None:
-    table = pa.Table.from_pylist(
-        [{"name": "x", "image_id": "i", "look": b"", "texts": ["A dog runs on the beach at noon."]}], schema=EXCLUSIONS
-    )
-    assert contaminated(["Dog runs on the beach!", "The dog runs on a beach at noon"], table) == [None, "x"]

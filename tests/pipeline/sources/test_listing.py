@@ -14,7 +14,6 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
-from pipeline.sources.local_files import digest_or_fault
 from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
 from tests.hub.datasets import photo
 
@@ -64,9 +63,7 @@ def test_columns_beside_the_image_are_captions_splits_and_context(home: Path, na
     assert (first.references, first.split, dict(first.context)) == (("A bowl.",), "train", {"title": "Bowl"})
     assert (second.references, second.split, dict(second.context)) == ((), "validation", {"title": "Cup"})
     assert source.messages == ("captions of people: 1 of 2 lines",)
-    only = opened(home / name, text, source_split="validation")
-    assert outcomes(only) == {"1.jpg": "read"}
-    assert only.messages[-1] == "columns that are not read: title"
+    assert outcomes(opened(home / name, text, source_split="validation")) == {"1.jpg": "read"}
     with pytest.raises(SourceError, match="no line of the split test"):
         opened(home / name, text, source_split="test")
     with pytest.raises(SourceError, match="there is no column name") as refused:
@@ -126,25 +123,6 @@ def test_a_list_that_is_not_there_or_is_no_text_is_one_error(home: Path) -> None
         opened(home / "list.csv", "photo\n0.jpg\n", columns={"image": "photo"})
 
 
-@pytest.mark.parametrize("parts", [2, 3, 9])
-def test_parts_together_are_the_whole_and_have_no_revision(home: Path, parts: int) -> None:
-    text = "\n".join(f"{n}.jpg" for n in range(4)) + "\n../private.jpg\n"
-    pieces = [opened(home / "list.txt", text, SourceSlice(number, parts)) for number in range(parts)]
-    assert {piece.revision for piece in pieces} == {""}
-    read = [row for piece in pieces for row in outcomes(piece).items()]
-    assert sorted(read) == sorted(outcomes(opened(home / "list.txt", text)).items())
-
-
-def test_the_revision_is_of_the_list_and_of_the_files(home: Path) -> None:
-    def revision(text: str = "0.jpg\n1.jpg\n") -> str:
-        return opened(home / "list.txt", text).revision
-
-    before = revision()
-    assert revision() == before != revision("0.jpg\n")
-    (home / "1.jpg").write_bytes(photo(7))
-    assert revision() != before
-
-
 def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> None:
     places = ["HTTPS://127.0.0.1/x.jpg?key=secret", "s3://bucket/x.jpg?sig=secret", "file:///etc/passwd", "ftp://h/x"]
     source = opened(home / "list.txt", "\n".join(places))
@@ -166,46 +144,8 @@ def test_what_is_no_file_beside_the_list_is_named_by_its_line(home: Path, place:
     assert isinstance(row, Rejected) and "zoe" not in str(row) and row.source_row == "list.jsonl:1"
 
 
-def test_a_list_whose_name_is_no_text_is_refused(home: Path) -> None:
-    """The settings of a run, which name it, are kept as text."""
-    file = Path(os.fsdecode(os.fsencode(home) + b"/\xff.txt"))
-    with pytest.raises(ConfigError, match="a path that is no UTF-8 cannot be kept: rename it"):
-        opened(file, "0.jpg\n")
-
-
 def test_paths_of_windows_and_old_line_ends_are_read(home: Path) -> None:
     assert outcomes(opened(home / "list.txt", ".\\0.jpg\rsub\\4.jpg\r")) == {"./0.jpg": "read", "sub/4.jpg": "read"}
-
-
-def test_a_quote_that_is_not_closed_is_an_error(home: Path) -> None:
-    lines = "".join(f"{n}.jpg,Bowl {n}.\n" for n in range(4))
-    with pytest.raises(SourceError, match="a quote before line 6 is not closed"):
-        opened(home / "list.csv", 'path,caption\n0.jpg,"A bowl.\n' + lines)
-    both = 'path,caption\n0.jpg,"A bowl,\non a table."\n1.jpg,A 5" bowl.\n'  # a text of two lines, and a mark for inches
-    assert set(outcomes(opened(home / "list.csv", both)).values()) == {"read"}
-    inches = opened(home / "list.csv", 'path,caption\n0.jpg,A 5" bowl.\n' + lines)
-    assert set(outcomes(inches).values()) == {"read"}
-
-
-def test_a_file_is_hashed_once_however_often_it_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[Path] = []
-
-    def note(path: Path, bound: Path | None) -> str:
-        hashed.append(path)
-        return digest_or_fault(path, bound)
-
-    monkeypatch.setattr(listing, "digest_or_fault", note)
-    opened(home / "list.txt", "0.jpg\n1.jpg\n" * 50)
-    assert len(hashed) == 2
-
-
-def test_a_text_with_commas_needs_quotes_in_a_csv_and_none_behind_a_tab(home: Path) -> None:
-    with pytest.raises(SourceError, match="line 2 has more columns than the first line"):
-        opened(home / "list.csv", "path,caption\n0.jpg,A red, small bowl.\n")
-    (quoted,) = opened(home / "list.csv", 'path,caption\n0.jpg,"A red, small bowl."\n').rows
-    (tabbed,) = opened(home / "list.tsv", 'caption\tpath\n6" bowl, red\t0.jpg\n').rows
-    assert isinstance(quoted, Sample) and quoted.references == ("A red, small bowl.",)
-    assert isinstance(tabbed, Sample) and tabbed.references == ('6" bowl, red',)
 
 
 def test_odd_values_stop_nothing(home: Path) -> None:
@@ -218,21 +158,6 @@ def test_odd_values_stop_nothing(home: Path) -> None:
         read = list(opened(home / "list.json", text, columns={"context": "score"}).rows)
         assert [getattr(row, "reason", None) for row in read] == [None, "unknown_split", None]
         assert [row.references for row in read if isinstance(row, Sample)] == [("A bowl.",), ()]
-
-
-def test_names_of_columns_are_read_in_any_case_and_each_row_may_have_another(home: Path) -> None:
-    (first,) = opened(home / "list.csv", "PATH,Caption,Title\n0.jpg,A bowl.,Bowl\n", columns={"context": "Title"}).rows
-    assert isinstance(first, Sample) and (first.references, dict(first.context)) == (("A bowl.",), {"Title": "Bowl"})
-    mixed = opened(home / "list.jsonl", '{"file_name": "1.jpg"}\n{"URL": "https://example.org/x.jpg"}\n{"file_name": null}\n')
-    assert outcomes(mixed) == {"1.jpg": "read", "list.jsonl:2": "image_not_embedded", "list.jsonl:3": "image_missing"}
-
-
-def test_a_list_in_utf_16_is_read_and_one_on_the_web_is_refused(home: Path) -> None:
-    (home / "list.csv").write_bytes("path,caption\r\n0.jpg,Eine Sch\u00fcssel.\r\n".encode("utf-16"))
-    (row,) = open_source(resolve(source=f"list:{home / 'list.csv'}")).rows
-    assert isinstance(row, Sample) and row.references == ("Eine Sch\u00fcssel.",)
-    with pytest.raises(ConfigError, match=r"from https://example.org/list.csv$"):
-        open_source(resolve(source="list:https://example.org/list.csv?key=1"))
 
 
 class Together(http.server.BaseHTTPRequestHandler):
@@ -291,17 +216,6 @@ def test_a_name_is_found_in_either_form_of_unicode(
     (tmp_path / "a.txt").write_text(unicodedata.normalize(listed, "Köln.jpg") + "\n")
     rows = list(open_source(resolve(source=f"list:{tmp_path}/a.txt")).rows)
     assert [type(row) for row in rows] == [Sample]
-
-
-def test_lists_of_questions_and_lines_that_are_no_json_are_told(home: Path) -> None:
-    pairs = [{"question": "What?", "answer": "A cup."}, {"question": "Red?", "answers": ["no"]}]
-    source = opened(home / "list.jsonl", json.dumps({"image": "0.jpg", "qa": pairs}))
-    assert [[one.question for one in row.reference_qa or ()] for row in source.rows if isinstance(row, Sample)] == [
-        ["What?", "Red?"]
-    ]
-    assert source.messages == ("questions of people: 1 of 1 lines",)
-    with pytest.raises(SourceError, match="line 3 is no JSON"):
-        opened(home / "list.jsonl", '{"image": "0.jpg"}\n\n{"image": "1.j')
 
 
 def test_value_that_no_prompt_can_state_is_an_error_with_its_row(home: Path) -> None:

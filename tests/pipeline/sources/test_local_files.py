@@ -9,11 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.dry_run import predict_run
-from pipeline.preview import preview_run
 from pipeline.sources import open_source
-from pipeline.sources.local_files import digest_or_fault, skip_digests
-from tests.chat.server import ChatServer, running_chat
+from pipeline.sources.local_files import skip_digests
 from tests.hub.datasets import photo
 
 
@@ -40,19 +37,3 @@ def test_digests_are_skipped_where_no_revision_is_needed(kind: str, tmp_path: Pa
     with skip_digests():
         source = open_source(config)
     assert len(list(source.rows)) == 3 and source.revision != revision
-
-
-def test_preview_and_dry_run_skip_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digests: list[str] = []
-
-    def record_digest(path: Path, bound: Path | None) -> str:
-        digests.append(digest_or_fault(path, bound))
-        return digests[-1]
-
-    monkeypatch.setattr("pipeline.sources.folder.digest_or_fault", record_digest)
-    with running_chat(ChatServer()) as server:
-        source = write_source("folder", tmp_path / "photos")
-        config = resolve(source=source, tasks=("caption",), base_url=[server.url], model="model")
-        assert len(preview_run(config, 2, tmp_path / "dataset").images) == 2
-        assert predict_run(config, tmp_path / "dataset")["sampled_images"] == 3
-    assert digests == [""] * 6
