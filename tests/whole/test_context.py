@@ -57,26 +57,21 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.Comp
     return run_synth(*command, *source, *arguments, cwd=folder)
 
 
-def test_columns_of_the_source_are_notes_before_the_prompt_and_a_column_of_the_rows(shop: Path, server: ChatServer) -> None:
+def test_columns_are_notes_before_the_prompt_and_only_rows_that_change_are_asked_again(shop: Path, server: ChatServer) -> None:
     done = generate(shop, server, "--columns", "context=title,price")
     assert done.returncode == 0, done.stderr
     noted = [text_of(body) for body in server.bodies]
     assert len(noted) == COUNT
     assert all(text.startswith("Notes that came with this picture") and text.endswith("Task: caption, plain") for text in noted)
-    assert {f'- title: "Lamp {n}"\n- price: "{n}.99"\nEnd of the notes.\n' in "".join(noted) for n in range(COUNT)} == {True}
+    assert all(f'- title: "Lamp {n}"\n- price: "{n}.99"\nEnd of the notes.\n' in "".join(noted) for n in range(COUNT))
     rows = load_rows(shop / "d")
     assert {row["context"]["title"] for row in rows} == {f"Lamp {n}" for n in range(COUNT)}
     assert all(row["context"]["title"] in row["captions"][0]["text"] for row in rows)
     assert [name for name, _ in rows.features["context"].items()] == ["title", "price"]
     check = run_synth("check", "d", cwd=shop)
     assert check.returncode == 0, check.stderr + check.stdout
-
-
-def test_only_the_rows_whose_context_has_changed_are_asked_again(shop: Path, server: ChatServer) -> None:
-    assert generate(shop, server, "--columns", "context=title,price").returncode == 0
-    asked = len(server.bodies)
     assert not json.loads(generate(shop, server, "--columns", "context=title,price").stdout)["is_new"]
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == COUNT
     write_metadata(
         shop,
         title=[f"Lamp {n}" for n in range(COUNT)],
@@ -85,7 +80,7 @@ def test_only_the_rows_whose_context_has_changed_are_asked_again(shop: Path, ser
     )
     done = generate(shop, server, "--columns", "context=title,price,room")
     assert done.returncode == 0, done.stderr
-    assert len(server.bodies) - asked == 10
+    assert len(server.bodies) - COUNT == 10
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # another field is another column
 
 
@@ -139,25 +134,20 @@ def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: 
     assert refused.returncode == 1 and "has a prompt of product, which is not a style" in refused.stderr, refused.stderr
 
 
-def test_a_column_may_have_any_name_and_any_letters(shop: Path, server: ChatServer) -> None:
+def test_values_of_any_name_and_letters_stay_notes(shop: Path, server: ChatServer) -> None:
     title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
-    write_metadata(shop, items=title, copy=["gut"] * COUNT, **{"der Preis": ["3 \u20ac"] * COUNT})
+    evil = [EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)]
+    write_metadata(shop, items=title, copy=["gut"] * COUNT, title=evil, **{"der Preis": ["3 \u20ac"] * COUNT})
     text = "title: {{ row.items | tojson }}\n({{ row.copy }}, {{ row['der Preis'] }})"
     (shop / "synth.yaml").write_text(json.dumps({"generate": {"caption_styles": ["x"], "style_prompts": {"x": text}}}))
     command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--config", "synth.yaml"]
-    command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "d"]
-    for _ in range(2):
-        done = run_synth(*command, cwd=shop)
-        assert done.returncode == 0, done.stderr
-    assert len(server.bodies) == COUNT
-    assert {text_of(body).splitlines()[0] for body in server.bodies} == {
-        f"title: {json.dumps(t, ensure_ascii=False)}" for t in title
-    }
+    command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
+    done = run_synth(*command, cwd=shop)
+    assert done.returncode == 0, done.stderr
+    shown = {f"title: {json.dumps(one, ensure_ascii=False)}" for one in title}
+    assert {text_of(body).splitlines()[0] for body in server.bodies} == shown
     assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
-
-
-def test_instructions_in_a_column_stay_a_note(shop: Path, server: ChatServer) -> None:
-    write_metadata(shop, title=[EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)])
+    server.bodies.clear()
     assert generate(shop, server, "--columns", "context=title").returncode == 0
     for body in server.bodies:
         lines = text_of(body).splitlines()
