@@ -287,7 +287,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert fetched.manifest["digest"] == local.manifest["digest"]
         assert rows_of(fetched) == rows_of(local)
         assert rows_of(local).keys() <= {key.split()[0] for key in undisturbed}
-        assert "v1.0.0" in synth("versions", home).stdout
+        assert "v1.0.0" in synth("versions", "list", home).stdout
         sample_id, content = text_name(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
         reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
         (tmp_path / "reviews.jsonl").write_text(reviews)

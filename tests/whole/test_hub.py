@@ -62,13 +62,13 @@ def reader(hub: RunningHub, tmp_path: Path) -> User:
 
 
 def test_versions_are_listed_with_their_pushes_and_compared_with_those_on_the_hub(maker: User, hub: RunningHub) -> None:
-    first, second = maker.json("versions")
+    first, second = maker.json("versions", "list")
     assert (first["version"], first["parent"], second["version"], second["parent"]) == ("v1.0.0", None, "v1.1.0", "v1.0.0")
     assert sum(second["rows"].values()) == SCENES
     assert second["bytes"] > 0
     tags = hub.hub.storage.repos["dataset", "me/scenes"].tags
     assert second["pushed"] == [f"me/scenes@{tags['v1.1.0']}"]
-    output = maker.synth("versions").stdout
+    output = maker.synth("versions", "list").stdout
     assert f"pushed to me/scenes@{tags['v1.0.0']}" in output
     assert "(from v1.0.0)" in output
     unchanged = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
@@ -220,9 +220,7 @@ def test_what_cannot_be_pushed_or_overwritten_is_refused_and_a_dry_run_sends_not
     assert "holds a captioner of other settings" in refused
 
 
-def test_version_is_made_again_of_its_manifest_and_journal_and_its_report_is_anonymous(
-    maker: User, tmp_path: Path
-) -> None:
+def test_version_is_made_again_of_its_manifest_and_journal_and_its_report_is_anonymous(maker: User, tmp_path: Path) -> None:
     data = maker.folder / "data" / "scenes"
     manifest = DatasetDir(data).version("v1.0.0").path / "manifest.json"
     shutil.copytree(data / "journal", tmp_path / "again" / "journal")
