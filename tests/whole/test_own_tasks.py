@@ -1,8 +1,6 @@
 """Own tasks: from a file of YAML to a pushed dataset with the right columns; what is asked again, and what is refused."""
 
-import base64
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -17,13 +15,10 @@ from typing import Any
 
 import pytest
 from datasets import List, Value
-from PIL import Image
 
-from tests.chat.kinds import VLLM
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import run_synth
 from tests.hub.server import running_hub
-from tests.pipeline.images.test_similarity import photo
 from tests.whole.conftest import ROOT, load_rows, save_photos
 
 COUNT = 24
@@ -123,26 +118,6 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> dict[str, Any]:
 
 def tasks(*names: str) -> list[str]:
     return [part for name in names for part in ("--task", str(EXAMPLES / f"{name}.yaml"))]
-
-
-def test_boxes_on_a_large_photo_are_where_they_are_on_the_image_that_the_model_saw(tmp_path: Path, model: Model) -> None:
-    (tmp_path / "photos").mkdir()
-    photo(1).resize((3000, 2000)).save(tmp_path / "photos/large.jpg")
-    seen = []
-
-    def reply(times: int, body: dict[str, Any]) -> Act:
-        (image,) = (part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url")
-        with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as sent:
-            seen.append(sent.size)
-        right, bottom = (round(side / 28) * 28 for side in seen[-1])  # of the patches that the model reads
-        return Act(json.dumps({"boxes": [{"bbox_2d": [0, 0, right // 2, bottom], "label": "dog"}]}))
-
-    with running_chat(ChatServer(reply, kind=VLLM)) as chat:
-        generate(tmp_path, chat, *tasks("boxes"))
-    assert len(seen) == 1 and seen[0][0] < 2500
-    (row,) = load_rows(tmp_path / "d")
-    (box,) = row["boxes"]
-    assert box["bbox_2d"] == pytest.approx([0, 0, 1500, 2000], abs=2)
 
 
 def test_all_examples_become_columns_of_the_right_types_and_are_pushed(shop: Path, server: ChatServer, model: Model) -> None:
@@ -245,21 +220,6 @@ def test_that_nothing_is_there_is_a_result_and_that_nothing_could_be_read_is_non
     generate(shop, server, *tasks("boxes"), "--out", "alone")  # an image without a dog is an example, too
     version = json.loads((shop / "alone/versions/v1.0.0/manifest.json").read_text())
     assert sum(version["rows"].values()) == sum(int(row["sample_id"][:8], 16) % 3 == 0 for row in load_rows(shop / "d")) > 0
-
-
-def test_bounds_of_texts_may_change_without_asking_again(shop: Path, server: ChatServer, model: Model) -> None:
-    task = "{name: note, kind: text, prompt: Note., max_words: %d}"
-    model.replies["note"] = lambda prompt, image: {"text": " ".join(["a", "b", "c"][: 1 + int(image[0], 16) % 3])}
-    (shop / "note.yaml").write_text(task % 3)
-    generate(shop, server, "--task", "note.yaml")
-    (shop / "note.yaml").write_text(task % 1)
-    generate(shop, server, "--task", "note.yaml", "--from-stage", "filter")
-    assert model.asked == {"note": COUNT} and {row["note"] for row in load_rows(shop / "d", "v1.0.1")} == {"a"}
-    (shop / "note.yaml").write_text((task % 1).replace("Note.", "Other."))
-    refused = synth(
-        shop, "generate", "--source", "folder:photos", "--out", "d", "--task", "note.yaml", "--from-stage", "filter"
-    )
-    assert refused.returncode == 1 and "own_tasks has changed since the stages before filter ran" in refused.stderr
 
 
 def test_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatServer) -> None:
