@@ -169,7 +169,7 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     for number, caption in captions.items():
         details = [detail for detail, _ in details_in(caption["text"])]
         assert set(details) <= {*truth_of(number)} and caption["precision"] == 1.0, caption
-        assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v2@"), caption
+        assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v1@"), caption
         assert len(details) == (2 if number in wrong else 3)
     kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
     before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}

@@ -158,15 +158,14 @@ def test_values_of_any_name_and_letters_stay_notes(shop: Path, server: ChatServe
 
 def test_columns_of_a_table_and_folders_are_context_too(shop: Path, server: ChatServer) -> None:
     pixels = [(shop / "photos" / f"{n:02}.png").read_bytes() for n in range(COUNT)]
-    table = pa.table({"image": pixels, "title": [f"Lamp {n}" for n in range(COUNT)], "tags": [["a", "b"]] * COUNT})
-    pq.write_table(table.append_column("stock", pa.array(range(COUNT))), shop / "rows.parquet")
+    titles = [f"Lamp {n}" for n in range(COUNT)]
+    table = pa.table({"image": pixels, "title": titles, "tags": [["a", "b"]] * COUNT, "stock": range(COUNT)})
+    pq.write_table(table, shop / "rows.parquet")
     done = generate(shop, server, "--source", "parquet:rows.parquet", "--columns", "context=title,tags,stock,image=image")
     assert done.returncode == 0, done.stderr
-    by_id = {row["sample_id"]: row["context"] for row in load_rows(shop / "d")}
     number = {hashlib.sha256(data).hexdigest(): n for n, data in enumerate(pixels)}
-    assert {(number[name], *context.values()) for name, context in by_id.items()} == {
-        (n, f"Lamp {n}", "a, b", f"{n}") for n in range(COUNT)
-    }
+    found = {(number[row["sample_id"]], *row["context"].values()) for row in load_rows(shop / "d")}
+    assert found == {(n, f"Lamp {n}", "a, b", f"{n}") for n in range(COUNT)}
     (shop / "photos/metadata.csv").unlink()
     (shop / "photos/hall").mkdir()
     (shop / "photos/00.png").rename(shop / "photos/hall/00.png")

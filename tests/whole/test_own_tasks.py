@@ -30,6 +30,17 @@ loaded = datasets.load_dataset("me/shop")
 rows = {split: part.remove_columns(["image"]).to_list() for split, part in loaded.items()}
 pickle.dump((loaded["train"].features, rows), sys.stdout.buffer)
 """
+SHAPES = """
+from pydantic import BaseModel, model_validator
+class Range(BaseModel):
+    low: int
+    high: int
+    @model_validator(mode='after')
+    def _in_order(self):
+        if self.low > self.high:
+            raise ValueError('not in order')
+        return {7: self}[self.low] if self.low == 5 else self
+"""
 TITLE = re.compile(r'sold as "(?:Lamp|Chair) (\d+)"')
 
 
@@ -246,15 +257,7 @@ def test_values_are_shown_in_the_report_and_reviewed(shop: Path, server: ChatSer
 
 
 def test_a_model_of_pydantic_checks_what_a_schema_cannot_say(shop: Path, server: ChatServer, model: Model) -> None:
-    (shop / "shapes.py").write_text(
-        "from pydantic import BaseModel, model_validator\n"
-        "class Range(BaseModel):\n"
-        "    low: int\n    high: int\n"
-        "    @model_validator(mode='after')\n"
-        "    def _in_order(self):\n"
-        "        if self.low > self.high:\n            raise ValueError('not in order')\n"
-        "        return {7: self}[self.low] if self.low == 5 else self\n"
-    )
+    (shop / "shapes.py").write_text(SHAPES)
     model.replies["span"] = lambda prompt, image: {"low": int(image[0], 16), "high": 7}
     (shop / "span.yaml").write_text("{name: span, kind: record, output: 'shapes:Range', prompt: Guess.}")
     generate(shop, server, "--task", "span.yaml")
