@@ -63,7 +63,7 @@ def add(*files: str) -> Callable[[Path], None]:
 EMBEDDED = "--engine embedded --model tiny"
 PHOTOS = "generate --source folder:photos"
 MISTAKES = (
-    Mistake("no source", "generate", "no source given", "--source scenes"),
+    Mistake("no source", "generate", "no source given", "--source folder:PATH"),
     Mistake(
         "two sources", "generate --source folder:photos --source scenes",
         "one source, and 2 are given: folder:photos, scenes", "--out",

@@ -84,7 +84,7 @@ def test_columns_are_notes_before_the_prompt_and_only_rows_that_change_are_asked
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # another field is another column
 
 
-def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer) -> None:
+def test_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer) -> None:
     (shop / "prompts/caption").mkdir(parents=True)
     template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
     (shop / "prompts/caption/v1.j2").write_text(template)
@@ -95,26 +95,20 @@ def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServe
     assert "context" not in load_rows(shop / "d").features
     asked = len(server.bodies)
     for options, complaint in (
-        (("--columns", "context=price"), "uses row.title, and no such column is mapped"),
-        ((), "uses row.title, and no such column is mapped"),
-        (("--columns", "context=titel"), "uses row.title"),
+        (("--config", "synth.yaml", "--columns", "context=price"), "uses row.title, and no such column is mapped"),
+        (("--config", "synth.yaml"), "uses row.title, and no such column is mapped"),
+        (("--columns", "context=titel"), "there is no column titel"),
+        (("--columns", "image=title"), "a folder has no column to be the image"),
     ):
-        refused = generate(shop, server, "--config", "synth.yaml", *options)
+        refused = generate(shop, server, *options)
         assert refused.returncode == 1 and complaint in refused.stderr and len(server.bodies) == asked, refused.stderr
-    refused = generate(shop, server, "--columns", "context=titel")
-    assert refused.returncode == 1 and "there is no column titel" in refused.stderr and "price" in refused.stderr
-    refused = generate(shop, server, "--columns", "image=title")
-    assert refused.returncode == 1 and "a folder has no column to be the image" in refused.stderr
 
 
-def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: ChatServer) -> None:
-    text = (
-        "Describe what is sold as title: {{ row.title | tojson }}\n in one sentence, for {{ 'a' if draw % 2 else 'the' }} shop."
-    )
+def test_style_of_the_settings_is_a_prompt_of_its_own(shop: Path, server: ChatServer) -> None:
+    text = "Describe what is sold as title: {{ row.title | tojson }}\n for {{ 'a' if draw % 2 else 'the' }} shop."
     (shop / "synth.yaml").write_text(json.dumps({"generate": {"style_prompts": {"product": text}}}))
     arguments = ("--config", "synth.yaml", "--columns", "context=title")
-    command = ["generate", "--source", "folder:photos", "--tasks", "caption"]
-    command += ["--base-url", server.url, "--out", "d"]
+    command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--base-url", server.url, "--out", "d"]
     done = run_synth(*command, *arguments, cwd=shop)
     assert done.returncode == 0, done.stderr
     asked = [body for body in server.bodies if text_of(body).endswith('Reply as {"caption": "..."}.\nTask: caption, product')]
@@ -126,10 +120,8 @@ def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: 
     manifest = shop / "d/versions/v1.0.0/manifest.json"
     assert text in json.loads(manifest.read_text())["prompts"][captions[0]["prompt_id"]]
     assert "Describe what is sold" in (manifest.parent / "README.md").read_text()
-    count = len(server.bodies)
-    again = [*command, "--config", str(manifest)]
-    assert run_synth(*again, cwd=shop).returncode == 0
-    assert len(server.bodies) == count  # a manifest has the words, too
+    assert run_synth(*command, "--config", str(manifest), cwd=shop).returncode == 0
+    assert len(server.bodies) == 3 * COUNT  # a manifest has the words, too
     refused = generate(shop, server, *arguments)  # --styles plain
     assert refused.returncode == 1 and "has a prompt of product, which is not a style" in refused.stderr, refused.stderr
 

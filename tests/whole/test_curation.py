@@ -106,24 +106,3 @@ def test_a_run_from_the_middle_does_not_use_stages_of_an_earlier_interrupted_run
     with pytest.raises(ConfigError, match="is missing"):
         generate_dataset(strict, tmp_path / "d", "dedupe")
     assert set(generate_dataset(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}
-
-
-def files_under(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
-
-
-def test_the_image_similarity_of_exclusions_cannot_change_in_the_middle(tmp_path: Path) -> None:
-    for name in ("photos", "test"):
-        (tmp_path / name).mkdir()
-        photo(len(name)).save(tmp_path / name / "1.png")
-    tiny = ("--engine", "embedded", "--model", "tiny", "--out", "d")
-    common = ("generate", "--source", "folder:photos", "--exclude", "folder:test", *tiny)
-    assert run(*common, cwd=tmp_path).returncode in (0, 1)
-    (tmp_path / "c.yaml").write_text("dedupe: {images: none}\n")
-    before = files_under(tmp_path / "d")
-    done = run(*common, "--from-stage", "dedupe", "--config", "c.yaml", cwd=tmp_path)
-    assert done.returncode == 1 and "dedupe.images has changed" in done.stderr
-    assert files_under(tmp_path / "d") == before
-    (tmp_path / "test" / "1.png").write_bytes(b"broken")
-    done = run(*common, cwd=tmp_path)
-    assert done.returncode == 1 and "no image of folder:test could be read" in done.stderr

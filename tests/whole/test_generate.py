@@ -1,15 +1,12 @@
 """`synth generate` with real parts: the tiny teacher, a real journal, and `kill -9`."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 from PIL import Image
@@ -133,33 +130,6 @@ def test_a_signal_ends_a_run_which_says_how_to_go_on(
     assert process.returncode == code, progress
     assert "run the same command to go on" in progress
     assert "Traceback" not in progress
-
-
-def test_signal_within_an_import_ends_the_command_once_the_module_is_there(tmp_path: Path) -> None:
-    """A module that passes over errors while it is loaded, as some do that look for optional packages, would swallow it."""
-    module = """
-        import os, signal, time
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
-            is_whole = True
-        except BaseException:
-            is_whole = False"""
-    (tmp_path / "careless.py").write_text(dedent(module))
-    code = """
-        import time
-        from pipeline.cli import termination
-        with termination.sigterm_as_ctrl_c() as arrived:
-            try:
-                import careless
-                time.sleep(0.2)
-                print(careless.is_whole, "went on")
-            except KeyboardInterrupt:
-                print(careless.is_whole, bool(arrived))"""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", dedent(code)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, preexec_fn=restore_sigint)
-    assert done.stdout.strip() == "True True"
 
 
 def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: Path) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
-from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub, running_hub
 
 SCENES = 80
@@ -118,18 +117,6 @@ def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(h
     for name in ("messages", "sidecar"):
         wrong = run_synth("push", "d", "--repo", "me/none", "--also", name, cwd=reader.folder, env=env)
         assert wrong.returncode == 2 and "--also" in wrong.stderr
-
-
-def test_a_model_on_the_hub_is_weighed_without_being_fetched(hub: RunningHub, reader: User) -> None:
-    api = HfApi(hub.endpoint, token=TOKEN)
-    api.create_repo("me/weights")
-    files = {"model-1.safetensors": 1 << 20, "model-2.safetensors": 1 << 20, "pytorch_model.bin": 1 << 21, "config.json": 2}
-    for name, size in files.items():
-        api.upload_file(path_or_fileobj=bytes(size), path_in_repo=name, repo_id="me/weights")
-    (finding, *_) = json.loads(reader.synth("doctor", "--model", "me/weights", "--json").stdout)
-    assert finding["ok"] and finding["found"].startswith("me/weights: 0.0 GiB of weights")
-    (missing, *_) = json.loads(reader.synth("doctor", "--model", "me/none", "--json").stdout)
-    assert not missing["ok"] and "no model " in missing["found"]
 
 
 def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from tests.browser import PHONE, Open, browser, opened, violations  # noqa: F401  # fixtures
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.commands import run_synth
-from tests.pipeline.images.test_similarity import photo
 from tests.whole.conftest import save_photos
 
 
@@ -110,22 +109,6 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     again = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
     assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
     assert again["kept_images"] == kept["version"]["kept"]
-
-
-def test_a_dry_run_is_right_beside_raw_files_and_replies_that_are_there(photos: Path, server: ChatServer) -> None:
-    for number in range(12):
-        (photos / "photos" / f"{number:02}.nef").write_bytes(b"raw")
-    command = ("generate", "--source", "folder:photos", "--base-url", server.url, "--tasks", "qa", "--price-in", "1000")
-    predicted = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
-    assert (predicted["images"], predicted["requests"]) == (12, 12)
-    assert predicted["cost"] == pytest.approx(0.52)  # of 12 replies, and of one that was no JSON
-    limited = json.loads(run(photos, *command, "--dry-run", "--limit", "3", "--json").stdout)
-    assert (limited["images"], limited["requests"], limited["cost"]) == (3, 3, 0)
-    photo(40).save(photos / "photos" / "40.jpg")
-    photo(41).save(photos / "photos" / "41.jpg")
-    more = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
-    assert (more["images"], more["remaining_images"], more["asked"]) == (14, 2, 2)
-    assert (more["requests"], more["cost"]) == (14, pytest.approx(0.08))
 
 
 def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:

@@ -24,7 +24,6 @@ from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.journal import Journal
 from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.vllm_launch import plan_vllm_command
 from pipeline.types import SampleInfo
 from tests.commands import run_process, run_synth
 from tests.scene_data import batch_of, scene_samples, scenes_by_id, score_annotations
@@ -36,26 +35,6 @@ KEY = "test-key-of-nobody"
 SEED = 8001
 SCENES = 48
 MAX_SECONDS = 600
-# The class that adds the arguments stands in the same place in 0.32 and 0.33; the module that it calls has moved.
-ASK_PARSER = """
-import json
-import sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-parser = FlexibleArgumentParser(prog="vllm")
-serve = ServeSubcommand().subparser_init(parser.add_subparsers())
-for arguments in json.loads(sys.argv[1]):
-    serve.parse_args(arguments)
-print("accepted")
-"""
-
-
-def parse_with(python: Path, *commands: list[str]) -> str:
-    """Parse the arguments of commands with the parser of an installed vLLM; return `accepted`, or what it says is wrong."""
-    command = [str(python), "-c", ASK_PARSER, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""})
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
 def missing_vllm_reason() -> str | None:
@@ -299,15 +278,3 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
 def servers(process: "subprocess.Popen[Any]") -> list[int]:
     """Return the running vLLM servers that a command has started."""
     return [pid for pid in descendants(process.pid) if is_alive(pid) and "vllm.entrypoints" in command_of(pid)]
-
-
-def test_its_own_parser_takes_all_our_flags_and_values(tmp_path: Path) -> None:
-    config, commands = resolve(source="scenes"), []
-    for gpus in ((), ("0",)):
-        command = plan_vllm_command(
-            "python", str(TINY_WEIGHTS), "r", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64
-        )
-        arguments = command.command(8000, tmp_path)
-        start = next(n for n, word in enumerate(arguments) if word.startswith("--") and word != "--model")
-        commands.append([str(TINY_WEIGHTS), *arguments[start:]])
-    assert parse_with(PYTHON, *commands) == "accepted"
