@@ -15,18 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
-from pipeline.inference.client import Client
-from pipeline.inference.endpoints import KeptImages
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.journal import Journal
-from pipeline.inference.probing import find_model
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.types import SampleInfo
 from tests.commands import run_process, run_synth
-from tests.scene_data import batch_of, scene_samples, scenes_by_id, score_annotations
+from tests.scene_data import scene_samples, scenes_by_id, score_annotations
 from tests.whole.conftest import SYNTH, restore_sigint
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +71,10 @@ def annotations(folder: Path) -> list[dict[str, Any]]:
 def accuracy(folder: Path) -> dict[str, float]:
     captions, answers = score_annotations(annotations(folder), scenes_by_id(scene_samples(SCENES, SEED)))
     return {style: c.precision for style, c in captions.items()} | {kind: a.accuracy for kind, a in answers.items()}
+
+
+def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
 
 
 def is_alive(pid: int) -> bool:
@@ -161,7 +158,7 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     done = run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
-    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
+    funnel = funnel_of(folder)
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
     local, remote = accuracy(embedded), accuracy(folder)
@@ -172,34 +169,13 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert sum(equal) >= 0.85 * len(equal)
 
 
-def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known: list[bool] = []
-    monkeypatch.setattr(KeptImages, "hit", lambda self, shown: known.append(True))
-    monkeypatch.setattr(KeptImages, "miss", lambda self, shown: known.append(False))
-    monkeypatch.setenv("SYNTH_API_KEY", KEY)
-    config = resolve(source="scenes", base_url=[served], server={"concurrency": 4})
-    model, revision = find_model(config)
-    samples, stats = scene_samples(12, SEED + 1), RequestStats()
-    with Journal(tmp_path / "j") as journal, Client(model, revision, config) as engine:
-        for _ in ask_about(iter([batch_of(samples)]), config, revision, lambda: engine, journal, stats):
-            pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, revision, journal)
-    assert all(known)
-    assert len(known) >= 16  # of 24: at the end none waits
-    assert (stats.done, table["reply_error"].null_count) == (36, table.num_rows)
-
-
 def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:
-    output = {
-        "type": "object",
-        "required": ["size", "parts", "sure"],
-        "properties": {
-            "size": {"enum": ["small", "large"]},
-            "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
-            "sure": {"type": "boolean"},
-            "count": {"type": "integer", "minimum": 0, "maximum": 9},
-        },
+    properties = {
+        "size": {"enum": ["small", "large"]},
+        "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
     }
+    output = {"type": "object", "required": ["size", "parts"], "properties": properties}
     task = tmp_path / "things.yaml"
     task.write_text(json.dumps({"name": "things", "kind": "record", "prompt": "What is there?", "output": output}))
     options = ("--task", str(task), "--base-url", served)
@@ -207,7 +183,7 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "d").version()
     things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
-    assert len(things) == 8 and {step["stage"]: step for step in version.manifest["funnel"]}["validate"]["rejected"] == {}
+    assert len(things) == 8 and funnel_of(tmp_path / "d")["validate"]["rejected"] == {}
     assert all(1 <= len(thing["parts"]) <= 2 and {*thing["parts"]} <= {"ring", "star"} for thing in things), things
     assert all(thing["size"] in ("small", "large") and thing["count"] in (None, *range(10)) for thing in things), things
 
@@ -247,7 +223,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
     assert process.returncode == 0, log
     assert "vLLM died" in log
     assert KEY not in log + stdout + (folder / "vllm.log").read_text()
-    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
+    funnel = funnel_of(folder)
     assert funnel["generate"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
