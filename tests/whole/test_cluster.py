@@ -8,7 +8,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +29,7 @@ from tests.commands import run_process
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
-from tests.whole.conftest import SYNTH, Run, read_failure
+from tests.whole.conftest import SYNTH, Run, descendants, is_alive, read_failure, wait_until
 
 PHOTOS = pa.schema([("photo", datasets.IMAGE), ("caption", pa.string())])
 THINGS = ("ring", "star", "cross", "disk", "arrow")
@@ -162,24 +161,6 @@ def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 160, 
         return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
 
 
-def wait_for(is_true: Callable[[], bool], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def descendants_with(process: int, word: str) -> list[int]:
-    """Return the ids of a process and its descendants, if their command contains `word`."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(pid): (int(parent), command) for pid, parent, command in (line.split(None, 2) for line in lines)}
-
-    def is_below(pid: int) -> bool:
-        return pid == process or (pid in parents and is_below(parents[pid][0]))
-
-    return [pid for pid, (parent, command) in parents.items() if word in command and is_below(parent)]
-
-
 def count_journaled(home: Path) -> tuple[int, int]:
     """Return the numbers of requests sent and of replies stored, over all shards."""
     sent = replies = 0
@@ -197,20 +178,20 @@ def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServe
     chat.times.clear()
     chat.script = scripted_replies(1.0)
     driver = ray_run(tmp_path, "--base-url", chat.url)
-    wait_for(lambda: sum(chat.times.values()) > 100)
-    workers = descendants_with(driver.pid, "ray::MapWorker")
+    wait_until(lambda: sum(chat.times.values()) > 100, "100 requests")
+    workers = descendants(driver.pid, "ray::MapWorker")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     last = sum(chat.times.values()) + 100
     quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
     chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
-    wait_for(lambda: sum(chat.times.values()) > last)
-    alive = descendants_with(driver.pid, "ray::MapWorker")
+    wait_until(lambda: sum(chat.times.values()) > last, "100 more requests")
+    alive = descendants(driver.pid, "ray::MapWorker")
     assert driver.poll() is None
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     chat.script = scripted_replies()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive))  # workers end with the driver
+    wait_until(lambda: not any(map(is_alive, alive)), "the workers are gone")  # workers end with the driver
     (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
     assert "many has no finished run to review" in read_failure(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
     done = synth(*flags, "--out", "many", "--executor", "ray")
@@ -242,11 +223,11 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
             monkeypatch.setenv(name, value)
         driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=90, shards=3)
         shards = parse_dataset_path(home) / "shards"
-        wait_for(lambda: len(list(shards.glob("*/filled.json"))) == 2 and any(shard_of(key) == 2 for key in chat.times))
-        workers = descendants_with(driver.pid, "ray::MapWorker")
+        wait_until(lambda: len(list(shards.glob("*/filled.json"))) == 2 and 2 in map(shard_of, chat.times), "two shards")
+        workers = descendants(driver.pid, "ray::MapWorker")
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        wait_until(lambda: not any(map(is_alive, workers)), "the workers are gone")
         chat.script = scripted_replies()
         filled = {int(path.parent.name) for path in shards.glob("*/filled.json")}
         shutil.rmtree(scratch_root(parse_dataset_path(home)))  # as if the node were lost

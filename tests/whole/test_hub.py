@@ -17,7 +17,7 @@ from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
 from tests.hub.server import RunningHub, running_hub
 
-SCENES = 80
+SCENES = 56
 
 
 class User:
@@ -76,7 +76,7 @@ def test_versions_are_listed_with_their_pushes_and_compared_with_those_on_the_hu
     assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
     output = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
     assert output[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in output[0]
-    assert "  config.limit: 70 -> 80" in output
+    assert "  config.limit: 46 -> 56" in output
 
 
 def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(hub: RunningHub, reader: User) -> None:

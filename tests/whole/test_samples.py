@@ -13,7 +13,7 @@ from pipeline.dataset.version import Version, read_version
 from tests.commands import run_synth
 from tests.whole.test_readers import train_by_trl
 
-IMAGES, SAMPLES = 30, 3
+IMAGES, SAMPLES = 20, 3
 SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher is sure of itself
 
 

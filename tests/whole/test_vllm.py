@@ -5,10 +5,8 @@ import os
 import signal
 import sqlite3
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,14 @@ from pipeline.digests import weights_revision
 from pipeline.inference.engines import TINY_WEIGHTS
 from tests.commands import run_process, run_synth
 from tests.scene_data import scene_samples, scenes_by_id, score_annotations
-from tests.whole.conftest import SYNTH, restore_sigint
+from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
+SERVER = "vllm.entrypoints"  # in the command of a server
 SEED = 8001
 SCENES = 48
-MAX_SECONDS = 600
 
 
 def missing_vllm_reason() -> str | None:
@@ -77,34 +75,6 @@ def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
 
 
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def children(pid: int) -> list[int]:
-    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in listing.stdout.split()]
-
-
-def descendants(pid: int) -> list[int]:
-    return [descendant for child in children(pid) for descendant in (child, *descendants(child))]
-
-
-def command_of(pid: int) -> str:
-    """Return the command line of a process; nothing once it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    return ""
-
-
-def wait_until(condition: Any, what: str, seconds: float = MAX_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 def replies(folder: Path) -> int:
     journal = DatasetDir(folder).journal
     if not journal.exists():
@@ -133,10 +103,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     finally:
         family = descendants(process.pid)
-        media = media_of(servers(process)[0])
+        media = media_of(descendants(process.pid, SERVER)[0])
         assert [path for path in media.iterdir() if path.is_socket()]
         process.send_signal(signal.SIGINT)
-        process.wait(MAX_SECONDS)
+        process.wait(600)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C")
     assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
@@ -215,7 +185,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
         process = subprocess.Popen(command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True)
         wait_until(lambda: replies(folder) > 30 or process.poll() is not None, "thirty replies")
         assert process.poll() is None, (tmp_path / "talk").read_text()
-        (server,) = children(process.pid)
+        (server,) = descendants(process.pid, SERVER)
         family, media = descendants(process.pid), media_of(server)
         os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=600)
@@ -233,7 +203,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    wait_until(lambda: any("vllm" in command_of(pid) for pid in descendants(process.pid)), "a server process")
+    wait_until(lambda: descendants(process.pid, "vllm"), "a server process")
     family = descendants(process.pid)
     assert any(map(is_alive, family))
     process.kill()
@@ -249,8 +219,3 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
     assert error.startswith("synth: vLLM ended while it started")
     assert "a flag after -- is not one of vLLM's" in hint
     assert "vllm.log" in hint
-
-
-def servers(process: "subprocess.Popen[Any]") -> list[int]:
-    """Return the running vLLM servers that a command has started."""
-    return [pid for pid in descendants(process.pid) if is_alive(pid) and "vllm.entrypoints" in command_of(pid)]
