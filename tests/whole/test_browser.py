@@ -78,9 +78,10 @@ def test_search_and_filters_find_what_they_say(page: Page, dataset: Version) -> 
 
 
 def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Path) -> None:
-    samples = [replace(sample, source_row=f"{'ab'[n % 2]}/{n}.png") for n, sample in enumerate(scene_samples(60))]
-    samples = [replace(sample, context=(("title", f"<b>Lamp {n}</b>"),)) for n, sample in enumerate(samples)]
+    samples = scene_samples(60)
     captions = true_captions(samples)
+    samples = [replace(sample, source_row=f"{'ab'[n % 2]}/{n}.png") for n, sample in enumerate(samples)]
+    samples = [replace(sample, context=(("title", f"<b>Lamp {n}</b>"),)) for n, sample in enumerate(samples)]
     shares = [n % 17 / 16 for n in range(captions.num_rows)]
     captions = captions.append_column("coverage", pa.array(shares, pa.float64()))
     version, _ = make_version(tmp_path, samples, captions, extras=Extras(("coverage",), ("title",)))
