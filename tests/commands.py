@@ -1,9 +1,15 @@
-"""Run `synth` commands: in the process of the tests, which imports torch once, or in a process as a user does."""
+"""Run `synth` commands: in the process of the tests, which imports torch once, or in a process as a user does.
+
+Most commands ask the embedded model about the first drawn scenes. The first command that asks gets its reply; later commands of
+`run_synth`, in any process of one run of the tests, get the same reply without loading the model.
+"""
 
 import asyncio
 import functools
 import gc
+import hashlib
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -12,12 +18,11 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 
-from tests.remembered import remember_replies
-
+REPLIES = "SYNTH_TEST_REPLIES"  # the environment variable that names the folder of replies
 SYNTH = Path(sys.executable).with_name("synth")
 Done = subprocess.CompletedProcess[str]
 
@@ -39,7 +44,7 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
             patch.setattr(sys.modules["__main__"], "__package__", None)  # click derives the name of the program from it
             for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, name, stream)
-            remember_replies(patch)
+            _remember_replies(patch)
             with _environment(os.environ if env is None else env):
                 code = _run_main(cwd)
         out.seek(0), errors.seek(0)
@@ -105,3 +110,32 @@ def set_environment(variables: dict[str, str]) -> None:
         os.environ.clear()
         os.environ.update(variables)
         importlib.reload(importlib.import_module("huggingface_hub.constants"))
+
+
+def _remember_replies(patch: pytest.MonkeyPatch) -> None:
+    """Let the embedded engines of this process store their replies, and use stored ones."""
+    from pipeline.inference import engines
+
+    folder, load = Path(os.environ[REPLIES]), engines._embedded
+
+    def load_remembering(*arguments: Any) -> Any:
+        engine: Any = load(*arguments)
+        ask_model = engine._answer
+
+        def answer(requests: list[Any]) -> list[Any]:
+            keys = [repr((engine.revision, engine._max_pixels, request)).encode() for request in requests]
+            files = [folder / hashlib.sha256(key).hexdigest() for key in keys]
+            new = [n for n, file in enumerate(files) if not file.exists()]
+            for n, reply in zip(new, ask_model([requests[n] for n in new]) if new else [], strict=True):
+                scratch = files[n].with_suffix(f".{os.getpid()}")
+                stored = [reply.text, reply.finish_reason, reply.prompt_tokens, reply.reply_tokens]
+                scratch.write_text(json.dumps(stored), encoding="utf-8")
+                scratch.rename(files[n])
+            replies = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            engine._tokens += sum(reply[3] for n, reply in enumerate(replies) if n not in new)
+            return [request.reply(*reply) for request, reply in zip(requests, replies, strict=True)]
+
+        engine._answer = answer
+        return engine
+
+    patch.setattr(engines, "_embedded", load_remembering)

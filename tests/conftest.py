@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser, opened
-from tests.remembered import FOLDER
+from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)
-        os.environ[FOLDER] = folder.name  # the replies that all processes of this run share
+        os.environ[REPLIES] = folder.name  # the replies that all processes of this run share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

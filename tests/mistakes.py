@@ -41,9 +41,7 @@ def add_photos(folder: Path) -> None:
 
 
 def add_table(folder: Path) -> None:
-    rows = [
-        {"photo": {"bytes": path.read_bytes(), "path": None}, "words": "x"} for path in sorted((folder / "photos").iterdir())
-    ]
+    rows = [{"photo": {"bytes": path.read_bytes(), "path": None}} for path in sorted((folder / "photos").iterdir())]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
 
 
@@ -51,27 +49,21 @@ def add_urls(folder: Path) -> None:
     pq.write_table(pa.table({"image": ["https://example.org/a.jpg", "https://example.org/b.jpg"]}), folder / "urls.parquet")
 
 
-def add_file(name: str, text: str) -> Callable[[Path], None]:
+def add(*files: str) -> Callable[[Path], None]:
+    """Return a function that writes files, each given as `NAME TEXT`."""
+
     def write(folder: Path) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        for name, text in (file.split(" ", 1) for file in files):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
 
     return write
-
-
-def add_misnamed_prompt(folder: Path) -> None:
-    add_file("p.yaml", "generate: {prompt_dir: prompts}")(folder)
-    add_file("prompts/caption.j2", "Describe it.")(folder)
-
-
-def add_empty_folder(folder: Path) -> None:
-    (folder / "empty").mkdir()
 
 
 EMBEDDED = "--engine embedded --model tiny"
 PHOTOS = "generate --source folder:photos"
 MISTAKES = (
-    Mistake("no source", "generate", "no source given", "--source scenes"),
+    Mistake("no source", "generate", "no source given", "--source folder:PATH"),
     Mistake(
         "two sources", "generate --source folder:photos --source scenes",
         "one source, and 2 are given: folder:photos, scenes", "--out",
@@ -79,15 +71,11 @@ MISTAKES = (
     Mistake("folder without folder:", "generate --source photos", "unknown source: photos", "did you mean folder:photos?"),
     Mistake("source misspelled", "generate --source flickr30", "unknown source: flickr30", "did you mean flickr30k?"),
     Mistake("folder not there", "generate --source folder:nope", "not a folder: nope", "--source folder:PATH"),
-    Mistake("folder without images", "generate --source folder:empty", "no image in empty", ".heic", add_empty_folder),
+    Mistake("folder without images", "generate --source folder:empty", "no image in empty", ".heic", add("empty/a.txt x")),
     Mistake("wrong column", "generate --source parquet:rows.parquet --columns image=pic", "no column pic", "photo", add_table),
     Mistake(
-        "zip without archive:", "generate --source photos.zip", "unknown source: photos.zip", "archive:photos.zip",
-        add_file("photos.zip", "x"),
-    ),
-    Mistake(
         "list of no images", "generate --source list:prices.csv", "no column of prices.csv names an image", "file_name",
-        add_file("prices.csv", "id,price\n1,2\n"),
+        add("prices.csv id,price\n1,2\n"),
     ),
     Mistake(
         "images by URL", f"generate --source parquet:urls.parquet --columns image=image {EMBEDDED}",
@@ -99,57 +87,33 @@ MISTAKES = (
     Mistake("no key", f"{PHOTOS} --base-url {{server}}", "wants a key, and none is set", "SYNTH_API_KEY="),
     Mistake(
         "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope", "generate.prompt_dir",
-        add_file("p.yaml", "generate: {prompt_dir: nope}"),
+        add("p.yaml generate: {prompt_dir: nope}"),
     ),
     Mistake(
         "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is no prompt that is used", "caption/v1.j2",
-        add_misnamed_prompt,
+        add("p.yaml generate: {prompt_dir: prompts}", "prompts/caption.j2 Describe it."),
     ),
     Mistake(
         "setting misspelled", f"{PHOTOS} --config c.yaml", "unknown config key: generate.max_token", "generate.max_tokens",
-        add_file("c.yaml", "generate: {max_token: 9}"),
+        add("c.yaml generate: {max_token: 9}"),
     ),
-    Mistake(
-        "setting of another type", f"{PHOTOS} --config c.yaml", "'many' is not a whole number", "synth config",
-        add_file("c.yaml", "limit: many"),
-    ),
+    Mistake("wrong type", f"{PHOTOS} --config c.yaml", "'x' is not a whole number", "--print-config", add("c.yaml limit: x")),
     Mistake("no such file of settings", f"{PHOTOS} --config none.yaml", "cannot read config file none.yaml", "YAML"),
-    Mistake(
-        "import into a store", "import --source folder:photos --out memory://d", "memory://d is not a path on this machine", "s3://",
-    ),
-    Mistake(
-        "preview into a store", "preview --source folder:photos --out memory://d", "memory://d is not a path on this machine", "s3://",
-    ),
+    Mistake("preview into a store", "preview --source scenes --out memory://d", "memory://d is not a path on this machine", "s3://"),
     Mistake("stage misspelled", f"{PHOTOS} --from-stage fliter", "unknown stage: fliter", "did you mean filter?"),
     Mistake("task misspelled", f"{PHOTOS} --tasks captions", "unknown task: captions", "did you mean caption?"),
     Mistake("option misspelled", f"{PHOTOS} --limt 3", "No such option: --limt", "--limit", code=2),
     Mistake("no such dataset", "push nope --repo me/x", "no dataset at nope", "synth generate"),
-    Mistake("no such version to train on", "train --data nope", "no dataset at nope", "synth generate"),
     Mistake("no such captioner", "caption nope photos/0.png", "no captioner in nope", "synth train"),
-    Mistake("no such captioner to score", "evaluate nope", "no captioner in nope", "synth train"),
     Mistake("no splits", "generate --source scenes --split train", "source scenes has no splits"),
     Mistake("no such engine", "generate --source scenes --engine warp", "bad value for engine"),
-    Mistake(
-        "style without a prompt", "generate --source scenes --config c.yaml", "cannot be rendered with style 'sonnet'", "",
-        add_file("c.yaml", "generate: {caption_styles: [sonnet]}"),
-    ),
-    Mistake("excluded source misspelled", "generate --source scenes --exclude nowhere", "unknown source: nowhere"),
-    Mistake(
-        "list of entries not there", "generate --source scenes --config c.yaml", "nowhere.txt", "",
-        add_file("c.yaml", "balance: {entries: nowhere.txt}"),
-    ),
+    Mistake("style without a prompt", "generate --source scenes --styles sonnet", "cannot be rendered with style 'sonnet'"),
+    Mistake("no such list", f"{PHOTOS} --config c.yaml", "nowhere.txt", "", add("c.yaml balance: {entries: nowhere.txt}")),
     Mistake("no vLLM", "generate --source scenes --engine vllm --dry-run", "vLLM is not installed here"),
-    Mistake("no vLLM to serve", "serve --model tiny", "vLLM is not installed here"),
     Mistake("stage without input", "generate --source scenes --from-stage dedupe", "is missing"),
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
-    Mistake("nothing to train on", "train", "no dataset under data/"),
-    Mistake("nothing to report", "report nowhere", "no dataset at nowhere"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
-    Mistake("no versions", "versions", "no dataset under data/"),
-    Mistake("no dataset of versions", "versions nowhere", "no dataset at nowhere"),
-    Mistake("no such command", "bake", "No such command 'bake'", code=2),
-    Mistake("limit of none", "generate --source scenes --limit 0", "Invalid value for '--limit'", code=2),
     Mistake("source without --source", "generate scenes", "flags for vLLM come after --", code=2),
     Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml", "docs/experiment.yaml"),
 )  # fmt: skip

@@ -6,7 +6,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,7 +32,7 @@ class Resolved:
 
 def resolve(extras: str, python: str, resolution: str) -> Resolved:
     """Resolve this project with some extras, as uv does."""
-    requirement = f"synth-captioner[{extras}] @ {ROOT.as_uri()}" if extras else f"synth-captioner @ {ROOT.as_uri()}"
+    requirement = f"synth-captioner{f'[{extras}]' if extras else ''} @ {ROOT.as_uri()}"
     command = [str(UV), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
     command += ["--python-platform", PLATFORM, "--resolution", resolution, "-"]
     done = subprocess.run(command, input=requirement, capture_output=True, text=True, cwd=ROOT.parent)
@@ -41,18 +40,13 @@ def resolve(extras: str, python: str, resolution: str) -> Resolved:
     return Resolved(extras, python, resolution, versions, done.stderr.strip() if done.returncode else "")
 
 
-def resolve_all() -> Iterator[Resolved]:
-    """Resolve every combination."""
-    for extras, resolution, python in product(EXTRAS, RESOLUTIONS, PYTHONS):
-        yield resolve(extras, python, resolution)
-
-
 def main() -> None:
     """Print a table in Markdown; exit with 1 if a combination does not resolve."""
     print("| extras | resolution | Python |", " | ".join(SHOWN), "|")
     print("|---|---|---|" + "---|" * len(SHOWN))
     failed = []
-    for result in resolve_all():
+    for extras, resolution, python in product(EXTRAS, RESOLUTIONS, PYTHONS):
+        result = resolve(extras, python, resolution)
         cells = [result.versions.get(name, "-") for name in SHOWN] if not result.error else ["**none**"] * len(SHOWN)
         print(f"| {result.extras or 'core'} | {result.resolution} | {result.python} |", " | ".join(cells), "|", flush=True)
         failed += [result] if result.error else []

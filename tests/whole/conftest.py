@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,31 @@ def restore_sigint() -> None:
 def ignore_sigint() -> None:
     """Ignore SIGINT in a child process, as a shell has it in the background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def descendants(pid: int, word: str = "") -> list[int]:
+    """Return the processes that a process has started, and those that they have, if their command contains `word`."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    parents = {int(child): (int(parent), command) for child, parent, command in (line.split(None, 2) for line in lines)}
+
+    def is_below(child: int) -> bool:
+        return child in parents and (parents[child][0] == pid or is_below(parents[child][0]))
+
+    return [child for child, (_, command) in parents.items() if word in command and is_below(child)]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs, and is not one that has ended and that its parent has not asked about."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600) -> None:
+    """Wait until a condition holds; fail with the name of what did not happen."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
 
 
 def read_failure(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:

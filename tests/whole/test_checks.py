@@ -45,10 +45,10 @@ def details_in(caption: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 class Model:
-    """A model that sees what is true, splits captions by words, and may say yes to everything."""
+    """A model that sees what is true, and splits captions by words."""
 
     def __init__(self, ids: dict[str, int]) -> None:
-        self.ids, self.says_yes, self.asked = ids, False, Counter[str]()
+        self.ids, self.asked = ids, Counter[str]()
         self.refutes_colors = False
 
     def __call__(self, times: int, body: dict[str, Any]) -> Act:
@@ -67,7 +67,7 @@ class Model:
                 wrong = self.refutes_colors and kind == 0
                 return Act(json.dumps({"answer": "purple" if wrong else truth_of(number)[kind]}))
             is_true = any(f" {part}?" in asked for part in truth_of(number))
-            return Act(json.dumps({"answer": "Yes." if is_true or self.says_yes else "No."}))
+            return Act(json.dumps({"answer": "Yes." if is_true else "No."}))
         if task == "qa":
             questions = zip(("What color is it?", "What stands there?", "Where does it stand?"), truth_of(number), strict=True)
             return Act(json.dumps({"qa": [{"answer_type": "other", "question": q, "answer": a} for q, a in questions]}))
@@ -132,9 +132,9 @@ def generate(folder: Path, server: ChatServer, *arguments: str, **environment: s
     return result
 
 
-def captions_of(folder: Path, model: Model, version: str = "v1.0.0") -> dict[int, dict[str, Any]]:
+def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[str, Any]]:
     """Return the captions of a version by the number of their image, as `datasets` reads them."""
-    rows = load_rows(folder / "d", version)
+    rows = load_rows(folder / out)
     return {model.ids[row["sample_id"]]: caption for row in rows for caption in row["captions"]}
 
 
@@ -152,14 +152,6 @@ def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, 
     assert {caption["precision"] for caption in captions_of(tmp_path, model).values()} == {1.0}
 
 
-def test_a_model_that_says_yes_to_everything_confirms_no_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    model.says_yes = True
-    (tmp_path / "synth.yaml").write_text("verify: {min_claims_supported: 0.1}\n")
-    done = run(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims")
-    # Half of the answers are right.
-    assert done.returncode == 1 and "claims" in done.stderr, done.stderr
-
-
 def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
     stages = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["stages"]
     lost = stages["verify"]["rejected"]["claims_not_confirmed"]
@@ -169,7 +161,7 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     for number, caption in captions.items():
         details = [detail for detail, _ in details_in(caption["text"])]
         assert set(details) <= {*truth_of(number)} and caption["precision"] == 1.0, caption
-        assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v2@"), caption
+        assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v1@"), caption
         assert len(details) == (2 if number in wrong else 3)
     kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
     before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}
@@ -186,19 +178,6 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
     assert "- `precision`: share of the caption" in card
 
 
-def test_a_repaired_caption_of_an_own_task_has_the_bounds_and_the_language_of_its_task(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
-    words = len(f"A {' '.join(caption_of(0))} stands all day long.".split())
-    task = f"name: line\nkind: caption\nprompt: Say in one line what is there.\nmin_words: {words}\nlanguage: any\n"
-    (tmp_path / "line.yaml").write_text(task)
-    (tmp_path / "synth.yaml").write_text("filter: {language: de}\n")  # which English captions of this task are not
-    options = ("--source", "folder:photos", "--out", "d", "--config", "synth.yaml", "--task", "line.yaml")
-    generate(tmp_path, server, *options, "--verify", "claims", "--repair")
-    repaired = [one for one in captions_of(tmp_path, model).values() if one["prompt_id"].startswith("repair/v1@")]
-    assert repaired and {len(one["text"].split()) for one in repaired} == {words}  # a wrong thing is called a thing
-
-
 def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model: Model, server: ChatServer) -> None:
     names = sorted(path.name for path in (tmp_path / "photos").glob("*.png"))
     lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
@@ -208,26 +187,6 @@ def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model
     assert model.asked["repair"] == 0 and model.asked["claims"] > 0
     assert stages["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
-
-
-def test_a_caption_is_repaired_even_where_a_false_claim_would_be_let_through(
-    tmp_path: Path, model: Model, server: ChatServer
-) -> None:
-    (tmp_path / "synth.yaml").write_text("verify: {min_claims_supported: 0.5}\n")
-    generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "claims", "--repair")
-    captions = captions_of(tmp_path, model)
-    assert UNREPAIRABLE in captions and captions[UNREPAIRABLE]["precision"] == pytest.approx(2 / 3)
-    repaired = [number for number, caption in captions.items() if caption["prompt_id"].startswith("repair/v1@")]
-    assert repaired and {captions[number]["precision"] for number in repaired} == {1.0}
-
-
-def test_an_answer_that_was_refuted_says_nothing_of_a_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    both = ("--source", "folder:photos", "--styles", "plain", "--out", "d", "--verify", "covers,round_trip")
-    model.refutes_colors = True
-    generate(tmp_path, server, *both)
-    right = [caption["coverage"] for number, caption in captions_of(tmp_path, model).items() if number % 2 == 0]
-    assert len(right) == COUNT // 2 and set(right) == {1.0}
-    assert model.asked["covers"] <= 2 * COUNT  # of three questions, two are left
 
 
 def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Model, server: ChatServer) -> None:
@@ -242,6 +201,12 @@ def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Mo
     (tmp_path / "synth.yaml").write_text("verify: {min_coverage: 0.9}\n")
     stages = generate(tmp_path, server, "--config", "synth.yaml", *both)["stages"]
     assert stages["verify"]["rejected"] == {"low_coverage": COUNT // 2}
+    model.asked.clear()
+    model.refutes_colors = True  # an answer that was refuted says nothing of a caption
+    generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
+    right = [one["coverage"] for n, one in captions_of(tmp_path, model, out="e").items() if n % 2 == 0]
+    assert len(right) == COUNT // 2 and set(right) == {1.0}
+    assert model.asked["covers"] <= 2 * COUNT  # of three questions, two are left
 
 
 def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
@@ -273,7 +238,9 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     assert stages["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
 
 
-def test_what_a_judge_cannot_be_is_said_before_anything_is_asked(tmp_path: Path, model: Model, server: ChatServer) -> None:
+def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anything_is_asked(
+    tmp_path: Path, model: Model, server: ChatServer
+) -> None:
     for name, complaint in (
         (f"model@{server.url}", "is the model that writes"),
         ("judge-7b", "has no server"),
@@ -283,13 +250,6 @@ def test_what_a_judge_cannot_be_is_said_before_anything_is_asked(tmp_path: Path,
         done = run(tmp_path, server, *CAPTIONS, "--judge", name)
         assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not model.asked
-    generate(tmp_path, server, *CAPTIONS)
-    with running_chat(ChatServer(rate)) as elsewhere:  # the writer's name, and another revision
-        elsewhere.model_root = "elsewhere"
-        for start in ((), ("--from-stage", "verify")):
-            done = run(tmp_path, server, *CAPTIONS, *start, "--judge", f"model@{elsewhere.url}")
-            assert done.returncode == 1 and "is the model that writes" in done.stderr, done.stderr
-        assert not elsewhere.bodies
     (tmp_path / "synth.yaml").write_text("verify: {judge_may_be_writer: true}\n")
     server.script = lambda times, body: rate(times, body) if "flaw" in json.dumps(body) else model(times, body)
     generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--judge", f"model@{server.url}")

@@ -57,26 +57,21 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.Comp
     return run_synth(*command, *source, *arguments, cwd=folder)
 
 
-def test_columns_of_the_source_are_notes_before_the_prompt_and_a_column_of_the_rows(shop: Path, server: ChatServer) -> None:
+def test_columns_are_notes_before_the_prompt_and_only_rows_that_change_are_asked_again(shop: Path, server: ChatServer) -> None:
     done = generate(shop, server, "--columns", "context=title,price")
     assert done.returncode == 0, done.stderr
     noted = [text_of(body) for body in server.bodies]
     assert len(noted) == COUNT
     assert all(text.startswith("Notes that came with this picture") and text.endswith("Task: caption, plain") for text in noted)
-    assert {f'- title: "Lamp {n}"\n- price: "{n}.99"\nEnd of the notes.\n' in "".join(noted) for n in range(COUNT)} == {True}
+    assert all(f'- title: "Lamp {n}"\n- price: "{n}.99"\nEnd of the notes.\n' in "".join(noted) for n in range(COUNT))
     rows = load_rows(shop / "d")
     assert {row["context"]["title"] for row in rows} == {f"Lamp {n}" for n in range(COUNT)}
     assert all(row["context"]["title"] in row["captions"][0]["text"] for row in rows)
     assert [name for name, _ in rows.features["context"].items()] == ["title", "price"]
     check = run_synth("check", "d", cwd=shop)
     assert check.returncode == 0, check.stderr + check.stdout
-
-
-def test_only_the_rows_whose_context_has_changed_are_asked_again(shop: Path, server: ChatServer) -> None:
-    assert generate(shop, server, "--columns", "context=title,price").returncode == 0
-    asked = len(server.bodies)
     assert not json.loads(generate(shop, server, "--columns", "context=title,price").stdout)["is_new"]
-    assert len(server.bodies) == asked
+    assert len(server.bodies) == COUNT
     write_metadata(
         shop,
         title=[f"Lamp {n}" for n in range(COUNT)],
@@ -85,11 +80,11 @@ def test_only_the_rows_whose_context_has_changed_are_asked_again(shop: Path, ser
     )
     done = generate(shop, server, "--columns", "context=title,price,room")
     assert done.returncode == 0, done.stderr
-    assert len(server.bodies) - asked == 10
+    assert len(server.bodies) - COUNT == 10
     assert json.loads(done.stdout)["version"] == "v2.0.0"  # another field is another column
 
 
-def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer) -> None:
+def test_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer) -> None:
     (shop / "prompts/caption").mkdir(parents=True)
     template = 'Describe what is sold as\ntitle: {{ row["title"] | tojson }}\nReply as {"caption": "..."}.\n'
     (shop / "prompts/caption/v1.j2").write_text(template)
@@ -100,26 +95,20 @@ def test_a_template_uses_the_columns_that_it_names(shop: Path, server: ChatServe
     assert "context" not in load_rows(shop / "d").features
     asked = len(server.bodies)
     for options, complaint in (
-        (("--columns", "context=price"), "uses row.title, and no such column is mapped"),
-        ((), "uses row.title, and no such column is mapped"),
-        (("--columns", "context=titel"), "uses row.title"),
+        (("--config", "synth.yaml", "--columns", "context=price"), "uses row.title, and no such column is mapped"),
+        (("--config", "synth.yaml"), "uses row.title, and no such column is mapped"),
+        (("--columns", "context=titel"), "there is no column titel"),
+        (("--columns", "image=title"), "a folder has no column to be the image"),
     ):
-        refused = generate(shop, server, "--config", "synth.yaml", *options)
+        refused = generate(shop, server, *options)
         assert refused.returncode == 1 and complaint in refused.stderr and len(server.bodies) == asked, refused.stderr
-    refused = generate(shop, server, "--columns", "context=titel")
-    assert refused.returncode == 1 and "there is no column titel" in refused.stderr and "price" in refused.stderr
-    refused = generate(shop, server, "--columns", "image=title")
-    assert refused.returncode == 1 and "a folder has no column to be the image" in refused.stderr
 
 
-def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: ChatServer) -> None:
-    text = (
-        "Describe what is sold as title: {{ row.title | tojson }}\n in one sentence, for {{ 'a' if draw % 2 else 'the' }} shop."
-    )
+def test_style_of_the_settings_is_a_prompt_of_its_own(shop: Path, server: ChatServer) -> None:
+    text = "Describe what is sold as title: {{ row.title | tojson }}\n for {{ 'a' if draw % 2 else 'the' }} shop."
     (shop / "synth.yaml").write_text(json.dumps({"generate": {"style_prompts": {"product": text}}}))
     arguments = ("--config", "synth.yaml", "--columns", "context=title")
-    command = ["generate", "--source", "folder:photos", "--tasks", "caption"]
-    command += ["--base-url", server.url, "--out", "d"]
+    command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--base-url", server.url, "--out", "d"]
     done = run_synth(*command, *arguments, cwd=shop)
     assert done.returncode == 0, done.stderr
     asked = [body for body in server.bodies if text_of(body).endswith('Reply as {"caption": "..."}.\nTask: caption, product')]
@@ -131,33 +120,26 @@ def test_a_style_of_ones_own_is_a_few_words_in_the_settings(shop: Path, server: 
     manifest = shop / "d/versions/v1.0.0/manifest.json"
     assert text in json.loads(manifest.read_text())["prompts"][captions[0]["prompt_id"]]
     assert "Describe what is sold" in (manifest.parent / "README.md").read_text()
-    count = len(server.bodies)
-    again = [*command, "--config", str(manifest)]
-    assert run_synth(*again, cwd=shop).returncode == 0
-    assert len(server.bodies) == count  # a manifest has the words, too
+    assert run_synth(*command, "--config", str(manifest), cwd=shop).returncode == 0
+    assert len(server.bodies) == 3 * COUNT  # a manifest has the words, too
     refused = generate(shop, server, *arguments)  # --styles plain
     assert refused.returncode == 1 and "has a prompt of product, which is not a style" in refused.stderr, refused.stderr
 
 
-def test_a_column_may_have_any_name_and_any_letters(shop: Path, server: ChatServer) -> None:
+def test_values_of_any_name_and_letters_stay_notes(shop: Path, server: ChatServer) -> None:
     title = [f'R\u00e4der & "Tom\'s" <{n}>' for n in range(COUNT)]
-    write_metadata(shop, items=title, copy=["gut"] * COUNT, **{"der Preis": ["3 \u20ac"] * COUNT})
+    evil = [EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)]
+    write_metadata(shop, items=title, copy=["gut"] * COUNT, title=evil, **{"der Preis": ["3 \u20ac"] * COUNT})
     text = "title: {{ row.items | tojson }}\n({{ row.copy }}, {{ row['der Preis'] }})"
     (shop / "synth.yaml").write_text(json.dumps({"generate": {"caption_styles": ["x"], "style_prompts": {"x": text}}}))
     command = ["generate", "--source", "folder:photos", "--tasks", "caption", "--config", "synth.yaml"]
-    command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "d"]
-    for _ in range(2):
-        done = run_synth(*command, cwd=shop)
-        assert done.returncode == 0, done.stderr
-    assert len(server.bodies) == COUNT
-    assert {text_of(body).splitlines()[0] for body in server.bodies} == {
-        f"title: {json.dumps(t, ensure_ascii=False)}" for t in title
-    }
+    command += ["--columns", "context=items,copy,der Preis", "--base-url", server.url, "--out", "e"]
+    done = run_synth(*command, cwd=shop)
+    assert done.returncode == 0, done.stderr
+    shown = {f"title: {json.dumps(one, ensure_ascii=False)}" for one in title}
+    assert {text_of(body).splitlines()[0] for body in server.bodies} == shown
     assert all("(gut, 3 \u20ac)" in text_of(body) for body in server.bodies)
-
-
-def test_instructions_in_a_column_stay_a_note(shop: Path, server: ChatServer) -> None:
-    write_metadata(shop, title=[EVIL + f" {n}" + "x" * 5000 for n in range(COUNT)])
+    server.bodies.clear()
     assert generate(shop, server, "--columns", "context=title").returncode == 0
     for body in server.bodies:
         lines = text_of(body).splitlines()
@@ -168,15 +150,14 @@ def test_instructions_in_a_column_stay_a_note(shop: Path, server: ChatServer) ->
 
 def test_columns_of_a_table_and_folders_are_context_too(shop: Path, server: ChatServer) -> None:
     pixels = [(shop / "photos" / f"{n:02}.png").read_bytes() for n in range(COUNT)]
-    table = pa.table({"image": pixels, "title": [f"Lamp {n}" for n in range(COUNT)], "tags": [["a", "b"]] * COUNT})
-    pq.write_table(table.append_column("stock", pa.array(range(COUNT))), shop / "rows.parquet")
+    titles = [f"Lamp {n}" for n in range(COUNT)]
+    table = pa.table({"image": pixels, "title": titles, "tags": [["a", "b"]] * COUNT, "stock": range(COUNT)})
+    pq.write_table(table, shop / "rows.parquet")
     done = generate(shop, server, "--source", "parquet:rows.parquet", "--columns", "context=title,tags,stock,image=image")
     assert done.returncode == 0, done.stderr
-    by_id = {row["sample_id"]: row["context"] for row in load_rows(shop / "d")}
     number = {hashlib.sha256(data).hexdigest(): n for n, data in enumerate(pixels)}
-    assert {(number[name], *context.values()) for name, context in by_id.items()} == {
-        (n, f"Lamp {n}", "a, b", f"{n}") for n in range(COUNT)
-    }
+    found = {(number[row["sample_id"]], *row["context"].values()) for row in load_rows(shop / "d")}
+    assert found == {(n, f"Lamp {n}", "a, b", f"{n}") for n in range(COUNT)}
     (shop / "photos/metadata.csv").unlink()
     (shop / "photos/hall").mkdir()
     (shop / "photos/00.png").rename(shop / "photos/hall/00.png")

@@ -32,13 +32,17 @@ def generated(folder: Path, chat: ChatServer, *options: str) -> dict[str, Any]:
     return result
 
 
-def test_frames_of_one_video_share_a_split(tmp_path: Path) -> None:
+def test_frames_of_one_video_share_a_split_and_are_counted_before(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     for number in range(12):
         write_video(tmp_path / "clips" / f"{number}.mp4", 4, (64, 48), rate=2, shift=100 * number)
+    videos = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
     with running_chat(ChatServer(caption)) as chat:
-        result = generated(tmp_path, chat, "--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
-        again = generated(tmp_path, chat, "--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
+        predicted = generated(tmp_path, chat, *videos, "--dry-run")
+        result = generated(tmp_path, chat, *videos)
+        again = generated(tmp_path, chat, *videos)
+        excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
+    assert predicted["images"] == 48 and excluded["stages"]["source"]["rejected"]["banned_image"] == 4
     assert (again["requests"]["asked"], again["is_new"]) == (0, False)
     loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
     splits: dict[str, set[str]] = {}
@@ -67,19 +71,3 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
     assert len({split for split, rows in loaded.items() for name in rows["source_row"] if name.startswith("long")}) == 1
     page = decks["short.pdf/0001-0003"][0]
     assert (page if isinstance(page, Image.Image) else Image.open(io.BytesIO(page["bytes"]))).size == (1536, 864)
-
-
-def test_a_forecast_counts_pages_and_frames_and_an_excluded_video_is_read_as_closely(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    for number in range(3):
-        write_video(tmp_path / "clips" / f"{number}.mp4", 40, (64, 48), rate=2, shift=100 * number)
-    usual = ("--source", "video:clips", "--every", "1", "--tasks", "caption", "--styles", "plain")
-    with running_chat(ChatServer(caption)) as chat:
-        predicted = generated(tmp_path, chat, *usual, "--dry-run")
-        (tmp_path / "s.yaml").unlink()
-        server = ("--base-url", chat.url, "--model", "model")
-        excluded = run_synth(
-            "generate", *usual, *server, "--exclude", "video:clips/0.mp4", "--out", "e", "--json", cwd=tmp_path
-        )
-    assert predicted["images"] == 120
-    assert json.loads(excluded.stdout)["stages"]["source"]["rejected"]["banned_image"] == 40

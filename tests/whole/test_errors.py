@@ -16,22 +16,12 @@ from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
 
-def test_another_source_in_the_same_folder_is_refused(synth: Run, tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "run.json").write_text('{"source": "folder:x"}')
-    error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
-    assert "holds data from folder:x, not scenes" in error
-
-
 @pytest.mark.parametrize(
     ("before", "now", "is_same"),
     [
         ("folder:photos", "folder:./photos/", True),
         ("folder:photos", "folder:{here}/photos", True),
-        ("folder:photos", "folder:../{name}/photos", True),
         ("folder:photos", "folder:other", False),
-        ("folder:photos", "archive:photos", False),
-        ("scenes", "decks", False),
         ("parquet:s3://a/b", "parquet:s3://a/./b", False),
     ],
 )
@@ -39,7 +29,7 @@ def test_a_folder_that_is_spelled_in_another_way_is_the_same_source(
     before: str, now: str, *, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = resolve(source=now.format(here=tmp_path, name=tmp_path.name))
+    config = resolve(source=now.format(here=tmp_path))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "run.json").write_text(json.dumps({"source": before}))
     with (
@@ -61,17 +51,18 @@ def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(s
     assert r"the name of the folder caf\xe9 is no UTF-8" in error
 
 
-@pytest.mark.parametrize("name", ["run:1/d", "file:x"])
-def test_a_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path: Path, name: str) -> None:
+def test_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path: Path) -> None:
+    name = "file:1/x"
     options = ("--source", "scenes", "--limit", "3", "--engine", "embedded", "--model", "tiny", "--out", name)
-    for command in (("generate", *options), ("report", name), ("check", name), ("versions", name), ("diff", name, name)):
+    assert synth("generate", *options).returncode == 0
+    for command in (("report", name), ("check", name), ("versions", "list", name), ("diff", name, name)):
         done = synth(*command)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(DatasetDir(tmp_path / name).versions()) == 1
 
 
 def test_an_output_that_takes_nothing_is_one_error(tmp_path: Path) -> None:
-    command = f"{SYNTH} sources > /dev/full"
+    command = f"{SYNTH} doctor --sources > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "cannot write to the standard output: No space left on device" in done.stderr
@@ -87,7 +78,7 @@ def run_on_mount(tmp_path: Path, options: str, prepare: str, arguments: str) -> 
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    done = run_on_mount(tmp_path, "size=400k", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
+    done = run_on_mount(tmp_path, "size=200k", "true", "generate --source scenes --limit 300 --tasks caption --out disk/d")
     error, hint = read_failure(done)
     assert "the disk is full" in error
     assert "free some space" in hint
@@ -103,13 +94,10 @@ def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     assert "--out" in hint
 
 
-def test_a_folder_without_a_model_is_an_error(synth: Run, tmp_path: Path) -> None:
+def test_folder_without_a_model_and_a_file_in_the_place_of_a_folder_are_errors(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     error, _ = read_failure(synth("generate", "--source", "scenes", "--model", "empty"))
     assert "cannot load empty" in error
-
-
-def test_a_file_in_the_place_of_the_folder_is_an_error(synth: Run, tmp_path: Path) -> None:
     (tmp_path / "d").write_text("")
     error, _ = read_failure(synth("generate", "--source", "scenes", "--out", "d"))
     assert "a file is where a folder should be" in error

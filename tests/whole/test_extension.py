@@ -1,4 +1,4 @@
-"""Extend a copy of the package as a contributor would: two stages, a task and a source, each in few files."""
+"""Extend a copy of the package as a contributor would: a stage and a source, each in two files."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from tests.chat.server import Act, ChatServer, running_chat
 
 ROOT = Path(__file__).parents[2]
-ROW_STAGE = {
+STAGE = {
     "pipeline/stages/quiet.py": '''
 """Stage: quiet. Reject captions in capitals."""
 
@@ -35,59 +35,6 @@ STAGE = Stage("quiet", judge_capitals)
     "pipeline/run.py": [
         ("import balance, dedupe, review", "import balance, dedupe, quiet, review"),
         ("    verify.STAGE,", "    quiet.STAGE,\n    verify.STAGE,"),
-    ],
-}
-COMPARING_STAGE = {
-    "pipeline/stages/shortest.py": '''
-"""Stage: shortest. Keep the shortest caption of each image."""
-
-import duckdb
-import pyarrow as pa
-
-from pipeline.stages.base import ROW, Comparison, Stage
-from pipeline.storage.database import load
-
-TEXTS = pa.schema([ROW, pa.field("sample_id", pa.string()), pa.field("clean_text", pa.string())])
-QUERY = """
-SELECT row, 'longer_caption' AS reason FROM texts WHERE clean_text IS NOT NULL
-QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY length(clean_text), row) > 1
-"""
-
-
-def find_longer(comparison: Comparison) -> duckdb.DuckDBPyRelation:
-    """Return the captions that are not the shortest of their image."""
-    load(comparison.db, "texts", comparison.rows.batches("sample_id", "clean_text"), TEXTS)
-    return comparison.db.sql(QUERY)
-
-
-STAGE = Stage(
-    "shortest", judge=lambda table, plan: table, compare=find_longer, adds=pa.schema([pa.field("reason", pa.string())])
-)
-''',
-    "pipeline/run.py": [
-        ("review, select, split, trim", "review, select, shortest, split, trim"),
-        ("    balance.STAGE,", "    shortest.STAGE,\n    balance.STAGE,"),
-    ],
-}
-TASK = {
-    "pipeline/tasks/place.py": '''
-"""Task: place. Where an image was taken."""
-
-from pipeline.tasks.base import Line, Output, Task
-
-
-class Place(Output):
-    """Task `place`: a kind of place, such as "a harbour"."""
-
-    place: Line
-
-
-TASK = Task(name="place", output=Place, row=Place, text_field="place")
-''',
-    "prompts/place/v1.j2": 'Name the kind of place. Reply as {"place": "..."}.\nTask: place\n',
-    "pipeline/tasks/__init__.py": [
-        ("import caption, deck_qa, qa", "import caption, deck_qa, place, qa"),
-        ("(caption.TASK, qa.TASK,", "(caption.TASK, place.TASK, qa.TASK,"),
     ],
 }
 SOURCE = {
@@ -132,12 +79,9 @@ SPEC = SourceSpec(
         ("    benchmarks.SLIDEVQA,", "    benchmarks.SLIDEVQA,\n    stripes.SPEC,"),
     ],
 }  # fmt: skip
-EXTENSIONS = {"row stage": ROW_STAGE, "comparing stage": COMPARING_STAGE, "task": TASK, "source": SOURCE}
 
 
 def reply(_: int, body: dict[str, Any]) -> Act:
-    if body["response_format"]["json_schema"]["name"] == "place":
-        return Act('{"place":"A plain of stripes in gray"}')
     words = "TWO STRIPES AND NO MORE" if "plain" in str(body["messages"]) else f"A field of gray, number {len(str(body)) % 97}."
     return Act(json.dumps({"caption": words}))
 
@@ -174,30 +118,18 @@ def extend(package: Path, files: dict[str, Any]) -> None:
         path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
-def test_two_stages_a_task_and_a_source_take_few_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
-    assert {name: len(files) for name, files in EXTENSIONS.items()} == {
-        "row stage": 2, "comparing stage": 2, "task": 3, "source": 2,
-    }  # fmt: skip
-    for files in EXTENSIONS.values():
-        extend(package, files)
+def test_stage_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+    extend(package, STAGE | SOURCE)
     command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
-    command += ["--tasks", "caption,place", "--base-url", chat.url]
+    command += ["--tasks", "caption", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "data" / "versions" / "v1.0.0"
     funnel = {stage["stage"]: stage for stage in json.loads((version / "manifest.json").read_text())["funnel"]}
-    stages = ["validate", "filter", "quiet", "verify", "dedupe", "shortest", "balance", "split", "review"]
+    stages = ["validate", "filter", "quiet", "verify", "dedupe", "balance", "split", "review"]
     assert list(funnel) == ["source", "generate", *stages, "version"]
     assert funnel["quiet"]["rejected"] == {"in_capitals": 20}
-    assert funnel["shortest"]["rejected"].keys() == {"longer_caption"}
-    rows = [
-        row
-        for file in sorted(version.rglob("*.parquet"))
-        if "rejections" not in file.name
-        for row in pq.read_table(file).to_pylist()
-    ]
+    rows = [row for file in version.rglob("t*-*.parquet") for row in pq.read_table(file).to_pylist()]
     assert {row["source"] for row in rows} == {"stripes"}
-    assert funnel["shortest"]["kept"] == len(rows) > 1
-    assert all(len(row["captions"]) == 1 for row in rows)
-    assert "A plain of stripes in gray" in {row["captions"][0]["text"] for row in rows}
+    assert {len(row["captions"]) for row in rows} == {1}

@@ -1,15 +1,12 @@
 """`synth generate` with real parts: the tiny teacher, a real journal, and `kill -9`."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 from PIL import Image
@@ -44,8 +41,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder / "d", json.loads(done.stdout)
 
 
-def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]) -> None:
-    version = DatasetDir(whole[0]).version()
+def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, printed = whole
+    version = DatasetDir(folder).version()
     funnel = {step["stage"]: step for step in version.manifest["funnel"]}
     assert list(funnel) == [name for name in ORDER if name not in ("select", "trim")]
     for step in funnel.values():
@@ -54,19 +52,11 @@ def test_nothing_is_lost_from_source_to_split(whole: tuple[Path, dict[str, str]]
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["kept"] == funnel["dedupe"]["input"]
     assert sum(version.manifest["rows"].values()) == funnel["version"]["kept"]
-
-
-def test_what_it_took_is_written_down(whole: tuple[Path, dict[str, str]]) -> None:
-    cost = read_json(DatasetDir(whole[0]).cost)
-    with Journal(DatasetDir(whole[0]).journal) as journal:
+    cost = read_json(DatasetDir(folder).cost)
+    with Journal(DatasetDir(folder).journal) as journal:
         assert cost == journal.totals() | {"timed": cost["asked"], "seconds": cost["seconds"]}
-    assert cost["replies"] == SCENES * 3
-    assert cost["seconds"] > 1
+    assert cost["replies"] == SCENES * 3 and cost["seconds"] > 0
     assert min(cost["prompt_tokens"], cost["reply_tokens"]) > SCENES * 3
-
-
-def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, printed = whole
     before = state(folder)
     done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
     assert "asked the model 0 times" in done.stderr
@@ -75,16 +65,14 @@ def test_the_same_command_again_asks_nothing_and_writes_nothing(whole: tuple[Pat
     assert state(folder) == before
 
 
-def test_nothing_new_is_not_said_of_a_damaged_version_without_a_warning(
-    whole: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
+def test_damaged_version_is_a_warning_where_a_run_finds_nothing_new(whole: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     version = DatasetDir(folder).version("v1.0.0")
     short, lost = [version.path / name for name in [*version.manifest["files"]][:2]]
     short.unlink()
     short.write_bytes(b"PAR1")
     lost.unlink()
-    done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
+    done = run_synth(*GENERATE, "--out", folder, cwd=tmp_path)
     names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
     text = f"v1.0.0 is damaged: {names} is gone or of another size; `synth check {folder}` says what can be rebuilt"
     assert text in json.loads(done.stdout)["warnings"]
@@ -95,13 +83,11 @@ def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Pa
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
     done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr
+    assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr, done.stderr
     after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
-    assert set(before.read("test", ["sample_id"])["sample_id"].to_pylist()) <= set(
-        after.read("test", ["sample_id"])["sample_id"].to_pylist()
-    )
+    held_out, held_out_later = ({*version.read("test", ["sample_id"])["sample_id"].to_pylist()} for version in (before, after))
+    assert held_out <= held_out_later
 
 
 def test_killed_run_resumes_to_the_version_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -129,8 +115,8 @@ def test_killed_run_resumes_to_the_version_of_an_undisturbed_one(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("number", "prepare", "code"),
-    [(signal.SIGINT, restore_sigint, 130), (signal.SIGTERM, restore_sigint, 143), (signal.SIGTERM, ignore_sigint, 143)],
-    ids=["Ctrl-C", "SIGTERM", "SIGTERM in the background of a shell"],
+    [(signal.SIGINT, restore_sigint, 130), (signal.SIGTERM, ignore_sigint, 143)],
+    ids=["Ctrl-C", "SIGTERM in the background of a shell"],
 )
 def test_a_signal_ends_a_run_which_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, prepare: Callable[[], None], code: int
@@ -144,42 +130,6 @@ def test_a_signal_ends_a_run_which_says_how_to_go_on(
     assert process.returncode == code, progress
     assert "run the same command to go on" in progress
     assert "Traceback" not in progress
-
-
-@pytest.mark.parametrize(
-    ("seconds", "printed"), [("10.0", "True True"), ("-1.0", "False went on")], ids=["an import that ends", "one that does not"]
-)
-def test_a_signal_within_an_import_ends_the_command_once_the_module_is_there(
-    tmp_path: Path, seconds: str, printed: str
-) -> None:
-    """A module that passes over errors while it is loaded, as some do that look for optional packages, would swallow it."""
-    module = """import os, signal, time
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
-            is_whole = True
-        except BaseException:
-            is_whole = False"""
-    (tmp_path / "careless.py").write_text(dedent(f"        {module}"))
-    code = f"""import time
-        from pipeline.cli import termination
-        termination.MAX_IMPORT_SECONDS = {seconds}
-        with termination.sigterm_as_ctrl_c() as arrived:
-            try:
-                import careless
-                time.sleep(0.2)
-                print(careless.is_whole, "went on")
-            except KeyboardInterrupt:
-                print(careless.is_whole, bool(arrived))"""
-    done = subprocess.run(
-        [sys.executable, "-c", dedent(f"        {code}")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=restore_sigint,
-    )
-    assert done.stdout.strip() == printed
 
 
 def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: Path) -> None:

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.sources.scenes import draw_sample
 from tests.commands import run_synth
-from tests.hub.app import TOKEN
 from tests.hub.server import RunningHub, running_hub
 
-SCENES = 80
+SCENES = 56
 
 
 class User:
@@ -61,16 +60,23 @@ def reader(hub: RunningHub, tmp_path: Path) -> User:
     return User(hub, tmp_path / "reader")
 
 
-def test_versions_say_what_there_is_and_where_it_was_pushed(maker: User, hub: RunningHub) -> None:
-    first, second = maker.json("versions")
+def test_versions_are_listed_with_their_pushes_and_compared_with_those_on_the_hub(maker: User, hub: RunningHub) -> None:
+    first, second = maker.json("versions", "list")
     assert (first["version"], first["parent"], second["version"], second["parent"]) == ("v1.0.0", None, "v1.1.0", "v1.0.0")
     assert sum(second["rows"].values()) == SCENES
     assert second["bytes"] > 0
     tags = hub.hub.storage.repos["dataset", "me/scenes"].tags
     assert second["pushed"] == [f"me/scenes@{tags['v1.1.0']}"]
-    output = maker.synth("versions").stdout
+    output = maker.synth("versions", "list").stdout
     assert f"pushed to me/scenes@{tags['v1.0.0']}" in output
     assert "(from v1.0.0)" in output
+    unchanged = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
+    assert unchanged["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
+    grown = maker.json("diff", "me/scenes@v1.0.0", "v1.1.0")
+    assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
+    changes = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
+    assert changes[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in changes[0]
+    assert "  config.limit: 46 -> 56" in changes
 
 
 def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(hub: RunningHub, reader: User) -> None:
@@ -96,43 +102,19 @@ def test_exports_go_along_in_the_same_commit_and_a_tag_does_not_get_them_later(h
     count = manifest["rows"]["train"]
     assert loaded.stdout.split() == [str(count)] * 2
     assert reader.json("push", "d", "--repo", "me/also", "--also", "webdataset")["commit"] == pushed["commit"]
-    refused = reader.synth("push", "d", "--repo", "me/also", "--also", "dpo,webdataset", fails=True).stderr
-    assert "no pairs of a better and a worse caption" in refused
     reader.synth("push", "d", "--repo", "me/plain")
-    refused = reader.synth("push", "d", "--repo", "me/plain", "--also", "cauldron", fails=True).stderr
-    assert "already has v1.0.0 without cauldron" in refused
+    for repository, options, complaint in (
+        ("me/also", ("dpo,webdataset",), "no pairs of a better and a worse caption"),
+        ("me/plain", ("cauldron",), "already has v1.0.0 without cauldron"),
+        ("me/none", ("cauldron", "--no-images"), "cauldron would hold the images, which are left out"),
+    ):
+        refused = reader.synth("push", "d", "--repo", repository, "--also", *options, fails=True).stderr
+        assert complaint in refused
     reader.synth("generate", "--source", "scenes", "--limit", "24", "--out", "d")
     later = reader.json("push", "d", "--repo", "me/also", "--also", "cauldron")
     left = repo.commits[later["commit"]].files
     assert not [path for path in left if path.startswith("webdataset/")] and "cauldron/train-00000.parquet" in left
     assert repo.tags["v1.0.0"] == pushed["commit"]
-    refused = reader.synth("push", "d", "--repo", "me/none", "--also", "cauldron", "--no-images", fails=True).stderr
-    assert "cauldron would hold the images, which are left out" in refused
-    for name in ("messages", "sidecar"):
-        wrong = run_synth("push", "d", "--repo", "me/none", "--also", name, cwd=reader.folder, env=env)
-        assert wrong.returncode == 2 and "--also" in wrong.stderr
-
-
-def test_a_model_on_the_hub_is_weighed_without_being_fetched(hub: RunningHub, reader: User) -> None:
-    api = HfApi(hub.endpoint, token=TOKEN)
-    api.create_repo("me/weights")
-    files = {"model-1.safetensors": 1 << 20, "model-2.safetensors": 1 << 20, "pytorch_model.bin": 1 << 21, "config.json": 2}
-    for name, size in files.items():
-        api.upload_file(path_or_fileobj=bytes(size), path_in_repo=name, repo_id="me/weights")
-    (finding, *_) = json.loads(reader.synth("doctor", "--model", "me/weights", "--json").stdout)
-    assert finding["ok"] and finding["found"].startswith("me/weights: 0.0 GiB of weights")
-    (missing, *_) = json.loads(reader.synth("doctor", "--model", "me/none", "--json").stdout)
-    assert not missing["ok"] and "no model " in missing["found"]
-
-
-def test_a_version_here_and_one_on_the_hub_can_be_compared(maker: User) -> None:
-    unchanged = maker.json("diff", "v1.1.0", "me/scenes@v1.1.0")
-    assert unchanged["counts"] == {"same": SCENES, "added": 0, "removed": 0, "changed": 0}
-    grown = maker.json("diff", "me/scenes@v1.0.0", "v1.1.0")
-    assert (grown["counts"]["added"], grown["counts"]["removed"]) == (10, 0)
-    output = maker.synth("diff", "me/scenes@v1.0.0", "v1.1.0").stdout.splitlines()
-    assert output[0].startswith("v1.0.0 -> v1.1.0: ") and " 10 added, 0 removed, " in output[0]
-    assert "  config.limit: 70 -> 80" in output
 
 
 def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, hub: RunningHub, maker: User) -> None:
@@ -144,25 +126,19 @@ def test_training_takes_a_version_from_the_hub_and_needs_it_once(reader: User, h
     assert hub.hub.sent_bytes == sent_bytes  # all of it was in the cache
 
 
-def test_pixels_that_stayed_at_home_are_joined_again(reader: User, maker: User) -> None:
+def test_pixels_that_were_not_pushed_are_joined_from_a_dataset_or_a_source(reader: User, maker: User) -> None:
     maker.synth("push", "--repo", "me/texts", "--no-images")
     refused = reader.synth("train", "--data", "me/texts", "--steps", "2", fails=True).stderr
     assert "me/texts holds no pixels" in refused
     assert "--images" in refused
-    of_dataset = ("--images", str(maker.folder / "data" / "scenes"))
-    reader.synth("train", "--data", "me/texts", *of_dataset, "--steps", "2")
+    refused = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True).stderr
+    assert "nowhere" in refused
+    of_dataset = ("--data", "me/texts", "--images", str(maker.folder / "data" / "scenes"))
+    trained = reader.json("train", *of_dataset, "--steps", "2")
     # The second time the dataset is already here.
-    scores = reader.json(
-        "evaluate", str(next(reader.folder.glob("data/me-texts/checkpoints/*"))), "--data", "me/texts", *of_dataset
-    )
-    assert scores["images"] > 0
-
-
-def test_a_source_gives_the_pixels_too(reader: User, maker: User) -> None:
-    maker.synth("push", "--repo", "me/texts", "--no-images")
-    refused = reader.synth("train", "--data", "me/texts", "--images", "folder:nowhere", "--steps", "2", fails=True)
-    assert "nowhere" in refused.stderr
-    reader.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
+    assert reader.json("evaluate", trained["path"], *of_dataset)["images"] > 0
+    other = User(maker.hub, reader.folder / "other")
+    other.synth("train", "--data", "me/texts", "--images", "scenes", "--steps", "2")
 
 
 def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub: RunningHub) -> None:
@@ -191,7 +167,7 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
     }
     assert header["metrics"] == [*scores] and "base_model" not in header  # a shipped encoder is not a model of the Hub
     (maker.folder / "scene.png").write_bytes(draw_sample(seed=5, index=0).images[0])
-    told = []
+    printed = []
     for snippet in (part.split("```")[0].replace("photo.jpg", "scene.png") for part in card.split("```python")[1:]):
         *lines, last = snippet.strip().splitlines()
         code = "\n".join([*lines, f"print({last.partition('  #')[0]})"])
@@ -199,58 +175,42 @@ def test_a_captioner_is_pushed_with_a_card_that_names_its_data(maker: User, hub:
             [sys.executable, "-c", code], cwd=maker.folder, capture_output=True, text=True, env=hub.env(maker.folder / "home")
         )
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout.strip().splitlines()[-1])
+        printed.append(done.stdout.strip().splitlines()[-1])
     caption = maker.synth("caption", "me/captioner", "scene.png", "--json").stdout
     assert maker.json("evaluate", "me/captioner")["images"] > 0
-    assert json.loads(caption)["caption"] in told[0] and json.loads(caption)["caption"] in told[1]
+    assert json.loads(caption)["caption"] in printed[0] and json.loads(caption)["caption"] in printed[1]
     repeated = maker.synth("push", checkpoint, "--repo", "me/captioner")
     assert "nothing to do" in repeated.stderr and "me/captioner, public\n" in repeated.stderr
     assert len(repo.commits) == 2
 
 
-def test_what_goes_with_datasets_and_a_damaged_captioner_are_refused_before_a_push(maker: User) -> None:
+def test_what_cannot_be_pushed_or_overwritten_is_refused_and_a_dry_run_sends_nothing(maker: User, hub: RunningHub) -> None:
     checkpoint = maker.json("train", "--steps", "2")["path"]
-    for option in (["--version", "v1.0.0"], ["--no-images"], ["--also", "webdataset"], ["--repair"], ["--acknowledge", "x"]):
-        refused = maker.synth("push", checkpoint, "--repo", "me/x", *option, code=2)
-        assert "go with" in refused.stderr and "datasets" in refused.stderr
-    shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")
-    weights = maker.folder / "cut/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "no captioner in cut" in maker.synth("push", "cut", "--repo", "me/x", "--dry-run", fails=True).stderr
-
-
-def test_a_captioner_is_not_overwritten_by_one_of_other_settings(maker: User) -> None:
-    maker.synth("train", "--steps", "2")
-    refused = maker.synth("train", "--steps", "2", "--text-source", "mixed", fails=True).stderr
-    assert "holds a captioner of other settings" in refused
-
-
-def test_a_training_that_is_not_finished_is_not_pushed(maker: User) -> None:
-    (maker.folder / "half").mkdir()
-    (maker.folder / "half" / "train.json").write_text("{}")
-    assert (
-        "is not a finished training: it lacks config.json" in maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
-    )
-
-
-def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(maker: User, hub: RunningHub) -> None:
     request_count = len(hub.hub.log)
     plan = maker.json("push", "--repo", "me/elsewhere", "--dry-run")
     assert set(plan["files"]) == {path.name for path in DatasetDir(maker.folder / "data" / "scenes").version().path.iterdir()}
     assert len(hub.hub.log) == request_count
+    for option in (["--version", "v1.0.0"], ["--no-images"], ["--also", "webdataset"], ["--repair"], ["--acknowledge", "x"]):
+        refused = maker.synth("push", checkpoint, "--repo", "me/x", *option, code=2).stderr
+        assert "go with" in refused and "datasets" in refused
+    shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")
+    weights = maker.folder / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "no captioner in cut" in maker.synth("push", "cut", "--repo", "me/x", "--dry-run", fails=True).stderr
+    (maker.folder / "half").mkdir()
+    (maker.folder / "half" / "train.json").write_text("{}")
+    unfinished = maker.synth("push", "half", "--repo", "me/x", fails=True).stderr
+    assert "is not a finished training: it lacks config.json" in unfinished
+    refused = maker.synth("train", "--steps", "2", "--text-source", "mixed", fails=True).stderr
+    assert "holds a captioner of other settings" in refused
 
 
-def test_a_manifest_and_the_journal_are_enough_to_make_a_version_again(maker: User, tmp_path: Path) -> None:
+def test_version_is_made_again_of_its_manifest_and_journal_and_its_report_is_anonymous(maker: User, tmp_path: Path) -> None:
     data = maker.folder / "data" / "scenes"
     manifest = DatasetDir(data).version("v1.0.0").path / "manifest.json"
     shutil.copytree(data / "journal", tmp_path / "again" / "journal")
     done = maker.synth("generate", "--config", str(manifest), "--out", str(tmp_path / "again"), "--json")
     assert "asked the model 0 times" in done.stderr
     assert json.loads(done.stdout)["digest"] == json.loads(manifest.read_text())["digest"]
-
-
-def test_the_report_holds_no_token_and_no_path(maker: User) -> None:
-    report = Path(maker.synth("report").stdout.strip())
-    text = (maker.folder / report).read_text()
-    assert "hf_loopback" not in text
-    assert str(maker.folder) not in text
+    report = maker.folder / maker.synth("report").stdout.strip()
+    assert "hf_loopback" not in report.read_text() and str(maker.folder) not in report.read_text()

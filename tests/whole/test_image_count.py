@@ -74,6 +74,9 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         more, _ = run(tmp_path, chat, images=60)
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
         assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
+        asked = len(chat.bodies)
+        fewer = generate_dataset(settings(chat, images=12), tmp_path, from_stage="trim")
+        assert (fewer.version.num_rows, len(chat.bodies)) == (12, asked)
 
 
 def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -96,21 +99,24 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     [
         (0.4, {"images": 20, "limit": 20}, range(6, 19), "--limit allows no more"),
         (0.99, {"images": 300}, range(1, 15), "too few to read on"),
-        (0.0, {"images": 20}, range(20, 21), None),
+        (1.0, {"images": 20}, None, None),
     ],
 )
-def test_it_ends_where_there_is_no_more_or_nearly_none_is_kept(
-    share: float, more: dict[str, Any], rows: range, told: str | None, tmp_path: Path
+def test_run_ends_where_there_is_no_more_or_nearly_nothing_is_kept(
+    share: float, more: dict[str, Any], rows: range | None, told: str | None, tmp_path: Path
 ) -> None:
     with running_chat(refuse_some(share)) as chat:
-        result, notes = run(tmp_path, chat, **more)
+        if rows is None or told is None:
+            with pytest.raises(TableError, match="no row is left"):
+                run(tmp_path, chat, **more)
+        else:
+            result, notes = run(tmp_path, chat, **more)
+            assert [told in note for note in notes if "images are kept" in note] == [True]
+            assert result.version.num_rows in rows
     assert len(chat.bodies) == more["images"]
-    assert [note for note in notes if "images are kept" in note] == [note for note in notes if told and told in note]
-    assert (told is None) == (not any("images are kept" in note for note in notes))
-    assert result.version.num_rows in rows
 
 
-def test_a_source_that_has_no_more_says_so() -> None:
+def test_next_limit_follows_the_share_that_was_kept_and_ends_with_the_source() -> None:
     notes = Notes()
     config = resolve(source="scenes", images=10)
     assert next_limit(config, 10, 7, notes, has_more=False) is None
@@ -119,12 +125,6 @@ def test_a_source_that_has_no_more_says_so() -> None:
     assert next_limit(resolve(source="scenes", images=10, limit=12), 10, 5, notes, has_more=True) == 12
     assert next_limit(config, 10, 0, notes, has_more=True) is None
     assert next_limit(config, 10, 10, notes, has_more=True) is None
-
-
-def test_where_none_is_kept_no_more_is_paid(tmp_path: Path) -> None:
-    with running_chat(refuse_some(1.0)) as chat, pytest.raises(TableError, match="no row is left"):
-        run(tmp_path, chat, images=20)
-    assert len(chat.bodies) == 20
 
 
 def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
@@ -147,20 +147,6 @@ def test_a_mark_of_a_person_makes_no_run_read_on_and_on(tmp_path: Path) -> None:
         again, texts = run(tmp_path, chat, images=20)
     assert (again.is_new, again.stats.asked, len(chat.bodies)) == (False, 0, 20)
     assert not any("images are kept" in text for text in texts)
-
-
-def test_drawn_scenes_have_no_end_whatever_is_left_out_of_them(tmp_path: Path) -> None:
-    with running_chat(refuse_some(0.0)) as chat:
-        result, _ = run(tmp_path, chat, images=30, seed=0, exclude=["scenes"], dedupe={"images": "none"}, limit=None)
-    assert result.version.num_rows == 30
-    assert step(result.version, "source")["rejected"].get("banned_image", 0) > 0
-
-
-def test_fewer_rows_of_what_is_there_are_cut_without_asking(tmp_path: Path) -> None:
-    with running_chat(refuse_some(0.0)) as chat:
-        run(tmp_path, chat, images=20)
-        fewer = generate_dataset(settings(chat, images=12), tmp_path, from_stage="trim")
-    assert (fewer.version.num_rows, len(chat.bodies)) == (12, 20)
 
 
 def test_a_forecast_is_of_the_images_that_it_takes(tmp_path: Path) -> None:

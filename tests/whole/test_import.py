@@ -114,12 +114,20 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
     assert "- visual-question-answering" in card and "- image-to-text" in card
     again = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
     assert (again["is_new"], again["digest"]) == (False, result["digest"])
+    config = ("--config", f"{result['path']}/manifest.json", "--out", "e", "--source", "folder:photos", "--json")
+    refused = synth(photos, "generate", *config, code=1)
+    assert "was made with a file of its maker: captions" in refused.stderr
+    repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
+    assert json.loads(repeated.stdout)["digest"] == result["digest"]
     trained = synth(photos, "train", "--data", "d", "--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
     assert "texts of people" in trained.stderr
     metrics = json.loads((photos / "captioner/metrics.json").read_text())
     assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"
     said = synth(photos, "push", "captioner", "--repo", "me/captioner", "--dry-run").stderr
     assert "me/captioner, private, as the license of the images is not known, or not to the Hub (--public)" in said
+    (photos / "coco.json").unlink()  # later steps need no file of captions
+    later = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl", "--from-stage", "filter")
+    assert later["digest"] == result["digest"]
 
 
 def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
@@ -146,20 +154,19 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
     assert {len({one["prompt_id"] for one in row["captions"]}) for row in rows_of(photos, both).values()} == {1, 2}
 
 
-def test_where_people_have_captioned_all_nothing_is_missing(photos: Path, server: ChatServer, model: Model) -> None:
+def test_only_captions_or_questions_that_people_left_out_are_asked(photos: Path, server: ChatServer, model: Model) -> None:
+    options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
+    described = ("generate", "--source", "folder:photos", "--captions", "coco.json", "--tasks", "caption", *options)
+    predicted = json.loads(synth(photos, *described, "--dry-run", "--json", "--out", "d").stdout)
+    assert (predicted["images"], predicted["requests"], predicted["remaining_images"]) == (COUNT, COUNT // 2, COUNT // 2)
+    model.asked.clear()
+    made(photos, "generate", *options, "--out", "questions", captions="vqa.jsonl")
+    assert model.asked == {"caption": COUNT, "qa": COUNT // 2}
     lines = [{"file_name": f"{number:02}.png", "captions": [caption_of(number), "Bowl."]} for number in range(COUNT)]
     (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = ("--base-url", server.url, "--tasks", "caption", "--only-missing")
-    result = made(photos, "generate", *options, captions="all.jsonl")
-    assert (model.asked.total(), result["stages"]["filter"]["rejected"]) == (0, {"too_short": COUNT})
+    result = made(photos, "generate", *options, "--tasks", "caption", "--out", "all", captions="all.jsonl")
+    assert model.asked["caption"] == COUNT and result["stages"]["filter"]["rejected"] == {"too_short": COUNT}
     assert not [text for text in result["warnings"] if "none of the captions" in text]
-
-
-def test_questions_alone_leave_the_captions_to_the_model(photos: Path, server: ChatServer, model: Model) -> None:
-    options = ("--base-url", server.url, "--styles", "detailed", "--only-missing")
-    result = made(photos, "generate", *options, captions="vqa.jsonl")
-    assert model.asked == {"caption": COUNT, "qa": COUNT // 2}
-    assert result["stages"]["generate"]["kept"] == COUNT + COUNT // 2
 
 
 def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(photos: Path, server: ChatServer) -> None:
@@ -171,83 +178,41 @@ def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(pho
     assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")
 
 
-def test_an_own_task_gets_the_captions_that_it_needs_also_where_people_wrote_some(
-    photos: Path, server: ChatServer, model: Model
-) -> None:
-    (photos / "short.yaml").write_text(
-        "name: short\nkind: text\nneeds: [detailed]\nprompt: 'Shorten: {{ results.detailed }}'\n"
-        "output: {type: object, properties: {caption: {type: string}}, required: [caption], additionalProperties: false}\n"
-    )
-    model.images["short"] = set()
-    options = ("--base-url", server.url, "--styles", "detailed", "--tasks", "caption", "--task", "short.yaml", "--only-missing")
-    made(photos, "generate", *options)
-    assert model.asked == {"caption": COUNT, "short": COUNT}
-
-
-def test_images_without_any_caption_are_one_clear_error(photos: Path) -> None:
-    done = synth(photos, "generate", "--no-model", "--source", "folder:photos", "--out", "d", code=1)
-    assert "folder:photos has no caption and no question that people wrote" in done.stderr and "--captions FILE" in done.stderr
+def test_captions_that_are_missing_or_contradict_the_settings_are_one_clear_error(photos: Path) -> None:
+    folder = ("--source", "folder:photos", "--out", "d")
+    done = synth(photos, "generate", "--no-model", *folder, code=1)
+    assert "folder:photos has no caption and no question that people wrote" in done.stderr
+    assert "--captions FILE" in done.stderr
     done = synth(photos, "generate", "--no-model", "--source", "scenes", "--captions", "coco.json", "--out", "e", code=1)
     assert "source scenes has its own captions, but --captions was given" in done.stderr
-    done = synth(
-        photos, "generate", "--source", "folder:photos", "--captions", "gone.json", "--tasks", "none", "--out", "d", code=1
-    )
+    done = synth(photos, "generate", *folder, "--captions", "gone.json", "--tasks", "none", code=1)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_manifest_asks_for_the_captions_that_its_version_was_made_of(photos: Path) -> None:
-    result = made(photos, "generate", "--no-model")
-    manifest = f"{result['path']}/manifest.json"
-    done = synth(photos, "generate", "--source", "folder:photos", "--config", manifest, "--out", "e", code=1)
-    assert "was made with a file of its maker: captions" in done.stderr
-    again = synth(
-        photos, "generate", "--source", "folder:photos", "--config", manifest, "--captions", "coco.json", "--out", "e", "--json"
-    )
-    assert json.loads(again.stdout)["digest"] == result["digest"]
-
-
-def test_the_prediction_counts_the_images_that_need_no_request(photos: Path, server: ChatServer) -> None:
-    options = ("--source", "folder:photos", "--captions", "coco.json", "--base-url", server.url, "--styles", "detailed")
-    done = synth(photos, "generate", *options, "--tasks", "caption", "--only-missing", "--dry-run", "--json", "--out", "d")
-    predicted = json.loads(done.stdout)
-    assert (predicted["images"], predicted["requests"], predicted["remaining_images"]) == (COUNT, COUNT // 2, COUNT // 2)
-
-
-def test_no_model_refuses_settings_that_ask_one(photos: Path) -> None:
-    (photos / "s.yaml").write_text("source: folder:photos\ncaptions: [coco.json]\nverify: {checks: [claims]}\n")
-    done = synth(photos, "generate", "--no-model", "--config", "s.yaml", "--out", "d", code=1)
-    assert "--no-model asks no model, and the settings ask for claims" in done.stderr
-    for text, problem in (
-        ("tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
-        ("tasks: [none, caption]\n", "tasks: none stands alone"),
-        ("generate: {style_prompts: {human: Say it.}}\n", "human is the style of captions that people wrote"),
+    for option, text, problem in (
+        ("--no-model", "captions: [coco.json]\nverify: {checks: [claims]}", "--no-model asks no model, and the"),
+        ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
+        ("--json", "tasks: [none, caption]\n", "tasks: none stands alone"),
+        ("--json", "generate: {style_prompts: {human: Say it.}}\n", "human is the style of captions that people wrote"),
     ):
-        (photos / "s.yaml").write_text(f"source: folder:photos\n{text}")
-        assert problem in synth(photos, "generate", "--config", "s.yaml", "--out", "d", code=1).stderr
+        (photos / "s.yaml").write_text(text)
+        assert problem in synth(photos, "generate", option, "--config", "s.yaml", *folder, code=1).stderr
 
 
-def test_questions_of_a_table_come_with_as_many_answers(photos: Path) -> None:
+def test_questions_of_a_table_keep_their_answers_and_decks_their_questions(photos: Path) -> None:
     images = [{"bytes": path.read_bytes(), "path": None} for path in sorted((photos / "photos").iterdir())[:3]]
-    asked = [["is it red", "how many are there"], ["is it a bowl"], "where is it"]
-    answers = [["yes", "two"], ["yes", "no"], "here"]
-    rows = [
-        {"image": image, "q": q if isinstance(q, list) else [q], "a": a if isinstance(a, list) else [a]}
-        for image, q, a in zip(images, asked, answers, strict=True)
-    ]
+    asked = [["is it red", "how many are there"], ["is it a bowl"], ["where is it"]]
+    answers = [["yes", "two"], ["yes", "no"], ["here"]]
+    rows = [{"image": image, "q": q, "a": a} for image, q, a in zip(images, asked, answers, strict=True)]
     pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
-    columns = ("--columns", "question=q,answer=a")
-    done = json.loads(
-        synth(photos, "generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--out", "t", "--json").stdout
-    )
+    decks = [{"pages": [image] * 2, "q": f"Who wrote page {n}?", "a": "Ada"} for n, image in enumerate(images)]
+    pq.write_table(pa.Table.from_pylist(decks), photos / "decks.parquet")
+    columns = ("generate", "--no-model", "--json", "--columns", "question=q,answer=a")
+    done = json.loads(synth(photos, *columns, "--source", "parquet:t.parquet", "--out", "t").stdout)
     assert done["stages"]["source"]["rejected"] == {"unpaired_answers": 1}
-    loaded = load_dataset(str(photos / done["path"]))
-    found = sorted(
-        (pair["question"], pair["answer"])
-        for part in loaded.values()
-        for row in part.remove_columns(["image"])
-        for pair in row["qa"]
-    )
-    assert found == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
+    pairs = sorted((one["question"], one["answer"]) for row in rows_of(photos, done).values() for one in row["qa"])
+    assert pairs == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
+    columns = (*columns[:-1], f"{columns[-1]},pages=pages")
+    done = json.loads(synth(photos, *columns, "--source", "parquet:decks.parquet", "--out", "k").stdout)
+    assert done["stages"]["validate"] == {"input": 3, "kept": 3, "rejected": {}}
 
 
 def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> None:
@@ -265,35 +230,11 @@ def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> No
     pq.write_table(pa.Table.from_pylist(rows), photos / "t.parquet")
     columns = ("--columns", "question=q,answer=a")
     for executor in ((), ("--executor", "ray", "--shards", "2")) if LONG else ((),):
-        command = ("generate", "--no-model")
-        done = json.loads(
-            synth(
-                photos, *command, "--source", "parquet:t.parquet", *columns, "--out", f"t{len(executor)}", "--json", *executor
-            ).stdout
-        )
-        loaded = load_dataset(str(photos / done["path"]))
-        found = [row for part in loaded.values() for row in part.remove_columns(["image"])]
+        command = ("generate", "--no-model", "--source", "parquet:t.parquet", *columns, "--json", *executor)
+        done = json.loads(synth(photos, *command, "--out", f"t{len(executor)}").stdout)
+        found = [*rows_of(photos, done).values()]
         assert sorted(len(row["qa"]) for row in found) == [1, 2]
         assert [row["references"] for row in found] == [["A bowl stands on a table."]] * 2
         assert done["stages"]["source"]["rejected"] == {"duplicate_image": 2}
     digests = {json.loads(path.read_text())["digest"] for path in photos.glob("t*/versions/v1.0.0/manifest.json")}
     assert len(digests) == 1
-
-
-def test_a_later_stage_begins_without_the_file_of_captions(photos: Path) -> None:
-    first = made(photos, "generate", "--no-model")
-    (photos / "coco.json").unlink()
-    options = ("--source", "folder:photos", "--captions", "coco.json", "--tasks", "none", "--out", "d", "--json")
-    again = json.loads(synth(photos, "generate", *options, "--from-stage", "filter").stdout)
-    assert again["digest"] == first["digest"]
-
-
-def test_decks_with_questions_become_a_version_without_a_model(photos: Path) -> None:
-    pages = [[{"bytes": path.read_bytes(), "path": None}] * 2 for path in sorted((photos / "photos").iterdir())[:4]]
-    rows = [{"pages": deck, "q": f"Who wrote page {number}?", "a": "Ada"} for number, deck in enumerate(pages)]
-    pq.write_table(pa.Table.from_pylist(rows), photos / "decks.parquet")
-    columns = ("--columns", "pages=pages,question=q,answer=a")
-    done = json.loads(
-        synth(photos, "generate", "--no-model", "--source", "parquet:decks.parquet", *columns, "--out", "k", "--json").stdout
-    )
-    assert done["stages"]["validate"] == {"input": 4, "kept": 4, "rejected": {}}

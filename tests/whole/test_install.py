@@ -23,19 +23,17 @@ def resolved() -> list[Resolved]:
         return list(pool.map(lambda values: resolve(*values), combinations))
 
 
-def test_all_extras_resolve_beside_vllm_for_every_python(resolved: list[Resolved]) -> None:
+def test_all_extras_resolve_beside_vllm_for_every_python_and_the_core_needs_neither_torch_nor_vllm(
+    resolved: list[Resolved],
+) -> None:
     assert [result for result in resolved if result.error] == []
     everything = [result.versions for result in resolved if "gpu" in result.extras]
     assert len(everything) == 2 * len(TRIED)
     for versions in everything:
         assert tuple(map(int, versions["vllm"].split(".")[:2])) >= (0, 32)  # a resolver may walk back to the first release
         assert {"torch", "transformers", "llguidance", "ray", "pillow-heif", "s3fs"} <= versions.keys()
-
-
-def test_the_core_needs_neither_torch_nor_vllm(resolved: list[Resolved]) -> None:
-    for result in resolved:
-        if not result.extras:
-            assert {"torch", "vllm", "transformers", "ray"} & result.versions.keys() == set()
+    for core in (result.versions for result in resolved if not result.extras):
+        assert not {"torch", "vllm", "transformers", "ray"} & core.keys()
 
 
 @pytest.mark.skipif(not LONG, reason="a new environment takes a minute: make test-long")

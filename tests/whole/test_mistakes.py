@@ -14,7 +14,6 @@ from pipeline.dataset.directory import DatasetDir
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_process, run_synth
 from tests.mistakes import MISTAKES, PHOTOS, Mistake, add_photos, environment
-from tests.scene_data import make_version, scene_samples
 from tests.whole.conftest import ROOT
 
 NO_TORCH = "raise ImportError('torch was loaded before the mistake was found')"
@@ -59,13 +58,6 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
         done = run(tmp_path, f"{PHOTOS} --engine embedded --model tiny --out out")
     assert "another process is writing to out" in done.stderr
     assert "wait for it, or choose another --out" in done.stderr
-
-
-def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
-    make_version(tmp_path / "d", scene_samples(30))
-    with DatasetDir(tmp_path / "captioner").lock():
-        done = run(tmp_path, "train --data d --encoder tiny-vit --steps 1 --out captioner")
-    assert (done.returncode, "another process is writing to captioner" in done.stderr) == (1, True), done.stderr
 
 
 def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path) -> None:

@@ -113,7 +113,18 @@ def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path
         assert tags == 0
 
 
-def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
+def test_public_is_said_aloud_and_a_private_repository_stays_private(home: Path, hub: RunningHub) -> None:
+    assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
+    assert not hub.hub.storage.repos["dataset", "me/open"].private
+    assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
+    run(hub, home, "push", "--repo", "me/closed", "--private")
+    again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
+    assert "the repository was there, and private, and stays so" in again
+
+
+def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide_who_sees_it(
+    home: Path, hub: RunningHub, server: ChatServer
+) -> None:
     stated = ("--license", "cc-by-4.0", "--title", "My lakes", "--language", "de")
     message = run(hub, home, "push", "--repo", "me/lakes", *stated).stderr
     assert "repository: me/lakes, public" in message
@@ -123,30 +134,15 @@ def test_the_user_says_whose_the_data_is(home: Path, hub: RunningHub) -> None:
     card, manifest = (read(hub, files[name]).decode() for name in ("README.md", "manifest.json"))
     assert "license: cc-by-4.0" in card and "- de" in card and "# My lakes" in card and "pretty_name: My lakes" in card
     assert {"license": "cc-by-4.0", "title": "My lakes", "language": "de"}.items() <= json.loads(manifest).items()
-
-
-def test_a_license_or_language_that_no_card_can_hold_is_refused(home: Path, hub: RunningHub) -> None:
     odd = (("--license", "mine\nall mine"), ("--language", "German"), ("--license-link", "javascript:alert(1)"))
     for option, value in odd:
         done = run_synth("push", "--repo", "me/odd", option, value, cwd=home, env=hub.env(home / "home"))
         assert (done.returncode, option in done.stderr) == (2, True), done.stderr
     assert ("dataset", "me/odd") not in hub.hub.storage.repos
-
-
-def test_public_is_said_aloud(home: Path, hub: RunningHub) -> None:
-    assert "me/open, public" in run(hub, home, "push", "--repo", "me/open", "--public").stderr
-    assert not hub.hub.storage.repos["dataset", "me/open"].private
-    assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
-    run(hub, home, "push", "--repo", "me/closed", "--private")
-    again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
-    assert "the repository was there, and private, and stays so" in again
-
-
-def test_a_license_stated_at_generation_is_that_of_the_rows(home: Path, hub: RunningHub, server: ChatServer) -> None:
     asked = len(server.bodies)
     data = ("--source", "folder:photos", "--base-url", server.url, "--license", "cc-by-4.0", "--title", "Lakes")
     made = json.loads(run(hub, home, "generate", *data, "--json").stdout)
     assert len(server.bodies) == asked  # nothing is asked twice
-    manifest = json.loads((home / made["path"] / "manifest.json").read_text())
-    assert (manifest["licenses"], manifest["title"]) == (["cc-by-4.0"], "Lakes")
+    version = json.loads((home / made["path"] / "manifest.json").read_text())
+    assert (version["licenses"], version["title"]) == (["cc-by-4.0"], "Lakes")
     assert "# Lakes" in (home / made["path"] / "README.md").read_text()

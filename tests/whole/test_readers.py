@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from pipeline.dataset.version import Version, read_version
 from pipeline.inference.engines import TINY_WEIGHTS
 from tests.commands import run_synth
 from tests.hub.server import running_hub
@@ -84,28 +81,3 @@ def test_a_pushed_version_is_read_by_config_and_trained_on_by_trl(photos: Path) 
             ]
             assert answers == [*(one["text"] for one in row["captions"]), *(one["answer"] for one in row["qa"])]
             assert row["text"] == row["captions"][0]["text"]
-
-
-def test_columns_for_readers_are_no_part_of_a_version_and_hardly_any_bytes(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = made(photos, "generate", "--no-model")["path"]
-    version = read_version(photos / path)
-    manifest = version.manifest
-    assert manifest["reader_columns"] == ["text", "messages"]
-    assert not {"text", "messages"} & {*manifest["columns"]} and {"text", "messages"} < {*manifest["features"]}
-    monkeypatch.setattr("pipeline.dataset.publishing.reader_columns", lambda columns: [])
-    without = rebuilt(photos)
-    assert without.manifest["digest"] == manifest["digest"]
-    assert "reader_columns" not in without.manifest
-    sizes = [sum(entry["bytes"] for entry in one.manifest["files"].values()) for one in (version, without)]
-    assert sizes[0] < 1.05 * sizes[1]
-    assert "config_name: messages" not in (without.path / "README.md").read_text()
-
-
-def rebuilt(photos: Path) -> Version:
-    from pipeline.config.files import resolve
-    from pipeline.run import generate_dataset
-
-    config = resolve(source=f"folder:{photos}/photos", captions=[photos / "coco.json"], tasks="none")
-    return generate_dataset(config, photos / "e").version

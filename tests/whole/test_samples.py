@@ -13,7 +13,7 @@ from pipeline.dataset.version import Version, read_version
 from tests.commands import run_synth
 from tests.whole.test_readers import train_by_trl
 
-IMAGES, SAMPLES = 30, 3
+IMAGES, SAMPLES = 20, 3
 SETTINGS = "generate: {sample_temperature: 2.0}\n"  # the tiny teacher is sure of itself
 
 
@@ -50,7 +50,9 @@ def chosen(folder: Path) -> tuple[Version, dict[str, Any]]:
     return read_version(folder / "d/versions/v2.0.0"), result
 
 
-def test_further_captions_alone_are_paid_and_one_of_each_style_is_kept(chosen: tuple[Version, dict[str, Any]]) -> None:
+def test_further_captions_alone_are_paid_and_a_pair_is_the_kept_caption_and_a_worse_one(
+    chosen: tuple[Version, dict[str, Any]], folder: Path
+) -> None:
     version, result = chosen
     assert result["requests"]["asked"] == IMAGES * 2 * (SAMPLES - 1)
     assert counts(version, "generate")["kept"] == IMAGES * (2 * SAMPLES + 1)
@@ -58,10 +60,6 @@ def test_further_captions_alone_are_paid_and_one_of_each_style_is_kept(chosen: t
     assert rejected.keys() == {"not_the_best"} and rejected["not_the_best"] > IMAGES
     assert len(captions(version)) == IMAGES * 2
     assert not any("select" in warning for warning in result.get("warnings", []))
-
-
-def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[str, Any]]) -> None:
-    version, _ = chosen
     pairs = [(one["text"], one["rejected"]) for one in captions(version) if one["rejected"]]
     assert 0 < len(pairs) < IMAGES * 2
     assert all(better != worse for better, worse in pairs)
@@ -69,6 +67,7 @@ def test_a_pair_is_the_kept_caption_and_a_worse_one(chosen: tuple[Version, dict[
     assert "`captions[].rejected` is the worst of the others" in card and "Scores beside" not in card
     assert "without its words (but for `captions[].rejected`)" in card
     assert "rejected" not in version.manifest["measured"].get("scores", {})
+    assert run_synth("report", "d", cwd=folder).returncode == 0
 
 
 def test_a_text_that_was_reviewed_as_bad_does_not_come_back_as_the_worse_one(
@@ -111,26 +110,8 @@ def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, d
     train_by_trl("DPO", "pairs", cwd=folder, env=env)
 
 
-def test_a_command_that_fails_leaves_the_files_of_the_last_run(folder: Path) -> None:
-    generate(folder, "--samples", "2", "--out", "kept")
-    stage = folder / "kept" / "stages" / "select" / "kept.parquet"
-    assert stage.exists()
-    failed = run_synth(
-        "generate", "--source", "scenes", "--limit", str(IMAGES), "--out", "kept", "--base-url", "http://127.0.0.1:9/v1",
-        cwd=folder,
-    )  # fmt: skip
-    assert failed.returncode == 1 and stage.exists()
-
-
-def test_a_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
-    done = run_synth(
-        "generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry", cwd=folder
-    )
-    predicted = json.loads(done.stdout)
+def test_forecast_counts_no_choice_as_a_loss(folder: Path) -> None:
+    command = ("generate", "--source", "scenes", "--limit", "2000", "--samples", "2", "--dry-run", "--json", "--out", "dry")
+    predicted = json.loads(run_synth(*command, cwd=folder).stdout)
     assert not any(name.startswith("select") for name in predicted["lost_by"])
     assert predicted["lost_share"][0] < 0.3
-
-
-def test_a_version_with_pairs_has_a_report(folder: Path, chosen: tuple[Version, dict[str, Any]]) -> None:
-    done = run_synth("report", str(chosen[0].path.parents[1]), cwd=folder, env=os.environ)
-    assert done.returncode == 0, done.stderr

@@ -150,62 +150,51 @@ def test_no_path_and_no_other_name_reaches_what_is_published(hub: RunningHub, tm
     assert resplit.manifest["digest"] == version.manifest["digest"]
 
 
-def test_parquet_of_ones_own(hub: RunningHub, tmp_path: Path) -> None:
-    (tmp_path / "rows.parquet").write_bytes(datasets.parquet(datasets.flickr_rows(6), datasets.FLICKR))
-    version = generate_version(hub, tmp_path, "--source", "parquet:rows.parquet", *TRY)
-    assert_counts_add_up(version, 6)
-    assert "rows.parquet" not in json.dumps(version.manifest["config"])
-
-
-def test_decks_of_drawn_pages_have_a_page_of_each_background(hub: RunningHub, tmp_path: Path) -> None:
-    with running_chat(ChatServer()) as chat:
-        version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "6", "--base-url", chat.url, "--json")
-    assert_counts_add_up(version, 6)
-    for row in rows(version):
-        assert len(row["pages"]) == len({page.background for page in scenes_of(row["source"], row["source_row"])}) == 4
-
-
-def test_drawn_decks_get_questions_with_known_answers_without_a_server(hub: RunningHub, tmp_path: Path) -> None:
+def test_drawn_decks_have_questions_with_known_answers_and_a_page_of_each_background(hub: RunningHub, tmp_path: Path) -> None:
     version = generate_version(hub, tmp_path, "--source", "scenes-deck", "--limit", "12", "--json")
     assert_counts_add_up(version, 12)
     assert version.manifest["model"]["name"] == "tiny"
+    for row in rows(version):
+        assert len(row["pages"]) == len({page.background for page in scenes_of(row["source"], row["source_row"])}) == 4
     pairs = [pair for row in rows(version) for pair in row["qa"]]
     assert {pair["answer_type"] for pair in pairs} == {"span", "number", "arithmetic"}
     assert all(len(pair["evidence_pages"]) == 2 and pair["expression"] for pair in pairs if pair["answer_type"] == "arithmetic")
     assert version.manifest["measured"]["true_answers"]["number"]["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("kind", ["archive", "list"])
-def test_archives_and_lists_become_versions_that_name_no_place_of_this_machine(
-    hub: RunningHub, tmp_path: Path, kind: str
-) -> None:
-    """An address with a key, the folder and its user are neither in the version nor in what is printed for a card."""
+def test_archives_and_lists_become_versions_that_name_no_place_of_this_machine(hub: RunningHub, tmp_path: Path) -> None:
+    """An address with a key, the folder and its user are not in the version."""
     home = tmp_path / "of-ada"
     home.mkdir()
     images = {f"{number}.jpg": datasets.photo(number) for number in range(6)}
     texts = [f"A {color} bowl stands on a table." for color in ("red", "blue", "green", "white", "black", "small")]
-    if kind == "archive":
-        with zipfile.ZipFile(home / "photos.zip", "w") as archive:
-            for (name, data), text in zip(images.items(), texts, strict=True):
-                archive.writestr(f"in/{name}", data)
-                archive.writestr(f"in/{Path(name).stem}.txt", text)
-        source = f"archive:{home / 'photos.zip'}"
-    else:
-        for name, data in images.items():
+    with zipfile.ZipFile(home / "photos.zip", "w") as archive:
+        for (name, data), text in zip(images.items(), texts, strict=True):
+            archive.writestr(f"in/{name}", data)
+            archive.writestr(f"in/{Path(name).stem}.txt", text)
             (home / name).write_bytes(data)
-        lines = [f"{name},{text}" for name, text in zip([*images][:5], texts, strict=False)]
-        lines += [f"{home / '5.jpg'},{texts[5]}", "https://example.org/x.jpg?key=S3CRET,A bowl on a chair."]
-        (home / "list.csv").write_text("\n".join(["path,caption", *lines]) + "\n")
-        source = f"list:{home / 'list.csv'}"
-    done = synth(hub, tmp_path, "generate", "--no-model", "--source", source, "--out", "d", "--license", "cc0-1.0", "--json")
-    assert done.returncode == 0, done.stderr
-    version = DatasetDir(tmp_path / "d").version()
-    assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
-    assert {row["license"] for row in rows(version)} == {"cc0-1.0"}
-    assert version.manifest["source"]["name"] == kind
-    again = synth(hub, tmp_path, "generate", "--no-model", "--source", source, "--out", "d", "--license", "cc0-1.0", "--json")
-    assert "nothing new" in again.stderr, again.stderr
-    published = b"".join(path.read_bytes() for path in version.path.iterdir())
-    for secret in (b"of-ada", b"S3CRET", str(tmp_path).encode()):
-        assert secret not in published, secret
-    assert ("1 image not embedded" in done.stderr) == (kind == "list")
+    lines = [f"{name},{text}" for name, text in zip([*images][:5], texts, strict=False)]
+    lines += [f"{home / '5.jpg'},{texts[5]}", "https://example.org/x.jpg?key=S3CRET,A bowl on a chair."]
+    (home / "list.csv").write_text("\n".join(["path,caption", *lines]) + "\n")
+    for kind, file in (("archive", "photos.zip"), ("list", "list.csv")):
+        command = (
+            "generate",
+            "--no-model",
+            "--source",
+            f"{kind}:{home / file}",
+            "--license",
+            "cc0-1.0",
+            "--out",
+            kind,
+            "--json",
+        )
+        done = synth(hub, tmp_path, *command)
+        assert done.returncode == 0, done.stderr
+        version = DatasetDir(tmp_path / kind).version()
+        assert sorted(text for row in rows(version) for text in row["references"]) == sorted(texts)
+        assert {row["license"] for row in rows(version)} == {"cc0-1.0"}
+        assert version.manifest["source"]["name"] == kind
+        assert "nothing new" in synth(hub, tmp_path, *command).stderr
+        published = b"".join(path.read_bytes() for path in version.path.iterdir())
+        assert not [secret for secret in (b"of-ada", b"S3CRET", str(tmp_path).encode()) if secret in published]
+        assert ("1 image not embedded" in done.stderr) == (kind == "list")

@@ -30,7 +30,7 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
     assert f"dataset: {tmp_path / 'elsewhere'}" in only.stderr
     assert synth(*read).returncode == 0
     assert synth(*read, "--limit", "3").returncode == 0
-    listed = json.loads(synth("versions", "--json").stdout)
+    listed = json.loads(synth("versions", "list", "--json").stdout)
     assert [(row["version"], row["preview"]) for row in listed] == [("v1.0.0", True), ("v1.1.0", False), ("v1.1.1", True)]
     exported = synth("export", "--format", "csv", "--json")
     assert "v1.1.1 is newer, and a preview; v1.1.0 is taken" in exported.stderr
@@ -43,18 +43,10 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
     assert "v1.1.1 is a preview" in named.stderr
     assert synth("report").returncode == 0
     assert "v1.1.1" in (tmp_path / "elsewhere" / "report.html").read_text()
-    assert "v1.1.0 -> v1.1.1" in synth("diff", "v1.1.0", "v1.1.1").stdout
     assert "v1.1.0 -> v1.1.1" in synth("diff", "elsewhere@v1.1.0", "elsewhere@v1.1.1").stdout
     assert "ok  elsewhere/versions/v1.1.0" in synth("check", "elsewhere@v1.1.0").stdout
     assert "newer" not in synth("push", "--repo", "ORG/NAME", "--dry-run", "--version", "v1.1.0").stderr
     assert "newer" not in synth("export", "--data", "elsewhere@v1.1.0", "--format", "csv").stderr
-
-
-def test_a_limit_that_all_images_meet_makes_no_preview(synth: Run, photos: Path) -> None:
-    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    result = synth("generate", "--no-model", "--source", f"folder:{photos}", "--limit", "50", "--json")
-    assert json.loads(result.stdout)["version"] == "v1.0.0"
-    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
 
 
 def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> None:
@@ -62,28 +54,24 @@ def test_versions_are_listed_tagged_and_removed(synth: Run, photos: Path) -> Non
     assert synth("generate", "--no-model", "--source", source, "--limit", "4").returncode == 0
     assert synth("generate", "--no-model", "--source", source).returncode == 0
     (data,) = (photos.parent / "data").iterdir()
-    assert synth("versions", str(data)).stdout == synth("versions", "list").stdout == synth("versions").stdout
+    assert synth("versions", "list", str(data)).stdout == synth("versions", "list").stdout
     assert synth("versions", "tag", "paper", "v1.0.0").stdout == "paper names v1.0.0\n"
-    assert json.loads(synth("versions", "tag", "paper", "v1.0.0", "--json").stdout) == {"tag": "paper", "version": "v1.0.0"}
     assert synth("versions", "tag", "paper").returncode == 1
     assert "--move" in synth("versions", "tag", "paper", "v1.1.0").stderr
     refused = synth("versions", "rm", "v1.0.0")
     assert refused.returncode == 1
     assert "v1.0.0 is tagged as paper" in refused.stderr
-    assert (
-        json.loads(synth("push", "--repo", "ORG/NAME", "--version", "paper", "--dry-run", "--json").stdout)["version"]
-        == "v1.0.0"
-    )
+    tagged = synth("push", "--repo", "ORG/NAME", "--version", "paper", "--dry-run", "--json")
+    assert json.loads(tagged.stdout)["version"] == "v1.0.0"
     assert synth("versions", "tag", "paper", "v1.1.0", "--move").stdout == "paper names v1.1.0\n"
-    assert "tagged paper" in synth("versions").stdout
+    assert "tagged paper" in synth("versions", "list").stdout
     removed = synth("versions", "rm", "v1.0.0", "--json")
     assert json.loads(removed.stdout)["removed"] == ["v1.0.0"]
-    assert [row["version"] for row in json.loads(synth("versions", "--json").stdout)] == ["v1.1.0"]
+    assert [row["version"] for row in json.loads(synth("versions", "list", "--json").stdout)] == ["v1.1.0"]
     assert synth("versions", "tag", "--delete", "paper").stdout == "paper no longer names v1.1.0\n"
     assert synth("versions", "tag", "--delete", "paper").returncode == 1
     assert json.loads(synth("versions", "gc", "--json").stdout)["removed"] == []
-    (name,) = [row["version"] for row in json.loads(synth("versions", "--json").stdout)]
-    done = synth("versions", "rm", name)  # the last one that has the images
+    done = synth("versions", "rm", "v1.1.0")  # the last one that has the images
     assert "images that later runs need are kept: 0." in done.stdout and "stages/source" in done.stdout
     again = synth("generate", "--no-model", "--source", source)
     assert "images were read by an earlier run" in again.stderr and "made v1.0.0" in again.stderr
@@ -100,19 +88,19 @@ def test_what_cannot_be_taken_back_asks_which_of_several_datasets_is_meant(synth
         assert result.returncode == 1
         assert "there are 2 datasets that were made here" in result.stderr
         assert str(tmp_path / "two") in result.stderr
-    assert f"dataset: {tmp_path / 'two'}" in synth("versions").stderr
+    assert f"dataset: {tmp_path / 'two'}" in synth("versions", "list").stderr
 
 
-def test_a_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
+def test_preview_is_the_dataset_where_a_run_without_a_limit_finds_nothing_more(synth: Run, photos: Path) -> None:
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "again.jpg").write_bytes((photos / "0.jpg").read_bytes())
     source = ("generate", "--no-model", "--source", f"folder:{photos}")
-    assert synth(*source, "--limit", f"{COUNT}").returncode == 0
-    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [True]
-    assert "nothing new" in synth(*source).stderr
-    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
-    assert "nothing new" in synth(*source, "--limit", f"{COUNT}").stderr
-    assert [row["preview"] for row in json.loads(synth("versions", "--json").stdout)] == [False]
-    assert synth("check").returncode == 0
+    for options, is_preview in ((("--limit", f"{COUNT}"), True), ((), False), (("--limit", f"{COUNT}"), False)):
+        done = synth(*source, *options)
+        assert done.returncode == 0 and is_preview != ("nothing new" in done.stderr), done.stderr
+        assert [row["preview"] for row in json.loads(synth("versions", "list", "--json").stdout)] == [is_preview]
+    assert synth(*source, "--limit", "50", "--out", "all").returncode == 0
+    assert [row["preview"] for row in json.loads(synth("versions", "list", "all", "--json").stdout)] == [False]
 
 
 @pytest.mark.parametrize("command", [("gc",), ("rm", "v1.0.0"), ("tag", "paper"), ("list",)])

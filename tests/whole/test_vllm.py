@@ -5,58 +5,27 @@ import os
 import signal
 import sqlite3
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.digests import weights_revision
-from pipeline.inference.client import Client
-from pipeline.inference.endpoints import KeptImages
 from pipeline.inference.engines import TINY_WEIGHTS
-from pipeline.inference.journal import Journal
-from pipeline.inference.probing import find_model
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.vllm_launch import plan_vllm_command
-from pipeline.types import SampleInfo
 from tests.commands import run_process, run_synth
-from tests.hostile import LONG
-from tests.scene_data import batch_of, scene_samples, scenes_by_id, score_annotations
-from tests.whole.conftest import SYNTH, restore_sigint
+from tests.scene_data import scene_samples, scenes_by_id, score_annotations
+from tests.whole.conftest import SYNTH, descendants, is_alive, restore_sigint, wait_until
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 KEY = "test-key-of-nobody"
+SERVER = "vllm.entrypoints"  # in the command of a server
 SEED = 8001
 SCENES = 48
-MAX_SECONDS = 600
-# The class that adds the arguments stands in the same place in 0.32 and 0.33; the module that it calls has moved.
-ASK_PARSER = """
-import json
-import sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-parser = FlexibleArgumentParser(prog="vllm")
-serve = ServeSubcommand().subparser_init(parser.add_subparsers())
-for arguments in json.loads(sys.argv[1]):
-    serve.parse_args(arguments)
-print("accepted")
-"""
-
-
-def parse_with(python: Path, *commands: list[str]) -> str:
-    """Parse the arguments of commands with the parser of an installed vLLM; return `accepted`, or what it says is wrong."""
-    command = [str(python), "-c", ASK_PARSER, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""})
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
 def missing_vllm_reason() -> str | None:
@@ -102,32 +71,8 @@ def accuracy(folder: Path) -> dict[str, float]:
     return {style: c.precision for style, c in captions.items()} | {kind: a.accuracy for kind, a in answers.items()}
 
 
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def children(pid: int) -> list[int]:
-    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in listing.stdout.split()]
-
-
-def descendants(pid: int) -> list[int]:
-    return [descendant for child in children(pid) for descendant in (child, *descendants(child))]
-
-
-def command_of(pid: int) -> str:
-    """Return the command line of a process; nothing once it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    return ""
-
-
-def wait_until(condition: Any, what: str, seconds: float = MAX_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
 
 
 def replies(folder: Path) -> int:
@@ -148,14 +93,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [str(SYNTH), "serve", "--model", "tiny", "--", "--max-num-seqs", "16"]
     with (folder / "talk").open("w") as progress:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment(temporary),
-            stdout=subprocess.PIPE,
-            stderr=progress,
-            text=True,
+            command, cwd=folder, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True,
             preexec_fn=restore_sigint,
-        )
+        )  # fmt: skip
     try:
         assert process.stdout
         url = process.stdout.readline().strip()
@@ -163,10 +103,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     finally:
         family = descendants(process.pid)
-        media = media_of(servers(process)[0])
+        media = media_of(descendants(process.pid, SERVER)[0])
         assert [path for path in media.iterdir() if path.is_socket()]
         process.send_signal(signal.SIGINT)
-        process.wait(MAX_SECONDS)
+        process.wait(600)
     assert process.returncode == 130
     wait_until(lambda: not any(map(is_alive, family)), "the server is gone after Ctrl-C")
     assert "max_num_seqs" in (folder / "vllm.log").read_text()  # the user's flag was passed on
@@ -188,7 +128,7 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     done = run_synth(*generate(folder, "--base-url", served), cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
-    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
+    funnel = funnel_of(folder)
     assert funnel["generate"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
     local, remote = accuracy(embedded), accuracy(folder)
@@ -199,34 +139,13 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert sum(equal) >= 0.85 * len(equal)
 
 
-def test_each_image_is_sent_once_and_then_named(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known: list[bool] = []
-    monkeypatch.setattr(KeptImages, "hit", lambda self, shown: known.append(True))
-    monkeypatch.setattr(KeptImages, "miss", lambda self, shown: known.append(False))
-    monkeypatch.setenv("SYNTH_API_KEY", KEY)
-    config = resolve(source="scenes", base_url=[served], server={"concurrency": 4})
-    model, revision = find_model(config)
-    samples, stats = scene_samples(12, SEED + 1), RequestStats()
-    with Journal(tmp_path / "j") as journal, Client(model, revision, config) as engine:
-        for _ in ask_about(iter([batch_of(samples)]), config, revision, lambda: engine, journal, stats):
-            pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, revision, journal)
-    assert all(known)
-    assert len(known) >= 16  # of 24: at the end none waits
-    assert (stats.done, table["reply_error"].null_count) == (36, table.num_rows)
-
-
 def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_path: Path) -> None:
-    output = {
-        "type": "object",
-        "required": ["size", "parts", "sure"],
-        "properties": {
-            "size": {"enum": ["small", "large"]},
-            "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
-            "sure": {"type": "boolean"},
-            "count": {"type": "integer", "minimum": 0, "maximum": 9},
-        },
+    properties = {
+        "size": {"enum": ["small", "large"]},
+        "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"enum": ["ring", "star"]}},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
     }
+    output = {"type": "object", "required": ["size", "parts"], "properties": properties}
     task = tmp_path / "things.yaml"
     task.write_text(json.dumps({"name": "things", "kind": "record", "prompt": "What is there?", "output": output}))
     options = ("--task", str(task), "--base-url", served)
@@ -234,21 +153,18 @@ def test_a_server_enforces_the_schema_of_a_task_of_ones_own(served: str, tmp_pat
     assert done.returncode == 0, done.stderr
     version = DatasetDir(tmp_path / "d").version()
     things = [row["things"] for _, batch in version.batches(["things"]) for row in batch.to_pylist()]
-    assert len(things) == 8 and {step["stage"]: step for step in version.manifest["funnel"]}["validate"]["rejected"] == {}
+    assert len(things) == 8 and funnel_of(tmp_path / "d")["validate"]["rejected"] == {}
     assert all(1 <= len(thing["parts"]) <= 2 and {*thing["parts"]} <= {"ring", "star"} for thing in things), things
     assert all(thing["size"] in ("small", "large") and thing["count"] in (None, *range(10)) for thing in things), things
 
 
-def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
-    key = {"Authorization": f"Bearer {KEY}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{served}/models", headers=key), timeout=600) as response:
-        (model,) = json.load(response)["data"]
-    assert model["id"] == f"teacher@{weights_revision(TINY_WEIGHTS)}"
+def test_server_wants_its_key_and_images_stay_within_its_folder(served: str) -> None:
+    model = f"teacher@{weights_revision(TINY_WEIGHTS)}"
 
     def ask(url: str, headers: dict[str, str]) -> int:
         image = {"type": "image_url", "image_url": {"url": url}}
         message = {"role": "user", "content": [image, {"type": "text", "text": "Task: caption, brief"}]}
-        body = json.dumps({"model": model["id"], "messages": [message], "max_tokens": 8}).encode()
+        body = json.dumps({"model": model, "messages": [message], "max_tokens": 8}).encode()
         request = urllib.request.Request(f"{served}/chat/completions", body, {"Content-Type": "application/json", **headers})
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
@@ -257,7 +173,7 @@ def test_a_server_wants_its_key_and_images_stay_within_its_folder(served: str) -
             return error.code
 
     assert ask("file:///etc/hostname", {}) == 401
-    assert ask("file:///etc/hostname", key) == 400
+    assert ask("file:///etc/hostname", {"Authorization": f"Bearer {KEY}"}) == 400
 
 
 def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -269,7 +185,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
         process = subprocess.Popen(command, env=environment(temporary), stdout=subprocess.PIPE, stderr=progress, text=True)
         wait_until(lambda: replies(folder) > 30 or process.poll() is not None, "thirty replies")
         assert process.poll() is None, (tmp_path / "talk").read_text()
-        (server,) = children(process.pid)
+        (server,) = descendants(process.pid, SERVER)
         family, media = descendants(process.pid), media_of(server)
         os.kill(server, signal.SIGKILL)
         stdout, _ = process.communicate(timeout=600)
@@ -277,7 +193,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
     assert process.returncode == 0, log
     assert "vLLM died" in log
     assert KEY not in log + stdout + (folder / "vllm.log").read_text()
-    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
+    funnel = funnel_of(folder)
     assert funnel["generate"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
@@ -287,7 +203,7 @@ def test_a_run_survives_the_death_of_its_server_and_leaves_nothing_behind(tmp_pa
 def test_a_server_does_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [str(SYNTH), *generate(tmp_path / "d", "--engine", "vllm")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    wait_until(lambda: any("vllm" in command_of(pid) for pid in descendants(process.pid)), "a server process")
+    wait_until(lambda: descendants(process.pid, "vllm"), "a server process")
     family = descendants(process.pid)
     assert any(map(is_alive, family))
     process.kill()
@@ -303,58 +219,3 @@ def test_a_flag_that_vllm_does_not_know_is_one_line_and_a_hint(tmp_path: Path) -
     assert error.startswith("synth: vLLM ended while it started")
     assert "a flag after -- is not one of vLLM's" in hint
     assert "vllm.log" in hint
-
-
-def filter_by_command(pids: list[int], *words: str) -> list[int]:
-    """Return the running processes whose command contains one of the words."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids if is_alive(pid)}
-    return [pid for pid, command in commands.items() if any(word in command for word in words)]
-
-
-def servers(process: "subprocess.Popen[Any]") -> list[int]:
-    """Return the running vLLM servers that a command has started."""
-    return filter_by_command(descendants(process.pid), "vllm.entrypoints")
-
-
-def shard_replies(folder: Path) -> int:
-    return sum(replies(shard) for shard in (folder / "shards").glob("[0-9]*"))
-
-
-@pytest.mark.skipif(not LONG, reason="two more starts of vLLM take two minutes: make test-long")
-def test_on_a_cluster_a_server_and_then_the_command_die_and_the_same_command_goes_on(served: str, tmp_path: Path) -> None:
-    """Takes two starts of vLLM; the last part uses a server that is already running."""
-    folder, scenes = tmp_path / "d", 256
-    cluster = ("--executor", "ray", "--shards", "4", "--workers", "1")
-    with (tmp_path / "talk").open("w") as progress:
-        command = [str(SYNTH), *generate(folder, "--engine", "vllm", *cluster, scenes=scenes)]
-        process = subprocess.Popen(command, env=environment(), stderr=progress)
-        wait_until(lambda: shard_replies(folder) > 60 or process.poll() is not None, "sixty replies")
-        (server,) = servers(process)
-        os.kill(server, signal.SIGKILL)
-        wait_until(lambda: servers(process) not in ([], [server]) or process.poll() is not None, "another server")
-        before = shard_replies(folder)  # includes replies to requests that were in flight
-        wait_until(lambda: shard_replies(folder) > before + 60 or process.poll() is not None, "sixty replies of another server")
-        assert process.poll() is None, (tmp_path / "talk").read_text()
-        family = filter_by_command(descendants(process.pid), "ray::MapWorker", "vllm", "VLLM")
-        assert len(family) >= 4
-        process.kill()
-        process.wait()
-    wait_until(lambda: not any(map(is_alive, family)), "workers and server are gone")
-    before = shard_replies(folder)
-    done = run_process(*generate(folder, "--base-url", served, *cluster, scenes=scenes), cwd=tmp_path, env=environment())
-    assert done.returncode == 0, done.stderr
-    funnel = {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
-    assert funnel["generate"]["kept"] == scenes * 3 == shard_replies(folder)
-    assert f"asked the model {scenes * 3 - before} times" in done.stderr  # answered requests are not sent again
-
-
-def test_its_own_parser_takes_all_our_flags_and_values(tmp_path: Path) -> None:
-    config, commands = resolve(source="scenes"), []
-    for gpus in ((), ("0",)):
-        command = plan_vllm_command(
-            "python", str(TINY_WEIGHTS), "r", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64
-        )
-        arguments = command.command(8000, tmp_path)
-        start = next(n for n, word in enumerate(arguments) if word.startswith("--") and word != "--model")
-        commands.append([str(TINY_WEIGHTS), *arguments[start:]])
-    assert parse_with(PYTHON, *commands) == "accepted"
