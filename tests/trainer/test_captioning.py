@@ -1,6 +1,5 @@
 """`Captioner`: any kind of image gives the same caption, in order, with a few batches in memory."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,22 +113,6 @@ def test_one_opened_image_may_come_several_times(captioner: Captioner, tmp_path:
     texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
     opened = Image.open(tmp_path / "a.jpg")
     assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
-
-
-def test_all_styles_are_written_of_one_encoding(captioner: Captioner) -> None:
-    both = dict(captioner.stream([(n, photo(n)) for n in range(3)], ["brief", "detailed"]))
-    images = [photo(n) for n in range(3)]
-    apart = [captioner.caption(images, style=style) for style in ("brief", "detailed")]
-    assert list(both.values()) == [list(pair) for pair in zip(*apart, strict=True)]
-
-
-def test_a_damaged_file_that_pillow_has_opened_is_named(captioner: Captioner, tmp_path: Path) -> None:
-    out = io.BytesIO()
-    photo(1).convert("RGB").save(out, "JPEG")
-    (tmp_path / "cut.jpg").write_bytes(out.getvalue()[:-800])
-    for bad in (tmp_path / "cut.jpg", Image.open(tmp_path / "cut.jpg")):
-        ((_, error),) = captioner.stream([(0, bad)])
-        assert isinstance(error, ImageError)
 
 
 def test_a_captioner_of_answers_alone_and_odd_numbers_are_one_error(captioner: Captioner, tmp_path: Path) -> None:

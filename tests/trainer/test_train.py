@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as data_replace
 from pathlib import Path
@@ -20,32 +20,16 @@ from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
-from tests.notes import Notes
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
 from tests.trainer.tiny_models import save_language_model
 from trainer.checkpoint import load_checkpoint
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
-from trainer.features import Features, OnlineFeatures
+from trainer.features import OnlineFeatures
 from trainer.loop.training_log import read_log
 from trainer.metrics import derangement
 from trainer.model.language_model import PretrainedDecoder
 from trainer.train import train
-
-
-def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Version, tmp_path: Path) -> None:
-    shown: list[dict[str, str]] = []
-
-    class Panel(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            shown.append(dict(metrics or {})) if stage == "train" else None
-
-    train(version, replace(steps=3, evaluate_every=2), tmp_path, progress=Panel())
-    assert [list(metrics) for metrics in shown] == [["loss"], *[["loss", "validation loss", "CIDEr-D"]] * 2]
-    assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
-    assert "with shuffled images" in shown[2]["CIDEr-D"]
-    scored = [line["validation_loss"] for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
-    assert [metrics["validation loss"] for metrics in shown[1:]] == [f"{loss:.3f}" for loss in scored]
 
 
 def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:
@@ -95,22 +79,6 @@ def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version:
     (tmp_path / "c/config.json").write_text(json.dumps(config))
     scored = evaluate_version(load_checkpoint(tmp_path / "c"), version, "test")
     assert scored["images"] > 0
-
-
-@pytest.mark.parametrize(("storage", "kind"), [("bf16", Features), ("none", OnlineFeatures)])
-def test_the_test_is_of_states_that_a_captioner_computes(
-    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, kind: type
-) -> None:
-    """Those of eight bits are for learning alone: nobody has them who loads the captioner."""
-    used: list[object] = []
-
-    def note(checkpoint: Any, examples: Any, options: Any, features: Any) -> dict[str, Any]:
-        used.append(features)
-        return evaluate(checkpoint, examples, options, features)
-
-    monkeypatch.setattr("trainer.train.evaluate", note)
-    train(version, replace(encoder=clip, feature_storage=storage), tmp_path)
-    assert [type(features) for features in used] == [kind]
 
 
 def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_path: Path) -> None:
@@ -214,26 +182,6 @@ def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     assert len(losses(tmp_path)) == 1
     train(version, replace(encoder=clip, steps=2), tmp_path)
     assert len(losses(tmp_path)) == 2
-
-
-def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: str) -> None:
-    def without_references(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
-        examples = examples_in(version, split, mixture, **how)
-        return [data_replace(one, texts=tuple(text for text in one.texts if text.source == "synthetic")) for one in examples]
-
-    notes = Notes()
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(trainer.data, "examples_in", without_references)
-        train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
-    assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]
-
-
-def test_settings_that_have_no_effect_are_told(version: Version, tmp_path: Path, clip: str) -> None:
-    notes = Notes()
-    given = replace(encoder=clip, decoder="prefix", dropout=0.3, steps=1, epochs=7, precision="tf32", evaluate_every=0)
-    train(version, given, tmp_path, progress=notes)
-    told = "dropout (of --decoder scratch alone), epochs (steps is given), precision (tf32 is of GPUs)"
-    assert f"warning: settings without an effect here: {told}" in notes.texts
 
 
 def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:

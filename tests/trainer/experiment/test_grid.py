@@ -45,12 +45,6 @@ def test_a_smaller_grid_beside_the_first_replaces_lists_and_adds_settings() -> N
     assert last.otherwise == "steps 7" and {cell.otherwise for cell in cells[:-1]} == {""}
 
 
-def test_the_same_place_with_other_settings_is_another_arm() -> None:
-    cells = cells_of(experiment(also=[{"data": ["facts"], "seeds": [7], "settings": {"dropout": 0.3}}]))
-    assert {cell.arm for cell in cells if cell.seed == 7} == {("facts", "tiny-clip", "scratch", "none", "0", "dropout 0.3")}
-    assert cells[0].arm != cells[-1].arm
-
-
 def test_a_cell_that_is_named_twice_is_run_once() -> None:
     assert len(cells_of(experiment(also=[{"seeds": [1, 2]}]))) == 6
 

@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
@@ -23,8 +21,7 @@ from tests.scene_data import make_version, scene_samples, true_captions
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
 from trainer.data import count_words, limit_captions, limit_images, read_split_examples
-from trainer.experiment import runs
-from trainer.experiment.grid import FACTORS, Experiment, cells_of
+from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.report import write_result
 from trainer.experiment.runs import Run, plan, require_models, run_cells
 
@@ -154,27 +151,3 @@ def test_a_model_that_is_not_there_is_refused_before_any_cell_is_trained(
         with pytest.raises(TrainError, match=f"no {factor} {name}: there is no such folder") as raised:
             require_models(planned(versions, clip, tmp_path, **{factor: [clip if factor == "encoder" else "scratch", name]}))
         assert f"`{factor}` of the experiment file" in raised.value.hint
-
-
-def test_a_long_error_of_a_cell_fits_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent reads it once the process of the cell has ended, which would wait for ever for room."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise TrainError("x" * 300_000, hint="")
-
-    monkeypatch.setattr(runs, "train", fail)
-    receiver, sender = runs.CONTEXT.Pipe(duplex=False)
-    version = SimpleNamespace(name="v", manifest={"digest": "d"})
-    cell = SimpleNamespace(**dict.fromkeys((*FACTORS, "otherwise", "seed"), "a"))
-    run: Any = SimpleNamespace(folder=tmp_path / "c", cell=cell, version=version, config=None, only=None)
-    threads = torch.get_num_threads()
-
-    def fail_and_tell() -> None:
-        with pytest.raises(SystemExit):
-            runs._train(run, threads, None, os.getppid(), sender)
-
-    training = threading.Thread(target=fail_and_tell, daemon=True)
-    training.start()
-    training.join(60)
-    assert not training.is_alive()
-    assert len(receiver.recv()) == runs.MAX_MESSAGE_CHARACTERS

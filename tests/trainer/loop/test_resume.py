@@ -19,14 +19,9 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.small_trainings import CPU, LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
-from trainer.build import build_checkpoint, build_trainer
-from trainer.data import examples_in
-from trainer.features import OnlineFeatures
-from trainer.loop.batch_loader import BatchLoader
+from tests.trainer.small_trainings import LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
 from trainer.loop.resume import save_resume
 from trainer.loop.training_log import read_log
-from trainer.optimizer import build_optimizer
 from trainer.train import train
 
 
@@ -157,37 +152,6 @@ def test_a_run_of_two_processes_goes_on_in_one(
     monkeypatch.setattr(trainer.loop.steps, "save_resume", save_resume)
     assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
     assert 2 in asked
-
-
-def test_steps_that_were_skipped_before_an_interruption_still_count(version: Version, tmp_path: Path, clip: str) -> None:
-    """At most three gradients in a row are taken for spikes, also where a training was interrupted between them."""
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
-    before, after = (build_trainer(checkpoint, config, loader, examples[:3], CPU) for _ in range(2))
-    optimizer = build_optimizer(checkpoint.captioner, config)
-    before.spikes.norms = [1.0] * 32
-    assert [before.spikes.should_step(1.0, 100.0) for _ in range(3)] == [False] * 3
-    after.restore(optimizer, before.state(optimizer, 5), tmp_path / "resume.pt")
-    assert after.spikes.should_step(1.0, 100.0)
-
-
-def test_a_signal_during_the_last_save_is_no_end_without_a_word(
-    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainer.loop.resume import save_resume as save
-
-    def save_and_interrupt(folder: Path, state: dict[str, Any]) -> None:
-        save(folder, state)
-        if state["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c")
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save)
-    assert train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c", resume=True)["scores"]
 
 
 SIGNALLED = """

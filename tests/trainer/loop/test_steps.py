@@ -18,9 +18,7 @@ from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop.training_log import read_log
 from trainer.model.captioner import CaptionerModel
-from trainer.optimizer import SpikeFilter
 from trainer.tokenizer import collate
 from trainer.train import train
 
@@ -50,48 +48,6 @@ def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) ->
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match="the loss "):
         train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
-
-
-def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, judged = SpikeFilter.should_step, list[bool]()
-
-    def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(SpikeFilter, "should_step", judge_and_spoil)
-    train(version, replace(steps=24, evaluate_every=24), tmp_path)
-    assert judged == [True] * 20 + [False] + [True] * 3
-
-
-def enlarge_norms(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> list[bool]:
-    """Multiply the norms of all gradients by 1000 after so many steps; return a list that gets whether each step is applied."""
-    judge, judged = SpikeFilter.should_step, list[bool]()
-
-    def judge_larger(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1000 if len(judged) >= after_steps else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(SpikeFilter, "should_step", judge_larger)
-    return judged
-
-
-def test_gradients_that_stay_larger_are_the_new_usual(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A captioner that knows its texts by heart has small gradients; once it is thrown off, larger ones bring it back."""
-    judged = enlarge_norms(monkeypatch, after_steps=20)
-    train(version, replace(steps=40, evaluate_every=40), tmp_path)
-    assert judged == [True] * 20 + [False] * 3 + [True] * 17
-
-
-def test_what_is_usual_begins_anew_with_the_second_stage(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """Gradients of a whole language model are many times those of a connector, which is not a spike."""
-    judged = enlarge_norms(monkeypatch, after_steps=20)
-    train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
-    assert judged == [True] * 32
 
 
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
@@ -142,15 +98,3 @@ def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, c
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
-def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path, clip: str) -> None:
-    plain, smooth = (replace(encoder=clip, steps=1, dropout=0.0, label_smoothing=share) for share in (0.0, 0.3))
-    for name, config in (("plain", plain), ("smooth", smooth)):
-        train(version, config, tmp_path / name)
-    assert losses(tmp_path / "plain") != losses(tmp_path / "smooth")
-    (one,), (other,) = (
-        [line["validation_loss"] for line in read_log(tmp_path / name / "log.jsonl") if "validation_loss" in line]
-        for name in ("plain", "smooth")
-    )
-    assert one == pytest.approx(other, abs=0.02)

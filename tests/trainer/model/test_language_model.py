@@ -1,6 +1,5 @@
 """Pretrained decoders: each family learns from texts that do not see each other, packed where that is right."""
 
-import math
 from typing import Any
 
 import pytest
@@ -9,9 +8,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.model.hf_config import attention_window, config_of
+from trainer.model.hf_config import config_of
 from trainer.model.language_model import PretrainedDecoder
-from trainer.model.token_loss import ScoreForm
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {
@@ -111,26 +109,6 @@ def test_a_model_that_makes_something_else_of_its_scores_is_refused(monkeypatch:
         _ = decoder.packing
 
 
-def test_an_embedding_that_is_narrower_than_the_layers_is_the_width() -> None:
-    decoder = PretrainedDecoder({"model_type": "opt", **BASE, "ffn_dim": 48, "word_embed_proj_dim": 16})
-    assert decoder.width == 16
-    decoder.loss(torch.randn(1, 4, 16), batch((6,), (0,))).backward()
-
-
-def test_attention_that_adds_its_mask_gets_one_that_can_be_added() -> None:
-    decoder = decoder_of("llama")
-    decoder.model.set_attn_implementation("eager")
-    assert decoder.packing == "additive mask"
-
-
-def test_the_comparison_changes_neither_the_mode_nor_the_random_numbers() -> None:
-    decoder = decoder_of("gpt2").train()
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    assert decoder.packing == "mask"
-    assert decoder.model.training and torch.equal(before, torch.get_rng_state())
-
-
 def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("llama")
 
@@ -176,40 +154,6 @@ def test_penalties_of_a_checkpoint_end_with_the_training_and_beams_go_to_the_end
     for decoding in (GREEDY, DecodingConfig(num_beams=3)):
         given.generate(prefix, prompt, decoding, 12, 2)
     assert asked == [None, "never"]
-
-
-def test_scores_at_their_cap_do_not_hide_what_a_model_makes_of_them() -> None:
-    """Of a score at its cap, what it was before is without bound."""
-    decoder = PretrainedDecoder({"model_type": "gemma2", **BASE, "final_logit_softcapping": 1.0})
-    with torch.no_grad():
-        decoder.model.get_output_embeddings().weight.mul_(100)
-    assert decoder.packing == "mask"
-    assert decoder._probed.form == ScoreForm(1.0, 1.0)
-
-
-def test_without_a_layer_that_limits_it_there_is_no_window() -> None:
-    alone = {**GPT_NEO, "attention_types": [[["global"], 2]]}
-    assert attention_window(config_of({"model_type": "gpt_neo", **alone})) == math.inf
-    assert attention_window(config_of({"model_type": "gpt_neo", **GPT_NEO})) == 256
-    assert attention_window(config_of({"model_type": "llama", **BASE})) == math.inf
-
-
-def test_blocks_keep_no_states_while_nothing_is_dropped() -> None:
-    """Rewards weigh captions by the likelihood with which they were drawn, without dropout."""
-    decoder = PretrainedDecoder({"model_type": "gpt2", **GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
-    decoder.keep_no_states()
-    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
-    expected = decoder.eval().loss(prefix, texts).item()
-    kept: list[int] = []
-    decoder.keep_no_states_while_evaluated()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
-        loss = decoder.loss(prefix, texts)
-    forgetting, kept[:] = sum(kept), []
-    assert loss.item() == pytest.approx(expected)
-    loss.backward()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
-        decoder.eval().loss(prefix, texts)
-    assert forgetting < 0.7 * sum(kept)
 
 
 @pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])

@@ -64,9 +64,3 @@ def test_all_patches_are_averaged_or_the_class_token_stands_for_them() -> None:
 )
 def test_the_grids_of_known_encoders_are_found(count: int, grid: tuple[int, int]) -> None:
     assert patch_grid(count) == grid
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 48])
-def test_other_counts_are_no_grid(count: int) -> None:
-    with pytest.raises(ValueError, match="no square"):
-        patch_grid(count)

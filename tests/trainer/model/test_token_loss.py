@@ -47,30 +47,6 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
 
 
-def test_no_more_scores_than_allowed_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(token_loss.SCORES_AT_ONCE, "cpu", 3 * VOCABULARY)
-    monkeypatch.setattr(token_loss, "MIN_TOKENS", 1)
-    rows, linear = [], functional.linear
-
-    def counted(states: Tensor, *others: Tensor | None) -> Tensor:
-        rows.append(len(states))
-        return linear(states, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(functional, "linear", counted)
-    of = words("embedding")
-    token_loss.token_loss(torch.randn(TOKENS, WIDTH, requires_grad=True), of, torch.zeros(TOKENS, dtype=torch.long)).backward()
-    assert rows == [3, 3, 1]  # and none again for the gradient
-
-
-def test_no_gradient_is_computed_for_a_loss_that_is_only_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> Tensor:
-        raise AssertionError("memory was taken for a gradient")
-
-    monkeypatch.setattr(torch, "zeros_like", refuse)
-    with torch.no_grad():
-        token_loss.token_loss(torch.randn(2, WIDTH), words("linear"), torch.zeros(2, dtype=torch.long))
-
-
 def test_frozen_words_get_no_gradient_and_no_gradient_is_computed_where_none_is_wanted() -> None:
     of, states, labels = (
         words("linear").requires_grad_(False),
@@ -97,13 +73,6 @@ def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     rough = gradients(rounded, states, of.weight)
     assert {gradient.dtype for gradient in rough} == {torch.float32}
     torch.testing.assert_close(rough, gradients(exact, states, of.weight), rtol=0.05, atol=0.02)
-
-
-def test_a_gradient_that_is_taken_twice_is_an_error_and_not_another_gradient() -> None:
-    loss = token_loss.token_loss(torch.randn(2, WIDTH, requires_grad=True), words("linear"), torch.zeros(2, dtype=torch.long))
-    (loss / 3).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss / 3).backward()
 
 
 def test_the_loss_of_an_improbable_token_is_finite() -> None:

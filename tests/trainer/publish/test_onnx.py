@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -241,45 +240,3 @@ def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
     with pytest.raises(TrainError, match="the export needs the package onnxscript"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())
     assert list(tmp_path.iterdir()) == []
-
-
-class Unwilling:
-    """Stands for an exported captioner that answers no questions, and meets an image of too many pixels."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def prompt(self, text: str) -> list[int]:
-        if text:
-            raise ValueError("this captioner answers no questions; it knows the styles brief")
-        return []
-
-    def caption(self, images: list[str], text: str) -> list[str]:
-        if images == ["huge.png"]:
-            raise Image.DecompressionBombError("too many pixels")
-        return ["A ring."]
-
-
-def test_the_command_of_an_export_tells_what_it_cannot_do_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run_onnx, "OnnxCaptioner", Unwilling)
-    monkeypatch.setattr(sys, "argv", ["caption.py", "huge.png", "a.png"])
-    with pytest.raises(SystemExit) as ended:
-        run_onnx.main()
-    printed = capsys.readouterr()
-    assert (ended.value.code, printed.out) == (1, "a.png: A ring.\n")
-    assert "huge.png cannot be read: too many pixels" in printed.err
-    monkeypatch.setattr(sys, "argv", ["caption.py", "a.png", "--text", "What is it?"])
-    with pytest.raises(SystemExit):
-        run_onnx.main()
-    assert "error: this captioner answers no questions" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("flips", "shift", "is_near"), [(0, 0.0, True), (3, 0.0, True), (0, 0.002, False), (0, 1.0, False)])
-def test_values_of_an_encoder_may_be_rounded_otherwise_here_and_there(flips: int, shift: float, *, is_near: bool) -> None:
-    expected = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
-    values = expected + np.float32(shift)
-    values.flat[:flips] += 0.03
-    assert onnx_export._is_near(values, expected, is_rounded=True) == is_near
-    assert onnx_export._is_near(values, expected, is_rounded=False) == (not flips and not shift)

@@ -16,13 +16,12 @@ import aiohttp
 import pytest
 
 from pipeline.dataset.version import read_version
-from pipeline.errors import TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import CaptionServer, address_of, is_loopback, listen, make_server
+from trainer.serving.server import CaptionServer, address_of, listen, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -141,18 +140,6 @@ def test_a_failure_is_answered_without_its_details(captioner: Captioner, monkeyp
     assert "a secret of this machine" in caplog.text
 
 
-def test_a_question_that_the_model_has_no_positions_for_is_refused(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> Any:
-        raise TrainError("an image and its longest text take 300 positions", hint="shorten it")
-
-    monkeypatch.setattr(Captioner, "write", refuse)
-    with running(CaptionServer(captioner, NAME)) as url:
-        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
-    assert status == 400 and "take 300 positions" in json.dumps(answer)
-
-
 def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> None:
     with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 401
@@ -161,14 +148,6 @@ def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> Non
             assert asyncio.run(ask(url, "/v1/models", headers=headers))[0] == 401
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)), headers=right))[0] == 200
         assert asyncio.run(ask(url, "/health"))[0] == 200
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
-)
-def test_an_address_of_this_machine_alone_is_known(host: str, expected: bool) -> None:  # noqa: FBT001  # a case
-    assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
