@@ -22,7 +22,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
@@ -86,12 +85,6 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(f"a decoder of the kind {kind} keeps its states", hint="set checkpoint_blocks: false")
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def keep_no_states_while_evaluated(self) -> None:
-        """Have `keep_no_states` hold in evaluation mode, too, in which nothing is dropped."""
-        for part in self.model.modules():
-            if isinstance(part, GradientCheckpointingLayer):
-                part.training = True
-
     def repeated_parts(self) -> list[nn.Module]:
         """Return the parts that are worth compiling."""
         return [self.model.get_decoder()]
@@ -133,7 +126,7 @@ class PretrainedDecoder(nn.Module):
             problem = (
                 f"an image of {num_states} states and a text of {num_tokens} tokens need {num_states + num_tokens} positions"
             )
-            hint = hint or "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
+            hint = hint or "take fewer states: --encoder-states 2x2; or set max_caption_tokens lower"
             raise TrainError(f"{problem}, and the language model has {self.max_positions:,}", hint=hint)
 
     def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:

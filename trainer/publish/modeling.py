@@ -75,16 +75,14 @@ class _Tower(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = AutoConfig.for_model(**settings["model"])
-        layer = settings.get("layer", -1)
-        self.layers = [layer] if isinstance(layer, int) else layer
-        self.width = config.hidden_size * len(self.layers)
+        self.layer, self.width = settings.get("layer", -1), config.hidden_size
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         self.tower = AutoModel.from_config(config, **options)
         self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states (B, N, V) of images; those that were learned from a cache are rounded as there."""
-        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layers), self.states)
+        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
 
 

@@ -33,7 +33,6 @@ from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES, attention_window
 from trainer.model.language_model import PretrainedDecoder
-from trainer.prompts import preferred_style
 from trainer.publish.files import standalone_source, transformers_files
 from trainer.publish.run_onnx import prepare
 
@@ -105,7 +104,6 @@ def _config(captioner: CaptionerModel, processor: dict[str, Any]) -> dict[str, A
         "is_encoder_decoder": True,
         "prompts": processor["prompts"],
         "kind": processor["kind"],
-        "usual_style": preferred_style(config.prompts),
         "eos_id": config.eos_id,
         "max_caption_tokens": config.max_caption_tokens,
         "text_positions": _text_positions(captioner),

@@ -45,11 +45,11 @@ def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) ->
     checkpoint = build_checkpoint(version, config, examples)
     loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
     order = [[0, 1], [5, 2], [7]]
-    ahead = list(loader.load_ahead([[(index, 0) for index in indices] for indices in order]))
+    ahead = list(loader.load_ahead(order))
     for indices, batch in zip(order, ahead, strict=True):
         (own,) = loader.load([examples[index] for index in indices]).micro_batches
         assert torch.equal(batch.micro_batches[0][0], own[0])
         assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
         assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
     with pytest.raises(IndexError):
-        list(loader.load_ahead([[(0, 0)], [(9999, 0)]]))
+        list(loader.load_ahead([[0], [9999]]))
