@@ -14,16 +14,7 @@ from pipeline.config.section import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import (
-    DECODER_KINDS,
-    PRESETS,
-    SCRATCH_DECODERS,
-    TINY_VIT,
-    EncoderStates,
-    FeatureStorage,
-    Precision,
-    Preset,
-)
+from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, TINY_VIT, EncoderStates, FeatureStorage, Precision, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000

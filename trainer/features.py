@@ -9,8 +9,8 @@ Shapes: B images, K images in memory, N hidden states of an image, V encoder wid
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -143,14 +143,8 @@ class _Store:
     path: Path
     record_bytes: int
 
-    @contextmanager
-    def lock(self, progress: Progress) -> Iterator[None]:
-        """Hold the lock of the process that appends; others wait."""
-        with self._locked(progress):
-            yield
-
-    def _locked(self, progress: Progress) -> BinaryIO:
-        """Return the lock file of the store, locked. A store that is removed meanwhile is made again."""
+    def lock(self, progress: Progress) -> BinaryIO:
+        """Return the lock file of the store, locked; other processes wait. A store that is removed meanwhile is made again."""
 
         def on_busy() -> None:
             progress.message(f"another training adds to {self.path}: waiting for it")

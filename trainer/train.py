@@ -78,7 +78,7 @@ def train(
     checkpoint.captioner.to(device)
     _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
     if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
-        _ = checkpoint.captioner.decoder.packing  # the model is probed here, before its products are rounded
+        _ = checkpoint.captioner.decoder.probed  # the model is probed here, before its products are rounded
     if rank == 0:
         _warn_of_cut_texts(checkpoint, config, texts_of(sets["train"]), report)
     if rank == 0 and (own := version.manifest.get("own_columns")):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,13 +48,9 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
 def test_every_kind_of_image_gives_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
     image = photo(3).convert("RGB")
     image.save(tmp_path / "a.png")
-    data, array = (tmp_path / "a.png").read_bytes(), np.asarray(image)
-    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    same: list[Any] = [image, tmp_path / "a.png", str(tmp_path / "a.png"), data, array, tensor, tensor / 255]
-    texts = captioner.caption(same)
+    texts = captioner.caption([image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()])
     assert len({*texts}) == 1 and texts[0]
     assert captioner.caption(image) == texts[:1]
-    assert captioner.caption(Image.fromarray(array[:, :, 0])) == captioner.caption(array[:, :, 0])
     assert image.size == photo(3).size  # what was given is as it was
 
 
@@ -95,10 +90,7 @@ def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Cap
     )
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [b"no image", "gone.png", np.zeros((3, 3, 7), np.uint8), np.zeros((8, 8, 3)), torch.zeros(2, 3, 8, 8)],
-)
+@pytest.mark.parametrize("bad", [b"no image", "gone.png"])
 def test_what_is_no_image_is_named_and_stops_no_other(captioner: Captioner, bad: Any) -> None:
     told = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
     assert isinstance(told[1], ImageError) and isinstance(told[0], list) and isinstance(told[2], list)

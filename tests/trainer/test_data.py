@@ -9,13 +9,7 @@ import pytest
 
 from pipeline.errors import TrainError
 from trainer.config import usual_texts
-from trainer.data import (
-    batches,
-    count_words,
-    limit_captions,
-    limit_images,
-    read_examples,
-)
+from trainer.data import batches, count_words, limit_captions, limit_images, read_examples
 from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
@@ -163,15 +157,3 @@ def test_images_with_references_alone_can_be_scored_and_not_learned_from() -> No
         read_examples(table(row), IMAGES)
     (example,) = read_examples(table(row), IMAGES, to_score=True)
     assert (example.texts, example.references) == ((), ("One ring.", "A circle."))
-
-
-def test_styles_are_those_of_the_model_and_captions_of_people_stay() -> None:
-    both = [
-        {"text": text, "style": style, "prompt_id": "p"} for text, style in (("A ring.", "plain"), ("A red ring.", "detailed"))
-    ]
-    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["plain"], questions=False)
-    assert [(text.source, text.style) for text in example.texts] == [("synthetic", "plain"), *[("human", "brief")] * 2]
-    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["brief"], questions=False)
-    assert {text.source for text in example.texts} == {"human"}  # whose style it is
-    with pytest.raises(TrainError, match="no caption of the styles nope"):
-        read_examples(table({"captions": both}), IMAGES, "mixed", styles=["nope"])

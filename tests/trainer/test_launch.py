@@ -16,12 +16,6 @@ from trainer.launch import PlannedTraining, find_interrupted, plan_training
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
 
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    samples = scene_samples(30)
-    return make_version(tmp_path_factory.mktemp("data"), samples, true_captions(samples))[0]
-
-
 def plan(version: Version, out: Path | None = None, *, resume: bool = False, **options: object) -> PlannedTraining:
     return plan_training(version, OPTIONS | options, None, out, NullProgress().message, resume=resume)
 

@@ -59,12 +59,6 @@ def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(tokenizer: C
     assert EOS_ID not in learned
 
 
-def test_targets_that_lose_their_end_are_counted(tokenizer: CaptionTokenizer) -> None:
-    lengths = [len(tokenizer.target(text)) for text in TEXTS]
-    for most in range(1, max(lengths) + 1):
-        assert tokenizer.count_cut(TEXTS, most) == sum(length > most for length in lengths)
-
-
 def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path, "qwen3"))
     ids = tokenizer.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))

@@ -217,10 +217,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                     with trainer.averaged():
                         trainer.validation.score(out, log, done)
                 progress(
-                    values["stage"],
-                    done,
-                    config.total_steps,
-                    {"loss": f"{values['loss']:.3f}", **trainer.validation.shown},
+                    values["stage"], done, config.total_steps, {"loss": f"{values['loss']:.3f}", **trainer.validation.shown}
                 )
             # A signal may come to one process alone, and another one saves.
             is_interrupted = bool(max_over_processes(len(interrupted), trainer.device, trainer.processes))

@@ -27,7 +27,7 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "attend_apart",
             "rope_table",
             "apply_rope",
-        ),
+        )
     },
     "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
     "trainer.prompts": {

@@ -78,8 +78,6 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     if most < 1:
         raise RefusedError(f"{limit_name} must be 1 or more")
     image = read_image(images[0]) if images and only is None else None
-    if field is None and _is_object(values.get("response_format")):
-        field = "answer" if question else "caption"
     if values.get("stop"):
         raise RefusedError("stop is not supported: a captioner ends its text itself")
     model = values.get("model")
@@ -191,13 +189,9 @@ def _style(text: str, styles: list[str]) -> str | None:
     return named[-1] if named else text.strip() if text.strip() in styles else None
 
 
-def _is_object(form: Any) -> bool:
-    return isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
-
-
 def _field(form: Any) -> tuple[str | None, str | None]:
     """Return the only field of the schema of a format, and the one value that the schema allows, if it is but one."""
-    if form is None or (isinstance(form, dict) and form.get("type") in ("text", "json_object")):
+    if form is None or (isinstance(form, dict) and form.get("type") == "text"):
         return None, None
     try:
         schema = form["json_schema"]["schema"]

@@ -18,7 +18,6 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples, true_captions
-from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
 from trainer.data import count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment.grid import Experiment, cells_of
@@ -36,11 +35,6 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
     remaining = captions.filter(pa.array([row["sample_id"] not in {s.id for s in SAMPLES[:9]} for row in captions.to_pylist()]))
     folder = tmp_path_factory.mktemp("data")
     return {"all": make_version(folder / "all", SAMPLES)[0], "few": make_version(folder / "few", SAMPLES, remaining)[0]}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) -> list[Run]:

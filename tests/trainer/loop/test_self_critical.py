@@ -10,7 +10,6 @@ import torch
 import trainer.loop.validation
 import trainer.train
 from pipeline.dataset.version import Version
-from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.build import build_checkpoint
 from trainer.checkpoint import Checkpoint, load_checkpoint
@@ -25,11 +24,6 @@ from trainer.train import train
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, max_caption_tokens=12)
 SAMPLES = 4
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_version(tmp_path_factory.mktemp("data"), scene_samples(40))[0]
 
 
 @pytest.fixture(scope="module", params=["scratch", "llama"])

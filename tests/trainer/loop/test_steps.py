@@ -14,10 +14,12 @@ import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
+from trainer.build import build_checkpoint
 from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
+from trainer.loop.batch_loader import BatchLoader
 from trainer.model.captioner import CaptionerModel
 from trainer.tokenizer import collate
 from trainer.train import train
@@ -61,11 +63,6 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
     assert learned < math.log(8) * 0.95  # log 8 is the loss of guessing
 
 
-def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:
-    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
-
-
 def test_half_precision_is_for_the_steps_alone(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +79,8 @@ def test_half_precision_is_for_the_steps_alone(
 
     for name in seen:
         monkeypatch.setattr(CaptionerModel, name, noting(name))
-    train(version, replace(encoder=clip, steps=1, precision="bf16"), tmp_path)
+    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
     assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
     assert {setting for setting, _ in seen["generate"]} == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
@@ -98,3 +96,19 @@ def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, c
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) -> None:
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = build_checkpoint(version, config, examples)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    order = [[0, 1], [5, 2], [7]]
+    ahead = list(loader.load_ahead(order))
+    for indices, batch in zip(order, ahead, strict=True):
+        (own,) = loader.load([examples[index] for index in indices]).micro_batches
+        assert torch.equal(batch.micro_batches[0][0], own[0])
+        assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
+        assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
+    with pytest.raises(IndexError):
+        list(loader.load_ahead([[0], [9999]]))

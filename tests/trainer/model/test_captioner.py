@@ -18,14 +18,14 @@ from trainer.model.language_model import load_decoder
 from trainer.tokenizer import TextBatch
 
 WORDS, V, N, EOS = 30, 32, 5, 1
-KINDS = ("scratch", "qwen3", "llama")
+KINDS = ("scratch", "qwen3")
 Build = Callable[[str], CaptionerModel]
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     root = tmp_path_factory.mktemp("models")
-    encoders = {"scratch": save_vit(root / "vit"), "qwen3": save_clip(root / "clip"), "llama": save_clip(root / "clip2")}
+    encoders = {"scratch": save_vit(root / "vit"), "qwen3": save_clip(root / "clip")}
 
     def built(kind: str) -> CaptionerModel:
         torch.manual_seed(0)
@@ -106,10 +106,10 @@ def test_padding_and_prompts_cost_nothing(build: Build, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Build, kind: str) -> None:
-    captioner, states = build(kind), torch.randn(3, N, V)
-    prompt = torch.tensor([[2, 3]] * 3)
+    captioner, states = build(kind), torch.randn(2, N, V)
+    prompt = torch.tensor([[2, 3]] * 2)
     written = captioner.generate(states, prompt, GREEDY)
-    for row in range(3):
+    for row in range(2):
         so_far = [2, 3]
         for token in [*written[row], captioner.config.eos_id]:
             losses = [
@@ -170,7 +170,7 @@ def test_images_that_do_not_fit_the_memory_of_a_gpu_are_written_about_in_parts(
 
 def test_a_language_model_with_few_positions_has_fewer_tokens_for_a_text(build: Build) -> None:
     assert build("scratch").most_tokens(10_000, 2) == 8
-    captioner = build("llama")
+    captioner = build("qwen3")
     assert captioner.decoder.max_positions == 256
     assert (captioner.most_tokens(200, 2), captioner.most_tokens(250, 2)) == (8, 4)
 

@@ -32,11 +32,6 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vit(tmp_path_factory.mktemp("vit"))
 

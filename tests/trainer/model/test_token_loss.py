@@ -20,11 +20,11 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return list(torch.autograd.grad(loss / 3, [tensor for tensor in tensors if tensor is not None]))
 
 
-@pytest.mark.parametrize("scores_at_once", [1, 2 * VOCABULARY, 1000])
+@pytest.mark.parametrize("scores_at_once", [1, 1000])
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["embedding", "linear", "with a bias"])
-@pytest.mark.parametrize("form", [token_loss.AS_GIVEN, token_loss.ScoreForm(0.25), token_loss.ScoreForm(2.0, cap=0.5)])
+@pytest.mark.parametrize("kind", ["embedding", "with a bias"])
+@pytest.mark.parametrize("form", [token_loss.AS_GIVEN, token_loss.ScoreForm(2.0, cap=0.5)])
 def test_loss_and_gradients_are_those_of_cross_entropy(
     form: token_loss.ScoreForm,
     kind: str,
@@ -73,12 +73,3 @@ def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     rough = gradients(rounded, states, of.weight)
     assert {gradient.dtype for gradient in rough} == {torch.float32}
     torch.testing.assert_close(rough, gradients(exact, states, of.weight), rtol=0.05, atol=0.02)
-
-
-def test_the_loss_of_an_improbable_token_is_finite() -> None:
-    of = nn.Embedding.from_pretrained(torch.eye(2) * 1e4, freeze=False)
-    loss = token_loss.token_loss(torch.tensor([[1.0, 0.0]], requires_grad=True), of, torch.tensor([1]))
-    assert loss.item() == 1e4
-    loss.backward()
-    assert of.weight.grad is not None
-    assert of.weight.grad.tolist() == [[1.0, 0.0], [-1.0, 0.0]]

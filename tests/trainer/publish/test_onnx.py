@@ -24,9 +24,7 @@ from trainer.model.captioner import build_captioner
 from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.prompts import scored_prompt
 from trainer.publish import onnx_export, run_onnx
-from trainer.publish.files import space_files
 from trainer.publish.onnx_export import export_onnx
 from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
@@ -53,14 +51,12 @@ if sys.argv[3] == "int8":
     found["int8"] = small.tokens(pixels, small.prompt(""))
 json.dump(found, sys.stdout)
 """
-# A window of 128 tokens, recurrent states, a convolution, positions in the scores.
-REFUSED = ("gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "mamba", "bloom")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_captioner(tmp_path_factory.mktemp("models") / "c", layer=(-1, -2), states="2x2")
+    return save_captioner(tmp_path_factory.mktemp("models") / "c", layer=-2, states="2x2")
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +154,6 @@ def test_a_text_ends_where_a_language_model_has_no_more_positions(photos: list[P
     assert max(map(len, found["detailed"])) <= 3
 
 
-@pytest.mark.parametrize("prompts", [[("synthetic", "detailed"), ("synthetic", "plain")], [("synthetic", "odd")]])
-def test_the_usual_style_is_the_same_everywhere(prompts: list[tuple[str, str]], tmp_path: Path) -> None:
-    folder = save_captioner(tmp_path / "c", prompts=prompts)
-    export_onnx(folder, tmp_path / "onnx", NullProgress(), int8=False)
-    usual = scored_prompt(prompts)[1]
-    assert json.loads((tmp_path / "onnx/config.json").read_text())["usual_style"] == usual
-    assert json.loads(space_files(folder, "me/c", "0" * 40)["space.json"])["styles"][0] == usual
-
-
 @pytest.mark.parametrize("size", [(277, 277), (107, 300), (500, 110), (640, 480)])
 def test_a_size_in_proportion_is_the_one_that_transformers_takes(size: tuple[int, int]) -> None:
     """A pixel less, and a black line would be cut into the image."""
@@ -213,19 +200,12 @@ def test_a_language_model_is_exported_with_the_image_as_its_prefix(
     require_same(found, checkpoint, photos[:40], different=10)
 
 
-@pytest.mark.parametrize("family", FAMILIES if LONG else ["lfm2"])
-def test_a_language_model_is_exported_or_refused_with_one_error(family: str, photos: list[Path], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], "vocab_size": 258})
+def test_a_language_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path: Path) -> None:
+    decoder = PretrainedDecoder({"model_type": "lfm2", **FAMILIES["lfm2"][0], "vocab_size": 258})
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
-    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
-    if family in REFUSED:
-        with pytest.raises(TrainError, match="is not exported"):
-            export_onnx(checkpoint, tmp_path / "out", NullProgress())
-        assert not (tmp_path / "out").exists()
-    else:
-        export_onnx(checkpoint, tmp_path / "out", NullProgress())
-        require_same(run_exported(tmp_path / "out", photos[:8]), checkpoint, photos[:8], different=2)
+    with pytest.raises(TrainError, match="is not exported"):
+        export_onnx(save_prefix_captioner(tmp_path, decoder, tokenizer), tmp_path / "out", NullProgress())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(

@@ -8,19 +8,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import torch
 
 from pipeline.dataset.version import read_version
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.model.decoding import DecodingConfig
+from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
+from trainer.serving.batching import Batcher, GenerationRequest
 from trainer.serving.server import CaptionServer, address_of, listen, make_server
 from trainer.tokenizer import CaptionTokenizer
 
@@ -180,7 +183,7 @@ def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pyte
         first = asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(1))))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(number)))) for number in range(4)]
-        while server.held_requests < 5 or server.batcher.coming:
+        while server.held_requests < 5 or server.batcher.waiting < 4:
             await asyncio.sleep(0.01)
         for other in others:
             other.cancel()
@@ -246,3 +249,29 @@ def test_a_captioner_teaches_synth_generate(captioner: Captioner, tmp_path: Path
     splits = [split for split, rows in version.manifest["rows"].items() if rows]
     captions = [row["captions"][0]["text"] for split in splits for row in version.read(split).to_pylist()]
     assert captions and set(captions) == {spoken}
+
+
+def job(number: int, length: int = 2, decoding: DecodingConfig = GREEDY) -> GenerationRequest:
+    return GenerationRequest(torch.full((3, 2, 2), float(number)), [number] * length, decoding)
+
+
+def test_what_waits_and_fits_together_is_written_at_once() -> None:
+    batches: list[list[int]] = []
+
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
+        batches.append([one.prompt[0] for one in jobs])
+        return [[one.prompt[0]] for one in jobs]
+
+    async def steps() -> None:
+        batcher = Batcher(write, batch_size=3, thread=ThreadPoolExecutor(1))
+        beams = DecodingConfig(num_beams=2)
+        kinds = [job(0), job(1, 3), job(2), job(3), job(4, decoding=beams), job(5), job(6, 3)]
+        waiting = [asyncio.create_task(batcher.submit(one)) for one in kinds]
+        await asyncio.sleep(0)
+        assert batcher.waiting == 7
+        task = asyncio.create_task(batcher.run())
+        assert await asyncio.gather(*waiting) == [[number] for number in range(7)]
+        task.cancel()
+
+    asyncio.run(steps())
+    assert batches == [[0, 2, 3], [1, 6], [4], [5]]
