@@ -64,7 +64,9 @@ def train(
         require_tensorboard()
     report = progress or NullProgress()
     rank, processes = join_processes()
-    device = _prepare_device(rank)
+    device = best_device(rank)
+    if device.type != "cpu":
+        torch.cuda.set_device(device)  # this process allocates memory there from here on
     torch.manual_seed(config.seed)
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
@@ -106,14 +108,6 @@ def train(
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return _test(trainer, out, sets["test"], run_of(1)) if rank == 0 else {}
-
-
-def _prepare_device(rank: int) -> torch.device:
-    """Return the device of this process, which it allocates memory on from here."""
-    device = best_device(rank)
-    if device.type != "cpu":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
