@@ -138,26 +138,20 @@ def test_a_program_gets_the_file_of_captions_and_what_could_not_be_read(
     assert json.loads(capsys.readouterr().out) == {"path": str(out), "written": 1, "unread": [images[1]]}
 
 
-def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trainer.evaluate.evaluate_version", lambda *arguments, **options: pytest.fail("it was computed"))
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="a file is where a folder should be"):
-        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "file" / "c.jsonl")
-
-
-def test_an_evaluation_that_fails_leaves_the_captions_of_the_last_one(
+def test_an_evaluation_that_cannot_write_or_fails_leaves_the_captions_of_the_last_one(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise TrainError("out of memory")
 
     monkeypatch.setattr("trainer.evaluate.evaluate_version", fail)
+    captioner = str(save_captioner(tmp_path / "c"))
     (tmp_path / "c.jsonl").write_text("before\n")
     with pytest.raises(TrainError, match="out of memory"):
-        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "c.jsonl")
+        evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl")
     assert (tmp_path / "c.jsonl").read_text() == "before\n"
+    with pytest.raises(StoreError, match="a file is where a folder should be"):  # before anything is computed
+        evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl" / "d.jsonl")
 
 
 def test_an_evaluation_searches_as_the_one_after_the_training_did(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder, apply_rope, rope_table
+from trainer.model.decoder import Cache, DecoderConfig, ScratchDecoder
 
 WORDS, WIDTH = 23, 32
 
@@ -36,14 +36,3 @@ def test_rows_that_are_kept_go_on_as_if_alone(decoder: ScratchDecoder) -> None:
     cache.keep(torch.tensor([2, 0]))
     alone = decoder(ids[[2, 0]], memory[[2, 0]])[:, 5:]
     torch.testing.assert_close(decoder(ids[[2, 0], 5:], None, cache), alone, rtol=1e-5, atol=1e-5)
-
-
-def test_scores_of_apply_roped_vectors_depend_on_their_distance_alone() -> None:
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def product(position_q: int, position_k: int) -> float:
-        tables = [rope_table(torch.tensor([position]), 8) for position in (position_q, position_k)]
-        return float((apply_rope(q, tables[0]) * apply_rope(k, tables[1])).sum())
-
-    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
-    assert product(7, 3) != pytest.approx(product(7, 5), abs=1e-3)

@@ -121,13 +121,6 @@ def test_quantized_weights_are_refused_whatever_reads_them(tmp_path: Path) -> No
         load_decoder(folder)
 
 
-def test_an_encoder_of_a_package_that_is_not_there_is_one_error(tmp_path: Path) -> None:
-    folder = save_vit(tmp_path)
-    change(folder, "config.json", model_type="timm_wrapper", architecture="resnet18")
-    with pytest.raises(TrainError, match=r"no encoder .*timm"):
-        load_encoder(folder)
-
-
 def test_a_token_that_ends_texts_and_has_no_embedding_is_refused(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -47,20 +47,6 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
 
 
-def test_frozen_words_get_no_gradient_and_no_gradient_is_computed_where_none_is_wanted() -> None:
-    of, states, labels = (
-        words("linear").requires_grad_(False),
-        torch.randn(TOKENS, WIDTH),
-        torch.zeros(TOKENS, dtype=torch.long),
-    )
-    token_loss.token_loss(states.requires_grad_(), of, labels).backward()
-    assert of.weight.grad is None
-    assert states.grad is not None
-    with torch.no_grad():
-        assert token_loss.token_loss(states, of, labels).grad_fn is None
-    assert token_loss.token_loss(states.detach(), of, labels).grad_fn is None
-
-
 def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     of, states, labels = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
     exact = token_loss.token_loss(states, of, labels)

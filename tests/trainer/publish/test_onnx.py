@@ -14,7 +14,6 @@ from transformers import CLIPImageProcessor, GPT2Config, GPT2LMHeadModel
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.progress import NullProgress
-from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.test_captioning import save_captioner
@@ -178,26 +177,12 @@ def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: Cap
     return root / "c"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "prefix"] if LONG else ["prefix"])
-def test_a_language_model_is_exported_with_the_image_as_its_prefix(
-    name: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    is_large = name == "qwen3"
-    if is_large:  # as if it were large: its weights lie beside the parts
-        monkeypatch.setattr(onnx_export, "MAX_BYTES_WITHIN", 0)
-    if name == "prefix":
-        texts = [
-            TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
-        ]
-        tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question=QUESTION)], 400)
-        decoder, tokenizer = new_decoder(tokenizer, width=32, depth=2, heads=4)
-    else:
-        decoder, tokenizer = load_decoder(save_language_model(tmp_path / "lm", name))
-    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
-    files = export_onnx(checkpoint, tmp_path / "out", NullProgress(), int8=name == "qwen3")
-    assert ("onnx/decoder_model.onnx.data" in files) == (name == "qwen3")
-    found = run_exported(tmp_path / "out", photos[:40], int8="onnx/encoder_model_quantized.onnx" in files)
-    require_same(found, checkpoint, photos[:40], different=10)
+def test_a_language_model_is_exported_with_the_image_as_its_prefix(photos: list[Path], tmp_path: Path) -> None:
+    texts = [TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style]
+    tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question=QUESTION)], 400)
+    checkpoint = save_prefix_captioner(tmp_path, *new_decoder(tokenizer, width=32, depth=2, heads=4))
+    export_onnx(checkpoint, tmp_path / "out", NullProgress())
+    require_same(run_exported(tmp_path / "out", photos[:40]), checkpoint, photos[:40], different=10)
 
 
 def test_a_language_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path: Path) -> None:
