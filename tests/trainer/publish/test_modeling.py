@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed")
 # Isolated, without `site`: the package that is being tested cannot be imported.
 SCRIPT = """
 import json, sys
-sys.path += [sys.argv[1]]
+sys.path += sys.argv[1].split(":")
 try:
     import trainer
     raise SystemExit("the package is there")
@@ -142,7 +141,8 @@ def written(checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: 
     root = tmp_path_factory.mktemp("published")
     folders = {name: str(publish(checkpoint, root / name)) for name, checkpoint in checkpoints.items()}
     arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
-    command = [sys.executable, "-I", "-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], *arguments]
+    packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, *arguments]
     env = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
