@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -83,7 +83,7 @@ class Captioner:
         An image is a PIL image, or the path or the bytes of a file. Raises TrainError for a style or image that cannot be used.
         """
         several = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
-        pairs = ((number, cast("Picture", image)) for number, image in enumerate(several))
+        pairs = enumerate(several)
         texts = []
         for number, answer in self.stream(pairs, (style,), question, batch_size, num_beams):
             if isinstance(answer, ImageError):
