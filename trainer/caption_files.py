@@ -1,31 +1,25 @@
 """Caption files and folders: which images are meant, and where their captions go, so that an interrupted run goes on.
 
-Captions go to one file (.jsonl, .csv, .parquet), which is written row by row under another name until it is complete, or to a
-text file beside each image.
+Captions go to one .jsonl file, which is written row by row under another name until it is complete, or to a text file beside
+each image.
 """
 
-import csv
 import glob
-import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import ConfigError
 from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.storage.file_lock import hold_lock
-from pipeline.storage.files import atomic_write, write_text
+from pipeline.storage.files import write_text
 from pipeline.storage.sidecars import Existing
 from pipeline.storage.untrusted import is_hidden, read_regular
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 SIDECARS = Path("txt")  # as the name of an output: a text file beside each image
 MAX_TEXT_BYTES = 8_000_000_000  # of a file of captions
 
@@ -62,10 +56,8 @@ class CaptionFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], existing: Existing = "refuse") -> None:
-        if path.suffix not in SUFFIXES:
-            raise ConfigError(
-                f"{path} is not a kind of file for captions", hint=f"--out takes a name in {', '.join(SUFFIXES)}, or txt"
-            )
+        if path.suffix != ".jsonl":
+            raise ConfigError(f"{path} is not a kind of file for captions", hint="--out takes a name in .jsonl, or txt")
         if path.is_dir():
             raise ConfigError(f"{path} is a folder", hint="choose another --out")
         self.path, self.settings, self.existing = path, settings, existing
@@ -106,7 +98,7 @@ class CaptionFile:
         with self._stack:
             if kind is None:
                 if self.rows:
-                    _write_rows(self.path, self.rows)
+                    write_captions(self.path, self.rows)
                 self._draft.unlink()
 
     def _resume(self) -> tuple[bool, list[dict[str, Any]]] | None:
@@ -151,31 +143,10 @@ def _line(row: dict[str, Any]) -> str:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file of captions. Raises ConfigError if it holds anything else."""
     try:
-        if path.suffix == ".parquet":
-            rows: list[dict[str, Any]] = pq.read_table(path.absolute()).to_pylist()
-        else:
-            text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
-            lines = (line for line in text.split("\n") if line.strip())  # other line ends may be in a text
-            rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else list(map(json.loads, lines))
-        return _checked(rows)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
+        text = read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8-sig")
+        return _checked([json.loads(line) for line in text.split("\n") if line.strip()])  # other line ends may be in a text
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a file of captions: {error}", hint="choose another --out, or --overwrite") from None
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    if path.suffix == ".jsonl":
-        write_text(path, "".join(map(_line, rows)))
-        return
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path) as draft:
-        if path.suffix == ".parquet":
-            schema = pa.schema({name: pa.string() for name in columns})
-            pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), draft.absolute())
-        else:
-            with draft.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 def shown_path(path: Path) -> str:
@@ -184,5 +155,5 @@ def shown_path(path: Path) -> str:
 
 
 def write_captions(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the caption and scores of each image as JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write a row an image as JSON lines, such as its caption and scores."""
+    write_text(path, "".join(map(_line, rows)))

@@ -13,9 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,8 +32,7 @@ from trainer.tokenizer import TargetText
 BATCH_SIZE = 32  # images
 PREPARED_BATCHES = 2  # ahead of the one that is captioned
 READERS = 2  # threads, each of which holds one image at its full size
-GRAY, COLOR = 2, 3  # dimensions of an array
-Picture = Image.Image | str | PathLike[str] | bytes | np.ndarray[Any, Any] | Tensor
+Picture = Image.Image | str | PathLike[str] | bytes
 
 
 class Captioner:
@@ -82,11 +80,10 @@ class Captioner:
         """Return a caption of each image, or with a `question` an answer about each.
 
         Without `num_beams`, the search has as many candidates as when it was scored (`usual_beams`); 1 is greedy, and faster.
-        An image is a PIL image, the path or the bytes of a file, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
-        of uint8, or of floats from 0 to 1. Raises TrainError for a style or an image that cannot be used.
+        An image is a PIL image, or the path or the bytes of a file. Raises TrainError for a style or image that cannot be used.
         """
-        several = [images] if isinstance(images, Image.Image | str | PathLike | bytes | np.ndarray | Tensor) else images
-        pairs = ((number, cast("Picture", image)) for number, image in enumerate(several))
+        several = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
+        pairs = enumerate(several)
         texts = []
         for number, answer in self.stream(pairs, (style,), question, batch_size, num_beams):
             if isinstance(answer, ImageError):
@@ -182,8 +179,6 @@ def _read(picture: Picture) -> Image.Image | ImageError:
     try:
         if isinstance(picture, Image.Image):
             return upright_rgb(picture)
-        if isinstance(picture, np.ndarray | Tensor):
-            return upright_rgb(_from_array(picture))
         if isinstance(picture, str | PathLike):
             picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
         return prepare_image(picture)
@@ -195,23 +190,3 @@ def _read(picture: Picture) -> Image.Image | ImageError:
         return error
     except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
         return ImageError("unreadable_image", one_line(error))
-
-
-def _from_array(values: np.ndarray[Any, Any] | Tensor) -> Image.Image:
-    """Return an array (H, W, 3) or (H, W), or a tensor (3, H, W), as an image. Raises ImageError for another shape or type."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        scaled = (values.float().clamp(0, 1) * 255).round().byte() if values.is_floating_point() else values
-        array = scaled.numpy()
-        array = array.transpose(1, 2, 0) if array.ndim == COLOR else array
-        array = array[:, :, 0] if array.ndim == COLOR and array.shape[2] == 1 else array
-    else:
-        array = values
-    if (
-        array.dtype != np.uint8
-        or not array.size
-        or array.ndim not in (GRAY, COLOR)
-        or (array.ndim == COLOR and array.shape[2] not in (3, 4))
-    ):
-        raise ImageError("unreadable_image", f"an array of {array.dtype} and shape {array.shape} is not an image")
-    return Image.fromarray(np.ascontiguousarray(array))

@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import flush_file, flush_folder, scratch_folder
 from pipeline.storage.untrusted import read_regular
-from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, MAX_LAYERS, no_captioner, require_checkpoint
+from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, require_checkpoint
 from trainer.devices import best_device
 from trainer.model.captioner import CaptionerConfig, CaptionerModel
 from trainer.model.hf_config import require_few_layers
@@ -138,9 +138,8 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
         captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
     encoder = captioner.encoder
-    layers = encoder.config.layers
-    if len(layers) > MAX_LAYERS or any(layer not in range(-encoder.depth - 1, encoder.depth + 1) for layer in layers):
-        raise ValueError(f"the encoder has no layers {layers[: MAX_LAYERS + 1]}")
+    if encoder.config.layer not in range(-encoder.depth - 1, encoder.depth + 1):
+        raise ValueError(f"the encoder has no layer {encoder.config.layer!r}"[:100])
     if encoder.config.states not in get_args(EncoderStates):
         raise ValueError(f"the encoder has no states {encoder.config.states!r}")
     # Of tensors that share their memory, such as the embedding and the head, the file holds one.

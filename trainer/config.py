@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.config import NO_MODEL
 from pipeline.config.files import read_yaml
@@ -14,21 +14,10 @@ from pipeline.config.section import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import (
-    DECODER_KINDS,
-    PRESETS,
-    SCRATCH_DECODERS,
-    TINY_VIT,
-    EncoderStates,
-    FeatureStorage,
-    Precision,
-    Preset,
-)
+from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, TINY_VIT, EncoderStates, FeatureStorage, Precision, Preset
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
-MAX_VIEWS = 64
-MAX_LAYERS = 8  # of an encoder, side by side
 EVALUATIONS = 20  # while training, at most
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
@@ -46,10 +35,9 @@ class TrainConfig(Section):
 
     preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
     encoder: str = TINY_VIT
-    encoder_layer: int | tuple[int, ...] = -1  # whose hidden states are used: -1 the last, -2 the one before; or several
-    encoder_states: EncoderStates = "all"  # of the layers: all, patches averaged 2x2 or together (mean), or the class token
+    encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
+    encoder_states: EncoderStates = "all"  # of the layer: all, or patches averaged 2x2
     feature_storage: FeatureStorage = "bf16"  # of the states of a frozen encoder on the disk
-    augment_views: int = Field(default=0, ge=0, le=MAX_VIEWS)  # of each training image, shown in turn with it
     decoder: str = "scratch"
     decoder_width: int = Field(default=192, ge=32)
     decoder_depth: int = Field(default=3, ge=1)
@@ -97,21 +85,6 @@ class TrainConfig(Section):
     num_beams: int = Field(default=1, ge=1)  # for the final test
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
-    @field_validator("encoder_layer", mode="before")
-    @classmethod
-    def _reads_layers(cls, layers: Any) -> Any:
-        """Take -2,-5,-8, as the option is written."""
-        return [part.strip() for part in layers.split(",")] if isinstance(layers, str) and "," in layers else layers
-
-    @field_validator("encoder_layer")
-    @classmethod
-    def _names_layers(cls, layers: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if isinstance(layers, int):
-            return layers
-        if not 0 < len({*layers}) == len(layers) <= MAX_LAYERS:
-            raise ValueError(f"name 1 to {MAX_LAYERS} different layers")
-        return layers if len(layers) > 1 else layers[0]
-
     @model_validator(mode="after")
     def _adapts_a_language_model(self) -> "TrainConfig":
         if self.is_scratch and (self.lora_rank or self.checkpoint_blocks):
@@ -144,31 +117,6 @@ class TrainConfig(Section):
     def is_scratch(self) -> bool:
         """Whether the decoder is trained from scratch."""
         return self.decoder in SCRATCH_DECODERS
-
-    def without_effect(self) -> list[str]:
-        """Return which given settings change nothing beside the others, each with what they are of: `dropout (of ...)`.
-
-        For settings before `with_defaults`. The train.json of a training holds lengths beside those from which they follow.
-        """
-        of_scratch, is_whole = "of --decoder scratch and prefix", {*DERIVED_KEYS} <= self.model_fields_set
-        conditions = {
-            **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_heads", "vocab_size"), (self.is_scratch, of_scratch)),
-            "dropout": (self.decoder == "scratch", "of --decoder scratch alone"),
-            "lora_dropout": (self.lora_rank > 0, "of lora_rank"),
-            **dict.fromkeys(("scst_lr", "scst_samples"), (self.scst_steps > 0, "of scst_steps")),
-            "contrast_width": (self.contrastive_weight > 0, "of contrastive_weight"),
-            "align_lr": (self.align_steps > 0 or self.align_epochs > 0, "of align_steps and align_epochs"),
-            "align_epochs": (is_whole or not self.align_steps, "align_steps is given"),
-            **dict.fromkeys(("epochs", "min_steps"), (is_whole or not self.steps, "steps is given")),
-            "evaluate_epochs": (is_whole or not self.evaluate_every, "evaluate_every is given"),
-            "feature_storage": (self.is_frozen, "of an encoder that is frozen"),
-        }
-        usual = {name: field.default for name, field in type(self).model_fields.items()} | PRESETS.get(self.preset or "", {})
-        return [
-            f"{name} ({reason})"
-            for name, (has_effect, reason) in conditions.items()
-            if not has_effect and name in self.model_fields_set and getattr(self, name) != usual[name]
-        ]
 
     def digest_values(self) -> dict[str, Any]:
         """Return the settings that decide a result: all but the preset, whose values are among them."""

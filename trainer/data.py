@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from pipeline.dataset.version import Version
 from pipeline.digests import hash_to_unit
@@ -19,28 +19,6 @@ from pipeline.text.vqa_answers import kind_of_answer
 from trainer.config import Mixture, TrainConfig, keeps_human_texts
 from trainer.image_index import StoredImage, map_images
 from trainer.tokenizer import TargetText
-
-MIN_AREA = 0.75  # of the image that a crop shows
-MAX_LIGHT = 0.2  # by which brightness and contrast change at most
-
-
-def view_of(picture: Image.Image, sample_id: str, number: int) -> Image.Image:
-    """Return a view of an RGB image: the same one for the same number, from 1 on."""
-    draw = random.Random(f"{sample_id}:{number}")
-    side = draw.uniform(MIN_AREA, 1.0) ** 0.5
-    width, height = (max(1, round(side * length)) for length in picture.size)
-    left, top = draw.randint(0, picture.width - width), draw.randint(0, picture.height - height)
-    view = picture.crop((left, top, left + width, top + height))
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
-        view = change(view).enhance(1 + draw.uniform(-MAX_LIGHT, MAX_LIGHT))
-    return view
-
-
-def view_in_epoch(sample_id: str, epoch: int, views: int) -> int:
-    """Return which view an epoch shows, 0 for the image itself: all come in turn, and images begin with different ones."""
-    first = random.Random(sample_id).randint(0, views)
-    return (first + epoch) % (views + 1)
-
 
 REFERENCE_STYLE = "brief"  # as which a caption by people is learned
 ANY_SOURCE = "any"  # source in prompts that do not name one
@@ -64,17 +42,10 @@ class Example:
     texts: tuple[TargetText, ...]
     references: tuple[str, ...]
     questions: tuple[Question, ...] = ()
-    view: int = 0  # of the image, which is shown instead of it: trainer/augmentation.py
-
-    @property
-    def image_id(self) -> str:
-        """The name of what is shown: the image, or a view of it."""
-        return f"{self.sample_id}~{self.view}" if self.view else self.sample_id
 
     def open(self) -> Image.Image:
-        """Decode the image to RGB, or a view of it."""
-        picture = prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
-        return view_of(picture, self.sample_id, self.view) if self.view else picture
+        """Decode the image to RGB."""
+        return prepare_image(self.image if isinstance(self.image, bytes) else self.image.read())
 
 
 def examples_in(version: Version, split: str, mixture: Mixture = "synthetic", **options: Any) -> list[Example]:
@@ -217,15 +188,12 @@ def most_common(answers: tuple[str, ...]) -> str:
     return max(answers, key=answers.count)
 
 
-def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the example indices of each step from `first_step` on, each with its epoch, without end.
-
-    The order of an epoch depends on the seed.
-    """
+def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+    """Yield the example indices of each step from `first_step` on, without end. The order of an epoch depends on the seed."""
     for step in itertools.count(first_step):
         positions = range(step * size, (step + 1) * size)
         places = [divmod(position, count) for position in positions]
-        yield [(_order(count, seed, epoch)[place], epoch) for epoch, place in places]
+        yield [_order(count, seed, epoch)[place] for epoch, place in places]
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

@@ -210,11 +210,7 @@ def evaluate(
 
 
 def _write(
-    checkpoint: Checkpoint,
-    examples: list[Example],
-    options: EvalOptions,
-    features: FeatureSource,
-    quiz: VqaEvaluation | None,
+    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, features: FeatureSource, quiz: VqaEvaluation | None
 ) -> list[str]:
     """Return the caption of each example; `quiz` is asked about them while their states are in memory."""
     source, style = options.prompt

@@ -9,8 +9,8 @@ Shapes: B images, K images in memory, N hidden states of an image, V encoder wid
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +35,7 @@ REPORTED_BYTES = 100_000_000  # a larger build checks the free space first, and 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Hidden states of images and of views on the disk, by the id of the image or view."""
+    """Hidden states of images on the disk, by the id of the image."""
 
     rows: dict[str, int]
     stored: np.memmap  # (images, bytes of bfloat16 states)
@@ -58,7 +58,7 @@ class Features:
         return records.view(torch.bfloat16).view(-1, *self.shape).float()
 
     def _read(self, examples: Sequence[Example]) -> Tensor:
-        return torch.from_numpy(self.stored[[self.rows[example.image_id] for example in examples]])
+        return torch.from_numpy(self.stored[[self.rows[example.sample_id] for example in examples]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class HeldFeatures:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Return the hidden states of the images of examples: (B, N, V)."""
-        return self.states_KNV[[self.rows[example.image_id] for example in examples]]
+        return self.states_KNV[[self.rows[example.sample_id] for example in examples]]
 
 
 LoadedFeatures = Features | OnlineFeatures  # of which a part runs ahead of a step: `load` on the CPU, `states` on the device
@@ -103,7 +103,7 @@ FeatureSource = LoadedFeatures | HeldFeatures
 def hold_features(features: FeatureSource, examples: Sequence[Example]) -> HeldFeatures:
     """Return the features of examples, each image computed once."""
     parts = [features(examples[start : start + BATCH_IMAGES]) for start in range(0, len(examples), BATCH_IMAGES)]
-    return HeldFeatures({example.image_id: row for row, example in enumerate(examples)}, torch.cat(parts))
+    return HeldFeatures({example.sample_id: row for row, example in enumerate(examples)}, torch.cat(parts))
 
 
 @torch.inference_mode()
@@ -118,7 +118,7 @@ def store_features(
     num_states, width = online(examples[:1]).shape[1:]
     name = slugify(encoder.config.made_from["name"])
     store = _Store(folder / f"{name}-{encoder.key()[:16]}", 2 * num_states * width)
-    example_of = {_id_digest(example.image_id): example for example in examples}
+    example_of = {_id_digest(example.sample_id): example for example in examples}
     with store.lock(progress):
         row_of = store.rows()
         missing = [key for key in example_of if key not in row_of]
@@ -130,7 +130,7 @@ def store_features(
             row_of |= {key: row for row, key in enumerate(batch, len(row_of))}
             progress("features", start + len(batch), len(missing))
         stored = store.open(len(row_of))  # while no other process can remove the file
-    return Features({example.image_id: row_of[key] for key, example in example_of.items()}, stored, (num_states, width))
+    return Features({example.sample_id: row_of[key] for key, example in example_of.items()}, stored, (num_states, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +143,8 @@ class _Store:
     path: Path
     record_bytes: int
 
-    @contextmanager
-    def lock(self, progress: Progress) -> Iterator[None]:
-        """Hold the lock of the process that appends; others wait."""
-        with self._locked(progress):
-            yield
-
-    def _locked(self, progress: Progress) -> BinaryIO:
-        """Return the lock file of the store, locked. A store that is removed meanwhile is made again."""
+    def lock(self, progress: Progress) -> BinaryIO:
+        """Return the lock file of the store, locked; other processes wait. A store that is removed meanwhile is made again."""
 
         def on_busy() -> None:
             progress.message(f"another training adds to {self.path}: waiting for it")

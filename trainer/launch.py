@@ -57,8 +57,6 @@ def choose_settings(
 ) -> TrainConfig:
     """Return the settings that options and file come to; preset, encoder, precision and texts that are not named follow."""
     config = resolve(config_file, **options)
-    if config_file is not None and "preset" not in config.model_fields_set:
-        message(f"no preset: {config_file} decides alone; --preset auto has one fill in what it does not name")
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
         num_images = version.manifest["rows"]["train"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pipeline.images.clip import CLIP_MODELS
 
 Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]  # auto: `choose_preset`, by the command
-EncoderStates = Literal["all", "2x2", "mean", "class"]  # that a decoder reads: trainer/model/states.py
+EncoderStates = Literal["all", "2x2"]  # that a decoder reads: trainer/model/states.py
 Precision = Literal["fp32", "tf32", "bf16"]  # of products of matrices; tf32 is of GPUs
 FeatureStorage = Literal["bf16", "none"]  # none: states are computed in each step
 FEW_IMAGES = 2_000  # below which a wide decoder learns its images by heart

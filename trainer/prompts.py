@@ -67,12 +67,11 @@ def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]
     Raises TrainError if it is not learned.
     """
     chosen = style or preferred_style(prompts)
-    if chosen is None or not any(learned for _, learned in prompts):
-        raise TrainError("the captioner has learned answers alone", hint="ask it something: --question")
-    source = preferred_source(prompts, chosen)
-    if source is None:
+    source = preferred_source(prompts, chosen) if chosen else None
+    if chosen is None or source is None:
         styles = dict.fromkeys(learned for _, learned in prompts if learned)
-        raise TrainError(f"the captioner knows no style {chosen}", hint=f"it was trained on: {', '.join(styles)}")
+        problem = f"the captioner knows no style {chosen}" if styles else "the captioner has learned answers alone"
+        raise TrainError(problem, hint=f"it was trained on: {', '.join(styles)}" if styles else "ask it something: --question")
     return source, chosen
 
 

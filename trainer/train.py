@@ -7,7 +7,6 @@ a CPU.
 
 import math
 from collections.abc import Container
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,10 @@ def train(
         require_tensorboard()
     report = progress or NullProgress()
     rank, processes = join_processes()
-    device = _prepare_device(rank)
+    device = best_device(rank)
+    if device.type != "cpu":
+        torch.cuda.set_device(device)  # this process allocates memory there from here on
     torch.manual_seed(config.seed)
-    idle = config.without_effect()
-    if device.type == "cpu" and config.precision == "tf32":
-        idle.append("precision (tf32 is of GPUs)")
     sets, config = choose_examples(version, config, only)
     run_of = partial(_run_digest, version, config, sets["train"])
     is_cut = resume and (out / "resume.pt").exists()
@@ -81,10 +79,10 @@ def train(
     checkpoint = build_checkpoint(version, config, sets["train"])
     checkpoint.captioner.to(device)
     _require_positions(checkpoint, config, texts_of([*sets["train"], *sets["validation"]]))
-    # In each process: a language model is probed for it, before its products are rounded.
-    _tell_of_texts(checkpoint, config, texts_of(sets["train"]), report if rank == 0 else NullProgress())
-    if rank == 0 and idle:
-        report.warn(f"settings without an effect here: {', '.join(idle)}")
+    if isinstance(checkpoint.captioner.decoder, PretrainedDecoder):
+        _ = checkpoint.captioner.decoder.probed  # the model is probed here, before its products are rounded
+    if rank == 0:
+        _warn_of_cut_texts(checkpoint, config, texts_of(sets["train"]), report)
     if rank == 0 and (own := version.manifest.get("own_columns")):
         report.message(f"columns of own tasks are not learned: {', '.join(own)}")
     # What can be refused is refused here: what follows may take hours.
@@ -112,14 +110,6 @@ def train(
         return _test(trainer, out, sets["test"], run_of(1)) if rank == 0 else {}
 
 
-def _prepare_device(rank: int) -> torch.device:
-    """Return the device of this process, which it allocates memory on from here."""
-    device = best_device(rank)
-    if device.type != "cpu":
-        torch.cuda.set_device(device)
-    return device
-
-
 def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
     """Return the digest of a run of so many processes: another one cannot go on with its state."""
     ids = [example.sample_id for example in train_set]
@@ -141,9 +131,7 @@ def _features_of(
     """Return the hidden states of all images: of an encoder that learns, or without a store, computed in each step."""
     if not encoder.config.frozen or config.feature_storage == "none":
         return OnlineFeatures(encoder, device)
-    views = (replace(example, view=view) for view in range(1, config.augment_views + 1) for example in sets["train"])
-    examples = [*sets["train"], *views, *sets["validation"], *sets["test"]]
-    return store_features(encoder, examples, folder, device, progress)
+    return store_features(encoder, [example for examples in sets.values() for example in examples], folder, device, progress)
 
 
 def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *, tensorboard: bool) -> Log:
@@ -157,17 +145,11 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *,
     return log
 
 
-def _tell_of_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
-    """Say which texts lose their end, and whether they take longer than usual."""
-    sources = {text.source for text in texts}
-    if config.text_source == "mixed" and config.source_in_prompt and len(sources) == 1:
-        progress.warn(f"all texts that are learned are {sources.pop()}: there are no others to mix with them")
+def _warn_of_cut_texts(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText], progress: Progress) -> None:
+    """Warn of texts that lose their end."""
     if cut := checkpoint.tokenizer.count_cut(texts, config.max_caption_tokens):
         share = f"{cut:,} of {len(texts):,} texts are longer than {config.max_caption_tokens} tokens"
         progress.warn(f"{share}: their end is not learned (max_caption_tokens)")
-    decoder = checkpoint.captioner.decoder
-    if isinstance(decoder, PretrainedDecoder) and decoder.packing == "apart":
-        progress.message(f"{config.decoder} mixes texts that are packed: each gets a sequence of its own, which takes longer")
 
 
 def _require_positions(checkpoint: Checkpoint, config: TrainConfig, texts: list[TargetText]) -> None:

@@ -31,7 +31,7 @@ def caption(
     batch_size: Annotated[int, Option(min=1, help="Images at once.")] = 32,
     out: Annotated[
         Path | None,
-        Option(help="A .jsonl, .csv or .parquet file; txt: a text file beside each image.", show_default="stdout"),
+        Option(help="A .jsonl file; txt: a text file beside each image.", show_default="stdout"),
     ] = None,
     skip: Annotated[bool, Option("--skip-existing", help="Leave images that have a text file.")] = False,
     append: Annotated[bool, Option("--append", help="Add to what is there.")] = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, read_names
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style
 from pipeline.cli.output import last_dataset, note_previews, note_seen, note_unfinished, print_scores, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import NullProgress, show_progress
@@ -26,10 +26,10 @@ def train(
         str, Option(help="auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id.")
     ] = "auto",
     encoder_layer: Annotated[
-        str | None, Option(help="Whose hidden states: -1 the last; several side by side: -2,-5,-8.", show_default="-1")
+        int | None, Option(help="Whose hidden states: -1 the last, -2 the one before.", show_default="-1")
     ] = None,
     encoder_states: Annotated[
-        str | None, Option(help="Of the layer: all, patches averaged 2x2 or together (mean), or class.", show_default="all")
+        str | None, Option(help="Of the layer: all, or patches averaged 2x2.", show_default="all")
     ] = None,
     decoder: Annotated[str, Option(help="auto, scratch, prefix, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
     text_source: Annotated[
@@ -81,7 +81,7 @@ def train(
     from trainer.launch import plan_training
 
     options: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
-    options |= {"encoder_layer": read_names(encoder_layer), "text_source": text_source}
+    options |= {"encoder_layer": encoder_layer, "text_source": text_source}
     options |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
     options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
     if not resume:

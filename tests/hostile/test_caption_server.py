@@ -19,42 +19,24 @@ from trainer.serving.server import CaptionServer
 CHAT, MODELS = "POST /v1/chat/completions", "GET /v1/models"
 JSON = {"Content-Type": "application/json"}
 BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\x00\xff\xff\xff\x00\x08\x02\x00\x00\x00"
-IMAGES = {"empty": b"", "text": b"no image", "bomb": BOMB, "cut off": png(1)[:60], "GIF of a header": b"GIF89a"}
-URLS = ("http://169.254.169.254/latest/meta-data", "file:///etc/passwd", "//localhost/x.png", "data:text/html;base64,eA==")
+IMAGES = {"empty": b"", "bomb": BOMB, "cut off": png(1)[:60]}
 REQUESTS = {  # by name: the request line, headers, body, and the status
     "another host": (MODELS, {"Host": "evil.example"}, b"", 403),
-    "another host with a port": (MODELS, {"Host": "evil.example:80"}, b"", 403),
     "name that contains localhost": (MODELS, {"Host": "localhost.evil.example"}, b"", 403),
     "no host": (MODELS, {"Host": ""}, b"", 403),
     "post of another page": (CHAT, JSON | {"Origin": "https://evil.example"}, b"{}", 403),
-    "post of a sandboxed page": (CHAT, JSON | {"Origin": "null"}, b"{}", 403),
     "read of another port": (MODELS, {"Origin": "http://localhost:1"}, b"", 403),
     "form": (CHAT, {"Content-Type": "application/x-www-form-urlencoded"}, b"{}", 415),
-    "plain text": (CHAT, {"Content-Type": "text/plain"}, b"{}", 415),
-    "no content type": (CHAT, {}, b"{}", 415),
     "gzip": (CHAT, JSON | {"Content-Encoding": "gzip"}, b"{}", 400),
     "unknown path": ("GET /v1/nothing", {}, b"", 404),
     "path of a file": ("GET /../../etc/passwd", {}, b"", 404),
-    "removed page": ("GET /", {}, b"", 404),
     "other method": ("GET /v1/chat/completions", {}, b"", 405),
-    "delete": ("DELETE /v1/models", {}, b"", 405),
     "headers without end": (MODELS, {"X": "x" * 1_000_000}, b"", 400),
     "negative length": (CHAT, JSON | {"Content-Length": "-1"}, b"", 400),
-    "two lengths": (CHAT, JSON | {"Content-Length": "1, 2"}, b"", 400),
     "no HTTP": ("SSH-2.0-OpenSSH_9.6\r\n", {}, b"", 400),
     **{f"image: {name}": (CHAT, JSON, json.dumps(chat(image)).encode(), 400) for name, image in IMAGES.items()},
-    **{f"body: {name}": (CHAT, JSON, body, 400) for name, body in BAD.items()},
-    **{
-        f"address: {url}": (
-            CHAT,
-            JSON,
-            json.dumps(
-                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
-            ).encode(),
-            400,
-        )
-        for url in URLS
-    },
+    # test_protocol.py has all bad bodies: here are those that a server may fail by.
+    **{f"body: {name}": (CHAT, JSON, BAD[name], 400) for name in ("deep", "not UTF-8", "half of a surrogate", "an address")},
 }
 
 

@@ -58,8 +58,3 @@ from trainer.train import train
 torch.set_num_threads(1)
 train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 """
-
-
-def train_to(folder: Path, version: Version, config: TrainConfig, **changes: Any) -> Path:
-    train(version, config.model_copy(update=changes), folder)
-    return folder

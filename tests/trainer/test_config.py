@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.storage.files import write_json
 from trainer.config import TrainConfig, other_settings, resolve
 
 
@@ -34,14 +33,6 @@ def test_rates_follow_encoder_and_decoder() -> None:
     assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
 
 
-def test_layers_are_written_in_a_file_as_on_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("encoder_layer: -2,-5, -8\n")
-    assert resolve(tmp_path / "c.yaml").encoder_layer == (-2, -5, -8)
-    (tmp_path / "c.yaml").write_text("encoder_layer: -2,x\n")
-    with pytest.raises(ConfigError, match="bad value for encoder_layer"):
-        resolve(tmp_path / "c.yaml")
-
-
 def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
     assert not other_settings(tmp_path, config)
@@ -55,12 +46,6 @@ def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> Non
     assert other_settings(tmp_path, changed) == ["decoder_lr 0.001, now 0.5", "steps 50, now 60"]
     (tmp_path / "train.json").write_text("?")
     assert other_settings(tmp_path, config)
-
-
-def test_a_bad_value_is_explained_by_its_setting_and_not_by_the_names_of_all() -> None:
-    with pytest.raises(ConfigError, match=r"^bad value for encoder_layer: ") as refused:
-        resolve(None, encoder_layer=["a"])
-    assert refused.value.hint == "docs/settings.md explains encoder_layer"
 
 
 def test_what_a_checkpoint_derived_for_another_model_is_derived_anew(tmp_path: Path) -> None:
@@ -88,48 +73,6 @@ def test_a_longer_training_is_evaluated_at_its_own_steps(tmp_path: Path) -> None
     assert resolve(file, steps=2000, evaluate_every=7).with_defaults(500).evaluate_every == 7
     (tmp_path / "own.yaml").write_text("evaluate_every: 10\nsteps: 100\n")
     assert resolve(tmp_path / "own.yaml", steps=2000).evaluate_every == 10
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"dropout": 0.2}, []),
-        ({"dropout": 0.2, "decoder": "qwen3"}, ["dropout (of --decoder scratch alone)"]),
-        ({"dropout": 0.1, "decoder": "qwen3"}, []),  # as usual
-        ({"vocab_size": 900, "decoder": "prefix"}, []),
-        ({"decoder_width": 96, "vocab_size": 900, "decoder": "qwen3"}, ["decoder_width", "vocab_size"]),
-        ({"lora_dropout": 0.2, "decoder": "qwen3"}, ["lora_dropout (of lora_rank)"]),
-        ({"lora_dropout": 0.2, "decoder": "qwen3", "lora_rank": 4}, []),
-        ({"scst_lr": 1e-3, "scst_samples": 3}, ["scst_lr", "scst_samples"]),
-        ({"scst_lr": 1e-3, "scst_steps": 5}, []),
-        ({"contrast_width": 64}, ["contrast_width"]),
-        ({"contrast_width": 64, "contrastive_weight": 0.1}, []),
-        ({"align_lr": 0.1}, ["align_lr"]),
-        ({"align_lr": 0.1, "align_epochs": 0.5}, []),
-        ({"align_epochs": 0.5, "align_steps": 4}, ["align_epochs"]),
-        ({"steps": 4, "epochs": 2, "min_steps": 3}, ["epochs", "min_steps"]),
-        ({"evaluate_epochs": 0.5, "evaluate_every": 3}, ["evaluate_epochs"]),
-        ({"feature_storage": "none"}, ["feature_storage"]),
-        ({"feature_storage": "none", "encoder": "clip"}, []),
-        ({"feature_storage": "none", "encoder": "clip", "encoder_lr": 1e-5}, ["feature_storage"]),
-        ({"feature_storage": "none", "encoder_lr": 0.0}, []),
-    ],
-)
-def test_settings_without_an_effect_beside_others_are_named(given: dict[str, Any], told: list[str]) -> None:
-    found = TrainConfig(**given).without_effect()
-    assert len(found) == len(told)
-    assert all(text.startswith(expected) for text, expected in zip(found, told, strict=True))
-
-
-def test_what_a_preset_says_without_an_effect_is_not_told() -> None:
-    assert resolve(preset="photos", steps=5, evaluate_every=2).without_effect() == []
-    assert resolve(preset="photos", steps=5, epochs=2).without_effect() == ["epochs (steps is given)"]
-
-
-def test_lengths_that_a_training_derived_are_not_told(tmp_path: Path) -> None:
-    trained = TrainConfig(epochs=3, evaluate_epochs=0.5, align_epochs=0.2).with_defaults(100)
-    write_json(tmp_path / "train.json", trained.model_dump(mode="json"))
-    assert resolve(tmp_path / "train.json").without_effect() == []
 
 
 @pytest.mark.parametrize(

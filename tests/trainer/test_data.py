@@ -4,25 +4,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline.errors import TrainError
-from tests.pipeline.images.test_similarity import photo
 from trainer.config import usual_texts
-from trainer.data import (
-    MIN_AREA,
-    batches,
-    count_words,
-    limit_captions,
-    limit_images,
-    most_common,
-    read_examples,
-    view_in_epoch,
-    view_of,
-)
+from trainer.data import batches, count_words, limit_captions, limit_images, read_examples
 from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
@@ -151,17 +138,11 @@ def test_nothing_of_that_kind_to_learn_is_an_error() -> None:
         read_examples(table({}), None)
 
 
-def test_the_answer_of_most_people_wins_and_the_first_of_equals() -> None:
-    assert most_common(("a", "b", "b")) == "b"
-    assert most_common(("b", "a")) == "b"
-
-
 def test_every_example_comes_once_an_epoch_in_another_order_each_time() -> None:
     steps = list(islice(batches(count=10, size=5, seed=0, first_step=0), 4))
     first, second = steps[0] + steps[1], steps[2] + steps[3]
-    assert sorted(first) == [(index, 0) for index in range(10)]
-    assert sorted(second) == [(index, 1) for index in range(10)]
-    assert [index for index, _ in first] != [index for index, _ in second]
+    assert sorted(first) == sorted(second) == [*range(10)] and first != second
+    assert next(batches(50, 50, 0, 0)) != next(batches(50, 50, 1, 0))
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])
@@ -170,64 +151,9 @@ def test_starting_late_gives_the_rest_of_the_same_order(size: int) -> None:
     assert list(islice(batches(count=10, size=size, seed=1, first_step=5), 3)) == whole[5:]
 
 
-def test_another_seed_gives_another_order() -> None:
-    assert next(batches(50, 50, 0, 0)) != next(batches(50, 50, 1, 0))
-
-
-def test_a_batch_may_end_one_epoch_and_begin_the_next() -> None:
-    assert [epoch for _, epoch in list(islice(batches(count=5, size=3, seed=0, first_step=0), 2))[1]] == [0, 0, 1]
-
-
 def test_images_with_references_alone_can_be_scored_and_not_learned_from() -> None:
     row: dict[str, Any] = {"captions": [], "qa": []}
     with pytest.raises(TrainError, match="no synthetic captions to learn from"):
         read_examples(table(row), IMAGES)
     (example,) = read_examples(table(row), IMAGES, to_score=True)
     assert (example.texts, example.references) == ((), ("One ring.", "A circle."))
-
-
-def test_styles_are_those_of_the_model_and_captions_of_people_stay() -> None:
-    both = [
-        {"text": text, "style": style, "prompt_id": "p"} for text, style in (("A ring.", "plain"), ("A red ring.", "detailed"))
-    ]
-    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["plain"], questions=False)
-    assert [(text.source, text.style) for text in example.texts] == [("synthetic", "plain"), *[("human", "brief")] * 2]
-    (example,) = read_examples(table({"captions": both}), IMAGES, "mixed", styles=["brief"], questions=False)
-    assert {text.source for text in example.texts} == {"human"}  # whose style it is
-    with pytest.raises(TrainError, match="no caption of the styles nope"):
-        read_examples(table({"captions": both}), IMAGES, "mixed", styles=["nope"])
-
-
-def test_a_view_is_a_crop_in_other_light_and_never_mirrored() -> None:
-    ramp = Image.linear_gradient("L").rotate(90).resize((300, 200)).convert("RGB")  # dark at one side
-    is_dark_left = np.asarray(ramp)[:, 0].mean() < np.asarray(ramp)[:, -1].mean()
-    sizes, means = set(), set()
-    for number in range(1, 40):
-        view = view_of(ramp, "a", number)
-        values = np.asarray(view, np.float32)
-        assert MIN_AREA * 0.98 <= view.width * view.height / (300 * 200) <= 1
-        assert view.width / view.height == pytest.approx(1.5, rel=0.02)
-        assert (values[:, 0].mean() < values[:, -1].mean()) == is_dark_left
-        sizes.add(view.size)
-        means.add(round(float(values.mean())))
-    assert len(sizes) > 20 and len(means) > 10
-
-
-def test_a_view_depends_on_its_image_and_number_alone() -> None:
-    picture = photo(1).convert("RGB")
-    first, again = view_of(picture, "a", 1), view_of(picture.copy(), "a", 1)
-    assert first.tobytes() == again.tobytes()
-    others = [view_of(picture, "a", 2), view_of(picture, "b", 1)]
-    assert all(other.size != first.size or other.tobytes() != first.tobytes() for other in others)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 900)])
-def test_the_smallest_image_has_views(size: tuple[int, int]) -> None:
-    assert min(view_of(Image.new("RGB", size), "a", 3).size) >= 1
-
-
-def test_all_views_come_in_turn_and_images_begin_with_different_ones() -> None:
-    turns = {name: [view_in_epoch(name, epoch, 3) for epoch in range(8)] for name in map(str, range(20))}
-    assert all(sorted(views[:4]) == [0, 1, 2, 3] and views[4:] == views[:4] for views in turns.values())
-    assert {views[0] for views in turns.values()} == {0, 1, 2, 3}
-    assert view_in_epoch("a", 7, 0) == 0

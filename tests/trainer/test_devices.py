@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
-from trainer.devices import all_reduce_gradients, autocast, multiplies_bfloat16, products_in
+from trainer.devices import all_reduce_gradients, products_in
 from trainer.presets import Precision
 
 
@@ -43,39 +42,3 @@ def test_products_are_rounded_as_the_device_does_it_and_only_within_the_context(
         assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")  # of the convolution that cuts an image into patches
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cudnn.allow_tf32 == before
-
-
-def test_an_error_sets_it_back_too() -> None:
-    with pytest.raises(KeyError), products_in("bf16", CPU):
-        raise KeyError
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert torch.backends.cuda.flash_sdp_enabled()
-
-
-def test_on_a_cpu_all_but_the_factors_of_products_stays_float32() -> None:
-    torch.manual_seed(0)
-    first, second = torch.randn(2, 64, 256, requires_grad=True)
-    exact = first @ second.T
-    with products_in("bf16", CPU), autocast("bf16", CPU):
-        rounded = first @ second.T
-        attended = scaled_dot_product_attention(first[None], second[None], second[None])
-        (gradient,) = torch.autograd.grad(rounded.sum(), first)
-    assert rounded.dtype == attended.dtype == gradient.dtype == torch.float32
-    assert float((rounded - exact).detach().abs().max()) < 0.02 * float(exact.detach().abs().max())
-    torch.testing.assert_close(attended[0], attend(first, second), rtol=0.05, atol=0.05)
-    if multiplies_bfloat16(CPU):
-        assert not torch.equal(rounded, exact)
-
-
-def attend(queries: Tensor, keys: Tensor) -> Tensor:
-    weights: Tensor = (queries @ keys.T / queries.shape[-1] ** 0.5).softmax(-1)
-    return weights @ keys
-
-
-def test_a_gpu_multiplies_bfloat16_and_a_cpu_if_it_has_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert multiplies_bfloat16(CPU) == capabilities.get("amx_bf16", False)
-    for has_units in (True, False):  # those of a T4 are emulated
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, found=has_units: found)
-        assert multiplies_bfloat16(GPU) == has_units

@@ -17,7 +17,7 @@ from tests.trainer.tiny_models import save_clip
 from trainer.data import Example, Question
 from trainer.evaluate import _gains, choose_references, clip_scores, is_own_encoder, vqa_accuracy
 from trainer.metrics import bootstrap, derangement, score_each
-from trainer.prompts import answering_prompt, scored_prompt
+from trainer.prompts import scored_prompt
 from trainer.tokenizer import TargetText
 
 
@@ -37,23 +37,15 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
     return Example(sample_id="x", image=b"", texts=texts, references=references)
 
 
-def test_scores_are_against_the_references_where_there_are_some() -> None:
+def test_scores_are_against_the_references_or_else_the_captions_of_the_teacher() -> None:
     examples = [example(("A circle.", "One circle.")), example(())]
-    against, scored, references = choose_references(examples, "brief")
-    assert (against, references) == ("references of the source", [["A circle.", "One circle."]])
-    assert scored == examples[:1]
-
-
-def test_without_references_they_are_against_the_teacher_and_say_so() -> None:
-    examples = [example(()), example((), style="detailed"), example(())]
-    against, scored, references = choose_references(examples, "brief")
-    assert (against, references) == ("captions of the teacher", [["A ring."], ["A ring."]])
-    assert scored == [examples[0], examples[2]]
-
-
-def test_images_with_nothing_to_score_against_are_an_error() -> None:
+    assert choose_references(examples, "brief") == (
+        "references of the source", examples[:1], [["A circle.", "One circle."]],
+    )  # fmt: skip
+    bare = [example(()), example((), style="detailed"), example(())]
+    assert choose_references(bare, "brief") == ("captions of the teacher", [bare[0], bare[2]], [["A ring."], ["A ring."]])
     with pytest.raises(TrainError, match="no held-out image has a reference or a brief caption"):
-        choose_references([example((), style="detailed")], "brief")
+        choose_references(bare[1:2], "brief")
 
 
 def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
@@ -66,22 +58,11 @@ def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
         scored_prompt(both, "poem")
 
 
-def test_only_who_has_learned_answers_is_asked() -> None:
-    assert answering_prompt([("human", "brief"), ("synthetic", "")]) == ("synthetic", "")
-    with pytest.raises(TrainError, match="has learned no answers"):
-        answering_prompt([("human", "brief")])
-
-
 @pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_is_that_of_the_official_rule(agree: int, score: float) -> None:
     """Each of ten people is left out in turn: 3 who agree give (7 x 1 + 3 x 2/3) / 10."""
     truth = Question("?", ("a red cat",) * agree + ("dog",) * (10 - agree), "other")
     assert vqa_accuracy("Red cat.", truth) == pytest.approx(score)
-
-
-def test_of_one_person_the_answer_is_right_or_wrong() -> None:
-    assert vqa_accuracy("Two", Question("?", ("2",), "number")) == 1.0
-    assert vqa_accuracy("three", Question("?", ("2",), "number")) == 0.0
 
 
 def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
@@ -145,11 +126,6 @@ def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
     assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
     assert is_own_encoder(clip, {"name": Path(clip).name})
     assert not is_own_encoder("metaclip", {"name": "clip"})
-
-
-def test_a_folder_without_a_clip_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no CLIP"):
-        clip_scores(str(tmp_path), [], [])
 
 
 def test_a_clip_without_its_tokenizer_is_refused_and_texts_are_cut_to_its_context(clip: str, tmp_path: Path) -> None:

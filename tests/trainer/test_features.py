@@ -1,21 +1,16 @@
 """Features: stored states are those that would be computed, a build that was cut off goes on, and one store serves all runs."""
 
-import fcntl
 import itertools
 import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL.Image import Image
 
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
@@ -23,7 +18,7 @@ from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer import features
 from trainer.data import Example, examples_in
-from trainer.features import Features, OnlineFeatures, hold_features, store_features
+from trainer.features import OnlineFeatures, store_features
 from trainer.model.encoder import Encoder, load_encoder
 
 CPU = torch.device("cpu")
@@ -62,23 +57,6 @@ def test_stored_states_are_those_that_would_be_computed(encoder: Encoder, exampl
     chosen = [examples[3], examples[0], examples[3]]
     assert torch.equal(stored(chosen), OnlineFeatures(encoder, CPU)(chosen))
     assert torch.equal(stored.states(stored.load(chosen), CPU), stored(chosen))
-
-
-def test_the_second_time_only_one_image_is_encoded(
-    encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = store_features(encoder, examples, tmp_path, CPU, QUIET)
-    batch_sizes: list[int] = []
-    encode = encoder.pixels
-
-    def count(images: list[Image]) -> torch.Tensor:
-        batch_sizes.append(len(images))
-        return encode(images)
-
-    monkeypatch.setattr(encoder, "pixels", count)
-    second = store_features(encoder, examples, tmp_path, CPU, QUIET)
-    assert batch_sizes == [1]  # for the shape
-    assert torch.equal(second(examples), first(examples))
 
 
 def test_more_images_cost_their_own_pass_and_fewer_cost_none(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
@@ -134,12 +112,6 @@ def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
     assert progress.said[0].startswith("the hidden states of 22 images take 0.0 GB")
 
 
-def test_an_image_is_known_by_its_id(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
-    other = replace(examples[0], sample_id="another", image=examples[1].image)
-    stored = store_features(encoder, [examples[0], other], tmp_path, CPU, QUIET)
-    assert not torch.equal(stored([other]), stored([examples[0]]))
-
-
 BUILD = """
 import sys
 from pathlib import Path
@@ -169,27 +141,6 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None
     ]
     built = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     assert built == ["0", "1"]
-
-
-def test_who_waits_says_so_and_a_store_that_was_removed_meanwhile_is_made_again(
-    encoder: Encoder, examples: list[Example], tmp_path: Path
-) -> None:
-    store_features(encoder, examples[:4], tmp_path, CPU, QUIET)
-    (path,) = tmp_path.iterdir()
-    held, waits = (path / "lock").open("w"), Counted()
-    fcntl.flock(held, fcntl.LOCK_EX)
-    results: list[Features] = []
-    waiting = threading.Thread(target=lambda: results.append(store_features(encoder, examples, tmp_path, CPU, waits)))
-    waiting.start()
-    while not waits.said:
-        time.sleep(0.01)
-    shutil.rmtree(path)
-    held.close()
-    waiting.join(60)
-    assert waits.said[0].startswith("another training adds to")
-    assert waits.done == [(len(examples), len(examples))]
-    assert torch.equal(results[0](examples), OnlineFeatures(encoder, CPU)(examples))
-    assert (path / "lock").exists() and (path / "ids.bin").stat().st_size == 32 * len(examples)
 
 
 @pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])
@@ -225,9 +176,3 @@ def test_records_that_are_lost_or_damaged_are_computed_again(
     with pytest.raises(KeyboardInterrupt):  # ids whose records were lost must not name the records of the first batch
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=0))
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
-
-
-def test_a_view_that_is_held_is_not_its_image(encoder: Encoder, examples: list[Example]) -> None:
-    view = replace(examples[0], view=1)
-    held = hold_features(OnlineFeatures(encoder, CPU), [examples[0], view])
-    assert not torch.equal(held([view]), held([examples[0]]))

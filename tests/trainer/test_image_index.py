@@ -1,9 +1,6 @@
 """The image index: images as slices of the mapped files of a version."""
 
 import mmap
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +11,7 @@ import pipeline.dataset.shards
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
 from tests.scene_data import make_version, scene_samples
-from trainer.data import examples_in
-from trainer.image_index import RowGroup, StoredImage, map_images
+from trainer.image_index import StoredImage, map_images
 
 
 @pytest.fixture
@@ -63,20 +59,6 @@ def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
     assert read(map_images(version, "test")) == {"0": b"abc", "1": b"abc", "2": b"", "3": b"xabc"}
 
 
-def test_an_example_opens_its_image(version: Version) -> None:
-    examples = examples_in(version, "test")
-    stored = {example.sample_id: example.image for example in examples if isinstance(example.image, StoredImage)}
-    assert read(stored) == images(version, "test")
-    assert examples[0].open().size == (84, 84)
-
-
-def test_a_damaged_shard_is_one_line(version: Version) -> None:
-    shard = version.shards("test")[0]
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="is damaged"):
-        map_images(version, "test")
-
-
 def flip_images(shard: Path) -> None:
     """Damage a byte of the first image of a shard."""
     content = bytearray(shard.read_bytes())
@@ -91,44 +73,3 @@ def test_a_damaged_image_is_one_line_when_it_is_read(version: Version) -> None:
     mapped = map_images(version, "test")
     with pytest.raises(StoreError, match="is damaged"):
         read(mapped)
-
-
-def resident_bytes() -> int:
-    """Return how much of the mapped files of this process is in memory."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssFile"].split()[0]) * 1024
-
-
-def test_a_start_reads_ids_and_no_images(tmp_path: Path) -> None:
-    rows, image_bytes, group_rows = 400, 200_000, 20
-    schema = pa.schema({"sample_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
-    shard = tmp_path / "test-00000.parquet"
-    with pq.ParquetWriter(shard, schema, compression="none", use_dictionary=False) as writer:
-        for first in range(0, rows, group_rows):
-            ids = [f"{n:04d}" for n in range(first, first + group_rows)]
-            images = [{"bytes": os.urandom(image_bytes), "path": None} for _ in ids]
-            writer.write_table(pa.table([ids, images], schema=schema))
-    manifest = {"version": "v1.0.0", "columns": schema.names, "files": {shard.name: {}}}
-    before = resident_bytes()
-    mapped = map_images(Version(tmp_path, manifest), "test")
-    assert len(mapped) == rows
-    assert resident_bytes() - before < rows * image_bytes / 5
-    assert len(mapped["0007"].read()) == image_bytes  # and with it the images of its row group
-
-
-def test_threads_that_read_one_row_group_locate_it_once(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
-    located: list[RowGroup] = []
-    locate = RowGroup._locate
-
-    def counted(group: RowGroup) -> Iterator[memoryview]:
-        located.append(group)
-        return locate(group)
-
-    monkeypatch.setattr(RowGroup, "_locate", counted)
-    mapped = map_images(version, "test")
-    threads = [threading.Thread(target=read, args=(mapped,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(located) == len({id(group) for group in located}) == len({id(image.group) for image in mapped.values()})

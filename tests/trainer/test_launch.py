@@ -9,18 +9,11 @@ from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
 from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
-from tests.notes import Notes
 from tests.scene_data import make_version, scene_samples, true_captions
 from trainer.config import TrainConfig, resolve
 from trainer.launch import PlannedTraining, find_interrupted, plan_training
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    samples = scene_samples(30)
-    return make_version(tmp_path_factory.mktemp("data"), samples, true_captions(samples))[0]
 
 
 def plan(version: Version, out: Path | None = None, *, resume: bool = False, **options: object) -> PlannedTraining:
@@ -46,16 +39,6 @@ def test_a_folder_that_holds_another_captioner_is_not_written_over(version: Vers
     with pytest.raises(ConfigError, match="holds a captioner of other settings"):
         plan(version, tmp_path)
     assert plan(version, tmp_path, seed=7).folder == tmp_path  # it is trained already
-
-
-def test_a_file_without_a_preset_is_told(version: Version, tmp_path: Path) -> None:
-    """What is for photographs by default is left out then."""
-    (tmp_path / "t.yaml").write_text("patience: 2\n")
-    notes = Notes()
-    plan_training(version, OPTIONS, tmp_path / "t.yaml", tmp_path / "c", notes.message, resume=False)
-    assert notes.texts == [f"no preset: {tmp_path}/t.yaml decides alone; --preset auto has one fill in what it does not name"]
-    plan_training(version, OPTIONS | {"preset": "auto"}, tmp_path / "t.yaml", tmp_path / "c", notes.message, resume=False)
-    assert len(notes.texts) == 1
 
 
 def test_files_of_others_are_not_written_over(version: Version, tmp_path: Path) -> None:

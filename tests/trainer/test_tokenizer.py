@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from pipeline.errors import TrainError
@@ -58,24 +57,6 @@ def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(tokenizer: C
     learned = batch.ids_CT[0, 1:][batch.learned_CT[0]].tolist()
     assert learned == tokenizer.target(TEXTS[0])[:3]
     assert EOS_ID not in learned
-
-
-def test_a_batch_moves_as_a_whole(tokenizer: CaptionTokenizer) -> None:
-    moved = batch_of(tokenizer, [TEXTS], max_tokens=9).to(torch.device("meta"))
-    assert {moved.image_of_C.device.type, moved.ids_CT.device.type, moved.caption_C.device.type} == {"meta"}
-
-
-def test_answers_are_no_captions_and_some_can_be_taken(tokenizer: CaptionTokenizer) -> None:
-    batch = batch_of(tokenizer, [TEXTS], max_tokens=64)
-    assert batch.caption_C.tolist() == [True, True, False]
-    captions = batch.only(batch.caption_C)
-    assert captions.length_C.tolist() == batch.length_C.tolist()[:2]
-
-
-def test_targets_that_lose_their_end_are_counted(tokenizer: CaptionTokenizer) -> None:
-    lengths = [len(tokenizer.target(text)) for text in TEXTS]
-    for most in range(1, max(lengths) + 1):
-        assert tokenizer.count_cut(TEXTS, most) == sum(length > most for length in lengths)
 
 
 def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from dataclasses import replace as data_replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import trainer.build
 import trainer.data
 import trainer.evaluate
 import trainer.train
@@ -20,32 +22,17 @@ from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
-from tests.notes import Notes
-from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace
+from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace, weights
 from tests.trainer.tiny_models import save_language_model
+from trainer.build import choose_encoder
 from trainer.checkpoint import load_checkpoint
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
-from trainer.features import Features, OnlineFeatures
+from trainer.features import OnlineFeatures
 from trainer.loop.training_log import read_log
 from trainer.metrics import derangement
 from trainer.model.language_model import PretrainedDecoder
 from trainer.train import train
-
-
-def test_the_panel_shows_the_loss_and_after_an_evaluation_the_scores(version: Version, tmp_path: Path) -> None:
-    shown: list[dict[str, str]] = []
-
-    class Panel(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            shown.append(dict(metrics or {})) if stage == "train" else None
-
-    train(version, replace(steps=3, evaluate_every=2), tmp_path, progress=Panel())
-    assert [list(metrics) for metrics in shown] == [["loss"], *[["loss", "validation loss", "CIDEr-D"]] * 2]
-    assert shown[0]["loss"] == f"{losses(tmp_path)[0]:.3f}"
-    assert "with shuffled images" in shown[2]["CIDEr-D"]
-    scored = [line["validation_loss"] for line in read_log(tmp_path / "log.jsonl") if "validation_loss" in line]
-    assert [metrics["validation loss"] for metrics in shown[1:]] == [f"{loss:.3f}" for loss in scored]
 
 
 def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:
@@ -97,22 +84,6 @@ def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version:
     assert scored["images"] > 0
 
 
-@pytest.mark.parametrize(("storage", "kind"), [("bf16", Features), ("none", OnlineFeatures)])
-def test_the_test_is_of_states_that_a_captioner_computes(
-    version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, kind: type
-) -> None:
-    """Those of eight bits are for learning alone: nobody has them who loads the captioner."""
-    used: list[object] = []
-
-    def note(checkpoint: Any, examples: Any, options: Any, features: Any) -> dict[str, Any]:
-        used.append(features)
-        return evaluate(checkpoint, examples, options, features)
-
-    monkeypatch.setattr("trainer.train.evaluate", note)
-    train(version, replace(encoder=clip, feature_storage=storage), tmp_path)
-    assert [type(features) for features in used] == [kind]
-
-
 def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_path: Path) -> None:
     warnings: list[str] = []
 
@@ -125,28 +96,16 @@ def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_pat
     assert len(warnings) == 1 and "texts are longer than 3 tokens: their end is not learned" in warnings[0]
 
 
-def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
+def test_questions_are_asked_about_their_own_image_and_about_another_one(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(version, replace(encoder=clip), tmp_path)
     loaded = load_checkpoint(tmp_path)
     loaded.captioner.config.prompts.append(("synthetic", ""))
+    found = examples_in(version, "train")
     examples = [
-        data_replace(
-            example, questions=(Question(f"Is it {n}?", ("yes",), "yes/no"), Question(f"How many {n}?", ("2",), "number"))
-        )
-        for n, example in enumerate(examples_in(version, "train"))
+        data_replace(one, questions=(Question(f"Is it {n}?", (one.sample_id,), "other"),)) for n, one in enumerate(found)
     ]
-    encoded: list[str] = []
-
-    @dataclass(frozen=True)
-    class Counting:
-        features: OnlineFeatures
-
-        def __call__(self, asked: Sequence[Example]) -> torch.Tensor:
-            encoded.extend(example.sample_id for example in asked)
-            return self.features(asked)
-
     answered: list[tuple[str, str]] = []
 
     def answer(checkpoint: Any, features: Any, pairs: Sequence[tuple[Example, str]], source: str) -> list[str]:
@@ -155,21 +114,14 @@ def test_an_evaluation_encodes_each_image_once_whatever_is_asked_about_it(
 
     monkeypatch.setattr(trainer.evaluate, "HELD_IMAGES", 7)
     monkeypatch.setattr(trainer.evaluate, "answer_questions", answer)
-    features: Any = Counting(OnlineFeatures(loaded.captioner.encoder, CPU))
-    scored = evaluate(loaded, examples, EvalOptions(("synthetic", "brief"), questions=True), features)
-    assert sorted(encoded) == sorted(example.sample_id for example in examples)
-    own = {(example.sample_id, question.question) for example in examples for question in example.questions}
-    others = {
-        (examples[image].sample_id, question.question)
-        for example, image in zip(examples, derangement([one.sample_id for one in examples]), strict=True)
-        for question in example.questions
-    }
-    assert {*answered} == own | others and len(answered) == len(own) + len(others)
-    for row in scored["each"]:
-        assert [item["said"] for item in row["questions"]] == [row["sample_id"]] * 2
-    assert {kind: found["count"] for kind, found in scored["questions"].items()} == dict.fromkeys(
-        ("yes/no", "number"), len(examples)
-    )
+    options = EvalOptions(("synthetic", "brief"), questions=True)
+    scored = evaluate(loaded, examples, options, OnlineFeatures(loaded.captioner.encoder, CPU))
+    order = derangement([one.sample_id for one in examples])
+    asked = {(examples[n].sample_id, one.questions[0].question) for k, one in enumerate(examples) for n in (k, order[k])}
+    assert {*answered} == asked and len(answered) == len(asked)
+    assert all(row["questions"][0]["said"] == row["sample_id"] for row in scored["each"])
+    (scores,) = scored["questions"].values()
+    assert (scores["count"], scores["accuracy"], scores["shuffled"]) == (len(examples), 1.0, 0.0)
 
 
 def test_adapters_are_merged_into_the_captioner_that_is_saved(
@@ -216,26 +168,6 @@ def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     assert len(losses(tmp_path)) == 2
 
 
-def test_a_mixture_of_one_kind_is_told(version: Version, tmp_path: Path, clip: str) -> None:
-    def without_references(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
-        examples = examples_in(version, split, mixture, **how)
-        return [data_replace(one, texts=tuple(text for text in one.texts if text.source == "synthetic")) for one in examples]
-
-    notes = Notes()
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(trainer.data, "examples_in", without_references)
-        train(version, replace(encoder=clip, text_source="mixed"), tmp_path, progress=notes)
-    assert [text for text in notes.texts if "all texts that are learned are synthetic" in text]
-
-
-def test_settings_that_have_no_effect_are_told(version: Version, tmp_path: Path, clip: str) -> None:
-    notes = Notes()
-    given = replace(encoder=clip, decoder="prefix", dropout=0.3, steps=1, epochs=7, precision="tf32", evaluate_every=0)
-    train(version, given, tmp_path, progress=notes)
-    told = "dropout (of --decoder scratch alone), epochs (steps is given), precision (tf32 is of GPUs)"
-    assert f"warning: settings without an effect here: {told}" in notes.texts
-
-
 def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:
     """Intervals are drawn by place: in another order they would be others."""
     train(version, replace(encoder=clip, steps=1), tmp_path)
@@ -255,3 +187,34 @@ def test_texts_that_are_too_long_for_a_language_model_are_refused_before_the_fir
         train(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
+
+
+def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, clip: str, tmp_path: Path) -> None:
+    config = replace(encoder=clip, decoder="prefix", encoder_states="2x2", steps=6, evaluate_every=3, decoder_width=48)
+    metrics = train(version, config, tmp_path / "whole")
+    loaded = load_checkpoint(tmp_path / "whole").captioner
+    assert isinstance(loaded.decoder, PretrainedDecoder)
+    sizes = loaded.config.decoder["language_model"]
+    assert (sizes["model_type"], sizes["hidden_size"], sizes["num_hidden_layers"]) == ("qwen3", 48, 1)
+    assert metrics["parameters"] < 200_000 and "best_validation" in metrics
+
+    class Stop(NullProgress):
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            if (stage, done) == ("train", 4):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(version, config, tmp_path / "cut", progress=Stop())
+    assert train(version, config, tmp_path / "cut", resume=True) == metrics
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_photographs_are_not_given_to_an_encoder_of_drawn_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(trainer.build, "snapshot_download", refuse)
+    said: list[str] = []
+    assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
+    with pytest.raises(TrainError, match="cannot be had here, and these images need an encoder of photographs"):
+        choose_encoder(said.append, is_drawn=False)

@@ -18,7 +18,7 @@ from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
 from pipeline.dataset.version import FEATURES, FEATURES_LOCK, Version
-from pipeline.errors import ConfigError, StoreError, TrainError
+from pipeline.errors import StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
@@ -72,7 +72,7 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
     assert (tmp_path / "c/model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("named", ["folder", "models", "nothing"])
+@pytest.mark.parametrize("named", ["models", "nothing"])
 def test_a_training_goes_on_with_the_settings_that_it_began_with(
     version: Version,
     models: dict[str, str],
@@ -90,17 +90,16 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
     config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
     config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
     monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
-    folder = tmp_path / "c" if named == "folder" else None
     with pytest.raises(KeyboardInterrupt):
-        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder, out=folder)
+        train(data=str(version.path), config=config, encoder=encoder, decoder=decoder)
     monkeypatch.undo()
-    (trained,) = [state.parent for state in (folder or version.dataset_dir).rglob("resume.pt")]
+    (trained,) = [state.parent for state in version.dataset_dir.rglob("resume.pt")]
     began = settings(trained)
     capsys.readouterr()
     if named == "models":
         train(data=str(version.path), encoder=encoder, decoder=decoder, resume=True)
     else:
-        train(data=str(version.path), out=folder, resume=True)
+        train(data=str(version.path), resume=True)
     assert settings(trained) == began
     assert f"decoder {models['decoder']}" in capsys.readouterr().err
     assert (trained / "metrics.json").exists()
@@ -129,43 +128,30 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
         caption(captioner, [str(image)], question=" ")
 
 
-def test_a_file_of_captions_is_told_with_how_many_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    captioners = [str(save_captioner(tmp_path / name, seed=seed)) for name, seed in (("one", 4), ("other", 5))]
+def test_a_program_gets_the_file_of_captions_and_what_could_not_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo(3).save(tmp_path / "photo.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     images, out = [str(tmp_path / "photo.png"), str(tmp_path / "bad.png")], tmp_path / "said.jsonl"
-    caption(captioners[0], images, out=out, as_json=True)
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"path": str(out), "written": 1, "unread": [images[1]]}
-    assert f"wrote {out} (1 new)" in said.err.replace("\n", "")
-    before = out.read_bytes()
-    caption(captioners[1], images, out=out, append=True)
-    assert "has a text of every other image already, maybe of another captioner" in capsys.readouterr().err.replace("\n", " ")
-    caption(captioners[1], images[:1], out=out, append=True)
-    assert "has a text of each image already, maybe of another captioner" in capsys.readouterr().err.replace("\n", " ")
-    assert out.read_bytes() == before
+    caption(str(save_captioner(tmp_path / "c")), images, out=out, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"path": str(out), "written": 1, "unread": [images[1]]}
 
 
-def test_scores_that_cannot_be_written_are_an_error_before_they_are_computed(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trainer.evaluate.evaluate_version", lambda *arguments, **options: pytest.fail("it was computed"))
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="a file is where a folder should be"):
-        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "file" / "c.jsonl")
-
-
-def test_an_evaluation_that_fails_leaves_the_captions_of_the_last_one(
+def test_an_evaluation_that_cannot_write_or_fails_leaves_the_captions_of_the_last_one(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise TrainError("out of memory")
 
     monkeypatch.setattr("trainer.evaluate.evaluate_version", fail)
+    captioner = str(save_captioner(tmp_path / "c"))
     (tmp_path / "c.jsonl").write_text("before\n")
     with pytest.raises(TrainError, match="out of memory"):
-        evaluate(str(save_captioner(tmp_path / "c")), str(version.path), captions=tmp_path / "c.jsonl")
+        evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl")
     assert (tmp_path / "c.jsonl").read_text() == "before\n"
+    with pytest.raises(StoreError, match="a file is where a folder should be"):  # before anything is computed
+        evaluate(captioner, str(version.path), captions=tmp_path / "c.jsonl" / "d.jsonl")
 
 
 def test_an_evaluation_searches_as_the_one_after_the_training_did(
@@ -180,11 +166,6 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
         printed = capsys.readouterr()
         assert json.loads(printed.out)["num_beams"] == beams
         assert ("written with 2 beams" if beams == 2 else "written greedily") in printed.err
-
-
-def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="no captioner in"):
-        caption(str(tmp_path), [str(tmp_path / "photo.png")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -206,11 +187,6 @@ def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path
             finally:
                 server.kill()
         assert "Traceback" not in server.stderr.read()
-
-
-def test_a_layer_that_is_no_number_is_one_error(version: Version, models: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="encoder_layer"):
-        train(str(version.path), encoder=models["encoder"], encoder_layer="-1,last")
 
 
 def test_collecting_garbage_removes_stored_hidden_states_but_those_that_a_training_adds_to(

@@ -51,19 +51,13 @@ class Grid(Section):
     settings: dict[str, Any] = Field(default_factory=dict)  # of trainer/config.py, for all cells
 
 
-class ExtraGrid(Section):
-    """An additional grid: a given list replaces that of the first grid; settings are merged.
+class ExtraGrid(Grid):
+    """An additional grid: a list that is named replaces that of the first grid; settings are merged.
 
     Its arms are compared with each other, and with those of the first grid only if the settings are equal.
     """
 
     data: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # names
-    encoder: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    decoder: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    alignment: Annotated[tuple[Alignment, ...], Field(min_length=1)] | None = None
-    train_images: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Experiment(Grid):
@@ -92,7 +86,8 @@ class Experiment(Grid):
                 f"settings.{clash[0]} of `also` must be that of the first grid, which has the same images and words"
             )
         for factor in ("encoder", "decoder"):
-            names = set(getattr(self, factor)).union(*(getattr(more, factor) or () for more in self.also))
+            grids = [self, *(more for more in self.also if factor in more.model_fields_set)]
+            names = {name for grid in grids for name in getattr(grid, factor)}
             if "auto" in names:
                 raise ValueError("an experiment names its encoders and decoders: auto is none")
             if len({Path(name).name for name in names}) < len(names):
@@ -139,7 +134,7 @@ def cells_of(experiment: Experiment) -> list[Cell]:
     first = experiment.model_dump(include=set(Grid.model_fields))
     grids = [(tuple(experiment.data), first, "")]
     for more in experiment.also:
-        replaced = {name: value for name, value in more.model_dump(exclude={"data", "settings"}).items() if value is not None}
+        replaced = more.model_dump(exclude={"data", "settings"}, exclude_unset=True)
         usual = experiment.settings
         changed = {name: value for name, value in more.settings.items() if usual.get(name) != value}
         overrides = ", ".join(f"{name} {value}" for name, value in sorted(changed.items()))

@@ -36,7 +36,7 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
         "experiment.html.j2",
         result=result,
         questions=sorted({kind for arm in result["arms"] for kind in arm["questions"]}),
-        curves=[*_learning_curves(arms), *_size_curves(result["arms"])],
+        curves=[*_learning_curves(arms)],
         uris=uris,
         top=max(arm["interval"][1] for arm in result["arms"]) or 1.0,
     )
@@ -90,21 +90,6 @@ def _mean_curve(arm: Arm) -> Points:
     of_seeds = [dict(points(lines, "validation_cider_d")) for lines in arm.curves]
     steps = sorted(set.intersection(*(set(curve) for curve in of_seeds)))
     return [(step, sum(curve[step] for curve in of_seeds) / len(of_seeds)) for step in steps]
-
-
-def _size_curves(arms: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a chart of the score against the number of training images, for each setting that has several."""
-    same = ("encoder", "decoder", "alignment", "otherwise")
-    for setting in dict.fromkeys(tuple(arm[name] for name in same) for arm in arms):
-        curves: dict[str, Points] = {}
-        for arm in sorted(arms, key=lambda arm: arm["train_images_learned"]):
-            if tuple(arm[name] for name in same) == setting:
-                curves.setdefault(arm["data"], []).append((arm["train_images_learned"], arm["cider_d"]))
-        longer = [(name, curve) for name, curve in curves.items() if len(curve) > 1]
-        setting_name = ", ".join(Path(part).name for part in setting if part not in ("", "none"))
-        for start in range(0, len(longer), MAX_CURVES):
-            title = f"CIDEr-D of the test split by images learned from: {setting_name}"
-            yield chart(title, dict(longer[start : start + MAX_CURVES]), along="images")
 
 
 def _thumbnails(version: Version, sample_ids: Sequence[str]) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from trainer.config import TrainConfig
-from trainer.data import Example, view_in_epoch
+from trainer.data import Example
 from trainer.features import LoadedFeatures
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate
 
@@ -54,17 +54,12 @@ class BatchLoader:
         loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
         return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
 
-    def example(self, index: int, epoch: int) -> Example:
-        """Return an example as it is shown in an epoch: its image, or a view of it."""
-        example, views = self.examples[index], self.config.augment_views
-        return replace(example, view=view_in_epoch(example.sample_id, epoch, views)) if views else example
-
-    def load_ahead(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]:
+    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
         """Yield the batches of an order (`data.batches`), each loaded by a thread while the step before it is computed."""
         with ThreadPoolExecutor(1) as pool:
             coming: Future[Batch] | None = None
-            for places in order:
-                following = pool.submit(self.load, [self.example(*place) for place in places])
+            for indices in order:
+                following = pool.submit(self.load, [self.examples[index] for index in indices])
                 if coming:
                     yield coming.result()
                 coming = following

@@ -99,29 +99,24 @@ def _try_steps(trainer: Trainer, size: int) -> float:
             weights.requires_grad_(group["rate"] > 0)  # as `set_stage` has it: what does not learn has no gradient
     alone = replace(trainer, loader=replace(trainer.loader, rank=0, processes=1), average=None)
     average = [weights.detach().clone() for weights in captioner.parameters() if trainer.average and weights.requires_grad]
-    buffers = {name: buffer.clone() for name, buffer in captioner.named_buffers()}  # such as means of a normalization
     longest = sorted(trainer.loader.examples, key=_characters, reverse=True)[:size]
     tried = [longest, longest, trainer.loader.examples[:size]]
     if trainer.device.type == "cpu" and trainer.config.total_steps < FEW_STEPS:
         tried = tried[:1]
     started = time.monotonic()
-    try:
-        for examples in tried:
-            _wait(trainer.device)
-            started = time.monotonic()
-            alone.forward_backward(alone.loader.load(examples[:: trainer.processes]))
-            norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
-            if math.isfinite(float(norm)):  # 0 times infinity would change the weights
-                optimizer.step()
-            captioner.zero_grad()
+    for examples in tried:
         _wait(trainer.device)
-        seconds = time.monotonic() - started
-        if _tries_rewards(trainer):  # of several texts an image, which at first have no end
-            alone.reward_backward(alone.loader.load(longest[:: trainer.processes]))
-            captioner.zero_grad()
-    finally:
-        for name, buffer in captioner.named_buffers():
-            buffer.copy_(buffers[name])
+        started = time.monotonic()
+        alone.forward_backward(alone.loader.load(examples[:: trainer.processes]))
+        norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
+        if math.isfinite(float(norm)):  # 0 times infinity would change the weights
+            optimizer.step()
+        captioner.zero_grad()
+    _wait(trainer.device)
+    seconds = time.monotonic() - started
+    if _tries_rewards(trainer):  # of several texts an image, which at first have no end
+        alone.reward_backward(alone.loader.load(longest[:: trainer.processes]))
+        captioner.zero_grad()
     del average
     return seconds
 

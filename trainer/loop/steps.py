@@ -105,8 +105,6 @@ class Trainer:
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.loader.features.states(loaded, self.device)
                     drawn = self.critic.draw(states_BNV.detach(), examples)  # in evaluation mode: what is drawn has no dropout
-                    if self.config.checkpoint_blocks and isinstance(captioner.decoder, PretrainedDecoder):
-                        captioner.decoder.keep_no_states_while_evaluated()
                     loss = captioner.loss(states_BNV, drawn.texts, weight_C=drawn.advantage_C)
                     loss = loss / (batch.num_images * self.critic.samples)
                 loss.backward()
@@ -219,10 +217,7 @@ def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: 
                     with trainer.averaged():
                         trainer.validation.score(out, log, done)
                 progress(
-                    values["stage"],
-                    done,
-                    config.total_steps,
-                    {"loss": f"{values['loss']:.3f}", **trainer.validation.shown},
+                    values["stage"], done, config.total_steps, {"loss": f"{values['loss']:.3f}", **trainer.validation.shown}
                 )
             # A signal may come to one process alone, and another one saves.
             is_interrupted = bool(max_over_processes(len(interrupted), trainer.device, trainer.processes))

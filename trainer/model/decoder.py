@@ -144,12 +144,7 @@ class ScratchDecoder(nn.Module):
         return self._states(ids_CT, memory_BND, table, seen_TS, cache)
 
     def _states(
-        self,
-        ids_CT: Tensor,
-        memory_BND: Tensor | None,
-        table: tuple[Tensor, Tensor],
-        seen: Seen,
-        cache: Cache | None = None,
+        self, ids_CT: Tensor, memory_BND: Tensor | None, table: tuple[Tensor, Tensor], seen: Seen, cache: Cache | None = None
     ) -> Tensor:
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
@@ -174,12 +169,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x_CTD: Tensor,
-        memory_BND: Tensor | None,
-        table: tuple[Tensor, Tensor],
-        seen: Seen,
-        cache: BlockCache | None,
+        self, x_CTD: Tensor, memory_BND: Tensor | None, table: tuple[Tensor, Tensor], seen: Seen, cache: BlockCache | None
     ) -> Tensor:
         """Return the updated stream (C, T, D). `table` is that of the positions of the tokens."""
         x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), table, seen, cache))

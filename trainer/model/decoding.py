@@ -1,5 +1,6 @@
 """Decode texts token by token: greedy, sampling, or beam search."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,14 +68,6 @@ def sample_token(scores_BV: Tensor, decoding: DecodingConfig) -> Tensor:
     return order_BV.gather(1, drawn_B1)[:, 0]
 
 
-def beam_search(
-    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
-) -> list[list[int]]:
-    """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability."""
-    finished = beam_texts(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
-    return [texts[0][1] if texts else [] for texts in finished]
-
-
 @dataclass(frozen=True, slots=True)
 class _Finished:
     """What ended at one step of a beam search, for B rows of the prompt with K candidates each."""
@@ -84,10 +77,10 @@ class _Finished:
     texts_BKL: Tensor  # of ids; EOS is the last one of those that ended so
 
 
-def beam_texts(
+def beam_search(
     step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
-) -> list[list[tuple[float, list[int]]]]:
-    """Return the finished texts of each row with their mean log-probabilities, best first, until none can be better.
+) -> list[list[int]]:
+    """Keep the `beams` likeliest prefixes of each row; return the finished text with the best mean log-probability.
 
     `step` gets rows in groups of `beams`; `reorder` is called with their origins before each step but the first, and after it
     `keep` with the groups that go on, where some do not. Besides what `step` does, the device is waited for once a step.
@@ -130,7 +123,7 @@ def beam_texts(
         else:
             reorder((origin_BK + first_R).flatten())
         new_RT = written_BKL[:, :, -1].reshape(-1, 1)
-    return _best_first(steps, len(prompt_BT), eos_id)
+    return _best_texts(steps, len(prompt_BT), eos_id)
 
 
 def _of_beams(texts_BKL: Tensor, beams_BE: Tensor) -> Tensor:
@@ -138,12 +131,10 @@ def _of_beams(texts_BKL: Tensor, beams_BE: Tensor) -> Tensor:
     return texts_BKL.gather(1, beams_BE[:, :, None].expand(-1, -1, texts_BKL.shape[2]))
 
 
-def _best_first(steps: list[_Finished], count: int, eos_id: int) -> list[list[tuple[float, list[int]]]]:
-    """Return the finished texts of each row of a prompt, best first; of equal ones, the shortest."""
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(count)]
+def _best_texts(steps: list[_Finished], count: int, eos_id: int) -> list[list[int]]:
+    """Return the best finished text of each row of a prompt, without EOS; of equal ones, the shortest."""
+    best: list[tuple[float, list[int]]] = [(-math.inf, [])] * count
     for one in steps:
-        means, texts = one.mean_BK.cpu(), one.texts_BKL.cpu()
-        for index, beam in torch.isfinite(means).nonzero().tolist():
-            text = texts[index, beam].tolist()
-            finished[one.rows[index]].append((means[index, beam].item(), text[:-1] if text[-1] == eos_id else text))
-    return [sorted(texts, key=lambda scored: -scored[0]) for texts in finished]
+        for row, means_K, texts_KL in zip(one.rows, one.mean_BK.tolist(), one.texts_BKL.tolist(), strict=True):
+            best[row] = max(best[row], *zip(means_K, texts_KL, strict=True), key=lambda scored: scored[0])
+    return [text[:-1] if text and text[-1] == eos_id else text for _, text in best]

@@ -37,22 +37,17 @@ _TEST_IMAGE = Image.linear_gradient("L").convert("RGB")
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before; a list
-    of several puts their states side by side. `states` are those that a decoder reads (states.py). States of a `frozen`
-    encoder are rounded to bfloat16, as in a feature store.
+    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before.
+    `states` are those that a decoder reads (states.py). States of a `frozen` encoder are rounded to bfloat16, as in a
+    feature store.
     """
 
     model: dict[str, Any]
     processor: dict[str, Any]
-    layer: int | list[int] = -1
+    layer: int = -1
     frozen: bool = False
     made_from: dict[str, str] = field(default_factory=dict)  # name and revision
     states: str = "all"
-
-    @property
-    def layers(self) -> list[int]:
-        """Return the layers whose states are read."""
-        return [self.layer] if isinstance(self.layer, int) else self.layer
 
 
 class Encoder(nn.Module):
@@ -63,7 +58,7 @@ class Encoder(nn.Module):
         self.config = config
         model_config = config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
-        self.width: int = model_config.hidden_size * len(config.layers)
+        self.width: int = model_config.hidden_size
         self.depth: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
         self.processor = kind(**processor_settings(kind, config.processor))
@@ -85,7 +80,7 @@ class Encoder(nn.Module):
 
     def exact_states(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the states before those of a frozen encoder are rounded; see forward."""
-        states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layers)
+        states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layer)
         try:
             states_BNV = choose_states(states_BNV, self.config.states)
         except ValueError as error:
@@ -119,18 +114,17 @@ def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
+def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
     """Load an encoder by name: one of ENCODERS, tiny-vit (untrained), a folder, or an id of the Hub.
 
     Every encoder but tiny-vit is frozen by default. Raises TrainError if there is no such vision model, it needs more than
-    pixels, or it lacks the layers or the states.
+    pixels, or it lacks the layer or the states.
     """
-    chosen = layer if isinstance(layer, int) else [*layer]
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
         made_from = {"name": TINY_VIT}
-        return _require_states(Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, chosen, bool(frozen), made_from, states)))
+        return _require_states(Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), made_from, states)))
     model_id = ENCODERS.get(name, name)
     try:
         model_config = load_config(model_id)
@@ -145,7 +139,7 @@ def load_encoder(name: str, *, layer: int | Sequence[int] = -1, states: str = "a
         tower, missing = load_weights(tower_class, model_id, config=model_config, **_tower_options(model_config))
         shown = name if name in ENCODERS else folder_name(Path(model_id)) if Path(model_id).exists() else model_id
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
-        encoder = Encoder(EncoderConfig(settings, processor, chosen, frozen is not False, made_from, states))
+        encoder = Encoder(EncoderConfig(settings, processor, layer, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
         _require_unused(encoder, missing)
     except LOAD_ERRORS as error:
@@ -182,9 +176,9 @@ def folder_name(folder: Path) -> str:
 def _require_states(encoder: Encoder) -> Encoder:
     """Return an encoder that gives the states which its config names, of an image. Raises TrainError if it does not."""
     config, name = encoder.config, encoder.config.made_from["name"]
-    if missing := [layer for layer in config.layers if not -encoder.depth - 1 <= layer <= encoder.depth]:
+    if not -encoder.depth - 1 <= config.layer <= encoder.depth:
         hint = f"layers are 0 (the embeddings) to {encoder.depth}, or -1 for the last"
-        raise TrainError(f"{name} has no layer {missing[0]}", hint=hint)
+        raise TrainError(f"{name} has no layer {config.layer}", hint=hint)
     try:
         with torch.inference_mode():
             wide = _TEST_IMAGE.resize((_TEST_IMAGE.width * 2, _TEST_IMAGE.height))

@@ -9,20 +9,13 @@ Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all 
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.errors import TrainError, one_line
 from trainer.model.decoding import DecodingConfig
@@ -34,8 +27,6 @@ from trainer.model.token_loss import ScoreForm, token_loss
 from trainer.presets import DECODERS
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
-Packing = Literal["mask", "additive mask", "apart"]  # of the texts about an image
-PACKED: tuple[Packing, ...] = ("mask", "additive mask")
 PROBE_TOKENS = 6  # of each of two texts that are compared
 MAX_SCORE_DIFFERENCE = 0.01  # of the standard deviation of the scores; rounding on a GPU may make 0.001
 MOST_OF_CAP = 0.99  # above it a score says little of what it was
@@ -46,7 +37,7 @@ MAX_DIFFERENCE = 1e-4  # of the standard deviation of the states; rounding makes
 class ProbeResult(NamedTuple):
     """What is found out of a language model before its first step."""
 
-    packing: Packing
+    packs: bool  # whether texts about an image may be packed into one sequence
     form: ScoreForm
 
 
@@ -86,24 +77,13 @@ class PretrainedDecoder(nn.Module):
             raise TrainError(f"a decoder of the kind {kind} keeps its states", hint="set checkpoint_blocks: false")
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def keep_no_states_while_evaluated(self) -> None:
-        """Have `keep_no_states` hold in evaluation mode, too, in which nothing is dropped."""
-        for part in self.model.modules():
-            if isinstance(part, GradientCheckpointingLayer):
-                part.training = True
-
     def repeated_parts(self) -> list[nn.Module]:
         """Return the parts that are worth compiling."""
         return [self.model.get_decoder()]
 
     @property
-    def packing(self) -> Packing:
-        """How the texts about an image are computed. Raises TrainError if there is no way."""
-        return self._probed.packing
-
-    @property
-    def _probed(self) -> "ProbeResult":
-        """What a probe of the model says, made at the first use."""
+    def probed(self) -> ProbeResult:
+        """What a probe of the model says, made at the first use. Raises TrainError if the model cannot learn here."""
         if self._probe_result is None:
             self._probe_result = self._probe()
         return self._probe_result
@@ -113,7 +93,7 @@ class PretrainedDecoder(nn.Module):
     ) -> Tensor:
         """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
         self.require_positions(prefix_BPD.shape[1], texts.ids_CT.shape[1])
-        packed = pack(texts, len(prefix_BPD)) if self.packing != "apart" else None
+        packed = pack(texts, len(prefix_BPD)) if self.probed.packs else None
         if packed is None or self._window < prefix_BPD.shape[1] + packed.ids_BS.shape[1]:
             texts = texts.to(prefix_BPD.device)
             learned_CT = texts.learned_CT
@@ -121,11 +101,11 @@ class PretrainedDecoder(nn.Module):
             text_K = torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
         else:
             packed = packed.to(prefix_BPD.device)
-            states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed, self.packing)), packed.labels_K
+            states_KD, labels_K = packed.learned(self._states_packed(prefix_BPD, packed)), packed.labels_K
             text_K = packed.text_K
         weight_K = None if weight_C is None else weight_C.to(labels_K.device)[text_K]
         head = self.model.get_output_embeddings()
-        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self._probed.form)
+        return token_loss(states_KD, head, labels_K, label_smoothing, weight_K, form=self.probed.form)
 
     def require_positions(self, num_states: int, num_tokens: int, hint: str = "") -> None:
         """Raise TrainError if the model has fewer positions than an image and a text take: GPT-2 has 1,024, for one."""
@@ -133,23 +113,18 @@ class PretrainedDecoder(nn.Module):
             problem = (
                 f"an image of {num_states} states and a text of {num_tokens} tokens need {num_states + num_tokens} positions"
             )
-            hint = hint or "take fewer states: --encoder-states 2x2 or mean; or set max_caption_tokens lower"
+            hint = hint or "take fewer states: --encoder-states 2x2; or set max_caption_tokens lower"
             raise TrainError(f"{problem}, and the language model has {self.max_positions:,}", hint=hint)
 
-    def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts, packing: Packing) -> Tensor:
+    def _states_packed(self, prefix_BPD: Tensor, packed: PackedTexts) -> Tensor:
         """Return the states (B, S, D) of packed texts."""
         P = prefix_BPD.shape[1]
         words_BSD = self.model.get_input_embeddings()(packed.ids_BS)
         before_BP = torch.arange(P, device=words_BSD.device).expand(len(prefix_BPD), -1)
-        mask_BLL = visible(packed.segments_BS, P)
-        if packing == "additive mask":  # of attention that adds a mask to its scores, to which True would be 1
-            mask_BLL = torch.zeros_like(mask_BLL, dtype=words_BSD.dtype).masked_fill(
-                ~mask_BLL, torch.finfo(words_BSD.dtype).min
-            )
         hidden_BLD: Tensor = self.model.get_decoder()(
             inputs_embeds=torch.cat([prefix_BPD.to(words_BSD.dtype), words_BSD], 1),
             position_ids=torch.cat([before_BP, P + packed.positions_BS], 1),
-            attention_mask=mask_BLL[:, None],
+            attention_mask=visible(packed.segments_BS, P)[:, None],
             use_cache=False,
         ).last_hidden_state
         return hidden_BLD[:, P:]
@@ -168,7 +143,7 @@ class PretrainedDecoder(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> ProbeResult:
-        """Compare two texts about one image, packed and apart: return the fastest way that gives the states of texts apart.
+        """Compare two texts about one image, packed and apart: return whether both give the same states.
 
         Also what becomes of the scores. Raises TrainError if the model cannot write behind an image, or `_score_form` does.
         """
@@ -184,21 +159,16 @@ class PretrainedDecoder(nn.Module):
             with torch.autocast(device.type, enabled=False):
                 whole_CTD = self._states_apart(prefix_BPD, texts)
                 form, apart_CTD = self._score_form(prefix_BPD, texts, whole_CTD), whole_CTD[:, :-1]
-                packed = pack(texts, 1)
-                for packing in PACKED:
-                    try:
-                        packed_BSD = self._states_packed(prefix_BPD, packed, packing)
-                    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):  # it takes no such mask
-                        continue
+                with suppress(ValueError, RuntimeError, TypeError, AttributeError, IndexError):  # it takes no such mask
+                    packed_BSD = self._states_packed(prefix_BPD, pack(texts, 1))
                     difference = (packed_BSD.reshape(apart_CTD.shape) - apart_CTD).abs().max()
-                    if difference <= MAX_DIFFERENCE * apart_CTD.std():
-                        return ProbeResult(packing, form)
+                    return ProbeResult(bool(difference <= MAX_DIFFERENCE * apart_CTD.std()), form)
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
             problem = f"the decoder cannot write behind an image: {one_line(error)}"
             raise TrainError(problem, hint="choose a causal language model that takes embeddings: --decoder qwen3") from None
         finally:
             self.model.train(was_training)
-        return ProbeResult("apart", form)
+        return ProbeResult(packs=False, form=form)
 
     def _score_form(self, prefix_BPD: Tensor, texts: TextBatch, states_CTD: Tensor) -> ScoreForm:
         """Return what the model makes of the scores of its head. Raises TrainError if that is none of the known forms."""

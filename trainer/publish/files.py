@@ -27,7 +27,7 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "attend_apart",
             "rope_table",
             "apply_rope",
-        ),
+        )
     },
     "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
     "trainer.prompts": {
@@ -45,10 +45,7 @@ DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
 NEEDED_IMPORTS = {  # of the definitions of a module
     "trainer.prompts": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
-    "trainer.model.decoder": (
-        "import math\nfrom collections.abc import Sequence\nfrom dataclasses import dataclass, field\n"
-        "from torch.nn import functional\n"
-    ),
+    "trainer.model.decoder": ("import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"),
 }
 GRADIO = "6.31.0"  # that the page was tested with; a Space installs this one
 SPACE_REQUIREMENTS = ("torch", "transformers>=5.17", "pillow")

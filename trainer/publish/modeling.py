@@ -75,16 +75,14 @@ class _Tower(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = AutoConfig.for_model(**settings["model"])
-        layer = settings.get("layer", -1)
-        self.layers = [layer] if isinstance(layer, int) else layer
-        self.width = config.hidden_size * len(self.layers)
+        self.layer, self.width = settings.get("layer", -1), config.hidden_size
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         self.tower = AutoModel.from_config(config, **options)
         self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the hidden states (B, N, V) of images; those that were learned from a cache are rounded as there."""
-        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layers), self.states)
+        states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
 
 
@@ -96,23 +94,8 @@ class _Kept:
             cache.layers.append(DynamicLayer())
         self._words, self._image = cache.layers[index], cache.layers[depth + index]
 
-    @property
-    def words(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the words so far."""
-        return _read(self._words)
-
-    @words.setter
-    def words(self, pair: tuple[Tensor, Tensor]) -> None:
-        _write(self._words, pair)
-
-    @property
-    def image(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the image."""
-        return _read(self._image)
-
-    @image.setter
-    def image(self, pair: tuple[Tensor, Tensor]) -> None:
-        _write(self._image, pair)
+    words = property(lambda self: _read(self._words), lambda self, pair: _write(self._words, pair))
+    image = property(lambda self: _read(self._image), lambda self, pair: _write(self._image, pair))
 
 
 def _read(layer: Any) -> tuple[Tensor, Tensor] | None:
@@ -349,8 +332,7 @@ class SynthCaptionerProcessor(ProcessorMixin):
         """
         if images is None:
             raise ValueError('a captioner needs an image: images=..., and of a pipeline text="" beside it')
-        is_batch = getattr(images, "ndim", 0) == 4  # of an array or tensor
-        images = list(images) if is_batch or isinstance(images, list | tuple) else [images]
+        images = list(images) if isinstance(images, list | tuple) else [images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
             raise ValueError(f"there are {len(images)} images and {len(texts)} texts")
@@ -384,16 +366,6 @@ class SynthCaptionerProcessor(ProcessorMixin):
 
 
 def read_image(given: Any) -> Image.Image:
-    """Return an image (PIL, a path, a URL, an array or tensor of levels 0 to 255, or of 0 to 1) upright, in RGB, over white."""
-    if hasattr(given, "numpy"):  # a tensor
-        given = given.detach().cpu().numpy()
-    if hasattr(given, "ndim"):
-        channels_first = given.ndim == 3 and given.shape[0] in (1, 3)
-        array = given.transpose(1, 2, 0) if channels_first else given
-        array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
-        if array.dtype.name == "uint16":
-            array = (array / 257).round().astype("uint8")
-        levels = array if array.dtype.kind in "iu" or array.max(initial=0) > 1 else array * 255
-        given = Image.fromarray(levels.clip(0, 255).round().astype("uint8"))
+    """Return an image (PIL, a path or a URL) upright, in RGB, over white."""
     is_url = str(given).startswith(("http://", "https://"))
     return upright_rgb(given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given))

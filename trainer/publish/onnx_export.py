@@ -6,7 +6,6 @@ of the image before the words: its keys and values of both are kept together.
 Shapes: B images, N image states, T tokens, S tokens (and states) before, V encoder width, D decoder width.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,6 @@ from trainer.model.captioner import CaptionerModel
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
 from trainer.model.hf_config import SIDES, attention_window
 from trainer.model.language_model import PretrainedDecoder
-from trainer.prompts import preferred_style
 from trainer.publish.files import standalone_source, transformers_files
 from trainer.publish.run_onnx import prepare
 
@@ -78,7 +76,7 @@ def export_onnx(checkpoint: Path, out: Path, progress: Progress, *, int8: bool =
         for done, name in enumerate(_write_files(captioner, parts, int8=int8), start=1):
             progress("export", done, 6 if int8 else 3, {"last": name})
         files = {name: data for name, data in transformers_files(checkpoint).items() if not name.endswith(".py")}
-        files["config.json"] = json_text(_config(captioner, json.loads(files["processor_config.json"]))).encode()
+        files["config.json"] = json_text(_config(captioner)).encode()
         del files["generation_config.json"]  # the search of its beams is not exported
         files["preprocessor_config.json"] = json_text(_pixel_settings(captioner)).encode()
         files["tokenizer.json"] = (checkpoint / "tokenizer.json").read_bytes()
@@ -97,15 +95,12 @@ def _write_files(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iter
         yield f"{name}{INT8}"
 
 
-def _config(captioner: CaptionerModel, processor: dict[str, Any]) -> dict[str, Any]:
+def _config(captioner: CaptionerModel) -> dict[str, Any]:
     """Return what `caption.py` needs to know of a captioner."""
     config = captioner.config
     return {
         "model_type": "vision-encoder-decoder",
         "is_encoder_decoder": True,
-        "prompts": processor["prompts"],
-        "kind": processor["kind"],
-        "usual_style": preferred_style(config.prompts),
         "eos_id": config.eos_id,
         "max_caption_tokens": config.max_caption_tokens,
         "text_positions": _text_positions(captioner),

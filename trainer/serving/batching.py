@@ -10,8 +10,6 @@ from torch import Tensor
 
 from trainer.model.decoding import DecodingConfig
 
-FILL_S, POLL_S = 0.1, 0.002  # for which a batch waits for jobs that are being prepared
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -37,7 +35,6 @@ class Batcher:
     write: Write
     batch_size: int
     thread: ThreadPoolExecutor  # of one worker, the only one that runs the model
-    coming: int = 0  # jobs whose images are being prepared
     batches: int = 0  # so far
     _waiting: deque[tuple[GenerationRequest, asyncio.Future[list[int]]]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,9 +56,6 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
-            deadline = loop.time() + FILL_S
-            while self.coming and len(self._waiting) < self.batch_size and loop.time() < deadline:
-                await asyncio.sleep(POLL_S)
             batch = self._next_batch()
             if not self._waiting:
                 self._arrived.clear()

@@ -50,8 +50,6 @@ class ChatRequest:
     field: str | None  # of a JSON object that the text is to stand in
     only: str | None
     streams: bool
-    counts: bool  # whether a stream ends with the tokens that were used
-    stop: tuple[str, ...]  # texts before which the answer ends
 
 
 def read_request(body: bytes, styles: list[str]) -> ChatRequest:
@@ -80,22 +78,13 @@ def read_request(body: bytes, styles: list[str]) -> ChatRequest:
     if most < 1:
         raise RefusedError(f"{limit_name} must be 1 or more")
     image = read_image(images[0]) if images and only is None else None
-    if field is None and _is_object(values.get("response_format")):
-        field = "answer" if question else "caption"
-    stop = _stop(values.get("stop"))
-    options = values.get("stream_options")
-    counts = isinstance(options, dict) and options.get("include_usage") is True
+    if values.get("stop"):
+        raise RefusedError("stop is not supported: a captioner ends its text itself")
     model = values.get("model")
     if not isinstance(model, str | None):
         raise RefusedError("model must be a name")
     streams = values.get("stream") is True
-    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, streams, counts, stop)
-
-
-def until(request: ChatRequest, text: str) -> tuple[str, bool]:
-    """Return a text up to what is to stop it, and whether something has."""
-    ends = [at for one in request.stop if (at := text.find(one)) >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
+    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, streams)
 
 
 def answer_text(request: ChatRequest, text: str) -> str:
@@ -122,8 +111,8 @@ def completion(identity: str, model: str, content: str, tokens: tuple[int, int],
     }
 
 
-def chunks(body: dict[str, Any], *, counts: bool = False) -> bytes:
-    """Return an answer as a stream of events that holds all of it at once; `counts`: and the tokens that were used."""
+def chunks(body: dict[str, Any]) -> bytes:
+    """Return an answer as a stream of events that holds all of it at once."""
     choice = body["choices"][0]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     parts = [
@@ -131,8 +120,6 @@ def chunks(body: dict[str, Any], *, counts: bool = False) -> bytes:
         {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]},
     ]
     lines = [f"data: {json.dumps(shared | {'choices': [part]})}\n\n" for part in parts]
-    if counts:
-        lines.append(f"data: {json.dumps(shared | {'choices': [], 'usage': body['usage']})}\n\n")
     return "".join([*lines, "data: [DONE]\n\n"]).encode()
 
 
@@ -202,20 +189,9 @@ def _style(text: str, styles: list[str]) -> str | None:
     return named[-1] if named else text.strip() if text.strip() in styles else None
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value or []
-    if not isinstance(texts, list) or not all(isinstance(one, str) and one for one in texts):
-        raise RefusedError("stop must be a text, or a list of texts")
-    return tuple(texts)
-
-
-def _is_object(form: Any) -> bool:
-    return isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
-
-
 def _field(form: Any) -> tuple[str | None, str | None]:
     """Return the only field of the schema of a format, and the one value that the schema allows, if it is but one."""
-    if form is None or (isinstance(form, dict) and form.get("type") in ("text", "json_object")):
+    if form is None or (isinstance(form, dict) and form.get("type") == "text"):
         return None, None
     try:
         schema = form["json_schema"]["schema"]

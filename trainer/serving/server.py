@@ -33,7 +33,7 @@ from trainer.captioning import READERS, Captioner
 from trainer.model.captioner import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.batching import Batcher, GenerationRequest
-from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request, until
+from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
 MAX_BODY_BYTES = 48_000_000  # a photo of 32 MB as base64
 BODY_TIMEOUT_S = 30.0
@@ -152,13 +152,12 @@ class CaptionServer:
                 raise RefusedError(str(error)) from None
             kept = ids[: asked.max_tokens]
             is_cut = len(kept) < len(ids) or len(ids) == self._most_tokens(len(prompt))
-            text, has_stopped = until(asked, self.captioner.checkpoint.tokenizer.decode(kept))
-            is_cut = is_cut and not has_stopped
+            text = self.captioner.checkpoint.tokenizer.decode(kept)
             tokens = (len(prompt), len(kept))
             self.texts += 1
         content = completion(f"chatcmpl-{uuid4().hex}", self.name, answer_text(asked, text), tokens, is_cut=is_cut)
         if asked.streams:
-            return Response(chunks(content, counts=asked.counts), headers=HEADERS, media_type="text/event-stream")
+            return Response(chunks(content), headers=HEADERS, media_type="text/event-stream")
         return JSONResponse(content, headers=HEADERS)
 
     def _most_tokens(self, prompt_tokens: int) -> int:
@@ -175,11 +174,7 @@ class CaptionServer:
             raise RefusedError(str(error)) from None
 
     async def _pixels(self, image: bytes) -> Tensor:
-        self.batcher.coming += 1
-        try:
-            pixels_CHW = await asyncio.get_running_loop().run_in_executor(self.readers, self.captioner.prepare, image)
-        finally:
-            self.batcher.coming -= 1
+        pixels_CHW = await asyncio.get_running_loop().run_in_executor(self.readers, self.captioner.prepare, image)
         if isinstance(pixels_CHW, ImageError):
             raise RefusedError(f"the image cannot be read: {pixels_CHW}")
         return pixels_CHW

@@ -45,12 +45,6 @@ def test_a_smaller_grid_beside_the_first_replaces_lists_and_adds_settings() -> N
     assert last.otherwise == "steps 7" and {cell.otherwise for cell in cells[:-1]} == {""}
 
 
-def test_the_same_place_with_other_settings_is_another_arm() -> None:
-    cells = cells_of(experiment(also=[{"data": ["facts"], "seeds": [7], "settings": {"dropout": 0.3}}]))
-    assert {cell.arm for cell in cells if cell.seed == 7} == {("facts", "tiny-clip", "scratch", "none", "0", "dropout 0.3")}
-    assert cells[0].arm != cells[-1].arm
-
-
 def test_a_cell_that_is_named_twice_is_run_once() -> None:
     assert len(cells_of(experiment(also=[{"seeds": [1, 2]}]))) == 6
 
@@ -67,17 +61,11 @@ def test_cells_of_other_settings_or_data_do_not_share_a_folder() -> None:
     [
         ({"settings": {}}, "settings.steps must say"),
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is decided by the grid"),
-        ({"settings": {"steps": 9, "depth": 3}}, "settings.depth is not a setting of a training: docs"),
         ({"settings": {"stepz": 9}}, "settings.stepz is not a setting of a training: did you mean steps"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
-        ({"alignment": ["both"]}, "alignment"),
-        ({"data": {}}, "data"),
         ({"seeds": []}, "seeds"),
-        ({"seeds": [1, True]}, "seeds: .* is not a number"),
-        ({"settings": {"steps": "1e3"}}, "settings.steps must say"),
         ({"settings": {"steps": 3}}, "a number from 4 on"),
         ({"also": [{"settings": {"styles": ["brief"]}}]}, "settings.styles of `also`"),
-        ({"also": [{"seeds": []}]}, "seeds"),
         ({"encoder": ["auto"]}, "auto is none"),
         ({"encoder": ["a/best", "b/best"]}, "same last part"),
         ({"also": [{"data": ["nothing"]}]}, "data that is not there: nothing"),
@@ -90,7 +78,7 @@ def test_what_cannot_be_is_one_error_before_anything_runs(tmp_path: Path, change
         read_experiment(tmp_path / "e.yaml")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"- 1", b"\xff", b"a: [", b"data: 3"])
+@pytest.mark.parametrize("content", [None, b"- 1", b"\xff", b"a: ["])
 def test_what_is_no_experiment_is_one_error(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "e.yaml").write_bytes(content)

@@ -4,7 +4,6 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -69,18 +68,6 @@ def test_text_of_a_model_is_escaped(runs: list[Run], tmp_path: Path) -> None:
     assert "<script" not in page and html.escape(HOSTILE)[:30] in page
     assert "default-src 'none'" in page
     assert re.findall(r"(?:src|href)=\"(?!data:image/webp;base64,)", page) == []
-
-
-def test_curves_are_means_over_seeds_on_one_scale(runs: list[Run], tmp_path: Path) -> None:
-    write_result(runs, tmp_path)
-    page = (tmp_path / "experiment.html").read_text()
-    assert 'points="280.0,80.0 560.0,0.0"' in page and 'points="280.0,120.0 560.0,80.0"' in page
-
-
-def test_an_arm_without_questions_has_empty_cells(runs: list[Run], tmp_path: Path) -> None:
-    result: dict[str, Any] = write_result(runs, tmp_path)
-    assert [sorted(arm["questions"]) for arm in result["arms"]] == [["number"], []]
-    assert "majority 0.250" in (tmp_path / "experiment.html").read_text()
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])

@@ -1,11 +1,8 @@
 """Trainings that were interrupted: they go on to the same bits, and only with what they began with."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +14,17 @@ import trainer.loop.steps
 import trainer.train
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.small_trainings import CPU, LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
-from trainer.build import build_checkpoint, build_trainer
-from trainer.data import examples_in
-from trainer.features import OnlineFeatures
-from trainer.loop.batch_loader import BatchLoader
+from tests.trainer.small_trainings import LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
 from trainer.loop.resume import save_resume
-from trainer.loop.training_log import read_log
-from trainer.optimizer import build_optimizer
 from trainer.train import train
 
 
-@pytest.mark.parametrize("align_steps", [0, 3])
+@pytest.mark.parametrize(("align_steps", "storage"), [(0, "none"), (3, "bf16")])
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int, storage: Any
 ) -> None:
-    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2)
+    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2, feature_storage=storage)
     whole = train(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     torch.manual_seed(99)  # a new process has another random state
@@ -82,26 +72,6 @@ def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
         assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
     else:
         assert (tmp_path / "ended-0").read_text().startswith("TrainError: the processes of this training cannot go on")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves_its_state(number: int, version: Version, clip: str, tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"encoder": clip, "steps": 6, "evaluate_every": 100})
-    whole = train(version, config, tmp_path / "whole")
-
-    class Stop(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            if stage == "train" and done == 3:
-                for each in (number, {signal.SIGINT: signal.SIGTERM, signal.SIGTERM: signal.SIGINT}[signal.Signals(number)]):
-                    os.kill(os.getpid(), each)  # the second as by a parent that was interrupted as well
-
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut", progress=Stop())
-    assert signal.getsignal(number) is before
-    assert [line["step"] for line in read_log(tmp_path / "cut/log.jsonl")] == [0, 1, 2, 3]  # 0: the forecast
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_the_state_is_saved_from_time_to_time(
@@ -157,37 +127,6 @@ def test_a_run_of_two_processes_goes_on_in_one(
     monkeypatch.setattr(trainer.loop.steps, "save_resume", save_resume)
     assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
     assert 2 in asked
-
-
-def test_steps_that_were_skipped_before_an_interruption_still_count(version: Version, tmp_path: Path, clip: str) -> None:
-    """At most three gradients in a row are taken for spikes, also where a training was interrupted between them."""
-    config = replace(encoder=clip).with_defaults(40)
-    examples = examples_in(version, "train")
-    checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
-    before, after = (build_trainer(checkpoint, config, loader, examples[:3], CPU) for _ in range(2))
-    optimizer = build_optimizer(checkpoint.captioner, config)
-    before.spikes.norms = [1.0] * 32
-    assert [before.spikes.should_step(1.0, 100.0) for _ in range(3)] == [False] * 3
-    after.restore(optimizer, before.state(optimizer, 5), tmp_path / "resume.pt")
-    assert after.spikes.should_step(1.0, 100.0)
-
-
-def test_a_signal_during_the_last_save_is_no_end_without_a_word(
-    version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainer.loop.resume import save_resume as save
-
-    def save_and_interrupt(folder: Path, state: dict[str, Any]) -> None:
-        save(folder, state)
-        if state["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c")
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save)
-    assert train(version, replace(encoder=clip, steps=2, evaluate_every=2), tmp_path / "c", resume=True)["scores"]
 
 
 SIGNALLED = """

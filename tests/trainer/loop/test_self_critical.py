@@ -10,7 +10,6 @@ import torch
 import trainer.loop.validation
 import trainer.train
 from pipeline.dataset.version import Version
-from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip, save_language_model
 from trainer.build import build_checkpoint
 from trainer.checkpoint import Checkpoint, load_checkpoint
@@ -25,11 +24,6 @@ from trainer.train import train
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, max_caption_tokens=12)
 SAMPLES = 4
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_version(tmp_path_factory.mktemp("data"), scene_samples(40))[0]
 
 
 @pytest.fixture(scope="module", params=["scratch", "llama"])
@@ -111,17 +105,6 @@ def test_drawn_captions_are_learned_by_their_rewards(checkpoint: Checkpoint, ver
     captioner.zero_grad()
 
 
-def test_an_image_without_such_a_text_earns_nothing(checkpoint: Checkpoint, version: Version) -> None:
-    examples = examples_in(version, "train")[:2]
-    critic = SelfCritic(checkpoint, examples, SAMPLES)
-    critic.references[examples[0].sample_id] = []
-    captioner = checkpoint.captioner
-    with torch.inference_mode():
-        states = captioner.encoder(captioner.encoder.pixels([example.open() for example in examples]))
-    drawn = critic.draw(states, examples)
-    assert drawn.advantage_C[:SAMPLES].tolist() == [0.0] * SAMPLES
-
-
 def test_rarity_is_that_of_the_corpus_that_it_was_given() -> None:
     corpus = [[["a", "red", "dog", "runs"]], [["a", "blue", "cat", "sits"]]]
     hypotheses = [["a", "red", "dog", "runs"]]
@@ -138,21 +121,6 @@ def test_rewards_begin_where_the_likelihood_no_longer_helps(
     train(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
     steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
     assert steps == [*((step, "train") for step in range(1, 7)), *((step, "scst") for step in range(41, 49))]
-
-
-def test_rewards_do_not_end_for_evaluations_before_them(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where they begin after all steps of likelihood, and where a run goes on at their begin."""
-    evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.9])
-    lengths = {"steps": 4, "scst_steps": 8, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
-    config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths})
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        die_after_saving(context, step=4)
-        train(version, config, tmp_path / "c")
-    train(version, config, tmp_path / "c", resume=True)
-    steps = [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
-    assert steps == [*range(1, 9)]  # 0.3 and 0.2 are the first two without a gain of the rewards
 
 
 def test_a_training_with_rewards_goes_on_to_the_same_bits(

@@ -14,13 +14,13 @@ import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
+from trainer.build import build_checkpoint
 from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop.training_log import read_log
+from trainer.loop.batch_loader import BatchLoader
 from trainer.model.captioner import CaptionerModel
-from trainer.optimizer import SpikeFilter
 from trainer.tokenizer import collate
 from trainer.train import train
 
@@ -52,48 +52,6 @@ def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) ->
         train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
-def test_a_spike_is_left_out_and_the_run_goes_on(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, judged = SpikeFilter.should_step, list[bool]()
-
-    def judge_and_spoil(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1e6 if len(judged) == 20 else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(SpikeFilter, "should_step", judge_and_spoil)
-    train(version, replace(steps=24, evaluate_every=24), tmp_path)
-    assert judged == [True] * 20 + [False] + [True] * 3
-
-
-def enlarge_norms(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> list[bool]:
-    """Multiply the norms of all gradients by 1000 after so many steps; return a list that gets whether each step is applied."""
-    judge, judged = SpikeFilter.should_step, list[bool]()
-
-    def judge_larger(self: Any, loss: float, norm: float) -> bool:
-        judged.append(judge(self, loss, norm * 1000 if len(judged) >= after_steps else norm))
-        return judged[-1]
-
-    monkeypatch.setattr(SpikeFilter, "should_step", judge_larger)
-    return judged
-
-
-def test_gradients_that_stay_larger_are_the_new_usual(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A captioner that knows its texts by heart has small gradients; once it is thrown off, larger ones bring it back."""
-    judged = enlarge_norms(monkeypatch, after_steps=20)
-    train(version, replace(steps=40, evaluate_every=40), tmp_path)
-    assert judged == [True] * 20 + [False] * 3 + [True] * 17
-
-
-def test_what_is_usual_begins_anew_with_the_second_stage(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    """Gradients of a whole language model are many times those of a connector, which is not a spike."""
-    judged = enlarge_norms(monkeypatch, after_steps=20)
-    train(version, replace(encoder=clip, align_steps=20, steps=12, evaluate_every=32), tmp_path)
-    assert judged == [True] * 32
-
-
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
     train(version, config, tmp_path)
@@ -103,11 +61,6 @@ def test_with_a_contrast_images_and_captions_find_each_other_better(version: Ver
     with torch.inference_mode():
         learned = checkpoint.captioner.contrast_loss(states, texts).item()
     assert learned < math.log(8) * 0.95  # log 8 is the loss of guessing
-
-
-def test_half_precision_learns_too(version: Version, tmp_path: Path, clip: str) -> None:
-    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
 
 
 def test_half_precision_is_for_the_steps_alone(
@@ -126,7 +79,8 @@ def test_half_precision_is_for_the_steps_alone(
 
     for name in seen:
         monkeypatch.setattr(CaptionerModel, name, noting(name))
-    train(version, replace(encoder=clip, steps=1, precision="bf16"), tmp_path)
+    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
     assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
     assert {setting for setting, _ in seen["generate"]} == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
@@ -144,13 +98,17 @@ def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, c
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_smoothed_labels_are_for_training_alone(version: Version, tmp_path: Path, clip: str) -> None:
-    plain, smooth = (replace(encoder=clip, steps=1, dropout=0.0, label_smoothing=share) for share in (0.0, 0.3))
-    for name, config in (("plain", plain), ("smooth", smooth)):
-        train(version, config, tmp_path / name)
-    assert losses(tmp_path / "plain") != losses(tmp_path / "smooth")
-    (one,), (other,) = (
-        [line["validation_loss"] for line in read_log(tmp_path / name / "log.jsonl") if "validation_loss" in line]
-        for name in ("plain", "smooth")
-    )
-    assert one == pytest.approx(other, abs=0.02)
+def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) -> None:
+    config = replace(encoder=clip).with_defaults(40)
+    examples = examples_in(version, "train")
+    checkpoint = build_checkpoint(version, config, examples)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    order = [[0, 1], [5, 2], [7]]
+    ahead = list(loader.load_ahead(order))
+    for indices, batch in zip(order, ahead, strict=True):
+        (own,) = loader.load([examples[index] for index in indices]).micro_batches
+        assert torch.equal(batch.micro_batches[0][0], own[0])
+        assert torch.equal(batch.micro_batches[0][1].ids_CT, own[1].ids_CT)
+        assert (batch.num_images, batch.num_tokens) == (len(indices), int(own[1].learned_CT.sum()))
+    with pytest.raises(IndexError):
+        list(loader.load_ahead([[0], [9999]]))

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import trainer.loop.training_log
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import interrupt, losses, replace
-from trainer.loop.batch_loader import Batch
 from trainer.loop.training_log import Log, read_log
 from trainer.train import train
 
@@ -52,15 +50,3 @@ def test_a_step_whose_loss_is_no_number_is_a_line_of_json(tmp_path: Path) -> Non
 
     text = (tmp_path / "log.jsonl").read_text()
     assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
-
-
-def test_the_seconds_of_a_log_go_on_after_an_interruption(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log.jsonl", 0)
-    assert log.seconds == 0.0
-    for step, seconds in ((1, 10.0), (2, 20.0), (3, 30.0)):
-        log.write(step=step, seconds=seconds)
-    log.write(step=2, validation_cider_d=1.0)
-    again = Log(tmp_path / "log.jsonl", 2)
-    pace = trainer.loop.training_log.Pace(again.seconds)
-    assert again.seconds == 20.0
-    assert pace.after(Batch([], 9, 1, 4), 0)["seconds"] > 20.0

@@ -23,23 +23,6 @@ def score_nothing(*_: Any) -> dict[str, Any]:
     return {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
 
 
-def test_scores_that_are_all_but_zero_do_not_end_a_training_whose_loss_falls(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At first a caption shares a word with its references by chance: 4e-9 is no score to keep."""
-    scores, losses = iter([1e-12, 4e-9, 0.0, 0.0, 1e-10, 0.0]), iter([6.0, 5.9, 5.8, 5.7, 5.6, 5.5])
-
-    def scored(*_: Any) -> dict[str, Any]:
-        return {"images": 4, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
-
-    monkeypatch.setattr(trainer.loop.validation, "evaluate", scored)
-    monkeypatch.setattr(Validation, "loss", lambda _: next(losses))
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
-    train(version, replace(steps=6, evaluate_every=1, patience=2), tmp_path / "c")
-    assert [line["step"] for line in read_log(tmp_path / "c/log.jsonl") if "validation_loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert not (tmp_path / "c/last").exists()  # the last is the best
-
-
 def test_training_ends_where_the_score_no_longer_improves(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
@@ -97,23 +80,3 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
         train(version, replace(steps=2, evaluate_every=2), tmp_path)
     assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_without_texts_to_validate_on_the_later_of_equal_captioners_is_kept(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
-) -> None:
-    monkeypatch.setattr(trainer.loop.validation, "evaluate", score_nothing)
-    monkeypatch.setattr(Validation, "loss", lambda _: None)
-    saved: list[int] = []
-    monkeypatch.setattr(trainer.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
-    train(version, replace(encoder=clip, steps=6, evaluate_every=2), tmp_path)
-    assert len(saved) == 3
-    assert not any("validation_loss" in line for line in read_log(tmp_path / "log.jsonl"))
-
-
-def test_the_best_score_of_a_single_image_is_none(version: Version, tmp_path: Path, clip: str) -> None:
-    metrics = train(version, replace(encoder=clip, steps=1, evaluate_images=1), tmp_path / "one")
-    assert metrics["best_validation"] is None  # CIDEr-D is 0 there, and the loss decides
-    several = train(version, replace(encoder=clip, steps=1, evaluate_images=3), tmp_path / "three")
-    assert several["best_validation"] >= 0

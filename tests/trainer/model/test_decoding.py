@@ -80,23 +80,6 @@ def test_beams_find_the_likeliest_text_where_greedy_walks_into_a_trap(beams: int
     assert greedy[0] == 1
 
 
-def test_beams_go_on_from_where_they_came() -> None:
-    """The order that `reorder` receives must be the order of the rows in the next step."""
-    history: list[list[list[int]]] = [[[0], [0]]]
-
-    def step(new_RT: Tensor) -> Tensor:
-        for row, token in zip(history[-1], new_RT[:, -1].tolist(), strict=True):
-            row.append(token)
-        return Chain(TRAP).logs[new_RT[:, -1]]
-
-    def reorder(rows: Tensor) -> None:
-        history.append([list(history[-1][row]) for row in rows.tolist()])
-
-    beam_search(step, reorder, all_go_on, PROMPT, DecodingConfig(num_beams=2), 3, EOS)
-    assert all(len(row) == len(history[-1][0]) for row in history[-1])
-    assert len({tuple(row) for row in history[-1]}) == 2
-
-
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_beams_of_a_batch_find_what_each_row_finds_alone_and_rows_that_are_over_are_left_out(beams: int) -> None:
     """Each row has a chain of its own, which `keep` must follow, and a state that counts its steps, which `reorder` must."""

@@ -8,9 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
-    CLIPModel,
     CLIPVisionModel,
     ResNetConfig,
     ResNetModel,
@@ -26,7 +24,7 @@ from transformers import (
 
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_vit
-from trainer.model.encoder import Encoder, EncoderConfig, load_encoder
+from trainer.model.encoder import load_encoder
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -34,37 +32,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vit(tmp_path_factory.mktemp("vit"))
-
-
-def test_the_models_of_the_mission_have_the_sizes_of_the_mission() -> None:
-    """The meta device gives the sizes without any weights."""
-    with torch.device("meta"):
-        vit, clip = ViTModel(ViTConfig()), CLIPModel(CLIPConfig())
-    assert sum(p.numel() for p in vit.parameters()) == 86_389_248
-    assert sum(p.numel() for p in clip.parameters()) == 151_277_313
-
-
-@pytest.mark.parametrize(("model", "states"), [("vit", 197), ("clip_vision_model", 50)])
-def test_hidden_states_of_a_full_sized_encoder_are_one_a_patch_and_one_for_all(model: str, states: int) -> None:
-    processor = CLIPImageProcessor().to_dict()
-    encoder = Encoder(EncoderConfig({"model_type": model, "num_hidden_layers": 1}, processor))
-    with torch.inference_mode():
-        hidden = encoder(encoder.pixels([picture(size=(500, 375))]))
-    assert hidden.shape == (1, states, 768)
-
-
-@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "CLIPImageProcessorOfNobody", "", None, 7])
-def test_a_checkpoint_cannot_name_anything_else_than_an_image_processor(name: object) -> None:
-    hostile = {"image_processor_type": name, "model": "stranger/model", "trust_remote_code": True}
-    with pytest.raises(TrainError, match="image processor"):
-        Encoder(EncoderConfig({"model_type": "vit", "num_hidden_layers": 1}, hostile))
 
 
 def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
@@ -77,31 +46,6 @@ def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
         torch.testing.assert_close(encoder.eval()(pixels), expected.last_hidden_state)
         below = load_encoder(folder, layer=-2, frozen=False).eval()(pixels)
         torch.testing.assert_close(below, expected.hidden_states[-2])
-
-
-def test_a_frozen_encoder_does_not_learn_and_rounds_as_a_cache_does(clip: str) -> None:
-    encoder = load_encoder(clip)
-    assert not any(p.requires_grad for p in encoder.parameters())
-    states = encoder(encoder.pixels([picture()]))
-    assert torch.equal(states, states.bfloat16().float())
-
-
-def test_an_encoder_is_built_again_from_what_is_saved_of_it(clip: str) -> None:
-    encoder = load_encoder(clip)
-    rebuilt = Encoder(EncoderConfig(**asdict(encoder.config)))
-    rebuilt.load_state_dict(encoder.state_dict())
-    pixels = encoder.pixels([picture()])
-    assert torch.equal(rebuilt.pixels([picture()]), pixels)
-    assert torch.equal(rebuilt(pixels), encoder(pixels))
-
-
-def test_a_key_names_weights_and_layer(clip: str) -> None:
-    first, second = load_encoder(clip), load_encoder(clip)
-    assert first.key() == second.key()
-    assert load_encoder(clip, layer=-2).key() != first.key()
-    with torch.no_grad():
-        next(second.tower.parameters()).flatten()[0] += 1e-3
-    assert second.key() != first.key()
 
 
 def test_no_path_of_this_machine_is_kept(clip: str) -> None:

@@ -1,6 +1,5 @@
 """Pretrained decoders: each family learns from texts that do not see each other, packed where that is right."""
 
-import math
 from typing import Any
 
 import pytest
@@ -8,10 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
-from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.model.hf_config import attention_window, config_of
+from trainer.model.decoding import GREEDY
+from trainer.model.hf_config import config_of
 from trainer.model.language_model import PretrainedDecoder
-from trainer.model.token_loss import ScoreForm
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {
@@ -29,28 +27,20 @@ GPT_NEO = {
     "vocab_size": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 128,
     "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": (BASE, "mask"),
-    "qwen2": (BASE, "mask"),
-    "qwen3": (BASE, "mask"),
-    "mistral": (BASE, "mask"),
-    "gpt2": (GPT2, "mask"),
-    "opt": ({**BASE, "ffn_dim": 48, "word_embed_proj_dim": 32}, "mask"),
-    "gpt_neox": (BASE, "mask"),
-    "phi": (BASE, "mask"),
-    "smollm3": (BASE, "mask"),
-    "olmo2": (BASE, "mask"),
-    "granite": ({**BASE, "logits_scaling": 8.0}, "mask"),
-    "cohere": ({**BASE, "logit_scale": 4.0}, "mask"),
-    "gemma2": ({**BASE, "final_logit_softcapping": 0.2}, "mask"),  # the scores of random weights are small
-    "gpt_neo": (GPT_NEO, "additive mask"),
-    "gemma3_text": (BASE, "mask"),
-    "gpt_oss": ({**BASE, **EXPERTS}, "additive mask"),
-    "qwen3_5_text": ({**BASE, **LINEAR}, "apart"),
-    "qwen3_next": ({**BASE, **LINEAR, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "apart"),
-    "lfm2": ({**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "apart"),
-    "mamba": ({"vocab_size": 128, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, "apart"),
-    "bloom": ({"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "apart"),
+FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {  # with whether texts are packed
+    "llama": (BASE, True),
+    "qwen3": (BASE, True),
+    "gpt2": (GPT2, True),
+    "opt": ({**BASE, "ffn_dim": 48, "word_embed_proj_dim": 16}, True),  # narrower than the layers
+    "cohere": ({**BASE, "logit_scale": 4.0}, True),
+    "gemma2": ({**BASE, "final_logit_softcapping": 0.2}, True),  # the scores of random weights are small
+    "gpt_neo": (GPT_NEO, False),
+    "gemma3_text": (BASE, True),
+    "gpt_oss": ({**BASE, **EXPERTS}, False),
+    "qwen3_5_text": ({**BASE, **LINEAR}, False),
+    "lfm2": ({**BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, False),
+    "mamba": ({"vocab_size": 128, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, False),
+    "bloom": ({"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
 }
 
 
@@ -70,9 +60,9 @@ def batch(lengths: tuple[int, ...], image_of: tuple[int, ...]) -> TextBatch:
 def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str) -> None:
     decoder = decoder_of(family).eval()
     texts = batch((9, 6, 8), (0, 0, 1))
-    prefix = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6))
+    prefix = torch.randn(2, 4, decoder.width, generator=torch.Generator().manual_seed(6))
     together = decoder.loss(prefix, texts)
-    assert decoder.packing == FAMILIES[family][1]
+    assert decoder.probed.packs == FAMILIES[family][1]
     alone = 0.0
     for n, (length, image) in enumerate(zip((9, 6, 8), (0, 0, 1), strict=True)):
         words = decoder.model.get_input_embeddings()(texts.ids_CT[n : n + 1, :length])
@@ -84,15 +74,12 @@ def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [("mistral", "sliding_window"), ("gemma3_text", "sliding_window"), ("gpt_neo", "window_size")]
-)
-def test_texts_that_together_are_longer_than_a_window_go_apart(family: str, name: str) -> None:
+def test_texts_that_together_are_longer_than_a_window_go_apart() -> None:
     """Packed, the last text would see the others in place of its image."""
     torch.manual_seed(0)
-    decoder = PretrainedDecoder({"model_type": family, **FAMILIES[family][0], name: 14}).eval()
+    decoder = PretrainedDecoder({"model_type": "gemma3_text", **BASE, "sliding_window": 14}).eval()
     texts, prefix = batch((9, 6, 8), (0, 0, 0)), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
-    assert decoder.packing != "apart"  # texts that are shorter are packed
+    assert decoder.probed.packs  # texts that are shorter are packed
     alone = sum(decoder.loss(prefix, batch((9, 6, 8), (0, 0, 0)).only(torch.tensor([n]))).item() for n in range(3))
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
@@ -108,27 +95,7 @@ def test_a_model_that_makes_something_else_of_its_scores_is_refused(monkeypatch:
 
     monkeypatch.setattr(decoder.model, "forward", squared)
     with pytest.raises(TrainError, match="it would learn a wrong loss"):
-        _ = decoder.packing
-
-
-def test_an_embedding_that_is_narrower_than_the_layers_is_the_width() -> None:
-    decoder = PretrainedDecoder({"model_type": "opt", **BASE, "ffn_dim": 48, "word_embed_proj_dim": 16})
-    assert decoder.width == 16
-    decoder.loss(torch.randn(1, 4, 16), batch((6,), (0,))).backward()
-
-
-def test_attention_that_adds_its_mask_gets_one_that_can_be_added() -> None:
-    decoder = decoder_of("llama")
-    decoder.model.set_attn_implementation("eager")
-    assert decoder.packing == "additive mask"
-
-
-def test_the_comparison_changes_neither_the_mode_nor_the_random_numbers() -> None:
-    decoder = decoder_of("gpt2").train()
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    assert decoder.packing == "mask"
-    assert decoder.model.training and torch.equal(before, torch.get_rng_state())
+        _ = decoder.probed
 
 
 def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +106,7 @@ def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(decoder.model, "get_decoder", lambda: refuse)
     with pytest.raises(TrainError, match="cannot write behind an image: this model takes ids"):
-        _ = decoder.packing
+        _ = decoder.probed
 
 
 def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -> None:
@@ -157,7 +124,7 @@ def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -
         decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
 
 
-def test_penalties_of_a_checkpoint_end_with_the_training_and_beams_go_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_of_a_checkpoint_end_with_the_training() -> None:
     """A captioner keeps none: its scores while it learns are to be those of what is saved."""
     model = AutoModelForCausalLM.from_config(config_of({"model_type": "llama", **BASE}))
     model.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3)
@@ -166,50 +133,6 @@ def test_penalties_of_a_checkpoint_end_with_the_training_and_beams_go_to_the_end
     saved.load_state_dict(given.state_dict())
     prefix, prompt = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6)), torch.tensor([[5, 6], [5, 6]])
     assert given.eval().generate(prefix, prompt, GREEDY, 12, 2) == saved.eval().generate(prefix, prompt, GREEDY, 12, 2)
-    asked: list[Any] = []
-
-    def generate(**options: Any) -> Any:
-        asked.append(options.get("early_stopping"))
-        return prompt
-
-    monkeypatch.setattr(given.model, "generate", generate)
-    for decoding in (GREEDY, DecodingConfig(num_beams=3)):
-        given.generate(prefix, prompt, decoding, 12, 2)
-    assert asked == [None, "never"]
-
-
-def test_scores_at_their_cap_do_not_hide_what_a_model_makes_of_them() -> None:
-    """Of a score at its cap, what it was before is without bound."""
-    decoder = PretrainedDecoder({"model_type": "gemma2", **BASE, "final_logit_softcapping": 1.0})
-    with torch.no_grad():
-        decoder.model.get_output_embeddings().weight.mul_(100)
-    assert decoder.packing == "mask"
-    assert decoder._probed.form == ScoreForm(1.0, 1.0)
-
-
-def test_without_a_layer_that_limits_it_there_is_no_window() -> None:
-    alone = {**GPT_NEO, "attention_types": [[["global"], 2]]}
-    assert attention_window(config_of({"model_type": "gpt_neo", **alone})) == math.inf
-    assert attention_window(config_of({"model_type": "gpt_neo", **GPT_NEO})) == 256
-    assert attention_window(config_of({"model_type": "llama", **BASE})) == math.inf
-
-
-def test_blocks_keep_no_states_while_nothing_is_dropped() -> None:
-    """Rewards weigh captions by the likelihood with which they were drawn, without dropout."""
-    decoder = PretrainedDecoder({"model_type": "gpt2", **GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
-    decoder.keep_no_states()
-    texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
-    expected = decoder.eval().loss(prefix, texts).item()
-    kept: list[int] = []
-    decoder.keep_no_states_while_evaluated()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
-        loss = decoder.loss(prefix, texts)
-    forgetting, kept[:] = sum(kept), []
-    assert loss.item() == pytest.approx(expected)
-    loss.backward()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
-        decoder.eval().loss(prefix, texts)
-    assert forgetting < 0.7 * sum(kept)
 
 
 @pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])

@@ -121,13 +121,6 @@ def test_quantized_weights_are_refused_whatever_reads_them(tmp_path: Path) -> No
         load_decoder(folder)
 
 
-def test_an_encoder_of_a_package_that_is_not_there_is_one_error(tmp_path: Path) -> None:
-    folder = save_vit(tmp_path)
-    change(folder, "config.json", model_type="timm_wrapper", architecture="resnet18")
-    with pytest.raises(TrainError, match=r"no encoder .*timm"):
-        load_encoder(folder)
-
-
 def test_a_token_that_ends_texts_and_has_no_embedding_is_refused(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -156,16 +149,3 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
     for load in (load_encoder, load_decoder):
         with pytest.raises(TrainError, match="there is no such folder"):
             load(name)
-
-
-def test_a_model_whose_outputs_have_no_names_is_loaded_with_names(tmp_path: Path) -> None:
-    """`return_dict` may be off in the config of a model that was traced."""
-    decoder = save_language_model(tmp_path / "lm", "llama")
-    change(decoder, "config.json", return_dict=False)
-    load_decoder(decoder)
-    encoder = save_clip(tmp_path / "clip")
-    settings = json.loads(Path(encoder, "config.json").read_text())
-    inner = {name: part | {"return_dict": False} for name, part in settings.items() if name == "vision_config"}
-    change(encoder, "config.json", return_dict=False, **inner)
-    with torch.inference_mode():
-        assert load_encoder(encoder)(torch.zeros(1, 3, SIDE_PX, SIDE_PX)).ndim == 3

@@ -9,7 +9,7 @@ from pipeline.errors import TrainError
 from tests.trainer.model.test_language_model import batch, decoder_of
 from trainer.model.lora import is_adapter, merged_state
 
-FAMILIES = ("llama", "qwen3", "gpt2", "opt", "qwen3_5_text", "lfm2", "gpt_oss", "qwen3_next")
+FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,25 +43,11 @@ def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
     assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
 
 
-def test_a_model_without_adapters_is_as_it_is() -> None:
-    decoder = decoder_of("llama")
-    assert merged_state(decoder).keys() == decoder.state_dict().keys()
-    assert decoder.frozen_names() == set()
-    assert len(decoder.learning()) == len(list(decoder.parameters()))
-
-
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(TrainError, match="peft is not installed") as refused:
         decoder_of("llama").adapt(4, 0.0)
     assert refused.value.hint and "lora" in refused.value.hint
-
-
-def test_a_model_whose_layers_are_unknown_is_refused() -> None:
-    decoder = decoder_of("llama")
-    decoder.model.model.layers = torch.nn.ModuleList()
-    with pytest.raises(TrainError, match="takes no adapters"):
-        decoder.adapt(4, 0.0)
 
 
 def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
@@ -75,13 +61,3 @@ def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
         if one.grad is not None and two.grad is not None:
             torch.testing.assert_close(one.grad, two.grad)
     assert other.model.is_gradient_checkpointing
-
-
-def test_matrices_that_are_tied_stay_one_where_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from a GPU, where each copy is another one."""
-    decoder = decoder_of("gpt2")
-    decoder.adapt(4, 0.0)
-    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
-    merged = merged_state(decoder)
-    head, embedding = merged["model.lm_head.weight"], merged["model.transformer.wte.weight"]
-    assert head.data_ptr() == embedding.data_ptr()

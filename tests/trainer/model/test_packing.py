@@ -27,12 +27,6 @@ def test_packed_texts_start_again_behind_the_prefix() -> None:
     assert packed.labels_K.tolist() == [7, 8, EOS, 9, EOS, 11, 12, EOS]
 
 
-def test_each_token_knows_its_place_and_each_place_its_token() -> None:
-    packed = pack(texts(ROWS, [2, 2, 4], [0, 0, 1]), images=2)
-    assert packed.place_CT.tolist() == [[0, 1, 2, 3, 0, 0], [4, 5, 6, 0, 0, 0], [7, 8, 9, 10, 11, 12]]
-    assert packed.origin_BS.tolist() == [[0, 1, 2, 3, 6, 7, 8], [12, 13, 14, 15, 16, 17, 0]]
-
-
 def test_a_token_sees_the_prefix_and_what_stands_before_it_in_its_text() -> None:
     mask = visible(torch.tensor([[0, 0, 1, 1, -1]]), prefix=1)[0].int().tolist()
     assert mask == [

@@ -4,21 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
@@ -36,14 +27,14 @@ from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TargetText, train_tokenizer
 
 IMAGES = 100
-DECODERS = ("scratch", "prefix", "qwen3", "llama")
+DECODERS = ("scratch", "prefix", "llama")
 BRIEF = TargetText("human", "", style="brief")
 QUESTIONS = ("How many?", "What is it?", "Is the one on the left red?")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 # Isolated, without `site`: the package that is being tested cannot be imported.
 SCRIPT = """
 import json, sys
-sys.path += [sys.argv[1]]
+sys.path += sys.argv[1].split(":")
 try:
     import trainer
     raise SystemExit("the package is there")
@@ -117,9 +108,7 @@ def save_captioner(name: str, root: Path) -> Path:
             decoder, tokenizer = new_decoder(tokenizer, width=32, depth=2, heads=4)
     else:
         decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
-        is_pooled = name == "llama"
-        chosen: dict[str, Any] = {"layer": (-1, -2), "states": "2x2"} if is_pooled else {"layer": -2}
-        encoder = load_encoder(save_clip(root / "clip"), **chosen)
+        encoder = load_encoder(save_clip(root / "clip"), layer=-2, states="2x2")
     captioner = build_captioner(
         encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, max_caption_tokens=12, contrast_width=8, data={}
     )
@@ -152,7 +141,8 @@ def written(checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: 
     root = tmp_path_factory.mktemp("published")
     folders = {name: str(publish(checkpoint, root / name)) for name, checkpoint in checkpoints.items()}
     arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
-    command = [sys.executable, "-I", "-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], *arguments]
+    packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, *arguments]
     env = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -189,36 +179,18 @@ def test_a_captioner_that_transformers_has_saved_again_loads_here(checkpoint: Pa
     assert one == other
 
 
-def test_half_precision_arrays_and_tensors_are_taken(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
-    folder = publish(checkpoint, tmp_path / "published")
+def test_half_precision_is_taken_and_an_image_is_needed(
+    checkpoints: dict[str, Path], photos: list[Path], tmp_path: Path
+) -> None:
+    folder = publish(checkpoints["scratch"], tmp_path / "published")
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    pixels = np.asarray(Image.open(photos[0]).convert("RGB"))
-    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    given = [photos[0], pixels, tensor, tensor / 255, tensor.float(), tensor.long(), (tensor / 255).requires_grad_()]
-    given.append(pixels.astype(np.uint16) * 257)
-    same = processor(images=given)["pixel_values"]
-    assert all(torch.equal(same[0], one) for one in same)
     for dtype in (torch.bfloat16, torch.float16):
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
         assert model.generate(**processor(images=photos[:2], text="").to(dtype)).shape[0] == 2
-    dark = np.full((28, 28, 3), 257, np.uint16)  # of 65,535: the level 1 of 255
-    assert torch.equal(
-        processor(images=dark)["pixel_values"], processor(images=np.full((28, 28, 3), 1, np.uint8))["pixel_values"]
-    )
     with pytest.raises(ValueError, match="a captioner needs an image"):
         model.generate(input_ids=torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match=r'a captioner needs an image: images=\.\.\., and of a pipeline text=""'):
         processor(text="a photo")
-    batch = processor(images=torch.stack([tensor, tensor]), text=["", "detailed"])["pixel_values"]
-    assert torch.equal(batch, same[:2])
-
-
-def test_our_own_loader_takes_what_was_published(checkpoint: Path, tmp_path: Path) -> None:
-    folder = publish(checkpoint, tmp_path / "published")
-    before, after = load_checkpoint(checkpoint), load_checkpoint(folder)
-    assert before.captioner.config == after.captioner.config
-    for name, weight in before.captioner.state_dict().items():
-        assert torch.equal(weight, after.captioner.state_dict()[name]), name
 
 
 def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
@@ -230,7 +202,7 @@ def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
         transformers_files(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mamba", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2"])
 def test_a_row_that_is_padded_is_written_as_it_is_alone(family: str) -> None:
     """Also by a recurrent model, by one with a narrow window, and by one of which only some layers are attention."""
     torch.manual_seed(1)

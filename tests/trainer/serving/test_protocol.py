@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import chat_api
-from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request, until
+from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"}}
 STYLES = ["brief", "detailed"]
@@ -44,8 +44,6 @@ def test_the_text_says_what_is_asked(text: str, style: str | None, question: str
 def test_the_text_stands_in_the_only_field_of_a_schema() -> None:
     asked = read_request(asks(response_format=schema_of(caption={"type": "string"})), STYLES)
     assert json.loads(answer_text(asked, 'A "dog".')) == {"caption": 'A "dog".'}
-    loose = read_request(asks("Is it?", response_format={"type": "json_object"}), STYLES)
-    assert json.loads(answer_text(loose, "yes")) == {"answer": "yes"}
     assert answer_text(read_request(asks(), STYLES), "A dog.") == "A dog."
 
 
@@ -70,13 +68,8 @@ MESSAGE = {"role": "user", "content": "Describe this."}
 BAD: dict[str, bytes] = {
     "no JSON": b"{",
     "deep": b'{"a":' * 100_000,
-    "a list": b"[]",
-    "a number": b"3",
     "not UTF-8": b'{"messages": "\xff"}',
     "no messages": json.dumps({"model": "m"}).encode(),
-    "empty messages": json.dumps({"messages": []}).encode(),
-    "a message that is a text": json.dumps({"messages": ["hi"]}).encode(),
-    "no role": json.dumps({"messages": [{"content": "hi"}]}).encode(),
     "content that is a number": json.dumps({"messages": [{"role": "user", "content": 3}]}).encode(),
     "a text that is none": json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}).encode(),
     "no image": json.dumps({"messages": [MESSAGE]}).encode(),
@@ -95,20 +88,15 @@ BAD: dict[str, bytes] = {
     "several answers": asks(n=2),
     "a temperature that is none": asks(temperature="hot"),
     "a temperature that is not a number": asks(temperature=float("nan")),
-    "a temperature below 0": asks(temperature=-1),
     "no tokens": asks(max_tokens=0),
-    "tokens without end": asks(max_tokens=float("inf")),
     "a model that is a list": asks(model=["m"]),
     "a style that it has not learned": asks("Task: caption, poem"),
     "a question without end": asks("why " * 1000 + "?"),
     "a schema of two fields": asks(response_format=schema_of(a={"type": "string"}, b={"type": "string"})),
-    "a schema of a list": asks(response_format=schema_of(qa={"type": "array"})),
-    "a stop that is none": asks(stop=[3]),
+    "a stop": asks(stop="dog"),
     "half of a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800?"}]}',
     "a text without end": asks("Question: x" + " " * 100_000 + "y"),
     "a schema that is none": asks(response_format={"type": "json_schema"}),
-    "an enum of a captioner": asks(response_format=schema_of(a={"enum": ["x", "y"]})),
-    "a format that is none": asks(response_format="json"),
 }
 
 
@@ -147,19 +135,10 @@ def test_turns_that_called_tools_and_folded_base64_are_read() -> None:
     assert read_request(json.dumps({"messages": messages}).encode(), STYLES).image == b"pixels"
 
 
-def test_a_text_ends_before_what_is_to_stop_it() -> None:
-    asked = read_request(asks(stop=["grass", " on"]), STYLES)
-    assert until(asked, "A dog on the grass.") == ("A dog", True)
-    assert until(asked, "A dog.") == ("A dog.", False)
-    assert until(read_request(asks(stop="dog"), STYLES), "A dog.") == ("A ", True)
-    assert until(read_request(asks(), STYLES), "A dog.") == ("A dog.", False)
-
-
 def test_a_stream_holds_the_answer_at_once() -> None:
     body = completion("7", "m", "A dog.", (3, 2), is_cut=True)
     lines = chunks(body).decode().split("\n\n")
     first, second = (json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:2])
     assert first["delta"]["content"] == "A dog."
     assert (first["finish_reason"], second["finish_reason"], lines[2]) == (None, "length", "data: [DONE]")
-    assert b'"choices": [], "usage"' in chunks(body, counts=True)
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}

@@ -8,21 +8,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import torch
 
 from pipeline.dataset.version import read_version
-from pipeline.errors import TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.model.decoding import DecodingConfig
+from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import CaptionServer, address_of, is_loopback, listen, make_server
+from trainer.serving.batching import Batcher, GenerationRequest
+from trainer.serving.server import CaptionServer, address_of, listen, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -141,18 +143,6 @@ def test_a_failure_is_answered_without_its_details(captioner: Captioner, monkeyp
     assert "a secret of this machine" in caplog.text
 
 
-def test_a_question_that_the_model_has_no_positions_for_is_refused(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> Any:
-        raise TrainError("an image and its longest text take 300 positions", hint="shorten it")
-
-    monkeypatch.setattr(Captioner, "write", refuse)
-    with running(CaptionServer(captioner, NAME)) as url:
-        status, answer, _ = asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))
-    assert status == 400 and "take 300 positions" in json.dumps(answer)
-
-
 def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> None:
     with running(CaptionServer(captioner, NAME, key="s3cret")) as url:
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1))))[0] == 401
@@ -161,14 +151,6 @@ def test_key_is_required_of_all_requests_but_health(captioner: Captioner) -> Non
             assert asyncio.run(ask(url, "/v1/models", headers=headers))[0] == 401
         assert asyncio.run(ask(url, "/v1/chat/completions", chat(png(1)), headers=right))[0] == 200
         assert asyncio.run(ask(url, "/health"))[0] == 200
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.org", False)],
-)
-def test_an_address_of_this_machine_alone_is_known(host: str, expected: bool) -> None:  # noqa: FBT001  # a case
-    assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize("bound", ["MAX_HELD_REQUESTS", "MAX_HELD_BYTES"])
@@ -201,7 +183,7 @@ def test_who_has_gone_is_not_written_for(captioner: Captioner, monkeypatch: pyte
         first = asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(1))))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(ask(url, "/v1/chat/completions", chat(png(number)))) for number in range(4)]
-        while server.held_requests < 5 or server.batcher.coming:
+        while server.held_requests < 5 or server.batcher.waiting < 4:
             await asyncio.sleep(0.01)
         for other in others:
             other.cancel()
@@ -267,3 +249,29 @@ def test_a_captioner_teaches_synth_generate(captioner: Captioner, tmp_path: Path
     splits = [split for split, rows in version.manifest["rows"].items() if rows]
     captions = [row["captions"][0]["text"] for split in splits for row in version.read(split).to_pylist()]
     assert captions and set(captions) == {spoken}
+
+
+def job(number: int, length: int = 2, decoding: DecodingConfig = GREEDY) -> GenerationRequest:
+    return GenerationRequest(torch.full((3, 2, 2), float(number)), [number] * length, decoding)
+
+
+def test_what_waits_and_fits_together_is_written_at_once() -> None:
+    batches: list[list[int]] = []
+
+    def write(jobs: list[GenerationRequest]) -> list[list[int]]:
+        batches.append([one.prompt[0] for one in jobs])
+        return [[one.prompt[0]] for one in jobs]
+
+    async def steps() -> None:
+        batcher = Batcher(write, batch_size=3, thread=ThreadPoolExecutor(1))
+        beams = DecodingConfig(num_beams=2)
+        kinds = [job(0), job(1, 3), job(2), job(3), job(4, decoding=beams), job(5), job(6, 3)]
+        waiting = [asyncio.create_task(batcher.submit(one)) for one in kinds]
+        await asyncio.sleep(0)
+        assert batcher.waiting == 7
+        task = asyncio.create_task(batcher.run())
+        assert await asyncio.gather(*waiting) == [[number] for number in range(7)]
+        task.cancel()
+
+    asyncio.run(steps())
+    assert batches == [[0, 2, 3], [1, 6], [4], [5]]
