@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.stages.base import collect_less_often
 from pipeline.stages.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import parse_reply
@@ -70,10 +69,9 @@ def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
     for first in range(0, len(rows), BATCH):
         table = annotations(rows[first : first + BATCH])
         invalid = validate_annotations(table)["reason"].to_pylist()
-        with collect_less_often():  # as a run judges them
-            started = time.process_time()
-            filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))["reason"].to_pylist()
-            seconds += time.process_time() - started
+        started = time.process_time()
+        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))["reason"].to_pylist()
+        seconds += time.process_time() - started
         reasons += [a or b for a, b in zip(invalid, filtered, strict=True)]
     return reasons, seconds
 

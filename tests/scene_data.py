@@ -117,10 +117,23 @@ def publish_rows(
 ) -> tuple[Version, bool]:
     """Write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
+    tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
+    return publish_tables(folder, tables, rows, funnel, provenance, extras)
+
+
+def publish_tables(
+    folder: Path,
+    tables: Iterable[pa.Table],
+    rows: Rows,
+    funnel: Sequence[dict[str, Any]] = (),
+    provenance: dict[str, Any] = PROVENANCE,
+    extras: Extras = NO_EXTRAS,
+) -> tuple[Version, bool]:
+    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
-        for table in build_rows(annotations, batches, source, rows, extras, decks=decks):
+        for table in tables:
             writer.add(table)
         files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
         digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
