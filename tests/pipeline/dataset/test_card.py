@@ -15,7 +15,6 @@ MANIFEST: dict[str, Any] = {
     "parent": None,
     "digest": "d" * 64,
     "table_version": TABLE_VERSION,
-    "image_metadata": "removed",
     "rejections": {"sha256": "e" * 64, "bytes": 9},
     "source": {"name": "scenes", "revision": "1.0"},
     "model": {"name": "tiny", "revision": "abc"},
