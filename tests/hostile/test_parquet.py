@@ -114,7 +114,7 @@ def test_odd_schema_is_rows_or_one_error(name: str, tmp_path: Path) -> None:
 
 
 READ = """
-import json, sys, time
+import json, sys
 from itertools import islice
 from pathlib import Path
 from pipeline.config.files import resolve
@@ -122,27 +122,17 @@ from pipeline.errors import SynthError
 from pipeline.sources import open_source
 from tests.hostile import limit_memory
 limit_memory(int(sys.argv[1]))
-outcomes, slowest = {}, 0.0
+outcomes = {}
 for path in sorted(Path(sys.argv[2]).rglob("*.parquet")):
     print(path, file=sys.stderr, flush=True)  # the last one is named if the process dies
-    start = time.process_time()
     try:
         list(islice(open_source(resolve(source=f"parquet:{path}")).rows, 100))
         outcome = "rows"
     except SynthError as error:
         outcome = "error" if str(error) else "an error without words"
     outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    slowest = max(slowest, time.process_time() - start)
-print(json.dumps([outcomes, slowest]))
+print(json.dumps(outcomes))
 """
-
-
-def read_all(folder: Path) -> tuple[dict[str, int], float]:
-    """Read the files below a folder in a process with little memory; return the outcomes and the most CPU seconds of a file."""
-    done = subprocess.run([sys.executable, "-c", READ, str(LIMIT_BYTES), str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcomes, slowest = json.loads(done.stdout)
-    return outcomes, slowest
 
 
 def test_damaged_files_are_rows_or_one_error_each_in_bounded_memory(tmp_path: Path) -> None:
@@ -155,6 +145,10 @@ def test_damaged_files_are_rows_or_one_error_each_in_bounded_memory(tmp_path: Pa
     for seed in seeds:
         good = tmp_path / f"{codecs[seed % 4]}.good"
         (tmp_path / f"{seed}.parquet").write_bytes(damaged(good.read_bytes(), random.Random(seed)))
-    outcomes, _ = read_all(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(LIMIT_BYTES), str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(done.stdout)
     assert set(outcomes) == {"rows", "error"}
     assert sum(outcomes.values()) == len(seeds)
