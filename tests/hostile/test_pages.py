@@ -43,8 +43,8 @@ def test_no_string_of_a_version_is_more_than_text_in_its_report(opened: Open, tm
     for name in ("text", "style"):
         table = table.set_column(table.column_names.index(name), name, pa.array(texts))
     text = " ".join(TEXTS[:13])
-    name = {"name": text, "revision": text}
-    provenance = PROVENANCE | {"source": name, "model": name, "title": text}
+    names = {"name": text, "revision": text}
+    provenance = PROVENANCE | {"source": names, "model": names, "title": text}
     version, _ = make_version(tmp_path, samples, table, source=text, provenance=provenance)
     page = opened(write_report(version, tmp_path))
     page.on("dialog", lambda dialog: dialog.dismiss())
