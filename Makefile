@@ -31,7 +31,7 @@ test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 # The full sweeps of which `test` runs a part: of tests/hostile and tests/whole, and some beside their code.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
 	tests/trainer/publish/test_onnx.py
-test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio .stamps/corpora
+test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 
 # Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
@@ -92,15 +92,6 @@ check-real: .stamps/venv
 	|| { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } > .stamps/browser.log 2>&1 \
 	|| $(BIN)/playwright install --with-deps chromium >> .stamps/browser.log 2>&1; \
 	then touch $@; else echo "no Chromium can be installed here: $$(tail -n 1 .stamps/browser.log)"; fi
-
-# Images of Pillow's tests, and Parquet's files for tests of readers: what cannot be fetched is skipped, and named.
-.stamps/corpora: .stamps/venv
-	@mkdir -p $@
-	@$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $@ 'pillow==13.0.0' \
-	&& tar -xzf $@/pillow-13.0.0.tar.gz -C $@ && mv $@/pillow-13.0.0/Tests/images $@/pillow && rm -r $@/pillow-13.0.0 \
-	|| echo 'the test images of Pillow cannot be fetched here'
-	@git clone --quiet --depth 1 https://github.com/apache/parquet-testing $@/parquet \
-	|| echo 'the test files of Parquet cannot be fetched here'
 
 clean:
 	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Attacks: whatever a stranger sends, nothing runs, leaks, hangs or is lost. Each class is a table of cases: all must hold.
+"""Attacks: with any untrusted input, nothing runs, leaks, hangs or is lost. Each class of input has a table of cases.
 
 `make test` runs a part of the long sweeps, the same part each time; `make test-long` (SYNTH_LONG=1) runs all of them.
 """
@@ -79,3 +79,8 @@ def bounded_memory(max_bytes: int) -> Iterator[None]:
 def limit_memory(max_bytes: int) -> None:
     """Limit the address space of this process, which is one of a test."""
     resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+
+
+def limit_more_memory(max_bytes: int) -> None:
+    """Limit what this process may add to its address space."""
+    limit_memory(int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + max_bytes)

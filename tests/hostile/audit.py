@@ -1,12 +1,14 @@
-"""Watch what Python does while something of a stranger is read: nothing may be run, fetched, or opened elsewhere."""
+"""Watch what Python does while untrusted input is read: nothing may be run, fetched, or opened elsewhere."""
 
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import SynthError
 
 _RUNS = {
     "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system", "pty.spawn",
@@ -59,3 +61,13 @@ class Watch:
             yield
         finally:
             self.allowed = None
+
+
+def attempt(act: Callable[[], Any]) -> tuple[str, Any]:
+    """Return how an act ended, and its value."""
+    try:
+        return "done", act()
+    except SynthError as error:
+        return f"error: {error}", None
+    except BaseException as error:  # noqa: BLE001  # what no user should see
+        return f"TRACEBACK {type(error).__name__}: {error}", None

@@ -116,8 +116,3 @@ def _run_here(folder: Path, number: int, mode: str, arguments: Sequence[str], en
         os.write(os.open(counted, os.O_WRONLY | os.O_TRUNC), str(faults.count).encode())
     finally:
         os._exit(code)
-
-
-def chosen(writes: int, part_of: Callable[[Sequence[int], int], Sequence[int]], count: int) -> Sequence[int]:
-    """Return which writes to fail: all in a long run, else some."""
-    return part_of(range(1, writes + 1), count)

@@ -1,21 +1,24 @@
 """Load each checkpoint below a folder, watched and with little memory; print what came of each as JSON."""
 
 import json
-import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from pipeline.errors import SynthError
 from pipeline.storage.untrusted import read_regular
-from tests.hostile import limit_memory, memory_bytes
-from tests.hostile.audit import Watch
+from tests.hostile import limit_more_memory, memory_bytes
+from tests.hostile.audit import Watch, attempt
 from trainer.captioning import Captioner
 from trainer.config import require_checkpoint
 
-MORE_BYTES = 1_500_000_000
+
+def load(checkpoint: Path, photo: Path) -> int:
+    """Return how many characters a checkpoint writes about a photo."""
+    require_checkpoint(checkpoint)
+    return len(Captioner.from_pretrained(checkpoint).caption([photo])[0])
 
 
 def main() -> None:
@@ -23,22 +26,15 @@ def main() -> None:
     Image.new("RGB", (32, 32), "red").save(photo)
     Captioner.from_pretrained(folder / "good").caption([photo])  # imports what is imported late
     read_regular(photo, max_bytes=10_000)
-    virtual_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit_memory(virtual_bytes + MORE_BYTES)
+    limit_more_memory(1_500_000_000)
     watch = Watch()
     outcomes = {}
     for checkpoint in sorted(folder.iterdir()):
-        started = time.process_time()
-        watch.violations = []
-        try:
-            with watch.reading(folder, photo.parent):
-                require_checkpoint(checkpoint)
-                texts = Captioner.from_pretrained(checkpoint).caption([photo])
-            outcome = f"a text of {len(texts[0]) < 10_000}"
-        except SynthError as error:
-            outcome = f"error: {error}"
-        except BaseException as error:  # noqa: BLE001  # what no user should see
-            outcome = f"TRACEBACK {type(error).__name__}: {error}"
+        started, watch.violations = time.process_time(), []
+        with watch.reading(folder, photo.parent):
+            outcome, characters = attempt(partial(load, checkpoint, photo))
+        if characters is not None:
+            outcome = f"a text of {characters < 10_000}"
         seconds = time.process_time() - started
         print(f"{checkpoint.name}: {outcome[:120]} {watch.violations[:1]} {seconds:.1f} s", file=sys.stderr, flush=True)
         outcomes[checkpoint.name] = {"outcome": outcome, "violations": watch.violations, "seconds": seconds}

@@ -1,8 +1,9 @@
-"""Faults: whichever write crashes or fails, the same command goes on, and what comes out is what an untouched run makes."""
+"""Faults: whichever write of a command crashes or fails, the command run again ends as an untouched run does."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,159 +11,176 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.dataset.directory import DatasetDir, read_tags, write_tags
+from pipeline.dataset.integrity import find_damage, make_repaired_version
+from pipeline.dataset.removal import REMOVING
 from pipeline.dataset.reviews import text_name
 from tests.chat.server import Act, ChatServer, running_chat
-from tests.hostile import LONG, part_of
-from tests.hostile.faults import KILLED, chosen, run
-from tests.hub.server import RunningHub, running_hub
+from tests.hostile import part_of
+from tests.hostile.faults import KILLED, run
+from tests.hub.server import running_hub
 from tests.scene_data import make_version, scene_samples
 
-TRAIN_EVERY = 5  # writes of a training: one in so many fails, since each takes half a minute
 COUNT = 2  # faults of each kind for each command in a short run
+RM = ("versions", "rm", "v1.0.0", "v1.0.1", "--data", "data")
+GC = ("versions", "gc", "--data", "data")
+TAG = ("versions", "tag", "paper", "v1.0.0", "--data", "data", "--move")
+Environment = Callable[[Path], dict[str, str]]  # the environment of a command that runs in a folder
 
 
 @pytest.fixture(scope="module")
-def chat() -> Iterator[ChatServer]:
+def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    photos = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        Image.effect_noise((80 + number, 64), 40 + 20 * number).convert("RGB").save(photos / f"{number}.png")
+
     def script(times: int, body: dict[str, Any]) -> Act:
         return Act(text=json.dumps({"caption": "A grey wall of noise stands in a small and quiet room."}))
 
-    with running_chat(ChatServer(script)) as server:
-        yield server
+    with running_chat(ChatServer(script)) as chat:
+        images = ("--source", f"folder:{photos}", "--tasks", "caption", "--out", "data", "--language", "any")
+        yield ("generate", *images, "--base-url", chat.url, "--json")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(6):
-        Image.effect_noise((80 + number, 64), 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
+def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished dataset, made without any fault, and a file of reviews."""
+    folder = tmp_path_factory.mktemp("made")
+    outcome = run(folder, *generate)
+    assert outcome.code == 0, outcome.output
+    sample_id, content = text_name(pq.read_table(folder / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+    review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}
+    (folder / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return folder
 
 
-def generate(photos: Path, chat: ChatServer) -> tuple[str, ...]:
-    images = ("--source", f"folder:{photos}", "--tasks", "caption", "--out", "data", "--language", "any")
-    return ("generate", *images, "--base-url", chat.url, "--json")
+def left_over(folder: Path) -> list[Path]:
+    """Return the scratch files below a folder."""
+    return [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".next")) or REMOVING in path.name]
 
 
-def digests(folder: Path) -> list[str]:
+def sound_digests(folder: Path) -> list[str]:
+    """Return the digests of the versions of a dataset, after a check of its files."""
+    checked = run(folder, "check", "data")
+    assert checked.code == 0, checked.output
+    assert left_over(folder) == []
     return [json.loads(path.read_text())["digest"] for path in sorted(folder.glob("data/versions/v*/manifest.json"))]
 
 
-def require_sound(folder: Path) -> None:
-    checked = run(folder, "check", "data")
-    assert checked.code == 0, checked.output
-    left_over = [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name == ".next"]
-    assert left_over == []
-
-
-@pytest.fixture(scope="module")
-def made(photos: Path, chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished dataset, made without any fault."""
-    folder = tmp_path_factory.mktemp("made")
-    outcome = run(folder, *generate(photos, chat))
-    assert outcome.code == 0, outcome.output
-    return folder
-
-
-def sweep(start: Path | None, tmp_path: Path, arguments: tuple[str, ...], mode: str, expected: list[str], count: int) -> int:
-    """Fail some writes of a command, one a run; run it again each time, and compare. Return how many were tried."""
+def sweep(
+    start: Path | None,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    mode: str,
+    state: Callable[[Path], Any],
+    *,
+    count: int = COUNT,
+    environment: Environment = lambda folder: dict(os.environ),
+    after_fault: Callable[[Path], object] = lambda folder: None,
+    again: Callable[[Path], tuple[str, ...]] | None = None,
+) -> Any:
+    """Fail some writes of a command, one a run; run it again each time. Return the state, which must always be equal."""
 
     def fresh(name: str) -> Path:
         folder = tmp_path / name
         if start is None:
             folder.mkdir()
-        else:
-            shutil.copytree(start, folder, symlinks=True)
-        return folder
+            return folder
+        return Path(shutil.copytree(start, folder, symlinks=True))
 
-    whole = run(fresh("whole"), *arguments)
-    assert whole.code == 0, whole.output
-    numbers = chosen(whole.writes, part_of, count)
+    whole = fresh("whole")
+    outcome = run(whole, *arguments, environment=environment(whole))
+    assert outcome.code == 0, outcome.output
+    expected = state(whole)
+    numbers = part_of(range(1, outcome.writes + 1), count)
     assert numbers
     for number in numbers:
         folder = fresh(f"{mode}-{number}")
-        hit = run(folder, *arguments, number=number, mode=mode)
-        if mode == "crash":
-            assert hit.code in (KILLED, 0), (number, hit)
-        else:
-            assert "Traceback" not in hit.output, (number, hit.output)
-            assert hit.code in (0, 1), (number, hit)  # 0: of a file that is only a convenience
-        again = run(folder, *arguments)
-        assert again.code == 0, (number, again.output)
-        assert digests(folder) == expected, number
-        require_sound(folder)
+        hit = run(folder, *arguments, number=number, mode=mode, environment=environment(folder))
+        # 0: a scratch file that cannot be removed, or a file that is only a convenience
+        assert hit.code in ((KILLED, 0) if mode == "crash" else (1, 0)), (number, hit)
+        assert "Traceback" not in hit.output, (number, hit.output)
+        after_fault(folder)
+        repeated = run(folder, *(again(folder) if again else arguments), environment=environment(folder))
+        assert repeated.code == 0, (number, repeated.output)
+        assert state(folder) == expected, number
         shutil.rmtree(folder)
-    return len(numbers)
+    return expected
 
 
 @pytest.mark.parametrize("mode", ["crash", "full", "broken"])
-def test_generate_goes_on_after_any_write(mode: str, made: Path, photos: Path, chat: ChatServer, tmp_path: Path) -> None:
-    sweep(None, tmp_path, generate(photos, chat), mode, digests(made), COUNT)
+def test_generate_ends_as_an_untouched_run_after_any_fault(mode: str, generate: tuple[str, ...], tmp_path: Path) -> None:
+    assert len(sweep(None, tmp_path, generate, mode, sound_digests)) == 1
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
-def test_a_second_run_goes_on_after_any_write(mode: str, made: Path, photos: Path, chat: ChatServer, tmp_path: Path) -> None:
-    sweep(made, tmp_path, generate(photos, chat), mode, digests(made), COUNT)
+@pytest.mark.parametrize(
+    ("arguments", "num_versions"),
+    [(None, 1), (("report", "data"), 1), (("review", "apply", "reviews.jsonl", "--data", "data"), 2)],
+    ids=["generate again", "report", "review"],
+)
+def test_command_on_a_dataset_ends_as_an_untouched_run_after_any_fault(
+    arguments: tuple[str, ...] | None, num_versions: int, mode: str, generate: tuple[str, ...], made: Path, tmp_path: Path
+) -> None:
+    assert len(sweep(made, tmp_path, arguments or generate, mode, sound_digests)) == num_versions
 
 
 @pytest.mark.parametrize("mode", ["crash", "full"])
-def test_report_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> None:
-    sweep(made, tmp_path, ("report", "data"), mode, digests(made), COUNT)
-
-
-@pytest.mark.parametrize("mode", ["crash", "full"])
-def test_review_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> None:
-    row = pq.read_table(made / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0]
-    sample_id, content = text_name(row)
-    reviews = tmp_path / "reviews.jsonl"
-    reviews.write_text(json.dumps({"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}) + "\n")
-    arguments = ("review", "apply", str(reviews), "--data", "data")
-    reviewed = tmp_path / "reviewed"
-    shutil.copytree(made, reviewed)
-    assert run(reviewed, *arguments).code == 0
-    assert len(digests(reviewed)) == 2
-    sweep(made, tmp_path, arguments, mode, digests(reviewed), COUNT)
-
-
-@pytest.mark.parametrize("mode", ["crash", "full"])
-def test_pull_goes_on_after_any_write(mode: str, made: Path, tmp_path: Path) -> None:
+def test_pull_ends_as_an_untouched_run_after_any_fault(mode: str, made: Path, tmp_path: Path) -> None:
     with running_hub(tmp_path / "hub") as hub:
-        push(hub, made)
-        whole = tmp_path / "whole"
-        whole.mkdir()
-        arguments = ("check", "me/photos@v1.0.0")
-        environment = hub.env(whole / "home")
-        outcome = run(whole, *arguments, environment=environment)
+        push = ("push", "data", "--repo", "me/photos", "--license", "cc0-1.0")
+        outcome = run(made, *push, environment=hub.env(made / "home"))
         assert outcome.code == 0, outcome.output
-        for number in chosen(outcome.writes, part_of, COUNT):
-            folder = tmp_path / f"pull-{number}"
-            folder.mkdir()
-            hit = run(folder, *arguments, number=number, mode=mode, environment=hub.env(folder / "home"))
-            assert "Traceback" not in hit.output, (number, hit.output)
-            again = run(folder, *arguments, environment=hub.env(folder / "home"))
-            assert again.code == 0, (number, again.output)
+
+        def environment(folder: Path) -> dict[str, str]:
+            return hub.env(folder / "home")
+
+        sweep(None, tmp_path, ("check", "me/photos@v1.0.0"), mode, lambda folder: None, environment=environment)
 
 
-def push(hub: RunningHub, made: Path) -> None:
-    outcome = run(made, "push", "data", "--repo", "me/photos", "--license", "cc0-1.0", environment=hub.env(made / "home"))
-    assert outcome.code == 0, outcome.output
+@pytest.fixture(scope="module")
+def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder whose dataset has three versions, two of them with equal files that are not linked, and leftovers."""
+    folder = tmp_path_factory.mktemp("versions")
+    samples = scene_samples(12)
+    first, _ = make_version(folder / "data", samples[:8])
+    make_repaired_version(first, [])
+    for path in folder.glob("data/versions/v1.0.1/*.parquet"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    make_version(folder / "data", samples)
+    write_tags(folder / "data", {"paper": "v1.1.0"})
+    (folder / "data" / "versions" / f"{REMOVING}v0.1.0").mkdir()
+    (folder / "data" / "versions" / f"{REMOVING}v0.1.0" / "train-00000.parquet").write_bytes(bytes(50))
+    (folder / "data" / "versions" / "v1.0.0" / ".README.md.tmp").write_bytes(b"{")
+    return folder
 
 
-@pytest.mark.skipif(not LONG, reason="training takes a quarter of a minute a run: make test-long")
-@pytest.mark.parametrize("mode", ["crash", "full"])
-def test_train_goes_on_after_any_write(mode: str, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    make_version(made / "data", scene_samples(60))
-    arguments = ("train", "--data", "data", "--encoder", "tiny-vit", "--decoder", "scratch", "--steps", "4", "--out", "out")
-    whole = tmp_path / "whole"
-    shutil.copytree(made, whole)
-    outcome = run(whole, *arguments)
-    assert outcome.code == 0, outcome.output
-    expected = json.loads((whole / "out" / "metrics.json").read_text())["scores"]
-    for number in range(1, outcome.writes + 1, TRAIN_EVERY):
-        folder = tmp_path / f"train-{number}"
-        shutil.copytree(made, folder)
-        hit = run(folder, *arguments, number=number, mode=mode)
-        assert "Traceback" not in hit.output, (number, hit.output)
-        resumed = run(folder, *arguments, *(["--resume"] if (folder / "out" / "resume.pt").exists() else []))
-        assert resumed.code == 0, (number, resumed.output)
-        assert json.loads((folder / "out" / "metrics.json").read_text())["scores"] == expected
+@pytest.mark.parametrize(("mode", "count"), [("crash", 6), ("full", 2)])
+@pytest.mark.parametrize("command", [RM, GC, TAG], ids=["rm", "gc", "tag"])
+def test_removal_of_versions_leaves_each_whole_or_gone(
+    three_versions: Path, tmp_path: Path, command: tuple[str, ...], mode: str, count: int
+) -> None:
+    def versions(folder: Path) -> list[str]:
+        """Return the names of the versions, all of which are sound."""
+        there = DatasetDir(folder / "data").versions()
+        assert [find_damage(version) for version in there] == [[] for _ in there]
+        return [version.name for version in there]
+
+    def state(folder: Path) -> object:
+        """Return versions and files after the leftovers are collected."""
+        outcome = run(folder, *GC)
+        assert outcome.code == 0, outcome.output
+        assert left_over(folder) == []
+        return versions(folder), sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+    def after_fault(folder: Path) -> None:
+        assert "v1.1.0" in versions(folder)
+        assert read_tags(folder / "data").keys() == {"paper"}
+
+    def again(folder: Path) -> tuple[str, ...]:
+        names = [name for name in versions(folder) if name in RM]
+        return command if command != RM else ("versions", "rm", *names, "--data", "data") if names else GC
+
+    sweep(three_versions, tmp_path, command, mode, state, count=count, after_fault=after_fault, again=again)

@@ -1,4 +1,4 @@
-"""Marks: whatever stands in a file of reviews, it is applied or one error, and the dataset stays as it was."""
+"""Reviews: a file of reviews with any content is read or is one error."""
 
 import json
 import os
@@ -21,41 +21,32 @@ def lines(*values: object) -> bytes:
 
 
 BAD: dict[str, bytes] = {
-    "no JSON": b"{",
-    "a list": b"[]\n",
+    "unclosed object": b"{",
+    "list": b"[]\n",
     "null": b"null\n",
-    "a number": b"7\n",
     "NUL": b"\0\n",
     "UTF-16": json.dumps(GOOD).encode("utf-16"),
-    "bytes that are no text": b"\xff\xfe\n",
+    "bytes that are not UTF-8": b"\xff\xfe\n",
     "deep": b"[" * 100_000 + b"]" * 100_000,
-    "a deep note": lines(GOOD | {"note": "x"})[:-4] + b"[" * 50_000,
-    "no review": lines({"sample_id": "a" * 64, "content": "b" * 16}),
-    "an unknown review": lines(GOOD | {"verdict": "evil"}),
-    "an unknown key": lines(GOOD | {"evil": 1}),
-    "a path as sample": lines(GOOD | {"sample_id": "../../etc/passwd"}),
-    "a sample of other letters": lines(GOOD | {"sample_id": "A" * 64}),
-    "a sample of a megabyte": lines(GOOD | {"sample_id": "a" * 1_000_000}),
-    "a sample with a line break": lines(GOOD | {"sample_id": "a" * 64 + "\n"}),
+    "deep note": lines(GOOD | {"note": "x"})[:-4] + b"[" * 50_000,
+    "path as sample": lines(GOOD | {"sample_id": "../../etc/passwd"}),
+    "sample of other letters": lines(GOOD | {"sample_id": "A" * 64}),
+    "sample of a megabyte": lines(GOOD | {"sample_id": "a" * 1_000_000}),
+    "sample with a line break": lines(GOOD | {"sample_id": "a" * 64 + "\n"}),
     "content of other letters": lines(GOOD | {"content": "z" * 16}),
-    "a note of a megabyte": lines(GOOD | {"note": "x" * 1_000_000}),
-    "a reason without need": lines(GOOD | {"reason": "other"}),
-    "bad without a reason": lines(GOOD | {"verdict": "bad"}),
-    "an unknown reason": lines(GOOD | {"verdict": "bad", "reason": "evil"}),
-    "an edit without words": lines(GOOD | {"verdict": "edited"}),
-    "an edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
-    "an edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
-    "an edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
-    "words without an edit": lines(GOOD | {"text": "x"}),
+    "note of a megabyte": lines(GOOD | {"note": "x" * 1_000_000}),
+    "edit of everything": lines(GOOD | {"verdict": "edited", "text": "x", "question": "y", "answer": "z"}),
+    "edit that is a list": lines(GOOD | {"verdict": "edited", "text": ["x"]}),
+    "edit that is a number": lines(GOOD | {"verdict": "edited", "text": 10**400}),
     "pages that are texts": lines(GOOD | {"verdict": "edited", "question": "x", "answer": "y", "evidence_pages": ["x"]}),
     "half a surrogate pair": b'{"sample_id": "' + b"a" * 64 + b'", "content": "' + b"b" * 16 + b'", "verdict": "\\ud800"}\n',
-    "the second line": lines(GOOD) + b"evil\n",
-    "a last line without its end": lines(GOOD) + b'{"sample_id": "',
+    "second line": lines(GOOD) + b"evil\n",
+    "truncated last line": lines(GOOD) + b'{"sample_id": "',
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_that_holds_no_marks_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
+def test_file_that_holds_no_reviews_is_one_error_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.jsonl").write_bytes(BAD[name])
     with bounded_memory(300_000_000), pytest.raises(ConfigError, match=r"line \d+ is not a review|cannot read"):
         read_reviews(tmp_path / "reviews.jsonl")
@@ -67,17 +58,15 @@ def too_large(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), too_large])
-def test_what_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_path_that_is_no_file_of_a_sensible_size_is_one_error(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "reviews.jsonl")
     with pytest.raises(ConfigError, match="cannot read"):
         read_reviews(tmp_path / "reviews.jsonl")
 
 
-def test_any_note_and_any_words_are_kept_as_they_are_but_for_personal_data(tmp_path: Path) -> None:
+def test_hostile_notes_and_edits_are_read_unchanged_but_for_personal_data(tmp_path: Path) -> None:
     texts = [vector for vector in ALL if vector.isprintable()]
-    reviews = [GOOD | {"verdict": "edited", "text": text, "note": text[:1000]} for text in texts]
+    reviews = [GOOD | {"verdict": "edited", "text": text, "note": text} for text in texts]
     (tmp_path / "reviews.jsonl").write_bytes(lines(*reviews))
-    read_back = read_reviews(tmp_path / "reviews.jsonl")
-    assert [review.text for review in read_back] == [redact(text)[0] for text in texts]
-    assert sum(review.text == text for review, text in zip(read_back, texts, strict=True)) > len(texts) / 2
-    assert [review.note for review in read_back] == [text[:1000] for text in texts]
+    read_back = [(review.text, review.note) for review in read_reviews(tmp_path / "reviews.jsonl")]
+    assert read_back == [(redact(text)[0], text) for text in texts]

@@ -5,7 +5,6 @@ because clients send `refs%2Fconvert%2Fparquet` as one segment.
 """
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,11 +18,8 @@ from starlette.types import Receive, Scope, Send
 from tests.hub.storage import Commit, Repo, Storage
 
 USER = "me"
-TOKEN = "hf_loopback"  # not a secret: this server knows three tokens, and this one may write
-READ_TOKEN = "hf_loopback_read"
-OTHER_TOKEN = "hf_loopback_other"
-TOKENS = {TOKEN: (USER, "write"), READ_TOKEN: (USER, "read"), OTHER_TOKEN: ("you", "write")}
-NAMESPACES = {USER: {USER, "ORG"}, "you": {"you"}}  # where each user may have repositories
+NAMESPACES = {USER, "ORG"}  # where the user may have repositories
+TOKEN, READ_TOKEN = "hf_loopback", "hf_loopback_read"  # both of the one user, and not secret
 KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 
 
@@ -76,8 +72,6 @@ class Hub:
         self.granted: set[str] = set()  # gated repositories whose terms the user has accepted
         self.sent_bytes = 0
         self.received_bytes = 0
-        self.page_entries = 1000  # in one page of a list
-        self.xet = xet.Store(storage)
         routes = [*READING, *write.ROUTES, *xet.ROUTES]
         self.routes: list[tuple[str, re.Pattern[str], Handler]] = [(m, re.compile(p), handler) for m, p, handler in routes]
 
@@ -127,22 +121,18 @@ class Hub:
 
     # --- access ---
 
-    def who(self, request: Request) -> tuple[str | None, str]:
-        """Return the user and the role of the token that was sent. Raises HubError for an unknown token."""
-        authorization = request.headers.get("authorization")
-        if authorization is None:
-            return None, "none"
-        account = TOKENS.get(authorization.removeprefix("Bearer "))
-        if account is None:
+    def token(self, request: Request) -> str | None:
+        """Return the token that was sent. Raises HubError for an unknown one."""
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token not in (TOKEN, READ_TOKEN, ""):
             raise HubError(401, "Unauthorized", "Invalid user token.")
-        return account
+        return token or None
 
     def repo(self, request: Request, kind: str, repo: str) -> Repo:
-        """Return a repository. Raises HubError if it does not exist or the user may not see it."""
-        repository = self.storage.repos.get((KINDS[kind], repo))
-        user, _ = self.who(request)
-        if repository is None or (repository.private and repo.split("/")[0] not in NAMESPACES.get(user or "", ())):
-            raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
+        """Return a repository. Raises HubError if it does not exist or is private and no token was sent."""
+        repository, token = self.storage.repos.get((KINDS[kind], repo)), self.token(request)
+        if repository is None or (repository.private and token is None):
+            raise HubError(404 if token else 401, "RepoNotFound", "Repository not found")
         return repository
 
     def writable(self, request: Request, kind: str, repo: str) -> Repo:
@@ -152,10 +142,10 @@ class Hub:
 
     def require_writer(self, request: Request, namespace: str) -> None:
         """Raise HubError if the token may not write to a namespace."""
-        user, role = self.who(request)
-        if user is None:
+        token = self.token(request)
+        if token is None:
             raise HubError(401, "Unauthorized", "a token is needed to write")
-        if role != "write" or namespace not in NAMESPACES[user]:
+        if token != TOKEN or namespace not in NAMESPACES:
             raise HubError(403, "Forbidden", "You don't have the rights to do this with this token")
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
@@ -164,13 +154,6 @@ class Hub:
         if commit is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
-
-    def page(self, request: Request, entries: list[dict[str, object]]) -> Response:
-        """Return one page of a list, with a link to the next page."""
-        first = int(request.query_params.get("cursor", 0))
-        end = first + self.page_entries
-        headers = {"Link": f'<{request.url.include_query_params(cursor=end)}>; rel="next"'} if end < len(entries) else {}
-        return JSONResponse(entries[first:end], headers=headers)
 
 
 def _drop(send: Send, fault: Fault) -> None:
@@ -184,20 +167,15 @@ async def info(hub: Hub, request: Request, kind: str, repo: str, revision: str =
     repository = hub.repo(request, kind, repo)
     commit = hub.commit_at(repository, revision)
     fields = {
-        "id": repo,
-        "sha": commit.oid,
-        "private": repository.private,
-        "gated": "auto" if repository.gated else False,
-        "tags": [],
-        "downloads": 0,
-        "cardData": _card(hub, commit),
-    }
+        "id": repo, "sha": commit.oid, "private": repository.private, "gated": "auto" if repository.gated else False,
+        "tags": [], "downloads": 0, "cardData": _card(hub, commit), "lastModified": "2026-01-01T00:00:00.000Z",
+    }  # fmt: skip
     with_sizes = request.query_params.get("blobs", "").lower() == "true"
     siblings = [
         {"rfilename": path, **({"size": stored.size, "blobId": stored.git_oid} if with_sizes else {})}
         for path, stored in sorted(commit.files.items())
     ]
-    return JSONResponse(fields | {"siblings": siblings, "lastModified": "2026-01-01T00:00:00.000Z"})
+    return JSONResponse(fields | {"siblings": siblings})
 
 
 def _card(hub: Hub, commit: Commit) -> dict[str, object]:
@@ -233,7 +211,7 @@ async def tree(hub: Hub, request: Request, kind: str, repo: str, revision: str, 
     direct = {name: file for name, file in inside.items() if recursive or "/" not in name[len(under) :]}
     folders = {under + name[len(under) :].split("/")[0] for name in inside if "/" in name[len(under) :]}
     entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
-    return hub.page(request, entries + [file.entry(name) for name, file in sorted(direct.items())])
+    return JSONResponse(entries + [file.entry(name) for name, file in sorted(direct.items())])
 
 
 async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision: str) -> Response:
@@ -246,7 +224,7 @@ async def paths_info(hub: Hub, request: Request, kind: str, repo: str, revision:
 async def file(hub: Hub, request: Request, repo: str, revision: str, path: str, kind: str = "models") -> Response:
     """Return the bytes of a file, or of the requested range."""
     repository = hub.repo(request, kind, repo)
-    if repository.gated and hub.who(request)[0] is None:
+    if repository.gated and hub.token(request) is None:
         raise HubError(401, "GatedRepo", f"Access to dataset {repo} is restricted. You must have access to it.")
     if repository.gated and repo not in hub.granted:
         raise HubError(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
@@ -270,11 +248,6 @@ def _range_bytes(header: str | None, size: int) -> int:
         return size
     first, last = header.removeprefix("bytes=").split("-")
     return min(int(last) if last else size - 1, size - 1) - int(first) + 1
-
-
-async def read_json_lines(request: Request) -> list[dict[str, object]]:
-    """Return the JSON objects of a body, one from each line."""
-    return [json.loads(line) for line in (await request.body()).decode().splitlines()]
 
 
 READING: list[tuple[str, str, Handler]] = [

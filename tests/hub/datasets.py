@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.hub.storage import Storage
 
-IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+STRINGS = pa.list_(pa.string())
 SCRIPT = b"raise SystemExit('a script of the Hub was run')\n"
 KARPATHY = ("train", "train", "train", "val", "test")
 
@@ -35,29 +36,22 @@ def parquet(rows: list[dict[str, Any]], schema: pa.Schema, *, rows_a_group: int 
 
 
 FLICKR = pa.schema(
-    [
-        ("image", IMAGE),
-        ("caption", pa.list_(pa.string())),
-        ("sentids", pa.list_(pa.string())),
-        ("split", pa.string()),
-        ("img_id", pa.string()),
-        ("filename", pa.string()),
-    ]
-)
+    {
+        "image": IMAGE, "caption": STRINGS, "sentids": STRINGS, "split": pa.string(), "img_id": pa.string(),
+        "filename": pa.string(),
+    }
+)  # fmt: skip
 
 
 def flickr_rows(count: int) -> list[dict[str, Any]]:
     return [
         {
-            "image": cell(n),
-            "caption": [f"A person does thing {n} in way {k}." for k in range(5)],
-            "sentids": [str(n * 5 + k) for k in range(5)],
-            "split": KARPATHY[n % 5],
-            "img_id": str(n),
+            "image": cell(n), "caption": [f"A person does thing {n} in way {k}." for k in range(5)],
+            "sentids": [str(n * 5 + k) for k in range(5)], "split": KARPATHY[n % 5], "img_id": str(n),
             "filename": f"{1000 + n}.jpg",
         }
         for n in range(count)
-    ]
+    ]  # fmt: skip
 
 
 def seed_flickr30k(storage: Storage, count: int = 20, repo: str = "nlphuji/flickr30k") -> None:
@@ -80,40 +74,26 @@ def karpathy_list(count: int) -> str:
     return json.dumps({"images": [{"filename": row["filename"], "split": row["split"]} for row in flickr_rows(count)]})
 
 
+ANSWER = pa.struct({"answer": pa.string(), "answer_confidence": pa.string(), "answer_id": pa.int64()})
 VQA = pa.schema(
-    [
-        ("question_type", pa.string()),
-        ("multiple_choice_answer", pa.string()),
-        (
-            "answers",
-            pa.list_(pa.struct([("answer", pa.string()), ("answer_confidence", pa.string()), ("answer_id", pa.int64())])),
-        ),
-        ("image_id", pa.int64()),
-        ("answer_type", pa.string()),
-        ("question_id", pa.int64()),
-        ("question", pa.string()),
-        ("image", IMAGE),
-    ]
-)
+    {
+        "question_type": pa.string(), "multiple_choice_answer": pa.string(), "answers": pa.list_(ANSWER),
+        "image_id": pa.int64(), "answer_type": pa.string(), "question_id": pa.int64(), "question": pa.string(), "image": IMAGE,
+    }
+)  # fmt: skip
 
 
 def vqa_rows(images: int, questions: int, *, answered: bool = True) -> list[dict[str, Any]]:
+    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["Two", "2", "the 2."])]
     rows = [
         {
-            "question_type": "how many",
-            "multiple_choice_answer": "2",
-            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["Two", "2", "the 2."])]
-            if answered
-            else None,
-            "image_id": image,
-            "answer_type": "number",
-            "question_id": image * 1000 + question,
-            "question": f"How many things of kind {question} are there?",
-            "image": cell(1000 + image),
+            "question_type": "how many", "multiple_choice_answer": "2", "answers": answers if answered else None,
+            "image_id": image, "answer_type": "number", "question_id": image * 1000 + question,
+            "question": f"How many things of kind {question} are there?", "image": cell(1000 + image),
         }
         for question in range(questions)
         for image in range(images)
-    ]
+    ]  # fmt: skip
     random.Random(0).shuffle(rows)  # the questions of a photo need not be adjacent
     return rows
 
@@ -128,38 +108,26 @@ def seed_vqav2(storage: Storage, images: int = 6, questions: int = 3, repo: str 
 
 
 SLIDES = pa.schema(
-    [
-        ("deck_name", pa.string()),
-        ("deck_url", pa.string()),
-        *((f"page_{n}", IMAGE) for n in range(1, 21)),
-        ("qa_id", pa.int64()),
-        ("question", pa.string()),
-        ("answer", pa.string()),
-        ("arithmetic_expression", pa.string()),
-        ("evidence_pages", pa.list_(pa.int64())),
-        ("reasoning_type", pa.string()),
-        ("answer_type", pa.string()),
-    ]
-)
+    {
+        "deck_name": pa.string(), "deck_url": pa.string(), **{f"page_{n}": IMAGE for n in range(1, 21)}, "qa_id": pa.int64(),
+        "question": pa.string(), "answer": pa.string(), "arithmetic_expression": pa.string(),
+        "evidence_pages": pa.list_(pa.int64()), "reasoning_type": pa.string(), "answer_type": pa.string(),
+    }
+)  # fmt: skip
 
 
 def slide_rows(decks: int, pages: int = 20) -> list[dict[str, Any]]:
     return [
         {
-            "deck_name": f"deck-{deck}",
-            "deck_url": "https://slides.invalid/deck",
+            "deck_name": f"deck-{deck}", "deck_url": "https://slides.invalid/deck",
             **{f"page_{n}": cell(10_000 + deck * 100 + n) if n <= pages else None for n in range(1, 21)},
-            "qa_id": deck * 10 + question,
-            "question": f"How much more is number {question} than the other?",
-            "answer": "12%",
-            "arithmetic_expression": "30% - 18%" if question else "None",
-            "evidence_pages": [3, 1] if question else [2],
-            "reasoning_type": "Numerical",
-            "answer_type": "Non-Span" if question else "Single-Span",
+            "qa_id": deck * 10 + question, "question": f"How much more is number {question} than the other?", "answer": "12%",
+            "arithmetic_expression": "30% - 18%" if question else "None", "evidence_pages": [3, 1] if question else [2],
+            "reasoning_type": "Numerical", "answer_type": "Non-Span" if question else "Single-Span",
         }
         for deck in range(decks)
         for question in range(2)
-    ]
+    ]  # fmt: skip
 
 
 def seed_slidevqa(storage: Storage, decks: int = 2, repo: str = "NTT-hil-insight/SlideVQA") -> None:

@@ -1,8 +1,6 @@
-"""Run the Hub in a thread of this process, or in the foreground: `python -m tests.hub.server --port 8000`."""
+"""Run the Hub in a thread of this process."""
 
-import argparse
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -56,15 +54,3 @@ def running_hub(root: Path) -> Iterator[RunningHub]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-def main() -> None:
-    """Serve in the foreground until stopped."""
-    parser = argparse.ArgumentParser(description="A Hub-protocol server on loopback.")
-    parser.add_argument("--port", type=int, default=8000)
-    with tempfile.TemporaryDirectory() as root:
-        uvicorn.run(Hub(Storage(Path(root))), host="127.0.0.1", port=parser.parse_args().port, lifespan="off")
-
-
-if __name__ == "__main__":
-    main()

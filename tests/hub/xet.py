@@ -7,7 +7,9 @@ little-endian numbers, so its hexadecimal form reverses each eight bytes.
 import hashlib
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -30,74 +32,54 @@ class Segment(NamedTuple):
     after: int
 
 
-class Store:
-    """Blocks by their hash. A complete file is stored by its sha256, like a file from LFS."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-
-    def keep(self, block: str, data: bytes) -> None:
-        """Store a block unchanged."""
-        self.storage.path(f"xet-{block}").write_bytes(data)
-
-    def chunks(self, segment: Segment) -> Iterator[bytes]:
-        """Yield the chunks of a segment."""
-        try:
-            data = self.storage.path(f"xet-{segment.block}").read_bytes()
-        except OSError:
-            raise HubError(400, "MissingBlock", f"block {segment.block} was not uploaded") from None
-        for index, chunk in enumerate(_chunks(data)):
-            if index >= segment.after:
-                return
-            if index >= segment.first:
-                yield chunk()
-
-    def assemble(self, sha256: str, segments: list[Segment]) -> None:
-        """Write a file from its chunks. Raises HubError if its bytes do not match the sha256."""
-        draft, digest = self.storage.path(f".{sha256}.tmp"), hashlib.sha256()
-        with draft.open("wb") as file:
-            for segment in segments:
-                for chunk in self.chunks(segment):
-                    digest.update(chunk)
-                    file.write(chunk)
-        if digest.hexdigest() != sha256:
-            draft.unlink()
-            raise HubError(400, "BadChecksum", "the chunks do not make the file that was announced")
-        draft.replace(self.storage.path(sha256))
+def read_segment(storage: Storage, segment: Segment) -> Iterator[bytes]:
+    """Yield the chunks of a segment of a stored block."""
+    try:
+        data = storage.path(f"xet-{segment.block}").read_bytes()
+    except OSError:
+        raise HubError(400, "MissingBlock", f"block {segment.block} was not uploaded") from None
+    for chunk in islice(_chunks(data), segment.first, segment.after):
+        yield chunk()
 
 
-def _chunks(block: bytes) -> Iterator["XetChunk"]:
+def assemble(storage: Storage, sha256: str, segments: list[Segment]) -> None:
+    """Store a file from its chunks, by its sha256 like a file from LFS. Raises HubError if its bytes do not match it."""
+    draft, digest = storage.path(f".{sha256}.tmp"), hashlib.sha256()
+    with draft.open("wb") as file:
+        for segment in segments:
+            for chunk in read_segment(storage, segment):
+                digest.update(chunk)
+                file.write(chunk)
+    if digest.hexdigest() != sha256:
+        draft.unlink()
+        raise HubError(400, "BadChecksum", "the chunks do not make the file that was announced")
+    draft.replace(storage.path(sha256))
+
+
+def _chunks(block: bytes) -> Iterator[Callable[[], bytes]]:
     """Yield the chunks of a block; calling a chunk unpacks it."""
     start = 0
     while start + 8 <= len(block) and block[start] == 0:  # version 0 begins a chunk header, not a footer
         packed_size = int.from_bytes(block[start + 1 : start + 4], "little")
         scheme, size = block[start + 4], int.from_bytes(block[start + 5 : start + 8], "little")
-        yield XetChunk(block[start + 8 : start + 8 + packed_size], scheme, size)
+        yield partial(_unpack, block[start + 8 : start + 8 + packed_size], scheme, size)
         start += 8 + packed_size
 
 
-class XetChunk(NamedTuple):
-    """A packed chunk of a block; `size` is its unpacked size in bytes."""
-
-    data: bytes
-    scheme: int
-    size: int
-
-    def __call__(self) -> bytes:
-        """Return the bytes of the chunk."""
-        if self.scheme == STORED:
-            return self.data
-        plain: bytes = pa.decompress(self.data, decompressed_size=self.size, codec="lz4", asbytes=True)
-        if self.scheme == LZ4:
-            return plain
-        if self.scheme != GROUPED_LZ4:
-            raise HubError(400, "BadChunk", f"unknown compression {self.scheme}")
-        whole, offset = bytearray(self.size), 0  # grouped: bytes 0, 4, 8, ... come first, then 1, 5, 9, ...
-        for group in range(4):
-            count = (self.size - group + 3) // 4
-            whole[group::4] = plain[offset : offset + count]
-            offset += count
-        return bytes(whole)
+def _unpack(data: bytes, scheme: int, size: int) -> bytes:
+    """Return the `size` bytes of a packed chunk."""
+    if scheme == STORED:
+        return data
+    plain: bytes = pa.decompress(data, decompressed_size=size, codec="lz4", asbytes=True)
+    if scheme == LZ4:
+        return plain
+    assert scheme == GROUPED_LZ4, f"unknown compression {scheme}"
+    whole, offset = bytearray(size), 0  # grouped: bytes 0, 4, 8, ... come first, then 1, 5, 9, ...
+    for group in range(4):
+        count = (size - group + 3) // 4
+        whole[group::4] = plain[offset : offset + count]
+        offset += count
+    return bytes(whole)
 
 
 def recipes(shard: bytes) -> Iterator[tuple[str, list[Segment]]]:
@@ -133,7 +115,7 @@ async def block(hub: Hub, request: Request, hash_: str) -> Response:
     """Receive a block."""
     data = await request.body()
     hub.received_bytes += len(data)
-    hub.xet.keep(hash_, data)
+    hub.storage.path(f"xet-{hash_}").write_bytes(data)
     return JSONResponse({"was_inserted": True})
 
 
@@ -142,7 +124,7 @@ async def shard(hub: Hub, request: Request) -> Response:
     data = await request.body()
     hub.received_bytes += len(data)
     for sha256, segments in recipes(data):
-        hub.xet.assemble(sha256, segments)
+        assemble(hub.storage, sha256, segments)
     return JSONResponse({"result": 1})
 
 
