@@ -166,12 +166,12 @@ class Endpoint:
     rests_until: float = 0.0  # while others answer, they go first
     weight: float = 1.0  # its share of the requests, beside those of other servers
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    is_checked: bool = False  # whether it is known to serve the model
     is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True
     dialect: Dialect = PLAIN
     is_learned: bool = False  # whether the dialect is known
-    model_root: str = ""  # where the model of the run comes from, as that list says
+    model_root: str = ""  # the origin of the model, as the server states it
+    context_tokens: int | None = None  # of the model, as the server states it
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
