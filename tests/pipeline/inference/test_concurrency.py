@@ -11,12 +11,6 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "POLL_SECONDS", -1)
 
 
-def test_it_starts_with_what_is_known_of_the_servers() -> None:
-    assert Concurrency(1, None, 8).limit == 16
-    assert Concurrency(2, None, None).limit == 64
-    assert Concurrency(2, 5, 8).limit == 5
-
-
 def test_a_long_queue_lowers_it_to_half_more_than_runs() -> None:
     limit = Concurrency(1, None, 64)
     limit.follow(running=40, waiting=41, outstanding=128, most=1000)

@@ -4,11 +4,9 @@ import pytest
 
 from pipeline.inference import retry
 from pipeline.inference.retry import (
-    LONGEST_BACKOFF_SECONDS,
     MAX_DEATHS,
     MAX_FAULTS,
     RetryState,
-    backoff_seconds,
     retry_seconds,
 )
 
@@ -19,11 +17,6 @@ from pipeline.inference.retry import (
 )
 def test_a_server_says_how_long_to_wait_in_seconds_or_as_a_date(header: str, seconds: float | None) -> None:
     assert retry_seconds(header) == seconds
-
-
-def test_each_wait_is_twice_as_long_up_to_a_bound() -> None:
-    waits = [backoff_seconds(failures) for failures in range(12)]
-    assert waits[:3] == [0.5, 1.0, 2.0] and max(waits) == waits[-1] == LONGEST_BACKOFF_SECONDS
 
 
 def test_a_request_is_given_up_after_its_faults_or_its_deaths_and_is_suspect_before() -> None:
