@@ -456,46 +456,22 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
     """
     endpoints = []
     for url in config.base_url:
-        parts, settings = urlsplit(url), config.endpoint(url)
-        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
-        name = settings.key_env or key_name or config.server.key_env or usual
-        address, login = _without_login(address_of(url))
+        parts, settings = urlsplit(address_of(url)), config.endpoint(url)
+        is_openai = f".{parts.hostname or ''}".endswith(".openai.com")
+        default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
+        name = settings.key_env or key_name or config.server.key_env or default
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
+        login, _, host = parts.netloc.rpartition("@")
+        user, _, password = (unquote(part) for part in login.partition(":"))
+        # The name and the password become a header (RFC 7617): messages show the address.
+        basic = {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
-        endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
-        secret = (login.password or login.user) if login else ""
-        endpoints[-1].keys += [secret] if len(secret) >= LEAST_KEY_CHARACTERS else []
+        address = parts._replace(netloc=host).geturl()
+        endpoint = Endpoint(address, request_headers(key or None) | basic | headers, name, pace, weight=settings.weight)
+        endpoint.keys += [secret for secret in (password or user,) if len(secret) >= LEAST_KEY_CHARACTERS]
+        endpoints.append(endpoint)
     return endpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """The name and the password in the address of a server."""
-
-    user: str
-    password: str
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The header that takes their place (RFC 7617)."""
-        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
-
-
-def _without_login(url: str) -> tuple[str, Login | None]:
-    """Return an address without the name and the password in it, which messages would show, and these."""
-    parts = urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
-        return url, None
-    user, _, password = login.partition(":")
-    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
-
-
-def _wants_openai_key(host: str) -> bool:
-    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
-    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
 
 
 def _from_environment(name: str, value: str) -> str:

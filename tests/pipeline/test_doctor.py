@@ -1,7 +1,6 @@
 """Doctor: findings about the machine, tested on the output of other machines."""
 
 import platform
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,16 +55,6 @@ def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeyp
     assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
 
 
-def test_a_gpu_that_does_not_answer_is_a_finding_and_the_tiny_teacher_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examine("tiny")[0].ok
-
-    def hang() -> tuple[float, str]:
-        raise subprocess.TimeoutExpired("nvidia-smi", 30)
-
-    monkeypatch.setattr(doctor, "_free_memory_gib", hang)
-    assert "timed out" in examine("tiny")[0].found
-
-
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     assert examine(str(tmp_path / "empty"))[0].found.endswith("has no weights")
@@ -82,13 +71,3 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     findings = examine()
     assert all(finding.hint for finding in findings if not finding.ok)
     assert findings[0].found == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
-
-
-def test_a_folder_that_is_gone_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    finding = doctor._disk()
-    assert not finding.ok and finding.hint == "go to another folder"
-    monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ def test_a_strict_server_answers_all_and_is_asked_nothing_twice(photos: Path) ->
         done = generate(photos, chat, "--model", "model", "--json")
         assert done.returncode == 0, done.stderr
         stages = json.loads(done.stdout)["stages"]
-        assert stages["generate"]["kept"] == 60 and "repetition_detection" in done.stderr
+        assert stages["generate"]["kept"] == 60 and "temperature" in done.stderr
         asked = len(chat.bodies)
         assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
     assert chat.authorizations == {"Bearer secret"}

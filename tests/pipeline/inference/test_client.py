@@ -61,18 +61,6 @@ def run(
     return counts, Counter(table["reply_error"].to_pylist())
 
 
-def ask(chat: ChatServer, journal_path: Path, progress: Notes, **settings: Any) -> str:
-    """Send requests for the samples; return the error that ends the run, or nothing."""
-    config = resolve(source="scenes", base_url=[chat.url], model="model", server=settings)
-    with Journal(journal_path) as journal, Client("model", "r", config, progress=progress) as engine:
-        try:
-            for _ in ask_about(iter([batch_of(SAMPLES)]), config, "r", lambda: engine, journal, RequestStats()):
-                pass
-        except EngineError as error:
-            return str(error)
-    return ""
-
-
 def always(act: Act, times: int = 1000) -> Script:
     """Return a script that acts at the first `times` requests of every image for questions."""
     return lambda earlier, body: act if earlier < times and task_of(body) == "Task: qa" else None
@@ -287,15 +275,6 @@ def test_names_are_given_up_if_a_server_forgets_most_images(tmp_path: Path) -> N
     assert MIN_MISSES < len(chat.missed) < MIN_MISSES + 8
 
 
-@pytest.mark.parametrize("on_name", [Act(status=422), Act(cut=True)], ids=["refused", "closed"])
-def test_a_name_that_is_not_taken_costs_no_reply_and_is_soon_given_up(tmp_path: Path, on_name: Act) -> None:
-    with running_chat(ChatServer()) as chat:
-        chat.keeps_images, chat.on_name = True, on_name
-        _, errors = run(tmp_path / "j", chat.url, samples=scene_samples(40), server={"concurrency": 4})
-    assert errors == {None: 120}
-    assert MIN_MISSES <= chat.named < MIN_MISSES + 8
-
-
 @pytest.mark.parametrize("on_miss", [Act(status=404), Act(), Act(seconds=30)], ids=["404", "a reply", "no answer"])
 def test_a_server_that_does_not_refuse_the_name_of_no_image_gets_no_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_miss: Act
@@ -319,15 +298,15 @@ def test_a_key_that_a_server_repeats_is_in_no_message(
 ) -> None:
     key = "sk-very-secret-0123456789"
     monkeypatch.setenv("SYNTH_API_KEY", key)
-    progress = Notes()
-
-    def refuse(times: int, body: dict[str, Any]) -> Act | None:
-        echo = json.dumps({"error": {"message": f"bad header Authorization: Bearer {key} in it"}}).encode()
-        return Act(status=status, raw=echo) if len(chat.bodies) > 5 else None
-
-    with running_chat(ChatServer(refuse)) as chat, caplog.at_level(logging.DEBUG):
-        told = ask(chat, tmp_path / "j", progress, concurrency=2, max_failure_frac=1.0)
-    kept = (tmp_path / "j").read_bytes() + b"".join(path.read_bytes() for path in tmp_path.glob("j-*"))
+    progress, told = Notes(), ""
+    echo = json.dumps({"error": {"message": f"bad header Authorization: Bearer {key} in it"}}).encode()
+    chat = ChatServer(lambda times, body: Act(status=status, raw=echo) if len(chat.bodies) > 5 else None)
+    with running_chat(chat), caplog.at_level(logging.DEBUG):
+        try:
+            run(tmp_path / "j", chat.url, progress=progress, server={"concurrency": 2, "max_failure_frac": 1.0})
+        except EngineError as error:
+            told = str(error)
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob("j*"))
     assert key.encode() not in kept
     assert key not in told + caplog.text + " ".join(progress.texts)
     if status in (200, 400):
@@ -351,17 +330,6 @@ def test_a_server_that_fails_at_once_takes_no_requests_from_one_that_answers(tmp
         _, errors = run(tmp_path / "j", good.url, bad.url, samples=scene_samples(40), server={"concurrency": 8})
     assert errors == {None: 120}
     assert len(good.bodies) == 120 and 0 < len(bad.bodies) < 40
-
-
-def test_a_server_that_is_slow_to_answer_its_first_request_does_not_delay_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probing, "LEARN_SECONDS", 0.3)
-    good, late = ChatServer(lambda times, body: Act(seconds=0.1)), ChatServer()
-    late.probe_seconds = 1.5
-    with running_chat(good), running_chat(late):
-        _, errors = run(tmp_path / "j", good.url, late.url, samples=scene_samples(40), server={"concurrency": 4})
-    assert errors == {None: 120} and good.bodies and late.bodies  # as soon as it answers
 
 
 def later(seconds: float, act: Callable[[], None]) -> None:
@@ -576,12 +544,3 @@ def test_the_proxy_of_the_environment_is_used_for_other_machines_alone(tmp_path:
         assert "NO_PROXY" in caught.value.hint and "secret" not in str(caught.value)
     with running_chat(ChatServer()) as here:  # and that proxy is gone
         run(tmp_path / "l", here.url)
-
-
-def test_of_two_servers_one_that_refuses_all_is_left_out_though_the_other_answers(tmp_path: Path) -> None:
-    answers, refuses = ChatServer(lambda times, body: Act(seconds=0.01)), ChatServer(lambda times, body: Act(status=400))
-    with running_chat(answers), running_chat(refuses):
-        _, errors = run(tmp_path / "j", answers.url, refuses.url, samples=scene_samples(60), server={"concurrency": 4})
-    refused = errors.pop("refused_by_server")
-    assert errors == {None: 180 - refused}
-    assert refused < request_sender.MAX_REFUSALS_BEFORE_REPLY + 4

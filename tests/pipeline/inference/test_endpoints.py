@@ -31,18 +31,6 @@ def test_requests_and_tokens_are_spread_over_the_minute() -> None:
     assert pace.take() == 0
 
 
-def test_the_latest_images_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "MAX_KEPT_IMAGES", 2)
-    kept = KeptImages()
-    kept.add("a")
-    kept.add("b")
-    kept.hit("a")
-    kept.add("c")
-    assert [shown in kept for shown in "abc"] == [True, False, True]
-    kept.miss("c")
-    assert "c" not in kept
-
-
 @pytest.mark.parametrize(
     ("hits", "misses", "is_worth_it"),
     [

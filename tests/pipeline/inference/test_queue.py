@@ -95,17 +95,6 @@ def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) ->
         list(ask_about(iter([batch(IDS)]), resolve(source="scenes"), "1", refuse, journal, RequestStats()))
 
 
-def test_a_prompt_that_is_the_same_for_two_styles_is_asked_once(tmp_path: Path) -> None:
-    prompt = tmp_path / "prompts" / "caption" / "v1.j2"
-    prompt.parent.mkdir(parents=True)
-    prompt.write_text('Write a caption. Reply as {"caption": "..."}.\nTask: caption\n')
-    generate = {"prompt_dir": str(tmp_path / "prompts"), "caption_styles": ["brief", "detailed"]}
-    engine = Scripted()
-    counts, rows = run(tmp_path / "j", engine, resolve(source="scenes", tasks=("caption",), generate=generate))
-    assert (counts.total, counts.asked, counts.done, len(rows)) == (12, 6, 12, 12)
-    assert sum(map(len, engine.batches)) == 6
-
-
 def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> None:
     read: list[str] = []
 

@@ -102,13 +102,3 @@ def test_an_image_that_is_sent_again_is_dropped_last(tmp_path: Path) -> None:
 
     asyncio.run(send("abac"))
     assert {path.name for path in tmp_path.iterdir()} == {"a-0", "c-0"}
-
-
-def test_images_that_a_server_reads_from_a_folder_take_memory_too(tmp_path: Path) -> None:
-    """The folder lies in /dev/shm: requests whose images do not fit there are not sent at once."""
-    image = encoded(size=(900, 700))
-    with ThreadPoolExecutor(1) as pool:
-        inline, by_path = RequestImages(None, None, None, pool), RequestImages(tmp_path, None, None, pool)
-        for one in (inline, by_path):
-            part(one, image)
-    assert inline.bound(10 * len(image)) <= by_path.bound(10 * len(image)) <= 10
