@@ -41,7 +41,7 @@ def examine(model: str | None = None) -> list[Finding]:
     """Run all checks, and return the findings in the order in which to fix them; with a `model`, also whether it fits here."""
     return [
         *([_model(model)] if model else []),
-        _package(),
+        Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
@@ -50,10 +50,6 @@ def examine(model: str | None = None) -> list[Finding]:
         _hub(),
         _disk(),
     ]
-
-
-def _package() -> Finding:
-    return Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}")
 
 
 def _extra(name: str) -> Finding:

@@ -40,8 +40,9 @@ USUAL_REASONS = {
 }
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
+SCHEMA_IN_WORDS = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"  # where it is not enforced
 MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before it is cut
-ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
+ANSWER_BYTES = 1_000_000  # besides the text: identifiers, usage, reasoning that was not asked for
 
 
 class BodyError(aiohttp.ClientError):
@@ -121,7 +122,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    schema = "" if dialect.format == "json_schema" else schema_in_words(request.schema)
+    schema = "" if dialect.format == "json_schema" else SCHEMA_IN_WORDS.format(request.schema)
     text = b'{"type":"text","text":%s}' % _text(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
@@ -134,11 +135,6 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
         sampling,
         _response_format(request.task, request.schema, dialect.format),
     )
-
-
-def max_answer_bytes(request: Request) -> int:
-    """Return how large the body of an answer may be."""
-    return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
 def read_reply(request: Request, answer: bytes, keys: Sequence[str] = ()) -> Reply:
@@ -228,11 +224,6 @@ def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
     return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}],"%s":1}' % values
 
 
-def misses_image(message: str) -> bool:
-    """Return whether a server refuses a request since it has not the image that was named: in vLLM's words."""
-    return "data is not provided" in message
-
-
 def problem_of(answer: bytes, keys: Sequence[str] = ()) -> str | None:
     """Return the error in an answer of status 200 that holds no reply, without `keys`; None if it holds a reply."""
     try:
@@ -258,11 +249,6 @@ def is_cut_before_text(answer: bytes) -> bool:
         return _usual_reason(choice.get("finish_reason")) == "length" and not _text_of(choice["message"]).strip()
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
-
-
-def schema_in_words(schema: str) -> str:
-    """Return what a prompt says of the schema of a reply that the server does not enforce."""
-    return f"\nYour whole reply is one JSON object, which follows this JSON schema: {schema}"
 
 
 @lru_cache(256)

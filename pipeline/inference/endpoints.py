@@ -40,7 +40,6 @@ BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 METRICS_SECONDS = 10.0
-LONG_REST_SECONDS = 60.0
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
@@ -287,12 +286,9 @@ class Endpoints(list[Endpoint]):
         """
         while True:
             up = [endpoint for endpoint in self if endpoint.is_up.is_set()]
-            if not up:
-                await self._wait_for_any()
-            elif min(endpoint.delay() for endpoint in up) > LONG_REST_SECONDS and any(one.delay() == math.inf for one in up):
-                await asyncio.sleep(POLL_SECONDS)  # for the one of which is found out whether it answers again
-            else:
+            if up:
                 break
+            await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay() > 0:
             # A request that waits for a server cannot move to another, and one that fails at once is idle.

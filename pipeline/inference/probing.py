@@ -258,7 +258,7 @@ async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
             answer, text = await _post(endpoint, probe)
     except CONNECTION_ERRORS:
         return False
-    return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
+    return answer.status in REFUSED_STATUSES and "data is not provided" in endpoint.error_message(text)
 
 
 async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientResponse, bytes]:

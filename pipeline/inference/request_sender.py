@@ -163,7 +163,8 @@ class RequestSender:
         in_flight.unsent.pop(request.id, None)
         try:
             async with endpoint.post_chat(body) as answer:
-                text = await chat_api.read_body(answer, chat_api.max_answer_bytes(request))
+                max_bytes = chat_api.ANSWER_BYTES + chat_api.MAX_TOKEN_BYTES * request.sampling.max_tokens
+                text = await chat_api.read_body(answer, max_bytes)
         except CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
                 log.warning("no more files can be opened for connections: %s", error)

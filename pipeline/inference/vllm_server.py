@@ -23,6 +23,7 @@ from pipeline.progress import Progress
 from pipeline.storage.files import remove
 
 STOP_SECONDS = 15
+HEALTH_SECONDS = 5
 TAIL_BYTES = 20_000  # of the end of the log, searched for the error
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
@@ -185,17 +186,13 @@ def is_listener(port: int, group: int) -> bool:
 
 
 async def status_of(
-    url: str,
-    headers: dict[str, str] | None = None,
-    seconds: float = 5,
-    socket_path: Path | None = None,
-    proxy: str | None = None,
+    url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None, proxy: str | None = None
 ) -> int | None:
     """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
     import aiohttp
 
     try:
-        limit = aiohttp.ClientTimeout(total=seconds)
+        limit = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
         connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
         async with (
             aiohttp.ClientSession(timeout=limit, headers=headers, connector=connector) as session,
