@@ -147,26 +147,17 @@ def test_a_reply_of_no_use_is_asked_for_again_and_given_up_with_its_text(tmp_pat
     assert errors[flaw] == len(SAMPLES)
 
 
-def test_each_attempt_differs_from_the_one_before(tmp_path: Path) -> None:
+def test_each_attempt_differs_from_the_one_before_also_where_a_run_was_cut_off(tmp_path: Path) -> None:
+    generate = {"qa_temperature": 0.25, "max_tokens": 100}
     with running_chat(ChatServer(always(Act(text="{]")))) as chat:
-        run(tmp_path / "j", chat.url, samples=SAMPLES[:1], generate={"qa_temperature": 0.25, "max_tokens": 100})
+        for max_attempts in (1, 2, 3):
+            run(tmp_path / "j", chat.url, samples=SAMPLES[:1], generate=generate | {"max_attempts": max_attempts})
     first, second, third = [body for body in chat.bodies if task_of(body) == "Task: qa"]
     assert [body["temperature"] for body in (first, second, third)] == [0.25, 0.75, 1.0]
     assert [body["max_tokens"] for body in (first, second, third)] == [100, 200, 200]
     assert [len(body["messages"]) for body in (first, second, third)] == [2, 2, 4]
     assert third["messages"][2] == {"role": "assistant", "content": "{]"}
     assert third["messages"][3]["content"].splitlines()[-1] == "Task: qa"
-
-
-def test_the_ladder_goes_on_where_a_run_was_cut_off(tmp_path: Path) -> None:
-    with running_chat(ChatServer(always(Act(text="{]")))) as chat:
-        run(tmp_path / "whole", chat.url, samples=SAMPLES[:1])
-        whole = chat.bodies[:]
-        chat.bodies.clear()
-        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1], generate={"max_attempts": 1})
-        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1], generate={"max_attempts": 2})
-        run(tmp_path / "cut", chat.url, samples=SAMPLES[:1])
-    assert sorted(map(json.dumps, chat.bodies)) == sorted(map(json.dumps, whole))
 
 
 def test_only_the_request_that_kills_its_server_repeatedly_is_given_up(tmp_path: Path) -> None:
