@@ -41,7 +41,7 @@ USUAL_REASONS = {
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
 SCHEMA_IN_WORDS = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"  # where it is not enforced
-MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before it is cut
+MAX_QUOTED_BYTES = 2_000  # of an invalid answer; keys are removed before it is cut
 ANSWER_BYTES = 1_000_000  # besides the text: identifiers, usage, reasoning that was not asked for
 
 

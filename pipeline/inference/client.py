@@ -37,7 +37,7 @@ GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
-PROMPT_TOKENS = 512  # reserved for the text beside an image
+PROMPT_TOKENS = 512  # reserved for the text next to an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Client:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
         except KeyboardInterrupt:  # by Ctrl-C, while replies were awaited
-            if in_flight.replies:  # whoever asked keeps them, and is interrupted when it comes for more
+            if in_flight.replies:  # the caller keeps them, and is interrupted at the next group
                 yield in_flight.replies
             raise
         finally:
@@ -292,7 +292,7 @@ class Client:
             if answer is None:
                 continue
             self._retried += 1
-            if in_flight.error:  # nobody waits for what no server answers
+            if in_flight.error:  # the run ends: no caller waits for this request
                 raise in_flight.error
             if answer:
                 await self._rest(answer, in_flight)

@@ -163,7 +163,7 @@ class Endpoint:
     busy: BusyTime = field(default_factory=BusyTime)
     failures: int = 0  # in a row
     rests_until: float = 0.0  # while others answer, they go first
-    weight: float = 1.0  # its share of the requests, beside those of other servers
+    weight: float = 1.0  # its share of the requests
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
     is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True

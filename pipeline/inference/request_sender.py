@@ -214,7 +214,7 @@ class RequestSender:
         try:
             while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
                 if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "mend that, then run the same command; images that are too large: generate.max_pixels"
+                    hint = "fix the reported problem, then run the same command; images that are too large: generate.max_pixels"
                     raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
                 await asyncio.sleep(REFUSAL_POLL_SECONDS)
         finally:
