@@ -1,7 +1,7 @@
 """The schema of a manifest. A version may come from a stranger: what is read of its manifest is checked here, once."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
@@ -85,7 +85,6 @@ class Manifest(_Part):
     measured: dict[Name, Any]
     files: dict[Name, FileEntry]
     rejections: FileEntry
-    image_metadata: Literal["removed"]  # nothing else is written, and images are published as they are
     license: Name = ""
     license_link: Name = ""
     title: Name = ""
