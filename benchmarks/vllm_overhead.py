@@ -32,7 +32,7 @@ from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.inference.vllm_server import Server
+from pipeline.inference.vllm_server import run_servers
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
@@ -97,13 +97,13 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server; yield its URL without /v1, and its model name. Sets SYNTH_API_KEY in the environment."""
     (command,) = plan_servers(model, REVISION, config, log)
     os.environ["SYNTH_API_KEY"] = command.api_key
-    server = Server(command, NullProgress())
+    servers = run_servers([command], NullProgress())
     with asyncio.Runner() as runner:
-        runner.run(server.__aenter__())
+        (server,) = runner.run(servers.__aenter__())
         try:
             yield server.root, command.name
         finally:
-            runner.run(server.__aexit__())
+            runner.run(servers.__aexit__(None, None, None))
 
 
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, find_family, has_gpu, pick_engine, vllm_python
+from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, has_gpu, pick_engine, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 
@@ -41,7 +41,7 @@ def examine(model: str | None = None) -> list[Finding]:
     """Run all checks, and return the findings in the order in which to fix them; with a `model`, also whether it fits here."""
     return [
         *([_model(model)] if model else []),
-        _package(),
+        Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
         *(_extra(name) for name in EXTRAS),
         _vllm(),
         _gpu(),
@@ -50,10 +50,6 @@ def examine(model: str | None = None) -> list[Finding]:
         _hub(),
         _disk(),
     ]
-
-
-def _package() -> Finding:
-    return Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}")
 
 
 def _extra(name: str) -> Finding:
@@ -103,8 +99,6 @@ def _cards(listed: str) -> list[list[str]]:
 def _model(name: str) -> Finding:
     """Return whether the weights of a model fit into the memory of the roomiest GPU, or of this machine if there is none."""
     path = str(TINY_WEIGHTS) if name == TINY else name
-    family = find_family(name)
-    known = f"; {family.name}: {family.license}" if family else ""
     try:
         weights_gib = weights_bytes(path) / 2**30
         free_gib, where = _free_memory_gib()
@@ -113,7 +107,7 @@ def _model(name: str) -> Finding:
     if not weights_gib:
         return Finding("model", False, f"{name} has no weights", "a model has *.safetensors or *.bin files")
     needed_gib = weights_gib * MEMORY_FOR_WEIGHTS
-    found = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {where}{known}"
+    found = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {where}"
     hint = f"it wants {needed_gib:.1f} GiB: a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
     return Finding("model", free_gib >= needed_gib, found, "" if free_gib >= needed_gib else hint)
 

@@ -212,5 +212,4 @@ def _predict(
             if summary.stage not in choices
             for reason, count in summary.rejected.items()
         },
-        "invalid_share": wilson_interval(sum(of_stage["validate"].rejected.values()), written),
     }

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +74,13 @@ class Preview:
 
     def describe(self) -> dict[str, Any]:
         """Return the preview as JSON values, without pictures."""
-        return {
-            "source": self.source,
-            "model": self.model,
-            "images": [
-                {
-                    "name": image.name,
-                    "replies": [
-                        {
-                            "task": reply.task,
-                            "style": reply.style,
-                            "texts": [{"text": text, "rejected": reason} for text, reason in reply.texts],
-                            "prompt_tokens": reply.prompt_tokens,
-                            "reply_tokens": reply.reply_tokens,
-                            "seconds": reply.seconds,
-                        }
-                        for reply in image.replies
-                    ],
-                }
-                for image in self.images
-            ],
-            "skipped": self.skipped,
-        }
+        images = []
+        for image in self.images:
+            replies = [asdict(reply) for reply in image.replies]
+            for reply in replies:
+                reply["texts"] = [{"text": text, "rejected": reason} for text, reason in reply["texts"]]
+            images.append({"name": image.name, "replies": replies})
+        return {"source": self.source, "model": self.model, "images": images, "skipped": self.skipped}
 
 
 def preview_run(config: Config, number: int, out: Path | None = None, progress: Progress | None = None) -> Preview:

@@ -12,7 +12,7 @@ from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
-from pipeline.inference.engines import EngineChoice, find_family
+from pipeline.inference.engines import EngineChoice, choose_judge, find_family
 from pipeline.inference.requests import requests_per_sample
 from pipeline.stages.base import Stage
 from pipeline.stages.source import ADVICE
@@ -55,8 +55,6 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     prompts = describe_prompts(tasks, config.generate.prompt_dir, config.generate.style_prompts)
     rated = ""
     if config.verify.judge:
-        from pipeline.inference.judge import choose_judge
-
         rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
     about_boxes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}{about_boxes}"

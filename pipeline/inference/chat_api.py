@@ -6,12 +6,11 @@ The order of the parts favors prefix caching: system text, image, then the text 
 Servers support different fields (`Dialect`): a first request without an image finds out which ones (probing.py).
 
 A server may send without end, or a megabyte that inflates to gigabytes. Sessions must be made with `auto_decompress=False`:
-aiohttp inflates a body before its bytes can be counted.
+aiohttp inflates a body before its bytes can be counted. Compressed bodies, which are not asked for, are refused.
 """
 
 import json
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,15 +22,11 @@ from pipeline.types import Reply, Request
 
 MAX_BODY_BYTES = 8_000_000  # of a list of models, or a page of metrics
 MAX_ERROR_BYTES = 100_000
-_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
-_WINDOW_BITS = {"gzip": _GZIP_OR_ZLIB, "x-gzip": _GZIP_OR_ZLIB, "deflate": _GZIP_OR_ZLIB}
 # vLLM ends a reply that repeats a pattern of up to 32 tokens 6 times.
 _REPETITION = {"max_pattern_size": 32, "min_count": 6}
 _PROOF = "synth-7f3a"  # the only reply that the schema of a probe allows
 OPTIONAL = ("top_p", "temperature")  # fields that a server may refuse; it then uses its own values
-LIMITS = ("max_tokens", "max_completion_tokens", "")  # names of the limit of tokens, in the order in which they are tried
-_UNKNOWN = re.compile(r"unrecogni[sz]ed|unsupported|unknown|unexpected|not (?:supported|allowed|permitted)", re.IGNORECASE)
-_OF_VALUE = re.compile(r"\b(?:values?|range|maximum|minimum|large|small|least|most|between|exceeds?|integer)\b", re.IGNORECASE)
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of tokens, in the order in which they are tried
 FORMATS = ("json_schema", "json_object", "text")  # of replies, from the strictest on
 _UUID = re.compile(rb',"uuid":"[0-9a-f]{64}"')
 MAX_COUNTED_TOKENS = 1_000_000_000  # of one reply; a journal cannot hold any number
@@ -45,8 +40,9 @@ USUAL_REASONS = {
 }
 REFUSED = "content_filter"  # the reason that a reply ended, where the model declined in a field of its own
 PROBE_TOKENS = 256
-MAX_QUOTED_BYTES = 2_000  # of an answer that is none; keys are taken out before it is cut
-ANSWER_BYTES = 1_000_000  # beside the text: identifiers, usage, reasoning that was not asked for
+SCHEMA_IN_WORDS = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"  # where it is not enforced
+MAX_QUOTED_BYTES = 2_000  # of an invalid answer; keys are removed before it is cut
+ANSWER_BYTES = 1_000_000  # besides the text: identifiers, usage, reasoning that was not asked for
 
 
 class BodyError(aiohttp.ClientError):
@@ -54,33 +50,23 @@ class BodyError(aiohttp.ClientError):
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the body of a response, inflated, of at most `max_bytes`; of an error (status 400 and above), its beginning.
+    """Return the body of a response, of at most `max_bytes`; of an error (status 400 and above), its beginning.
 
-    Raise BodyError if it is larger, damaged, or in an unknown encoding. The time is bounded by the timeout of the session.
+    Raise BodyError if it is larger, or compressed. The time is bounded by the timeout of the session.
     """
     is_error = response.status >= 400
     bound = min(max_bytes, MAX_ERROR_BYTES) if is_error else max_bytes
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity", *_WINDOW_BITS):
+    if encoding not in ("", "identity"):
         raise BodyError(f"the body is encoded as {encoding[:40]}, which was not asked for")
-    inflate = zlib.decompressobj(_WINDOW_BITS[encoding]) if encoding in _WINDOW_BITS else None
-    body, sent_bytes = bytearray(), 0
+    body = bytearray()
     async for chunk in response.content.iter_any():
-        sent_bytes += len(chunk)
-        try:
-            body += inflate.decompress(chunk, bound + 1 - len(body)) if inflate else chunk
-        except zlib.error as error:
-            raise BodyError(f"the body is not {encoding}: {error}") from None
-        if inflate and inflate.eof:  # what follows would only be kept by the decompressor
-            response.close()
-            break
-        if len(body) > bound or sent_bytes > bound + MAX_BODY_BYTES:
+        body += chunk
+        if len(body) > bound:
             response.close()  # the rest is not wanted: the connection cannot be used again
             if is_error:
                 break
             raise BodyError(f"the body has more than {max_bytes:,} bytes")
-    if inflate and not inflate.eof and not is_error:
-        raise BodyError(f"the body ends within its {encoding} stream")
     return bytes(body[:bound])
 
 
@@ -106,10 +92,8 @@ class Dialect:
         named = {name for name in OPTIONAL if name not in self.left_out and re.search(rf"\b{name}\b", message)}
         if named:
             return replace(self, left_out=self.left_out | named)
-        is_named = re.search(rf"\b{self.limit_name}\b", message)
-        is_unknown = is_named and _UNKNOWN.search(message) and not _OF_VALUE.search(message)
-        if self.limit_name and (is_unknown or (self.limit_name == LIMITS[0] and LIMITS[1] in message)):
-            return replace(self, limit_name=LIMITS[LIMITS.index(self.limit_name) + 1])
+        if self.limit_name == LIMITS[0] and LIMITS[1] in message:
+            return replace(self, limit_name=LIMITS[1])
         return None
 
     def looser(self) -> "Dialect | None":
@@ -118,9 +102,9 @@ class Dialect:
         return replace(self, format=FORMATS[position]) if position < len(FORMATS) else None
 
     def describe(self) -> str:
-        """Return what is left out, for people; empty if nothing is."""
-        instead = f" ({self.limit_name} is sent)" if self.limit_name else ""
-        return ", ".join(sorted(self.left_out) + ([f"{LIMITS[0]}{instead}"] if self.limit_name != LIMITS[0] else []))
+        """Return the fields that are left out, for a message; empty if all are sent."""
+        renamed = [] if self.limit_name == LIMITS[0] else [f"{LIMITS[0]} ({self.limit_name} is sent)"]
+        return ", ".join([*sorted(self.left_out), *renamed])
 
 
 PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
@@ -138,7 +122,7 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
     if not dialect.is_vllm:
         images = _UUID.sub(b"", images)
     turns = [b'{"role":"system","content":%s}' % _text(request.system)] if request.system else []
-    schema = "" if dialect.format == "json_schema" else schema_in_words(request.schema)
+    schema = "" if dialect.format == "json_schema" else SCHEMA_IN_WORDS.format(request.schema)
     text = b'{"type":"text","text":%s}' % _text(request.text + schema)
     turns.append(b'{"role":"user","content":[%s]}' % b",".join([images, text] if images else [text]))
     if request.failed:
@@ -151,11 +135,6 @@ def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -
         sampling,
         _response_format(request.task, request.schema, dialect.format),
     )
-
-
-def max_answer_bytes(request: Request) -> int:
-    """Return how large the body of an answer may be."""
-    return ANSWER_BYTES + MAX_TOKEN_BYTES * request.sampling.max_tokens
 
 
 def read_reply(request: Request, answer: bytes, keys: Sequence[str] = ()) -> Reply:
@@ -184,10 +163,8 @@ def read_reply(request: Request, answer: bytes, keys: Sequence[str] = ()) -> Rep
 
 
 def _text_of(message: dict[str, Any]) -> str:
-    """Return the text of a message, which may be in parts, or be the object that was asked for."""
+    """Return the text of a message, which may be in parts."""
     content = message.get("content") or ""
-    if isinstance(content, dict):
-        return json.dumps(content, ensure_ascii=False)
     return "".join(str(part.get("text") or "") for part in content) if isinstance(content, list) else content
 
 
@@ -199,8 +176,6 @@ def _tokens(usage: Any, name: str) -> int:
 
 def _usual_reason(reason: Any) -> Any:
     """Return why a reply ended in the words of the protocol."""
-    if isinstance(reason, dict):
-        reason = reason.get("type") or reason.get("reason")
     return USUAL_REASONS.get(reason, reason) if isinstance(reason, str) else "stop"
 
 
@@ -245,29 +220,18 @@ def probe(model: str, dialect: Dialect = VLLM, max_tokens: int = PROBE_TOKENS) -
 
 def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
     """Return the body of a chat about an image, whose part of the message is `image`."""
-    limit = b',"%s":1' % dialect.limit_name.encode() if dialect.limit_name else b""
-    values = _text(model), image, _text("Say hello."), limit
-    return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}]%s}' % values
-
-
-def misses_image(message: str) -> bool:
-    """Return whether a server refuses a request since it has not the image that was named: in vLLM's words."""
-    return "data is not provided" in message
+    values = _text(model), image, _text("Say hello."), dialect.limit_name.encode()
+    return b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}],"%s":1}' % values
 
 
 def problem_of(answer: bytes, keys: Sequence[str] = ()) -> str | None:
-    """Return what is wrong with an answer of status 200 that holds no reply, without `keys`; None if it holds one."""
+    """Return the error in an answer of status 200 that holds no reply, without `keys`; None if it holds a reply."""
     try:
         value = parse_json(answer)
-    except ValueError:
-        if answer.lstrip().startswith(b"data:"):
-            return "a stream, which it was not asked for"
-        return None
-    if not isinstance(value, dict) or value.get("choices"):
-        return None
-    if value.get("error"):
-        return f"an error: {error_message(answer, keys)}"
-    return "no reply: its list of choices is empty" if "choices" in value else None
+        is_reply = isinstance(value["choices"][0]["message"], dict)
+    except (ValueError, LookupError, TypeError):
+        is_reply = False
+    return None if is_reply else error_message(answer, keys)
 
 
 def proves_schemas(answer: bytes) -> bool:
@@ -287,11 +251,6 @@ def is_cut_before_text(answer: bytes) -> bool:
         return False
 
 
-def schema_in_words(schema: str) -> str:
-    """Return what a prompt says of the schema of a reply that the server does not enforce."""
-    return f"\nYour whole reply is one JSON object, which follows this JSON schema: {schema}"
-
-
 @lru_cache(256)
 def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
     fields = {
@@ -303,7 +262,7 @@ def _sampling(temperature: float, max_tokens: int, dialect: Dialect) -> bytes:
     return b"".join(
         b',"%s":%s' % (name.encode(), json.dumps(value).encode())
         for name, value in fields.items()
-        if name and name not in dialect.left_out
+        if name not in dialect.left_out
     )
 
 

@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import EngineError
 from pipeline.inference.chat_api import VLLM
 from pipeline.inference.endpoints import POLL_SECONDS, Endpoint, Endpoints, cancel_tasks, named_endpoints, request_headers
-from pipeline.inference.probing import find_on_server, find_on_servers, learn_all, learn_dialect
+from pipeline.inference.probing import find_on_server, learn_dialect, prepare_servers
 from pipeline.inference.request_images import RequestImages
 from pipeline.inference.request_sender import InFlight, RequestSender
 from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState, ServerBusyError, ServerFaultError
@@ -37,7 +37,7 @@ GROUP_SECONDS = 1.0
 SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
 RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
-PROMPT_TOKENS = 512  # reserved for the text beside an image
+PROMPT_TOKENS = 512  # reserved for the text next to an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Client:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
         except KeyboardInterrupt:  # by Ctrl-C, while replies were awaited
-            if in_flight.replies:  # whoever asked keeps them, and is interrupted when it comes for more
+            if in_flight.replies:  # the caller keeps them, and is interrupted at the next group
                 yield in_flight.replies
             raise
         finally:
@@ -179,11 +179,13 @@ class Client:
             await stack.enter_async_context(endpoint.open_session(timeout))
         self._endpoints = Endpoints(endpoints, settings.startup_timeout_s, self._failure)
         stack.push_async_callback(self._endpoints.close)
-        context_tokens = self._launches[0].max_model_len if self._launches else await self._find_model()
+        await prepare_servers(self._endpoints, self._learn, self._retire, self._progress.warn)
+        contexts = [launch.max_model_len for launch in self._launches]
+        contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
         max_pixels = self._config.generate.max_pixels or self._max_pixels
-        self._images = RequestImages(media, max_pixels, self._sample_pixels(context_tokens), pool)
+        self._images = RequestImages(media, max_pixels, self._sample_pixels(min(contexts, default=None)), pool)
         self._sender = RequestSender(self._name, self._endpoints, self._images)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
@@ -193,13 +195,8 @@ class Client:
             )
         self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
         self._keep_images()
-        await learn_all(self._endpoints, self._learn, self._retire)
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
-
-    async def _find_model(self) -> int | None:
-        """Look for our model on all servers; return its smallest context in tokens, or None if unknown."""
-        return await find_on_servers(self._name, self._endpoints, self._retire, self._progress.warn)
 
     def _sample_pixels(self, context_tokens: int | None) -> int | None:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
@@ -241,7 +238,7 @@ class Client:
             and len(in_flight.running) < 2 * self._concurrency.limit
             and not in_flight.error
         ):
-            request = in_flight.next_request(self._recorded_at_once(), self._will_be_kept)
+            request = in_flight.next_request(SENT_BATCH, self._will_be_kept)
             if request is None:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
@@ -250,11 +247,6 @@ class Client:
 
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
-
-    def _recorded_at_once(self) -> int:
-        """Return how many requests are recorded together: few ahead of those that wait for an image, which go first."""
-        keeps_images = any(endpoint.named_images for endpoint in self._endpoints)
-        return max(1, min(SENT_BATCH, self._concurrency.limit // 4)) if keeps_images else SENT_BATCH
 
     def _will_be_kept(self, shown: str) -> bool:
         """Return whether servers keep images, and none has these yet."""
@@ -300,7 +292,7 @@ class Client:
             if answer is None:
                 continue
             self._retried += 1
-            if in_flight.error:  # nobody waits for what no server answers
+            if in_flight.error:  # the run ends: no caller waits for this request
                 raise in_flight.error
             if answer:
                 await self._rest(answer, in_flight)
@@ -359,7 +351,7 @@ class Client:
         async with endpoint.learning:
             if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
                 server = self._config.server
-                if not (endpoint.is_checked or self._launches):  # it was down when the run began
+                if not self._launches:
                     await find_on_server(self._name, endpoint)
                 await learn_dialect(endpoint, self._name, server, self._config.generate.max_tokens, self._progress)
                 endpoint.is_learned = True

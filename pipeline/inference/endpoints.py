@@ -40,7 +40,6 @@ BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 METRICS_SECONDS = 10.0
-LONG_REST_SECONDS = 60.0
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
@@ -164,14 +163,14 @@ class Endpoint:
     busy: BusyTime = field(default_factory=BusyTime)
     failures: int = 0  # in a row
     rests_until: float = 0.0  # while others answer, they go first
-    weight: float = 1.0  # its share of the requests, beside those of other servers
+    weight: float = 1.0  # its share of the requests
     is_up: asyncio.Event = field(default_factory=asyncio.Event)
-    is_checked: bool = False  # whether it is known to serve the model
     is_retired: bool = False  # it refuses what every request would ask
     has_metrics: bool = True
     dialect: Dialect = PLAIN
     is_learned: bool = False  # whether the dialect is known
-    model_root: str = ""  # where the model of the run comes from, as that list says
+    model_root: str = ""  # the origin of the model, as the server states it
+    context_tokens: int | None = None  # of the model, as the server states it
     kept: KeptImages | None = None  # the images that it has, if it keeps them
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     socket_path: Path | None = None  # of a server that listens on a Unix socket
@@ -287,12 +286,9 @@ class Endpoints(list[Endpoint]):
         """
         while True:
             up = [endpoint for endpoint in self if endpoint.is_up.is_set()]
-            if not up:
-                await self._wait_for_any()
-            elif min(endpoint.delay() for endpoint in up) > LONG_REST_SECONDS and any(one.delay() == math.inf for one in up):
-                await asyncio.sleep(POLL_SECONDS)  # for the one of which is found out whether it answers again
-            else:
+            if up:
                 break
+            await self._wait_for_any()
         endpoint = self._of_sample.get(sample_id)
         if endpoint is None or not endpoint.is_up.is_set() or endpoint.delay() > 0:
             # A request that waits for a server cannot move to another, and one that fails at once is idle.
@@ -456,46 +452,22 @@ def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoin
     """
     endpoints = []
     for url in config.base_url:
-        parts, settings = urlsplit(url), config.endpoint(url)
-        usual = OPENAI_KEY if _wants_openai_key(parts.hostname or "") else KEY
-        name = settings.key_env or key_name or config.server.key_env or usual
-        address, login = _without_login(address_of(url))
+        parts, settings = urlsplit(address_of(url)), config.endpoint(url)
+        is_openai = f".{parts.hostname or ''}".endswith(".openai.com")
+        default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
+        name = settings.key_env or key_name or config.server.key_env or default
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
+        login, _, host = parts.netloc.rpartition("@")
+        user, _, password = (unquote(part) for part in login.partition(":"))
+        # The name and the password become a header (RFC 7617): messages show the address.
+        basic = {"Authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"} if login else {}
         headers = {header: _from_environment(header, value) for header, value in settings.headers.items()}
         pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        all_headers = request_headers(key or None) | (login.headers if login else {}) | headers
-        endpoints.append(Endpoint(address, all_headers, name, pace, weight=settings.weight))
-        secret = (login.password or login.user) if login else ""
-        endpoints[-1].keys += [secret] if len(secret) >= LEAST_KEY_CHARACTERS else []
+        address = parts._replace(netloc=host).geturl()
+        endpoint = Endpoint(address, request_headers(key or None) | basic | headers, name, pace, weight=settings.weight)
+        endpoint.keys += [secret for secret in (password or user,) if len(secret) >= LEAST_KEY_CHARACTERS]
+        endpoints.append(endpoint)
     return endpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """The name and the password in the address of a server."""
-
-    user: str
-    password: str
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The header that takes their place (RFC 7617)."""
-        return {"Authorization": f"Basic {b64encode(f'{self.user}:{self.password}'.encode()).decode()}"}
-
-
-def _without_login(url: str) -> tuple[str, Login | None]:
-    """Return an address without the name and the password in it, which messages would show, and these."""
-    parts = urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
-        return url, None
-    user, _, password = login.partition(":")
-    return parts._replace(netloc=host).geturl(), Login(unquote(user), unquote(password))
-
-
-def _wants_openai_key(host: str) -> bool:
-    """Return whether a server is OpenAI's, and the environment has a key for it and none of ours."""
-    return (host == "openai.com" or host.endswith(".openai.com")) and KEY not in os.environ and OPENAI_KEY in os.environ
 
 
 def _from_environment(name: str, value: str) -> str:

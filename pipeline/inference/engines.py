@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config
+from pipeline.config.addresses import AT_SERVER, address_of, origin_of
 from pipeline.config.sections import BoxUnit, ServerConfig
-from pipeline.digests import digest, weights_revision
-from pipeline.errors import EngineError
+from pipeline.digests import digest, has_common_revision, weights_revision
+from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.inference.vllm_launch import (
     VllmCommand,
@@ -53,28 +54,17 @@ VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an in
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
-    """Models of one architecture, in several sizes: the coordinates in which they write boxes, and their licenses."""
+    """Models of one architecture, in several sizes, which write boxes in the same coordinates."""
 
     name: str
     pattern: str  # matches names of its models in lower case, without an organization
     boxes: BoxUnit
-    license: str
 
 
 FAMILIES = (  # by the cards of the models
-    ModelFamily(
-        "Qwen2.5-VL",
-        r"qwen2[._]?5[-_]?vl",
-        "pixels",
-        "3B: Qwen Research License, for no commercial use; 7B, 32B: apache-2.0; 72B: Qwen License",
-    ),
-    ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths", "apache-2.0"),
-    ModelFamily(
-        "InternVL3",
-        r"internvl[-_]?3(?![._]?5)",
-        "thousandths",
-        "the code MIT; the language model inside is Qwen2.5, whose license counts",
-    ),
+    ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl", "pixels"),
+    ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths"),
+    ModelFamily("InternVL3", r"internvl[-_]?3(?![._]?5)", "thousandths"),
 )
 
 
@@ -119,6 +109,44 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
         revision += _output_affecting_flags(config.server.flags)
         return EngineChoice(name, model, revision, reason, lambda: _managed(model, path, revision, config, log, progress))
     return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config))
+
+
+def choose_judge(
+    config: Config, writer_revision: str, progress: Progress | None = None, writer: str | None = None
+) -> EngineChoice:
+    """Choose the judge of `verify.judge`, MODEL@URL: another model than the writer, on a server of its own.
+
+    Raises ConfigError if no server is named, or the judge is the writer (by its revision, or by its name `writer`) and must not
+    be; EngineError if the server does not answer, or does not serve the model.
+    """
+    from pipeline.inference.client import Client
+    from pipeline.inference.endpoints import JUDGE_KEY
+    from pipeline.inference.probing import find_model
+
+    name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
+    if not url:
+        raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
+    # A host whose servers have keys of their own gets none that is meant for others.
+    described, origin = config.server.endpoints, origin_of(url)
+    is_described = address_of(url) in map(address_of, described)
+    is_known = origin in map(origin_of, config.base_url) and (is_described or origin not in map(origin_of, described))
+    server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
+    of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
+    key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
+    served, revision = find_model(of_judge, key_name)
+    is_writer = (revision == writer_revision and not has_common_revision(served)) or (
+        writer is not None and _base_name(served) == _base_name(writer)
+    )
+    if is_writer and not config.verify.judge_may_be_writer:
+        hint = "name another model, or allow it: verify.judge_may_be_writer: true"
+        raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)
+    make = partial(Client, served, revision, of_judge, progress=progress, key_name=key_name)
+    return EngineChoice("vllm", served, revision, "--judge names a server", make)
+
+
+def _base_name(model: str) -> str:
+    """Return the name of a model without its folder, and without the revision that `synth serve` appends."""
+    return model.partition("@")[0].rpartition("/")[2]
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:

@@ -46,7 +46,6 @@ _KEEP = (
     "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
-_OF_DISKS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)  # primary codes
 _ID, MOST_TIMES = re.compile("[0-9a-f]{64}"), 10_000  # a request id, and how often a request may have been sent
 _PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # prefixes of request ids, which are hexadecimal
 
@@ -88,9 +87,9 @@ class Journal:
         row = self._db.execute(newest, (request_id,)).fetchone()
         if row is None:
             return None
-        if not _is_intact(row):
-            raise _damage_error(self._path, f"the reply to {request_id[:12]} has another checksum")
-        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, max_pixels, _ = row
+        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, max_pixels, _ = _require_intact(
+            self._path, row
+        )
         return Reply(request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens, max_pixels), flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
@@ -192,13 +191,8 @@ class JournalState:
 
 def check_journal(path: Path) -> JournalState:
     """Read all of a journal, and return its state. Raises StoreError if another version of synth wrote it."""
-    # Even to read a journal, SQLite writes a file beside it, which a read-only disk does not take, and a full one neither.
-    state = _check_journal(path, "mode=ro") if os.access(path.parent, os.W_OK) else None
-    return state or _check_journal(path, "mode=ro&immutable=1") or JournalState(0, (), "it cannot be read")
-
-
-def _check_journal(path: Path, options: str) -> JournalState | None:
-    """Return the state of a journal that is opened with these options; None if the disk, and not the file, is at fault."""
+    # Even to read a journal, SQLite writes a file next to it, which a read-only disk refuses.
+    options = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     replies = 0
     damaged: list[str] = []
     problem = ""
@@ -212,8 +206,6 @@ def _check_journal(path: Path, options: str) -> JournalState | None:
                 replies += 1
                 damaged += [] if _is_intact(row) else [str(row[0])]
         except sqlite3.DatabaseError as error:
-            if "immutable" not in options and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_DISKS:
-                return None
             problem = problem or str(error)
     return JournalState(replies, tuple(damaged), " ".join(problem.split()))
 
@@ -290,14 +282,9 @@ def _is_intact(row: Sequence[Any]) -> bool:
 
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
     if not _is_intact(row):
-        raise _damage_error(path, f"the reply to {str(row[0])[:12]} has another checksum")
+        hint = f"`synth check {path.parents[1]} --repair` removes damaged replies; the next run asks for these again"
+        raise StoreError(f"{path} is damaged: the reply to {str(row[0])[:12]} has another checksum", hint=hint)
     return row
-
-
-def _damage_error(path: Path, problem: str) -> StoreError:
-    folder = path.parents[1]
-    hint = f"`synth check {folder} --repair` removes what is damaged; the next run asks that again, and nothing else"
-    return StoreError(f"{path} is damaged: {problem}", hint=hint)
 
 
 def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:

@@ -28,10 +28,9 @@ from pipeline.inference.retry import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
     GATEWAY_STATUSES,
-    MAX_FAULTS,
     REFUSED_STATUSES,
+    RetryState,
     ServerFaultError,
-    backoff_seconds,
 )
 from pipeline.progress import Progress
 
@@ -110,10 +109,9 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
 
 
 def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
-    """Return the models in a list of them, which Together sends without an object around it; None for anything else."""
+    """Return the models in a list of them; None for anything else."""
     try:
-        value = parse_json(answer)
-        models = [model for model in (value if isinstance(value, list) else value["data"]) if isinstance(model["id"], str)]
+        models = [model for model in parse_json(answer)["data"] if isinstance(model["id"], str)]
         return {
             model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model), str(model.get("owned_by") or ""))
             for model in models
@@ -123,11 +121,8 @@ def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
 
 
 def _context_tokens(model: dict[str, Any]) -> int | None:
-    # As vLLM and SGLang, OpenRouter, LM Studio, and llama.cpp say it.
-    meta = model.get("meta")
-    stated = [model.get(name) for name in ("max_model_len", "context_length", "max_context_length")]
-    stated.append(meta.get("n_ctx_train") if isinstance(meta, dict) else None)
-    length = next((value for value in stated if value is not None), None)
+    """Return the context of a model, as vLLM and SGLang or OpenRouter state it; None if it is not stated."""
+    length = model.get("max_model_len") or model.get("context_length")
     return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
 
 
@@ -143,76 +138,51 @@ def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineEr
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
 
 
-async def find_on_servers(
-    name: str,
+async def prepare_servers(
     endpoints: Endpoints,
+    prepare: Callable[[Endpoint], Awaitable[None]],
     retire: Callable[[Endpoint, EngineError], None],
     warn: Callable[[str], None],
-) -> int | None:
-    """Leave out servers that do not answer or serve other models, if another serves this one; return its smallest context.
+) -> None:
+    """Call `prepare` for all servers. A server that is down or slow is prepared by its first request.
 
-    It is in tokens, and None if no server says. Raises EngineError if no server is left.
+    A server that serves other models, or refuses what every request would ask, is passed to `retire`, which raises the refusal
+    of the last one. Raises EngineError if no server is up.
     """
-    lengths: list[int | None] = []
-    found = await asyncio.gather(*(find_on_server(name, one) for one in endpoints), return_exceptions=True)
-    for endpoint, result in zip(endpoints, found, strict=True):
+    seconds = LEARN_SECONDS if len(endpoints) > 1 else None
+    prepared = (asyncio.wait_for(prepare(endpoint), seconds) for endpoint in endpoints)
+    for endpoint, result in zip(endpoints, await asyncio.gather(*prepared, return_exceptions=True), strict=True):
         if isinstance(result, ServerFaultError):
             endpoint.fault = str(result)
             endpoint.is_up.clear()
         elif isinstance(result, EngineError):
             retire(endpoint, result)
-        elif isinstance(result, BaseException):
+        elif result is not None and not isinstance(result, TimeoutError):
             raise result
-        else:
-            lengths.append(result)
-    if not lengths:
+    if not any(endpoint.is_up.is_set() for endpoint in endpoints):
         raise no_server(endpoints)
     for endpoint in endpoints:
         if not endpoint.is_up.is_set() and not endpoint.is_retired:
             warn(f"{endpoint.url} does not answer; going on without it")
+            endpoints.wait_for(endpoint)
     roots = dict.fromkeys(endpoint.model_root for endpoint in endpoints if endpoint.model_root)
     if len(roots) > 1:
-        warn(f"what the servers call {name} is {' and '.join(roots)}: all replies count as those of one model")
-    return min((length for length in lengths if length), default=None)
+        warn(f"the servers serve different models under one name: {' and '.join(roots)}")
 
 
-async def find_on_server(name: str, endpoint: Endpoint) -> int | None:
-    """Return the context of a model on a server in tokens, or None if unknown.
+async def find_on_server(name: str, endpoint: Endpoint) -> None:
+    """Record what a server lists of a model.
 
     Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
     """
     models = await list_models(endpoint)
-    if models is not None and name not in models:
-        raise not_served(endpoint, name, models)
-    endpoint.is_checked = True
     if models is None:
-        return None
+        return
+    if name not in models:
+        raise not_served(endpoint, name, models)
     if models[name].owner == "vllm":
         endpoint.dialect = VLLM
-    endpoint.model_root = models[name].root
-    return models[name].max_model_len
-
-
-async def learn_all(
-    endpoints: Endpoints,
-    learn: Callable[[Endpoint], Awaitable[None]],
-    retire: Callable[[Endpoint, EngineError], None],
-) -> None:
-    """Find out by `learn` which fields each server supports; a server that is down or slow is learned by its first request.
-
-    A server that refuses is passed to `retire`. Raises the refusal of the last one.
-    """
-    for endpoint in endpoints:
-        if not endpoint.is_up.is_set():
-            endpoints.wait_for(endpoint)
-    up = [endpoint for endpoint in endpoints if endpoint.is_up.is_set()]
-    seconds = LEARN_SECONDS if len(up) > 1 else None
-    results = await asyncio.gather(*(asyncio.wait_for(learn(endpoint), seconds) for endpoint in up), return_exceptions=True)
-    for endpoint, result in zip(up, results, strict=True):
-        if isinstance(result, EngineError):
-            retire(endpoint, result)
-        elif result is not None and not isinstance(result, TimeoutError):
-            raise result
+    endpoint.model_root, endpoint.context_tokens = models[name].root, models[name].max_model_len
 
 
 async def learn_dialect(
@@ -235,8 +205,8 @@ async def learn_dialect(
         probe = chat_api.probe(model, endpoint.dialect, max_tokens)
         status, answer = await _probe(endpoint, probe, server, progress)
         if status == 200 and (problem := chat_api.problem_of(answer, endpoint.keys)):
-            hint = "what it says there is to be mended first; then run the same command"
-            raise EngineError(f"{endpoint.url} answers its first request with {problem}", hint=hint)
+            hint = "fix the reported problem, then run the same command"
+            raise EngineError(f"{endpoint.url} answers its first request with an error: {problem}", hint=hint)
         if status == 200 and chat_api.is_cut_before_text(answer):
             if max_tokens >= reply_tokens:
                 hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
@@ -288,7 +258,7 @@ async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
             answer, text = await _post(endpoint, probe)
     except CONNECTION_ERRORS:
         return False
-    return answer.status in REFUSED_STATUSES and chat_api.misses_image(endpoint.error_message(text))
+    return answer.status in REFUSED_STATUSES and "data is not provided" in endpoint.error_message(text)
 
 
 async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
@@ -299,8 +269,7 @@ async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientRespons
 
 async def _probe(endpoint: Endpoint, probe: bytes, server: ServerConfig, progress: Progress) -> tuple[int, bytes]:
     """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
-    loop = asyncio.get_running_loop()
-    faults, refusals, ends_at, busy = 0, 0, loop.time() + server.startup_timeout_s, endpoint.busy
+    failures, busy = RetryState(server.startup_timeout_s), endpoint.busy
     while True:
         try:
             answer, text = await _post(endpoint, probe)
@@ -308,17 +277,14 @@ async def _probe(endpoint: Endpoint, probe: bytes, server: ServerConfig, progres
             if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
                 busy.end()
                 return answer.status, text
-            refusals += 1
             busy.start(answer.status, endpoint.error_message(text))
             if warning := busy.warning(endpoint.url):
                 progress.warn(warning)
-            if loop.time() > ends_at:
-                hint = "wait until it is ready, or look at its log and your quota there; then run the same command"
-                raise EngineError(f"{endpoint.url} answers {answer.status} to every request", hint=hint)
+            pause, problem = failures.after_busy(None), f"answers {answer.status} to every request"
         except CONNECTION_ERRORS as error:
-            faults += 1
-            if faults == MAX_FAULTS or loop.time() > ends_at:
-                waited = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
-                reason = waited if isinstance(error, TimeoutError) else one_line(error)
-                raise EngineError(f"{endpoint.url} fails at its first request: {reason}", hint="look at its log") from None
-        await asyncio.sleep(backoff_seconds(faults + min(refusals, 3)))
+            waited = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
+            reason = waited if isinstance(error, TimeoutError) else one_line(error)
+            pause, problem = failures.after_fault(), f"fails at its first request: {reason}"
+        if pause is None:
+            raise EngineError(f"{endpoint.url} {problem}", hint="look at its log and your quota; then run the same command")
+        await asyncio.sleep(pause)

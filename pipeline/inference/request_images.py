@@ -95,7 +95,7 @@ class RequestImages:
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
-        self._encoded_bytes += len(data)  # which lie in memory too
+        self._encoded_bytes += len(data)  # the folder is in memory, too
         url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
         return ImageParts(json.dumps(url).encode(), named)
 

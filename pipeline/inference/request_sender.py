@@ -27,7 +27,6 @@ FINISH_SECONDS = 60.0  # after an error that ends the run, for requests in fligh
 MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
 MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
 REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
-SPEED_SECONDS = 10  # over which tokens a second are counted
 log = logging.getLogger(__name__)
 
 
@@ -113,13 +112,12 @@ class RequestSender:
     def __init__(self, model: str, endpoints: Endpoints, images: RequestImages) -> None:
         """Prepare to ask for a model by this name."""
         self._name, self._endpoints, self._images = model, endpoints, images
-        self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._started, self._tokens = time.monotonic(), 0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How many tokens servers write, lately; None before the first."""
-        (start, start_tokens), (end, end_tokens) = self._tokens[0], self._tokens[-1]
-        return (end_tokens - start_tokens) / (end - start) if end > start else None
+        """How many tokens servers have written per second; None before the first."""
+        return self._tokens / (time.monotonic() - self._started) if self._tokens else None
 
     async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
         """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
@@ -165,7 +163,8 @@ class RequestSender:
         in_flight.unsent.pop(request.id, None)
         try:
             async with endpoint.post_chat(body) as answer:
-                text = await chat_api.read_body(answer, chat_api.max_answer_bytes(request))
+                max_bytes = chat_api.ANSWER_BYTES + chat_api.MAX_TOKEN_BYTES * request.sampling.max_tokens
+                text = await chat_api.read_body(answer, max_bytes)
         except CONNECTION_ERRORS as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
                 log.warning("no more files can be opened for connections: %s", error)
@@ -189,7 +188,7 @@ class RequestSender:
         reply = chat_api.read_reply(request, text, endpoint.keys)
         endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
-        self._count_tokens(reply.reply_tokens)
+        self._tokens += reply.reply_tokens
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
         return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
 
@@ -215,15 +214,8 @@ class RequestSender:
         try:
             while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
                 if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "mend that, then run the same command; images that are too large: generate.max_pixels"
+                    hint = "fix the reported problem, then run the same command; images that are too large: generate.max_pixels"
                     raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
                 await asyncio.sleep(REFUSAL_POLL_SECONDS)
         finally:
             endpoint.refused_in_flight -= 1
-
-    def _count_tokens(self, tokens: int) -> None:
-        now = time.monotonic()
-        total = self._tokens[-1][1] + tokens
-        self._tokens.append((now, total))
-        while len(self._tokens) > 2 and now - self._tokens[0][0] > SPEED_SECONDS:
-            self._tokens.popleft()

@@ -95,7 +95,7 @@ class EmbeddedEngine:
             formed = form(messages)
             try:
                 chat = str(self._loaded[0].apply_chat_template(formed, add_generation_prompt=True))
-            except (TemplateError, TypeError):  # it knows no system text, or none in this form
+            except (TemplateError, TypeError):  # it supports no system text, or not in this form
                 continue
             # A template may leave out a text in the form that it does not expect, or print it as Python does.
             parts = [part for one in formed for part in one["content"] if isinstance(part, dict)]

@@ -23,6 +23,7 @@ from pipeline.progress import Progress
 from pipeline.storage.files import remove
 
 STOP_SECONDS = 15
+HEALTH_SECONDS = 5
 TAIL_BYTES = 20_000  # of the end of the log, searched for the error
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
@@ -33,27 +34,16 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are passed in memory i
 class Server:
     """A running vLLM: an async context manager, ready when entered."""
 
-    def __init__(
-        self,
-        launch: VllmCommand,
-        progress: Progress,
-        media: Path | None = None,
-        port: int | None = None,
-        socket_name: str | None = None,
-    ) -> None:
-        """Prepare a server; several may share `media`, a folder for images in flight, which the caller then removes.
-
-        With `socket_name` it listens on a Unix socket in that folder, else on a port.
-        """
+    def __init__(self, launch: VllmCommand, progress: Progress, media: Path, address: int | Path) -> None:
+        """Prepare a server; `media` is a folder for images in flight, `address` a port or the path of a Unix socket."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why it cannot be kept alive
         self.gave_up = asyncio.Event()
-        self._owns_media = media is None
-        self.media = media or make_media_folder()
+        self.media = media
+        self.socket = address if isinstance(address, Path) else None
+        self._port = address if isinstance(address, int) else 0
         self._progress = progress
-        self.socket = self.media / socket_name if socket_name else None
-        self._port = launch.port or port or (0 if self.socket else free_ports(1)[0])
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._reaper_pipe: int | None = None
@@ -82,23 +72,14 @@ class Server:
 
     async def _watch(self) -> None:
         """Restart the server when it dies, up to `max_restarts` times; then set `failure` and `gave_up`."""
-        try:
-            await self._restart_while_it_dies()
-        except OSError as error:  # such as of a full disk: whoever waits for the server gets it
-            hint = f"look at the disk of {self.launch.log}"
-            self.failure = EngineError(f"vLLM died, and cannot be started again: {error.strerror or error}", hint=hint)
-            self.gave_up.set()
-
-    async def _restart_while_it_dies(self) -> None:
-        while True:
+        while self.failure is None:
             assert self._process
             code = await self._process.wait()
             await self._kill()
             if self.restarted == self.launch.max_restarts:
                 self.failure = self._startup_error(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
                 self._process = None  # its number may be given to another process
-                self.gave_up.set()
-                return
+                break
             self.restarted += 1
             self._progress.message(
                 f"vLLM died (exit code {code}): starting it again, {self.restarted} of {self.launch.max_restarts}"
@@ -108,10 +89,11 @@ class Server:
             except EngineError as error:
                 self._progress.message(str(error))
                 await self._kill()
-                if self._process is None:
-                    self.failure = error
-                    self.gave_up.set()
-                    return
+                self.failure = error if self._process is None else None
+            except OSError as error:  # such as of a full disk
+                hint = f"look at the disk of {self.launch.log}"
+                self.failure = EngineError(f"vLLM died, and cannot be started again: {error.strerror or error}", hint=hint)
+        self.gave_up.set()
 
     async def _start(self) -> None:
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +119,7 @@ class Server:
         self._reaper_pipe = _start_reaper(self._process.pid)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        while not await answers_200(f"{self.root}/health", socket_path=self.socket):
+        while await status_of(f"{self.root}/health", socket_path=self.socket) != 200:
             seconds = loop.time() - started
             if self._process.returncode is not None:
                 raise self._startup_error(f"vLLM ended while it started, with exit code {self._process.returncode}")
@@ -157,8 +139,6 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         await self._kill()
-        if self._owns_media:
-            remove(self.media)
 
     async def _kill(self) -> None:
         """Kill the server's process group, which includes vLLM's engine process."""
@@ -205,23 +185,14 @@ def is_listener(port: int, group: int) -> bool:
     return bool(listening) and listening <= own
 
 
-async def answers_200(url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None) -> bool:
-    """Return whether a GET of `url` answers 200, through a Unix socket if one is given."""
-    return await status_of(url, headers, socket_path=socket_path) == 200
-
-
 async def status_of(
-    url: str,
-    headers: dict[str, str] | None = None,
-    seconds: float = 5,
-    socket_path: Path | None = None,
-    proxy: str | None = None,
+    url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None, proxy: str | None = None
 ) -> int | None:
     """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
     import aiohttp
 
     try:
-        limit = aiohttp.ClientTimeout(total=seconds)
+        limit = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
         connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
         async with (
             aiohttp.ClientSession(timeout=limit, headers=headers, connector=connector) as session,
@@ -267,11 +238,12 @@ async def run_servers(
     """
     media = make_media_folder()
     try:
+        addresses: list[int | Path] = [
+            launch.port or port for launch, port in zip(launches, free_ports(len(launches)), strict=True)
+        ]
         if on_sockets:
-            servers = [Server(launch, progress, media, socket_name=f"server-{n + 1}.sock") for n, launch in enumerate(launches)]
-        else:
-            ports = free_ports(len(launches))
-            servers = [Server(launch, progress, media, port) for launch, port in zip(launches, ports, strict=True)]
+            addresses = [media / f"server-{number + 1}.sock" for number in range(len(launches))]
+        servers = [Server(launch, progress, media, one) for launch, one in zip(launches, addresses, strict=True)]
         async with contextlib.AsyncExitStack() as stack:
             starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:

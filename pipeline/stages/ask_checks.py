@@ -19,7 +19,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
-from pipeline.inference.engines import EngineChoice, open_engine
+from pipeline.inference.engines import EngineChoice, choose_judge, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
 from pipeline.inference.verification import (
@@ -92,8 +92,6 @@ class AnnotationChecker:
 
     @cached_property
     def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
-        from pipeline.inference.judge import choose_judge
-
         generated = self.plan.dataset.provenance("generate")
         writer = read_json(generated).get("name") if generated.exists() else None
         judge = choose_judge(self.plan.config, self.plan.revision, self.services.progress, writer)

@@ -71,16 +71,10 @@ OPENAI = ServerKind(name="openai", model_fields={}, fields=PLAIN)
 THINKS = ServerKind(name="openai that thinks", model_fields={}, fields=PLAIN, extra=_openai_that_thinks)
 KINDS = (
     ServerKind(name="vllm", model_fields={"owned_by": "vllm", "max_model_len": 4096}),
-    ServerKind(name="sglang", model_fields={"max_model_len": 32_768}),
-    ServerKind(name="llama.cpp", model_fields={"meta": {"n_ctx_train": 8192}}),
-    ServerKind(name="lm studio", model_fields={}, formats=("json_schema", "text")),
-    ServerKind(name="ollama", model_fields={"owned_by": "library"}),
-    ServerKind(name="deepinfra", path="/v1/openai", model_fields={}, fields=PLAIN),
     ServerKind(name="openrouter", path="/api/v1", model_fields={"context_length": 131_072}),
     OPENAI,
     THINKS,
     ServerKind(name="gemini", path="/v1beta/openai", model_fields={}, model_prefix="models/", fields=PLAIN),
-    ServerKind(name="mistral", model_fields={}, fields=PLAIN),
 )
 # They enforce no schema.
 DEEPSEEK = ServerKind(

@@ -74,7 +74,6 @@ class ChatServer:
         self.named = 0  # images that it had, and that were named alone
         self.missed: list[str] = []  # images that it had not, and that were named alone
         self.on_miss: Act | None = None  # instead of vLLM's refusal
-        self.on_name: Act | None = None  # instead of an answer about an image that is named and there
 
     @property
     def authorizations(self) -> set[str | None]:
@@ -123,8 +122,6 @@ class ChatServer:
             self.missed.append(missing)
             problem = {"error": {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}}
             return await self._act(request, self.on_miss or Act(status=400, raw=json.dumps(problem).encode()), "")
-        if self.on_name and '"image_url": null' in json.dumps(body):
-            return await self._act(request, self.on_name, "")
         schema = body.get("response_format", {}).get("json_schema") or {"name": self.kind.task_in_words(body)}
         if schema["name"] == "probe":
             self.probes.append(body)

@@ -1,8 +1,6 @@
 """Doctor: findings about the machine, tested on the output of other machines."""
 
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,17 @@ from pipeline.inference.engines import VLLM_PYTHON
 from pipeline.install import installed_version
 
 
-def test_the_roomiest_card_counts() -> None:
-    finding = judge_gpus("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n")
-    assert (finding.ok, finding.found) == (True, "2 x NVIDIA H100, 79 of 80 GiB free")
-
-
-def test_a_gpu_with_too_little_memory_has_a_hint() -> None:
-    finding = judge_gpus("NVIDIA T4, 15360, 3000\n")
-    assert not finding.ok
-    assert "needs 8 GiB" in finding.hint
-
-
-def test_unknown_gpu_memory_is_no_crash() -> None:
-    assert not judge_gpus("NVIDIA GB10, [N/A], [N/A]\n").ok
-
-
-def test_a_driver_that_lists_nothing_is_no_gpu() -> None:
-    assert not judge_gpus("No devices were found\n").ok
+@pytest.mark.parametrize(
+    ("listed", "is_ok", "found"),
+    [
+        ("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n", True, "2 x NVIDIA H100, 79 of 80 GiB free"),
+        ("NVIDIA T4, 15360, 3000\n", False, "1 x NVIDIA T4, 3 of 15 GiB free"),
+        ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists none"),
+    ],
+)
+def test_the_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, found: str) -> None:  # noqa: FBT001
+    finding = judge_gpus(listed)
+    assert (finding.ok, finding.found, bool(finding.hint)) == (is_ok, found, not is_ok)
 
 
 def test_an_interpreter_that_has_no_vllm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,22 +47,12 @@ def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeyp
     monkeypatch.setattr(doctor, "_free_memory_gib", lambda: (8.0, "the GPU"))
     small = examine(model_of(tmp_path / "Qwen2.5-VL-3B", 6 << 30))[0]
     assert (small.what, small.ok, small.hint) == ("model", True, "")
-    assert "6.0 GiB of weights, 8.0 GiB free in the GPU; Qwen2.5-VL: 3B: Qwen Research License" in small.found
+    assert "6.0 GiB of weights, 8.0 GiB free in the GPU" in small.found
     large = examine(model_of(tmp_path / "large", 7 << 30, "bin"))[0]
     assert not large.ok and "it wants 8.4 GiB" in large.hint
     twice = Path(model_of(tmp_path / "twice", 6 << 30))
     (twice / "pytorch_model.bin").write_bytes(bytes(99))
     assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
-
-
-def test_a_gpu_that_does_not_answer_is_a_finding_and_the_tiny_teacher_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert examine("tiny")[0].ok
-
-    def hang() -> tuple[float, str]:
-        raise subprocess.TimeoutExpired("nvidia-smi", 30)
-
-    monkeypatch.setattr(doctor, "_free_memory_gib", hang)
-    assert "timed out" in examine("tiny")[0].found
 
 
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,30 +68,6 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert all(finding.hint for finding in examine() if not finding.ok)
-
-
-def test_the_package_and_its_python_are_named_first() -> None:
-    first = examine()[0]
-    assert (first.what, first.ok) == ("synth", True)
-    assert first.found == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
-
-
-def test_modules_of_somebody_else_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "trainer", raising=False)
-    first = examine()[0]
-    assert not first.ok
-    assert f"the package `trainer` in {tmp_path}/trainer is another package of that name" in first.found
-
-
-def test_a_folder_that_is_gone_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    finding = doctor._disk()
-    assert not finding.ok and finding.hint == "go to another folder"
-    monkeypatch.chdir(tmp_path)
+    findings = examine()
+    assert all(finding.hint for finding in findings if not finding.ok)
+    assert findings[0].found == f"synth-captioner {installed_version()} on Python {platform.python_version()}"

@@ -23,6 +23,20 @@ def generate(folder: Path, chat: ChatServer, *arguments: str) -> subprocess.Comp
     return run_synth(*command, cwd=folder, env=os.environ | {"SYNTH_API_KEY": chat.key or ""})
 
 
+def test_a_strict_server_answers_all_and_is_asked_nothing_twice(photos: Path) -> None:
+    chat = ChatServer(kind=next(kind for kind in KINDS if kind.name == "openai that thinks"))
+    chat.key = "secret"
+    with running_chat(chat):
+        done = generate(photos, chat, "--model", "model", "--json")
+        assert done.returncode == 0, done.stderr
+        stages = json.loads(done.stdout)["stages"]
+        assert stages["generate"]["kept"] == 60 and "temperature" in done.stderr
+        asked = len(chat.bodies)
+        assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
+    assert chat.authorizations == {"Bearer secret"}
+    assert "was not required to enforce" not in (photos / "d/versions/v1.0.0/README.md").read_text()
+
+
 def test_a_server_without_enforced_schemas_is_named_in_the_card(photos: Path) -> None:
     with running_chat(ChatServer(kind=DEEPSEEK)) as chat:
         refused = generate(photos, chat)

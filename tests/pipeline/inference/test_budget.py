@@ -48,28 +48,9 @@ def test_exactly_as_many_requests_are_sent_as_the_budget_has(tmp_path: Path) -> 
         assert len(chat.bodies) == len(SAMPLES) * 3  # and nothing was asked twice
 
 
-def test_a_budget_that_suffices_is_not_noticed(tmp_path: Path) -> None:
-    with running_chat(ChatServer()) as chat:
-        stats = ask(tmp_path / "j", chat, max_requests=len(SAMPLES) * 3, max_total_tokens=10**9)
-    assert stats.done == len(SAMPLES) * 3
-
-
-def test_tokens_stop_a_run_close_to_their_limit(tmp_path: Path) -> None:
-    with running_chat(ChatServer()) as chat:
-        stats = ask(tmp_path / "first", chat, concurrency=2)
-        mean = (stats.prompt_tokens + stats.reply_tokens) / stats.done
-        assert mean > 1
-        limit = int(mean * 40)
-        with pytest.raises(BudgetError, match=f"of {limit:,} tokens"):
-            ask(tmp_path / "second", chat, max_total_tokens=limit, concurrency=2)
-        with Journal(tmp_path / "second") as journal:
-            totals = journal.totals()
-    assert totals["prompt_tokens"] + totals["reply_tokens"] <= limit
-    assert totals["replies"] >= 36
-
-
 def test_the_cost_of_earlier_runs_counts() -> None:
     server = ServerConfig(price_in=1.0, price_out=2.0, max_cost=1.0)
+    assert [Budget(server, 10, 700_000, spent).room(0) for spent in (0.99, 0.9)] == [0, 1]
     budget = Budget(server, 10, 700_000, 0.8)
     assert budget.room(0) == 2  # of 0.2, by what a request has cost
     budget.add(REQUEST, reply(prompt_tokens=20_000, reply_tokens=0))
@@ -77,13 +58,6 @@ def test_the_cost_of_earlier_runs_counts() -> None:
     budget.add(REQUEST, reply(prompt_tokens=180_000, reply_tokens=0))
     assert budget.room(0) == 0
     assert "1.00 of 1.00 to pay" in str(budget.error())
-
-
-def test_a_server_that_does_not_count_is_charged_what_is_likely() -> None:
-    budget = Budget(ServerConfig(max_total_tokens=10_000), 2, 3000, 0.0)
-    for _ in range(4):
-        budget.add(REQUEST, reply(prompt_tokens=0, reply_tokens=0))
-    assert budget.room(0) == 0
 
 
 def test_a_judge_is_paid_at_its_own_prices() -> None:
@@ -104,8 +78,6 @@ def test_a_judge_is_paid_at_its_own_prices() -> None:
         ({"price_in": 1.0}, 3.0),  # as for the writer
         ({"price_in": 1.0, "judge_price_in": 4.0}, 9.0),
         ({"judge_price_in": 4.0}, 8.0),  # of a writer that costs nothing
-        ({"price_in": 1.0, "judge_price_in": 0.0}, 1.0),  # and of such a judge
-        ({"price_out": 1.0}, 5.0),
         ({"price_out": 1.0, "judge_price_out": 2.0}, 6.0),
     ],
 )
@@ -128,10 +100,6 @@ def test_a_later_run_knows_what_the_judge_was_paid(tmp_path: Path) -> None:
             queue.require_room()
 
 
-def test_without_a_limit_there_is_room_for_anything() -> None:
-    assert Budget(ServerConfig(), 10**9, 0, 0.0).room(10**6) is None
-
-
 def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: Path) -> None:
     """As much as they counted when they came: a budget is not larger after a restart."""
     replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
@@ -151,20 +119,19 @@ def test_a_cost_without_prices_is_a_mistake() -> None:
         resolve(source="scenes", server={"max_cost": 5})
 
 
-def test_a_server_that_lies_after_its_probe_is_noticed_after_a_hundred_replies(tmp_path: Path) -> None:
-    with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
-        config = resolve(source="scenes", base_url=[chat.url], model="model")
-        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(200)]
-        chunks = [SampleBatch.of(samples[n : n + 50]) for n in range(0, 200, 50)]
-        with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
-            with pytest.raises(EngineError, match=r"100 of the last 100 replies cannot be used \(100 not json\).*Sure!"):
-                for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, RequestStats()):
-                    pass
-            assert journal.totals()["replies"] >= WINDOW_REPLIES  # kept for a look
-    assert len(chat.bodies) <= 2 * WINDOW_REPLIES
+def test_the_breaker_stops_a_run_when_too_many_of_its_last_replies_are_unusable() -> None:
+    breaker, never = CircuitBreaker(0.9), CircuitBreaker(1.0)
+    for number in range(WINDOW_REPLIES):
+        breaker.add(reply(), None if number < 10 else "not_json")
+        never.add(reply(), "not_json")
+    breaker.check()  # 90 of 100 are allowed
+    never.check()
+    breaker.add(reply(), "not_json")
+    with pytest.raises(EngineError, match=r"91 of the last 100 replies cannot be used \(91 not json\).*text"):
+        breaker.check()
 
 
-def test_a_run_that_goes_on_after_unusable_replies_stops_again_if_they_stay_so(tmp_path: Path) -> None:
+def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = resolve(source="scenes", base_url=[chat.url], model="model", tasks=["caption"])
         samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)]  # two captions each
@@ -175,34 +142,10 @@ def test_a_run_that_goes_on_after_unusable_replies_stops_again_if_they_stay_so(t
                     pass
 
         for _ in range(2):
-            with pytest.raises(EngineError, match="100 of the last 100 replies cannot be used"):
+            with pytest.raises(EngineError, match=r"100 of the last 100 replies cannot be used.*Sure!"):
                 run()
-        chat.script = lambda times, body: None  # the server was mended
+        chat.script = lambda times, body: None
         run()
-
-
-def test_a_page_in_place_of_every_answer_is_noticed_at_once(tmp_path: Path) -> None:
-    refused = pytest.raises(EngineError, match="refuses every request: not an answer of the chat protocol: <html>Please")
-    with running_chat(ChatServer(lambda times, body: Act(raw=b"<html>Please log in</html>"))) as chat, refused:
-        ask(tmp_path / "j", chat)
-    assert len(chat.bodies) < 100
-
-
-def test_the_breaker_counts_first_replies_in_its_window_alone() -> None:
-    breaker = CircuitBreaker(0.9)
-    for number in range(WINDOW_REPLIES):
-        breaker.add(reply(), None if number < 10 else "not_json")
-    breaker.check()  # 90 of 100 are allowed
-    breaker.add(reply(), "not_json")
-    with pytest.raises(EngineError, match="91 of the last 100"):
-        breaker.check()
-
-
-def test_a_breaker_of_one_never_stops() -> None:
-    breaker = CircuitBreaker(1.0)
-    for _ in range(2 * WINDOW_REPLIES):
-        breaker.add(reply(), "not_json")
-    breaker.check()
 
 
 def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_path: Path) -> None:
@@ -214,11 +157,3 @@ def test_a_small_budget_sends_few_requests_before_it_knows_what_one_takes(tmp_pa
         with pytest.raises(BudgetError, match=r"0\.000052 of 0\.000100 to pay"):
             ask(tmp_path / "cost", chat, max_cost=0.0001, price_in=1.0, price_out=1.0)
         assert len(chat.bodies) == 1
-
-
-def test_the_first_request_of_a_later_run_fits_the_budget_too() -> None:
-    """As far as that can be told by what earlier ones have cost."""
-    server = ServerConfig(price_in=1.0, price_out=1.0, max_cost=1.0)
-    assert Budget(server, 10, 900_000, 0.9).room(0) == 1
-    assert Budget(server, 10, 990_000, 0.99).room(0) == 0
-    assert Budget(server, 0, 0, 0.0).room(0) == 32

@@ -11,32 +11,22 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "POLL_SECONDS", -1)
 
 
-def test_it_starts_with_what_is_known_of_the_servers() -> None:
-    assert Concurrency(1, None, 8).limit == 16
-    assert Concurrency(2, None, None).limit == 64
-    assert Concurrency(2, 5, 8).limit == 5
-
-
-def test_a_long_queue_lowers_it_to_half_more_than_runs() -> None:
-    limit = Concurrency(1, None, 64)
-    limit.follow(running=40, waiting=41, outstanding=128, most=1000)
-    assert limit.limit == 60
-
-
-def test_it_grows_by_half_while_nothing_waits_and_all_of_it_is_used() -> None:
-    limit = Concurrency(1, None, 8)
-    limit.follow(running=16, waiting=0, outstanding=15, most=1000)
-    assert limit.limit == 16
-    limit.follow(running=16, waiting=0, outstanding=16, most=1000)
-    assert limit.limit == 24
-
-
-def test_neither_servers_nor_memory_let_it_grow_without_bound() -> None:
-    limit = Concurrency(1, None, 1000)
-    limit.follow(running=2000, waiting=0, outstanding=2000, most=10_000)
-    assert limit.limit == 1024
-    limit.follow(running=2000, waiting=0, outstanding=2000, most=7)
-    assert limit.limit == 7
+@pytest.mark.parametrize(
+    ("server_requests", "running", "waiting", "outstanding", "most", "limit"),
+    [
+        (64, 40, 41, 128, 1000, 60),  # a long queue lowers it to half more than the running requests
+        (8, 16, 0, 15, 1000, 16),  # it grows by half while nothing waits and all of it is used
+        (8, 16, 0, 16, 1000, 24),
+        (1000, 2000, 0, 2000, 10_000, 1024),  # and neither beyond the bound for servers nor beyond that for memory
+        (8, 16, 0, 16, 7, 7),
+    ],
+)
+def test_the_limit_follows_the_load_of_the_servers(
+    server_requests: int, running: int, waiting: int, outstanding: int, most: int, limit: int
+) -> None:
+    concurrency = Concurrency(1, None, server_requests)
+    concurrency.follow(running, waiting, outstanding, most)
+    assert concurrency.limit == limit
 
 
 def test_a_fixed_limit_is_lowered_by_complaints_alone_and_comes_back() -> None:

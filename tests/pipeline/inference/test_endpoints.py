@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from pipeline.inference import endpoints
-from pipeline.inference.endpoints import MIN_MISSES, RECENT_NAMES, Endpoint, Endpoints, KeptImages, Pace
+from pipeline.inference.endpoints import MIN_MISSES, RECENT_NAMES, Endpoint, KeptImages, Pace
 
 
 class Clock:
@@ -16,55 +16,19 @@ class Clock:
         return self.now
 
 
-def test_without_limits_nothing_waits() -> None:
-    pace = Pace(None, None, Clock())
-    pace.add_tokens(10**9)
-    assert [pace.take() for _ in range(5)] == [0] * 5
-
-
-def test_requests_are_spread_over_the_minute() -> None:
+def test_requests_and_tokens_are_spread_over_the_minute() -> None:
     clock = Clock()
     pace = Pace(60, None, clock)
     assert [pace.take() for _ in range(4)] == [0, 1, 2, 3]
-    clock.now += 10  # what was not used is not saved up: a burst is what limits are against
+    clock.now += 10  # unused requests are not saved up: a burst is what limits are against
     assert [pace.take() for _ in range(2)] == [0, 1]
-
-
-def test_tokens_delay_the_next_request() -> None:
-    clock = Clock()
     pace = Pace(None, 6000, clock)
     assert pace.take() == 0
     pace.add_tokens(300)
     assert pace.take() == pytest.approx(3)
-    clock.now += 60
-    pace.add_tokens(100)
-    assert pace.take() == pytest.approx(1)
-
-
-def test_over_an_hour_both_limits_hold() -> None:
-    clock = Clock()
-    pace = Pace(30, 1000, clock)
-    for tokens_each, most_requests, most_tokens in ((50, 1201, 60_100), (10, 1801, 18_100)):
-        sent = tokens = 0
-        start = clock.now
-        while clock.now < start + 3600:
-            clock.now += pace.take()
-            sent += 1
-            pace.add_tokens(tokens_each)
-            tokens += tokens_each
-        assert 0.95 * most_requests <= sent <= most_requests and tokens <= most_tokens
-
-
-def test_the_latest_images_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "MAX_KEPT_IMAGES", 2)
-    kept = KeptImages()
-    kept.add("a")
-    kept.add("b")
-    kept.hit("a")
-    kept.add("c")
-    assert [shown in kept for shown in "abc"] == [True, False, True]
-    kept.miss("c")
-    assert "c" not in kept
+    pace = Pace(None, None, clock)
+    pace.add_tokens(10**9)
+    assert pace.take() == 0
 
 
 @pytest.mark.parametrize(
@@ -72,7 +36,6 @@ def test_the_latest_images_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (0, MIN_MISSES - 1, True),
         (0, MIN_MISSES, False),
-        (MIN_MISSES + 1, MIN_MISSES, True),
         (RECENT_NAMES * 10, RECENT_NAMES // 2, False),  # the recent names count
     ],
 )
@@ -93,7 +56,6 @@ def test_names_are_given_up_when_most_recent_ones_are_missed(hits: int, misses: 
         (None, 200, False),
         (404, 200, True),
         (404, 503, False),
-        (401, 404, True),
         (302, 404, True),
     ],
 )
@@ -113,10 +75,7 @@ def test_a_server_is_healthy_by_its_page_its_models_or_any_answer(
         ("https://api.example.com/v1", "", "http://proxy:3128"),
         ("https://api.example.com/v1", "example.com,other.org", None),
         ("https://api.notexample.com/v1", "example.com,ample.com", "http://proxy:3128"),
-        ("https://8.8.8.8/v1", "", "http://proxy:3128"),
         ("https://10.1.2.3:8000/v1", "", None),
-        ("https://127.0.1.1/v1", "", None),
-        ("https://0.0.0.0:8000/v1", "", None),
         ("https://[::1]:8000/v1", "", None),
         ("https://localhost:8000/v1", "", None),
         ("https://vllm-7:8000/v1", "", None),
@@ -131,21 +90,3 @@ def test_servers_nearby_are_asked_without_a_proxy(
     monkeypatch.setenv("HTTPS_PROXY", "proxy:3128")
     monkeypatch.setenv("NO_PROXY", no_proxy)
     assert Endpoint(url, {}).proxy == proxy
-
-
-def test_a_server_that_comes_back_has_lost_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def is_healthy(self: Endpoint) -> bool:
-        return True
-
-    monkeypatch.setattr(Endpoint, "is_healthy", is_healthy)
-
-    async def comes_back() -> bool:
-        endpoint = Endpoint("http://127.0.0.1:1/v1", {}, kept=KeptImages())
-        assert endpoint.kept
-        endpoint.kept.add("a")
-        servers = Endpoints([endpoint], 1.0)
-        servers.mark_down(endpoint)
-        await endpoint.is_up.wait()
-        return "a" in endpoint.kept
-
-    assert not asyncio.run(comes_back())

@@ -2,22 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.config import LARGE
 from pipeline.config.files import resolve
 from pipeline.digests import weights_revision
 from pipeline.errors import EngineError
+from pipeline.executors.messages import describe_boxes
 from pipeline.inference import engines
-from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, max_pixels, pick_engine
+from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, find_family, max_pixels, pick_engine
 from tests.chat.server import ChatServer, running_chat
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "has_gpu", lambda: True)
-    monkeypatch.setenv(engines.VLLM_PYTHON, "/opt/vllm/python")
 
 
 @pytest.fixture
@@ -26,19 +21,29 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(engines.VLLM_PYTHON, raising=False)
 
 
-def test_auto_takes_vllm_where_a_gpu_and_vllm_are_there(gpu: None) -> None:
-    assert pick_engine(resolve(source="scenes")) == ("vllm", "a GPU and vLLM are here")
-
-
-def test_auto_stays_in_this_process_elsewhere(no_gpu: None) -> None:
+def test_auto_takes_a_named_server_or_a_gpu_and_else_this_process(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
     choice = choose_engine(resolve(source="scenes"))
     assert (choice.name, choice.model, choice.revision) == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
-
-
-def test_auto_takes_a_server_that_is_named(no_gpu: None) -> None:
     with running_chat(ChatServer(model="m@c0ffee")) as chat:
         choice = choose_engine(resolve(source="folder:x", base_url=[chat.url]))
     assert (choice.name, choice.model, choice.revision) == ("vllm", "m@c0ffee", "c0ffee")
+    monkeypatch.setattr(engines, "has_gpu", lambda: True)
+    monkeypatch.setenv(engines.VLLM_PYTHON, "/opt/vllm/python")
+    assert pick_engine(resolve(source="scenes")) == ("vllm", "a GPU and vLLM are here")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"source": "folder:x", "model": "tiny"}, "cannot describe folder:x"),
+        ({"server": {"flags": ["--max-num-seqs", "7"]}}, "no server is to be started"),
+        ({"engine": "embedded", "base_url": ["http://localhost:1/v1"]}, "--base-url names a server"),
+        ({"generate": {"caption_styles": ["plain"]}}, "does not know the caption style plain"),
+    ],
+)
+def test_settings_that_no_engine_fits_are_an_error(settings: dict[str, Any], problem: str, no_gpu: None) -> None:
+    with pytest.raises(EngineError, match=problem):
+        choose_engine(resolve(**{"source": "scenes", **settings}))
 
 
 def test_flags_that_may_change_a_reply_change_the_revision(no_gpu: None) -> None:
@@ -49,35 +54,11 @@ def test_flags_that_may_change_a_reply_change_the_revision(no_gpu: None) -> None
     assert len({revision(), revision("--quantization", "fp8"), revision("--quantization=awq")}) == 3
 
 
-def test_flags_without_a_server_to_start_are_an_error(no_gpu: None) -> None:
-    with pytest.raises(EngineError, match="no server is to be started"):
-        choose_engine(resolve(source="scenes", server={"flags": ["--max-num-seqs", "7"]}))
-
-
-def test_on_a_gpu_photos_go_to_the_large_model_and_scenes_to_the_tiny_one(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_hub_revision", lambda model: "c0ffee")
-    photos, scenes = choose_engine(resolve(source="folder:x")), choose_engine(resolve(source="scenes"))
-    assert (photos.model, photos.revision, scenes.model) == (LARGE, "c0ffee", "tiny")
-
-
-def test_the_tiny_teacher_is_not_chosen_for_photos(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_hub_revision", lambda model: "c0ffee")
-    assert choose_engine(resolve(source="folder:x")).model == LARGE
-    with pytest.raises(EngineError, match="cannot describe folder:x"):
-        choose_engine(resolve(source="folder:x", model="tiny"))
-    assert choose_engine(resolve(source="folder:x", engine="embedded", model="tiny")).model == "tiny"
-
-
 def test_vllm_that_is_not_there_is_an_error_with_three_ways_out(no_gpu: None) -> None:
     choice = choose_engine(resolve(source="scenes", engine="vllm"))
     with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
         choice.make()
     assert all(way in caught.value.hint for way in ("pip install vllm", engines.VLLM_PYTHON, "--base-url"))
-
-
-def test_a_server_and_a_model_in_this_process_exclude_each_other() -> None:
-    with pytest.raises(EngineError, match="--base-url names a server"):
-        choose_engine(resolve(source="scenes", engine="embedded", base_url=["http://localhost:1/v1"]))
 
 
 @pytest.mark.parametrize(
@@ -88,8 +69,6 @@ def test_a_server_and_a_model_in_this_process_exclude_each_other() -> None:
         ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}}}, 1_003_520),
         ("processor_config.json", {"image_processor": {"size": {"longest_edge": 1536}}}, 1536**2),  # SmolVLM
         ("preprocessor_config.json", {"size": {"height": 896, "width": 896}}, None),  # Gemma
-        ("preprocessor_config.json", {"size": 224}, None),
-        ("preprocessor_config.json", {}, None),
         ("other.json", {"max_pixels": 3}, None),
     ],
 )
@@ -98,14 +77,34 @@ def test_the_pixel_bound_is_the_processors_own(tmp_path: Path, name: str, conten
     assert max_pixels(str(tmp_path)) == pixels
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_settings_of_a_model_that_cannot_be_read_are_one_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(EngineError, match=r"preprocessor_config\.json"):
-        max_pixels(str(tmp_path))
-
-
 def test_a_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EngineError, match="does not answer, and me/none is not in the cache"):
         max_pixels("me/none")
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
+        ("qwen2.5vl:3b", "Qwen2.5-VL"),
+        ("/models/Qwen3-VL-4B/", "Qwen3-VL"),
+        ("OpenGVLab/InternVL3-8B-hf", "InternVL3"),
+        ("OpenGVLab/InternVL3_5-8B", None),
+        ("/data/qwen3-vl-exp/llama", None),
+    ],
+)
+def test_a_family_is_recognized_by_the_name_of_a_model(model: str, family: str | None) -> None:
+    found = find_family(model)
+    assert (found and found.name) == family
+
+
+def test_a_run_says_so_if_its_model_writes_boxes_in_another_unit() -> None:
+    task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
+    config = resolve(source="folder:x", own_tasks=[task])
+    (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
+    assert "Qwen3-VL writes boxes in thousandths, and the task things reads them as pixels" in note
+    assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
+    assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
+    right = resolve(source="folder:x", own_tasks=[task | {"coordinates": "thousandths"}])
+    assert not [*describe_boxes(right, "Qwen/Qwen3-VL-8B-Instruct")]

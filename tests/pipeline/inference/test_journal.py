@@ -27,53 +27,23 @@ def reply_to(number: int) -> Reply:
 
 
 def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.sqlite") as journal:
-        journal.record_sent(REQUESTS)
-        journal.keep([(REQUESTS[0], reply_to(0), None)])
-    with Journal(tmp_path / "j.sqlite") as journal:
-        assert journal.last(REQUESTS[0].id) == (reply_to(0), None)
-        assert journal.last(REQUESTS[1].id) is None
-        assert journal.totals() == {"asked": 3, "replies": 1, "prompt_tokens": 5, "reply_tokens": 2}
-
-
-def test_a_request_that_is_asked_again_counts_again(tmp_path: Path) -> None:
+    scaled, second = replace(reply_to(0), max_pixels=5_600_000), replace(reply_to(0), attempt=1)
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record_sent(REQUESTS)
         journal.record_sent(REQUESTS[:1])
-        assert journal.totals()["asked"] == 4
-
-
-def test_a_reply_of_a_model_is_not_overwritten(tmp_path: Path) -> None:
+        journal.keep([(REQUESTS[0], scaled, "not_json")])
     with Journal(tmp_path / "j.sqlite") as journal:
-        journal.keep([(REQUESTS[0], reply_to(0), None)])
-        journal.keep([(REQUESTS[0], replace(reply_to(0), text="other"), "flaw"), (REQUESTS[1], reply_to(1), None)])
-        assert journal.last(REQUESTS[0].id) == (reply_to(0), None)
+        assert journal.last(REQUESTS[0].id) == (scaled, "not_json")
+        assert journal.last(REQUESTS[1].id) is None
+        assert journal.totals() == {"asked": 4, "replies": 1, "prompt_tokens": 5, "reply_tokens": 2}
+        journal.keep([(REQUESTS[0], replace(reply_to(0), text="other"), None)])
+        assert journal.last(REQUESTS[0].id) == (scaled, "not_json")  # a reply of a model is not overwritten
+        journal.keep([(REQUESTS[0], second, None)])
+        assert journal.last(REQUESTS[0].id) == (second, None)
         assert journal.totals()["replies"] == 2
 
 
-@pytest.mark.parametrize("reason", UNANSWERED)
-def test_a_server_error_is_replaced_by_a_reply_of_a_model(tmp_path: Path, reason: str) -> None:
-    with Journal(tmp_path / "j.sqlite") as journal:
-        journal.keep([(REQUESTS[0], replace(reply_to(0), text="overloaded", finish_reason=reason), reason)])
-        journal.keep([(REQUESTS[0], reply_to(0), None)])
-        assert journal.last(REQUESTS[0].id) == (reply_to(0), None)
-
-
-def test_the_newest_attempt_counts_and_the_others_stay(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.sqlite") as journal:
-        journal.keep([(REQUESTS[0], reply_to(0), "not_json"), (REQUESTS[0], replace(reply_to(0), attempt=1), None)])
-        assert journal.last(REQUESTS[0].id) == (replace(reply_to(0), attempt=1), None)
-        assert journal.totals()["replies"] == 2
-
-
-def test_keeping_is_all_or_nothing(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.sqlite") as journal:
-        with pytest.raises(sqlite3.IntegrityError):
-            journal.keep([(REQUESTS[0], reply_to(0), None), (REQUESTS[1], replace(reply_to(1), text=None), None)])  # type: ignore[arg-type]
-        assert journal.last(REQUESTS[0].id) is None
-
-
-@pytest.mark.parametrize("file_format", [0, FORMAT - 1, FORMAT + 1])
+@pytest.mark.parametrize("file_format", [FORMAT - 1, FORMAT + 1])
 def test_a_journal_of_another_format_is_neither_opened_nor_checked_nor_imported(file_format: int, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "other.sqlite")) as db:
         db.executescript(f"CREATE TABLE replies (request_id TEXT); PRAGMA user_version = {file_format};")
@@ -93,38 +63,20 @@ def test_image_bytes_are_not_stored(tmp_path: Path) -> None:
     assert all(b"bytes of an image" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_opening_without_writing_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "j.sqlite"
-    Journal(path).__exit__(None, None, None)
-    before = path.stat().st_mtime_ns, path.read_bytes()
-    with Journal(path) as journal:
-        journal.last(REQUESTS[0].id)
-    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
-
-
 def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path) -> None:
     own_reply, other_reply = (replace(reply_to(0), text=text) for text in ("ours", "theirs"))
     with Journal(tmp_path / "theirs.sqlite") as journal:
         journal.record_sent(REQUESTS)
         journal.keep([(REQUESTS[0], other_reply, None), (REQUESTS[1], reply_to(1), "flaw")])
     with Journal(tmp_path / "ours.sqlite") as journal:
-        journal.keep([(REQUESTS[0], own_reply, None)])
+        journal.keep([(REQUESTS[0], own_reply, None), (REQUESTS[1], replace(reply_to(1), finish_reason="server_error"), "x")])
         journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")  # about other samples
-        assert journal.last(REQUESTS[1].id) is None
+        assert journal.last(REQUESTS[1].id, answered=True) is None
         for _ in range(2):
             journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
         assert journal.last(REQUESTS[0].id) == (own_reply, None)
         assert journal.last(REQUESTS[1].id) == (reply_to(1), "flaw")
         assert journal.totals()["asked"] == 0  # requests sent from the other journal do not count
-
-
-def test_a_reply_of_a_model_is_taken_over_where_ours_is_that_no_server_answered(tmp_path: Path) -> None:
-    with Journal(tmp_path / "theirs.sqlite") as journal:
-        journal.keep([(REQUESTS[0], reply_to(0), None)])
-    with Journal(tmp_path / "ours.sqlite") as journal:
-        journal.keep([(REQUESTS[0], replace(reply_to(0), finish_reason="server_error"), "server_error")])
-        journal.import_replies(tmp_path / "theirs.sqlite", "a", "b")
-        assert journal.last(REQUESTS[0].id, answered=True) == (reply_to(0), None)
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
@@ -135,7 +87,7 @@ def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.keep([(first, first.reply("overloaded", reason), reason)])
         journal.keep([(second, second.reply("{}", "stop"), None)])
-        assert journal.last(first.id) == (second.reply("{}", "stop"), None)
+        assert journal.last(first.id) == (second.reply("{}", "stop"), None)  # it replaces the error
     assert check_journal(tmp_path / "j.sqlite").is_intact
 
 
@@ -180,28 +132,6 @@ def test_a_reply_with_a_rotten_bit_is_an_error_and_never_another_reply(tmp_path:
         assert journal.totals()["asked"] == 300
 
 
-def test_text_that_is_no_utf8_any_more_costs_its_own_reply_alone(tmp_path: Path) -> None:
-    path = tmp_path / "journal" / "j.sqlite"
-    requests = filled(path)
-    data = bytearray(path.read_bytes())
-    data[data.index(b"reply " + requests[7].id.encode()) + 2] |= 0x80
-    path.write_bytes(data)
-    assert check_journal(path) == JournalState(300, (requests[7].id,))
-    with Journal(path) as journal, pytest.raises(StoreError, match="has another checksum"):
-        journal.last(requests[7].id)
-    assert repair_journal(path) == (299, 1, 1)
-
-
-def test_requests_that_were_never_answered_are_no_replies_that_are_gone(tmp_path: Path) -> None:
-    path = tmp_path / "journal" / "j.sqlite"
-    requests = filled(path)
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute("DELETE FROM replies WHERE request_id >= '8'")
-        db.execute("INSERT INTO asked VALUES ('no id', 1)")  # of a page that was damaged
-    kept, damaged, unanswered = repair_journal(path)
-    assert (kept + unanswered, damaged) == (len(requests), 0)
-
-
 def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     filled(path, 3)
@@ -212,21 +142,10 @@ def test_a_journal_of_which_nothing_can_be_read_stays_as_it_is(tmp_path: Path) -
     assert path.read_bytes() == before
 
 
-def test_a_reply_keeps_the_size_to_which_its_image_was_scaled(tmp_path: Path) -> None:
-    scaled = replace(reply_to(0), max_pixels=5_600_000)
-    with Journal(tmp_path / "j.sqlite") as journal:
-        journal.keep([(REQUESTS[0], scaled, None)])
-    with Journal(tmp_path / "j.sqlite") as journal:
-        assert journal.last(REQUESTS[0].id) == (scaled, None)
-    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as db, db:
-        db.execute("UPDATE replies SET max_pixels = 5600001")
-    assert len(check_journal(tmp_path / "j.sqlite").damaged) == 1
-
-
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_repair_of_a_file_with_a_lost_page_keeps_the_other_replies(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
-    requests = filled(path, 2000)
+    requests = filled(path, 600)
     draw, data = random.Random(seed), bytearray(path.read_bytes())
     leaves = [place for place in range(4096, len(data), 4096) if data[place] == 0x0A]  # index leaves
     place = draw.choice(leaves)
@@ -240,7 +159,7 @@ def test_repair_of_a_file_with_a_lost_page_keeps_the_other_replies(seed: int, tm
     with Journal(path) as journal:
         replies = [last[0] for request in requests if (last := journal.last(request.id))]
     assert all(reply.text == f"reply {reply.request_id}" * 4 for reply in replies)
-    assert len(replies) == kept >= 1950  # a leaf has about ten replies
+    assert len(replies) == kept >= 550  # a leaf has about ten replies
 
 
 def test_repair_applies_the_log_of_the_damaged_file_and_leaves_no_log_for_the_new_one(tmp_path: Path) -> None:

@@ -41,15 +41,11 @@ def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_
         *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
     ]  # fmt: skip
     assert len({r.id for r in requests}) == count_requests(config, requests_per_sample(config)) == 7
-    assert [requests[n].id for n in (0, 3, 6)] == ids()
+    assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(generate={"batch_size": 3}, limit=7)
     assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}  # one more costs one more
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
     hot = ids(generate={"samples": 2, "caption_temperature": 1.2})
     assert hot[1] == ids(generate={"samples": 2, "caption_temperature": 1.2, "sample_temperature": 0.5})[1] != hot[0]
-
-
-def test_the_batch_size_and_the_limit_change_no_id() -> None:
-    assert ids(generate={"batch_size": 3}, limit=7) == ids()
 
 
 def test_a_seed_changes_what_is_sampled_and_not_what_is_greedy() -> None:

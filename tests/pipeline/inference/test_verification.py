@@ -43,11 +43,8 @@ def config(*checks: str, **more: Any) -> Config:
     return resolve(source="scenes-deck", verify={"checks": list(checks)}, **more)
 
 
-def test_nothing_is_asked_unless_a_check_is_named() -> None:
-    assert checks_of(ROW, config().verify) == checks_of(CAPTION, config().verify) == []
-
-
 def test_each_check_shows_what_it_is_about() -> None:
+    assert checks_of(ROW, config().verify) == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify) == []
     settings = config("round_trip", "blind", "evidence", "claims")
     checks = checks_of(ROW, settings.verify)
     requests = with_images([build_check(check, "s", settings, "r") for check in checks], SampleBatch.of([("s", PAGES)]))
@@ -63,15 +60,11 @@ def test_each_check_shows_what_it_is_about() -> None:
 
 
 def test_a_caption_is_asked_for_its_claims() -> None:
-    claims = [(check.question, check.expected) for check in checks_of(CAPTION, config("claims").verify)]
+    settings = config("claims").verify
+    claims = [(check.question, check.expected) for check in checks_of(CAPTION, settings)]
     assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
-
-
-def test_claims_that_a_model_found_are_asked_instead_of_those_of_rules() -> None:
-    settings = config("claims")
-    assert checks_of(CAPTION, settings.verify, []) == []
-    checks = checks_of(CAPTION, settings.verify, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
-    assert [(check.question, check.expected) for check in checks] == [("Is it a dog?", "yes"), ("Is it a cat?", "no")]
+    of_model = checks_of(CAPTION, settings, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
+    assert [(check.question, check.expected) for check in of_model] == [("Is it a dog?", "yes"), ("Is it a cat?", "no")]
 
 
 def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
@@ -128,10 +121,6 @@ def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: P
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
             assert read_rating({**ROW, **texts}, settings, "r", journal) == dict.fromkeys(RUBRIC, mark)
-
-
-def test_evidence_that_is_all_of_a_deck_leaves_nothing_to_ask() -> None:
-    assert checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify) == []
 
 
 def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:

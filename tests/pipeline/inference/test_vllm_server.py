@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ from pipeline.errors import EngineError
 from pipeline.inference import vllm_server
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
 from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
-from pipeline.inference.vllm_server import Server, run_servers
+from pipeline.inference.vllm_server import run_servers, status_of
 from pipeline.progress import NullProgress
 
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"  # from the sources in its wheel
@@ -35,32 +33,20 @@ def value_of(command: VllmCommand, flag: str) -> str:
     return command.arguments[index + 1]
 
 
-def test_the_backend_is_guidance_and_json_is_compact_everywhere(tmp_path: Path) -> None:
-    for gpu in (False, True):
-        backend = json.loads(value_of(plan(tmp_path, gpu=gpu), "--structured-outputs-config"))
+def test_flags_follow_the_model_and_the_machine(tmp_path: Path) -> None:
+    hub, folder, gpu = plan(tmp_path, model="me/model"), plan(tmp_path), plan(tmp_path, gpu=True)
+    assert (value_of(hub, "--revision"), value_of(hub, "--served-model-name")) == ("c0ffee", "model@c0ffee")
+    assert "HF_HUB_OFFLINE" not in hub.environment and folder.environment["HF_HUB_OFFLINE"] == "1"
+    assert [value_of(one, "--max-model-len") for one in (folder, hub)] == ["2048", "8192"]
+    assert value_of(gpu, "--api-server-count") == "4" and "--block-size" not in gpu.arguments
+    assert value_of(folder, "--block-size") == "32" and folder.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
+    for command in (hub, gpu):
+        backend = json.loads(value_of(command, "--structured-outputs-config"))
         assert backend == {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
-
-
-def test_a_large_gpu_gets_several_api_servers_and_a_cpu_gets_small_blocks(tmp_path: Path) -> None:
-    gpu, cpu = plan(tmp_path, gpu=True), plan(tmp_path)
-    assert value_of(gpu, "--api-server-count") == "4"
-    assert "--block-size" not in gpu.arguments
-    assert value_of(cpu, "--block-size") == "32"
-    assert cpu.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
-    assert (gpu.max_num_seqs, cpu.max_num_seqs) == (256, 32)
-
-
-def test_a_hub_model_is_pinned_to_its_commit_and_a_folder_needs_no_hub(tmp_path: Path) -> None:
-    hub, folder = plan(tmp_path, model="me/model"), plan(tmp_path)
-    assert value_of(hub, "--revision") == "c0ffee"
-    assert "HF_HUB_OFFLINE" not in hub.environment
-    assert folder.environment["HF_HUB_OFFLINE"] == "1"
-    assert "--revision" not in folder.arguments
-
-
-def test_the_context_is_the_models_own_up_to_what_an_image_needs(tmp_path: Path) -> None:
-    assert value_of(plan(tmp_path), "--max-model-len") == "2048"
-    assert value_of(plan(tmp_path, model="me/model"), "--max-model-len") == "8192"
+    config = resolve(source="scenes-deck", tasks=["deck_qa"])
+    decks = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpus=(), cores=2, memory_gib=8)
+    assert json.loads(value_of(decks, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
+    assert decks.max_model_len == 16_384
 
 
 @pytest.mark.parametrize("flags", [("--max-num-seqs", "7"), ("--max-num-seqs=7",)])
@@ -82,18 +68,12 @@ def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
     """Return a command that runs `code` in place of vLLM, to test how a server is supervised."""
     script = tmp_path / "stub.py"
     script.write_text(code)
-    command = plan(tmp_path, **settings)
-    return VllmCommand(
-        python=sys.executable,
-        name=command.name,
-        arguments=(str(script),),
-        environment={},
-        log=tmp_path / "log",
-        max_num_seqs=1,
-        max_model_len=1,
-        max_restarts=command.max_restarts,
-        startup_timeout_s=command.startup_timeout_s,
-    )
+    return replace(plan(tmp_path, **settings), python=sys.executable, arguments=(str(script),), environment={})
+
+
+async def start(*commands: VllmCommand) -> None:
+    async with run_servers(commands, NullProgress()):
+        pass
 
 
 SERVES = """
@@ -119,38 +99,33 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--por
 def test_a_server_that_exits_at_once_is_reported_with_its_last_error(
     tmp_path: Path, printed: str, what: str, hint: str
 ) -> None:
-    async def start() -> None:
-        async with Server(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)"), NullProgress()):
-            pass
-
+    (tmp_path / "log").write_text("TimeoutError: of an earlier run\n")
     with pytest.raises(EngineError) as caught:
-        asyncio.run(start())
-    assert what in str(caught.value)
-    assert hint in caught.value.hint
-    assert str(tmp_path / "log") in caught.value.hint
+        asyncio.run(start(stub(tmp_path, f"print({printed!r}); raise SystemExit(3)")))
+    assert what in str(caught.value) and "TimeoutError" not in str(caught.value)
+    assert hint in caught.value.hint and str(tmp_path / "log") in caught.value.hint
 
 
-def test_a_server_that_does_not_answer_is_stopped(tmp_path: Path) -> None:
-    servers: list[Server] = []
-
-    async def start() -> None:
-        servers.append(Server(stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1), NullProgress()))
-        async with servers[0]:
-            pass
-
-    with pytest.raises(EngineError, match="did not start within 1 s"):
-        asyncio.run(start())
-    process = servers[0]._process
-    assert process and not Path(f"/proc/{process.pid}").exists()
-    assert not servers[0].media.exists()
+def test_one_server_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    waits = stub(tmp_path, "import time; time.sleep(60)", startup_timeout_s=1)
+    for broken, problem in (
+        (stub(other, "raise SystemExit(3)"), "exit code 3"),
+        (replace(waits, python="/does/not/exist"), "cannot run /does/not/exist"),
+        (waits, "did not start within 1 s"),
+    ):
+        with pytest.raises(EngineError, match=problem):
+            asyncio.run(asyncio.wait_for(start(waits, broken), 30))
+        assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
 
 
 def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path: Path) -> None:
     async def die_often() -> tuple[int, str]:
-        async with Server(stub(tmp_path, SERVES, max_restarts=2), NullProgress()) as running:
+        async with run_servers([stub(tmp_path, SERVES, max_restarts=2)], NullProgress()) as (running,):
             address = running.root
             while not running.gave_up.is_set():
-                await vllm_server.answers_200(f"{running.root}/die")
+                await status_of(f"{running.root}/die")
                 await asyncio.sleep(0.05)
             assert running.root == address  # the address stays the same after a restart
             assert running._process is None  # its number may be given to another process, which nobody is to kill
@@ -162,64 +137,18 @@ def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path:
 
 
 def test_servers_that_run_together_have_ports_of_their_own_and_one_folder(tmp_path: Path) -> None:
-    async def serve() -> None:
+    async def serve() -> Path:
         async with run_servers([stub(tmp_path, SERVES)] * 2, NullProgress()) as (first, second):
             assert first.root != second.root
             assert first.media == second.media
-            assert await vllm_server.answers_200(f"{first.root}/health")
-            assert await vllm_server.answers_200(f"{second.root}/health")
-            await vllm_server.answers_200(f"{first.root}/die")
+            await status_of(f"{first.root}/die")
             while not first.restarted:
                 await asyncio.sleep(0.05)
-            assert await vllm_server.answers_200(f"{second.root}/health")
+            assert await status_of(f"{second.root}/health") == 200
             assert second.restarted == 0
-            media.append(first.media)
-        assert not first.media.exists()
+            return first.media
 
-    media: list[Path] = []
-    asyncio.run(asyncio.wait_for(serve(), 60))
-    assert not media[0].exists()
-
-
-def test_one_server_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    broken = stub(other, "raise SystemExit(3)")
-
-    async def serve() -> None:
-        async with run_servers([stub(tmp_path, "import time; time.sleep(60)"), broken], NullProgress()):
-            pass
-
-    with pytest.raises(EngineError, match="exit code 3"):
-        asyncio.run(asyncio.wait_for(serve(), 30))
-    assert subprocess.run(["pgrep", "-f", str(tmp_path / "stub.py")], capture_output=True).returncode == 1
-
-
-def test_an_interpreter_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
-    async def start() -> None:
-        async with Server(replace(stub(tmp_path, ""), python="/does/not/exist"), NullProgress()):
-            pass
-
-    with pytest.raises(EngineError, match="cannot run /does/not/exist") as caught:
-        asyncio.run(start())
-    assert "SYNTH_VLLM_PYTHON" in caught.value.hint
-
-
-def test_an_error_of_an_earlier_run_is_not_reported_again(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
-
-    async def start() -> None:
-        async with Server(stub(tmp_path, "raise SystemExit(3)"), NullProgress()):
-            pass
-
-    with pytest.raises(EngineError) as caught:
-        asyncio.run(start())
-    assert "memory" not in str(caught.value) + caught.value.hint
-
-
-@pytest.mark.parametrize("value", ["8k", "auto"])
-def test_numbers_that_only_vllm_understands_are_left_to_it(tmp_path: Path, value: str) -> None:
-    assert plan(tmp_path, "--max-model-len", value).max_model_len == 2048
+    assert not asyncio.run(asyncio.wait_for(serve(), 60)).exists()
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -230,24 +159,13 @@ def test_the_flags_are_known_to_the_newest_vllm(tmp_path: Path, gpu: bool) -> No
     assert known | {"--swap-space"} >= OUTPUT_NEUTRAL_FLAGS  # of older ones
 
 
-def test_the_server_calls_the_model_by_its_revision_and_no_path(tmp_path: Path) -> None:
-    assert plan(tmp_path).name == "teacher@c0ffee"
-    assert value_of(plan(tmp_path, model="me/model"), "--served-model-name") == "model@c0ffee"
-
-
-def test_a_server_for_decks_takes_their_pages(tmp_path: Path) -> None:
-    config = resolve(source="scenes-deck", tasks=["deck_qa"])
-    command = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpus=(), cores=2, memory_gib=8)
-    assert json.loads(value_of(command, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
-    assert command.max_model_len == 16_384
-
-
 def test_images_left_by_a_killed_run_are_removed_and_those_of_a_live_one_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
+    (tmp_path / "synth-media-x" / ".lock").parent.mkdir()
+    (tmp_path / "synth-media-x" / ".lock").symlink_to("/etc/passwd")  # as another user may have made it
     code = f"""
-import os
 from pathlib import Path
 from pipeline.inference import vllm_server
 vllm_server._SHARED_MEMORY = Path({str(tmp_path)!r})
@@ -259,22 +177,12 @@ input()
         folder = Path(other.stdout.readline().strip())
         assert folder.stat().st_mode & 0o777 == 0o700
         living = vllm_server.make_media_folder()
-        assert folder.exists()  # whatever its process id is called in here
+        assert folder.exists()
         other.kill()
         other.wait()
-    assert vllm_server.make_media_folder().parent == living.parent
-    assert not folder.exists()
-    assert living.exists()
-
-
-def test_a_folder_that_another_user_may_have_made_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
-    (tmp_path / "synth-media-x").mkdir()
-    (tmp_path / "synth-media-y").mkdir()
-    (tmp_path / "synth-media-y" / ".lock").symlink_to("/etc/passwd")
     vllm_server.make_media_folder()
-    assert (tmp_path / "synth-media-x").exists()
-    assert (tmp_path / "synth-media-y").exists()
+    assert not folder.exists()
+    assert living.exists() and (tmp_path / "synth-media-x").exists()
 
 
 THIEF = SERVES.replace("def do_GET(self):", "def do_GET(self):\n        print(self.path, self.headers, flush=True)")
@@ -288,14 +196,13 @@ def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path:
     with (tmp_path / "requests").open("w") as requests, subprocess.Popen(thief, stdout=requests) as process:
         try:
 
-            async def start() -> None:
-                while await vllm_server.status_of(f"http://127.0.0.1:{port}/") is None:
+            async def start_after_thief() -> None:
+                while await status_of(f"http://127.0.0.1:{port}/") is None:
                     await asyncio.sleep(0.05)
-                async with Server(command, NullProgress()):
-                    pass
+                await start(command)
 
             with pytest.raises(EngineError, match=f"another program listens on port {port}"):
-                asyncio.run(start())
+                asyncio.run(start_after_thief())
         finally:
             process.kill()
     text = (tmp_path / "requests").read_text()
@@ -314,28 +221,22 @@ def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_
         vllm_server.open_log(tmp_path / "link.log")
 
 
-def test_a_server_and_its_engine_start_reaper_however_we_end() -> None:
+def test_the_engine_of_a_server_is_killed_however_we_end() -> None:
     """Kill the server before the engine, which is its child, as Ray does to the children of a worker."""
     code = (
-        "import os, subprocess, sys; from pipeline.inference.vllm_server import _start_reaper;"
+        "import os, subprocess; from pipeline.inference.vllm_server import _start_reaper;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
         " stderr=subprocess.DEVNULL, start_new_session=True);"
         "print(server.stdout.readline().decode().strip(), flush=True);"
-        "leash = _start_reaper(server.pid);"
-        "sys.argv[1] == 'called off' and os.write(leash, b'\\n');"
+        "pipe = _start_reaper(server.pid);"
         "server.kill();"
         "os.kill(os.getpid(), 9)"
     )
-    for how, lives in (("killed", False), ("called off", True)):
-        process = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
-        engine = int(process.stdout)
-        end = time.monotonic() + 5
-        while is_running(engine) != lives and time.monotonic() < end:
-            time.sleep(0.05)
-        time.sleep(0.2)
-        assert is_running(engine) is lives, how
-        if lives:
-            os.kill(engine, signal.SIGKILL)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    end = time.monotonic() + 5
+    while is_running(int(process.stdout)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_running(int(process.stdout))
 
 
 def is_running(pid: int) -> bool:

@@ -96,13 +96,3 @@ def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refu
         processor.save_pretrained(folder)
         with pytest.raises(EngineError, match=told):
             EmbeddedEngine("x", str(folder), "r", GenerateConfig())._answer(requests(1))
-
-
-def test_a_model_that_reads_no_images_is_one_error(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(EngineError, match="cannot load x") as caught:
-        EmbeddedEngine("x", str(tmp_path), "r", GenerateConfig())._answer(requests(1))
-    assert "vision-language model" in caught.value.hint

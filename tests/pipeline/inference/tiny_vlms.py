@@ -21,12 +21,6 @@ TEXT = {
     "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# SmolVLM walks over the parts of every message: a text that is not a list of parts is left out without a word.
-PARTS_ALONE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 # Gemma 3 begins with a token that its tokenizer would add as well, and puts the system text before the first message.
 WITH_BOS = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
@@ -72,51 +66,6 @@ def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 def _size(side_px: int = IMAGE_PX) -> dict[str, int]:
     return {"height": side_px, "width": side_px}
-
-
-def qwen3_vl() -> Built:
-    tokenizer = _tokenizer()
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
-    area = {"shortest_edge": 64**2, "longest_edge": 64**2}
-    processor = tf.Qwen3VLProcessor(
-        image_processor=tf.Qwen2VLImageProcessor(patch_size=16, merge_size=2, size=area),
-        tokenizer=tokenizer,
-        video_processor=tf.Qwen3VLVideoProcessor(),
-        chat_template=tokenizer.chat_template,
-    )
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 16}
-    config = tf.Qwen3VLConfig(
-        text_config=_text(tokenizer, rope_parameters=rope),
-        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-    )
-    return processor, tf.Qwen3VLForConditionalGeneration(config)
-
-
-def smolvlm() -> Built:
-    rows = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
-    tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
-    sizes: dict[str, Any] = {"size": {"longest_edge": 2 * IMAGE_PX}, "max_image_size": {"longest_edge": IMAGE_PX}}
-    processor = tf.SmolVLMProcessor(
-        image_processor=tf.SmolVLMImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=tf.SmolVLMVideoProcessor(),
-        image_seq_len=4,
-        chat_template=PARTS_ALONE,
-    )
-    config = tf.SmolVLMConfig(
-        text_config=_text(tokenizer, model_type="llama"),
-        vision_config=VISION | {"image_size": IMAGE_PX, "patch_size": 8},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    return processor, tf.SmolVLMForConditionalGeneration(config)
 
 
 def gemma3() -> Built:
@@ -180,8 +129,6 @@ def _llava(tokenizer: Any, image: str, text: str, vision: dict[str, Any], states
 
 
 FAMILIES: dict[str, Callable[[], Built]] = {
-    "Qwen3-VL": qwen3_vl,
-    "SmolVLM": smolvlm,
     "Gemma 3": gemma3,
     "Pixtral": pixtral,
     "LLaVA": llava,
