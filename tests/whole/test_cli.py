@@ -1,9 +1,11 @@
 """The command line: help texts, machine-readable stdout, and a fast start."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +15,7 @@ from PIL import Image
 from typer.core import TyperGroup
 
 from pipeline.cli import app
+from pipeline.cli.termination import sigterm_as_ctrl_c
 from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.run import ORDER
@@ -125,3 +128,15 @@ def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth:
     checked = synth("check", "c")
     assert checked.returncode == 1 and checked.stdout.startswith("BAD c: c/resume.pt is damaged")
     assert (tmp_path / "c/resume.pt").exists()
+
+
+@pytest.mark.usefixtures("heard_sigint")
+def test_sigterm_within_an_import_ends_the_command_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "    os.kill(os.getpid(), signal.SIGTERM)\n    done = sum(range(1000))\n"
+    code = f"import os, signal\ntry:\n{body}except BaseException:\n    pass\n"  # importers pass over some errors
+    (tmp_path / "ends_itself.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c() as arrived:
+        module = importlib.import_module("ends_itself")
+        assert arrived and module.done == 499500
+        threading.Event().wait(60)

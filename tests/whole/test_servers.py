@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chat.kinds import DEEPSEEK
+from tests.chat.kinds import DEEPSEEK, KINDS
 from tests.chat.server import ChatServer, running_chat
 from tests.commands import run_synth
 from tests.whole.conftest import save_photos
