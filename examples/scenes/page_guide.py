@@ -1,4 +1,4 @@
-"""Auxiliary losses that teach the tiny teacher to find a page of a deck. Answers alone did not (docs/experiments/teacher.md).
+"""Auxiliary losses that teach the tiny teacher to find a page of a deck. Answers alone did not (docs/measurements.md).
 
 To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the
 gray page from the word, and attend to them. Each of these steps has its own target: heads predict a page, a background, a

@@ -159,7 +159,10 @@ def serve_captioner(
             raise ConfigError("the page of --demo is for this machine alone", hint=hint)
         from trainer.publish.demo import run_demo  # see train
 
-        run_demo(folder, title, port, num_beams, say)
+        try:
+            run_demo(folder, title, port, num_beams, say)
+        except OSError as error:  # of Gradio, which finds no free port in its range
+            raise TrainError(f"cannot listen at port {port}: {error}", hint="choose another port: --port") from None
         return
 
     from concurrent.futures import ThreadPoolExecutor

@@ -84,7 +84,7 @@ def diff(
     rows: Annotated[int, Option(min=0, help="Show at most this many of the rows that differ.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Show the differences between two versions, field by field, with their causes."""
+    """Show the differences between two versions, field by field."""
     from pipeline.dataset.diff import diff_versions
     from pipeline.dataset.directory import split_version
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version

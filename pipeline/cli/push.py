@@ -27,7 +27,7 @@ def push(
         Argument(
             **DATASET_PATH,
             help="Dataset folder, one of its versions, or a checkpoint.",
-            show_default="the only one under data/",
+            show_default="the only one that was made here",
         ),
     ] = None,
     repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]

@@ -2,8 +2,8 @@
 
 A run in one process lists its samples without images. These lie in the parts in which the source was read, until a version
 holds them; those of samples that are in no version are then written beside, and the parts are removed. The id of a sample is
-the digest of its images, so whatever holds images of that id holds the right ones. A run on a cluster
-writes the images with the samples.
+the digest of its images, so whatever holds images of that id holds the right ones. A run on a cluster writes the images with
+the samples.
 """
 
 from collections import OrderedDict

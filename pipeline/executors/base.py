@@ -167,9 +167,11 @@ def publish(
     """
     funnel = summarize_shards(executor, stages, plan)
     if not funnel[2].input and plan.config.keeps_human_texts:
-        has_files = "captions" in find_source(plan.config.source).options
-        where = "a file of them: --captions FILE" if has_files else "a column: --columns references=COLUMN"
-        hint = f"name {where}; --tasks caption asks a model"
+        spec, hint = find_source(plan.config.source), "--tasks caption asks a model"
+        if "captions" in spec.options:
+            hint = f"name a file of them: --captions FILE; {hint}"
+        elif spec.kind in ("hub", "parquet"):  # the columns of other sources have fixed names
+            hint = f"name a column: --columns references=COLUMN; {hint}"
         raise TableError(f"{plan.config.source} has no caption and no question that people wrote", hint=hint)
     if not funnel[-1].kept:
         losses = [*describe_losses(stages, funnel, "see its rejected.parquet"), *describe_unanswered(plan.dataset, funnel)]

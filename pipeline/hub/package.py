@@ -67,9 +67,9 @@ def build_package(
 
     `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
     licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
-    (dataset.manifest.describe_data). `exports` are folders of the same rows in formats of
-    other tools, by name, which go into folders of that name. Raise PushError if files of the version are missing, `images`
-    includes pixels that may not be redistributed, or exports would; StoreError if a file is damaged.
+    (dataset.manifest.describe_data). `exports` are folders of the same rows in formats of other tools, by name, which go into
+    folders of that name. Raise PushError if files of the version are missing, or if `images` or `exports` would include pixels
+    that may not be redistributed; StoreError if a file is damaged.
     """
     if missing := [name for name in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / name).is_file()]:
         raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)

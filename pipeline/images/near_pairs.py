@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 HASH_BITS = 256
 WORD_BITS = 64  # a hash is four words
-MAX_COPY_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/experiments/curation.md)
+MAX_COPY_BITS = 20  # recompressed, halved, brighter and gray copies are within (docs/measurements.md)
 # PDQ's bits say which of 16 x 16 coefficients of a cosine transform are above their median, which is near 0. Mirroring an image
 # negates those of the odd columns, and so turns these bits: of 29 photos, at most 20 bits were other than that.
 MIRRORED_BITS = np.uint64(0x5555_5555_5555_5555)

@@ -78,8 +78,8 @@ def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
     return [*all_points[:-1][:: max(1, len(all_points) // CURVE_POINTS)], *all_points[-1:]]
 
 
-def chart(title: str, series: Mapping[str, Points], along: str = "step") -> dict[str, Any]:
-    """Scale curves into the box of an SVG, whose y axis starts at 0 and points up; `along` names the x axis."""
+def chart(title: str, series: Mapping[str, Points]) -> dict[str, Any]:
+    """Scale curves into the box of an SVG, over steps, whose y axis starts at 0 and points up."""
     xs = [x for curve in series.values() for x, _ in curve] or [1.0]
     top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
 
@@ -88,4 +88,4 @@ def chart(title: str, series: Mapping[str, Points], along: str = "step") -> dict
 
     lines = [(name, " ".join(place(x, y) for x, y in curve)) for name, curve in series.items()]
     size = {"width": CURVE_WIDTH_PX, "height": CURVE_HEIGHT_PX}
-    return {"title": title, "lines": lines, "top": top, "last": max(xs), "along": along, **size}
+    return {"title": title, "lines": lines, "top": top, "last": max(xs), **size}

@@ -81,7 +81,10 @@ def require_few_layers(settings: dict[str, Any]) -> None:
 
 
 def _harmless(value: Any) -> Any:
-    """Return settings without those that name code, at any depth. Raises ValueError for too many layers."""
+    """Return settings without those that name code or remove the names of outputs, at any depth.
+
+    Raises ValueError for too many layers.
+    """
     if isinstance(value, list):
         return [_harmless(inner) for inner in value]
     if not isinstance(value, dict):
@@ -90,7 +93,7 @@ def _harmless(value: Any) -> Any:
     return {
         name: _harmless(inner)
         for name, inner in value.items()
-        if name not in NAMES_CODE and not name.startswith("_") and not name.startswith("base_model_")
+        if name not in NAMES_CODE and name != "return_dict" and not name.startswith("_") and not name.startswith("base_model_")
     }
 
 

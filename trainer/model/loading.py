@@ -21,6 +21,9 @@ def load_config(model_id: str) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized, and would not learn: pass the model that they were made from")
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        if getattr(part, "return_dict", True) is False:  # a model that was traced: its outputs would have no names
+            part.return_dict = True
     return config
 
 

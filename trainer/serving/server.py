@@ -187,7 +187,7 @@ class CaptionServer:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware: admit requests for this host, of its own pages, with the key and with JSON."""
+    """Middleware: admit requests for this host that no other page sends, with the key and with JSON."""
 
     app: ASGIApp
     host: str

@@ -168,7 +168,8 @@ def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T
         deaths = read_json(attempts)["tried"] if attempts.exists() else 0
         if deaths > MAX_DEATHS:
             raise ClusterError(
-                f"{attempts.stem} has ended {deaths} workers", hint="was memory short? the same command goes on with the rest"
+                f"{attempts.stem} has ended {deaths} workers",
+                hint="memory was short, or nodes were taken away: run the same command again",
             )
         write_json(attempts, {"tried": deaths + 1})
         result = work()

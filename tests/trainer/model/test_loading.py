@@ -149,3 +149,16 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
     for load in (load_encoder, load_decoder):
         with pytest.raises(TrainError, match="there is no such folder"):
             load(name)
+
+
+def test_a_model_whose_outputs_have_no_names_is_loaded_with_names(tmp_path: Path) -> None:
+    """`return_dict` may be off in the config of a model that was traced."""
+    decoder = save_language_model(tmp_path / "lm", "llama")
+    change(decoder, "config.json", return_dict=False)
+    load_decoder(decoder)
+    encoder = save_clip(tmp_path / "clip")
+    settings = json.loads(Path(encoder, "config.json").read_text())
+    inner = {name: part | {"return_dict": False} for name, part in settings.items() if name == "vision_config"}
+    change(encoder, "config.json", return_dict=False, **inner)
+    with torch.inference_mode():
+        assert load_encoder(encoder)(torch.zeros(1, 3, SIDE_PX, SIDE_PX)).ndim == 3
