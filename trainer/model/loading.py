@@ -21,7 +21,8 @@ def load_config(model_id: str) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized, and would not learn: pass the model that they were made from")
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+    parts: list[Any] = [config, getattr(config, "vision_config", None), getattr(config, "text_config", None)]
+    for part in parts:
         if getattr(part, "return_dict", True) is False:  # a model that was traced: its outputs would have no names
             part.return_dict = True
     return config
