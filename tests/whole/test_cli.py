@@ -139,4 +139,5 @@ def test_sigterm_within_an_import_ends_the_command_after_it(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c() as arrived:
         module = importlib.import_module("ends_itself")
         assert arrived and module.done == 499500
-        threading.Event().wait(60)
+        for _ in range(6000):  # a wait without an end would not see the signal of another thread
+            threading.Event().wait(0.01)

@@ -70,7 +70,7 @@ def draw_stripes(number: int) -> Sample:
 
 
 SPEC = SourceSpec(
-    name="stripes", what="gray stripes", splits="-", size="100", license="cc0-1.0", needs="-", example="--source stripes",
+    name="stripes", what="gray stripes", license="cc0-1.0", needs="-", example="--source stripes",
     open=open_stripes, image_kind=None,
 )
 ''',

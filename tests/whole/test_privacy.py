@@ -119,7 +119,7 @@ def test_public_is_said_aloud_and_a_private_repository_stays_private(home: Path,
     assert "me/texts, private" in run(hub, home, "push", "--repo", "me/texts", "--no-images", "--dry-run").stderr
     run(hub, home, "push", "--repo", "me/closed", "--private")
     again = run(hub, home, "push", "--repo", "me/closed", "--public").stderr
-    assert "the repository was there, and private, and stays so" in again
+    assert "the existing repository is private, and stays private" in again
 
 
 def test_license_title_and_language_that_a_user_states_reach_the_card_and_decide_who_sees_it(
