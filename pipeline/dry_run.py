@@ -6,7 +6,7 @@ The images go through the stages in a folder of their own; their replies stay in
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,14 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.statistics import wilson_interval
-from pipeline.dataset.version import dataset_folder
-from pipeline.errors import TableError
-from pipeline.executors.base import summarize_shards
-from pipeline.executors.local import LocalExecutor, run_locally
 from pipeline.executors.messages import describe_start
-from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, read_results
-from pipeline.inference.requests import build_requests, check_prompts, requests_about
+from pipeline.inference.requests import Pair, build_requests
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.run import stages_of
-from pipeline.sources import choose_image_kind, find_source, open_source, with_source_defaults
-from pipeline.sources.local_files import skip_digests
-from pipeline.stages.base import RunPlan
-from pipeline.stages.generate import source_texts
+from pipeline.run import NoRowsError, run_here, steps_of
+from pipeline.stages.ask import AskSettings, source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
 from pipeline.text.reasons import in_short
@@ -47,41 +40,38 @@ def predict_run(config: Config, out: Path | None = None, progress: Progress | No
     Hours, tokens and money are of the images that are still to be asked about; only a request that is sent can be timed, so
     images whose replies are in the journal come last in the sample. Raises SynthError as `generate_dataset` does.
     """
-    folder = DatasetDir(out or dataset_folder(config.source))
-    config = with_source_defaults(config)
     progress = progress or NullProgress()
-    check_prompts(config)
-    with skip_digests():
-        source = open_source(config)
-    for text in source.messages:
-        progress.message(text)
-    choice = choose_engine(config, folder.server_log, progress)
-    progress.message(describe_start(config, choice, folder))
+    plan = Plan.open(config, out, progress, is_trial=True)
+    config, folder, source = plan.config, plan.dataset, plan.source
+    assert source is not None
+    progress.message(describe_start(plan))
     trial = DatasetDir(folder.path / FOLDER)
     stats = RequestStats()
     with translate_disk_errors(folder.path), folder.lock(), _emptied(trial.path):
         with Journal(folder.journal) as journal:
-            sample = _sample(source, config, choice.revision, journal)
+            sample = _sample(source, AskSettings.of(plan), config.limit, journal)
         trial.journal.parent.symlink_to(folder.journal.parent.absolute(), target_is_directory=True)
         # Excluded images are not looked for: their source may be large, and the real run reads it once.
         sampled = config.model_copy(update={"exclude": (), "limit": None, "images": None})
         read = Source(
             name=source.name, revision=source.revision, read=lambda start: iter(sample.rows[start:]), decks=source.decks
         )
+        trial_plan = replace(Plan.resolve(sampled, trial), source=read)
+        assert plan.engine is not None
+        trial_plan = trial_plan.with_engine(plan.engine)
         try:
-            funnel = run_locally(sampled, trial, stages_of(sampled), "source", read, StagesOnly(progress), stats).funnel
-        except TableError:  # no row is left
-            plan = RunPlan(trial, sampled, choice.revision, choose_image_kind(sampled))
-            funnel = summarize_shards(LocalExecutor(trial), stages_of(sampled), plan)
+            funnel = run_here(trial_plan, stats, StepsOnly(progress)).funnel
+        except NoRowsError as error:
+            funnel = error.summaries
         texts = _first_texts(trial)
-    is_endless = config.images is not None and find_source(config.source).is_endless
+    is_endless = config.images is not None and plan.spec.is_endless
     total = None if is_endless else source.count()
-    choices = {stage.name for stage in stages_of(sampled) if stage.is_choice}
+    choices = {step.name for step in steps_of(trial_plan) if step.is_choice}
     return _predict(sample, funnel, total, config, stats, choices) | {"texts": texts}
 
 
-class StagesOnly(NullProgress):
-    """Passes on how far stages are, and warnings; messages of a trial run name its own folder."""
+class StepsOnly(NullProgress):
+    """Passes on how far steps are, and warnings; messages of a trial run name its own folder."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -119,7 +109,7 @@ def _emptied(folder: Path) -> Iterator[None]:
         remove(folder)
 
 
-def _sample(source: Source, config: Config, revision: str, journal: Journal) -> SampledRows:
+def _sample(source: Source, settings: AskSettings, limit: int | None, journal: Journal) -> SampledRows:
     """Return the first rows of a source with SAMPLED_IMAGES images that were not asked about, else with images that were."""
     rows: list[Sample | Rejected] = []
     filling: list[Sample] = []
@@ -130,25 +120,28 @@ def _sample(source: Source, config: Config, revision: str, journal: Journal) -> 
             rows.append(row)
             continue
         ids.add(row.id)
-        if not requests_about(config, source_texts(row.to_row(), config)):
+        if not _wanted(row, settings):
             complete += 1
             rows.append(row)
-        elif _is_answered(row, config, revision, journal):
+        elif _is_answered(row, settings, journal):
             answered += 1
             filling += [row] if len(filling) < SAMPLED_IMAGES else []
         else:
             new += 1
             rows.append(row)
-        if new == SAMPLED_IMAGES or complete == COMPLETE_IMAGES or len(ids) == config.limit:
+        if new == SAMPLED_IMAGES or complete == COMPLETE_IMAGES or len(ids) == limit:
             break
     return SampledRows([*rows, *filling[: SAMPLED_IMAGES - new]], new, answered, complete)
 
 
-def _is_answered(sample: Sample, config: Config, revision: str, journal: Journal) -> bool:
+def _wanted(sample: Sample, settings: AskSettings) -> tuple[Pair, ...]:
+    return settings.requests.wanted(source_texts(sample.to_row(), keeps_human_texts=settings.keeps_human_texts))
+
+
+def _is_answered(sample: Sample, settings: AskSettings, journal: Journal) -> bool:
     """Return whether the journal has replies to all that can be asked about a sample by the results that are there."""
-    results = read_results(sample.id, config, revision, journal, sample.context)
-    asked = requests_about(config, source_texts(sample.to_row(), config))
-    requests = build_requests(sample.id, config, revision, sample.context, results, asked)
+    results = read_results(sample.id, settings.requests, journal, sample.context)
+    requests = build_requests(sample.id, settings.requests, sample.context, results, _wanted(sample, settings))
     return all(journal.last(request.id) for request in requests)
 
 

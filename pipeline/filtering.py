@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.section import ANY_LANGUAGE
-from pipeline.config.sections import FilterConfig, TaskConfig
+from pipeline.config.sections import FilterConfig
 from pipeline.rules import MIN_WORDS_FOR_REPETITION, RECORD_RULES, RULES, Grams, RuleInput, Scores, Words
 from pipeline.tables import FILTERED, require_columns, with_reason
-from pipeline.tasks import TASKS
+from pipeline.tasks import BUILT_IN, TASKS, Tasks
 from pipeline.tasks.base import texts_in
-from pipeline.tasks.own import JOINING, NOTHING, OwnTasks, build_task
+from pipeline.tasks.own import JOINING, NOTHING, OwnTask
 from pipeline.tasks.prompts import NOTES, prompt_texts
 from pipeline.text import artifacts, language
 from pipeline.text.language import count_words
@@ -37,16 +37,16 @@ _HEDGE_WORDS = frozenset(
 
 
 def filter_annotations(
-    table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset(), own: OwnTasks = ()
+    table: pa.Table, config: FilterConfig, prompt_grams: Grams = frozenset(), tasks: Tasks = BUILT_IN
 ) -> pa.Table:
     """Append the scores of each row (tables.FILTERED), and `reason`: the name of the first rule that rejects it.
 
-    `own` are the settings of the user's own tasks, which may have other bounds and another language.
+    The user's own `tasks` may have other bounds and another language.
     """
     require_columns(table, "text", "question", "answer")
     texts = [table[name].to_pylist() for name in ("text", "question", "answer")]
-    if own:
-        judges = {task.name: _cached_judge(_config_of(task, config), _grams_of(task, prompt_grams)) for task in own}
+    if tasks.own:
+        judges = {task.name: _cached_judge(_config_of(task, config), _grams_of(task, prompt_grams)) for task in tasks.own}
         usual = _cached_judge(config, prompt_grams)
         rows = zip(table["task"].to_pylist(), *texts, table["record"].to_pylist(), strict=True)
         judged = [judges.get(task, usual)(*row) for task, *row in rows]
@@ -59,14 +59,15 @@ def filter_annotations(
 
 
 @lru_cache(64)
-def _grams_of(task: TaskConfig, prompt_grams: Grams) -> Grams:
+def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
     """Return the runs of words that a text of an own task must not repeat: those of its prompt, but for its allowed values."""
-    return prompt_grams | (artifacts.prompt_grams([task.prompt]) - artifacts.prompt_grams(build_task(task).allowed_texts()))
+    return prompt_grams | (artifacts.prompt_grams([task.settings.prompt]) - artifacts.prompt_grams(task.allowed_texts()))
 
 
 @lru_cache(64)
-def _config_of(task: TaskConfig, config: FilterConfig) -> FilterConfig:
+def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
     """Return the bounds of an own task: but for captions and questions there are none by default."""
+    task = own.settings
     kind = "question" if task.kind == "question" else "caption"
     bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
     changes: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}

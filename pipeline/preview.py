@@ -9,29 +9,24 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.version import dataset_folder
-from pipeline.digests import public_name
 from pipeline.errors import SourceError
 from pipeline.executors.messages import describe_engine
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.inference.engines import choose_engine, open_engine
+from pipeline.inference.engines import open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
-from pipeline.inference.requests import build_requests, check_prompts, requests_about, rounds
+from pipeline.inference.requests import build_requests
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.sources import open_source, with_source_defaults
-from pipeline.sources.local_files import skip_digests
-from pipeline.stages.generate import sample_info, source_texts
+from pipeline.stages.ask import AskSettings, sample_info, source_texts
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tables import HUMAN
-from pipeline.tasks import find_task
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
 from pipeline.text.reasons import in_short
-from pipeline.types import Rejected, Request, Sample, SampleBatch
+from pipeline.types import Rejected, Request, Sample, SampleBatch, SourceTexts
 
 THUMBNAIL_BYTES = 40_000
 
@@ -88,15 +83,11 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
 
     Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
     """
-    folder = DatasetDir(out or dataset_folder(config.source))
-    config = with_source_defaults(config)
     progress = progress or NullProgress()
-    check_prompts(config)
-    with skip_digests():  # a few images of a large source are shown at once
-        source = open_source(config)
-    for text in source.messages:
-        progress.message(text)
-    choice = choose_engine(config, folder.server_log, progress)
+    plan = Plan.open(config, out, progress, is_trial=True)
+    folder, source, choice, settings = plan.dataset, plan.source, plan.engine, AskSettings.of(plan)
+    assert source is not None
+    assert choice is not None
     samples: dict[str, Sample] = {}
     skipped: list[str] = []
     for row in source.rows:
@@ -116,29 +107,27 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         open_engine(lambda: choice) as start,
     ):
         chunk = SampleBatch.of((sample.id, sample.images) for sample in samples.values())
-        texts = {sample.id: source_texts(sample.to_row(), config) for sample in samples.values()}
-        for round_number in range(len(rounds(config))):
-            for engine in ask_about(iter([chunk]), config, choice.revision, start, journal, stats, texts, round_number):
-                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(config.server))
-        images = [_read(sample, config, choice.revision, journal, stats.seconds or {}) for sample in samples.values()]
-        requests = [request for one in samples.values() for request in _requests_of(one, config, choice.revision, journal)]
+        texts = {one.id: _source_texts(one, settings) for one in samples.values()}
+        for round_number in range(len(plan.requests.rounds)):
+            for engine in ask_about(iter([chunk]), plan.requests, settings.server, start, journal, stats, texts, round_number):
+                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(settings.server))
+        images = [_read(sample, plan, journal, stats.seconds or {}) for sample in samples.values()]
+        requests = [request for one in samples.values() for request in _requests_of(one, settings, journal)]
     first = {f"{request.task} {request.style}".strip(): request for request in reversed(requests)}
     prompts = {name: (first[name].system, first[name].text) for name in reversed(first)}
-    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-    described = describe_prompts(tasks, config.generate.prompt_dir, config.generate.style_prompts)
-    name = public_name(choice.model)
+    described = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
     where = describe_engine(config, choice)
-    return Preview(config.source, name, where, described, prompts, images, folder.path, skipped)
+    return Preview(config.source, plan.model, where, described, prompts, images, folder.path, skipped)
 
 
-def _read(sample: Sample, config: Config, revision: str, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
-    row = sample.to_row()
-    info = sample_info(row, len(sample.images), config)
-    (table,) = read_annotations([[info]], config, revision, journal, {sample.id: source_texts(row, config)})
-    texts = dict(_judged_texts(table, config))
+def _read(sample: Sample, plan: Plan, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
+    settings = AskSettings.of(plan)
+    info = sample_info(sample.to_row(), len(sample.images), settings)
+    (table,) = read_annotations([[info]], plan.requests, journal, {sample.id: _source_texts(sample, settings)})
+    texts = dict(_judged_texts(table, plan))
     by_people = {human["request_id"]: human for human in info.human}
     replies = [PreviewReply(one["task"], HUMAN, texts[name], 0, 0, None) for name, one in by_people.items()]
-    for request in _requests_of(sample, config, revision, journal):
+    for request in _requests_of(sample, settings, journal):
         last = journal.last(request.id)
         assert last is not None
         reply = last[0]
@@ -155,19 +144,23 @@ def _read(sample: Sample, config: Config, revision: str, journal: Journal, secon
     return PreviewImage(visible(sample.source_row), sample.images[0], sample.width_px, sample.height_px, replies)
 
 
-def _requests_of(sample: Sample, config: Config, revision: str, journal: Journal) -> list[Request]:
-    results = read_results(sample.id, config, revision, journal, sample.context)
-    asked = requests_about(config, source_texts(sample.to_row(), config))
-    return list(build_requests(sample.id, config, revision, sample.context, results, asked))
+def _requests_of(sample: Sample, settings: AskSettings, journal: Journal) -> list[Request]:
+    plan = settings.requests
+    results = read_results(sample.id, plan, journal, sample.context)
+    return list(build_requests(sample.id, plan, sample.context, results, plan.wanted(_source_texts(sample, settings))))
 
 
-def _judged_texts(table: pa.Table, config: Config) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+def _source_texts(sample: Sample, settings: AskSettings) -> SourceTexts:
+    return source_texts(sample.to_row(), keeps_human_texts=settings.keeps_human_texts)
+
+
+def _judged_texts(table: pa.Table, plan: Plan) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
-    validated = validate_annotations(table, config.own_tasks)
+    validated = validate_annotations(table, plan.tasks)
     reasons = validated["reason"].to_pylist()
-    grams = own_prompt_grams(tuple(config.tasks))
+    grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
     kept = validated.drop_columns(["reason"])
-    filtered = filter_annotations(kept, config.filter, grams, config.own_tasks)["reason"].to_pylist()
+    filtered = filter_annotations(kept, plan.config.filter, grams, plan.tasks)["reason"].to_pylist()
     texts: dict[str, list[tuple[str, str | None]]] = {}
     for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):
         own = in_short(json.loads(row["record"])) if row["record"] else None

@@ -1,90 +1,194 @@
-"""A run: its stages in order, the checks before it begins, and the two ways to start one."""
+"""A run: its steps in order, from the images of a source to a version of a dataset."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir, require_nameable
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
-from pipeline.dataset.version import dataset_folder
-from pipeline.errors import ConfigError, SynthError, did_you_mean
-from pipeline.executors.base import ClusterOptions, RunResult
-from pipeline.executors.local import reading_settings, run_locally
-from pipeline.inference.requests import check_prompts
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, SynthError, TableError
+from pipeline.executors.base import ClusterOptions, forget_other_steps
+from pipeline.executors.local import LocalExecutor
+from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
+from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.sources import open_source, with_source_defaults
-from pipeline.stages import balance, dedupe, review, select, split, trim, validate, verify
+from pipeline.stages import ask, balance, dedupe, read, review, select, split, trim, validate, verify, version
 from pipeline.stages import filter as filter_
-from pipeline.stages.base import AllRows, Stage, step_order
+from pipeline.stages.base import AllRows, Executor, Step, Work
 from pipeline.stages.review import read_texts
-from pipeline.storage.files import read_json, translate_disk_errors, write_text
+from pipeline.storage.files import read_batches, read_json, translate_disk_errors, write_json, write_text
 from pipeline.storage.object_store import is_remote
 
-STAGES = (
-    validate.STAGE,
-    filter_.STAGE,
-    verify.STAGE,
-    select.STAGE,
-    dedupe.STAGE,
-    balance.STAGE,
-    trim.STAGE,
-    split.STAGE,
-    review.STAGE,
+STEPS: tuple[Step, ...] = (
+    read.STEP,
+    ask.STEP,
+    validate.STEP,
+    filter_.STEP,
+    verify.STEP,
+    select.STEP,
+    dedupe.STEP,
+    balance.STEP,
+    trim.STEP,
+    split.STEP,
+    review.STEP,
+    version.STEP,
 )
-ORDER = step_order(STAGES)  # of a run that has all of them
-FILTER_KEYS = ("min_words", "max_words")  # of an own task
+LEAST_YIELD = 0.05  # of the images that were read
+SURPLUS = 1.1  # images that are read beyond those that should be enough: fewer rounds
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The result of a run: its plan, the version, whether it is new, request counts, and a summary of each step."""
+
+    plan: Plan
+    version: Version
+    is_new: bool
+    stats: RequestStats
+    funnel: list[StageSummary]
+
+
+def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name) -> RunResult:
+    """Run every step whose inputs have changed, and return the version. Raises SynthError; what is done stays on the disk.
+
+    The caller holds the lock of the dataset folder. Steps before the one named `first` are taken as they are. Where a number of
+    images is wanted, the source is read on until so many are kept.
+    """
+    steps = steps_of(plan)
+    names = [step.name for step in steps]
+    todo = [*zip(("", *names), steps[:-1], strict=False)][names.index(first) :]
+    work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
+    while True:
+        for number, (before, step) in enumerate(todo, start=1):
+            step.run(work, before)
+            progress("curate", number, len(todo), {"last": step.name})
+        if first != read.STEP.name or not reads_on(work):
+            break
+        stats.begin_pass()
+    work.summaries = [step.summarize(work) for step in steps[:-1]]
+    require_sums(work.summaries)
+    require_rows(plan, work.summaries)
+    steps[-1].run(work, names[-2])
+    assert work.version
+    return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
+
+
+def steps_of(plan: Plan) -> list[Step]:
+    """Return the steps that a run has, in order."""
+    return [step for step in STEPS if step.is_wanted(plan)]
 
 
 def generate_dataset(
-    config: Config,
-    out: Path | None = None,
-    from_stage: str | None = None,
-    progress: Progress | None = None,
-    cluster: ClusterOptions | None = None,
+    config: Config, out: Path | None = None, progress: Progress | None = None, cluster: ClusterOptions | None = None
 ) -> RunResult:
-    """Run all stages in order and return the version that comes out. Raises SynthError; finished work stays on the disk.
+    """Turn images into a version of a dataset. Raises SynthError; the same call goes on with what is done.
 
-    `out` is the dataset folder, with a `cluster` also one in an object store; default `data/<source>`. With `from_stage`, the
-    run starts at this stage from what the one before it left on the disk.
+    `out` is the dataset folder, with a `cluster` also one in an object store; default `data/<source>`.
     """
     progress = progress or NullProgress()
-    dataset = DatasetDir(out or dataset_folder(config.source))
-    require_nameable(dataset.path)
-    if is_remote(dataset.path) and cluster is None:
+    if out is not None and is_remote(out) and cluster is None:
         hint = "pass a folder of this disk, or a cluster: --executor ray"
-        raise ConfigError(f"a run in one process cannot write to {dataset.path}", hint=hint)
-    config = with_source_defaults(config)
-    stages = stages_of(config)
-    start, order = from_stage or ORDER[0], step_order(stages)
-    if start not in order:
-        hint = f"{did_you_mean(start, order)} stages in order: {', '.join(order)}".strip()
-        raise ConfigError(f"unknown stage: {start}", hint=hint)
-    check_prompts(config)
-    if config.balance.entries:
-        balance.read_entries(config.balance.entries)
-    with translate_disk_errors(dataset.path):
-        refuse_other_settings(dataset, config, start)
+        raise ConfigError(f"a run in one process cannot write to {out}", hint=hint)
+    if cluster is not None and config.images is not None:
+        hint = "say how many images to read: --limit N"
+        raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
+    plan = Plan.open(config, out, progress)
+    progress.message(describe_start(plan))
+    stats = RequestStats()
     if cluster is not None:
-        if config.images is not None:
-            hint = "say how many images to read: --limit N"
-            raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
-        from pipeline.executors.ray.executor import run_on_cluster
+        from pipeline.executors.ray.executor import open_executor
 
-        return run_on_cluster(config, DatasetDir(dataset.path.absolute()), stages, cluster, progress)
-    source = open_source(reading_settings(config)) if start == "source" else None
-    for text in source.messages if source else ():
-        progress.message(text)
-    with translate_disk_errors(dataset.path), dataset.lock(), log_to(dataset.path):
-        return run_locally(config, dataset, stages, start, source, progress)
+        with open_executor(plan, [step.name for step in steps_of(plan)], cluster, stats, progress) as executor:
+            return run(plan, executor, stats, progress)
+    with translate_disk_errors(plan.dataset.path), plan.dataset.lock(), log_to(plan.dataset.path):
+        return run_here(plan, stats, progress)
 
 
-def stages_of(config: Config) -> tuple[Stage, ...]:
-    """Return the stages between generate and version that a run with these settings has, in order."""
-    return tuple(stage for stage in STAGES if stage.is_wanted(config))
+def run_here(plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name) -> RunResult:
+    """Run in this process; see `run`."""
+    forget_other_steps(plan.dataset, [step.name for step in steps_of(plan)])
+    write_json(plan.dataset.run_file, plan.config.recorded())
+    with LocalExecutor(plan, stats, progress) as executor:
+        return run(plan, executor, stats, progress, first=first)
+
+
+def reads_on(work: Work) -> bool:
+    """Return whether more images are to be read, and how many: fewer are kept than a number that is wanted.
+
+    It stops where nearly nothing is kept, since every image is paid for.
+    """
+    config, limit, progress = work.plan.config, work.limit, work.progress
+    if config.images is None or limit is None or (kept := _count_images(work.executor.shards)) >= config.images:
+        return False
+    so_far = f"{kept:,} of {config.images:,} images are kept of {limit:,} that were read"
+    if not work.has_more:
+        progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
+    elif limit == config.limit:
+        progress.warn(f"{so_far}, and --limit allows no more")
+    elif kept < LEAST_YIELD * limit:
+        progress.warn(f"{so_far}: too few to read on; see why others were rejected, change that, and run the same command")
+    else:
+        lacking = math.ceil((config.images - kept) * limit / kept * SURPLUS)
+        work.limit = min(limit + lacking, config.limit or limit + lacking)
+        progress.message(f"{so_far}: reading on, to image {work.limit:,}")
+        return True
+    return False
+
+
+def _count_images(shards: Sequence[DatasetDir]) -> int:
+    """Return how many images the step `trim` kept; human reviews come after it, and lower the number."""
+    ids: set[str] = set()
+    for shard in shards:
+        for table in read_batches(shard.stage(trim.STEP.name), ["sample_id"]):
+            ids.update(table["sample_id"].to_pylist())
+    return len(ids)
+
+
+def require_sums(summaries: Sequence[StageSummary]) -> None:
+    """Raise TableError unless each step kept or rejected every row of the step before it."""
+    for previous, summary in pairwise(summaries[2:]):
+        if summary.input != previous.kept:
+            raise TableError(
+                f"step {summary.stage} was given {summary.input} rows, of {previous.kept}", hint="please report this bug"
+            )
+
+
+class NoRowsError(TableError):
+    """Raised if the steps have rejected every row; it has their summaries."""
+
+    def __init__(self, message: str, hint: str, summaries: list[StageSummary]) -> None:
+        super().__init__(message, hint=hint)
+        self.summaries = summaries
+
+
+def require_rows(plan: Plan, summaries: list[StageSummary]) -> None:
+    """Raise NoRowsError, with what to change, if no row is left to make a version of."""
+    judged = next(summary for summary in summaries if summary.stage == validate.STEP.name)
+    if not judged.input and plan.config.keeps_human_texts:
+        hint = "--tasks caption asks a model"
+        if "captions" in plan.spec.options:
+            hint = f"name a file of them: --captions FILE; {hint}"
+        elif plan.spec.kind in ("hub", "parquet"):  # the columns of other sources have fixed names
+            hint = f"name a column: --columns references=COLUMN; {hint}"
+        raise NoRowsError(f"{plan.config.source} has no caption and no question that people wrote", hint, summaries)
+    if summaries[-1].kept:
+        return
+    losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet"), *describe_unanswered(plan.dataset, summaries)]
+    hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
+    if plan.config.tasks and 2 * judged.kept < judged.input:
+        attempts = plan.config.generate.max_attempts
+        hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
+    problem = "; ".join(losses) or "every step rejected some"
+    raise NoRowsError(f"no row is left to make a version of: {problem}", hint, summaries)
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
@@ -95,8 +199,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
-        config = _settings_of(dataset)
-        new = [(review, path) for path in files for review in read_reviews(path)]
+        plan = Plan.resolve(_settings_of(dataset), dataset)
+        new = [(one, path) for path in files for one in read_reviews(path)]
         if not new:
             raise ConfigError(
                 f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
@@ -106,66 +210,32 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
             if not dataset.stage("split").exists() and not dataset.finished.exists():
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
-            samples = {review.sample_id for review in [*before, *(review for review, _ in new)]}
+            samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(review.resulting_name for review in before)}
-            if not any(review.name in known for review, _ in new):
+            known = {*rows, *(one.resulting_name for one in before)}
+            if not any(one.name in known for one, _ in new):
                 raise ConfigError(
                     f"none of the {len(new)} reviews matches a text of {dataset.path}",
                     hint="name the dataset folder that the report was made of; its texts may be those of an older version",
                 )
-            merged = merge_reviews(before, [review for review, _ in new], rows)
-            for name, flaw in check_edits(merged, rows, config.own_tasks).items():
-                review, from_file = merged[name], {review.resulting_name: path for review, path in new}
-                text = f"{review.question} {review.answer}" if review.text is None else review.text
-                path = from_file.get(review.resulting_name, dataset.reviews)
+            merged = merge_reviews(before, [one for one, _ in new], rows)
+            for name, flaw in check_edits(merged, rows, plan.tasks).items():
+                edit, from_file = merged[name], {one.resulting_name: path for one, path in new}
+                text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
+                path = from_file.get(edit.resulting_name, dataset.reviews)
                 raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
                 if dataset.stage("split").exists():
                     with log_to(dataset.path):
-                        return run_locally(config, dataset, stages_of(config), "review", None, progress)
-                from pipeline.executors.ray.executor import review_on_cluster
+                        return run_here(plan, RequestStats(), progress, first=review.STEP.name)
+                from pipeline.executors.ray.executor import open_finished
 
-                return review_on_cluster(config, DatasetDir(dataset.path.absolute()), stages_of(config), progress, check)
+                with open_finished(plan, progress, check) as executor:
+                    return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except SynthError:
                 write_text(dataset.reviews, format_reviews(before))
                 raise
-
-
-def refuse_other_settings(dataset: DatasetDir, config: Config, start: str) -> None:
-    """Raise ConfigError for another source in the same folder, or, with --from-stage, settings that an earlier stage lacked."""
-    if not dataset.run_file.exists():
-        return
-    now, before = config.recorded(), dataset.settings()
-    if not isinstance(before, dict) or not before.keys() >= now.keys():
-        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR")
-    source = str(before["source"])
-    if not _is_same_source(source, config.source):
-        hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
-        raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
-    later = ORDER[ORDER.index(start) :]
-    free = {"base_url", "engine", "server", *later}  # sections of stages that run now may have changed
-    free |= {"images"} if "trim" in later else set()
-    if start in ORDER[ORDER.index("filter") :]:
-        now["own_tasks"], before["own_tasks"] = (_without_bounds(settings["own_tasks"]) for settings in (now, before))
-    changed = [name for name in now if start != ORDER[0] and name not in free and now[name] != before[name]]
-    if changed:
-        raise ConfigError(f"{changed[0]} has changed since the stages before {start} ran", hint="run without --from-stage")
-
-
-def _is_same_source(one: str, other: str) -> bool:
-    """Return whether two names mean one source: a path may be spelled in several ways."""
-    (kind, _, path), (other_kind, _, other_path) = one.partition(":"), other.partition(":")
-    is_local = bool(path and other_path) and "://" not in path + other_path
-    return one == other or (
-        kind == other_kind and is_local and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
-    )
-
-
-def _without_bounds(own_tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return own tasks without what the stage filter judges their texts by."""
-    return [{name: value for name, value in task.items() if name not in FILTER_KEYS} for task in own_tasks]
 
 
 def _settings_of(dataset: DatasetDir) -> Config:

@@ -216,8 +216,8 @@ def review_apply(
     """Apply reviews: remove bad texts, insert edited texts, and make the next version. Later runs keep the reviews."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses
-    from pipeline.run import STAGES, apply_reviews
+    from pipeline.run import STEPS, apply_reviews
 
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or only_made()), reviews, progress)
-    print_run_result(result, list(describe_losses(STAGES, result.funnel)), shown=progress.warnings, as_json=as_json)
+    print_run_result(result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json)

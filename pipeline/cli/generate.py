@@ -34,15 +34,6 @@ def generate(
             show_default="data/SOURCE",
         ),
     ] = None,
-    from_stage: Annotated[
-        str | None,
-        _dataset_option(
-            metavar="STAGE",
-            help="Start at a stage, from the results of the one before it: source, generate, validate, filter, verify, "
-            "select, dedupe, balance, trim, split, review, version.",
-            hidden=True,
-        ),
-    ] = None,
     dry_run: Annotated[
         bool, _dataset_option("--dry-run", help="Ask about 32 images, and predict hours, tokens, money and kept rows of all.")
     ] = False,
@@ -73,12 +64,12 @@ def generate(
     from pipeline.dry_run import predict_run
     from pipeline.executors.base import ClusterOptions
     from pipeline.executors.messages import describe_warnings
-    from pipeline.run import STAGES, generate_dataset
+    from pipeline.run import STEPS, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
         raise BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
-    if executor == "ray" and (from_stage or dry_run):
-        raise BadParameter("--from-stage and --dry-run go with --executor local", param_hint="--executor")
+    if executor == "ray" and dry_run:
+        raise BadParameter("--dry-run goes with --executor local", param_hint="--executor")
     if executor == "local" and out and is_remote(out):
         raise BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
     if NO_MODEL in settings.options.values() and settings.config.asks_model:
@@ -92,9 +83,9 @@ def generate(
         return
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
-        result = generate_dataset(settings.config, out, from_stage, progress, cluster)
+        result = generate_dataset(settings.config, out, progress, cluster)
     remember_dataset(out)
-    warnings = describe_warnings(STAGES, result.version, result.funnel, settings.config)
+    warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     print_run_result(result, warnings, settings.config.server, shown=progress.warnings, as_json=as_json)
 
 

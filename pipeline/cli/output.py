@@ -15,8 +15,8 @@ from pipeline.text.escape import printable
 if TYPE_CHECKING:
     from pipeline.config.sections import ServerConfig
     from pipeline.dataset.version import Version
-    from pipeline.executors.base import RunResult
     from pipeline.preview import Preview
+    from pipeline.run import RunResult
 
 
 def last_dataset() -> Path:
@@ -171,10 +171,10 @@ def print_run_result(
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
-    from pipeline.run import STAGES
+    from pipeline.run import STEPS
     from pipeline.sources.base import first_names
 
-    choices = {stage.name for stage in STAGES if stage.is_choice}
+    choices = {step.name for step in STEPS if step.is_choice}
     for step in result.funnel:
         lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
         text = f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}"

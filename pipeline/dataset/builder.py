@@ -86,7 +86,7 @@ def build_rows(
         rows.add(table)
         yield table
     if reader.waiting is not None and reader.waiting.num_rows:
-        raise TableError("annotations and samples are in different orders", hint="run without --from-stage")
+        raise TableError("annotations and samples are in different orders", hint="please report this bug")
 
 
 class _AnnotationReader:

@@ -88,15 +88,6 @@ class DatasetDir:
         """The file that a run on a cluster writes when all shards are done; without it, shards may be of several runs."""
         return self.path / "shards" / "finished.json"
 
-    def provenance(self, stage: str) -> Path:
-        """Return where the source or model of a stage is told: a run that starts at a later stage must use the same one."""
-        return self.path / "stages" / stage / "made_by.json"
-
-    @property
-    def asked_model(self) -> Path:
-        """Where a run in one process notes which model it begins to ask; it may be killed before its replies are read."""
-        return self.path / "stages" / "generate" / "asked.json"
-
     @property
     def reviews(self) -> Path:
         """Reviews of texts by people, applied by `synth review apply`."""
@@ -325,5 +316,5 @@ def read_exclusions(dataset: DatasetDir) -> pa.Table:
 def require_file(path: Path) -> Path:
     """Return the path of an existing file. Raises ConfigError if it is missing."""
     if not path.exists():
-        raise ConfigError(f"{path} is missing", hint="run once without --from-stage")
+        raise ConfigError(f"{path} is missing", hint="run `synth generate` again: it makes the file")
     return path

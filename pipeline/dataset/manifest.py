@@ -1,6 +1,6 @@
 """Describe the run that made a version, for its manifest."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import NO_MODEL, Config
@@ -8,7 +8,7 @@ from pipeline.config.addresses import AT_SERVER
 from pipeline.config.manifests import LOCAL_SOURCES
 from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
-from pipeline.tasks import find_task, wire_schema
+from pipeline.tasks import Tasks, wire_schema
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import ANSWER, CLAIMS, COVERS, RATE, REPAIR
 from pipeline.tasks.own import own_columns, publishable_task
@@ -26,7 +26,7 @@ class StageSummary:
     rejected: dict[str, int] = field(default_factory=dict)
 
 
-def asked_tasks(config: Config) -> tuple[Task, ...]:
+def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
     """Return the tasks of a run, including those by which checks ask the model."""
     checks = set(config.verify.checks)
     asked = {
@@ -36,8 +36,7 @@ def asked_tasks(config: Config) -> tuple[Task, ...]:
         COVERS: "covers" in checks,
         RATE: config.verify.judge,
     }
-    named = (find_task(name, config.own_tasks) for name in config.tasks)
-    return (*named, *(task for task, is_asked in asked.items() if is_asked))
+    return (*tasks.asked, *(task for task, is_asked in asked.items() if is_asked))
 
 
 def added_fields(config: Config) -> list[str]:
@@ -52,25 +51,21 @@ def added_fields(config: Config) -> list[str]:
     return [*(score for score, is_measured in measured.items() if is_measured), *ratings, *pairs]
 
 
-def row_extras(config: Config) -> Extras:
+def row_extras(config: Config, tasks: Tasks) -> Extras:
     """Return what the rows of a run have beside the usual columns."""
-    return Extras(tuple(added_fields(config)), config.published_context, tuple(own_columns(config.own_tasks)))
+    return Extras(tuple(added_fields(config)), config.published_context, tuple(own_columns(tasks.own)))
 
 
-def describe_provenance(
-    config: Config, source: dict[str, Any], model: dict[str, Any], funnel: list[StageSummary], statistics: dict[str, Any]
-) -> dict[str, Any]:
+def describe_provenance(config: Config, tasks: Tasks, source: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a manifest about the run that made the version."""
-    tasks = asked_tasks(config)
+    asked = asked_tasks(config, tasks)
     return {
         "source": {name: source[name] for name in ("name", "revision", "partial", "preview") if name in source},
         "model": model,
-        "prompts": prompt_texts(tasks, config.prompt_dirs, config.generate.style_prompts) if tasks else {},
-        "schemas": {task.name: wire_schema(task) for task in tasks},
-        # Files of captions by their digests when they were read: a later stage may begin without them.
-        "config": publishable_settings(config, source["name"], model["name"]) | {"captions": source.get("captions", [])},
-        "funnel": [asdict(summary) for summary in funnel],
-        "measured": statistics,
+        "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts) if asked else {},
+        "schemas": {task.name: wire_schema(task) for task in asked},
+        # Files of captions by their digests when they were read: a later run may begin without them.
+        "config": publishable_settings(config, tasks, source["name"], model["name"]) | {"captions": source.get("captions", [])},
         **describe_data(config.license, config.title, config.filter.language),
     }
 
@@ -99,11 +94,11 @@ def describe_decontamination(
     }
 
 
-def publishable_settings(config: Config, source: str, model: str) -> dict[str, Any]:
+def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) -> dict[str, Any]:
     """Return the settings as a manifest holds them: without addresses, and with digests or names instead of local paths."""
     settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"}) | {"source": source, "model": model}
-    if config.own_tasks:
-        settings["own_tasks"] = [publishable_task(task) for task in config.own_tasks]
+    if tasks.own:
+        settings["own_tasks"] = [publishable_task(task) for task in tasks.own]
     if model == NO_MODEL:
         settings["model"] = None
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]

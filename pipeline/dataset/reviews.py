@@ -16,8 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage.files import read_file
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import final_value
-from pipeline.tasks import find_broken_rule, find_task
-from pipeline.tasks.own import OwnTasks
+from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.text.pii import redact
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
@@ -125,17 +124,17 @@ def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotat
     return merged
 
 
-def check_edits(reviews: dict[TextName, Review], rows: Annotations, own: OwnTasks = ()) -> dict[TextName, str]:
+def check_edits(reviews: dict[TextName, Review], rows: Annotations, tasks: Tasks = BUILT_IN) -> dict[TextName, str]:
     """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
     edits = {name: review for name, review in reviews.items() if review.verdict == "edited" and name in rows}
-    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], own))}
+    flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], tasks))}
     kept = (name for name in rows if name not in reviews or reviews[name].verdict != "bad")
     counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
     repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
     return flaws | dict.fromkeys(repeated, "another text of this image says the same")
 
 
-def check_edit(review: Review, row: dict[str, Any], own: OwnTasks = ()) -> str | None:
+def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> str | None:
     """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
     if final_value(row, "record") is not None:
         return "the values of a task of one's own can be reviewed as good or bad, and not edited"
@@ -143,7 +142,7 @@ def check_edit(review: Review, row: dict[str, Any], own: OwnTasks = ()) -> str |
     if (review.text is None) == is_caption:
         return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
     fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
-    return find_broken_rule(find_task(row["task"], own), fields, row["pages"])
+    return find_broken_rule(tasks[row["task"]], fields, row["pages"])
 
 
 def text_name(row: dict[str, Any]) -> TextName:

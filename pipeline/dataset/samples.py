@@ -34,7 +34,7 @@ REST_FILE = Path("images", "rest.parquet")  # of the stage source: the images of
 KEPT_GROUPS, KEPT_BYTES = 4, 16_000_000  # as many at least, and more of small images; memory that is new costs time
 BATCH_SAMPLES = 64
 UNREADABLE = (OSError, ValueError, pa.ArrowException, SynthError)
-READ_AGAIN = "run `synth generate` again without --from-stage, which reads the images from the source"
+READ_AGAIN = "run `synth generate` again, which reads the images from the source"
 
 
 class _Group(NamedTuple):

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow.compute as pc
 
@@ -12,14 +12,13 @@ from pipeline.dataset.manifest import StageSummary
 from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
-from pipeline.inference.engines import EngineChoice, choose_judge, find_family
-from pipeline.inference.requests import requests_per_sample
-from pipeline.stages.base import Stage
-from pipeline.stages.source import ADVICE
+from pipeline.inference.engines import EngineChoice, find_family
+from pipeline.plan import Plan
+from pipeline.stages.base import Step
 from pipeline.stages.source_copies import REPEATED
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
-from pipeline.tasks import find_task, tasks_making
+from pipeline.tasks import tasks_making
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR
 
@@ -39,11 +38,13 @@ def describe_engine(config: Config, choice: EngineChoice) -> str:
     )
 
 
-def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) -> str:
+def describe_start(plan: Plan) -> str:
     """Return the opening line of a run: what is asked of which model, with which prompts, what people wrote, where it goes.
 
     Raises ConfigError or EngineError if texts are to be rated by a judge that cannot be asked: nothing is paid for before that.
     """
+    config, choice, dataset = plan.config, plan.engine, plan.dataset
+    assert choice is not None
     kept = "keeps the captions and questions that people wrote"
     if choice.model == NO_MODEL:
         return f"{config.source} to {dataset.path}: {kept}; asks no model"
@@ -51,11 +52,10 @@ def describe_start(config: Config, choice: EngineChoice, dataset: DatasetDir) ->
     asked = f"{what} of {public_name(choice.model)} ({describe_engine(config, choice)})"
     people = f"{kept}, and " if config.keeps_human_texts else ""
     missing = " what is missing:" if config.human_texts == "fill" else ""
-    tasks = [find_task(name, config.own_tasks) for name in config.tasks]
-    prompts = describe_prompts(tasks, config.generate.prompt_dir, config.generate.style_prompts)
+    prompts = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
     rated = ""
     if config.verify.judge:
-        rated = f"; rated by {choose_judge(config, choice.revision, writer=choice.model).model}"
+        rated = f"; rated by {plan.choose_judge().model}"
     about_boxes = "".join(f"; note: {note}" for note in describe_boxes(config, choice.model))
     return f"{config.source} to {dataset.path}: {people}asks{missing} {asked}{rated}; prompts: {prompts}{about_boxes}"
 
@@ -71,12 +71,13 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
             )
 
 
-def describe_warnings(stages: Sequence[Stage], version: Version, funnel: Sequence[StageSummary], config: Config) -> list[str]:
-    """Return warnings about stages that rejected most rows, texts and splits of which none is left, and unanswered requests."""
-    missing = describe_missing(stages, version, config) if config.asks_model else ()
+def describe_warnings(steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StageSummary]) -> list[str]:
+    """Return warnings about steps that rejected most rows, texts and splits of which none is left, and unanswered requests."""
+    config = plan.config
+    missing = describe_missing(steps, plan, version) if config.asks_model else ()
     return [
         *describe_title(version, config),
-        *describe_losses(stages, funnel),
+        *describe_losses(steps, funnel),
         *missing,
         *describe_empty_splits(version, config),
         *describe_unanswered(DatasetDir(version.dataset_dir), funnel),
@@ -91,13 +92,13 @@ def describe_title(version: Version, config: Config) -> Iterator[str]:
         yield f"{version.name} keeps {kept}: a title alone makes no version"
 
 
-def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], shown: str = REPORTED) -> Iterator[str]:
+def describe_losses(steps: Sequence[Step], funnel: Sequence[StageSummary], shown: str = REPORTED) -> Iterator[str]:
     """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change.
 
     `shown` says where they are, if nothing is known that could be changed.
     """
-    advice = _advice(stages)
-    choices = {stage.name for stage in stages if stage.is_choice}
+    advice = {step.name: step.advice for step in steps}
+    choices = {step.name for step in steps if step.is_choice}
     for summary in funnel:
         same, rejected = summary.rejected.get("same_as_the_best", 0), sum(summary.rejected.values())
         if 2 * same > rejected:
@@ -114,26 +115,28 @@ def describe_losses(stages: Sequence[Stage], funnel: Sequence[StageSummary], sho
             yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
-def describe_missing(stages: Sequence[Stage], version: Version, config: Config) -> Iterator[str]:
+def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Iterator[str]:
     """Yield a warning for captions, and one for questions, that were asked for and of which none is left."""
     measured = version.manifest["measured"]
+    config, pairs = plan.config, plan.requests.pairs
     missing: list[tuple[str, str]] = []
     if not measured.get("answers"):
         missing += [(name, "questions") for name in config.tasks if name in tasks_making("questions")]
     for name in tasks_making("captions").intersection(config.tasks):
-        styles = {style for task, style in requests_per_sample(config) if task == name}
+        styles = {style for task, style in pairs if task == name}
         styles |= {HUMAN} if config.human_texts == "fill" else set()  # then a model is asked only where there is none by people
         if styles.isdisjoint(measured.get("captions", {})):
             missing.append((name, "captions"))
     if not missing:
         return
+    advice = {step.name: step.advice for step in steps}
     rejections = read_table(version.path / REJECTIONS_FILE, ["stage", "reason", "task"])  # which may be in an object store
     for task, name in missing:
         lost = rejections.filter(pc.equal(rejections["task"], task))
         reasons = Counter(zip(lost["stage"].to_pylist(), lost["reason"].to_pylist(), strict=True))
         if reasons:
             (stage, reason), count = reasons.most_common(1)[0]
-            hint = _advice(stages).get(stage, {}).get(reason, REPORTED)
+            hint = advice.get(stage, {}).get(reason, REPORTED)
             yield f"none of the {name} is left: {stage} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
@@ -162,7 +165,3 @@ def _words_of_server(dataset: DatasetDir, reason: str) -> str:
         if len(said):
             return f'; it said "{one_line(said[0].as_py(), 200)}"'
     return ""
-
-
-def _advice(stages: Sequence[Stage]) -> dict[str, Mapping[str, str]]:
-    return {"source": ADVICE} | {stage.name: stage.advice for stage in stages}

@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 import pyarrow as pa
 
-from pipeline.config import Config
 from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
 from pipeline.images.decode import upright_size
@@ -20,15 +19,14 @@ from pipeline.inference.budget import Budget, CircuitBreaker, is_uncounted, like
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import (
     NO_RESULTS,
+    Pair,
+    RequestPlan,
     build_requests,
     build_retry,
-    requests_about,
     result_name,
-    rounds,
     with_images,
 )
 from pipeline.tables import ANNOTATION
-from pipeline.tasks import find_task
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.checks import RATE
 from pipeline.tasks.replies import find_flaw, parse_reply, read_result
@@ -62,6 +60,11 @@ class RequestStats:
         """Forget the requests of the pass before, over fewer images; what was asked and paid stays counted."""
         self.total = self.done = 0
 
+    def add_known(self, requests: int) -> None:
+        """Count requests that an earlier run has asked, and that this one need not look up."""
+        self.total += requests
+        self.done += requests
+
     def add_reply(self, request: Request, reply: Reply) -> None:
         """Count the tokens of a reply that came now."""
         read, written = likely_tokens(reply)
@@ -73,6 +76,11 @@ class RequestStats:
         self.uncounted += is_uncounted(reply)
         if self.seconds is not None:
             self.seconds[reply.request_id] = reply.seconds
+
+    @property
+    def unanswered(self) -> int:
+        """How many requests got no reply in this run, only errors: a later run asks them again."""
+        return sum(self.flaws[reason] for reason in UNANSWERED)
 
     @property
     def shown_about(self) -> str:
@@ -96,18 +104,20 @@ class RequestStats:
 class RequestQueue:
     """Requests that still need a reply, chunk by chunk; the types.RequestSource of an engine."""
 
-    def __init__(self, chunks: Iterator[Chunk], config: Config, journal: Journal, counts: RequestStats) -> None:
+    def __init__(
+        self, chunks: Iterator[Chunk], plan: RequestPlan, server: ServerConfig, journal: Journal, counts: RequestStats
+    ) -> None:
         self._chunks = chunks
-        self._attempts = config.generate.max_attempts
-        self._own_tasks, self._max_pixels = config.own_tasks, config.generate.max_pixels
+        self._attempts = plan.generate.max_attempts
+        self._tasks, self._max_pixels = plan.tasks, plan.generate.max_pixels
         self._journal = journal
         self._counts = counts
         self._budget = None
-        if config.server.has_budget:
+        if server.has_budget:
             read, written = journal.likely_tokens()
-            cost = config.server.price(read, written, *journal.likely_tokens(RATE.name)) or 0.0
-            self._budget = Budget(config.server, journal.totals()["asked"], read + written, cost)
-        self._breaker = CircuitBreaker(config.server.max_failure_frac)
+            cost = server.price(read, written, *journal.likely_tokens(RATE.name)) or 0.0
+            self._budget = Budget(server, journal.totals()["asked"], read + written, cost)
+        self._breaker = CircuitBreaker(server.max_failure_frac)
         self._new: list[Request] = []
         self._retries: list[Request] = []
         self._resumed: set[str] = set()  # requests that an earlier run had an unusable reply to, and this one none yet
@@ -190,11 +200,9 @@ class RequestQueue:
             raise self._budget.error()
 
     def _find_flaw(self, request: Request, reply: Reply) -> str | None:
-        if not self._own_tasks:
-            return find_flaw(request, reply)
-        has_boxes = find_task(request.task, self._own_tasks).box_field is not None and len(request.images) == 1
+        has_boxes = self._tasks[request.task].box_field is not None and len(request.images) == 1
         frame = Frame(*upright_size(request.images[0]), reply.max_pixels or self._max_pixels) if has_boxes else None
-        return find_flaw(request, reply, self._own_tasks, frame)
+        return find_flaw(request, reply, self._tasks, frame)
 
     def _enqueue(self, request: Request) -> None:
         self._counts.total += 1
@@ -234,8 +242,8 @@ def signals_wait() -> Iterator[None]:
 
 def ask_about(
     chunks: Iterator[SampleBatch],
-    config: Config,
-    revision: str,
+    plan: RequestPlan,
+    server: ServerConfig,
     engine: Callable[[], Engine],
     journal: Journal,
     counts: RequestStats,
@@ -244,33 +252,38 @@ def ask_about(
 ) -> Iterator[Engine]:
     """Send all requests about samples until the journal holds a reply to each; yield after each group of replies.
 
-    `revision` is that of the engine's weights; the engine is made only if a request must be sent. `texts` are what the source
-    says of the samples. `round_number` counts rounds (requests.rounds): a later one uses results of those before.
+    The engine is made only if a request must be sent. `texts` are what the source says of the samples. `round_number` counts
+    the rounds of the plan: a later one uses results of those before.
     """
-    asked = rounds(config)[round_number]
+    asked = plan.rounds[round_number]
 
     def requests() -> Iterator[Chunk]:
         for samples in chunks:
             of_chunk: list[Request] = []
             for sample_id in samples.ids:
                 of_source = texts.get(sample_id, SourceTexts())
-                results = read_results(sample_id, config, revision, journal, of_source.context) if round_number else NO_RESULTS
-                wanted = requests_about(config, of_source)
+                results = read_results(sample_id, plan, journal, of_source.context) if round_number else NO_RESULTS
+                wanted = plan.wanted(of_source)
                 now = [pair for pair in asked if pair in wanted]
-                of_chunk += build_requests(sample_id, config, revision, of_source.context, results, now)
+                of_chunk += build_requests(sample_id, plan, of_source.context, results, now)
             yield of_chunk, samples
 
-    return ask_all(requests(), config, engine, journal, counts)
+    return ask_all(requests(), plan, server, engine, journal, counts)
 
 
 def ask_all(
-    chunks: Iterator[Chunk], config: Config, engine: Callable[[], Engine], journal: Journal, counts: RequestStats
+    chunks: Iterator[Chunk],
+    plan: RequestPlan,
+    server: ServerConfig,
+    engine: Callable[[], Engine],
+    journal: Journal,
+    counts: RequestStats,
 ) -> Iterator[Engine]:
     """Send requests until each has a usable reply in the journal or `max_attempts` unusable ones; yield as `ask_about` does.
 
     Raise BudgetError if the budget is used up before, and EngineError if nearly no reply is usable.
     """
-    queue = RequestQueue(chunks, config, journal, counts)
+    queue = RequestQueue(chunks, plan, server, journal, counts)
     while queue.has_work():
         queue.require_room()
         ready = engine()
@@ -282,7 +295,7 @@ def ask_all(
 
 
 def read_annotations(
-    samples: Iterable[Sequence[SampleInfo]], config: Config, revision: str, journal: Journal, texts: TextsById = NO_TEXTS
+    samples: Iterable[Sequence[SampleInfo]], plan: RequestPlan, journal: Journal, texts: TextsById = NO_TEXTS
 ) -> Iterator[pa.Table]:
     """Yield one table of annotations (tables.ANNOTATION) for each list of samples, those of people first.
 
@@ -292,38 +305,37 @@ def read_annotations(
         rows = []
         for sample_id, pages, split, width_px, height_px, human in chunk:
             of_source = texts.get(sample_id, SourceTexts())
-            results = read_results(sample_id, config, revision, journal, of_source.context)
-            asked = requests_about(config, of_source)
-            requests = list(build_requests(sample_id, config, revision, of_source.context, results, asked))
+            results = read_results(sample_id, plan, journal, of_source.context)
+            asked = plan.wanted(of_source)
+            requests = list(build_requests(sample_id, plan, of_source.context, results, asked))
             rows += [row | {"pages": pages, "source_split": split} for row in human]
             for request in requests:
                 last = journal.last(request.id)
                 assert last is not None, f"no reply to {request.id}: the engine left a request out"
                 reply, _ = last
-                frame = Frame(width_px, height_px, reply.max_pixels or config.generate.max_pixels)
-                parsed = parse_reply(request, reply, config.own_tasks, frame)
+                frame = Frame(width_px, height_px, reply.max_pixels or plan.generate.max_pixels)
+                parsed = parse_reply(request, reply, plan.tasks, frame)
                 rows += [row | {"pages": pages, "source_split": split} for row in parsed]
             rows += [row | {"pages": pages, "source_split": split} for row in _not_asked(sample_id, asked, requests)]
         yield pa.Table.from_pylist(rows, schema=ANNOTATION)
 
 
-def read_results(sample_id: str, config: Config, revision: str, journal: Journal, context: Context = ()) -> dict[str, str]:
+def read_results(sample_id: str, plan: RequestPlan, journal: Journal, context: Context = ()) -> dict[str, str]:
     """Return the results about a sample that own tasks need and the journal has, as JSON by name."""
-    needed = {need for task in config.own_tasks for need in task.needs}
     results: dict[str, str] = {}
-    for asked in rounds(config) if needed else ():
-        wanted = [pair for pair in asked if result_name(*pair) in needed]
-        for request in build_requests(sample_id, config, revision, context, results, wanted):
+    for asked in plan.rounds if plan.needed else ():
+        wanted = [pair for pair in asked if result_name(*pair) in plan.needed]
+        for request in build_requests(sample_id, plan, context, results, wanted):
             if result_name(request.task, request.style) in results:
                 continue  # of several captions, the first that can be used
             last = journal.last(request.id)
-            value = last and read_result(request, last[0], config.own_tasks)
+            value = last and read_result(request, last[0], plan.tasks)
             if value is not None:
                 results[result_name(request.task, request.style)] = json.dumps(value, ensure_ascii=False)
     return results
 
 
-def _not_asked(sample_id: str, wanted: Sequence[tuple[str, str]], requests: Sequence[Request]) -> Iterator[dict[str, object]]:
+def _not_asked(sample_id: str, wanted: Sequence[Pair], requests: Sequence[Request]) -> Iterator[dict[str, object]]:
     """Yield rows that stand for tasks that were not asked about a sample, since a result that they need is missing."""
     asked = {(request.task, request.style) for request in requests}
     for name, style in wanted:

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.config.sections import VerifyConfig
 from pipeline.digests import digest
 from pipeline.inference.journal import Journal
-from pipeline.inference.requests import shared_fields
+from pipeline.inference.requests import RequestPlan
 from pipeline.scenes.claims import Claim, extract_claims
 from pipeline.tables import RUBRIC
 from pipeline.tasks import find_broken_rule
@@ -25,7 +24,7 @@ from pipeline.text.vqa_answers import is_negative, normalize_answer
 from pipeline.types import Reply, Request, SampleBatch
 
 _RATED = {"caption": "text", "question": "question", "answer": "answer"}  # values of the template, and what they come from
-_NOTHING_RATED = dict.fromkeys(_RATED, "")
+_NOTHING_RATED: dict[str, Any] = dict.fromkeys(_RATED, "")
 CLAIMS_TOKENS = 800  # eight claims with two questions each take about 350
 
 
@@ -68,12 +67,10 @@ def coverage_checks(caption: str | None, config: VerifyConfig, questions: Iterab
     return [Check("covers", question, answer, (), caption) for question, answer in questions]
 
 
-def build_claims(caption: str, sample_id: str, config: Config, revision: str) -> Request:
+def build_claims(caption: str, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request for the claims of a caption. It shows no image, so equal captions share one."""
-    generate = config.generate
-    if generate.max_tokens < CLAIMS_TOKENS:
-        generate = generate.model_copy(update={"max_tokens": CLAIMS_TOKENS})
-    fields, shared_digest = shared_fields(CLAIMS, 0.0, config.prompt_dirs, generate, config.seed, revision, caption=caption)
+    max_tokens = max(plan.generate.max_tokens, CLAIMS_TOKENS)
+    fields, shared_digest = plan.fields(CLAIMS, max_tokens=max_tokens, caption=caption)
     return _without_image(fields, shared_digest, sample_id, "claims")
 
 
@@ -83,17 +80,16 @@ def _without_image(fields: dict[str, Any], shared_digest: str, sample_id: str, s
     return Request(id=request_id, sample_id=sample_id, style=style, pages=(), **fields)
 
 
-def read_claims(caption: str, config: Config, revision: str, journal: Journal) -> list[Claim]:
+def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
     """Return the claims of a caption as the model split it: for each, a question that expects yes, and one that expects no."""
-    reply = _last_reply(build_claims(caption, "", config, revision), journal)
+    reply = _last_reply(build_claims(caption, "", plan), journal)
     rows = [fields for fields, error in read_fields(CLAIMS, reply) if not error and not find_broken_rule(CLAIMS, fields)]
     return [Claim(row[name], expected) for row in rows for name, expected in (("question", "yes"), ("opposite", "no"))]
 
 
-def build_repair(caption: str, answers: Sequence[tuple[str, str]], sample_id: str, config: Config, revision: str) -> Request:
+def build_repair(caption: str, answers: Sequence[tuple[str, str]], sample_id: str, plan: RequestPlan) -> Request:
     """Return the request for a caption without what these questions and answers contradict. It shows no image."""
-    values = {"caption": caption, "answers": tuple(answers)}
-    fields, shared_digest = shared_fields(REPAIR, 0.0, config.prompt_dirs, config.generate, config.seed, revision, **values)
+    fields, shared_digest = plan.fields(REPAIR, caption=caption, answers=tuple(answers))
     return _without_image(fields, shared_digest, sample_id, "repair")
 
 
@@ -103,19 +99,19 @@ def read_repair(request: Request, journal: Journal) -> str | None:
     return None if error or find_broken_rule(REPAIR, fields) else str(fields["caption"])
 
 
-def build_rating(row: dict[str, Any], config: Config, revision: str) -> Request:
-    """Return the request for a judge's rating of an annotation; `revision` is the judge's."""
-    values = {name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None}
-    fields, shared_digest = shared_fields(
-        RATE, 0.0, config.prompt_dirs, config.generate, config.seed, revision, **_NOTHING_RATED | values
-    )
+def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
+    """Return the request for a judge's rating of an annotation; the plan is the judge's."""
+    values: dict[str, Any] = _NOTHING_RATED | {
+        name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None
+    }
+    fields, shared_digest = plan.fields(RATE, **values)
     request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
     return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)
 
 
-def read_rating(row: dict[str, Any], config: Config, revision: str, journal: Journal) -> dict[str, int | None]:
+def read_rating(row: dict[str, Any], plan: RequestPlan, journal: Journal) -> dict[str, int | None]:
     """Return the scores of an annotation by part of the rubric; all None if the reply is unusable."""
-    fields, error = read_fields(RATE, _last_reply(build_rating(row, config, revision), journal))[0]
+    fields, error = read_fields(RATE, _last_reply(build_rating(row, plan), journal))[0]
     is_usable = not error and not find_broken_rule(RATE, fields)
     return {name: int(fields[name]) if is_usable else None for name in RUBRIC}
 
@@ -126,18 +122,16 @@ def _last_reply(request: Request, journal: Journal) -> Reply:
     return last[0]
 
 
-def build_check(check: Check, sample_id: str, config: Config, revision: str) -> Request:
+def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request of a check, without images."""
     task, values = (ANSWER, {}) if check.caption is None else (COVERS, {"caption": check.caption})
-    fields, shared_digest = shared_fields(
-        task, 0.0, config.prompt_dirs, config.generate, config.seed, revision, question=check.question, **values
-    )
+    fields, shared_digest = plan.fields(task, question=check.question, **values)
     request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=check.kind, pages=check.pages, **fields)
 
 
 def build_all(
-    batches: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], config: Config, revision: str
+    batches: Iterable[SampleBatch], checks_of_sample: Mapping[str, Sequence[Check]], plan: RequestPlan
 ) -> Iterator[tuple[list[Request], SampleBatch]]:
     """Yield the requests of all checks of each batch of samples; a request that several annotations share is yielded once."""
     built: set[str] = set()
@@ -145,20 +139,18 @@ def build_all(
         new: dict[str, Request] = {}
         for sample_id in samples.ids:
             for check in checks_of_sample.get(sample_id, ()):
-                request = build_check(check, sample_id, config, revision)
+                request = build_check(check, sample_id, plan)
                 if request.id not in built:
                     new[request.id] = request
         built |= new.keys()
         yield list(new.values()), samples
 
 
-def read_checks(
-    sample_id: str, checks: Iterable[Check], config: Config, revision: str, journal: Journal
-) -> list[dict[str, str | None]]:
+def read_checks(sample_id: str, checks: Iterable[Check], plan: RequestPlan, journal: Journal) -> list[dict[str, str | None]]:
     """Return the checks of a sample with their answers (tables.CHECK); the answer is None if the reply is unreadable."""
     rows = []
     for check in checks:
-        request = build_check(check, sample_id, config, revision)
+        request = build_check(check, sample_id, plan)
         read = parse_reply(request, _last_reply(request, journal))[0]
         answer = None if read["reply_error"] else read["answer"]
         rows.append({"kind": check.kind, "question": check.question, "expected": check.expected, "answer": answer})

@@ -7,21 +7,22 @@ judge rates what there is then. Every reply is journaled, so a run that goes on 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.config import Config
+from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
-from pipeline.inference.engines import EngineChoice, choose_judge, open_engine
+from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
+from pipeline.inference.requests import RequestPlan
 from pipeline.inference.verification import (
     Check,
     build_all,
@@ -37,12 +38,13 @@ from pipeline.inference.verification import (
     read_repair,
     share_confirmed,
 )
+from pipeline.plan import Plan
+from pipeline.progress import Progress
 from pipeline.scenes.claims import Claim
-from pipeline.sources import find_source, holds_decks
-from pipeline.stages.base import RunPlan, Services, record_cost
-from pipeline.storage.files import read_json
+from pipeline.stages.base import Services, record_cost
+from pipeline.stages.records import described
 from pipeline.tables import FILTERED, HUMAN, STRING
-from pipeline.tasks.checks import REPAIR
+from pipeline.tasks.checks import CHECKING, REPAIR
 from pipeline.text.content_keys import content_words
 from pipeline.text.language import FUNCTION_WORDS
 from pipeline.types import Engine, Request
@@ -59,6 +61,34 @@ COLUMNS = (
 )  # fmt: skip
 Row = dict[str, Any]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySettings:
+    """What the step verify reads."""
+
+    verify: VerifyConfig
+    bounds: FilterConfig  # of captions that were repaired
+    requests: RequestPlan
+    splits_claims: bool  # the model splits captions into claims
+    clip_model: str | None  # None: captions are not compared with images
+    server: ServerConfig  # decides no answer
+    choose_judge: Callable[[Progress], EngineChoice]
+
+    @classmethod
+    def of(cls, plan: Plan) -> "VerifySettings":
+        """Resolve the settings of a run."""
+        config, clip_model = plan.config, plan.clip_model if plan.needs_clip else None
+        return cls(
+            config.verify, config.filter, plan.requests, config.splits_claims, clip_model, config.server, plan.choose_judge
+        )
+
+    def describe(self) -> list[Any]:
+        """Return all that the results of checks depend on, but for the rows and the images."""
+        if not self.verify.is_asked:
+            return []
+        asked = [self.splits_claims, self.clip_model, self.requests.describe(*CHECKING)]
+        return [described(self.verify), described(self.bounds), *asked]
 
 
 @dataclass(slots=True)
@@ -80,8 +110,9 @@ class CheckedAnnotation:
 class AnnotationChecker:
     """Asks about annotations of a shard. As a context it keeps the judge and the CLIP that it has loaded."""
 
-    def __init__(self, shard: DatasetDir, plan: RunPlan, services: Services) -> None:
-        self.shard, self.plan, self.services = shard, plan, services
+    def __init__(self, shard: DatasetDir, settings: VerifySettings, services: Services) -> None:
+        self.shard, self.settings, self.services = shard, settings, services
+        self.plan = settings.requests
         self._stack = ExitStack()
 
     def __enter__(self) -> "AnnotationChecker":
@@ -92,30 +123,29 @@ class AnnotationChecker:
 
     @cached_property
     def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
-        generated = self.plan.dataset.provenance("generate")
-        writer = read_json(generated).get("name") if generated.exists() else None
-        judge = choose_judge(self.plan.config, self.plan.revision, self.services.progress, writer)
+        judge = self.settings.choose_judge(self.services.progress)
         return judge, self._stack.enter_context(open_engine(lambda: judge))
 
     @cached_property
     def _scorer(self) -> "ClipScorer":
         from pipeline.images.clip import ClipScorer
 
-        return ClipScorer(_clip_name(self.plan.config))
+        assert self.settings.clip_model
+        return ClipScorer(self.settings.clip_model)
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
         """Return annotations with their checks and scores, in order; values of own tasks that are no text have none.
 
         They are all that there are of their samples.
         """
-        config, annotations = self.plan.config.verify, [CheckedAnnotation(row) for row in rows]
+        config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
         self._check_against_images(subjects)
         if config.repair:
             by_model = (one for one in subjects if one.caption is not None and one.row["prompt_id"] != HUMAN)
             self._repair([subject for subject in by_model if _has_false_claim(subject)])
         self._check_coverage(subjects)
-        if "alignment" in config.checks and not holds_decks(self.plan.config):
+        if self.settings.clip_model:
             self._align([subject for subject in subjects if subject.caption is not None])
         if "references" in config.checks:
             self._compare_with_references([subject for subject in subjects if subject.caption is not None])
@@ -128,24 +158,22 @@ class AnnotationChecker:
         if subject.caption is None:
             return share_confirmed(subject.checks, "round_trip") == 0
         share = share_confirmed(subject.checks, "claims")
-        return share is not None and share < self.plan.config.verify.min_claims_supported
+        return share is not None and share < self.settings.verify.min_claims_supported
 
     # --- checks that the model answers
 
     def _check_against_images(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        config = self.plan.config
         captions = {s.caption: s.row["sample_id"] for s in subjects if s.caption is not None}
-        claims = self._split(captions) if config.splits_claims else {}
-        self._answer(subjects, [checks_of(s.row, config.verify, claims.get(s.caption)) for s in subjects])
+        claims = self._split(captions) if self.settings.splits_claims else {}
+        self._answer(subjects, [checks_of(s.row, self.settings.verify, claims.get(s.caption)) for s in subjects])
 
     def _split(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
         """Return the claims of each caption, as the model splits it; captions are given with a sample that has them."""
-        config, revision = self.plan.config, self.plan.revision
-        build = partial(build_claims, config=config, revision=revision)
+        build = partial(build_claims, plan=self.plan)
         requests = (build(text, sample_id) for text, sample_id in captions.items())
 
         def read(journal: Journal) -> dict[str | None, list[Claim]]:
-            return {text: read_claims(text, config, revision, journal) for text in captions}
+            return {text: read_claims(text, self.plan, journal) for text in captions}
 
         claims = self._ask("claims", _chunks(requests), len(captions), read)
         self._warn_of_unread(sum(not of_caption for of_caption in claims.values()), len(captions), "captions", "unchecked")
@@ -156,7 +184,7 @@ class AnnotationChecker:
         for subject in subjects:
             if subject.caption is None and not self._is_contradicted(subject):
                 questions[subject.row["sample_id"]][subject.row["clean_question"], subject.row["clean_answer"]] = None
-        verify = self.plan.config.verify
+        verify = self.settings.verify
         self._answer(subjects, [coverage_checks(s.caption, verify, questions.get(s.row["sample_id"], ())) for s in subjects])
 
     def _answer(self, subjects: Sequence[CheckedAnnotation], checks: Sequence[list[Check]]) -> None:
@@ -166,29 +194,26 @@ class AnnotationChecker:
             return
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
         self.services.progress.message(f"verify asks at most {wanted.total():,} questions: {kinds}")
-        config, revision = self.plan.config, self.plan.revision
         of_sample: dict[str, list[Check]] = defaultdict(list)
         for subject, of_one in zip(subjects, checks, strict=True):
             of_sample[subject.row["sample_id"]] += of_one
 
         def read(journal: Journal) -> None:
             for subject, of_one in zip(subjects, checks, strict=True):
-                subject.checks += read_checks(subject.row["sample_id"], of_one, config, revision, journal)
+                subject.checks += read_checks(subject.row["sample_id"], of_one, self.plan, journal)
 
-        self._ask("verify", build_all(sample_batches(self.shard), of_sample, config, revision), wanted.total(), read)
+        self._ask("verify", build_all(sample_batches(self.shard), of_sample, self.plan), wanted.total(), read)
 
     # --- repair
 
     def _repair(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Have captions with false claims written again, and keep those of which no claim is false then."""
-        config, revision = self.plan.config, self.plan.revision
         requests = [
             build_repair(
                 subject.row["clean_text"],
                 [(c["question"] or "", c["answer"]) for c in subject.checks if c["answer"] is not None and not is_confirmed(c)],
                 subject.row["sample_id"],
-                config,
-                revision,
+                self.plan,
             )
             for subject in subjects
         ]
@@ -217,8 +242,8 @@ class AnnotationChecker:
         tasks, none = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         given = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(given | dict.fromkeys(("question", "answer", "record"), none))
-        grams = own_prompt_grams((*self.plan.config.tasks, REPAIR.name))
-        rows = filter_annotations(table, self.plan.config.filter, grams, self.plan.config.own_tasks).to_pylist()
+        grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
+        rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks).to_pylist()
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 
     # --- scores
@@ -256,22 +281,20 @@ class AnnotationChecker:
 
     def _rate(self, subjects: Sequence[CheckedAnnotation]) -> None:
         """Have a judge rate annotations by its rubric."""
-        config = self.plan.config
         judge, engine = self._judge
+        plan = replace(self.plan, revision=judge.revision)
         of_sample: dict[str, list[Row]] = defaultdict(list)
         for subject in subjects:
             of_sample[subject.row["sample_id"]].append(subject.row)
 
         def requests() -> Iterator[Chunk]:
             for batch in sample_batches(self.shard):
-                built = (
-                    build_rating(row, config, judge.revision) for sample_id in batch.ids for row in of_sample.get(sample_id, ())
-                )
+                built = (build_rating(row, plan) for sample_id in batch.ids for row in of_sample.get(sample_id, ()))
                 yield list({request.id: request for request in built}.values()), batch
 
         def read(journal: Journal) -> None:
             for subject in subjects:
-                subject.scores |= read_rating(subject.row, config, judge.revision, journal)
+                subject.scores |= read_rating(subject.row, plan, journal)
 
         self._ask("judge", requests(), len(subjects), read, engine)
         self._warn_of_unread(sum(subject.scores["form"] is None for subject in subjects), len(subjects), "texts", "unrated")
@@ -292,7 +315,7 @@ class AnnotationChecker:
         stats, progress = self.services.stats, self.services.progress
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
             before = stats.done
-            for ready in ask_all(requests, self.plan.config, engine or self.services.engine, journal, stats):
+            for ready in ask_all(requests, self.plan, self.settings.server, engine or self.services.engine, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
                 progress(name, done, done)  # its end, which a line that is shown from time to time may pass over
@@ -326,15 +349,3 @@ def _has_false_claim(subject: CheckedAnnotation) -> bool:
 
 def _facts(text: str) -> set[str]:
     return set(content_words(text)) - FUNCTION_WORDS
-
-
-def require_scorer(config: Config) -> None:
-    """Raise EngineError if the checks need a CLIP that cannot be had: before a model is asked, which may take days."""
-    if "alignment" in config.verify.checks and not holds_decks(config):
-        from pipeline.images.clip import require_clip
-
-        require_clip(_clip_name(config))
-
-
-def _clip_name(config: Config) -> str:
-    return find_source(config.source).clip_model if config.verify.clip_model == "auto" else config.verify.clip_model

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from pipeline.config.sections import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
-from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_comparison
+from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields
@@ -57,7 +57,7 @@ Indices = npt.NDArray[np.signedinteger[Any]]
 
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the findings about all questions, and about captions if they are balanced, with the `reason` of surplus rows."""
-    db, config, seed = comparison.db, comparison.plan.config.balance, comparison.plan.config.seed
+    db, (config, seed) = comparison.db, comparison.settings
     balance_questions(db, comparison.rows, config, seed)
     if config.tail_frac is None:
         return db.sql("SELECT * FROM balanced_questions")
@@ -349,9 +349,9 @@ def _automaton(entries: tuple[str, ...]) -> Any:
     return automaton
 
 
-STAGE = Stage(
+STEP = RowStep(
     "balance",
-    judge=judge_by_comparison,
+    settings=lambda plan: (plan.config.balance, plan.config.seed),
     compare=balance,
     adds=ADDS,
     reads=lambda plan: [path] if (path := plan.config.balance.entries) else (),

@@ -1,12 +1,16 @@
-"""What all stages share: the shape of a stage, how its rows are kept or rejected, and how all rows are compared.
+"""What all steps share: the shape of a step, how its rows are kept or rejected, and how all rows are compared.
 
-From validate to review a row is one annotation. A stage may do three things, each optional, in this order:
+A step runs in a `Work`: the plan of the run, and an executor that applies functions to shards. A shard is a dataset folder that
+holds some of the samples with all of their annotations; a run in one process has one.
 
-prepare   has effects, such as asking a model about the rows of one shard; adds columns; not after the first stage that compares
+From validate to review a step is a `RowStep`, and a row is one annotation. Such a step may do three things, each optional, in
+this order:
+
+prepare   has effects, such as asking a model about the rows of one shard; adds columns; not after the first step that compares
 compare   queries the rows of all shards together, by a few narrow columns in DuckDB; adds columns to the rows it names
 judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: null keeps a row
 
-A shard is a dataset folder that holds some of the samples with all of their annotations. A run in one process has one.
+Each of the three receives the `settings` of the step, and no others: they are a part of its key (records.py).
 """
 
 import time
@@ -14,23 +18,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.version import Version
 from pipeline.errors import TableError
-from pipeline.images.similarity import ImageKind
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
+from pipeline.plan import Plan
 from pipeline.progress import Progress
+from pipeline.stages.records import PREPARED, is_done, output_digest, read_record, record, step_key
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import (
     atomic_write,
@@ -55,22 +61,83 @@ ROW = pa.field("row", pa.int64())  # the position of an annotation among those o
 
 
 @dataclass(frozen=True, slots=True)
-class RunPlan:
-    """The plan of a run, resolved once from its settings."""
-
-    dataset: DatasetDir  # of the whole run, whose folder may hold several shards
-    config: Config
-    revision: str  # of the model
-    image_kind: ImageKind | None  # how images are compared; None: they are known to be distinct
-
-
-@dataclass(frozen=True, slots=True)
 class Services:
-    """Services for the effects of a stage."""
+    """Services for the effects of a step on a shard."""
 
+    dataset: DatasetDir  # of the whole run
     engine: Callable[[], Engine]
     stats: RequestStats
     progress: Progress
+
+
+T = TypeVar("T")
+
+
+class Executor(Protocol):
+    """Applies functions to the shards of a run: in this process, or on a cluster."""
+
+    @property
+    def shards(self) -> Sequence[DatasetDir]:
+        """The dataset folders of all shards, in the order of their rows."""
+
+    def read(self, limit: int | None) -> bool:
+        """Read the source, until `limit` images are kept; return whether it has more."""
+
+    def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
+        """Apply a function to every shard, some time before `wait` returns; one that `asks` a model where a model is."""
+
+    def wait(self) -> None:
+        """Return when all functions have been applied."""
+
+    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
+        """Wait, apply a function to every shard, and return the results in order."""
+
+    def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
+        """Wait, apply a function to every shard and a new empty folder, whose files end up below `draft`."""
+
+    def check(self) -> None:
+        """Raise StoreError if another command has taken over the dataset folder."""
+
+
+@dataclass(slots=True)
+class Work:
+    """A run at work: what is done so far, and what the steps need."""
+
+    plan: Plan
+    executor: Executor
+    progress: Progress
+    limit: int | None  # images that are read at most, this time
+    has_more: bool = False  # the source has more images
+    summaries: list[StageSummary] = field(default_factory=list)  # of the steps that have run
+    version: Version | None = None  # that the run has made, or found
+    is_new: bool = False
+
+    def summarize(self, name: str, unit: str) -> StageSummary:
+        """Return how many rows a step kept, and rejected by reason, over all shards."""
+        self.executor.wait()
+        counts = [read_record(shard, name) for shard in self.executor.shards]
+        rejected = sum((Counter(of_shard["rejected"]) for of_shard in counts), Counter[str]())
+        most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
+        return summarize_stage(name, unit, sum(of_shard["kept"] for of_shard in counts), most_first)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a run, by name."""
+
+    name: str
+    unit: str = "annotations"  # that it counts
+    is_wanted: Callable[[Plan], bool] = lambda plan: True  # whether a run has this step
+    advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
+    is_choice: bool = False  # between rows: what it rejects is no loss
+
+    def run(self, work: Work, before: str) -> None:
+        """Do what is not done yet, behind the step `before`."""
+        raise NotImplementedError
+
+    def summarize(self, work: Work) -> StageSummary:
+        """Return the counts of this step over all shards."""
+        return work.summarize(self.name, self.unit)
 
 
 class AllRows:
@@ -105,89 +172,122 @@ class Comparison:
     db: duckdb.DuckDBPyConnection
     rows: AllRows
     shards: Sequence[DatasetDir]
-    plan: RunPlan
+    settings: Any  # of the step
+    dataset: DatasetDir  # of the whole run
     progress: Progress
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step from the annotations that a model wrote to those of a version."""
-
-    name: str
-    judge: Callable[[pa.Table, RunPlan], pa.Table]
-    is_wanted: Callable[[Config], bool] = lambda config: True  # whether a run with these settings has this stage
-    prepare: Callable[[DatasetDir, Path, RunPlan, Services], Iterator[pa.Table]] | None = None
-    is_prepared: Callable[[Config], bool] = lambda config: False  # whether these settings want `prepare`
-    compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
-    adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
-    reads: Callable[[RunPlan], Sequence[Path]] = lambda plan: ()  # files beside the rows and what the source gave
-    advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
-    is_choice: bool = False  # between rows: what it rejects is no loss
-
-
-def judge_by_comparison(table: pa.Table, _: RunPlan) -> pa.Table:
+def judge_by_comparison(table: pa.Table, _: Any) -> pa.Table:
     """Return the same rows: their `reason` comes from the comparison."""
     return table
 
 
-def step_order(stages: Sequence[Stage]) -> tuple[str, ...]:
-    """Return the names of all steps of a run in order: source and generate, the stages, and version."""
-    return ("source", "generate", *(stage.name for stage in stages), "version")
+@dataclass(frozen=True, slots=True)
+class RowStep(Step):
+    """A step that keeps or rejects annotations."""
+
+    settings: Callable[[Plan], Any] = lambda plan: None  # all that the step reads of the plan
+    reads: Callable[[Plan], Sequence[Path]] = lambda plan: ()  # files beside the rows and what the source gave
+    prepare: Callable[[DatasetDir, Path, Any, Services], Iterator[pa.Table]] | None = None
+    is_prepared: Callable[[Plan], bool] = lambda plan: False  # whether a run wants `prepare`
+    compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
+    adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
+    judge: Callable[[pa.Table, Any], pa.Table] = judge_by_comparison
+
+    def run(self, work: Work, before: str) -> None:
+        """See Step. Without `compare`, each shard goes its own way; with it, all shards wait for each other."""
+        plan, executor = work.plan, work.executor
+        is_prepared = self.prepare is not None and self.is_prepared(plan)
+        if is_prepared:
+            executor.each(partial(_prepare_once, self, before, plan), asks=True)
+        given = (self.name, "prepared") if is_prepared else (before, "kept")
+        if self.compare is None:
+            executor.each(partial(_judge_once, self, given, plan))
+            return
+        executor.wait()
+        key = self.key(plan, executor.shards, given)
+        if all(is_done(shard, self.name, key) for shard in executor.shards):
+            return
+        compare_stage(self, executor.shards, given, plan, work.progress)
+        executor.each(partial(judge_stage, self, given, plan, key))
+        executor.wait()
+        for shard in executor.shards:  # only now: a worker may be lost, and its shard judged again
+            shard.stage(self.name, "compared").unlink(missing_ok=True)
+
+    def key(self, plan: Plan, shards: Sequence[DatasetDir], given: tuple[str, str]) -> str:
+        """Return the key of this step over some shards, whose rows are in the file (step, name) that is `given`."""
+        inputs = [output_digest(shard, *of) for shard in shards for of in (("source", "kept"), given)]
+        return step_key(self.name, self.settings(plan), self.reads(plan), inputs)
 
 
-def prepare_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan, services: Services) -> None:
-    """Run the effects of a stage on the rows of one shard, if the settings ask for any."""
-    if stage.prepare and stage.is_prepared(plan.config):
-        tables = stage.prepare(shard, require_file(shard.stage(before)), plan, services)
-        first = next(tables)
-        write_table(shard.stage(stage.name, "prepared"), chain([first], tables), first.schema)
+def _prepare_once(step: RowStep, before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
+    """Run the effects of a step on the rows of one shard."""
+    assert step.prepare
+    key = step.key(plan, [shard], (before, "kept"))
+    if is_done(shard, step.name, key, PREPARED):
+        services.stats.add_known(read_record(shard, step.name, PREPARED)["requests"])
+        return
+    total, unanswered = services.stats.total, services.stats.unanswered
+    tables = step.prepare(shard, require_file(shard.stage(before)), step.settings(plan), services)
+    first = next(tables)
+    write_table(shard.stage(step.name, "prepared"), chain([first], tables), first.schema)
+    is_complete = services.stats.unanswered == unanswered  # else the same command asks again
+    record(shard, step.name, key if is_complete else "", PREPARED, requests=services.stats.total - total)
 
 
-def compare_stage(stage: Stage, shards: Sequence[DatasetDir], before: str, plan: RunPlan, progress: Progress) -> None:
+def _judge_once(step: RowStep, given: tuple[str, str], plan: Plan, shard: DatasetDir, services: Services) -> None:
+    """Judge the rows of one shard, unless that is done."""
+    key = step.key(plan, [shard], given)
+    if not is_done(shard, step.name, key):
+        judge_stage(step, given, plan, key, shard, services)
+
+
+def compare_stage(step: RowStep, shards: Sequence[DatasetDir], given: tuple[str, str], plan: Plan, progress: Progress) -> None:
     """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
-    rows = AllRows([stage_input(stage, shard, before, plan) for shard in shards])
-    assert stage.compare
+    rows = AllRows([require_file(shard.stage(*given)) for shard in shards])
+    assert step.compare
     with open_database(plan.dataset.path) as db:
-        relation = stage.compare(Comparison(db, rows, shards, plan, progress))
-        schema = pa.schema([ROW, *stage.adds])
+        relation = step.compare(Comparison(db, rows, shards, step.settings(plan), plan.dataset, progress))
+        schema = pa.schema([ROW, *step.adds])
         ordered = read(relation.order("row")) if relation is not None else iter(())
         findings = _InOrder((table.select(schema.names).cast(schema) for table in ordered), schema)
         for shard, (first, end) in zip(shards, pairwise(rows.bounds), strict=True):
             parts = (findings.take_until(min(start + BATCH_ROWS, end)) for start in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
-            write_table(shard.stage(stage.name, "compared"), local, schema)
+            write_table(shard.stage(step.name, "compared"), local, schema)
         if not findings.is_empty():
-            raise TableError(f"stage {stage.name} named a row that is not there", hint="please report this bug")
+            raise TableError(f"step {step.name} named a row that is not there", hint="please report this bug")
 
 
-def judge_stage(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> None:
-    """Judge the rows of one shard, and write those that are kept and those that are rejected.
+def judge_stage(
+    step: RowStep, given: tuple[str, str], plan: Plan, key: str, shard: DatasetDir, _: Services | None = None
+) -> None:
+    """Judge the rows of one shard, and write those that are kept, those that are rejected, and the record of the step.
 
-    Raises TableError if the stage did not return exactly the rows that it was given, or a finding names a row twice.
+    Raises TableError if the step did not return exactly the rows that it was given, or a finding names a row twice.
     """
-    source = stage_input(stage, shard, before, plan)
-    compared = shard.stage(stage.name, "compared")
-    findings = _InOrder(read_batches(compared), pa.schema([ROW, *stage.adds])) if stage.compare else None
+    source, settings = require_file(shard.stage(*given)), step.settings(plan)
+    compared = shard.stage(step.name, "compared")
+    findings = _InOrder(read_batches(compared), pa.schema([ROW, *step.adds])) if step.compare else None
 
     def judged() -> Iterator[pa.Table]:
         first = 0
         for table in read_batches(source):
             end = first + table.num_rows
             joined = _join(table, findings.take_until(end), first) if findings else table
-            yield _checked(stage, table, stage.judge(joined, plan))
+            yield _checked(step, table, step.judge(joined, settings))
             first = end
 
-    write_stage_output(shard, stage.name, judged())
+    kept, rejected = write_stage_output(shard, step.name, judged())
+    record(shard, step.name, key, kept=kept, rejected=rejected)
 
 
-def stage_input(stage: Stage, shard: DatasetDir, before: str, plan: RunPlan) -> Path:
-    """Return the file of the rows that a stage compares and judges. Raise ConfigError if it is missing."""
-    prepared = stage.prepare is not None and stage.is_prepared(plan.config)
-    return require_file(shard.stage(stage.name, "prepared") if prepared else shard.stage(before))
+def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
+    """Write judged rows to `kept` and, with their reason, to `rejected`; memory holds one table.
 
-
-def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> None:
-    """Write judged rows to `kept` and, with their reason, to `rejected`; memory holds one table."""
+    Return how many rows were kept, and rejected by reason.
+    """
+    num_kept, reasons = 0, Counter[str]()
     with (
         atomic_write(shard.stage(name)) as kept_path,
         atomic_write(shard.stage(name, "rejected")) as rejected_path,
@@ -201,12 +301,16 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
                 rejected = stack.enter_context(open_writer(rejected_path, table.schema))
             is_kept = pc.is_null(table["reason"])
             kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
+            num_kept += table["reason"].null_count
             if table["reason"].null_count < table.num_rows:
-                rejected.write_table(table.filter(pc.invert(is_kept)))
+                refused = table.filter(pc.invert(is_kept))
+                rejected.write_table(refused)
+                reasons.update(refused["reason"].to_pylist())
+    return num_kept, dict(reasons)
 
 
 def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
-    """Return the number of rows that a stage kept, and of those that it rejected by reason."""
+    """Return the number of rows that a step kept, and of those that it rejected by reason."""
     kept = open_table(require_file(shard.stage(name))).metadata.num_rows
     reasons = read_table(require_file(shard.stage(name, "rejected")), columns=["reason"])["reason"]
     counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
@@ -214,7 +318,7 @@ def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
 
 
 def summarize_stage(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StageSummary:
-    """Return the summary of a stage from its counts."""
+    """Return the summary of a step from its counts."""
     return StageSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
@@ -270,11 +374,11 @@ def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
     return table
 
 
-def _checked(stage: Stage, given: pa.Table, judged: pa.Table) -> pa.Table:
+def _checked(step: RowStep, given: pa.Table, judged: pa.Table) -> pa.Table:
     require_columns(judged, "annotation_id", "reason")
     if not judged["annotation_id"].equals(given["annotation_id"]):
         raise TableError(
-            f"stage {stage.name} was given {given.num_rows} rows and returned {judged.num_rows}, or others",
-            hint="this is a bug in the stage; please report it",
+            f"step {step.name} was given {given.num_rows} rows and returned {judged.num_rows}, or others",
+            hint="this is a bug in the step; please report it",
         )
     return judged

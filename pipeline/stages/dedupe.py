@@ -6,6 +6,7 @@ captions that differ in one decisive word are nearly the same string. Equal ques
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
 from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
-from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RunPlan, Stage
+from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields
@@ -61,13 +62,21 @@ SELECT row, other_group AS image_group, image_reason, near_duplicate_of, cluster
 BEST = "is_human DESC, agreement DESC NULLS LAST, alignment DESC NULLS LAST, hedge_count ASC NULLS LAST, annotation_id, row"
 
 
+@dataclass(frozen=True, slots=True)
+class DedupeSettings:
+    """What the step dedupe reads."""
+
+    max_images_per_caption: int
+    image_kind: ImageKind | None
+
+
 def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the rows that share their words or their image with other rows, with the `reason` of those to reject."""
-    db, config = comparison.db, comparison.plan.config.dedupe
-    groups = group_images(comparison.shards, comparison.plan.image_kind)
+    db, settings = comparison.db, comparison.settings
+    groups = group_images(comparison.shards, settings.image_kind)
     load(db, "image_groups", [groups], IMAGE_GROUPS)
     load(db, "texts", _texts(comparison.rows), TEXTS)
-    return db.sql(QUERY.format(best=BEST, most=config.max_images_per_caption))
+    return db.sql(QUERY.format(best=BEST, most=settings.max_images_per_caption))
 
 
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
@@ -101,16 +110,17 @@ def _texts(rows: AllRows) -> Iterator[pa.Table]:
         yield table.select(TEXTS.names)
 
 
-def judge_duplicates(table: pa.Table, _: RunPlan) -> pa.Table:
+def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
     """Return the same rows; a row without findings is a group and a cluster of its own."""
     for name, own in (("image_group", "sample_id"), ("cluster", "annotation_id")):
         table = table.set_column(table.column_names.index(name), name, pc.coalesce(table[name], table[own]))
     return table
 
 
-STAGE = Stage(
+STEP = RowStep(
     "dedupe",
-    judge_duplicates,
+    settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
+    judge=judge_duplicates,
     compare=find_duplicates,
     adds=pa.schema([*DEDUPED, pa.field("reason", STRING)]),
     advice={

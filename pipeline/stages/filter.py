@@ -1,40 +1,53 @@
 """Stage: filter. Reject texts that break a rule (pipeline/rules.py), and say which texts are in excluded data."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.sources.exclusions import TextIndex
-from pipeline.stages.base import RunPlan, Services, Stage
+from pipeline.stages.base import RowStep, Services
 from pipeline.storage.files import read_batches
+from pipeline.tasks import Tasks
 
 
-def find_contaminated(_: DatasetDir, path: Path, plan: RunPlan, __: Services) -> Iterator[pa.Table]:
+@dataclass(frozen=True, slots=True)
+class FilterSettings:
+    """What the step filter reads."""
+
+    bounds: FilterConfig
+    tasks: Tasks
+
+
+def find_contaminated(_: DatasetDir, path: Path, __: FilterSettings, services: Services) -> Iterator[pa.Table]:
     """Yield the rows of a shard with `contaminated_by`: the excluded dataset that has their text. None is rejected."""
-    index = TextIndex.of(read_exclusions(plan.dataset))
+    index = TextIndex.of(read_exclusions(services.dataset))
     for table in read_batches(path):
         texts = pc.coalesce(table["text"], table["question"]).to_pylist()
         names = [index.find(text) if text else None for text in texts]
         yield table.append_column("contaminated_by", pa.array(names, pa.string()))
 
 
-def judge_texts(table: pa.Table, plan: RunPlan) -> pa.Table:
-    """Filter rows by the settings of a run; see `filter_annotations`."""
+def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
+    """Filter rows; see `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
         table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
-    config = plan.config
-    return filter_annotations(table, config.filter, own_prompt_grams(tuple(config.tasks)), config.own_tasks)
+    names = tuple(task.name for task in settings.tasks.asked)
+    return filter_annotations(table, settings.bounds, own_prompt_grams(names), settings.tasks)
 
 
-STAGE = Stage(
+STEP = RowStep(
     "filter",
-    judge_texts,
+    settings=lambda plan: FilterSettings(plan.config.filter, plan.tasks),
+    reads=lambda plan: [plan.dataset.stage("source", "exclusions")] if plan.config.exclude else (),
     prepare=find_contaminated,
-    is_prepared=lambda config: bool(config.exclude),
+    is_prepared=lambda plan: bool(plan.config.exclude),
+    judge=judge_texts,
     advice={
         "other_language": "say which language the texts are in: --language (filter.language)",
         "too_short": "lower filter.min_caption_words or filter.min_question_words",

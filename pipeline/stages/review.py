@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
-from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
 from pipeline.text.normalize import text_key
@@ -30,13 +30,13 @@ CLEANED = ("text", "question", "answer", "record")  # whose final text is that o
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the reviewed rows with their review, and the rows whose pair a review has broken."""
-    path = comparison.plan.dataset.reviews
+    path = comparison.dataset.reviews
     reviews = {review.name: review for review in read_reviews(path)} if path.exists() else {}
     if not reviews:
         return None
     rows = read_texts(comparison.rows, {sample_id for sample_id, _ in reviews}, "sample_id")
     by_name = {text_name(row): row for row in rows}
-    unusable = check_edits(reviews, by_name, comparison.plan.config.own_tasks)
+    unusable = check_edits(reviews, by_name, comparison.settings)
     used = {name: review for name, review in reviews.items() if name in by_name and name not in unusable}
     lost = len(reviews) - len(used)
     waiting = f"; {lost} match no text of this run" if lost else ""
@@ -93,7 +93,7 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
     }
 
 
-def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
+def review_annotations(table: pa.Table, _: Any = None) -> pa.Table:
     """Append the final text of each row (tables.FINAL), and the `reason` of rows that were reviewed as bad."""
     final = {
         f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "record", "prompt_id")
@@ -120,4 +120,11 @@ def review_annotations(table: pa.Table, _: RunPlan | None = None) -> pa.Table:
     return with_reason(reviewed, reasons)
 
 
-STAGE = Stage("review", review_annotations, compare=find_reviews, adds=ADDS, reads=lambda plan: (plan.dataset.reviews,))
+STEP = RowStep(
+    "review",
+    settings=lambda plan: plan.tasks,
+    reads=lambda plan: [plan.dataset.reviews],
+    compare=find_reviews,
+    adds=ADDS,
+    judge=review_annotations,
+)

@@ -12,16 +12,16 @@ Byrne (2004), with this F1 as the gain.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.inference.requests import count_replies
-from pipeline.stages.base import ROW, AllRows, Comparison, Stage, judge_by_comparison
+from pipeline.plan import Plan
+from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import FLOAT64, HUMAN, RUBRIC, SELECTED, STRING, fields
-from pipeline.tasks import find_task
 from pipeline.text.content_keys import content_keys
 
 CANDIDATES = pa.schema(
@@ -57,12 +57,25 @@ FROM ranked
 """
 
 
+@dataclass(frozen=True, slots=True)
+class SelectSettings:
+    """What the step select reads."""
+
+    by: str
+    sampled: tuple[str, ...]  # tasks that are asked for several captions
+
+    @classmethod
+    def of(cls, plan: Plan) -> "SelectSettings":
+        """Resolve the settings of a run."""
+        sampled = tuple(task.name for task in plan.tasks.asked if plan.requests.count_replies(task) > 1)
+        return cls(plan.config.select.by, sampled)
+
+
 def find_best(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return all captions that have others of their image and style beside them, with the `reason` of those to reject."""
-    config = comparison.plan.config
-    sampled = [name for name in config.tasks if count_replies(find_task(name, config.own_tasks), config.generate) > 1]
-    load(comparison.db, "candidates", _candidates(comparison.rows, sampled), CANDIDATES)
-    return comparison.db.sql(QUERY.format(measure=_MEASURES[config.select.by]))
+    settings: SelectSettings = comparison.settings
+    load(comparison.db, "candidates", _candidates(comparison.rows, settings.sampled), CANDIDATES)
+    return comparison.db.sql(QUERY.format(measure=_MEASURES[settings.by]))
 
 
 def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
@@ -91,11 +104,11 @@ def _mean_score(table: pa.Table) -> pa.Array:
     return pc.divide(total, float(len(scores))).combine_chunks()
 
 
-STAGE = Stage(
+STEP = RowStep(
     "select",
-    judge_by_comparison,
     is_choice=True,
-    is_wanted=lambda config: config.generate.samples > 1,
+    is_wanted=lambda plan: plan.config.generate.samples > 1,
+    settings=SelectSettings.of,
     compare=find_best,
     adds=pa.schema([*SELECTED, pa.field("reason", STRING)]),
 )

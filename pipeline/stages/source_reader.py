@@ -84,8 +84,9 @@ class SourceReader:
     def __init__(self, dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
-        self._key = reading_key(config, source, self._exclusions)
-        self._path = dataset.provenance("source").with_name(READING_FILE)
+        self.key = reading_key(config, source, self._exclusions)
+        self.described: dict[str, Any] = {}  # what the manifest says of the source
+        self._path = dataset.stage("source").with_name(READING_FILE)
         self._results: dict[int | None, dict[str, Any] | None] = {}
         self._deduplicator: SampleDeduplicator | None = None
         self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts, without their pixels
@@ -106,7 +107,7 @@ class SourceReader:
         self._require_samples()
         kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.images is None
         described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
-        write_json(self.dataset.provenance("source"), described)
+        self.described = described
         return bool(result["has_more"])
 
     def finish(self) -> None:
@@ -130,7 +131,7 @@ class SourceReader:
         """What an earlier run wrote down, if it read the same source; nothing if excluded images could not all be read."""
         try:
             record = read_json(self._path)
-            is_whole = record["key"] == self._key and not any(one["unread"] for one in record["exclusions"])
+            is_whole = record["key"] == self.key and not any(one["unread"] for one in record["exclusions"])
             is_there = is_whole and self._is_unchanged("exclusions.parquet", record["excluded_sha256"])
             return record if is_there else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
@@ -179,7 +180,7 @@ class SourceReader:
     def _state(self) -> dict[str, Any]:
         excluded = self._excluded  # which may write the file
         sha256 = file_digest(self.dataset.stage("source", "exclusions"))
-        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
+        return {"key": self.key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_on(self, limit: int | None) -> dict[str, Any]:
         """Read behind what was read, write the files of the stage, and return what was read."""

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import SplitConfig
 from pipeline.digests import hash_to_unit
-from pipeline.stages.base import ROW, Comparison, RunPlan, Stage
+from pipeline.stages.base import ROW, Comparison, RowStep
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
 from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
@@ -32,6 +32,7 @@ FIRST_KEYS = pa.schema({"key": STRING, "first_key": STRING})
 ADDS = pa.schema({"stated_split": STRING, "split_group": STRING, "held_out": pa.list_(STRING)})
 _NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")
 _LAST_NUMBER = re.compile(r"[\W_]*\d+\W*$")
+SplitSettings = tuple[SplitConfig, int]  # with the seed of the run
 RANKS = pa.schema({"source_split": STRING, "rank": pa.int64()})
 
 
@@ -75,7 +76,7 @@ def _load_named_groups(comparison: Comparison) -> None:
 
     It is empty unless the settings group by names. Only groups whose members have different names are joined in memory.
     """
-    db, by = comparison.db, comparison.plan.config.split.group_by
+    db, by = comparison.db, comparison.settings[0].group_by
     if by is None:
         load(db, "named_groups", [GROUPS.empty_table()], GROUPS)
         return
@@ -145,7 +146,7 @@ def join_keys(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {key: root(key) for key in parent}
 
 
-def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
+def split_annotations(table: pa.Table, settings: SplitSettings) -> pa.Table:
     """Append `split`: `stated_split` where there is one, else by a hash of the group; no row is rejected.
 
     What the hash would hold out beside the images that the source holds out is for training.
@@ -155,7 +156,7 @@ def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
     held_out = frozenset(pc.list_flatten(table["held_out"]).unique().to_pylist())  # the same in each row
 
     def draw(group: str) -> str:
-        split = split_of(group, plan.config.split, plan.config.seed)
+        split = split_of(group, *settings)
         return "train" if split in held_out else split
 
     hashed = map_distinct(groups, draw)
@@ -163,4 +164,10 @@ def split_annotations(table: pa.Table, plan: RunPlan) -> pa.Table:
     return with_reason(table.drop_columns(ADDS.names).append_column("split", splits), [None] * table.num_rows)
 
 
-STAGE = Stage("split", split_annotations, compare=find_stated_splits, adds=ADDS)
+STEP = RowStep(
+    "split",
+    settings=lambda plan: (plan.config.split, plan.config.seed),
+    compare=find_stated_splits,
+    adds=ADDS,
+    judge=split_annotations,
+)

@@ -3,7 +3,7 @@
 import duckdb
 import pyarrow as pa
 
-from pipeline.stages.base import ROW, Comparison, Stage, judge_by_comparison
+from pipeline.stages.base import ROW, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import STRING, fields
 
@@ -17,13 +17,13 @@ WHERE sample_id NOT IN (SELECT sample_id FROM images GROUP BY sample_id ORDER BY
 def find_surplus(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return the rows of images beyond those that were asked for, with the `reason`."""
     load(comparison.db, "images", comparison.rows.batches("sample_id"), IMAGES)
-    return comparison.db.sql(QUERY.format(limit=comparison.plan.config.images))
+    return comparison.db.sql(QUERY.format(limit=comparison.settings))
 
 
-STAGE = Stage(
+STEP = RowStep(
     "trim",
-    judge_by_comparison,
-    is_wanted=lambda config: config.images is not None,
+    is_wanted=lambda plan: plan.config.images is not None,
+    settings=lambda plan: plan.config.images,
     is_choice=True,
     compare=find_surplus,
     adds=pa.schema({"reason": STRING}),

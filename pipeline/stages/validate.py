@@ -5,27 +5,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.stages.base import Stage
+from pipeline.stages.base import RowStep
 from pipeline.tables import require_columns, with_reason
-from pipeline.tasks import find_broken_rule, find_task
-from pipeline.tasks.own import OwnTasks
+from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 
 FIELDS = ("task", "text", "question", "answer", "answer_type", "evidence_pages", "expression", "pages", "reply_error")
 
 
-def validate_annotations(table: pa.Table, own: OwnTasks = ()) -> pa.Table:
+def validate_annotations(table: pa.Table, tasks: Tasks = BUILT_IN) -> pa.Table:
     """Append `reason`: why the reply could not be read, or which rule of its task the annotation breaks."""
     require_columns(table, *FIELDS)
-    return with_reason(table, map(partial(_reason, own), table.select(FIELDS).to_pylist()))
+    return with_reason(table, map(partial(_reason, tasks), table.select(FIELDS).to_pylist()))
 
 
-def _reason(own: OwnTasks, row: dict[str, Any]) -> str | None:
-    return row["reply_error"] or find_broken_rule(find_task(row["task"], own), row, row["pages"])
+def _reason(tasks: Tasks, row: dict[str, Any]) -> str | None:
+    return row["reply_error"] or find_broken_rule(tasks[row["task"]], row, row["pages"])
 
 
-STAGE = Stage(
+STEP = RowStep(
     "validate",
-    judge=lambda table, plan: validate_annotations(table, plan.config.own_tasks),
+    settings=lambda plan: plan.tasks,
+    judge=validate_annotations,
     advice={
         "cut_short": "raise generate.max_tokens",
         "result_missing": "see why the task that is needed was rejected: `synth report`",

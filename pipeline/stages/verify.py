@@ -11,10 +11,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config.sections import VerifyConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.verification import share_confirmed
-from pipeline.stages.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation
-from pipeline.stages.base import ROW, AllRows, Comparison, RunPlan, Services, Stage
+from pipeline.stages.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation, VerifySettings
+from pipeline.stages.base import ROW, AllRows, Comparison, RowStep, Services
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields
@@ -66,9 +67,9 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 """
 
 
-def ask_checks(shard: DatasetDir, path: Path, plan: RunPlan, services: Services) -> Iterator[pa.Table]:
+def ask_checks(shard: DatasetDir, path: Path, settings: VerifySettings, services: Services) -> Iterator[pa.Table]:
     """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
-    with AnnotationChecker(shard, plan, services) as checker:
+    with AnnotationChecker(shard, settings, services) as checker:
         for table in _whole_samples(read_batches(path)):
             yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
 
@@ -110,7 +111,7 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the rows that fail their checks, with the `reason`; some limits depend on all rows."""
-    config = comparison.plan.config.verify
+    config: VerifyConfig = comparison.settings.verify
     if not config.is_asked:
         return None
     load(comparison.db, "judged", _judged(comparison.rows), JUDGED)
@@ -118,9 +119,9 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     return comparison.db.sql(QUERY.format(**limits))
 
 
-def judge_verified(table: pa.Table, plan: RunPlan) -> pa.Table:
+def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
     """Append the columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
-    if not plan.config.verify.is_asked:
+    if not settings.verify.is_asked:
         for field in CHECKED:
             values: list[Any] = [[] if field.name == "checks" else None]
             table = table.append_column(field, pa.array(values * table.num_rows, field.type))
@@ -156,11 +157,12 @@ def _whether(checks: Sequence[dict[str, str | None]], kind: str) -> bool | None:
     return None if share is None else share == 1
 
 
-STAGE = Stage(
+STEP = RowStep(
     "verify",
-    judge_verified,
+    settings=VerifySettings.of,
     prepare=ask_checks,
-    is_prepared=lambda config: config.verify.is_asked,
+    is_prepared=lambda plan: plan.config.verify.is_asked,
+    judge=judge_verified,
     compare=find_unconfirmed,
     adds=pa.schema({"reason": STRING}),
     advice={

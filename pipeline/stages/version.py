@@ -1,9 +1,9 @@
-"""Stage: version. Write the rows of every shard, and publish them as one immutable version."""
+"""Step: write. Write the rows of every shard, and publish them as one immutable version."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
-from pipeline.stages.base import ROW, AllRows, RunPlan, summarize_stage
+from pipeline.stages.base import ROW, AllRows, Step, Work, summarize_stage
+from pipeline.stages.records import output_digest, read_record, record, step_key
 from pipeline.storage.database import load, open_database, read
-from pipeline.storage.files import read_batches, read_json, write_table
+from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
 
 NAME = "version"
@@ -88,27 +89,52 @@ def list_rejections(stage: str, table: pa.Table) -> pa.Table:
     )
 
 
+class WriteStep(Step):
+    """Writes what all steps kept as one version, unless the newest version holds just that."""
+
+    def run(self, work: Work, before: str) -> None:
+        """See Step."""
+        executor, dataset = work.executor, work.plan.dataset
+        executor.wait()
+        source = read_record(dataset, "source")["source"]
+        model = read_record(executor.shards[0], "generate")["model"]
+        provenance = describe_provenance(work.plan.config, work.plan.tasks, source, model)
+        names = [summary.stage for summary in work.summaries if summary.stage != "generate"]
+        outputs = [output_digest(shard, name, of) for shard in executor.shards for name in names for of in OUTPUTS]
+        key = step_key(NAME, [provenance, source], (), [*outputs, output_digest(executor.shards[0], before)])
+        newest = dataset.versions()[-1:]
+        made = read_record(dataset, NAME)
+        if newest and made.get("key") == key and made.get("version") == newest[0].name:
+            work.version, work.is_new = newest[0], False
+        else:
+            executor.check()
+            with scratch_folder(dataset.path / "versions") as draft:
+                write = partial(write_rows, stages=names, source=source, extras=row_extras(work.plan.config, work.plan.tasks))
+                written = executor.map_with_scratch(write, draft)
+                work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
+            record(dataset, NAME, key, version=work.version.name)
+
+    def summarize(self, work: Work) -> StageSummary:
+        """See Step."""
+        assert work.version
+        return summarize_version(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
+
+
 def publish_shards(
-    shards: Sequence[DatasetDir],
-    written: Sequence[WrittenRows],
-    draft: Path,
-    plan: RunPlan,
-    funnel: list[StageSummary],
-    check: Callable[[], None],
+    work: Work, written: Sequence[WrittenRows], draft: Path, source: dict[str, Any], provenance: dict[str, Any]
 ) -> tuple[Version, bool]:
     """Make one version of the rows of all shards, or return the newest one (and False) if that holds the very same rows.
 
-    The rows that each shard has `written` lie in files below `draft`, a scratch folder beside the versions. The summary of this
-    stage is added to `funnel`. `check` raises where another command has taken over the dataset folder.
-    Raises TableError if no row is left or shards do not fit together, StoreError if there is a version of that name by now.
+    The rows that each shard has `written` lie in files below `draft`, a scratch folder beside the versions. `source` and
+    `provenance` are what the manifest says of the run. Raises TableError if shards do not fit together, StoreError if there is
+    a version of that name by now, or another command has taken over the dataset folder.
     """
-    source, model = (read_json(plan.dataset.provenance(stage)) for stage in ("source", "generate"))
+    plan, shards = work.plan, work.executor.shards
     rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
-    lost = sum(part.without_annotation for part in written)
-    funnel.append(summarize_version(sum(rows.values()), lost))
+    funnel = [*work.summaries, summarize_version(sum(rows.values()), sum(part.without_annotation for part in written))]
     if funnel[-1].input != funnel[0].kept:
         raise TableError(
-            f"stage version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
+            f"step version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
         )
     columns = {tuple(part.columns) for part in written if part.columns}
     if len(columns) > 1:
@@ -122,13 +148,15 @@ def publish_shards(
         load(db, "digests", (part for shard in shards for part in read_batches(shard.stage(NAME, "digests"))), DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
     contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
-    provenance = describe_provenance(plan.config, source, model, funnel, statistics.result()) | {
+    provenance = provenance | {
+        "funnel": [asdict(summary) for summary in funnel],
+        "measured": statistics.result(),
         "leakage": describe_decontamination(source, funnel, group_count, contaminated),
         "review": count_reviews(shards),
     }
     content = Content(
         columns=list(columns.pop()) if columns else [],
-        extras=row_extras(plan.config),
+        extras=row_extras(plan.config, plan.tasks),
         digests=digests,
         rows=rows,
         files=_number_files(written),
@@ -136,7 +164,7 @@ def publish_shards(
         examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
     )
     rejections = (table for shard in shards for table in read_batches(shard.stage(NAME, "rejections")))
-    return publish_version(plan.dataset, draft, content, provenance, rejections, check)
+    return publish_version(plan.dataset, draft, content, provenance, rejections, work.executor.check)
 
 
 def summarize_version(rows: int, without_annotation: int) -> StageSummary:
@@ -165,3 +193,6 @@ def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[
             files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", described))
             numbers[split] += 1
     return files
+
+
+STEP = WriteStep(NAME, unit="images")

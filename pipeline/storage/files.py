@@ -171,7 +171,7 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
     stored = file.schema_arrow.names
     names = stored if columns is None else [*columns]
     if missing := sorted(set(names) - set(stored)):
-        raise TableError(f"{path} lacks {', '.join(missing)}", hint="run without --from-stage")
+        raise TableError(f"{path} lacks {', '.join(missing)}", hint="run `synth generate` again: it makes the file")
     is_empty = True
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
         is_empty = False
@@ -252,7 +252,7 @@ def flush_folder(path: Path) -> None:
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
     """Open a Parquet file that a stage wrote. Raise StoreError if it is damaged or lacks a column."""
-    hint = "run `synth generate` again, without --from-stage"
+    hint = "run `synth generate` again: it makes the file"
     try:
         file = open_parquet(path)
     except pa.ArrowInvalid as error:

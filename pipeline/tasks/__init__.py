@@ -1,30 +1,48 @@
 """The tasks by name, with the validation and the JSON schema of their outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import caption, deck_qa, qa
 from pipeline.tasks.base import Task
 from pipeline.tasks.checks import CHECKING
-from pipeline.tasks.own import OwnTasks, build_task
+from pipeline.tasks.output_schema import code_digest
+from pipeline.tasks.own import build_task
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, *CHECKING)}
+TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, *CHECKING)}  # built in
 
 
-def find_task(name: str, own: OwnTasks = ()) -> Task:
-    """Return the task of a name, built in or one of the user's `own`. Raise ConfigError for an unknown name."""
-    for settings in own:
-        if settings.name == name:
-            return build_task(settings)
-    if name not in TASKS:
-        known = [task.name for task in TASKS.values() if task not in CHECKING] + [task.name for task in own]
-        hint = did_you_mean(name, known) or f"known tasks: {', '.join(known)}; one of your own: --task FILE"
-        raise ConfigError(f"unknown task: {name}", hint=hint)
-    return TASKS[name]
+class Tasks:
+    """The tasks of a run, found by name: the built-in ones and the user's `own`; `asked` are asked about every image.
+
+    Raises ConfigError for an unknown name, and for settings of an own task that do not fit together.
+    """
+
+    def __init__(self, asked: Sequence[str] = (), own: Sequence[TaskConfig] = ()) -> None:
+        self.own = tuple(build_task(settings) for settings in own)
+        self._by_name: dict[str, Task] = TASKS | {task.name: task for task in self.own}
+        self.asked = tuple(self[name] for name in asked)
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._by_name:
+            known = [task.name for task in self._by_name.values() if task not in CHECKING]
+            hint = did_you_mean(name, known) or f"known tasks: {', '.join(known)}; one of your own: --task FILE"
+            raise ConfigError(f"unknown task: {name}", hint=hint)
+        return self._by_name[name]
+
+    def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
+        """Return the names of what is asked, and of own tasks the schema, code and settings, but for those to `exclude`."""
+        settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.own]
+        outputs = [[wire_schema(task), task.settings.output and code_digest(task.settings.output)] for task in self.own]
+        return [[task.name for task in self.asked], settings, outputs]
+
+
+BUILT_IN = Tasks()
 
 
 @cache

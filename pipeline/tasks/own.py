@@ -45,7 +45,6 @@ from pipeline.tasks.output_schema import (
 from pipeline.text.normalize import tidy
 
 log = logging.getLogger(__name__)
-OwnTasks = Sequence[TaskConfig]
 NOTHING_FOUND = "nothing_found"  # a list of rows that is empty
 NOTHING = "[]"  # the record that stands for it
 JOINING = ("caption", "question")  # kinds whose texts join those of the built-in tasks
@@ -202,16 +201,15 @@ def _is_in_pixels(box: list[Any]) -> bool:
     return bool(box) and are_numbers and max(box) >= 2
 
 
-def own_columns(tasks: OwnTasks) -> list[OwnColumn]:
+def own_columns(tasks: Sequence[OwnTask]) -> list[OwnColumn]:
     """Return the columns that own tasks fill, in their order."""
-    return [column for task in tasks if (column := build_task(task).column)]
+    return [column for task in tasks if (column := task.column)]
 
 
-def publishable_task(settings: TaskConfig) -> dict[str, Any]:
+def publishable_task(task: OwnTask) -> dict[str, Any]:
     """Return the settings of a task for a manifest: with the schema of a model in the user's code instead of its name."""
-    task = build_task(settings)
-    schema = {"output": task.whole} if settings.output else {}
-    return settings.model_dump(mode="json", exclude_defaults=True) | schema
+    schema = {"output": task.whole} if task.settings.output else {}
+    return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
 
 
 @lru_cache(256)

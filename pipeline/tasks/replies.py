@@ -5,10 +5,10 @@ import json
 from typing import Any
 
 from pipeline.digests import digest
-from pipeline.tasks import find_broken_rule, find_task
+from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.tasks.base import Task
 from pipeline.tasks.boxes import Frame
-from pipeline.tasks.own import NOTHING_FOUND, OwnTasks
+from pipeline.tasks.own import NOTHING_FOUND
 from pipeline.types import Reply, Request
 
 MAX_BRACES = 32  # where the object of a reply is looked for
@@ -17,12 +17,12 @@ _COLUMNS = ("text", "question", "answer", "answer_type", "evidence_pages", "expr
 _UNFINISHED = {"length": "cut_short", "repetition": "repeats_itself"}
 
 
-def parse_reply(request: Request, reply: Reply, own: OwnTasks = (), frame: Frame | None = None) -> list[dict[str, Any]]:
+def parse_reply(request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None) -> list[dict[str, Any]]:
     """Return the annotations of one reply as rows of tables.ANNOTATION; at least one.
 
-    `own` are the settings of the user's own tasks; boxes are put into pixels of the image of the `frame`.
+    Boxes are put into pixels of the image of the `frame`.
     """
-    task = find_task(request.task, own)
+    task = tasks[request.task]
     return [
         {
             "annotation_id": digest([request.id, position]),
@@ -40,9 +40,9 @@ def parse_reply(request: Request, reply: Reply, own: OwnTasks = (), frame: Frame
     ]
 
 
-def find_flaw(request: Request, reply: Reply, own: OwnTasks = (), frame: Frame | None = None) -> str | None:
+def find_flaw(request: Request, reply: Reply, tasks: Tasks = BUILT_IN, frame: Frame | None = None) -> str | None:
     """Return the first flaw of a reply without any valid annotation; None if at least one is valid, or none was to be found."""
-    task, pages = find_task(request.task, own), max(1, len(request.images))
+    task, pages = tasks[request.task], max(1, len(request.images))
     rows = read_fields(task, reply, frame)
     flaws = [error or find_broken_rule(task, values, pages) for values, error in rows]
     return None if None in flaws or NOTHING_FOUND in flaws else flaws[0]
@@ -62,9 +62,9 @@ def read_fields(task: Task, reply: Reply, frame: Frame | None = None) -> list[tu
     return [task.nothing_found()] if rows == [] else [task.read_row(row, frame) for row in rows or [None]]
 
 
-def read_result(request: Request, reply: Reply, own: OwnTasks = ()) -> Any:
+def read_result(request: Request, reply: Reply, tasks: Tasks = BUILT_IN) -> Any:
     """Return what a reply comes to for tasks that need it: a text, a value, or a list of rows; None if it is unusable."""
-    task = find_task(request.task, own)
+    task = tasks[request.task]
     rows = read_fields(task, reply)
     usable = [fields for fields, error in rows if not error and not find_broken_rule(task, fields)]
     values = [json.loads(row["record"]) if row.get("record") else row.get("text") or _told(row) for row in usable]

@@ -4,181 +4,211 @@ Every step depends on files alone, and writes files that appear whole or not at 
 failure. Answered requests are in the journals of the shards, and are never sent again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from pipeline.config import Config
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
-from pipeline.digests import digest, file_digest, public_name
-from pipeline.errors import ConfigError
-from pipeline.executors.base import (
-    ClusterOptions,
-    RunResult,
-    T,
-    compare_rows,
-    forget_other_stages,
-    publish,
-    require_own_replies,
-)
-from pipeline.executors.messages import describe_start
+from pipeline.digests import digest, file_digest
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.executors.base import ClusterOptions, forget_other_steps
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import (
     FillResult,
     ShardWorker,
+    filled_folder,
+    is_read,
     is_to_be_tried_again,
-    read_fill_result,
     read_slice,
     sum_fill_results,
 )
-from pipeline.inference.engines import choose_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.install import installed_version
 from pipeline.logs import log_to
-from pipeline.progress import Progress
-from pipeline.sources import choose_image_kind, is_divisible, open_source
-from pipeline.stages.ask_checks import require_scorer
-from pipeline.stages.base import RunPlan, Stage, step_order
+from pipeline.plan import Plan
+from pipeline.progress import NullProgress, Progress
+from pipeline.sources import files_of_source, is_divisible
+from pipeline.stages.base import Executor, RowStep, Services
+from pipeline.stages.records import code_digest, record
 from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading
 from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
+from pipeline.stages.source_reader import READ_SETTINGS
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
+from pipeline.types import Engine
 
 DEFAULT_SHARDS = 16
+T = TypeVar("T")
+ShardWork = Callable[[DatasetDir, Services], None]
 
 
-@dataclass(frozen=True, slots=True)
-class RayExecutor:
-    """Applies functions to shards on the workers of a cluster; executors.base.Executor."""
+class RayExecutor(Executor):
+    """Applies functions to shards on the workers of a cluster; stages.base.Executor.
 
-    run: ShardedRun
+    Functions that are to be applied to `each` shard are gathered, and applied together, shard by shard: those that ask a model
+    run where one is loaded.
+    """
+
+    def __init__(
+        self,
+        run: ShardedRun,
+        workers: WorkerPlan | None,
+        stats: RequestStats,
+        progress: Progress,
+        check: Callable[[], None],
+        source: dict[str, Any],
+    ) -> None:
+        self.run, self._check = run, check
+        self._workers, self._stats, self._progress = workers, stats, progress
+        self._source = source  # what the manifest says of the source
+        self._waiting: list[ShardWork] = []
+        self._is_filled = workers is None  # an earlier command has filled the shards
 
     @property
     def shards(self) -> Sequence[DatasetDir]:
         """See Executor."""
         return self.run.shards
 
+    def read(self, limit: int | None) -> bool:  # noqa: ARG002  # it is a part of the settings
+        """See Executor. Readers shuffle the rows of the source; each shard takes its own when it is filled."""
+        run, dataset = self.run, self.run.plan.dataset
+        for old in (run.root / "exchange").glob("*"):
+            if old != run.shuffle_root:
+                remove(old)
+        if not all(is_read(run, index) for index in range(run.shard_count)):
+            map_on_cluster(
+                run.readers,
+                partial(_read_slice, run),
+                report=lambda done: self._progress("source", done, run.readers),
+            )
+        has_more = _had_more(run)
+        record(dataset, "source", run.inputs, source=self._source | ({"preview": True} if has_more else {}))
+        return has_more
+
+    def each(self, work: ShardWork, *, asks: bool = False) -> None:
+        """See Executor."""
+        assert not (asks and self._is_filled), "a step asks a model behind the first that compares rows"
+        self._waiting.append(work)
+
+    def wait(self) -> None:
+        """See Executor."""
+        works, self._waiting = self._waiting, []
+        if works and not self._is_filled:
+            self._fill(works)
+            self._is_filled = True
+            self._check()
+        elif works:
+            map_on_cluster(self.run.shard_count, partial(_work_on_shard, self.run, partial(_apply_all, works)))
+
     def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
         """See Executor."""
+        self.wait()
         return map_on_cluster(self.run.shard_count, partial(_work_on_shard, self.run, work))
 
-    def map_with_scratch(self, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path) -> list[WrittenRows]:
+    def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """See Executor."""
+        self.wait()
         return map_on_cluster(self.run.shard_count, partial(_write_shard, self.run, work, draft))
 
+    def check(self) -> None:
+        """See Executor."""
+        self._check()
 
-def run_on_cluster(
-    config: Config, dataset: DatasetDir, stages: Sequence[Stage], options: ClusterOptions, progress: Progress
-) -> RunResult:
-    """Run all stages on a Ray cluster and return the new version: the same as that of a run in one process.
+    def _fill(self, works: Sequence[ShardWork]) -> None:
+        """Fill every shard where the model is, and count the requests."""
+        run, progress = self.run, self._progress
+        results: list[FillResult] = map_on_cluster(
+            run.shard_count,
+            ShardWorker(run, works),
+            self._workers,
+            lambda done: progress("generate", done, run.shard_count, {"unit": "shards"}),
+        )
+        cost = sum_fill_results(results, self._stats)
+        if cost:
+            write_json(run.plan.dataset.cost, cost)
+        if is_remote(run.root):
+            filled = tuple(result.folder for result in results)
+            for old in (run.root / "shards").glob("*/*"):
+                if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
+                    remove(old)  # of an earlier run, or of an abandoned worker
+            self.run = replace(run, filled=filled)
 
-    The dataset folder is on a file system that all nodes share, or in an object store. `stages` are all between generate and
-    version, in order. Raises SynthError; finished work stays on the disk.
+
+@contextmanager
+def open_executor(
+    plan: Plan, steps: Sequence[str], options: ClusterOptions, stats: RequestStats, progress: Progress
+) -> Iterator[RayExecutor]:
+    """Open a cluster and the dataset folder for a run over shards: the version is that of a run in one process.
+
+    `steps` are the names of all steps.
+    The folder is on a file system that all nodes share, or in an object store. Raises SynthError; what is done stays there.
     """
+    config, dataset, source, engine = plan.config, plan.dataset, plan.source, plan.engine
+    assert source is not None
+    assert engine is not None
     if config.server.has_budget:
         hint = "leave out --max-requests, --max-tokens and --max-cost, or --executor ray"
         raise ConfigError("a budget is counted in one process, not by the workers of a cluster", hint=hint)
+    plan = replace(plan, dataset=DatasetDir(dataset.path.absolute()))
+    dataset = plan.dataset
     with translate_disk_errors(dataset.path):
         shard_count = _count_shards(dataset, options.shards)
-    choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
-    dataset.versions()  # one that is damaged is an error at the end, too
-    require_own_replies(dataset, choice)
-    require_scorer(config)
-    source = open_source(config)
-    for text in (describe_start(config, choice, dataset), *source.messages):
-        progress.message(text)
-    locked = dataset.lock(say=progress.message)
-    logged = log_to(scratch_root(dataset.path))
+    locked, logged = dataset.lock(say=progress.message), log_to(scratch_root(dataset.path))
     with open_cluster(options.address), translate_disk_errors(dataset.path), locked as check, logged:
-        workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=choice.name == "vllm")
+        workers = plan_workers(options.workers, loads_model=not config.base_url, own_server=engine.name == "vllm")
         write_json(dataset.path / "shards" / "shards.json", {"shards": shard_count})
         write_json(dataset.run_file, config.recorded())
-        _forget_local_run(dataset, step_order(stages))
-        plan = RunPlan(dataset, config, choice.revision, choose_image_kind(config))
+        _forget_local_run(dataset, steps)
+        files = digest(named_files(plan))
         readers = shard_count if is_divisible(config) else 1
-        files = digest(named_files(config))
-        run = ShardedRun(plan, Path.cwd(), shard_count, readers, choice.name, source.revision, files)
+        run = ShardedRun(plan, Path.cwd(), shard_count, readers, engine.name, source.revision, files)
         _begin(run)
         for shard in (dataset, *run.shards):
-            forget_other_stages(shard, step_order(stages))
+            forget_other_steps(shard, steps)
         excluded = write_exclusions(dataset, config, open_exclusions(config), progress)
         described = describe_source(source, excluded, plan.image_kind, config.captions)
-        model = {"name": public_name(choice.model), "revision": choice.revision}
-        write_json(dataset.provenance("source"), described)
-        write_json(dataset.provenance("generate"), model)
-        run = replace(run, inputs=_digest_inputs(run, described, model))
+        inputs = _digest_inputs(run, described)
+        run = replace(run, inputs=inputs, fill_key=digest([inputs, code_digest(), config.recorded(), engine.revision, files]))
+        if is_remote(dataset.path):
+            run = replace(run, filled=tuple(filled_folder(run, n).get("folder", f"{n:05d}") for n in range(shard_count)))
         run = replace(run, tries_again=is_to_be_tried_again(run))
-        first = next(n for n, stage in enumerate(stages) if stage.compare)
-        stats, run = _fill(run, stages[: first + 1], workers, progress)
-        if _had_more(run):
-            write_json(dataset.provenance("source"), described | {"preview": True})
-        return _finish(run, stages, first, stats, progress, check)
+        executor = RayExecutor(run, workers, stats, progress, check, described)
+        yield executor
+        _finish(executor.run)
 
 
-def review_on_cluster(
-    config: Config, dataset: DatasetDir, stages: Sequence[Stage], progress: Progress, check: Callable[[], None]
-) -> RunResult:
-    """Apply reviews to the shards of a run on a cluster, on this machine, and return the new version.
+@contextmanager
+def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> Iterator[RayExecutor]:
+    """Open the shards of a finished run on this machine, to apply reviews.
 
     The source is not read, and no request is sent. The caller holds the lock of the dataset folder; `check` raises if it is
-    lost. `stages` are all between generate and version, in order; only the last one is run.
+    lost.
     """
+    plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
     with open_cluster("local"):
-        plan = RunPlan(dataset, config, "", choose_image_kind(config))
-        finished = read_json(dataset.finished)
-        files = digest(named_files(config))
-        run = ShardedRun(plan, Path.cwd(), _count_shards(dataset, None), 1, "", "", files, "review", tuple(finished["filled"]))
+        finished = read_json(plan.dataset.finished)
+        files = digest(named_files(plan))
+        shards = _count_shards(plan.dataset, None)
+        run = ShardedRun(plan, Path.cwd(), shards, 1, "", "", files, "review", filled=tuple(finished["filled"]))
         _begin(run)
         try:
-            return _finish(run, stages, len(stages) - 1, RequestStats(), progress, check)
+            yield RayExecutor(run, None, RequestStats(), progress, check, {})
         except BaseException:  # the shards are as they were: other reviews may be applied
-            write_json(dataset.finished, finished)
+            write_json(plan.dataset.finished, finished)
             raise
+        _finish(run)
 
 
-def _finish(
-    run: ShardedRun, stages: Sequence[Stage], first: int, stats: RequestStats, progress: Progress, check: Callable[[], None]
-) -> RunResult:
-    """Run the stages from index `first` on, and publish the version."""
-    executor, dataset = RayExecutor(run), run.plan.dataset
-    check()
-    compare_rows(executor, stages[first:], stages[first - 1].name, run.plan, progress)
-    version, is_new, funnel = publish(executor, stages, run.plan, check)
-    write_json(dataset.finished, {"version": version.name, "filled": run.filled})
-    remove(dataset.path / "exchange")
-    return RunResult(version, is_new, stats, funnel)
-
-
-def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progress: Progress) -> tuple[RequestStats, ShardedRun]:
-    """Read the source and fill every shard; return request counts, and the run with the folders of its shards."""
-    for old in (run.root / "exchange").glob("*"):
-        if old != run.shuffle_root:
-            remove(old)
-    worker = ShardWorker(run, stages)
-    if not all(read_fill_result(run, index, worker.last_stage) for index in range(run.shard_count)):
-        read = partial(_read_slice, run)
-        map_on_cluster(run.readers, read, report=lambda done: progress("source", done, run.readers))
-    results: list[FillResult] = map_on_cluster(
-        run.shard_count, worker, workers, lambda done: progress("generate", done, run.shard_count, {"unit": "shards"})
-    )
-    stats, cost = sum_fill_results(results)
-    if old_shards := sum(result.is_old for result in results):
-        progress.message(f"{old_shards} of {run.shard_count} shards were filled before")
-    if cost:
-        write_json(run.plan.dataset.cost, cost)
-    if not is_remote(run.root):
-        return stats, run
-    filled = tuple(result.folder for result in results)
-    for old in (run.root / "shards").glob("*/*"):
-        if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
-            remove(old)  # of an earlier run, or of an abandoned worker
-    return stats, replace(run, filled=filled)
+def _finish(run: ShardedRun) -> None:
+    write_json(run.plan.dataset.finished, {"filled": run.filled})
+    remove(run.root / "exchange")
 
 
 def _had_more(run: ShardedRun) -> bool:
@@ -191,32 +221,45 @@ def _read_slice(run: ShardedRun, index: int) -> None:
     run_exclusively(run, "read", index, lambda: read_slice(run, index))
 
 
+def _apply_all(works: Sequence[ShardWork], shard: DatasetDir) -> None:
+    """Apply functions that ask no model to a shard."""
+    services = Services(shard, _no_engine, RequestStats(), NullProgress())
+    for work in works:
+        work(shard, services)
+
+
+def _no_engine() -> Engine:
+    raise ClusterError("a step asks a model where none is", hint="please report this bug")
+
+
 def _work_on_shard(run: ShardedRun, work: Callable[[DatasetDir], T], index: int) -> T:
     return run_exclusively(run, _name_of(work), index, lambda: work(run.shard(index)))
 
 
-def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], WrittenRows], draft: Path, index: int) -> WrittenRows:
+def _write_shard(run: ShardedRun, work: Callable[[DatasetDir, Path], T], draft: Path, index: int) -> T:
     """Write the rows of a shard to a folder of a new name: an abandoned worker must not write into published files."""
 
-    def write() -> WrittenRows:
+    def write() -> T:
         name = f"{index:05d}-{uuid4().hex[:8]}"
         path = (run.scratch if is_remote(draft) else draft) / name
         path.mkdir(parents=True)
         written = work(run.shard(index), path)
-        if not is_remote(draft):
-            return written
-        upload_folder(path, draft / name)
-        remove(path)
-        return replace(written, path=draft / name)
+        if is_remote(draft):
+            upload_folder(path, draft / name)
+            remove(path)
+            assert isinstance(written, WrittenRows)
+            return replace(written, path=draft / name)
+        return written
 
     return run_exclusively(run, "write", index, write)
 
 
 def _name_of(work: Callable[..., Any]) -> str:
-    """Return the name under which attempts are counted: that of the (partial) function, and the stage that it runs."""
-    function = getattr(work, "func", work)
-    stages = [argument.name for argument in getattr(work, "args", ()) if isinstance(argument, Stage)]
-    return "-".join([function.__name__, *stages])
+    """Return the name under which attempts are counted: that of the (partial) function, and of the steps that it runs."""
+    arguments = list(getattr(work, "args", ()))
+    arguments += [inner for argument in arguments if isinstance(argument, list) for one in argument for inner in one.args]
+    steps = [argument.name for argument in arguments if isinstance(argument, RowStep)]
+    return "-".join([getattr(work, "func", work).__name__, *steps])
 
 
 def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
@@ -237,15 +280,12 @@ def _begin(run: ShardedRun) -> None:
     run.plan.dataset.finished.unlink(missing_ok=True)
 
 
-def _digest_inputs(run: ShardedRun, source: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return the digest of everything that decides the content of filled shards."""
+def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
+    """Return the key of the step read: a digest of everything that decides which samples the shards hold."""
     config = run.config
-    later = {"base_url", "engine", "model", "server", "select", "dedupe", "balance", "split", "title"}
-    settings = config.model_dump(mode="json", exclude=later)
-    files = named_files(config)
-    del files["entries"]  # of balance
+    settings = config.model_dump(mode="json", include={*READ_SETTINGS, "limit", "columns", "human_texts"})
     exclusions = file_digest(run.plan.dataset.stage("source", "exclusions"))
-    return digest([installed_version(), settings, source, model, files, exclusions, run.shard_count])
+    return digest([installed_version(), settings, source, files_of_source(config), exclusions, run.shard_count])
 
 
 def _count_shards(dataset: DatasetDir, wanted: int | None) -> int:

@@ -18,12 +18,10 @@ from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
 from pipeline.executors.ray.shuffle import Indices, Shuffle
 from pipeline.logs import keep_log_in
+from pipeline.plan import Plan
 from pipeline.sources import files_of_source
-from pipeline.stages.base import RunPlan
 from pipeline.storage.files import read_json, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
-from pipeline.tasks import find_task
-from pipeline.tasks.output_schema import code_digest
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
@@ -40,14 +38,15 @@ class ShardedRun:
     hold ids in order. All workers see the dataset folder: it lies on a shared file system or in an object store.
     """
 
-    plan: RunPlan
+    plan: Plan
     working_dir: Path  # the working directory of the command, to which paths in the settings are relative
     shard_count: int
     readers: int  # how many parts of the source are read at once
     engine: str  # as the command has chosen it; workers do not choose again
     source_revision: str
     files: str  # digest of the files that the settings name: every worker must see the same
-    inputs: str = ""  # digest of all that decides the content of the shards
+    inputs: str = ""  # the key of the step read: a digest of all that decides which samples the shards hold
+    fill_key: str = ""  # in an object store, the key of filled shards
     filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
     tries_again: bool = False  # all shards are filled anew: a row that failed may become an image of any of them
 
@@ -70,7 +69,7 @@ class ShardedRun:
                 hint = "use a file system that all nodes share"
                 raise ClusterError(f"a worker cannot see {self.working_dir}: {error.strerror}", hint=hint) from None
         if self.files not in _KNOWN_FILES:
-            if digest(named_files(self.config)) != self.files:
+            if digest(named_files(self.plan)) != self.files:
                 raise ClusterError(
                     "a worker sees other files than the command: prompts, split list, captions, entries, or a CLIP's folder",
                     hint="put the same ones at the same path on all nodes",
@@ -122,17 +121,13 @@ class ShardedRun:
         return self.root / "shards" / "tries"
 
 
-def named_files(config: Config) -> dict[str, Any]:
+def named_files(plan: Plan) -> dict[str, Any]:
     """Return the content or the digest of each file that the settings name, code of own tasks among them, by setting."""
+    config = plan.config
     clip, entries = Path(config.verify.clip_model), config.balance.entries
-    own = [
-        [task.name, find_task(task.name, config.own_tasks).wire_schema(), code_digest(task.output)]
-        for task in config.own_tasks
-        if task.output
-    ]
     return {
-        **({"own_tasks": own} if own else {}),
-        "prompts": prompt_texts(asked_tasks(config), config.prompt_dirs, config.generate.style_prompts),
+        "tasks": plan.tasks.describe(),
+        "prompts": prompt_texts(asked_tasks(config, plan.tasks), config.prompt_dirs, config.generate.style_prompts),
         **files_of_source(config),
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,

@@ -1,6 +1,6 @@
 """Workers of a run over shards: some read the source and shuffle it to shards, the others fill shards.
 
-A shard is filled when its requests are answered, and its rows judged by all stages that need no other shard.
+A shard is filled when it has its samples, its requests are answered, and its rows judged by all steps that need no other shard.
 """
 
 import os
@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.errors import EngineError, SourceError, SynthError
-from pipeline.executors.base import judge_rows
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
 from pipeline.images.isolation import limit_workers
@@ -26,8 +25,8 @@ from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.base import Services, Stage
-from pipeline.stages.generate import generate_annotations
+from pipeline.stages.base import Services, require_stage
+from pipeline.stages.records import is_done, read_record, record
 from pipeline.stages.source import count_passing, is_worth_another_try, write_source
 from pipeline.stages.source_copies import BATCH_BYTES
 from pipeline.storage.files import read_json, write_json
@@ -35,15 +34,15 @@ from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Rejected, Sample, SourceSlice
 
-FILLED = "filled.json"  # in the folder of a shard: with which inputs it was filled, and the result
+FILLED = "filled.json"  # in an object store: the folder where the files of a shard lie, and the key of the fill
 BATCH_SAMPLES = 256  # written together; fewer, if their images reach BATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """The result of filling one shard, stored in `filled.json`."""
+    """The result of filling one shard: its folder below `shards`, and counts of requests."""
 
-    folder: str  # of the shard, below `shards`
+    folder: str
     asked: int = 0
     total: int = 0
     attempts: dict[str, int] = field(default_factory=dict)
@@ -52,7 +51,6 @@ class FillResult:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     uncounted: int = 0  # replies whose server did not count the tokens
-    is_old: bool = False  # it was filled by an earlier command
 
 
 def read_slice(run: ShardedRun, index: int) -> None:
@@ -112,80 +110,67 @@ def _has_next(rows: Iterator[Sample | Rejected]) -> bool:
         return True
 
 
-def read_fill_result(run: ShardedRun, index: int, last_stage: str) -> FillResult | None:
-    """Return the result of filling a shard, if it was filled from the same inputs."""
-    filled = _read_filled(run, index)
-    if not filled or run.tries_again:
-        return None
-    result = FillResult(**filled["result"])
-    shard = DatasetDir(run.root / "shards" / result.folder)  # an abandoned worker may name one that was removed
-    return result if shard.stage(last_stage).exists() else None
-
-
-def _read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
-    """Return what was written down of a shard that was filled from the same inputs; nothing if it was not."""
-    path = run.shard(index).path / FILLED
-    filled: dict[str, Any] = read_json(path) if path.exists() else {}
-    return filled if filled.get("inputs") == run.inputs else {}
+def is_read(run: ShardedRun, index: int) -> bool:
+    """Return whether a shard has the samples of these inputs."""
+    return not run.tries_again and is_done(run.shard(index), "source", run.inputs)
 
 
 def is_to_be_tried_again(run: ShardedRun) -> bool:
-    """Return whether a shard was filled from the same inputs with rows that failed, and that are worth another try."""
-    filled = (_read_filled(run, index) for index in range(run.shard_count))
-    return any(is_worth_another_try(one.get("may_pass", 0), one.get("may_pass_before")) for one in filled)
+    """Return whether a shard was read from the same inputs with rows that failed, and that are worth another try."""
+    records = (read_record(run.shard(index), "source") for index in range(run.shard_count))
+    return any(is_worth_another_try(one["may_pass"], one["may_pass_before"]) for one in records if one.get("key") == run.inputs)
+
+
+def filled_folder(run: ShardedRun, index: int) -> dict[str, Any]:
+    """Return what is written down of a shard in an object store: its `folder` there, and the `key` of the fill."""
+    path = run.root / "shards" / f"{index:05d}" / FILLED
+    return dict(read_json(path)) if path.exists() else {}
 
 
 class ShardWorker(AbstractContextManager["ShardWorker"]):
-    """Fills shards one after another, and keeps the model, or its server, from shard to shard."""
+    """Fills shards one after another, and keeps the model, or its server, from shard to shard.
 
-    def __init__(self, run: ShardedRun, stages: Sequence[Stage]) -> None:
-        self.run = run
-        self.stages = stages  # up to the first that compares rows
+    `works` are applied to each shard in order, behind the reading of its samples.
+    """
+
+    def __init__(self, run: ShardedRun, works: Sequence[Callable[[DatasetDir, Services], None]]) -> None:
+        self.run, self.works = run, works
 
     def __exit__(self, *error: object) -> None:
         """End the server, if one was started."""
         self._stack.close()
 
     def __call__(self, index: int) -> FillResult:
-        """Fill a shard, unless it was filled from the same inputs."""
+        """Do what is not done yet in a shard."""
         return run_exclusively(self.run, "fill", index, lambda: self._fill_once(index))
 
     def _fill_once(self, index: int) -> FillResult:
         run = self.run
-        path = run.shard(index).path / FILLED
-        if result := read_fill_result(run, index, self.last_stage):
-            if is_remote(run.root):
-                forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
-            return FillResult(**{**asdict(result), "asked": 0, "is_old": True})
-        before = _read_filled(run, index).get("may_pass")
-        if is_remote(run.root):
-            with scratch_shard(run, index) as shard:
-                result, may_pass = self._fill(index, shard), count_passing(shard)
-                result = FillResult(**{**asdict(result), "folder": upload_stages(run, index, shard)})
-        else:
-            path.unlink(missing_ok=True)  # from here on the shard is rewritten in place
-            result, may_pass = self._fill(index, run.shard(index)), count_passing(run.shard(index))
-        if not any(result.flaws.get(reason) for reason in UNANSWERED):  # the same command retries unanswered requests
-            tries = {"may_pass": may_pass, "may_pass_before": before}
-            write_json(path, {"inputs": run.inputs, "result": asdict(result), **tries})
+        if not is_remote(run.root):
+            return self._fill(index, run.shard(index))
+        filled = filled_folder(run, index)
+        if filled.get("key") == run.fill_key and not run.tries_again:
+            forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
+            return FillResult(**filled["result"])
+        with scratch_shard(run, index) as shard:
+            result = self._fill(index, shard)
+            result = replace(result, folder=upload_stages(run, index, shard))
+        is_complete = not any(result.flaws.get(reason) for reason in UNANSWERED)  # else the same command asks again
+        known = {"folder": result.folder, "total": result.total, "cost": result.cost}
+        about = {"key": run.fill_key if is_complete else "", "folder": result.folder, "result": known}
+        write_json(run.root / "shards" / f"{index:05d}" / FILLED, about)
         return result
 
-    @property
-    def last_stage(self) -> str:
-        """The last stage whose rows a filled shard has."""
-        judged = [stage.name for stage in self.stages if not stage.compare]
-        return judged[-1]
-
     def _fill(self, index: int, shard: DatasetDir) -> FillResult:
-        run, dataset, stats = self.run, self.run.plan.dataset, RequestStats()
-        write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
+        run, stats = self.run, RequestStats()
+        self._read_once(index, shard)
         with Journal(shard.journal) as journal:
-            if dataset.journal.exists():  # of a run in one process
-                with local_copy(dataset.journal) as copy:
+            if run.plan.dataset.journal.exists():  # of a run in one process
+                with local_copy(run.plan.dataset.journal) as copy:
                     journal.import_replies(copy, *run.id_range(index))
-        services = Services(self._engine, stats, NullProgress())
-        generate_annotations(shard, run.plan, services)
-        judge_rows(shard, self.stages, "generate", run.plan, services)
+        services = Services(run.plan.dataset, self._engine, stats, NullProgress())
+        for work in self.works:
+            work(shard, services)
         return FillResult(
             folder=run.shard(index).path.name,
             asked=stats.asked,
@@ -197,6 +182,18 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             reply_tokens=stats.reply_tokens,
             uncounted=stats.uncounted,
         )
+
+    def _read_once(self, index: int, shard: DatasetDir) -> None:
+        """Write the samples of a shard, unless an earlier run has written them from the same inputs."""
+        run = self.run
+        if is_read(run, index):
+            return
+        before = read_record(run.shard(index), "source")
+        failed_before = before["may_pass"] if before.get("key") == run.inputs else None
+        write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
+        kept, rejected = require_stage(shard, "source")
+        tries: dict[str, Any] = {"may_pass": count_passing(shard), "may_pass_before": failed_before}
+        record(shard, "source", run.inputs, kept=kept, rejected=rejected, **tries)
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
         """Yield the source rows of a shard."""
@@ -224,27 +221,25 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         run = self.run
         config = run.config.model_copy(update={"engine": run.engine})
         log = run.scratch / "servers" / f"{socket.gethostname()}-{os.getpid()}.log"
-        choice = choose_engine(config, log, NullProgress())
-        if choice.revision != run.plan.revision:
+        choice, revision = choose_engine(config, log, NullProgress()), run.plan.requests.revision
+        if choice.revision != revision:
             raise EngineError(
-                f"a worker has another {choice.model} than the command: {choice.revision[:12]}, not {run.plan.revision[:12]}",
+                f"a worker has another {choice.model} than the command: {choice.revision[:12]}, not {revision[:12]}",
                 hint="use one model on all nodes, or one list of --base-url",
             )
         return choice
 
 
-def sum_fill_results(results: Sequence[FillResult]) -> tuple[RequestStats, Counter[str]]:
-    """Return the request counts and the cost of filling all shards."""
-    stats, cost = RequestStats(), Counter[str]()
+def sum_fill_results(results: Sequence[FillResult], stats: RequestStats) -> Counter[str]:
+    """Add the request counts of all shards to `stats`, and return the cost of filling them."""
+    cost = Counter[str]()
     for result in results:
         stats.asked += result.asked
-        stats.total += result.total
-        stats.done += result.total
+        stats.add_known(result.total)
         cost.update(result.cost)
-        if not result.is_old:
-            stats.attempts.update({int(attempt): count for attempt, count in result.attempts.items()})
-            stats.flaws.update(result.flaws)
-            stats.prompt_tokens += result.prompt_tokens
-            stats.reply_tokens += result.reply_tokens
-            stats.uncounted += result.uncounted
-    return stats, cost
+        stats.attempts.update({int(attempt): count for attempt, count in result.attempts.items()})
+        stats.flaws.update(result.flaws)
+        stats.prompt_tokens += result.prompt_tokens
+        stats.reply_tokens += result.reply_tokens
+        stats.uncounted += result.uncounted
+    return cost

@@ -1,0 +1,150 @@
+"""The plan of a run: everything that its settings name, resolved once.
+
+`Config` is what a user wrote. `Plan` is what will be done: the source, the tasks with their prompts, the model and its
+revision, how images are compared. `Plan.open` makes every check that can fail before anything is written; `run`, `preview`
+and the forecast of `--dry-run` share it. After that, no function looks a name up in the settings.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir, require_nameable
+from pipeline.dataset.version import dataset_folder
+from pipeline.digests import public_name
+from pipeline.errors import ConfigError
+from pipeline.images.similarity import ImageKind
+from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
+from pipeline.inference.requests import RequestPlan, check_prompts
+from pipeline.progress import Progress
+from pipeline.sources import choose_image_kind, find_source, holds_decks, open_source, with_source_defaults
+from pipeline.sources.base import SourceSpec
+from pipeline.sources.local_files import skip_digests
+from pipeline.storage.files import translate_disk_errors
+from pipeline.storage.object_store import is_remote
+from pipeline.tasks import Tasks
+from pipeline.types import Source
+
+ENDLESS = 1 << 31  # images of a source that has as many as are asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. It is pickled without the open source and engine, which workers open themselves."""
+
+    config: Config  # as the user wrote it, with the defaults of the source
+    dataset: DatasetDir  # of the whole run, whose folder may hold several shards
+    spec: SourceSpec
+    tasks: Tasks
+    requests: RequestPlan
+    image_kind: ImageKind | None  # how images are compared; None: they are known to be distinct
+    has_decks: bool  # the samples are documents of several pages
+    model: str = ""  # the publishable name of the model that writes
+    source: Source | None = None
+    engine: EngineChoice | None = None
+
+    @classmethod
+    def resolve(cls, config: Config, dataset: DatasetDir, model: str = "", revision: str = "") -> "Plan":
+        """Resolve all names in the settings of a run. Neither the source nor a server is asked anything."""
+        config = with_source_defaults(config)
+        tasks = Tasks(config.tasks, config.own_tasks)
+        return cls(
+            config=config,
+            dataset=dataset,
+            spec=find_source(config.source),
+            tasks=tasks,
+            requests=RequestPlan.of(config, tasks, revision),
+            image_kind=choose_image_kind(config),
+            has_decks=holds_decks(config),
+            model=model,
+        )
+
+    @classmethod
+    def open(cls, config: Config, out: Path | None, progress: Progress, *, is_trial: bool = False) -> "Plan":
+        """Resolve the settings, open the source and choose the model. Raises SynthError for all that cannot work.
+
+        `out` is the dataset folder, `data/SOURCE` by default. For a trial of a few images, the source is opened without
+        digests of its files.
+        """
+        dataset = DatasetDir(out or dataset_folder(config.source))
+        require_nameable(dataset.path)
+        plan = cls.resolve(config, dataset)
+        check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
+        with translate_disk_errors(dataset.path):
+            refuse_other_source(dataset, plan.config)
+        quick: AbstractContextManager[None] = skip_digests() if is_trial else nullcontext()
+        with quick:
+            source = open_source(_reading_settings(plan))
+        for text in source.messages:
+            progress.message(text)
+        engine = choose_engine(plan.config, log_of_servers(dataset), progress)
+        plan = replace(plan, source=source).with_engine(engine)
+        dataset.versions()  # one that is damaged is an error at the end, too
+        plan.require_scorer()
+        return plan
+
+    def with_engine(self, engine: EngineChoice) -> "Plan":
+        """Return the plan with a chosen engine."""
+        requests = replace(self.requests, revision=engine.revision)
+        return replace(self, engine=engine, model=public_name(engine.model), requests=requests)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.resolve, (self.config, self.dataset, self.model, self.requests.revision)
+
+    @property
+    def clip_model(self) -> str:
+        """The CLIP by which captions are compared with images."""
+        name = self.config.verify.clip_model
+        return self.spec.clip_model if name == "auto" else name
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether captions are compared with their images."""
+        return "alignment" in self.config.verify.checks and not self.has_decks
+
+    def require_scorer(self) -> None:
+        """Raise EngineError if a CLIP is needed that cannot be had: before a model is asked, which may take days."""
+        if self.needs_clip:
+            from pipeline.images.clip import require_clip
+
+            require_clip(self.clip_model)
+
+    def choose_judge(self, progress: Progress | None = None) -> EngineChoice:
+        """Choose the judge. Raises ConfigError or EngineError if it cannot be asked, or is the model that writes."""
+        return choose_judge(self.config, self.requests.revision, progress, self.model or None)
+
+
+def log_of_servers(dataset: DatasetDir) -> Path:
+    """Return where the output of vLLM servers goes that a run starts: to a disk of this machine."""
+    return Path("vllm.log") if is_remote(dataset.path) else dataset.server_log
+
+
+def _reading_settings(plan: Plan) -> Config:
+    """Return the settings with which the source is opened: where a number of images is wanted, it may be read to its end."""
+    if plan.config.images is None:
+        return plan.config
+    return plan.config.model_copy(update={"limit": ENDLESS if plan.spec.is_endless else None})
+
+
+def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
+    """Raise ConfigError if a dataset folder holds data from another source."""
+    if not dataset.run_file.exists():
+        return
+    before = dataset.settings()
+    if not isinstance(before, dict) or not before.keys() >= config.recorded().keys():
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR")
+    source = str(before["source"])
+    if not _is_same_source(source, config.source):
+        hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"
+        raise ConfigError(f"{dataset.path} holds data from {source}, not {config.source}", hint=hint)
+
+
+def _is_same_source(one: str, other: str) -> bool:
+    """Return whether two names mean one source: a path may be spelled in several ways."""
+    (kind, _, path), (other_kind, _, other_path) = one.partition(":"), other.partition(":")
+    is_local = bool(path and other_path) and "://" not in path + other_path
+    return one == other or (
+        kind == other_kind and is_local and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
+    )

@@ -1,0 +1,15 @@
+"""Step: read. Read the source, and keep each of its images once."""
+
+from pipeline.stages.base import Step, Work
+from pipeline.stages.source import ADVICE
+
+
+class ReadStep(Step):
+    """Reads as many images as the run has use for."""
+
+    def run(self, work: Work, before: str) -> None:  # noqa: ARG002
+        """See Step."""
+        work.has_more = work.executor.read(work.limit)
+
+
+STEP = ReadStep("source", unit="images", advice=ADVICE)
