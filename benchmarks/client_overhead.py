@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.plans import request_plan
+
 HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
@@ -125,11 +127,11 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731
-        for _ in ask_about(chunks(), config, "m", engine, journal, RequestStats(), texts):
+        for _ in ask_about(chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
-        for table in read_annotations(samples, config, "m", journal, texts):
+        for table in read_annotations(samples, request_plan(config, "m"), journal, texts):
             kept += validate_annotations(table)["reason"].null_count
     assert kept == rows, f"{kept} of {rows} captions are valid"
 

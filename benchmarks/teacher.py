@@ -20,6 +20,7 @@ from pipeline.sources.scenes import draw_sample
 from pipeline.stages.source_copies import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample, SampleBatch
+from tests.plans import request_plan
 from tests.scene_data import scenes_by_id, score_annotations, score_decks
 
 REWORDED_SYSTEM = (
@@ -62,7 +63,7 @@ def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        built = [r for sample in chunk for r in build_requests(sample.id, config, choice.revision)]
+        built = [r for sample in chunk for r in build_requests(sample.id, request_plan(config, choice.revision))]
         built = with_images(built, SampleBatch.of((sample.id, sample.images) for sample in chunk))
         return [reword(request) if reworded else request for request in built]
 

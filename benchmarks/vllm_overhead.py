@@ -36,6 +36,7 @@ from pipeline.inference.vllm_server import run_servers
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
+from tests.plans import request_plan
 
 IMAGE_TOKENS = 256
 SIDE_PX, PHOTO_PX = 448, 1024
@@ -82,9 +83,11 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
     """Run the pass of `synth generate`: journal, validation of each reply, and the table of annotations."""
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
-        for _ in ask_about(chunks, config, client.revision, lambda: client, journal, RequestStats()):
+        for _ in ask_about(
+            chunks, request_plan(config, client.revision), config.server, lambda: client, journal, RequestStats()
+        ):
             pass
-        list(read_annotations([[SampleInfo(name, 1) for name, _ in images]], config, client.revision, journal))
+        list(read_annotations([[SampleInfo(name, 1) for name, _ in images]], request_plan(config, client.revision), journal))
 
 
 def scenes(seed: int, count: int) -> Images:
@@ -124,7 +127,7 @@ def compare(
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (client_name == "synth"), count)
-            requests = [r for sample_id, _ in images for r in build_requests(sample_id, config, client.revision)]
+            requests = [r for sample_id, _ in images for r in build_requests(sample_id, request_plan(config, client.revision))]
             requests = with_images(requests, SampleBatch.of(images))
             started = time.perf_counter()
             if client_name == "bare":

@@ -76,7 +76,7 @@ class Plan:
             refuse_other_source(dataset, plan.config)
         quick: AbstractContextManager[None] = skip_digests() if is_trial else nullcontext()
         with quick:
-            source = open_source(_reading_settings(plan))
+            source = open_source(reading_settings(plan))
         for text in source.messages:
             progress.message(text)
         engine = choose_engine(plan.config, log_of_servers(dataset), progress)
@@ -121,7 +121,7 @@ def log_of_servers(dataset: DatasetDir) -> Path:
     return Path("vllm.log") if is_remote(dataset.path) else dataset.server_log
 
 
-def _reading_settings(plan: Plan) -> Config:
+def reading_settings(plan: Plan) -> Config:
     """Return the settings with which the source is opened: where a number of images is wanted, it may be read to its end."""
     if plan.config.images is None:
         return plan.config

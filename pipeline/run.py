@@ -71,8 +71,9 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
         for number, (before, step) in enumerate(todo, start=1):
             step.run(work, before)
             progress("curate", number, len(todo), {"last": step.name})
-        if first != read.STEP.name or not reads_on(work):
+        if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
+        work.limit = limit
         stats.begin_pass()
     work.summaries = [step.summarize(work) for step in steps[:-1]]
     require_sums(work.summaries)
@@ -121,16 +122,23 @@ def run_here(plan: Plan, stats: RequestStats, progress: Progress, *, first: str 
         return run(plan, executor, stats, progress, first=first)
 
 
-def reads_on(work: Work) -> bool:
-    """Return whether more images are to be read, and how many: fewer are kept than a number that is wanted.
+def _next_limit(work: Work) -> int | None:
+    if work.plan.config.images is None or work.limit is None:
+        return None
+    kept = _count_images(work.executor.shards)
+    return next_limit(work.plan.config, work.limit, kept, work.progress, has_more=work.has_more)
+
+
+def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
+    """Return how many images to read next, after `limit` of them, of which `kept` were; None if it was enough, or all.
 
     It stops where nearly nothing is kept, since every image is paid for.
     """
-    config, limit, progress = work.plan.config, work.limit, work.progress
-    if config.images is None or limit is None or (kept := _count_images(work.executor.shards)) >= config.images:
-        return False
+    assert config.images is not None
+    if kept >= config.images:
+        return None
     so_far = f"{kept:,} of {config.images:,} images are kept of {limit:,} that were read"
-    if not work.has_more:
+    if not has_more:
         progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
     elif limit == config.limit:
         progress.warn(f"{so_far}, and --limit allows no more")
@@ -138,10 +146,10 @@ def reads_on(work: Work) -> bool:
         progress.warn(f"{so_far}: too few to read on; see why others were rejected, change that, and run the same command")
     else:
         lacking = math.ceil((config.images - kept) * limit / kept * SURPLUS)
-        work.limit = min(limit + lacking, config.limit or limit + lacking)
-        progress.message(f"{so_far}: reading on, to image {work.limit:,}")
-        return True
-    return False
+        following = min(limit + lacking, config.limit or limit + lacking)
+        progress.message(f"{so_far}: reading on, to image {following:,}")
+        return following
+    return None
 
 
 def _count_images(shards: Sequence[DatasetDir]) -> int:

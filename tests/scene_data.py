@@ -23,6 +23,7 @@ from pipeline.stages.split import split_of
 from pipeline.storage.files import scratch_folder
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SAMPLE, Extras
 from pipeline.types import Request, Sample, SampleBatch
+from tests.plans import request_plan
 
 PROVENANCE: dict[str, Any] = {
     "source": {"name": "scenes", "revision": "test"},
@@ -45,7 +46,9 @@ def batch_of(samples: Iterable[Sample]) -> SampleBatch:
 
 def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[Request]:
     """Return all requests about some samples, with their images."""
-    return with_images([request for name in batch.ids for request in build_requests(name, config, revision)], batch)
+    return with_images(
+        [request for name in batch.ids for request in build_requests(name, request_plan(config, revision))], batch
+    )
 
 
 def sample_table(samples: list[Sample]) -> pa.Table:

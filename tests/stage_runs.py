@@ -10,24 +10,22 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.executors.base import Executor, T
-from pipeline.images.similarity import ImageKind
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.stages import verify
-from pipeline.stages.base import RunPlan, Stage, compare_stage, judge_stage
-from pipeline.stages.version import WrittenRows
+from pipeline.stages.base import Executor, RowStep, compare_stage, judge_stage
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED
 
 BEFORE = "before"
 
 
-def plan_of(folder: Path, config: Config | None = None, kind: ImageKind | None = None) -> RunPlan:
-    return RunPlan(DatasetDir(folder), config or resolve(source="scenes"), "revision", kind)
+def plan_of(folder: Path, config: Config | None = None) -> Plan:
+    return Plan.resolve(config or resolve(source="scenes"), DatasetDir(folder), "model", "revision")
 
 
 def run_stage(
-    stage: Stage, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+    stage: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
 ) -> pa.Table:
     """Run a stage on a table that is cut into shards; return all rows with their reason, in the order of the table.
 
@@ -38,7 +36,7 @@ def run_stage(
         size = -(-table.num_rows // shards)
         for n, directory in enumerate(directories):
             write_table(directory.stage(*given), [table.slice(n * size, size)], table.schema)
-        run_on(stage, directories, plan_of(Path(folder), resolve(**{"source": "scenes", **settings})), BEFORE)
+        run_on(stage, directories, plan_of(Path(folder), resolve(**{"source": "scenes", **settings})), given)
         return rows_after(stage, directories, table["annotation_id"].to_pylist())
 
 
@@ -55,17 +53,17 @@ def with_results(table: pa.Table) -> pa.Table:
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
-    return run_stage(verify.STAGE, with_results(table), shards, ("verify", "prepared"), verify=settings)
+    return run_stage(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
 
 
-def run_on(stage: Stage, shards: Sequence[DatasetDir], plan: RunPlan, before: str) -> None:
+def run_on(stage: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
     if stage.compare:
-        compare_stage(stage, shards, before, plan, NullProgress())
+        compare_stage(stage, shards, given, plan, NullProgress())
     for shard in shards:
-        judge_stage(stage, shard, before, plan)
+        judge_stage(stage, given, plan, "key", shard)
 
 
-def rows_after(stage: Stage, shards: Sequence[DatasetDir], ids: Sequence[str]) -> pa.Table:
+def rows_after(stage: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) -> pa.Table:
     kept = [read_table(shard.stage(stage.name)) for shard in shards]
     rejected = [read_table(shard.stage(stage.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
@@ -77,7 +75,7 @@ def rows_after(stage: Stage, shards: Sequence[DatasetDir], ids: Sequence[str]) -
 
 
 class ShardList(Executor):
-    """Apply functions to shards one after another in this process."""
+    """Applies functions to shards one after another in this process."""
 
     def __init__(self, shards: Sequence[DatasetDir]) -> None:
         self._shards = shards
@@ -86,8 +84,22 @@ class ShardList(Executor):
     def shards(self) -> Sequence[DatasetDir]:
         return self._shards
 
-    def map(self, work: Any) -> list[T]:
-        return [work(shard) for shard in self._shards]
+    def each(self, work: Any, *, asks: bool = False) -> None:
+        assert not asks
+        for shard in self._shards:
+            work(shard, None)
 
-    def map_with_scratch(self, work: Any, draft: Path) -> list[WrittenRows]:
+    def wait(self) -> None:
+        """Nothing waits."""
+
+    def read(self, limit: int | None) -> bool:
+        raise NotImplementedError
+
+    def map(self, work: Any) -> Any:
+        raise NotImplementedError
+
+    def map_with_scratch(self, work: Any, draft: Path) -> Any:
+        raise NotImplementedError
+
+    def check(self) -> None:
         raise NotImplementedError

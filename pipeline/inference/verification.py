@@ -104,7 +104,8 @@ def build_rating(row: dict[str, Any], plan: RequestPlan) -> Request:
     values: dict[str, Any] = _NOTHING_RATED | {
         name: row[f"clean_{column}"] for name, column in _RATED.items() if row[f"clean_{column}"] is not None
     }
-    fields, shared_digest = plan.fields(RATE, **values)
+    asked: dict[str, Any] = _NOTHING_RATED | values
+    fields, shared_digest = plan.fields(RATE, **asked)
     request_id = digest({"image": row["sample_id"], "pages": None, "about": shared_digest})
     return Request(id=request_id, sample_id=row["sample_id"], style="rate", **fields)
 
@@ -124,8 +125,10 @@ def _last_reply(request: Request, journal: Journal) -> Reply:
 
 def build_check(check: Check, sample_id: str, plan: RequestPlan) -> Request:
     """Return the request of a check, without images."""
-    task, values = (ANSWER, {}) if check.caption is None else (COVERS, {"caption": check.caption})
-    fields, shared_digest = plan.fields(task, question=check.question, **values)
+    if check.caption is None:
+        fields, shared_digest = plan.fields(ANSWER, question=check.question)
+    else:
+        fields, shared_digest = plan.fields(COVERS, question=check.question, caption=check.caption)
     request_id = digest({"image": sample_id if check.pages != () else None, "pages": check.pages, "about": shared_digest})
     return Request(id=request_id, sample_id=sample_id, style=check.kind, pages=check.pages, **fields)
 

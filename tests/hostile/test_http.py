@@ -24,6 +24,7 @@ from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.types import SampleInfo
 from tests.hostile import bounded_memory, part_of
+from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(2)
@@ -193,9 +194,11 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
         path = folder / "journal" / "local.sqlite"
         with Journal(path) as journal:
             with Client("model", "r", config) as engine:
-                for _ in ask_about(iter([batch_of(SAMPLES)]), config, "r", lambda: engine, journal, RequestStats()):
+                for _ in ask_about(
+                    iter([batch_of(SAMPLES)]), request_plan(config), config.server, lambda: engine, journal, RequestStats()
+                ):
                     pass
-            (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], config, "r", journal)
+            (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config), journal)
         assert sum(file.stat().st_size for file in path.parent.iterdir()) < JOURNAL_BYTES
         return list(table["reply_error"].to_pylist())
 

@@ -16,6 +16,7 @@ from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import find_flaw, parse_reply
 from pipeline.types import SampleInfo
 from tests.hostile import LONG
+from tests.plans import request_plan
 
 CONFIG = resolve(source="scenes", tasks=["caption", "qa"], generate={"caption_styles": ["brief"]})
 
@@ -62,7 +63,7 @@ def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes
     assert "\n" not in message
     proves_schemas(body)
     sample_id = hashlib.sha256(body).hexdigest()  # the examples share a journal
-    requests = list(build_requests(sample_id, CONFIG, "r"))
+    requests = list(build_requests(sample_id, request_plan(CONFIG)))
     with Journal(tmp_path / "j.sqlite") as journal:
         for request in requests:
             try:
@@ -75,6 +76,6 @@ def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes
             assert stored is not None
             assert (stored[0].text, stored[0].finish_reason, stored[1]) == (reply.text, reply.finish_reason, flaw)
             assert parse_reply(request, stored[0]) == parse_reply(request, reply)
-        (table,) = read_annotations([[SampleInfo(sample_id, 1)]], CONFIG, "r", journal)
+        (table,) = read_annotations([[SampleInfo(sample_id, 1)]], request_plan(CONFIG), journal)
     assert table.schema == ANNOTATION
     assert len(table.to_pylist()) >= len(requests)

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from pipeline.inference.requests import build_requests, check_prompts, requests_per_sample, rounds
+from pipeline.inference.requests import build_requests, check_prompts
+from tests.plans import request_plan
 
 TEXT = {"name": "t", "kind": "text", "prompt": "Look."}
 
@@ -31,17 +32,17 @@ def test_a_task_brings_the_texts_of_the_files_that_it_names(tmp_path: Path) -> N
 
 def test_own_tasks_are_asked_beside_those_that_are_named() -> None:
     config = resolve(source="folder:x", own_tasks=[TEXT], tasks=["qa"])
-    assert config.tasks == ("qa", "t") and requests_per_sample(config) == (("qa", ""), ("t", ""))
+    assert config.tasks == ("qa", "t") and request_plan(config).pairs == (("qa", ""), ("t", ""))
     caption = TEXT | {"name": "alt_text", "kind": "caption"}
-    assert requests_per_sample(resolve(source="folder:x", own_tasks=[caption])) == (("alt_text", "alt-text"),)
+    assert request_plan(resolve(source="folder:x", own_tasks=[caption])).pairs == (("alt_text", "alt-text"),)
 
 
 def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
     tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
     config = resolve(source="folder:x", own_tasks=tasks, tasks=["caption"])
-    asked = rounds(config)
-    assert [sorted(name for name, _ in part) for part in asked] == [["a", "caption", "caption"], ["b"], ["c"]]
-    check_prompts(config)
+    plan = request_plan(config)
+    assert [sorted(name for name, _ in part) for part in plan.rounds] == [["a", "caption", "caption"], ["b"], ["c"]]
+    check_prompts(plan, has_checks=True)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
 def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
-        check_prompts(
-            resolve(source="folder:x", own_tasks=[tmp_path / "t.yaml"], generate={"caption_styles": ["plain", "alt-x"]})
-        )
+        styles = {"caption_styles": ["plain", "alt-x"]}
+        config = resolve(source="folder:x", own_tasks=[tmp_path / "t.yaml"], generate=styles)
+        check_prompts(request_plan(config), has_checks=True)
     assert complaint in str(raised.value) and raised.value.hint
 
 
@@ -86,7 +87,7 @@ def test_a_prompt_knows_the_language_of_its_task() -> None:
     for language, words in (("de", "German"), ("any", ""), (None, "French")):
         task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}
         config = resolve(source="folder:x", own_tasks=[task], filter={"language": "fr"})
-        (request,) = build_requests("0" * 64, config, "r")
+        (request,) = build_requests("0" * 64, request_plan(config))
         assert request.text.startswith(f"Write in [{words}].")
 
 

@@ -14,6 +14,7 @@ from pipeline.project import write_project
 from pipeline.sources import with_source_defaults
 from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import describe_prompts, render
+from tests.plans import request_plan
 
 
 def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) 
 def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
     settings, prompts, _ = write_project(tmp_path)
     assert resolve(settings) == resolve(source="folder:photos", generate={"prompt_dir": prompts})
-    check_prompts(resolve(settings))
+    check_prompts(request_plan(resolve(settings)), has_checks=True)
 
 
 def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_the_examples_of_tasks_can_be_used_as_they_are(tmp_path: Path) -> None:
     settings, _, tasks = write_project(tmp_path)
     files = sorted(tasks.glob("*.yaml"))
     config = resolve(settings, own_tasks=files, tasks=("caption",), columns={"context": "title"})
-    check_prompts(with_source_defaults(config))
+    check_prompts(request_plan(with_source_defaults(config)), has_checks=True)
     assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
 
 

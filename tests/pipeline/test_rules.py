@@ -14,6 +14,7 @@ from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.rules import RULES, gives_answer_away, is_one_question, says_nothing
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
+from pipeline.tasks import Tasks
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
 GOOD = "A red kite over a grey harbour."
@@ -162,7 +163,12 @@ def test_what_a_task_of_ones_own_allows_by_name_is_no_echo_of_its_prompt() -> No
     none = pa.nulls(len(values), pa.string())
     columns = {"task": [task for task, _ in values], "text": none, "question": none, "answer": none}
     table = pa.table(columns | {"record": [json.dumps(value) for _, value in values]})
-    assert filter_annotations(table, FilterConfig(), own=tasks)["reason"].to_pylist() == [None, "prompt_echo", "prompt_echo"]
+    marked = filter_annotations(table, FilterConfig(), tasks=Tasks(own=tasks))
+    assert marked["reason"].to_pylist() == [
+        None,
+        "prompt_echo",
+        "prompt_echo",
+    ]
 
 
 def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
@@ -171,7 +177,7 @@ def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
     table = pa.table({"task": ["t"], "text": none, "question": none, "answer": none, "record": [json.dumps(record)]})
     output = {"type": "object", "properties": {"n": {"type": "integer"}}}
     task = TaskConfig.model_validate({"name": "t", "kind": "record", "prompt": "Look.", "output": output})
-    marked = filter_annotations(table, FilterConfig(), own=[task])
+    marked = filter_annotations(table, FilterConfig(), tasks=Tasks(own=[task]))
     assert json.loads(marked["clean_record"][0].as_py()) == {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
 

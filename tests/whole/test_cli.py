@@ -18,7 +18,6 @@ from pipeline.cli import app
 from pipeline.cli.termination import sigterm_as_ctrl_c
 from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
-from pipeline.run import ORDER
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
 from tests.scene_data import make_version, scene_samples
@@ -51,7 +50,6 @@ def test_help_shows_common_options_and_names_what_there_is_and_help_all_shows_al
     assert {"--source", "--out", "--config", "--limit", "--model", "--base-url", "--help-all"} <= shown[0] < shown[1]
     assert len(shown[0]) <= 16 and "--price-in" in shown[1] - shown[0]
     every, exported = " ".join(every.split()), " ".join(synth("export", "--help", env=wide).stdout.split())
-    assert ", ".join(ORDER) in every
     assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in every
     assert f"What to check: {', '.join(get_args(Check))}." in every
     assert f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}." in exported

@@ -1,17 +1,13 @@
-"""Curation from end to end: verification, exclusions, and runs from the middle without new requests."""
+"""Curation from end to end: verification, exclusions, and other thresholds without new requests."""
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.files import resolve
-from pipeline.errors import ConfigError
-from pipeline.run import STAGES, generate_dataset
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
@@ -48,19 +44,15 @@ def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_ques
     config = verified.parent / "loose.yaml"
     config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
     common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
-    done = run(*common, "--from-stage", "filter", "--config", str(config), cwd=verified.parent)
+    done = run(*common, "--config", str(config), cwd=verified.parent)
     assert "asked the model 0 times" in done.stderr
     assert "too_long" in done.stderr
     assert len(read_kept(verified, "verify")) < len(rows)  # long captions are gone
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]
     for step in funnel:
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
-    back = run(*common, "--from-stage", "filter", cwd=verified.parent)
+    back = run(*common, cwd=verified.parent)
     assert back.returncode == 0 and len(read_kept(verified, "verify")) == len(rows)
-    config.write_text("filter: {max_caption_words: 11}\n")
-    done = run(*common, "--from-stage", "dedupe", "--config", str(config), cwd=verified.parent)
-    assert done.returncode == 1
-    assert "filter has changed since the stages before dedupe ran" in done.stderr
 
 
 def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(tmp_path: Path) -> None:
@@ -89,20 +81,3 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     manifest = json.loads((tmp_path / "d" / "versions" / "v1.0.0" / "manifest.json").read_text())
     assert manifest["leakage"]["banned_images"] == 1
     assert str(tmp_path) not in json.dumps(manifest) and "folder:test" not in json.dumps(manifest)
-
-
-def test_a_run_from_the_middle_does_not_use_stages_of_an_earlier_interrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(table: object, plan: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    generate_dataset(resolve(source="scenes", limit=3), tmp_path / "d")
-    strict = resolve(source="scenes", limit=3, filter={"max_caption_words": 10})
-    monkeypatch.setattr("pipeline.run.STAGES", tuple(replace(s, judge=stopped) if s.name == "filter" else s for s in STAGES))
-    with pytest.raises(KeyboardInterrupt):
-        generate_dataset(strict, tmp_path / "d", "filter")
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="is missing"):
-        generate_dataset(strict, tmp_path / "d", "dedupe")
-    assert set(generate_dataset(strict, tmp_path / "d", "filter").funnel[3].rejected) == {"too_long"}

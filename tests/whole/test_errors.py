@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.run import refuse_other_settings
+from pipeline.plan import refuse_other_source
 from tests.hub.datasets import photo
 from tests.whole.conftest import SYNTH, Run, read_failure
 
@@ -31,11 +31,11 @@ def test_a_folder_that_is_spelled_in_another_way_is_the_same_source(
     monkeypatch.chdir(tmp_path)
     config = resolve(source=now.format(here=tmp_path))
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "run.json").write_text(json.dumps({"source": before}))
+    (tmp_path / "d" / "run.json").write_text(json.dumps(config.recorded() | {"source": before}))
     with (
         nullcontext() if is_same else pytest.raises(ConfigError, match=f"name it as before: --source {before}|holds data from")
     ):
-        refuse_other_settings(DatasetDir(tmp_path / "d"), config, "source")
+        refuse_other_source(DatasetDir(tmp_path / "d"), config)
 
 
 def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(synth: Run, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.journal import Journal
-from pipeline.run import ORDER
+from pipeline.run import STEPS
 from pipeline.storage.files import read_json
 from tests.chat.server import Act, ChatServer, running_chat
 from tests.commands import run_synth
@@ -45,7 +45,7 @@ def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: t
     folder, printed = whole
     version = DatasetDir(folder).version()
     funnel = {step["stage"]: step for step in version.manifest["funnel"]}
-    assert list(funnel) == [name for name in ORDER if name not in ("select", "trim")]
+    assert list(funnel) == [step.name for step in STEPS if step.name not in ("select", "trim")]
     for step in funnel.values():
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
     assert funnel["source"]["input"] == SCENES

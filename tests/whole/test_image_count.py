@@ -13,10 +13,9 @@ from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.dry_run import predict_run
 from pipeline.errors import ConfigError, TableError
-from pipeline.executors.base import ClusterOptions, RunResult
-from pipeline.executors.local import next_limit
+from pipeline.executors.base import ClusterOptions
 from pipeline.progress import NullProgress
-from pipeline.run import apply_reviews, generate_dataset
+from pipeline.run import RunResult, apply_reviews, generate_dataset, next_limit
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.notes import Notes
 
@@ -75,7 +74,7 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         assert more.version.num_rows == 60 and max(chat.times.values()) == 1
         assert len(ids_of(version)) == 50 and ids_of(version) < ids_of(more.version)
         asked = len(chat.bodies)
-        fewer = generate_dataset(settings(chat, images=12), tmp_path, from_stage="trim")
+        fewer = generate_dataset(settings(chat, images=12), tmp_path)
         assert (fewer.version.num_rows, len(chat.bodies)) == (12, asked)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,17 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
-from pipeline.errors import ConfigError
-from pipeline.executors.base import compare_rows, require_own_replies
 from pipeline.images.similarity import COMPARED_COLUMNS
-from pipeline.inference.engines import EngineChoice
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress
-from pipeline.run import stages_of
-from pipeline.sources import choose_image_kind
+from pipeline.run import steps_of
 from pipeline.stages import balance
-from pipeline.stages.base import RunPlan
+from pipeline.stages import filter as filter_
+from pipeline.stages.base import RowStep, Work
 from pipeline.stages.filter import judge_texts
+from pipeline.stages.records import record
 from pipeline.stages.validate import validate_annotations
-from pipeline.storage.files import read_table, write_json, write_table, write_text
+from pipeline.storage.files import read_table, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
 from tests.hostile import LONG
@@ -52,7 +52,11 @@ def settings() -> Config:
     return resolve(source="folder:x", dedupe=dedupe, balance=balance, verify=checks)
 
 
-COMPARING = [stage for stage in stages_of(settings()) if stage.name not in ("validate", "filter")]
+COMPARING = [  # without the questions of verify, whose answers are in the rows
+    replace(step, prepare=None)
+    for step in steps_of(Plan.resolve(settings(), DatasetDir(Path())))
+    if isinstance(step, RowStep) and step.name not in ("validate", "filter")
+]
 
 
 def samples(count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -97,9 +101,12 @@ def annotations(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
     return pa.Table.from_pylist(records, schema=ANNOTATION)
 
 
-def checked(table: pa.Table, plan: RunPlan) -> pa.Table:
+def checked(table: pa.Table, plan: Plan) -> pa.Table:
     """Return the annotations that pass filter, with checks: some are answerable blind, and alignments are random."""
-    judges: tuple[Callable[[pa.Table], pa.Table], ...] = (validate_annotations, lambda rows: judge_texts(rows, plan))
+    judges: tuple[Callable[[pa.Table], pa.Table], ...] = (
+        validate_annotations,
+        lambda rows: judge_texts(rows, filter_.STEP.settings(plan)),
+    )
     for judge in judges:
         table = judge(table)
         table = table.filter(pc.is_null(table["reason"])).drop_columns(["reason"])
@@ -119,7 +126,7 @@ class World:
     def __init__(self, home: Path, seed: int, shards: int, count: int = 120) -> None:
         rng = random.Random(seed)
         config = settings()
-        self.plan = plan_of(home, config, choose_image_kind(config))
+        self.plan = plan_of(home, config)
         self.dataset = self.plan.dataset
         self.shards = [DatasetDir(home / f"shard-{n}") for n in range(shards)]
         rows = samples(count, rng)
@@ -129,10 +136,15 @@ class World:
             sample_table = pa.Table.from_pylist([row for row in rows if row["sample_id"] in of_shard], schema=COMPARED_SCHEMA)
             texts = table.filter(pc.is_in(table["sample_id"], pa.array(sorted(of_shard), pa.string())))
             write_table(shard.stage("source"), [sample_table], sample_table.schema)
-            write_table(shard.stage("verify", "prepared"), [texts], texts.schema)
+            write_table(shard.stage("filter"), [texts], texts.schema)
+            for name in ("source", "filter"):
+                record(shard, name, "key")
 
     def compare(self) -> None:
-        compare_rows(ShardList(self.shards), COMPARING, "filter", self.plan, NullProgress())
+        before = "filter"
+        for step in COMPARING:
+            step.run(Work(self.plan, ShardList(self.shards), NullProgress(), None), before)
+            before = step.name
 
     def rows(self, stage: str, which: str) -> list[dict[str, Any]]:
         rows = [row for shard in self.shards for row in read_table(shard.stage(stage, which)).to_pylist()]
@@ -191,24 +203,3 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
         world.compare()
     assert worlds[0].outcome() == worlds[1].outcome()
     assert any(not read_table(shard.stage("review")).num_rows for shard in worlds[1].shards)
-
-
-def choice_of(model: str) -> EngineChoice:
-    return EngineChoice("vllm", model, model.rpartition("@")[2], "", lambda: pytest.fail("no engine is made"))
-
-
-def test_two_models_with_one_revision_do_not_share_a_folder(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    write_json(dataset.asked_model, {"name": "qwen", "revision": "q4_k_m"})  # by a run that was killed
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    with pytest.raises(ConfigError, match="has replies of qwen, and llava@q4_k_m has the same revision"):
-        require_own_replies(dataset, choice_of("llava@q4_k_m"))
-    write_json(dataset.provenance("generate"), {"name": "claude", "revision": "20250514"})
-    with pytest.raises(ConfigError, match="has replies of claude"):
-        require_own_replies(dataset, choice_of("sonnet@20250514"))
-    require_own_replies(dataset, choice_of("llava@q8_0"))
-    write_json(dataset.provenance("generate"), {"name": "none", "revision": "none"})  # texts by people alone
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    require_own_replies(dataset, choice_of("other@c0ffee12c0ffee12+ab12"))  # as `synth serve` names it: of the weights
-    require_own_replies(dataset, choice_of("qwen"))  # a digest of the name is its revision

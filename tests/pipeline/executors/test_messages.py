@@ -6,32 +6,30 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import StoreError
-from pipeline.executors.base import RunResult
 from pipeline.executors.messages import (
     describe_empty_splits,
     describe_losses,
     describe_warnings,
 )
-from pipeline.run import STAGES, generate_dataset
+from pipeline.run import STEPS, RunResult, generate_dataset
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of
 from tests.scene_data import make_version, scene_samples, true_captions
 
 REFUSAL = Act(text=json.dumps({"caption": "I'm sorry, but I can't help with that request."}))
 
 
-def run(folder: Path, script: Script) -> tuple[RunResult, Config]:
+def run(folder: Path, script: Script) -> RunResult:
     with running_chat(ChatServer(script)) as chat:
         config = resolve(source="scenes", limit=12, base_url=[chat.url], model="model", server={"max_failure_frac": 1.0})
-        return generate_dataset(config, folder), config
+        return generate_dataset(config, folder)
 
 
 def test_captions_of_which_none_is_left_are_told_with_the_reason(tmp_path: Path) -> None:
-    result, config = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
-    told = describe_warnings(STAGES, result.version, result.funnel, config)
+    result = run(tmp_path, lambda times, body: REFUSAL if task_of(body).startswith("Task: caption") else None)
+    told = describe_warnings(STEPS, result.plan, result.version, result.funnel)
     assert any("none of the captions is left: validate rejected 24 for refusal" in text for text in told), told
     assert not any("questions" in text for text in told)
 
@@ -49,8 +47,8 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
         answered.add(str(body))
         return Act(status=413) if len(answered) > 20 else None
 
-    result, config = run(tmp_path, script)
-    told = [text for text in describe_warnings(STAGES, result.version, result.funnel, config) if "server" in text]
+    result = run(tmp_path, script)
+    told = [text for text in describe_warnings(STEPS, result.plan, result.version, result.funnel) if "server" in text]
     assert any(text.startswith("12 requests got nothing but errors") and "scripted 500" in text for text in told), told
     assert any("refused by the server" in text and "scripted 413" in text for text in told), told
 
@@ -78,9 +76,9 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
 def test_rows_about_an_image_that_is_there_are_no_losses() -> None:
     """Tables have a row for each caption: their texts are added to the image."""
     repeated = StageSummary("source", "images", 134, 20, {"duplicate_image": 114})
-    assert not list(describe_losses(STAGES, [repeated]))
+    assert not list(describe_losses(STEPS, [repeated]))
     damaged = StageSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
-    (text,) = describe_losses(STAGES, [damaged])
+    (text,) = describe_losses(STEPS, [damaged])
     assert text.startswith("source rejected 16 of 20 images, 16 for unreadable image")
 
 

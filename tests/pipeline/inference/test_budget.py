@@ -16,10 +16,11 @@ from pipeline.inference.queue import RequestQueue, RequestStats, ask_about
 from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(20)
-REQUEST = next(iter(build_requests("a" * 64, resolve(source="scenes"), "r")))
+REQUEST = next(iter(build_requests("a" * 64, request_plan(resolve(source="scenes")))))
 
 
 def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
@@ -27,7 +28,7 @@ def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
     stats = RequestStats()
     chunks = [batch_of(SAMPLES[n : n + 5]) for n in range(0, len(SAMPLES), 5)]
     with Journal(path) as journal, Client("model", "r", config) as engine:
-        for _ in ask_about(iter(chunks), config, "r", lambda: engine, journal, stats):
+        for _ in ask_about(iter(chunks), request_plan(config), config.server, lambda: engine, journal, stats):
             pass
     return stats
 
@@ -95,7 +96,7 @@ def test_a_later_run_knows_what_the_judge_was_paid(tmp_path: Path) -> None:
         assert journal.likely_tokens() == (30_000, 0)
         assert journal.likely_tokens("rate") == (20_000, 0)
         config = resolve(source="scenes", server=server.model_dump(exclude_unset=True) | {"max_cost": 0.21})
-        queue = RequestQueue(iter(()), config, journal, RequestStats())
+        queue = RequestQueue(iter(()), request_plan(config), config.server, journal, RequestStats())
         with pytest.raises(BudgetError, match=r"0\.210000 of 0\.210000 to pay"):
             queue.require_room()
 
@@ -104,7 +105,7 @@ def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: 
     """As much as they counted when they came: a budget is not larger after a restart."""
     replies = [reply(prompt_tokens=0, reply_tokens=0), reply(prompt_tokens=7, reply_tokens=3)]
     replies.append(dataclasses.replace(replies[0], finish_reason="server_error", text="overloaded " * 99))
-    requests = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
+    requests = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
     stats = RequestStats()
     with Journal(tmp_path / "j") as journal:
         for request, one in zip(requests, replies, strict=True):
@@ -138,7 +139,14 @@ def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -
 
         def run() -> None:
             with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
-                for _ in ask_about(iter([SampleBatch.of(samples)]), config, "r", lambda: engine, journal, RequestStats()):
+                for _ in ask_about(
+                    iter([SampleBatch.of(samples)]),
+                    request_plan(config),
+                    config.server,
+                    lambda: engine,
+                    journal,
+                    RequestStats(),
+                ):
                     pass
 
         for _ in range(2):

@@ -27,6 +27,7 @@ from pipeline.progress import Progress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
 from tests.notes import Notes
+from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(12)
@@ -51,9 +52,9 @@ def run(
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
         opened = Client("model", "r", config, progress=progress)
-        for _ in ask_about(chunks, config, "r", lambda: stack.enter_context(opened), journal, counts):
+        for _ in ask_about(chunks, request_plan(config), config.server, lambda: stack.enter_context(opened), journal, counts):
             pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], config, "r", journal)
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], request_plan(config), journal)
         stored = journal.totals()["replies"]
     assert counts.done == counts.total == len(samples) * 3  # nothing lost, nothing twice
     assert stored >= counts.total
@@ -392,7 +393,7 @@ def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
     with running_chat(chat):
         config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
         with Watched(tmp_path / "j") as journal, Client("model", "r", config) as client:
-            for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):
+            for _ in ask_about(chunks, request_plan(config), config.server, lambda: client, journal, RequestStats()):
                 pass
     assert len(chat.bodies) == 90
     assert max(lost) <= 8
@@ -407,7 +408,7 @@ def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason
             client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
             after_first_requests(chat, stack.pop_all().close)
             with pytest.raises(EngineError, match="vLLM died 4 times"):
-                for _ in ask_about(chunks, config, "r", lambda: client, journal, RequestStats()):
+                for _ in ask_about(chunks, request_plan(config), config.server, lambda: client, journal, RequestStats()):
                     pass
 
 
@@ -425,7 +426,9 @@ def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.1))) as chat, Journal(tmp_path / "j") as journal:
         config = resolve(source="scenes", model="model", base_url=[chat.url], tasks=["caption"])
         with Client("model", "r", config) as asked:
-            for _ in ask_about(iter([batch_of(SAMPLES[:2])]), config, "r", lambda: asked, journal, stats):
+            for _ in ask_about(
+                iter([batch_of(SAMPLES[:2])]), request_plan(config), config.server, lambda: asked, journal, stats
+            ):
                 pass
     assert stats.seconds and len(stats.seconds) == 4 and min(stats.seconds.values()) >= 0.1 and stats.asking_s > 0.1
     assert (stats.prompt_tokens, stats.reply_tokens) == (160, 48)
@@ -465,7 +468,7 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(Client, "_done", interrupt)
         chunks = iter([batch_of(SAMPLES)])
         with pytest.raises(KeyboardInterrupt):
-            for _ in ask_about(chunks, config, "r", lambda: asking, journal, RequestStats()):
+            for _ in ask_about(chunks, request_plan(config), config.server, lambda: asking, journal, RequestStats()):
                 pass
         assert journal.totals()["replies"] >= 3
 
@@ -476,7 +479,9 @@ def test_requests_that_an_interrupted_run_did_not_send_are_not_counted(tmp_path:
     stats = RequestStats()
     with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
         with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as asking:
-            groups = ask_about(iter([batch_of(scene_samples(20))]), config, "r", lambda: asking, journal, stats)
+            groups = ask_about(
+                iter([batch_of(scene_samples(20))]), request_plan(config), config.server, lambda: asking, journal, stats
+            )
             next(groups)
             assert isinstance(groups, Generator)
             groups.close()

@@ -17,9 +17,10 @@ from pipeline.inference.requests import build_requests
 from pipeline.inference.verification import Check, build_check, build_claims
 from pipeline.storage.files import translate_disk_errors
 from pipeline.types import UNANSWERED, Reply, Request
+from tests.plans import request_plan
 
 CONFIG = resolve(source="scenes")
-REQUESTS = list(build_requests("a" * 64, CONFIG, "r"))
+REQUESTS = list(build_requests("a" * 64, request_plan(CONFIG)))
 
 
 def reply_to(number: int) -> Reply:
@@ -81,8 +82,8 @@ def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path)
 
 @pytest.mark.parametrize("reason", UNANSWERED)
 def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp_path: Path, reason: str) -> None:
-    first = build_claims("A red cube.", "a" * 64, CONFIG, "r")
-    second = build_claims("A red cube.", "b" * 64, CONFIG, "r")
+    first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
+    second = build_claims("A red cube.", "b" * 64, request_plan(CONFIG))
     assert first.id == second.id
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.keep([(first, first.reply("overloaded", reason), reason)])
@@ -92,8 +93,8 @@ def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp
 
 
 def test_replies_about_a_text_go_with_their_sample_and_blind_ones_with_all(tmp_path: Path) -> None:
-    blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, CONFIG, "r")
-    claims = build_claims("A red cube.", "c" * 64, CONFIG, "r")
+    blind = build_check(Check("blind", "Is it red?", "yes", ()), "c" * 64, request_plan(CONFIG))
+    claims = build_claims("A red cube.", "c" * 64, request_plan(CONFIG))
     with Journal(tmp_path / "theirs.sqlite") as journal:
         journal.keep([(request, request.reply("{}", "stop"), None) for request in (blind, claims)])
     with Journal(tmp_path / "ours.sqlite") as journal:

@@ -22,6 +22,7 @@ from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
 from tests.notes import Notes
+from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
 
 SAMPLES = scene_samples(4)
@@ -44,9 +45,9 @@ def ask(path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any) -> t
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
         engine = lambda: stack.enter_context(Client(name, revision, config, progress=notes))  # noqa: E731
-        for _ in ask_about(chunks, config, revision, engine, journal, RequestStats()):
+        for _ in ask_about(chunks, request_plan(config, revision), config.server, engine, journal, RequestStats()):
             pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], config, revision, journal)
+        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config, revision), journal)
     return table["reply_error"].to_pylist(), notes.texts, revision
 
 
@@ -265,7 +266,7 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
         chunks = iter([batch_of(scene_samples(30))])
         with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
-            for _ in ask_about(chunks, config, "r", lambda: engine, journal, RequestStats()):
+            for _ in ask_about(chunks, request_plan(config), config.server, lambda: engine, journal, RequestStats()):
                 pass
     assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
     assert {(headers.get("X-All"), headers.get("X-Title")) for headers in first.headers} == {("yes", None)}

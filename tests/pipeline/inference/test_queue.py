@@ -15,6 +15,7 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.transformers_engine import batch_requests
 from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
+from tests.plans import request_plan
 from tests.scene_data import requests_to_send
 
 IDS = [f"{n:064x}" for n in range(6)]
@@ -73,9 +74,11 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Req
     """Run the queue over two chunks of three images; return its statistics and the ids of all annotations."""
     counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
-        for _ in ask_about(map(batch, (IDS[:3], IDS[3:])), settings, "1", lambda: engine, journal, counts):
+        for _ in ask_about(
+            map(batch, (IDS[:3], IDS[3:])), request_plan(settings, "1"), settings.server, lambda: engine, journal, counts
+        ):
             pass
-        tables = list(read_annotations([[SampleInfo(name, 1) for name in IDS]], settings, "1", journal))
+        tables = list(read_annotations([[SampleInfo(name, 1) for name in IDS]], request_plan(settings, "1"), journal))
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 
@@ -92,7 +95,16 @@ def test_everything_is_asked_once_and_nothing_the_second_time(tmp_path: Path) ->
         raise AssertionError("an engine was made")
 
     with Journal(tmp_path / "j") as journal:
-        list(ask_about(iter([batch(IDS)]), resolve(source="scenes"), "1", refuse, journal, RequestStats()))
+        list(
+            ask_about(
+                iter([batch(IDS)]),
+                request_plan(resolve(source="scenes"), "1"),
+                resolve(source="scenes").server,
+                refuse,
+                journal,
+                RequestStats(),
+            )
+        )
 
 
 def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> None:
@@ -108,7 +120,16 @@ def test_images_are_read_only_where_a_request_is_to_be_sent(tmp_path: Path) -> N
     def ask(engine: Scripted, *batches: SampleBatch) -> None:
         read.clear()
         with Journal(tmp_path / "j") as journal:
-            list(ask_about(iter(batches), resolve(source="scenes"), "1", lambda: engine, journal, RequestStats()))
+            list(
+                ask_about(
+                    iter(batches),
+                    request_plan(resolve(source="scenes"), "1"),
+                    resolve(source="scenes").server,
+                    lambda: engine,
+                    journal,
+                    RequestStats(),
+                )
+            )
 
     ask(Scripted(), noted(IDS[:2]))
     assert read == IDS[:2]

@@ -5,18 +5,19 @@ from typing import Any
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.inference.requests import build_requests, count_requests, requests_per_sample
+from pipeline.inference.requests import build_requests
+from tests.plans import request_plan
 
 SAMPLE = "a" * 64
 
 
 def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[str]:
     config = resolve(source="scenes", **settings)
-    return [request.id for request in build_requests(sample_id, config, revision)]
+    return [request.id for request in build_requests(sample_id, request_plan(config, revision))]
 
 
 def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
-    requests = list(build_requests(SAMPLE, resolve(source="scenes"), "r"))
+    requests = list(build_requests(SAMPLE, request_plan(resolve(source="scenes"))))
     assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
     assert len({r.id for r in requests}) == 3
 
@@ -36,11 +37,12 @@ def test_what_changes_the_reply_changes_every_id(changed: dict[str, Any]) -> Non
 
 def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_the_same() -> None:
     config = resolve(source="scenes", generate={"samples": 3})
-    requests = list(build_requests(SAMPLE, config, "r"))
+    plan = request_plan(config)
+    requests = list(build_requests(SAMPLE, plan))
     assert [(r.style, r.sampling.temperature) for r in requests] == [
         *(("brief", t) for t in (0.0, 0.8, 0.8)), *(("detailed", t) for t in (0.0, 0.8, 0.8)), ("", 0.3),
     ]  # fmt: skip
-    assert len({r.id for r in requests}) == count_requests(config, requests_per_sample(config)) == 7
+    assert len({r.id for r in requests}) == plan.count(plan.pairs) == 7
     assert [requests[n].id for n in (0, 3, 6)] == ids() == ids(generate={"batch_size": 3}, limit=7)
     assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}  # one more costs one more
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id

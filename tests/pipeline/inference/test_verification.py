@@ -25,6 +25,7 @@ from pipeline.inference.verification import (
 from pipeline.scenes.claims import Claim
 from pipeline.tables import RUBRIC
 from pipeline.types import Reply, SampleBatch
+from tests.plans import request_plan
 
 PAGES = (b"one", b"two", b"three")
 ROW = {
@@ -47,7 +48,9 @@ def test_each_check_shows_what_it_is_about() -> None:
     assert checks_of(ROW, config().verify) == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify) == []
     settings = config("round_trip", "blind", "evidence", "claims")
     checks = checks_of(ROW, settings.verify)
-    requests = with_images([build_check(check, "s", settings, "r") for check in checks], SampleBatch.of([("s", PAGES)]))
+    requests = with_images(
+        [build_check(check, "s", request_plan(settings)) for check in checks], SampleBatch.of([("s", PAGES)])
+    )
     assert [(request.style, request.images) for request in requests] == [
         ("round_trip", PAGES),
         ("blind", ()),
@@ -69,9 +72,9 @@ def test_a_caption_is_asked_for_its_claims() -> None:
 
 def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
     settings = resolve(source="folder:x", verify={"checks": ["claims"]})
-    request, other = (build_claims("Two dogs.", sample_id, settings, "r") for sample_id in ("a", "b"))
+    request, other = (build_claims("Two dogs.", sample_id, request_plan(settings)) for sample_id in ("a", "b"))
     assert (request.id, request.images, request.pages) == (other.id, (), ())
-    assert request.id != build_claims("Two cats.", "a", settings, "r").id
+    assert request.id != build_claims("Two cats.", "a", request_plan(settings)).id
     assert "Caption: Two dogs.\n" in request.text
     good = {"claim": "dogs", "question": "Are there dogs?", "opposite": "Are there cats?"}
     replies: tuple[Any, ...] = (
@@ -83,22 +86,22 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             text = reply if isinstance(reply, str) else json.dumps(reply)
             journal.keep([(request, request.reply(text, "stop"), None)])
-            assert [claim.expected for claim in read_claims("Two dogs.", settings, "r", journal)] == expected
+            assert [claim.expected for claim in read_claims("Two dogs.", request_plan(settings), journal)] == expected
 
 
 def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
     settings = config("covers")
     (check,) = coverage_checks("Two dogs.", settings.verify, [("How many dogs?", "2")])
-    request, other = (build_check(check, sample_id, settings, "r") for sample_id in "st")
+    request, other = (build_check(check, sample_id, request_plan(settings)) for sample_id in "st")
     assert (request.images, request.id) == ((), other.id)  # equal captions are asked about once
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
-    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", settings, "r").id
+    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", request_plan(settings)).id
     assert coverage_checks("Two dogs.", config("claims").verify, [("How many dogs?", "2")]) == []
     assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
 
 
 def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
-    request = build_repair("A red kite.", [("Is it red?", "no")], "s", config("claims"), "r")
+    request = build_repair("A red kite.", [("Is it red?", "no")], "s", request_plan(config("claims")))
     assert request.images == () and "Question: Is it red? Answer: no\n" in request.text
     for number, (reply, repaired) in enumerate(
         (('{"caption":"A\\nkite."}', "A kite."), ('{"caption":""}', None), ("{]", None))
@@ -110,7 +113,9 @@ def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
 
 def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: Path) -> None:
     settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
-    pair, caption = (build_rating({**ROW, **texts, **more}, settings, "r") for more in ({}, {"clean_text": "Two dogs."}))
+    pair, caption = (
+        build_rating({**ROW, **texts, **more}, request_plan(settings)) for more in ({}, {"clean_text": "Two dogs."})
+    )
     assert with_images([pair], SampleBatch.of([("s", PAGES)]))[0].images == PAGES
     assert pair.text.endswith("Question: How many? Answer: 2")
     assert caption.text.endswith("Caption: Two dogs.") and caption.id != pair.id
@@ -120,21 +125,21 @@ def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: P
     for number, (reply, mark) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
-            assert read_rating({**ROW, **texts}, settings, "r", journal) == dict.fromkeys(RUBRIC, mark)
+            assert read_rating({**ROW, **texts}, request_plan(settings), journal) == dict.fromkeys(RUBRIC, mark)
 
 
 def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
     settings = config("round_trip")
     check = Check("round_trip", "How many?", "2")
-    request_id = build_check(check, "s", settings, "r").id
-    assert request_id == build_check(check, "s", settings, "r").id
-    assert request_id == build_check(Check("claims", "How many?", "3"), "s", settings, "r").id  # the same question
+    request_id = build_check(check, "s", request_plan(settings)).id
+    assert request_id == build_check(check, "s", request_plan(settings)).id
+    assert request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id  # the same question
     changed = [
-        build_check(Check("round_trip", "How much?", "2"), "s", settings, "r"),
-        build_check(check, "t", settings, "r"),
-        build_check(check, "s", settings, "other"),
-        build_check(Check("sufficient", "How many?", "2", (1,)), "s", settings, "r"),
-        build_check(check, "s", config("round_trip", generate={"max_tokens": 9}), "r"),
+        build_check(Check("round_trip", "How much?", "2"), "s", request_plan(settings)),
+        build_check(check, "t", request_plan(settings)),
+        build_check(check, "s", request_plan(settings, "other")),
+        build_check(Check("sufficient", "How many?", "2", (1,)), "s", request_plan(settings)),
+        build_check(check, "s", request_plan(config("round_trip", generate={"max_tokens": 9}))),
     ]
     assert request_id not in {request.id for request in changed}
 
@@ -142,7 +147,7 @@ def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None
 def test_a_blind_question_is_asked_once_for_all_images() -> None:
     check = Check("blind", "How many?", "2", ())
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
-    built = [with_images(*chunk) for chunk in build_all(batches, {name: [check] for name in "stu"}, config(), "r")]
+    built = [with_images(*chunk) for chunk in build_all(batches, {name: [check] for name in "stu"}, request_plan(config()))]
     assert [[request.images for request in requests] for requests in built] == [[()], []]
 
 
@@ -152,10 +157,10 @@ def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp
     texts = ['{"answer":"2"}', "{]"]
     with Journal(tmp_path / "j.sqlite") as journal:
         for check, text in zip(checks, texts, strict=True):
-            request = build_check(check, "s", settings, "r")
+            request = build_check(check, "s", request_plan(settings))
             reply = Reply(request_id=request.id, attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
             journal.keep([(request, reply, None)])
-        results = read_checks("s", checks, settings, "r", journal)
+        results = read_checks("s", checks, request_plan(settings), journal)
     assert [(result["kind"], result["expected"], result["answer"]) for result in results] == [
         ("round_trip", "2", "2"),
         ("blind", "2", None),

@@ -12,7 +12,7 @@ from pipeline.config.sections import BalanceConfig
 from pipeline.errors import ConfigError
 from pipeline.stages.balance import (
     RARE,
-    STAGE,
+    STEP,
     count_of_tail,
     keep_probability,
     largest_count,
@@ -43,7 +43,7 @@ def captions(*texts: str) -> pa.Table:
 
 
 def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any) -> list[dict[str, Any]]:
-    marked = run_stage(STAGE, rows, shards=shards, seed=seed, balance=settings)
+    marked = run_stage(STEP, rows, shards=shards, seed=seed, balance=settings)
     kept_rows: list[dict[str, Any]] = [row for row in marked.to_pylist() if row["reason"] is None]
     return kept_rows
 

@@ -11,7 +11,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.progress import NullProgress
 from pipeline.stages import base
-from pipeline.stages.base import Comparison, RunPlan, Stage
+from pipeline.stages.base import Comparison, RowStep
 from pipeline.storage.files import read_table, write_table
 from tests.stage_runs import plan_of, run_stage
 
@@ -22,18 +22,18 @@ def numbers(count: int) -> pa.Table:
     return pa.table({"annotation_id": [f"a{n}" for n in range(count)], "number": pa.array(range(count), pa.int64())})
 
 
-def comparing(query: str) -> Stage:
+def comparing(query: str) -> RowStep:
     def compare(comparison: Comparison) -> duckdb.DuckDBPyRelation:
         return comparison.db.sql(query)
 
-    return Stage("compared", judge=lambda table, plan: table, compare=compare, adds=ADDS)
+    return RowStep("compared", compare=compare, adds=ADDS)
 
 
-def judging(judge: Callable[[pa.Table], pa.Table]) -> Stage:
-    def with_plan(table: pa.Table, _: RunPlan) -> pa.Table:
+def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
+    def with_settings(table: pa.Table, _: None) -> pa.Table:
         return judge(table)
 
-    return Stage("judged", judge=with_plan)
+    return RowStep("judged", judge=with_settings)
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
@@ -62,7 +62,7 @@ def test_a_comparison_that_names_a_row_twice_or_a_missing_row_is_an_error(rows: 
 )
 def test_a_stage_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[pa.Table], pa.Table]) -> None:
     stage = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
-    with pytest.raises(TableError, match="stage judged was given"):
+    with pytest.raises(TableError, match="step judged was given"):
         run_stage(stage, numbers(10))
 
 
@@ -70,9 +70,9 @@ def test_a_shard_may_be_judged_again_after_a_worker_was_lost(tmp_path: Path) -> 
     shard, plan = DatasetDir(tmp_path), plan_of(tmp_path)
     write_table(shard.stage("before"), [numbers(9)], numbers(9).schema)
     stage = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")
-    base.compare_stage(stage, [shard], "before", plan, NullProgress())
+    base.compare_stage(stage, [shard], ("before", "kept"), plan, NullProgress())
     kept = []
     for _ in range(2):
-        base.judge_stage(stage, shard, "before", plan)
+        base.judge_stage(stage, ("before", "kept"), plan, "key", shard)
         kept.append(read_table(shard.stage("compared")))
     assert kept[0].num_rows == 8 and kept[0].equals(kept[1])

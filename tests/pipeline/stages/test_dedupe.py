@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.dedupe import STAGE
+from pipeline.stages.dedupe import STEP
 from pipeline.tables import IMAGE_GROUPS
 from tests.stage_runs import run_stage
 
@@ -28,7 +28,7 @@ def captions(*texts: str, **more: Any) -> pa.Table:
 
 
 def deduped(rows: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
-    return run_stage(STAGE, rows, shards=shards, dedupe=settings)
+    return run_stage(STEP, rows, shards=shards, dedupe=settings)
 
 
 def reasons(rows: pa.Table, shards: int = 1, **settings: Any) -> dict[str, str | None]:

@@ -6,15 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.progress import NullProgress
-from pipeline.stages.base import RunPlan, compare_stage, judge_stage
-from pipeline.stages.review import STAGE
+from pipeline.stages.review import STEP
 from pipeline.stages.version import count_reviews
 from pipeline.storage.files import write_table, write_text
-from tests.stage_runs import BEFORE, rows_after
+from tests.stage_runs import BEFORE, plan_of, rows_after, run_on
 
 IDS = ("a" * 64, "b" * 64)
 KINDS = [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer")]
@@ -48,12 +45,9 @@ class Reviewed:
             sample_id, content = text_name(self.rows[n])
             all_reviews.append(Review.model_validate({"sample_id": sample_id, "content": content, **review}))
         write_text(self.dataset.reviews, format_reviews(all_reviews))
-        plan = RunPlan(self.dataset, resolve(source="scenes"), "r", None)
-        compare_stage(STAGE, self.shards, BEFORE, plan, NullProgress())
-        for shard in self.shards:
-            judge_stage(STAGE, shard, BEFORE, plan)
+        run_on(STEP, self.shards, plan_of(self.dataset.path))
         ids = [row["annotation_id"] for row in self.rows]
-        rows: list[dict[str, Any]] = rows_after(STAGE, self.shards, ids).to_pylist()
+        rows: list[dict[str, Any]] = rows_after(STEP, self.shards, ids).to_pylist()
         return rows
 
 

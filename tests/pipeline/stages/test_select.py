@@ -9,7 +9,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import ConfigError
 from pipeline.executors.messages import describe_losses
-from pipeline.stages.select import STAGE
+from pipeline.stages.select import STEP
 from pipeline.tables import HUMAN, RUBRIC
 from tests.stage_runs import run_stage
 
@@ -34,7 +34,7 @@ def captions(*texts: str, **columns: Any) -> pa.Table:
 def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
     verify = {"clip": {"checks": ["alignment"]}, "longest": {"checks": ["claims"]}, "judge": {"judge": "m@http://h/v1"}}
     settings = {"verify": verify.get(by, {}), "generate": {"samples": 4}, **settings}
-    return run_stage(STAGE, rows, shards, select={"by": by}, **settings)
+    return run_stage(STEP, rows, shards, select={"by": by}, **settings)
 
 
 def kept(rows: pa.Table, **settings: Any) -> list[str]:
@@ -77,7 +77,7 @@ def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
-    (text,) = describe_losses([STAGE], funnel)
+    (text,) = describe_losses([STEP], funnel)
     assert text.startswith("3 of 4 captions that were not taken are the same as the one that was: ")
 
 

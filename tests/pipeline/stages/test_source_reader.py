@@ -19,7 +19,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.samples import read_samples
 from pipeline.errors import SourceError
-from pipeline.executors.local import reading_settings
+from pipeline.plan import Plan, reading_settings
 from pipeline.sources import open_source
 from pipeline.stages import source_parts
 from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
@@ -90,7 +90,7 @@ class Reading:
     def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None) -> None:
         self.starts: list[int] = []
         self.notes = Notes()
-        source = open_source(reading_settings(config))
+        source = open_source(reading_settings(Plan.resolve(config, DatasetDir(dataset))))
         opened = replace(source, read=lambda start: self._rows(source, start, stop_at))
         self.reader = SourceReader(DatasetDir(dataset), config, opened, self.notes)
         self.has_more = self.reader.read(config.limit if config.images is None else config.images)
@@ -314,11 +314,11 @@ KILLED = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-import pipeline.run
+import pipeline.plan, pipeline.run
 from pipeline.config.files import resolve
 from pipeline.stages import source_copies, source_parts
 source_copies.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
-opened = pipeline.run.open_source
+opened = pipeline.plan.open_source
 def read(rows):
     for number, row in enumerate(rows):
         if number == 25:
@@ -327,7 +327,7 @@ def read(rows):
 def open_killed(config):
     found = opened(config)
     return replace(found, read=lambda start: read(found.read(start)))
-pipeline.run.open_source = open_killed
+pipeline.plan.open_source = open_killed
 pipeline.run.generate_dataset(resolve(source=sys.argv[1], tasks="none"), Path(sys.argv[2]))
 """
 

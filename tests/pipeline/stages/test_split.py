@@ -10,7 +10,7 @@ from pipeline.config.files import resolve
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.stages.split import STAGE, name_key, split_of
+from pipeline.stages.split import STEP, name_key, split_of
 from pipeline.storage.files import write_table
 from tests.stage_runs import BEFORE, plan_of, rows_after, run_on, run_stage
 
@@ -24,7 +24,7 @@ def table(ids: list[str], source_split: str | None = None) -> pa.Table:
 
 
 def splits(rows: pa.Table, shards: int = 1) -> list[str]:
-    marked = run_stage(STAGE, rows, shards=shards)
+    marked = run_stage(STEP, rows, shards=shards)
     assert marked["reason"].null_count == rows.num_rows
     assigned: list[str] = marked["split"].to_pylist()
     return assigned
@@ -116,8 +116,8 @@ def test_images_of_one_folder_are_in_one_split_if_it_is_asked_for(tmp_path: Path
         write_table(directory.stage(BEFORE), [rows.slice(part.start, part.stop - part.start)], rows.schema)
         source = pa.table({"sample_id": ids[part], "source_row": names[part]})
         write_table(directory.stage("source"), [source], source.schema)
-    run_on(STAGE, directories, plan_of(tmp_path, config), BEFORE)
-    assigned = rows_after(STAGE, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
+    run_on(STEP, directories, plan_of(tmp_path, config))
+    assigned = rows_after(STEP, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
     assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
     assert assigned[:3] == ["test"] * 3  # with the one that the source holds out
@@ -133,8 +133,8 @@ def test_folders_that_near_duplicates_have_in_common_are_in_one_split(tmp_path: 
     write_table(directory.stage(BEFORE), [rows], rows.schema)
     source = pa.table({"sample_id": ids, "source_row": names})
     write_table(directory.stage("source"), [source], source.schema)
-    run_on(STAGE, [directory], plan_of(tmp_path, resolve(source="folder:x", split={"group_by": "folder"})), BEFORE)
-    assigned = rows_after(STAGE, [directory], rows["annotation_id"].to_pylist())["split"].to_pylist()
+    run_on(STEP, [directory], plan_of(tmp_path, resolve(source="folder:x", split={"group_by": "folder"})))
+    assigned = rows_after(STEP, [directory], rows["annotation_id"].to_pylist())["split"].to_pylist()
     of_pairs = [{*assigned[first : first + 8]} for first in range(0, 160, 8)]
     assert all(len(of_pair) == 1 for of_pair in of_pairs) and len(set.union(*of_pairs)) > 1
     alone = plan_of(tmp_path, resolve(source="folder:x")).config

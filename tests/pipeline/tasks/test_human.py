@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.tables import ANNOTATION
-from pipeline.tasks import find_broken_rule, find_task
+from pipeline.tasks import TASKS, find_broken_rule
 from pipeline.tasks.human import human_annotations
 
 
@@ -44,7 +44,7 @@ def test_captions_and_questions_become_annotations_of_the_usual_tasks() -> None:
 def test_the_type_of_a_question_fits_its_answer(pair: dict[str, Any], answer: str, kind: str) -> None:
     (row,) = human_annotations("s", [], [pair])
     assert (row["answer"], row["answer_type"]) == (answer, kind)
-    assert find_broken_rule(find_task("qa"), row) is None
+    assert find_broken_rule(TASKS["qa"], row) is None
 
 
 def test_a_question_without_an_answer_is_left_out() -> None:
@@ -57,12 +57,12 @@ def test_a_question_without_an_answer_is_left_out() -> None:
 def test_questions_about_a_deck_are_of_its_own_task(expression: str | None, answer: str, kind: str) -> None:
     (row,) = human_annotations("s", [], [asked("What?", answer, evidence_pages=[2], expression=expression)], 3)
     assert (row["task"], row["answer_type"], row["expression"]) == ("deck_qa", kind, expression or "")
-    assert find_broken_rule(find_task("deck_qa"), row, 2) is None
+    assert find_broken_rule(TASKS["deck_qa"], row, 2) is None
 
 
 def test_all_pages_are_the_evidence_of_a_question_that_names_none() -> None:
     (row,) = human_annotations("s", [], [asked("What?", "Ohm")], 3)
-    assert row["evidence_pages"] == [1, 2, 3] and find_broken_rule(find_task("deck_qa"), row, 3) is None
+    assert row["evidence_pages"] == [1, 2, 3] and find_broken_rule(TASKS["deck_qa"], row, 3) is None
 
 
 @pytest.mark.parametrize(

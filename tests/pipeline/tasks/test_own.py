@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.sections import TaskConfig
 from pipeline.errors import ConfigError
-from pipeline.tasks import find_broken_rule, find_task, wire_schema
+from pipeline.tasks import Tasks, find_broken_rule, wire_schema
 from pipeline.tasks.boxes import Frame
 from pipeline.tasks.own import NOTHING_FOUND, OwnTask, build_task
 from pipeline.tasks.prompts import render
@@ -163,9 +163,10 @@ def test_the_prompt_ends_with_the_form_and_the_name_of_the_task() -> None:
 
 def test_tasks_are_found_by_name_beside_the_built_in_ones() -> None:
     own = TaskConfig(name="tags", kind="labels", prompt="Look.")
-    assert find_task("tags", [own]) is build_task(own) and find_task("qa", [own]).name == "qa"
+    tasks = Tasks(own=[own])
+    assert tasks["tags"] is build_task(own) and tasks["qa"].name == "qa"
     with pytest.raises(ConfigError, match="unknown task: tag") as error:
-        find_task("tag", [own])
+        Tasks(["tag"], [own])
     assert error.value.hint == "did you mean tags?"
 
 

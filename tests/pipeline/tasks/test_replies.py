@@ -10,8 +10,9 @@ from pipeline.inference.requests import build_requests
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import find_flaw, parse_reply, read_fields
 from pipeline.types import Reply, Request
+from tests.plans import request_plan
 
-BRIEF, _, QA = build_requests("a" * 64, resolve(source="scenes"), "r")
+BRIEF, _, QA = build_requests("a" * 64, request_plan(resolve(source="scenes")))
 
 
 def reply(text: str) -> Reply:

@@ -22,9 +22,10 @@ from pipeline.storage import object_store
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
+from tests.plans import request_plan
 from tests.stage_runs import plan_of
 
-REQUESTS = list(build_requests("a" * 64, resolve(source="scenes"), "r"))
+REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
-    yield ShardedRun(plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(config)), "inputs")
+    yield ShardedRun(plan := plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(plan)), "inputs")
     remove(home)
 
 

@@ -17,7 +17,7 @@ from tests.stage_runs import plan_of
 
 def run_in(folder: Path, shards: int) -> ShardedRun:
     plan = plan_of(folder)
-    return ShardedRun(plan, folder, shards, 1, "embedded", "s", digest(named_files(plan.config)), "inputs")
+    return ShardedRun(plan, folder, shards, 1, "embedded", "s", digest(named_files(plan)), "inputs")
 
 
 @pytest.mark.parametrize("shards", [1, 3, 16, 1000])
@@ -47,11 +47,11 @@ def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_p
     )
     (tmp_path / "entries.txt").write_text("dog\n")
     home = parse_dataset_path("memory://b")
-    run = ShardedRun(plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(config)), "inputs")
+    run = ShardedRun(plan := plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(plan)), "inputs")
     run.enter()
     run.enter()
     (tmp_path / "entries.txt").write_text("dog\ncat\n")  # as another node has it
-    other_digest = digest(named_files(config))
+    other_digest = digest(named_files(plan))
     assert other_digest != run.files
     (tmp_path / "entries.txt").write_text("dog\n")
     with pytest.raises(ClusterError, match="a worker sees other files than the command: prompts"):
@@ -66,10 +66,10 @@ def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path:
     monkeypatch.syspath_prepend(tmp_path)
     task = {"name": "color", "kind": "record", "prompt": "What color?", "output": "own_checks:Seen"}
     config = resolve(source="scenes", own_tasks=[task], tasks=["color"])
-    before = named_files(config)
+    plan = plan_of(tmp_path, config)
+    before = named_files(plan)
     (tmp_path / "own_checks.py").write_text(code + "    # checked otherwise\n")
-    assert named_files(config)["own_tasks"] != before["own_tasks"]
-    assert "own_tasks" not in named_files(resolve(source="scenes"))
+    assert named_files(plan)["tasks"] != before["tasks"]
 
 
 def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import ShardWorker, read_slice
 from pipeline.progress import NullProgress
-from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.source import write_source
@@ -46,12 +45,12 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     exclusions = ExclusionIndex.of(read_exclusions(single), choose_image_kind(config))
     write_source(single, open_source(config).rows, exclusions, limit, NullProgress())
     parts = shards if is_divisible(config) else 1
-    plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
+    plan = plan_of(tmp_path / "many", config)
     run = ShardedRun(plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs")
     write_exclusions(plan.dataset, config, open_exclusions(config), NullProgress())
     for index in reversed(range(parts)):
         read_slice(run, index)
-    worker = ShardWorker(run, stages_of(config))
+    worker = ShardWorker(run, [])
     for index, shard in enumerate(run.shards):
         write_source(shard, worker.rows_of(index), worker.excluded, None, NullProgress())
     for which in ("kept", "rejected"):
@@ -67,7 +66,7 @@ def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     has_more: bool,  # noqa: FBT001
 ) -> None:
     config = resolve(source=f"folder:{photos}", limit=limit)
-    plan = plan_of(tmp_path / "many", config, choose_image_kind(config))
+    plan = plan_of(tmp_path / "many", config)
     run = ShardedRun(plan, tmp_path, 2, 1, "embedded", open_source(config).revision, "files", "inputs")
     write_exclusions(plan.dataset, config, [], NullProgress())
     read_slice(run, 0)

@@ -1,8 +1,6 @@
-"""Stages that an earlier run has finished are left out, and only those."""
+"""Steps that an earlier run has done are left out, and only those."""
 
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +10,15 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.executors.base import RunResult
-from pipeline.inference import journal, requests
-from pipeline.run import generate_dataset, stages_of
-from pipeline.stages import base as stage_base
-from pipeline.stages import finished, generate, version
-from pipeline.stages.base import Stage
+from pipeline.inference import requests
+from pipeline.plan import Plan
+from pipeline.run import RunResult, generate_dataset, steps_of
+from pipeline.stages import ask as ask_step
+from pipeline.stages import base, records, version
+from pipeline.stages.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
-from tests.chat.server import ChatServer, running_chat
+from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.pipeline.stages.test_source_reader import photo
 
 CAPTIONS = (
@@ -44,19 +42,26 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list of the stages that are judged from now on, and of `version` where rows are written."""
+    """Return a list of the steps that do their work from now on, by name."""
     names: list[str] = []
 
-    def judge(stage: Stage, *arguments: Any, **named: Any) -> None:
-        names.append(stage.name)
-        stage_base.judge_stage(stage, *arguments, **named)
+    judge_stage, publish_shards, write_annotations = base.judge_stage, version.publish_shards, ask_step.write_annotations
+
+    def judge(step: RowStep, *arguments: Any) -> None:
+        names.append(step.name)
+        judge_stage(step, *arguments)
 
     def publish(*arguments: Any) -> Any:
         names.append("version")
-        return version.publish_shards(*arguments)
+        return publish_shards(*arguments)
 
-    monkeypatch.setattr("pipeline.executors.base.judge_stage", judge)
-    monkeypatch.setattr("pipeline.executors.base.publish_shards", publish)
+    def write(*arguments: Any) -> None:
+        names.append("generate")
+        write_annotations(*arguments)
+
+    monkeypatch.setattr(base, "judge_stage", judge)
+    monkeypatch.setattr(version, "publish_shards", publish)
+    monkeypatch.setattr(ask_step, "write_annotations", write)
     return names
 
 
@@ -76,7 +81,7 @@ def content(result: RunResult) -> tuple[Any, ...]:
 
 
 def all_stages(photos: Path, **more: Any) -> list[str]:
-    return [*(stage.name for stage in stages_of(settings(photos, **more))), "version"]
+    return [step.name for step in steps_of(Plan.resolve(settings(photos, **more), DatasetDir(photos)))[1:]]
 
 
 def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: Path, judged: list[str]) -> None:
@@ -91,13 +96,15 @@ def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: P
 def test_a_run_that_was_stopped_between_stages_goes_on_behind_them(
     photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(stage: Stage, *arguments: Any) -> None:
-        if stage.name == "balance":
+    compare_stage = base.compare_stage
+
+    def stop(step: RowStep, *arguments: Any) -> None:
+        if step.name == "balance":
             raise KeyboardInterrupt
-        stage_base.compare_stage(stage, *arguments)
+        compare_stage(step, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.executors.base.compare_stage", stop)
+        patch.setattr(base, "compare_stage", stop)
         run(photos, tmp_path / "d", judged)
     resumed = run(photos, tmp_path / "d", judged)
     assert judged == ["balance", "split", "review", "version"]
@@ -125,61 +132,53 @@ def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: 
     change, stage = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
     again = run(photos, tmp_path / "d", judged)
-    assert judged and judged[0] == stage
+    assert judged == [stage]  # which writes the same file as before: those after it are left out
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
 
 
-def ask(photos: Path, folder: Path, server: ChatServer, **more: Any) -> RunResult:
+def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:
     """Have a model write a caption of each photo."""
-    asked: dict[str, Any] = {"tasks": ("caption",), "human_texts": "compare", "base_url": [server.url], "model": "model"}
+    asked: dict[str, Any] = {"tasks": ("caption",), "human_texts": "compare", "base_url": [chat.url], "model": "model"}
     return generate_dataset(settings(photos, **asked | more), folder)
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return a list of the folders whose annotations are written from now on."""
-    folders: list[Path] = []
-
-    def write(dataset: DatasetDir, plan: Any) -> None:
-        folders.append(dataset.path)
-        generate.write_annotations(dataset, plan)
-
-    monkeypatch.setattr("pipeline.executors.local.write_annotations", write)
-    return folders
-
-
-def change_reply(dataset: DatasetDir) -> None:
-    """Change the text of the first reply, with its checksum."""
-    with closing(sqlite3.connect(dataset.journal)) as db, db:
-        row = list(db.execute(f"SELECT {journal._COLUMNS} FROM replies ORDER BY request_id").fetchone()[:-1])
-        row[6] = '{"caption": "Nobody is on the long, grey beach today."}'
-        values = {"id": row[0], "text": row[6], "checksum": journal._checksum(row)}
-        db.execute("UPDATE replies SET text = :text, checksum = :checksum WHERE request_id = :id", values)
-
-
-CHANGES_OF_REPLIES: dict[str, Callable[[DatasetDir], object]] = {
-    "another text": change_reply,
-    "annotations that are gone": lambda dataset: dataset.stage("generate").unlink(),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES_OF_REPLIES)
-def test_annotations_are_written_again_only_if_a_reply_or_their_file_has_changed(
-    name: str, photos: Path, tmp_path: Path, written: list[Path]
-) -> None:
+def test_annotations_are_written_again_only_if_their_file_is_gone(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     with running_chat(ChatServer()) as server:
         first = ask(photos, tmp_path / "d", server)
-        assert content(ask(photos, tmp_path / "d", server)) == content(first)
-        assert len(written) == 1
-        CHANGES_OF_REPLIES[name](DatasetDir(tmp_path / "d"))
-        ask(photos, tmp_path / "d", server)
-        assert len(written) == 2
-        ask(photos, tmp_path / "d", server)
-        assert len(written) == 2
+        asked = len(server.bodies)
+        judged.clear()
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == []
+        DatasetDir(tmp_path / "d").stage("generate").unlink()
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == ["generate"]
+        assert len(server.bodies) == asked
 
 
-def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_path: Path, written: list[Path]) -> None:
+def test_a_run_with_every_reply_makes_no_engine(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_chat(ChatServer()) as server:
+        ask(photos, tmp_path / "d", server)
+        monkeypatch.setattr("pipeline.inference.client.Client.__enter__", lambda self: pytest.fail("an engine was opened"))
+        DatasetDir(tmp_path / "d").stage("generate").unlink()
+        assert not ask(photos, tmp_path / "d", server).is_new
+
+
+def test_requests_that_got_no_reply_are_sent_again_by_the_same_command(photos: Path, tmp_path: Path) -> None:
+    down = True
+
+    def script(times: int, body: dict[str, Any]) -> Act | None:
+        return Act(status=413) if down and int(uuid_of(body)[0], 16) < 4 else None
+
+    settings = {"server": {"max_failure_frac": 1.0}}
+    with running_chat(ChatServer(script)) as server:
+        first = ask(photos, tmp_path / "d", server, **settings)
+        assert first.stats.unanswered
+        down = False
+        again = ask(photos, tmp_path / "d", server, **settings)
+        assert again.stats.asked == first.stats.unanswered and again.version.num_rows > first.version.num_rows
+        assert ask(photos, tmp_path / "d", server, **settings).stats.asked == 0
+
+
+def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     prompt = tmp_path / "prompts" / "caption" / "v1.j2"
     prompt.parent.mkdir(parents=True)
     found = []
@@ -191,24 +190,43 @@ def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_p
                     remembered.cache_clear()  # as in a new process
             ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1])})
             found.append(set(read_table(DatasetDir(tmp_path / "d").stage("generate"), ["prompt_id"])["prompt_id"].to_pylist()))
-    assert len(written) == 3  # all replies to the third were there, and those to the second were written
+    assert judged.count("generate") == 3  # all replies to the third were there, and those to the second were written
     assert found[0] == found[2] != found[1]
 
 
-def test_other_settings_judge_every_row_again(photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    for more in ({}, {"filter": {"min_caption_words": 1}}, {}):
-        result = run(photos, tmp_path / "d", judged, **more)
-        assert judged == all_stages(photos)
-        assert content(result) == content(run(photos, tmp_path / str(len(list(tmp_path.iterdir()))), judged, **more))
+FROM_DEDUPE = ["dedupe", "balance", "split", "review", "version"]
+STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [  # other settings, and the steps that run again
+    ({"balance": {"tail_frac": 0.4}}, ["balance", "split", "review", "version"]),
+    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "version"]),  # it keeps the same rows
+    ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
+    ({"split": {"test_frac": 0.6}}, ["split", "review", "version"]),
+    ({"filter": {"min_caption_words": 1}}, ["filter", "verify", *FROM_DEDUPE]),
+    ({"filter": {"max_duplicate_trigram_frac": 0.9}}, ["filter", "version"]),
+    ({"title": "Photos"}, ["version"]),
+    ({"server": {"request_timeout_s": 99.0}}, []),
+]
+
+
+@pytest.mark.parametrize(("more", "steps"), STEPS_OF_SETTINGS)
+def test_other_settings_run_the_steps_that_read_them_and_those_whose_rows_change(
+    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, judged: list[str]
+) -> None:
+    run(photos, tmp_path / "d", judged)
+    result = run(photos, tmp_path / "d", judged, **more)
+    assert judged == steps
+    rows = result.version.manifest["rows"], result.funnel
+    alone = run(photos, tmp_path / "alone", judged, **more)
+    assert rows == (alone.version.manifest["rows"], alone.funnel)
+    assert result.version.manifest["digest"] == alone.version.manifest["digest"]
 
 
 def test_other_code_judges_every_row_again(
     photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(photos, tmp_path / "d", judged)
-    monkeypatch.setattr(finished, "code_digest", lambda: "other")
+    monkeypatch.setattr(records, "code_digest", lambda: "other")
     assert not run(photos, tmp_path / "d", judged).is_new
-    assert judged == all_stages(photos)
+    assert judged == [*all_stages(photos)]
 
 
 def test_a_review_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
