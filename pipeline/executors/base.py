@@ -15,10 +15,8 @@ from typing import Protocol, TypeVar
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StageSummary, row_extras
 from pipeline.dataset.version import Version
-from pipeline.digests import has_common_revision, public_name
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.messages import describe_losses, describe_unanswered
-from pipeline.inference.engines import EngineChoice
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.sources import find_source
@@ -51,21 +49,6 @@ class RunResult:
     is_new: bool
     stats: RequestStats
     funnel: list[StageSummary]
-
-
-def require_own_replies(dataset: DatasetDir, choice: EngineChoice) -> None:
-    """Raise ConfigError if a folder has replies of another model that this one would take for its own.
-
-    That may be where a server states as their revision what others have, too.
-    """
-    if choice.name != "vllm" or not has_common_revision(choice.model):
-        return
-    name = public_name(choice.model)
-    for path in (dataset.provenance("generate"), dataset.asked_model):
-        of_model = read_json(path) if path.exists() else {}
-        if of_model.get("revision") == choice.revision and of_model.get("name") != name:
-            problem = f"{dataset.path} has replies of {of_model.get('name')}, and {choice.model} has the same revision"
-            raise ConfigError(f"{problem}: they could not be told apart", hint="write to a folder of its own: --out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, r
 from pipeline.dataset.samples import describe_lost, move_images_to_versions
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
-from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish, require_own_replies
+from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish
 from pipeline.executors.messages import describe_start
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
 from pipeline.inference.journal import Journal
@@ -73,7 +73,6 @@ def run_locally(
     choose = cache(partial(choose_engine, config, dataset.server_log, progress))
     if asks:
         dataset.versions()  # one that is damaged is an error at the end, too
-        require_own_replies(dataset, choose())
         require_scorer(config)
         progress.message(describe_start(config, choose(), dataset))
     if source is None:

@@ -22,7 +22,6 @@ from pipeline.executors.base import (
     compare_rows,
     forget_other_stages,
     publish,
-    require_own_replies,
 )
 from pipeline.executors.messages import describe_start
 from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
@@ -88,7 +87,6 @@ def run_on_cluster(
         shard_count = _count_shards(dataset, options.shards)
     choice = choose_engine(config, DatasetDir(scratch_root(dataset.path)).server_log, progress)
     dataset.versions()  # one that is damaged is an error at the end, too
-    require_own_replies(dataset, choice)
     require_scorer(config)
     source = open_source(config)
     for text in (describe_start(config, choice, dataset), *source.messages):

@@ -16,10 +16,8 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
-from pipeline.errors import ConfigError
-from pipeline.executors.base import compare_rows, require_own_replies
+from pipeline.executors.base import compare_rows
 from pipeline.images.similarity import COMPARED_COLUMNS
-from pipeline.inference.engines import EngineChoice
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind
@@ -27,7 +25,7 @@ from pipeline.stages import balance
 from pipeline.stages.base import RunPlan
 from pipeline.stages.filter import judge_texts
 from pipeline.stages.validate import validate_annotations
-from pipeline.storage.files import read_table, write_json, write_table, write_text
+from pipeline.storage.files import read_table, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
 from tests.hostile import LONG
@@ -191,24 +189,3 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
         world.compare()
     assert worlds[0].outcome() == worlds[1].outcome()
     assert any(not read_table(shard.stage("review")).num_rows for shard in worlds[1].shards)
-
-
-def choice_of(model: str) -> EngineChoice:
-    return EngineChoice("vllm", model, model.rpartition("@")[2], "", lambda: pytest.fail("no engine is made"))
-
-
-def test_two_models_with_one_revision_do_not_share_a_folder(tmp_path: Path) -> None:
-    dataset = DatasetDir(tmp_path)
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    write_json(dataset.asked_model, {"name": "qwen", "revision": "q4_k_m"})  # by a run that was killed
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    with pytest.raises(ConfigError, match="has replies of qwen, and llava@q4_k_m has the same revision"):
-        require_own_replies(dataset, choice_of("llava@q4_k_m"))
-    write_json(dataset.provenance("generate"), {"name": "claude", "revision": "20250514"})
-    with pytest.raises(ConfigError, match="has replies of claude"):
-        require_own_replies(dataset, choice_of("sonnet@20250514"))
-    require_own_replies(dataset, choice_of("llava@q8_0"))
-    write_json(dataset.provenance("generate"), {"name": "none", "revision": "none"})  # texts by people alone
-    require_own_replies(dataset, choice_of("qwen@q4_k_m"))
-    require_own_replies(dataset, choice_of("other@c0ffee12c0ffee12+ab12"))  # as `synth serve` names it: of the weights
-    require_own_replies(dataset, choice_of("qwen"))  # a digest of the name is its revision
