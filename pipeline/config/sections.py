@@ -170,6 +170,19 @@ class ServerConfig(Section):
     def _has_prices(self) -> bool:
         return any(price is not None for price in (self.price_in, self.price_out, self.judge_price_in, self.judge_price_out))
 
+    def endpoint(self, url: str) -> EndpointConfig:
+        """Return the settings of the server at this address: its own values, else those for all; the key its own."""
+        address = address_of(url)
+        own = next((of for name, of in self.endpoints.items() if address_of(name) == address), EndpointConfig())
+        own_names = {name.lower() for name in own.headers}
+        return EndpointConfig(
+            key_env=own.key_env,
+            headers={name: value for name, value in self.headers.items() if name.lower() not in own_names} | own.headers,
+            requests_per_minute=own.requests_per_minute or self.requests_per_minute,
+            tokens_per_minute=own.tokens_per_minute or self.tokens_per_minute,
+            weight=own.weight,
+        )
+
     def price(self, read: float, written: float, judge_read: float = 0, judge_written: float = 0) -> float | None:
         """Return what so many tokens cost, those of the judge included; None if no price is known."""
         if not self._has_prices:
