@@ -26,7 +26,7 @@ from pipeline.inference.requests import build_requests, check_prompts, requests_
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind, find_source, open_source, with_source_defaults
-from pipeline.sources.local_files import skip_digests
+from pipeline.sources.source_files import skip_digests
 from pipeline.stages.base import RunPlan
 from pipeline.stages.generate import source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors

@@ -22,7 +22,7 @@ from pipeline.inference.requests import build_requests, check_prompts, requests_
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
 from pipeline.sources import open_source, with_source_defaults
-from pipeline.sources.local_files import skip_digests
+from pipeline.sources.source_files import skip_digests
 from pipeline.stages.generate import sample_info, source_texts
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
