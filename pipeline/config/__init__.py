@@ -5,19 +5,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.addresses import address_of, judge_address
-from pipeline.config.section import LICENSE, TITLE, Distinct, Section, Task
 from pipeline.config.sections import (
+    LICENSE,
+    TITLE,
     BalanceConfig,
     BaseUrl,
     DedupeConfig,
+    Distinct,
     FilterConfig,
     GenerateConfig,
+    Section,
     SelectConfig,
     ServerConfig,
     SplitConfig,
+    Task,
     TaskConfig,
     VerifyConfig,
+    address_of,
+    judge_address,
     task_names,
 )
 from pipeline.text.escape import without_passwords

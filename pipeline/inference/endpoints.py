@@ -19,8 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from pipeline.config.addresses import address_of
-from pipeline.config.sections import ServerConfig
+from pipeline.config.sections import ServerConfig, address_of
 from pipeline.errors import EngineError
 from pipeline.inference.protocol import (
     CONNECTION_ERRORS,

@@ -10,8 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.addresses import AT_SERVER, address_of, origin_of
-from pipeline.config.sections import BoxUnit, GenerateConfig, ServerConfig
+from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerConfig, address_of, origin_of
 from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
