@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.executors.base import Executor, T
-from pipeline.images.similarity import ImageKind
+from pipeline.images.near_duplicates import ImageKind
 from pipeline.progress import NullProgress
 from pipeline.stages import verify
 from pipeline.stages.base import RunPlan, Stage, compare_stage, judge_stage

@@ -9,7 +9,7 @@ from pipeline.config.files import resolve
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
-from pipeline.images.similarity import ImageKind
+from pipeline.images.near_duplicates import ImageKind
 from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks

@@ -24,7 +24,7 @@ from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import first_names
 from pipeline.sources.parquet import BUFFER_BYTES
-from pipeline.storage.own_lines import OWN_LINES
+from pipeline.storage.sidecars import OWN_LINES
 from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, require_regular
 from pipeline.types import Rejected
 

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SourceError
 from pipeline.sources.base import MAX_METADATA_BYTES, as_text, first_names
 from pipeline.sources.parquet import SPLIT_OF_WORD, read_plain_rows, split_of_path
-from pipeline.storage.own_lines import OWN_LINES, is_own_line, read_own_lines
+from pipeline.storage.sidecars import OWN_LINES, is_own_line, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import (
     ANSWER_TYPE,

@@ -27,7 +27,7 @@ from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary
 from pipeline.errors import TableError
-from pipeline.images.similarity import ImageKind
+from pipeline.images.near_duplicates import ImageKind
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress

@@ -17,7 +17,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
 from pipeline.executors.base import compare_rows
-from pipeline.images.similarity import COMPARED_COLUMNS
+from pipeline.images.near_duplicates import COMPARED_COLUMNS
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
 from pipeline.sources import choose_image_kind
