@@ -297,8 +297,8 @@ class RequestSender:
 class Client:
     """Answers requests through the servers at `urls`, or through those that it starts from `launches`.
 
-    The former get the key that the environment has under `key_name`, else under the default name. A reply has at most
-    `max_tokens` tokens; larger images are scaled down to `max_pixels`.
+    The former get the key that the environment has under `key_name`, else under the default name. Larger images are scaled
+    down to `max_pixels`, and all images of a request to what the model's context holds besides a reply of `max_tokens`.
     Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
