@@ -57,7 +57,7 @@ PROBE_TOKENS = 256
 SCHEMA_IN_WORDS = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"  # where it is not enforced
 MAX_QUOTED_BYTES = 2_000  # of an invalid answer; keys are removed before it is cut
 ANSWER_BYTES = 1_000_000  # besides the text: identifiers, usage, reasoning that was not asked for
-MAX_IMAGE_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
+MAX_SENT_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
 QUALITY = 92
 _SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
 REFUSED_STATUSES = (400, 422)  # something in the request is not supported
@@ -413,7 +413,7 @@ def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
         plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
         turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
         moving = getattr(header, "is_animated", False)
-        small = len(image) <= MAX_IMAGE_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
+        small = len(image) <= MAX_SENT_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
         return kind if plain and small and not turned and not moving and "transparency" not in header.info else None
     return None
 
