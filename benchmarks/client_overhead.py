@@ -126,7 +126,8 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
             yield SampleBatch.of(chunk)
 
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
-        engine = lambda: stack.enter_context(Client("model", "m", config))  # noqa: E731
+        client = Client("model", "m", config.server, config.generate.max_tokens, None, urls=config.base_url)
+        engine = lambda: stack.enter_context(client)  # noqa: E731
         for _ in ask_about(chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))

@@ -16,8 +16,17 @@ from collections import Counter
 
 import numpy as np
 
-from pipeline.images.near_pairs import MIRRORED_BITS, Hashes, find_in_round, find_near_pairs, plan_search
-from pipeline.images.similarity import ALL_PAIRS_HASHES, MAX_NEAR_BITS, SURE_BITS, near_hashes
+from pipeline.images.near_duplicates import (
+    ALL_PAIRS_HASHES,
+    MAX_NEAR_BITS,
+    MIRRORED_BITS,
+    SURE_BITS,
+    Hashes,
+    find_in_round,
+    find_near_pairs,
+    near_hashes,
+    plan_search,
+)
 
 BITS = (8, 20, 48, 56, 64, 70)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from photos import noise_jpeg
 from PIL import Image
 
-from pipeline.inference.request_images import reencode, sendable_format
+from pipeline.inference.protocol import reencode, sendable_format
 from pipeline.sources.folder import open_folder
 
 

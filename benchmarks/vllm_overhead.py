@@ -28,11 +28,11 @@ from photos import noise_jpeg
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.inference.client import Client
-from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
+from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.inference.requests import build_requests, with_images
-from pipeline.inference.vllm_server import run_servers
+from pipeline.inference.vllm import plan_servers, run_servers
 from pipeline.progress import NullProgress
 from pipeline.sources.scenes import draw_sample
 from pipeline.types import Request, SampleBatch, SampleInfo
@@ -98,7 +98,7 @@ def scenes(seed: int, count: int) -> Images:
 @contextmanager
 def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
     """Run a server; yield its URL without /v1, and its model name. Sets SYNTH_API_KEY in the environment."""
-    (command,) = plan_servers(model, REVISION, config, log)
+    (command,) = plan_servers(model, REVISION, config.server, log)
     os.environ["SYNTH_API_KEY"] = command.api_key
     servers = run_servers([command], NullProgress())
     with asyncio.Runner() as runner:
@@ -109,11 +109,17 @@ def serving(model: str, config: Config, log: Path) -> Iterator[tuple[str, str]]:
             runner.run(servers.__aexit__(None, None, None))
 
 
+def open_client(config: Config, revision: str) -> Client:
+    """Return a client of the server and the model that the settings name."""
+    limits = config.generate.max_tokens, config.generate.max_pixels
+    return Client(config.model or "", revision, config.server, *limits, urls=config.base_url)
+
+
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
     """Print the ratio of both clients over interleaved pairs."""
     with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as (root, name):
         config = resolve(source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency})
-        with Client(name, name, config) as client:
+        with open_client(config, name) as client:
             ratios = list(compare(pairs, count, concurrency, root, client, config, scratch))
     low, high = bootstrap(ratios)
     print(f"synth / bare client: median {np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {pairs} pairs")
@@ -178,7 +184,7 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
     images = photos(0, count, SIDE_PX)
     with serving(str(model), config, scratch / f"prefix-{len(styles)}.log") as (root, name):
         config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
-        with Client(name, f"r{len(styles)}", config) as client:
+        with open_client(config, f"r{len(styles)}") as client:
             ask_synth(client, images, config, scratch)
         with urllib.request.urlopen(f"{root}/metrics", timeout=10) as response:
             lines = [line for line in response.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
@@ -205,7 +211,7 @@ def measure_names(pairs: int, count: int, scratch: Path) -> None:
             rates = {}
             for is_named in (True, False) if pair % 2 else (False, True):
                 images = photos(2 * pair + is_named, count, PHOTO_PX)
-                with Client(name, f"r{pair}", config) as client:
+                with open_client(config, f"r{pair}") as client:
                     for endpoint in client._endpoints:
                         endpoint.kept = endpoint.kept if is_named else None
                     started, used = time.perf_counter(), cpu_seconds(str(folder))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,6 @@ def weights_revision(folder: Path) -> str:
 def public_name(model: str) -> str:
     """Return the publishable name of a model: without a path, and without the revision that a server appends to it."""
     return without_folders(model.rpartition("@")[0] or model)
-
-
-def has_common_revision(model: str) -> bool:
-    """Return whether the revision of a served model is one that others may have: what its name says after an @.
-
-    That may be q4_k_m, or a date. `synth serve` appends a digest of the weights, or a commit of the Hub.
-    """
-    return "@" in model and re.search(r"@([0-9a-f]{16}|[0-9a-f]{40})(\+\w+)*$", model) is None
 
 
 def without_folders(name: str) -> str:

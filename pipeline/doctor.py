@@ -12,7 +12,8 @@ from pathlib import Path
 from pipeline.config import LARGE, TINY, Config
 from pipeline.errors import ConfigError, SynthError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.engines import TINY_WEIGHTS, VLLM_PYTHON, has_gpu, pick_engine, vllm_python
+from pipeline.inference.engines import TINY_WEIGHTS, pick_engine
+from pipeline.inference.vllm import VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.section import ANY_LANGUAGE
-from pipeline.config.sections import FilterConfig
+from pipeline.config.sections import ANY_LANGUAGE, FilterConfig
 from pipeline.rules import MIN_WORDS_FOR_REPETITION, RECORD_RULES, RULES, Grams, RuleInput, Scores, Words
 from pipeline.tables import FILTERED, require_columns, with_reason
 from pipeline.tasks import BUILT_IN, TASKS, Tasks

@@ -15,13 +15,13 @@ from pipeline.dataset.directory import DatasetDir, require_nameable
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
-from pipeline.images.similarity import ImageKind
+from pipeline.images.near_duplicates import ImageKind
 from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
 from pipeline.inference.requests import RequestPlan, check_prompts
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, holds_decks, open_source, with_source_defaults
 from pipeline.sources.base import SourceSpec
-from pipeline.sources.local_files import skip_digests
+from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks

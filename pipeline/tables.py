@@ -114,7 +114,7 @@ EXCLUSIONS = pa.schema(
     ]
 )
 
-# The near-duplicates of a sample (images/similarity.py)
+# The near-duplicates of a sample (images/near_duplicates.py)
 IMAGE_GROUPS = pa.schema(
     [
         pa.field("sample_id", STRING, nullable=False),

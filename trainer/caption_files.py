@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from pipeline.errors import ConfigError
 from pipeline.images.decode import IMAGE_SUFFIXES
-from pipeline.storage.file_lock import hold_lock
 from pipeline.storage.files import write_text
+from pipeline.storage.lock import hold_lock
 from pipeline.storage.sidecars import Existing
 from pipeline.storage.untrusted import is_hidden, read_regular
 

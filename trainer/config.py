@@ -8,9 +8,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.config import NO_MODEL
-from pipeline.config.files import read_yaml
-from pipeline.config.flaws import validate
-from pipeline.config.section import Section
+from pipeline.config.files import read_yaml, validate
+from pipeline.config.sections import Section
 from pipeline.errors import ConfigError, TrainError
 from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError

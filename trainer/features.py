@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.dataset.version import FEATURES_LOCK, slugify
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
-from pipeline.storage.file_lock import lock_file
+from pipeline.storage.lock import lock_file
 from trainer.data import Example
 from trainer.model.encoder import Encoder
 

@@ -1,13 +1,17 @@
-"""The `synth` command: the application, its commands in the order of `synth --help`, and how errors are printed.
+"""The `synth` command: the application, its commands in the order of `synth --help`, and how errors and signals end it.
 
 Commands parse their options, call one function and print its result; decisions live elsewhere. Heavy imports are made within
 commands: `synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +23,6 @@ from pipeline.cli.datasets import check, diff, export, report, review_apply
 from pipeline.cli.options import VLLM_FLAGS
 from pipeline.cli.output import say
 from pipeline.cli.push import push
-from pipeline.cli.termination import sigterm_as_ctrl_c
 from pipeline.cli.training import evaluate, experiment, train
 from pipeline.cli.versions import versions_gc, versions_list, versions_rm, versions_tag
 from pipeline.errors import SynthError
@@ -30,6 +33,9 @@ from pipeline.text.escape import printable
 
 INTERRUPTED = 130  # Typer's exit code on Ctrl-C
 TERMINATED = 143  # and that of a command which SIGTERM ends
+POSTPONED_SECONDS = 0.02
+MAX_IMPORT_SECONDS = 10.0  # then a module is not waited for any longer
+_IMPORT_SYSTEM = "<frozen importlib"  # how the names of its files begin
 COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
 MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"  # groups of commands
 EXAMPLES = {  # by command, shown below its options
@@ -178,3 +184,41 @@ def _run(terminated: list[float]) -> None:
             if terminated:
                 raise SystemExit(TERMINATED) from None
         raise
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[list[float]]:
+    """Raise KeyboardInterrupt on SIGTERM; yield a list of the times when it came, empty until then.
+
+    It waits for the end of an import: modules in C make another error of the exception, importers pass over some errors, and
+    the interpreter passes over all in callbacks of its own; the command would go on, or end with a traceback.
+    """
+    arrived: list[float] = []
+    if threading.current_thread() is not threading.main_thread():  # others can set no handler
+        yield arrived
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        arrived.append(monotonic())
+        if _is_importing(frame) and arrived[-1] - arrived[0] < MAX_IMPORT_SECONDS:
+            again = threading.Timer(POSTPONED_SECONDS, signal.raise_signal, (number,))
+            again.daemon = True
+            again.start()
+            return
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_IMPORT_SYSTEM):
+            return True
+        frame = frame.f_back
+    return False

@@ -138,7 +138,7 @@ def _require_small_formats(formats: Sequence[str]) -> None:
 
 def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:
     """Raise BadParameter for what cannot stand in a card."""
-    from pipeline.config.section import LANGUAGE, LICENSE, PATTERNS
+    from pipeline.config.sections import LANGUAGE, LICENSE, PATTERNS
 
     if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
         raise BadParameter(f"{license_link!r} is not an address such as https://example.org/terms", param_hint="--license-link")

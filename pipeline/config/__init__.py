@@ -5,20 +5,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.addresses import address_of, judge_address
-from pipeline.config.section import LICENSE, TITLE, Distinct, Section, Task
 from pipeline.config.sections import (
+    LICENSE,
+    TITLE,
     BalanceConfig,
     BaseUrl,
     DedupeConfig,
-    EndpointConfig,
+    Distinct,
     FilterConfig,
     GenerateConfig,
+    Section,
     SelectConfig,
     ServerConfig,
     SplitConfig,
+    Task,
     TaskConfig,
     VerifyConfig,
+    address_of,
+    judge_address,
     task_names,
 )
 from pipeline.text.escape import without_passwords
@@ -188,19 +192,6 @@ class Config(Section):
     def judge_url(self) -> str:
         """The address of the judge's server; empty if there is none."""
         return judge_address(self.verify.judge)
-
-    def endpoint(self, url: str) -> EndpointConfig:
-        """Return what the settings say of the server at this address: its own values, else those for all; the key its own."""
-        server, address = self.server, address_of(url)
-        own = next((of for name, of in server.endpoints.items() if address_of(name) == address), EndpointConfig())
-        own_names = {name.lower() for name in own.headers}
-        return EndpointConfig(
-            key_env=own.key_env,
-            headers={name: value for name, value in server.headers.items() if name.lower() not in own_names} | own.headers,
-            requests_per_minute=own.requests_per_minute or server.requests_per_minute,
-            tokens_per_minute=own.tokens_per_minute or server.tokens_per_minute,
-            weight=own.weight,
-        )
 
     @property
     def context(self) -> tuple[str, ...]:

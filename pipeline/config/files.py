@@ -1,20 +1,59 @@
-"""Reads settings from files and joins them with those of options."""
+"""Read settings from files, join them with those of options, and report the first invalid key or value.
+
+The manifest of a version may be a stranger's: it decides which rows a version has, and nothing of where or how.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
-from pipeline.config.addresses import address_of, judge_address
-from pipeline.config.flaws import keys_of, validate
-from pipeline.config.manifests import public_settings, refuse_foreign_files
-from pipeline.config.section import BASE_URL
-from pipeline.config.sections import TaskConfig, task_names
-from pipeline.errors import ConfigError, one_line
+from pipeline.config.sections import (
+    AT_SERVER,
+    BASE_URL,
+    PATTERNS,
+    AnySection,
+    TaskConfig,
+    address_of,
+    judge_address,
+    task_names,
+)
+from pipeline.errors import ConfigError, did_you_mean, one_line
+
+# Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
+MANIFEST_KEYS = frozenset(
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds", "seed",
+     "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe",
+     "balance", "split")
+)  # fmt: skip
+# Sources that name a place of a user's own behind a colon.
+LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
+PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
+PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+MAX_SHOWN_CHARACTERS = 80
+SECRET_KEYS = frozenset(("key_env", "headers"))  # their values are not shown: by mistake they may be keys of servers
+WANTED = {  # by the kind of pydantic's errors; the other kinds have its messages
+    "bool_for_number": "a number",
+    "dict": "keys and values",
+    "float": "a number",
+    "greater_than_equal": "{ge} or more",
+    "int": "a whole number",
+    "literal_error": "one of {expected}",
+    "model": "keys and values, indented below it",
+    "string": "a text",
+    "tuple": "a list, such as [a, b]",
+}
+
+
+# --- files of settings
 
 
 def resolve(config_file: Path | None = None, **flags: Any) -> Config:
@@ -155,3 +194,103 @@ def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:
             f"{file} is not a manifest of a version", hint="a file of settings has another name, such as synth.yaml"
         )
     return values, False
+
+
+# --- manifests of strangers
+
+
+def refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what a manifest must not decide, or cannot bring along: servers, and files that its rows need."""
+    hint = "copy the settings that you want to a file of your own, and name your files and servers there"
+    if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
+        raise ConfigError(f"the manifest {file} names {foreign[0]}, which would get your images and your key", hint=hint)
+    used = [key for key in ("split_list", "captions") if settings.get(key) and not flags.get(key)]
+    for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
+        values = settings.get(section)
+        used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
+    own_tasks = settings.get("own_tasks")
+    for task in own_tasks if isinstance(own_tasks, list) else ():
+        if not isinstance(task, dict) or isinstance(task.get("output"), str):
+            raise ConfigError(f"the manifest {file} names Python code as the output of a task", hint=hint)
+    verify = settings.get("verify")
+    if isinstance(verify, dict) and AT_SERVER in str(verify.get("judge")):
+        raise ConfigError(f"the manifest {file} names a judge's server, which would get your images and your key", hint=hint)
+    if used:
+        raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=hint)
+
+
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a manifest that decide which rows its version has: a manifest may be a stranger's.
+
+    What says where or how is left out, and has to be given anew: places, permissions, names that are a path here.
+    """
+    kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
+    if isinstance(kept.get("exclude"), list):
+        kept["exclude"] = [name for name in kept["exclude"] if PUBLIC_SOURCE.fullmatch(str(name).partition("#")[0])]
+    verify = kept.get("verify")
+    if isinstance(verify, dict) and not _is_public_model(verify.get("clip_model", "auto")):
+        kept["verify"] = {key: value for key, value in verify.items() if key != "clip_model"}
+    if "model" in kept and not _is_public_model(kept["model"]):
+        del kept["model"]
+    if not PUBLIC_SOURCE.fullmatch(str(kept.get("source", ""))):
+        kept.pop("source", None)
+    return kept
+
+
+def _is_public_model(name: Any) -> bool:
+    """Return whether a name is a model of the Hub or a keyword (tiny, auto), and no path that exists here."""
+    text = str(name)
+    return bool(PUBLIC_MODEL.fullmatch(text)) and not ("/" in text and Path(text).exists())
+
+
+# --- keys and values
+
+
+def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
+    """Return settings from keys and values. Raises ConfigError that names the first invalid key or value, after `where`."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        # A missing key may be an unknown one that lost a letter: the unknown one is reported.
+        first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
+        key, known = ".".join(str(part) for part in first["loc"]), keys_of(section)
+        page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
+        if first["type"] == "extra_forbidden":
+            near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+            hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
+            raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # of an item of a list, or one of several types
+        if not key:
+            problem = first["msg"].removeprefix("Value error, ")
+        else:
+            problem = f"{key} is missing" if first["type"] == "missing" else f"bad value for {key}: {_flaw(first)}"
+        all_shown = "`synth generate --print-config` shows all settings; " if section is Config else ""
+        raise ConfigError(where + problem, hint=f"{all_shown}{page} explains {key or 'each setting'}") from None
+
+
+def _flaw(error: "ErrorDetails") -> str:
+    """Return what is wrong with a value; it is shown unless it may hold keys of servers, as a section may."""
+    value, context, kind = error["input"], error.get("ctx", {}), error["type"]
+    is_secret = not SECRET_KEYS.isdisjoint(error["loc"]) or isinstance(value, dict | BaseModel)
+    # A password of an address is left out, whatever is in it.
+    shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
+    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", kind))
+    if kind == "string_pattern_mismatch":
+        wanted = PATTERNS.get(str(context["pattern"]), f"a text that matches {context['pattern']}")
+    if wanted is None:
+        message = error["msg"].removeprefix("Value error, ")
+        return message if is_secret else f"{message} ({shown})"
+    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if isinstance(value, bool) else ""
+    return f"{shown} is not {wanted if kind == 'string_pattern_mismatch' else wanted.format(**context)}{quotes}"
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the names of all settings: those of a section as `section.name`."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += keys_of(inner, f"{name}.")
+        else:
+            names.append(prefix + name)
+    return names

@@ -1,30 +1,144 @@
-"""The sections of the settings, one a stage or a part that asks models."""
+"""The sections of the settings, one a stage or a part that asks models, and the forms of names, addresses and languages."""
 
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
-
-from pipeline.config.addresses import address_of
-from pipeline.config.section import (
-    ANY_LANGUAGE,
-    BASE_URL,
-    FIELD,
-    HEADER,
-    HEADER_VALUE,
-    JUDGE,
-    NEED,
-    TASK,
-    TITLE,
-    VARIABLE,
-    Distinct,
-    Language,
-    Section,
-    Style,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+from pipeline.text.language_codes import RECOGNISED
+
+TASK, STYLE = r"^[a-z][a-z0-9_]*$", r"^[a-z][a-z0-9-]*$"
+ANY_LANGUAGE = "any"
+JUDGE = r"^/?[^\s@/:]+([/:][^\s@/:]+)*(@[^\s@:/]+)?(@https?://[^/\s?#]+(/[^\s?#]*)?)?$"
+LANGUAGE = r"^[a-z]{2,3}$"
+FIELD = r"^[A-Za-z][A-Za-z0-9_]*$"
+NEED = r"^[a-z][a-z0-9_-]*$"
+BASE_URL = r"^https?://[^/\s?#]+(/[^\s?#]*)?$"
+HEADER = r"^[A-Za-z0-9-]+$"
+HEADER_VALUE = r"^[^\x00-\x08\x0a-\x1f\x7f]*$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+TITLE = r"^[^\x00-\x1f]+$"
+LICENSE = r"^[A-Za-z0-9][A-Za-z0-9 .,+-]*$"
+PATTERNS = {  # what a value that does not match should be
+    TASK: "the name of a task, in small letters",
+    STYLE: "the name of a caption style, in small letters",
+    LANGUAGE: "a language of two or three letters, such as de",
+    JUDGE: "a model and the address of its server, such as MODEL@http://HOST:8000/v1",
+    BASE_URL: "an address with http:// or https:// and without a query, such as http://HOST:8000/v1 (of Azure: https://NAME.openai.azure.com/openai/v1)",
+    HEADER: "the name of a header",
+    HEADER_VALUE: "the value of a header, on one line",
+    VARIABLE: "the name of an environment variable",
+    FIELD: "the name of a field: letters, digits and _",
+    NEED: "the name of a task or of a caption style",
+    TITLE: "a title on one line",
+    LICENSE: "the name of a license, such as cc-by-4.0",
+}
+Task = Annotated[str, Field(pattern=TASK, max_length=40)]  # defined in pipeline/tasks
+Style = Annotated[str, Field(pattern=STYLE, max_length=40)]  # the prompt template decides which exist
+AT_SERVER = "@http"  # between the name of a judge and its address
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("named twice")
+    return values
+
+
+def _recognised(code: str) -> str:
+    if code not in {*RECOGNISED, ANY_LANGUAGE}:
+        raise ValueError("no language in which a text can be recognised; with `any`, texts of all languages are kept")
+    return code
+
+
+# YAML reads the code of Norwegian as false.
+Language = Annotated[
+    str, BeforeValidator(lambda code: "no" if code is False else code), Field(pattern=LANGUAGE), AfterValidator(_recognised)
+]
+Item = TypeVar("Item")
+Distinct = Annotated[tuple[Item, ...], AfterValidator(_distinct)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, values: Any) -> Any:
+        """Read null as an empty section: YAML returns null for a section whose lines are all commented out."""
+        if not isinstance(values, dict):
+            return values
+        return {key: {} if value is None and _is_section(cls, key) else value for key, value in values.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false, and lists of them, where numbers are wanted: pydantic would take them for 1 and 0."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items):
+            kinds = _kinds_in(cls.model_fields[info.field_name or ""].annotation)
+            if not kinds.isdisjoint({int, float}) and bool not in kinds:
+                raise PydanticCustomError("bool_for_number", "true is no number")
+        return value
+
+
+def _kinds_in(kind: Any) -> set[Any]:
+    """Return the types that stand in the type of a setting: of `tuple[Annotated[int, ...], ...] | None` int, among others."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return {kind}.union(*map(_kinds_in, get_args(kind))) if get_origin(kind) not in (None, Literal) else {kind}
+
+
+def _is_section(section: type[Section], key: Any) -> bool:
+    kind = section.model_fields[key].annotation if key in section.model_fields else None
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+# --- addresses of servers
+
+
+def address_of(url: str) -> str:
+    """Return the address under which a server speaks the protocol: with /v1 where no path is given, and in one spelling."""
+    parts = urlsplit(url.rstrip("/").removesuffix("/chat/completions"))
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    user, at, _ = parts.netloc.rpartition("@")
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    port = "" if parts.port in (None, usual) else f":{parts.port}"
+    return f"{parts.scheme}://{user}{at}{host}{port}{parts.path.rstrip('/') or '/v1'}"
+
+
+def judge_address(judge: str | None) -> str:
+    """Return the address in MODEL@URL; empty if there is none."""
+    _, at, rest = (judge or "").partition(AT_SERVER)
+    return at.removeprefix("@") + rest
+
+
+def origin_of(url: str) -> tuple[str, str]:
+    """Return the scheme, and the host with its port, of a server."""
+    parts = urlsplit(address_of(url))
+    return parts.scheme, parts.netloc.rpartition("@")[2]
+
+
+# --- sections
 
 
 def _pairs(values: Any) -> Any:
@@ -169,6 +283,19 @@ class ServerConfig(Section):
     @property
     def _has_prices(self) -> bool:
         return any(price is not None for price in (self.price_in, self.price_out, self.judge_price_in, self.judge_price_out))
+
+    def endpoint(self, url: str) -> EndpointConfig:
+        """Return the settings of the server at this address: its own values, else those for all; the key its own."""
+        address = address_of(url)
+        own = next((of for name, of in self.endpoints.items() if address_of(name) == address), EndpointConfig())
+        own_names = {name.lower() for name in own.headers}
+        return EndpointConfig(
+            key_env=own.key_env,
+            headers={name: value for name, value in self.headers.items() if name.lower() not in own_names} | own.headers,
+            requests_per_minute=own.requests_per_minute or self.requests_per_minute,
+            tokens_per_minute=own.tokens_per_minute or self.tokens_per_minute,
+            weight=own.weight,
+        )
 
     def price(self, read: float, written: float, judge_read: float = 0, judge_written: float = 0) -> float | None:
         """Return what so many tokens cost, those of the judge included; None if no price is known."""

@@ -29,9 +29,8 @@ from pipeline.dataset.version import (
     read_version,
 )
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import read_json, read_table, write_json
-from pipeline.storage.lock import lease
+from pipeline.storage.lock import lease, lock_file
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import NO_MODEL, Config
-from pipeline.config.addresses import AT_SERVER
-from pipeline.config.manifests import LOCAL_SOURCES
+from pipeline.config.files import LOCAL_SOURCES
+from pipeline.config.sections import AT_SERVER
 from pipeline.digests import file_digest, public_name, without_folders
 from pipeline.tables import REJECTED, RUBRIC, Extras
 from pipeline.tasks import Tasks, wire_schema

@@ -8,8 +8,8 @@ from pipeline.dataset.directory import DatasetDir, read_tags
 from pipeline.dataset.samples import describe_lost, keep_images
 from pipeline.dataset.version import FEATURES, FEATURES_LOCK, MANIFEST, VERSION_NAME
 from pipeline.errors import StoreError
-from pipeline.storage.file_lock import lock_file
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
+from pipeline.storage.lock import lock_file
 
 # Folders whose files are written by commands that hold the lock.
 LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*")

@@ -16,10 +16,9 @@ from pipeline.export.formats import FORMATS
 from pipeline.export.items import read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
-from pipeline.storage.file_lock import hold_lock
 from pipeline.storage.files import remove, write_text
-from pipeline.storage.own_lines import OWN_LINES
-from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
+from pipeline.storage.lock import hold_lock
+from pipeline.storage.sidecars import OWN_LINES, Existing, images_to_write, write_sidecar
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import REJECTED, SPLITS
 

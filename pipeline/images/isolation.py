@@ -9,7 +9,9 @@ import atexit
 import json
 import logging
 import os
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -23,17 +25,24 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from pipeline.errors import ImageError, SourceError
-from pipeline.images.check_worker import CPU_SECONDS, MAX_HEADER_BYTES, MAX_STRIPPED_BYTES, receive_message, send_messages
-from pipeline.images.decode import ImageInfo
-from pipeline.images.metadata import MAX_EXIF_CHARACTERS
+from pipeline.images.decode import ImageInfo, check_image
+from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
 
 WALL_SECONDS = 300.0  # for each image: a worker that sleeps uses no CPU time, and a machine may be busy
 AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
-_SERVE = "from pipeline.images.check_worker import serve; serve()"
+_SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
 _most_workers = 16  # `limit_workers` changes it
 log = logging.getLogger(__name__)
+MEMORY_BYTES = 1_500_000_000  # in addition to the memory of a worker at its start
+CPU_SECONDS = 30
+MAX_HEADER_BYTES = 1_000_000
+MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
+_LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
+
+
+# --- this process
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +147,7 @@ class Worker:
             send_messages(self._process.stdin, messages)
 
     def receive(self, max_bytes: int) -> bytes | None:
-        """Return a message, see check_worker.receive_message."""
+        """Return a message, see receive_message."""
         assert self._process.stdout
         return receive_message(self._process.stdout, max_bytes)
 
@@ -239,3 +248,78 @@ def limit_workers(count: int) -> None:
     """Use so many workers in this process: one of several that read at the same time."""
     global _most_workers
     _most_workers = count
+
+
+# --- a worker: its messages, its limits and its loop
+
+
+def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
+    """Send messages, each after its length; None means that an image has not changed."""
+    for message in messages:
+        target.write(_LENGTH.pack(-1 if message is None else len(message)))
+        if message:
+            target.write(message)
+    target.flush()
+
+
+def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
+    """Return a message; None for an image that has not changed. Raise EOFError at the end, ValueError for a large message."""
+    (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
+    if length > max_bytes:
+        raise ValueError("a message is too large")
+    return None if length < 0 else _read_exactly(source, length)
+
+
+def _read_exactly(source: IO[bytes], count: int) -> bytes:
+    data = source.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def serve() -> None:
+    """Answer requests on stdin and stdout until stdin ends: the main function of the process."""
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    limit_resources()
+    while True:
+        try:
+            request = json.loads(receive_message(source, MAX_HEADER_BYTES) or b"")
+            images = [receive_message(source, 1 << 40) or b"" for _ in range(request["images"])]
+        except EOFError:
+            return
+        send_messages(target, _check(images, request["exif"]))
+
+
+def limit_resources() -> None:
+    """Limit the memory of this process to MEMORY_BYTES more than it has, and let it write no data to files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        most = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def allow_cpu() -> None:
+    """Let this process use CPU_SECONDS more before the system ends it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
+    """Return the messages that answer a request: facts as JSON, then the images that have changed."""
+    try:
+        stripped, infos, fields = [], [], []
+        for image in images:
+            allow_cpu()
+            stripped.append(strip_metadata(image))
+            infos.append(check_image(stripped[-1]))
+            fields.append(read_exif(image, exif) if exif else {})
+    except ImageError as error:
+        return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
+    except MemoryError:
+        return [json.dumps({"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}).encode()]
+    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), of] for info, of in zip(infos, fields, strict=True)]
+    changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
+    return [json.dumps({"images": facts}).encode(), *changed]

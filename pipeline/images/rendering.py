@@ -21,9 +21,8 @@ from PIL import Image
 
 from pipeline.errors import ImageError, one_line
 from pipeline.images import isolation
-from pipeline.images.check_worker import allow_cpu, limit_resources, send_messages
 from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
-from pipeline.images.isolation import Worker, stated_reason
+from pipeline.images.isolation import Worker, allow_cpu, limit_resources, send_messages, stated_reason
 
 Kind = Literal["pdf", "video"]
 PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # extras have the names of the kinds

@@ -1,4 +1,4 @@
-"""The client of vLLM servers: sends many requests at once, on an event loop that runs only while replies are awaited.
+"""The client of model servers: sends many requests at once, on an event loop that runs only while replies are awaited.
 
 Two kinds of failure are handled separately. When a *server* fails, this module sends the request again, later or to another
 server. When a *reply* is unusable, inference/queue.py asks the model again with other sampling.
@@ -6,28 +6,36 @@ server. When a *reply* is unusable, inference/queue.py asks the model again with
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
-from pipeline.config import Config
-from pipeline.errors import EngineError
-from pipeline.inference.chat_api import VLLM
-from pipeline.inference.endpoints import POLL_SECONDS, Endpoint, Endpoints, cancel_tasks, named_endpoints, request_headers
+from pipeline.config.sections import ServerConfig
+from pipeline.errors import EngineError, one_line
+from pipeline.inference import protocol
+from pipeline.inference.endpoints import (
+    POLL_SECONDS,
+    Endpoint,
+    Endpoints,
+    cancel_tasks,
+    named_endpoints,
+    raise_for_access,
+    request_headers,
+)
 from pipeline.inference.probing import find_on_server, learn_dialect, prepare_servers
-from pipeline.inference.request_images import RequestImages
-from pipeline.inference.request_sender import InFlight, RequestSender
-from pipeline.inference.retry import MAX_RETRY_AFTER_SECONDS, RetryState, ServerBusyError, ServerFaultError
-from pipeline.inference.vllm_launch import VllmCommand
-from pipeline.inference.vllm_server import Server, run_servers
+from pipeline.inference.protocol import RefusedError, RequestImages, RetryState, ServerBusyError, ServerFaultError
+from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
-from pipeline.types import SERVER_ERROR, Reply, Request, RequestSource
+from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
 START_REQUESTS = 32  # for each server whose capacity is not known
 MOST_REQUESTS = 1024  # for each server
@@ -39,6 +47,10 @@ RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, imag
 FLIGHT_BYTES = 256_000_000  # of images in requests in flight
 PROMPT_TOKENS = 512  # reserved for the text next to an image
 PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
+FINISH_SECONDS = 60.0  # after an error that ends the run, for requests in flight, which are paid for
+MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
+MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
+REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
 log = logging.getLogger(__name__)
 
 
@@ -90,10 +102,203 @@ def raise_file_limit() -> int:
     return most if soft == resource.RLIM_INFINITY else soft
 
 
-class Client:
-    """Answers requests through the servers of `config.base_url`, or through those that it starts from `launches`.
+@dataclass(slots=True)
+class InFlight:
+    """The requests of a source on their way to servers, and their replies on the way back."""
 
-    The former get the key that the environment has under `key_name`, else under the usual one.
+    work: RequestSource
+    taken: deque[Request] = field(default_factory=deque)
+    # Requests that wait until a server has their images, by Request.shown; and those that have waited.
+    waiting: dict[str, list[Request]] = field(default_factory=dict)
+    released: deque[Request] = field(default_factory=deque)
+    recorded: deque[Request] = field(default_factory=deque)
+    unsent: dict[str, Request] = field(default_factory=dict)  # those that are recorded, and that no server was sent
+    running: set["asyncio.Task[Reply]"] = field(default_factory=set)
+    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # those of running that a server is answering
+    resting: int = 0  # running tasks that wait before a retry; they take no slot
+    replies: list[Reply] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    error: BaseException | None = None  # ends the run; nothing more is sent
+    ends_at: float | None = None  # when requests in flight are no longer waited for, since there is an error
+
+    def next_request(self, most: int, will_be_kept: Callable[[str], bool]) -> Request | None:
+        """Return the next request, recorded just before it is sent, with at most `most` at once; None if there is none now.
+
+        `will_be_kept(shown)`: a server caches images, and lacks those of a request (Request.shown).
+        """
+        if not self.recorded and (ahead := self._choose(most, will_be_kept)):
+            self.work.sending(ahead)
+            self.recorded.extend(ahead)
+            self.unsent |= {request.id: request for request in ahead}
+        return self.recorded.popleft() if self.recorded else None
+
+    def _choose(self, most: int, will_be_kept: Callable[[str], bool]) -> list[Request]:
+        """Return the next requests: those that have waited, then new ones.
+
+        Where a server keeps images, the others about an image wait for the first of them, while there is anything else to send.
+        """
+        chosen: list[Request] = []
+        while len(chosen) < most:
+            if self.released:
+                chosen.append(self.released.popleft())
+                continue
+            if not self.taken and not chosen:
+                self.taken.extend(self.work.take())
+            if not self.taken:
+                break
+            request = self.taken.popleft()
+            if request.shown in self.waiting:
+                self.waiting[request.shown].append(request)
+                continue
+            chosen.append(request)
+            if request.shows_image and will_be_kept(request.shown):
+                self.waiting[request.shown] = []
+        if not chosen and self.waiting:
+            for shown in [*self.waiting]:
+                self.release(shown)
+            return self._choose(most, will_be_kept)
+        return chosen
+
+    def release(self, shown: str) -> None:
+        """Let the requests go that wait for these images."""
+        self.released.extend(self.waiting.pop(shown, ()))
+
+    def take_replies(self) -> list[Reply]:
+        """Return the replies that are not yet yielded, once."""
+        replies, self.replies = self.replies, []
+        return replies
+
+    def fail(self, error: BaseException) -> None:
+        """Send nothing more, and give requests that a server is answering FINISH_SECONDS; the first error counts."""
+        if self.error:
+            return
+        self.error = error
+        self.ends_at = asyncio.get_running_loop().time() + FINISH_SECONDS
+        for waiting in self.running - self.sent:
+            waiting.cancel()
+
+
+class RequestSender:
+    """Sends requests to servers, in the dialect of each server, and interprets the answers."""
+
+    def __init__(self, model: str, endpoints: Endpoints, images: RequestImages) -> None:
+        """Prepare to ask for a model by this name."""
+        self._name, self._endpoints, self._images = model, endpoints, images
+        self._started, self._tokens = time.monotonic(), 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How many tokens servers have written per second; None before the first."""
+        return self._tokens / (time.monotonic() - self._started) if self._tokens else None
+
+    async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
+        """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
+
+        A request whose names are not known is sent again with its images. Raises ServerBusyError, ServerFaultError, and
+        EngineError for an answer that every request would get.
+        """
+        try:
+            parts = await self._images.parts(request.shown, request.images, request.pages)
+        except OSError:  # of the disk that a server reads images from
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
+            return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
+        kept, dialect = endpoint.kept, endpoint.dialect
+        # A model that did not see an image may have written an unusable reply: the next attempt has the image.
+        if kept and request.attempt == 0 and request.shown in (endpoint.named_images or ()):
+            try:
+                reply = await self._send(endpoint, request, protocol.body(request, parts.named, self._name, dialect), in_flight)
+            except (ServerFaultError, RefusedError, protocol.BadAnswerError):  # whatever the reason
+                kept.miss(request.shown)
+            else:
+                kept.hit(request.shown)
+                return reply
+        try:
+            reply = await self._send(endpoint, request, protocol.body(request, parts.whole, self._name, dialect), in_flight)
+        except RefusedError as refusal:
+            await self._count_refusal(endpoint, str(refusal), in_flight)
+            return request.reply(str(refusal), REFUSED_BY_SERVER)
+        except protocol.BadAnswerError as error:
+            await self._count_refusal(endpoint, str(error), in_flight)
+            raise ServerFaultError(str(error)) from None
+        if kept and request.shows_image:
+            kept.add(request.shown)
+        return reply
+
+    async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
+        """Send the body of a request once, and return the reply.
+
+        Raises ServerBusyError, ServerFaultError, RefusedError or BadAnswerError; EngineError for what all requests would get.
+        """
+        sent = time.monotonic()
+        in_flight.sent.add(asyncio.current_task())
+        in_flight.unsent.pop(request.id, None)
+        try:
+            async with endpoint.post_chat(body) as answer:
+                max_bytes = protocol.ANSWER_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
+                text = await protocol.read_body(answer, max_bytes)
+        except protocol.CONNECTION_ERRORS as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
+                log.warning("no more files can be opened for connections: %s", error)
+                raise ServerBusyError(None) from None
+            raise ServerFaultError(one_line(error, 1000)) from None
+        finally:
+            in_flight.sent.discard(asyncio.current_task())
+        tolerated = self._statuses_of_one_request(endpoint)
+        raise_for_access(answer, endpoint, text, tolerated)
+        endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
+        message = endpoint.error_message(text) if answer.status >= 400 else ""
+        # A gateway may fail for a moment before a healthy server: the request waits as for a busy one.
+        is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
+        if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
+            endpoint.busy.start(answer.status, message)
+            raise ServerBusyError(protocol.retry_seconds(answer.headers.get("Retry-After", "")))
+        endpoint.busy.end()
+        if answer.status >= 500:
+            raise ServerFaultError(f"{answer.status}: {message}")
+        if answer.status >= 400:
+            raise RefusedError(message)
+        reply = protocol.read_reply(request, text, endpoint.keys)
+        endpoint.answered, endpoint.failures = endpoint.answered + 1, 0
+        endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
+        self._tokens += reply.reply_tokens
+        max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
+        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
+
+    def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
+        """Return the statuses that a server may answer for the image of one request, and not to all of them.
+
+        It has answered before: the request by which its dialect was learned, for one. Where there is another server, one that
+        is not found is left out, and its request goes there.
+        """
+        if endpoint.denied >= MAX_DENIED:
+            return ()
+        return (403,) if len(self._endpoints) > 1 else (403, 404)
+
+    async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
+        """Count a request that a server does not answer. Raises EngineError if it has answered none so far.
+
+        It refuses faster than it answers: those that it still works on are waited for.
+        """
+        endpoint.refused += 1
+        if len(self._endpoints) == 1 and in_flight.work.answered():
+            return
+        endpoint.refused_in_flight += 1
+        try:
+            while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
+                if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
+                    hint = "fix the reported problem, then run the same command; images that are too large: generate.max_pixels"
+                    raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
+                await asyncio.sleep(REFUSAL_POLL_SECONDS)
+        finally:
+            endpoint.refused_in_flight -= 1
+
+
+class Client:
+    """Answers requests through the servers at `urls`, or through those that it starts from `launches`.
+
+    The former get the key that the environment has under `key_name`, else under the default name. Larger images are scaled
+    down to `max_pixels`, and all images of a request to what the model's context holds besides a reply of `max_tokens`.
     Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
@@ -101,17 +306,21 @@ class Client:
         self,
         model: str,
         revision: str,
-        config: Config,
+        settings: ServerConfig,
+        max_tokens: int,
+        max_pixels: int | None,
+        *,
+        urls: Sequence[str] = (),
         launches: Sequence[VllmCommand] = (),
-        max_pixels: int | None = None,
-        progress: Progress | None = None,
         key_name: str | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
-        self._config = config
-        self._key_name = key_name
+        self._settings = settings
+        self._urls, self._key_name = urls, key_name
         self._launches = launches
+        self._max_tokens = max_tokens
         self._servers: list[Server] = []
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
@@ -164,16 +373,16 @@ class Client:
     # --- opening
 
     async def _open(self) -> None:
-        stack = self._stack
-        settings = self._config.server
+        stack, settings = self._stack, self._settings
         if self._launches:
             self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
+            headers = request_headers(self._launches[0].api_key)  # all have the same key
             endpoints = [
-                Endpoint(f"{server.root}/v1", request_headers(server.launch.api_key), dialect=VLLM, socket_path=server.socket)
+                Endpoint(f"{server.root}/v1", headers, dialect=protocol.VLLM, socket_path=server.socket)
                 for server in self._servers
             ]
         else:
-            endpoints = named_endpoints(self._config, self._key_name)
+            endpoints = named_endpoints(self._urls, settings, self._key_name)
         timeout = aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=10)
         for endpoint in endpoints:
             await stack.enter_async_context(endpoint.open_session(timeout))
@@ -184,8 +393,7 @@ class Client:
         contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
-        max_pixels = self._config.generate.max_pixels or self._max_pixels
-        self._images = RequestImages(media, max_pixels, self._sample_pixels(min(contexts, default=None)), pool)
+        self._images = RequestImages(media, self._max_pixels, self._sample_pixels(min(contexts, default=None)), pool)
         self._sender = RequestSender(self._name, self._endpoints, self._images)
         at_once = sum(launch.max_num_seqs for launch in self._launches) or None
         connections = raise_file_limit() - RESERVED_FILES
@@ -202,7 +410,7 @@ class Client:
         """Return the maximum pixels of all images of one request: as many as the model's context holds."""
         if not context_tokens:
             return None
-        tokens = context_tokens - PROMPT_TOKENS - 2 * self._config.generate.max_tokens
+        tokens = context_tokens - PROMPT_TOKENS - 2 * self._max_tokens
         return max(tokens, context_tokens // 4) * PATCH_PX**2
 
     def _keep_images(self) -> None:
@@ -275,7 +483,7 @@ class Client:
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
         """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
-        failures = RetryState(self._config.server.request_timeout_s)
+        failures = RetryState(self._settings.request_timeout_s)
         while True:
             if in_flight.error:
                 raise in_flight.error
@@ -317,7 +525,7 @@ class Client:
         except ServerBusyError as complaint:
             stated_s = complaint.args[0]
             soonest_s = self._soonest_other(endpoint)
-            if stated_s and min(stated_s, soonest_s) > MAX_RETRY_AFTER_SECONDS:
+            if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_SECONDS:
                 hint = "run the same command then: it goes on where it stopped"
                 raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
             pause = failures.after_busy(stated_s)
@@ -350,10 +558,9 @@ class Client:
         """Find out what a server takes, once for all requests that wait for it."""
         async with endpoint.learning:
             if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
-                server = self._config.server
                 if not self._launches:
                     await find_on_server(self._name, endpoint)
-                await learn_dialect(endpoint, self._name, server, self._config.generate.max_tokens, self._progress)
+                await learn_dialect(endpoint, self._name, self._settings, self._max_tokens, self._progress)
                 endpoint.is_learned = True
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:

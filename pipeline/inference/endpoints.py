@@ -9,7 +9,7 @@ import re
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,18 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from pipeline.config import Config
-from pipeline.config.addresses import address_of
+from pipeline.config.sections import ServerConfig, address_of
 from pipeline.errors import EngineError
-from pipeline.inference.chat_api import MAX_BODY_BYTES, PLAIN, Dialect, error_message, read_body, without_keys
-from pipeline.inference.retry import CONNECTION_ERRORS, backoff_seconds
-from pipeline.inference.vllm_server import status_of
+from pipeline.inference.protocol import (
+    CONNECTION_ERRORS,
+    MAX_BODY_BYTES,
+    PLAIN,
+    Dialect,
+    backoff_seconds,
+    error_message,
+    read_body,
+    without_keys,
+)
 from pipeline.text.escape import without_passwords
 
 MINUTE = 60.0
@@ -40,6 +46,7 @@ BUSY_WARNING_SECONDS = 30.0
 _HOLDS_KEY = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)  # the name of a header
 LEAST_KEY_CHARACTERS = 8  # a shorter value may be a word of a message
 METRICS_SECONDS = 10.0
+HEALTH_SECONDS = 5
 MAX_SHOWN_CHARACTERS = 200
 PAYMENT_REQUIRED = 402
 _OUT_OF_CREDIT = re.compile(rb'"(insufficient_quota|budget_exceeded)"')  # codes of OpenAI, which answers 429, and LiteLLM
@@ -255,6 +262,22 @@ class Endpoint:
         return self.url.removesuffix("/v1")
 
 
+async def status_of(
+    url: str, headers: dict[str, str] | None = None, socket_path: Path | None = None, proxy: str | None = None
+) -> int | None:
+    """Return the HTTP status of a GET; None if nothing answers. No connection pool: a dead server would poison it."""
+    try:
+        limit = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+        connector = aiohttp.UnixConnector(str(socket_path)) if socket_path else None
+        async with (
+            aiohttp.ClientSession(timeout=limit, headers=headers, connector=connector) as session,
+            session.get(url, proxy=proxy, allow_redirects=False) as answer,
+        ):
+            return int(answer.status)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return None
+
+
 class Endpoints(list[Endpoint]):
     """The servers of a run: chooses one for each request, and waits up to `startup_timeout_s` while all are down.
 
@@ -443,19 +466,19 @@ def raise_for_access(
         raise EngineError(f"{endpoint.url}: {endpoint.error_message(answer)}", hint="check --base-url and --model")
 
 
-def named_endpoints(config: Config, key_name: str | None = None) -> list[Endpoint]:
-    """Return the servers of `base_url`, with what the settings say of each.
+def named_endpoints(urls: Sequence[str], server: ServerConfig, key_name: str | None = None) -> list[Endpoint]:
+    """Return the servers at these addresses, with their settings.
 
     A server gets the key that the environment has under the name in its own settings, else under `key_name`, else under that
     for all servers, else under the usual one; where its address has a name and a password, these instead. Raises EngineError
     if a header of the settings names a variable that is not set.
     """
     endpoints = []
-    for url in config.base_url:
-        parts, settings = urlsplit(address_of(url)), config.endpoint(url)
+    for url in urls:
+        parts, settings = urlsplit(address_of(url)), server.endpoint(url)
         is_openai = f".{parts.hostname or ''}".endswith(".openai.com")
         default = OPENAI_KEY if is_openai and KEY not in os.environ and OPENAI_KEY in os.environ else KEY
-        name = settings.key_env or key_name or config.server.key_env or default
+        name = settings.key_env or key_name or server.key_env or default
         key = os.environ.get(name, "").strip()  # a file of keys may end its lines in its own way
         login, _, host = parts.netloc.rpartition("@")
         user, _, password = (unquote(part) for part in login.partition(":"))

@@ -3,33 +3,21 @@
 import asyncio
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config import NO_MODEL, TINY, Config
-from pipeline.config.addresses import AT_SERVER, address_of, origin_of
-from pipeline.config.sections import BoxUnit, ServerConfig
-from pipeline.digests import digest, has_common_revision, weights_revision
+from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerConfig, address_of, origin_of
+from pipeline.digests import digest, weights_revision
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hub_errors import translate_hub_errors
-from pipeline.inference.vllm_launch import (
-    VllmCommand,
-    group_gpus,
-    has_bfloat16,
-    model_settings,
-    plan_vllm_command,
-    visible_gpus,
-)
-from pipeline.inference.vllm_server import run_servers
+from pipeline.inference.vllm import has_gpu, model_settings, plan_servers, run_servers, vllm_python
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.sources import find_source, holds_decks
-from pipeline.tasks import TASKS
 from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
@@ -49,7 +37,6 @@ OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their cont
         "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
     )
 )  # fmt: skip
-VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an interpreter that has vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +82,14 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
         raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
+    limits = config.generate.max_tokens, config.generate.max_pixels
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client
         from pipeline.inference.probing import find_model
 
-        served, revision = find_model(config)
-        return EngineChoice(name, served, revision, reason, lambda: Client(served, revision, config, progress=progress))
+        served, revision = find_model(config.base_url, config.model, config.server)
+        make = partial(Client, served, revision, config.server, *limits, urls=config.base_url, progress=progress)
+        return EngineChoice(name, served, revision, reason, make)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
     path = str(tiny_weights) if model == TINY else model
@@ -108,7 +97,7 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
     if name == "vllm":
         revision += _output_affecting_flags(config.server.flags)
         return EngineChoice(name, model, revision, reason, lambda: _managed(model, path, revision, config, log, progress))
-    return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config))
+    return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config.generate))
 
 
 def choose_judge(
@@ -131,16 +120,14 @@ def choose_judge(
     is_described = address_of(url) in map(address_of, described)
     is_known = origin in map(origin_of, config.base_url) and (is_described or origin not in map(origin_of, described))
     server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
-    of_judge = config.model_copy(update={"engine": "vllm", "model": name, "base_url": (url,), "server": server})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
-    served, revision = find_model(of_judge, key_name)
-    is_writer = (revision == writer_revision and not has_common_revision(served)) or (
-        writer is not None and _base_name(served) == _base_name(writer)
-    )
+    served, revision = find_model((url,), name, server, key_name)
+    is_writer = revision == writer_revision or (writer is not None and _base_name(served) == _base_name(writer))
     if is_writer and not config.verify.judge_may_be_writer:
         hint = "name another model, or allow it: verify.judge_may_be_writer: true"
         raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)
-    make = partial(Client, served, revision, of_judge, progress=progress, key_name=key_name)
+    limits = config.generate.max_tokens, config.generate.max_pixels
+    make = partial(Client, served, revision, server, *limits, urls=(url,), key_name=key_name, progress=progress)
     return EngineChoice("vllm", served, revision, "--judge names a server", make)
 
 
@@ -172,16 +159,6 @@ def pick_engine(config: Config) -> tuple[str, str]:
     if has_gpu() and vllm_python():
         return "vllm", "a GPU and vLLM are here"
     return "embedded", "no server is named" + (", and there is no GPU" if not has_gpu() else ", and vLLM is not installed")
-
-
-def vllm_python() -> str | None:
-    """Return the interpreter that can import vLLM: that of SYNTH_VLLM_PYTHON, else this one, else None."""
-    return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
-
-
-def has_gpu() -> bool:
-    """Return whether an NVIDIA GPU is usable, without torch, whose import takes seconds."""
-    return bool(visible_gpus())
 
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
@@ -241,10 +218,6 @@ def _revision(model: str, path: str) -> str:
         raise EngineError(
             "the tiny teacher's weights are not installed", hint="install synth again, from a whole wheel or clone"
         )
-    return _hub_revision(model)
-
-
-def _hub_revision(model: str) -> str:
     from huggingface_hub import HfApi
 
     offline = f"check the network, or name a model folder: --model FOLDER; a server: --base-url{'' if has_gpu() else NO_GPU}"
@@ -252,21 +225,22 @@ def _hub_revision(model: str) -> str:
         return str(HfApi().model_info(model).sha)
 
 
-def _embedded(model: str, path: str, revision: str, config: Config) -> Engine:
+def _embedded(model: str, path: str, revision: str, generate: GenerateConfig) -> Engine:
     try:
-        from pipeline.inference.transformers_engine import EmbeddedEngine
+        from pipeline.inference.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
         hint = install_command("embedded")
         raise EngineError(f"the embedded engine needs the package {error.name}", hint=hint) from None
-    return EmbeddedEngine(model, path, revision, config.generate)
+    return EmbeddedEngine(model, path, revision, generate.batch_size, generate.max_pixels)
 
 
 def _managed(model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None) -> Engine:
     from pipeline.inference.client import Client
 
-    config = config.model_copy(update={"server": config.server.model_copy(update={"enforced_schema": True})})  # ours does
-    bound = max_pixels(path, revision.partition("+")[0])
-    return Client(model, revision, config, plan_servers(path, revision, config, log), bound, progress)
+    server = config.server.model_copy(update={"enforced_schema": True})  # ours does
+    pixels = config.generate.max_pixels or max_pixels(path, revision.partition("+")[0])
+    launches = plan_servers(path, revision, server, log, decks=holds_decks(config))
+    return Client(model, revision, server, config.generate.max_tokens, pixels, launches=launches, progress=progress)
 
 
 def serve_model(
@@ -278,8 +252,8 @@ def serve_model(
     server dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
-    config = Config(source="none", tasks=tuple(TASKS), server=server)
-    launches = plan_servers(path, _revision(model, path) + _output_affecting_flags(server.flags), config, log)
+    revision = _revision(model, path) + _output_affecting_flags(server.flags)
+    launches = plan_servers(path, revision, server, log, decks=True)
     if port and port + len(launches) - 1 > LAST_PORT:
         raise EngineError(
             f"{len(launches)} servers need ports from {port} on", hint=f"ports end at {LAST_PORT}: a lower --port"
@@ -299,30 +273,6 @@ def serve_model(
             raise failure or EngineError("the server has ended", hint=f"its log: {log}")
 
     asyncio.run(serve())
-
-
-def plan_servers(path: str, revision: str, config: Config, log: Path) -> list[VllmCommand]:
-    """Return the commands that start vLLM on this machine: one for each visible GPU, or for as many as the flags give to one.
-
-    Independent servers rather than vLLM's data parallelism: one that dies is restarted alone, and all requests about an image
-    go to the server that has it in its cache. Raises EngineError if vLLM is not installed.
-    """
-    python = vllm_python()
-    if python is None:
-        raise EngineError(
-            "vLLM is not installed here",
-            hint=f"pip install vllm; or let {VLLM_PYTHON} name an interpreter that has it; or name a server: --base-url",
-        )
-    groups = group_gpus(visible_gpus(), config.server.flags)
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(groups)
-    cores = max(1, len(os.sched_getaffinity(0)) // len(groups))
-    dtype = "bfloat16" if has_bfloat16() else "half"
-    logs = [log if n == 0 else log.with_name(f"{log.stem}-{n + 1}{log.suffix}") for n in range(len(groups))]
-    commands = [
-        plan_vllm_command(python, path, revision, config, file, gpus=gpus, cores=cores, memory_gib=memory_gib, dtype=dtype)
-        for gpus, file in zip(groups, logs, strict=True)
-    ]
-    return [replace(command, api_key=commands[0].api_key) for command in commands]
 
 
 @contextmanager

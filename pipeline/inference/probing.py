@@ -2,18 +2,16 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from pipeline.config import Config
 from pipeline.config.sections import ServerConfig
 from pipeline.digests import digest
 from pipeline.errors import EngineError, one_line
-from pipeline.inference import chat_api
-from pipeline.inference.chat_api import MAX_BODY_BYTES, VLLM, parse_json, read_body
+from pipeline.inference import protocol
 from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
     Endpoint,
@@ -23,14 +21,18 @@ from pipeline.inference.endpoints import (
     no_server,
     raise_for_access,
 )
-from pipeline.inference.request_images import named_image
-from pipeline.inference.retry import (
+from pipeline.inference.protocol import (
     BUSY_STATUSES,
     CONNECTION_ERRORS,
     GATEWAY_STATUSES,
+    MAX_BODY_BYTES,
     REFUSED_STATUSES,
+    VLLM,
     RetryState,
     ServerFaultError,
+    named_image,
+    parse_json,
+    read_body,
 )
 from pipeline.progress import Progress
 
@@ -40,6 +42,7 @@ MAX_CONTEXT_TOKENS = 100_000_000
 SHOWN_MODELS = 8
 UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
 IMAGE_PROBE_SECONDS = 20.0
+_REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a served name
 LEARN_SECONDS = 60.0  # a slow server delays the others no longer
 
 
@@ -52,15 +55,17 @@ class ServedModel:
     owner: str = ""
 
 
-def find_model(config: Config, key_name: str | None = None) -> tuple[str, str]:
-    """Return the name and revision of the model to request from the servers of `config.base_url`, with the key of that name.
+def find_model(urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None) -> tuple[str, str]:
+    """Return the name and revision of the model to request from servers; `wanted` is its name, or None for their only one.
 
-    `synth serve` appends the revision to the name, after an @; for other servers it is a digest of the served name and root.
+    `synth serve` appends a digest of the weights, or a commit of the Hub, to the name. For other servers the revision is a
+    digest of the served name and root, whatever follows an @: q4_k_m, or a date, may be said of several models.
     Raises EngineError if no server answers, or the model is ambiguous or not served.
     """
-    name, root = asyncio.run(_find_model(named_endpoints(config, key_name), config.model))
-    revision = name.rpartition("@")[2] if "@" in name else digest([name, root])[:16]
-    return name, revision if config.server.enforced_schema else f"{revision}+{UNENFORCED}"
+    name, root = asyncio.run(_find_model(named_endpoints(urls, server, key_name), wanted))
+    stated = _REVISION.search(name)
+    revision = stated[1] if stated else digest([name, root])[:16]
+    return name, revision if server.enforced_schema else f"{revision}+{UNENFORCED}"
 
 
 async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[str, str]:
@@ -194,27 +199,27 @@ async def learn_dialect(
 ) -> None:
     """Set the dialect of a server, and whether it keeps images.
 
-    `chat_api.probe` is sent without what the server refuses, until it answers.
+    `protocol.probe` is sent without what the server refuses, until it answers.
 
     A model that thinks first gets as many tokens for that as each reply of the run may have, `reply_tokens`.
 
     Raises EngineError if it answers nothing, or does not enforce schemas and must.
     """
-    max_tokens = chat_api.PROBE_TOKENS
+    max_tokens = protocol.PROBE_TOKENS
     while True:
-        probe = chat_api.probe(model, endpoint.dialect, max_tokens)
+        probe = protocol.probe(model, endpoint.dialect, max_tokens)
         status, answer = await _probe(endpoint, probe, server, progress)
-        if status == 200 and (problem := chat_api.problem_of(answer, endpoint.keys)):
+        if status == 200 and (problem := protocol.problem_of(answer, endpoint.keys)):
             hint = "fix the reported problem, then run the same command"
             raise EngineError(f"{endpoint.url} answers its first request with an error: {problem}", hint=hint)
-        if status == 200 and chat_api.is_cut_before_text(answer):
+        if status == 200 and protocol.is_cut_before_text(answer):
             if max_tokens >= reply_tokens:
                 hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
                 raise EngineError(f"{endpoint.url} thinks for more than {max_tokens:,} tokens before it says a word", hint=hint)
             max_tokens = reply_tokens
             continue
         is_enforcing = endpoint.dialect.format == "json_schema"
-        if status == 200 and (not is_enforcing or chat_api.proves_schemas(answer)):
+        if status == 200 and (not is_enforcing or protocol.proves_schemas(answer)):
             break
         message = endpoint.error_message(answer) if status != 200 else ""
         better = endpoint.dialect.after_refusal(message) if status in REFUSED_STATUSES else None
@@ -252,7 +257,7 @@ async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
     vLLM skips some unparsable parts of a message with a warning only: a reply would then be about no image. A failure of this
     request does not end the run; images are then sent each time.
     """
-    probe = chat_api.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
+    probe = protocol.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:
         async with asyncio.timeout(IMAGE_PROBE_SECONDS):
             answer, text = await _post(endpoint, probe)

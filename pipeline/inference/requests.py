@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.config.section import ANY_LANGUAGE
-from pipeline.config.sections import GenerateConfig
+from pipeline.config.sections import ANY_LANGUAGE, GenerateConfig
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.tasks import TASKS, Tasks, tasks_making, wire_schema

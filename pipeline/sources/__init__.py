@@ -9,8 +9,8 @@ from pipeline.config.files import resolve
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError, SourceError, did_you_mean
 from pipeline.images import rendering
-from pipeline.images.similarity import ImageKind
-from pipeline.sources import archive, benchmarks, columns, documents, folder, hub, listing, scenes
+from pipeline.images.near_duplicates import ImageKind
+from pipeline.sources import archive, benchmarks, documents, folder, listing, scenes, tables
 from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
@@ -25,8 +25,8 @@ SOURCES: tuple[SourceSpec, ...] = (
     documents.PDF,
     documents.PDF_PAGES,
     documents.VIDEO,
-    columns.SPEC,
-    hub.SPEC,
+    tables.PARQUET,
+    tables.HUB,
     benchmarks.FLICKR30K,
     benchmarks.VQAV2,
     benchmarks.SLIDEVQA,

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.images.isolation import check_all
 from pipeline.images.metadata import is_exif_name
-from pipeline.images.similarity import ImageKind
+from pipeline.images.near_duplicates import ImageKind
 from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 

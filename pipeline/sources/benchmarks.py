@@ -18,9 +18,16 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import SourceError
 from pipeline.sources.base import DECK_TASKS, MAX_METADATA_BYTES, SourceSpec, check_samples
-from pipeline.sources.columns import PARTIAL_MESSAGE, build_sample, check_split, named_columns, open_mapped, read_mapping
-from pipeline.sources.hub import open_hub
 from pipeline.sources.parquet import SPLIT_OF_WORD, Tables, stored_split
+from pipeline.sources.tables import (
+    PARTIAL_MESSAGE,
+    build_sample,
+    check_split,
+    named_columns,
+    open_hub,
+    open_mapped,
+    read_mapping,
+)
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source, SourceSlice

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.rendering import PACKAGES, SUFFIXES, Kind, Rendered, count_images, render
 from pipeline.install import install_command
 from pipeline.sources.base import DECK_TASKS, LICENSE_UNLESS_SAID, SourceSpec, check_samples
-from pipeline.sources.local_files import (
+from pipeline.sources.source_files import (
     REFUSALS,
     UNREADABLE_FOLDER,
     FolderContent,

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from pipeline.errors import ImageError
 from pipeline.images.decode import decode_for_hash, image_id, pdq_hash
-from pipeline.images.near_pairs import Hashes, as_hashes, image_distances
-from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
+from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
 from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Sample

@@ -16,7 +16,7 @@ from pipeline.errors import SourceError
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, check_samples, refuse_roles
-from pipeline.sources.local_files import (
+from pipeline.sources.source_files import (
     REFUSALS,
     FolderContent,
     count_by_suffix,
@@ -25,16 +25,16 @@ from pipeline.sources.local_files import (
     list_files,
     row_name,
 )
-from pipeline.sources.references import (
+from pipeline.sources.texts import (
     METADATA_FILES,
     OF_EVERY_IMAGE,
     References,
     add_caption_files,
     add_splits_of_folders,
+    describe_by_model,
     read_references,
     texts_of_revision,
 )
-from pipeline.sources.texts import describe_by_model
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
@@ -52,7 +52,7 @@ def open_folder(
     """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
 
     `columns` of metadata files, or fields of EXIF, become the context; SourceError is raised for one that is neither. The
-    `caption_files` say what people wrote about the images (sources/captions.py).
+    `caption_files` say what people wrote about the images (sources/texts.py).
     Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
     """
     if not root.is_dir():

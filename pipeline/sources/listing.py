@@ -1,6 +1,6 @@
 """Source: a list of image files and URLs (`list:FILE`), one a line, or a CSV, TSV or JSON file with more columns.
 
-Captions, questions, splits and columns for the context of prompts are read as in files of captions (captions.py). Paths are
+Captions, questions, splits and columns for the context of prompts are read as in files of captions (texts.py). Paths are
 relative to the list; URLs are fetched if --allow-urls says so, several at a time.
 """
 
@@ -20,11 +20,18 @@ from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import LICENSE_UNLESS_SAID, MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
-from pipeline.sources.captions import FILE_NAMES
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
-from pipeline.sources.local_files import REFUSALS, digest_or_fault
 from pipeline.sources.parquet import stored_split
-from pipeline.sources.texts import captions_of_people, decode_text, questions_of_people, read_csv, read_lines, read_split
+from pipeline.sources.source_files import REFUSALS, digest_or_fault
+from pipeline.sources.texts import (
+    FILE_NAMES,
+    captions_of_people,
+    decode_text,
+    questions_of_people,
+    read_csv,
+    read_lines,
+    read_split,
+)
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import CAPTION_COLUMNS, CAPTIONS, SPLIT, WRITTEN_BY
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, ReferenceQA, Rejected, Source, SourceSlice

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
-from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
+from pipeline.images.near_duplicates import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches

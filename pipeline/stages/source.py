@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir
 from pipeline.dataset.samples import PARTS_FOLDER, REST_FILE, read_samples
 from pipeline.digests import file_digest
-from pipeline.images.similarity import MAX_NEAR_BITS, ImageKind
+from pipeline.images.near_duplicates import MAX_NEAR_BITS, ImageKind
 from pipeline.progress import Progress
 from pipeline.sources.base import NAMED_ROWS, first_names
 from pipeline.sources.exclusions import ExclusionIndex

@@ -24,7 +24,7 @@ from pipeline.dataset.samples import IS_COPY, PARTS_FOLDER, find_samples_without
 from pipeline.digests import digest, file_digest, state_of
 from pipeline.errors import SourceError, StoreError, SynthError
 from pipeline.images.decode import has_heif
-from pipeline.images.similarity import COMPARED_COLUMNS, ImageKind, compare_samples
+from pipeline.images.near_duplicates import COMPARED_COLUMNS, ImageKind, compare_samples
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, files_of_source, find_source
 from pipeline.sources.exclusions import ExclusionIndex

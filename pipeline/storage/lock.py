@@ -1,21 +1,73 @@
-"""A lease on an object store: one writer at a time where there are no file locks."""
+"""One writer at a time: a lock on a file of this machine, and a lease on an object store, which has no file locks."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, SynthError
 from pipeline.storage.object_store import filesystem_of, key_of, store_error_types
 
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
 log = logging.getLogger(__name__)
 LEASE_TIMEOUT_S = 30.0  # without a heartbeat, after which a holder is presumed dead
 HEARTBEATS_PER_TIMEOUT = 4  # heartbeats in that time
+
+
+# --- files
+
+
+def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
+    """Return a lock file, made if it is not there, locked until it is closed. A holder may remove it at its end.
+
+    `on_busy` is called if another process holds it: it raises what is to be raised, or returns, and the lock is waited for.
+    Raise `error_type` for a link, since a folder of a stranger may hold one to any file; OSError if it cannot be opened.
+    """
+    while True:
+        try:
+            file = os.fdopen(os.open(path, _FLAGS, 0o666), "rb")
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise error_type(f"{path} is a link, which nothing here has made", hint="remove it") from None
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_busy()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):  # a file that was removed meanwhile locks nothing
+                if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+@contextmanager
+def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
+    """Hold a lock file, and remove it at the end. Raise `busy` if another process holds it; a link is an error of its type."""
+
+    def refuse() -> None:
+        raise busy
+
+    with lock_file(path, refuse, type(busy)):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+# --- object stores
 
 
 @contextmanager

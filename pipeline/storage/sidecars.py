@@ -1,17 +1,56 @@
-"""Text files beside images, one caption a line: which are to be written, and how captions are added to those that are there."""
+"""Text files beside images, one caption a line: which are to be written, and how captions are added to those that are there.
 
+A folder holds the digests of the lines that synth has written in a file of its own, so that synth does not read them as human
+captions later. A line that a person changes is theirs from then on.
+"""
+
+import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import ConfigError
 from pipeline.storage.files import write_text
-from pipeline.storage.own_lines import note_own_lines
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 
+OWN_LINES = ".synth-captions"
+MAX_OWN_LINES_BYTES = 1_000_000_000
 MAX_SIDECAR_BYTES = 10_000_000
 Existing = Literal["refuse", "skip", "append", "overwrite"]  # what becomes of files that are there
+
+
+# --- lines that synth has written
+
+
+def note_own_lines(file: Path, lines: Iterable[str]) -> None:
+    """Note lines that are about to be written to a text file. Raise OSError if that cannot be noted beside it."""
+    if not (lines := list(lines)):
+        return
+    notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)  # begins anew behind a line that a kill has cut off
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(file.with_name(OWN_LINES), flags, 0o666), "w", encoding="ascii") as written:
+        written.write(notes)
+
+
+def read_own_lines(folder: Path, root: Path | None) -> frozenset[str]:
+    """Return what `note_own_lines` has noted in a folder within `root`. Raise OSError or UnsafeFileError if that fails."""
+    file = folder / OWN_LINES
+    if not file.exists():
+        return frozenset()
+    return frozenset(read_regular(file, root, max_bytes=MAX_OWN_LINES_BYTES).decode("ascii", "replace").split("\n"))
+
+
+def is_own_line(file: Path, line: str, own: frozenset[str]) -> bool:
+    """Return whether a line of a text file is among those that `read_own_lines` returns."""
+    return _digest(file.name, line) in own
+
+
+def _digest(name: str, line: str) -> str:
+    return hashlib.sha256(os.fsencode(name) + b"\0" + line.strip().encode("utf-8", "replace")).hexdigest()
+
+
+# --- writing
 
 
 def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
@@ -45,7 +84,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
 def write_sidecar(image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None) -> None:
     """Write captions beside an image, one a line; appended are those that are not there.
 
-    Those in `own` are noted as written by a model (storage/own_lines.py); None: all are.
+    Those in `own` are noted as written by a model (`note_own_lines`); None: all are.
     """
     target = image.with_suffix(".txt")
     lines = _lines(target) if existing == "append" and target.exists() else []

@@ -17,12 +17,11 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, endpoints, probing, retry
-from pipeline.inference.client import Client
+from pipeline.inference import client, endpoints, probing, protocol
 from pipeline.inference.journal import Journal
-from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.types import SampleInfo
+from tests.clients import client_of, model_of
 from tests.hostile import bounded_memory, part_of
 from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
@@ -177,8 +176,8 @@ def send_body(name: str, send: Send) -> None:
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(protocol, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(protocol, "LONGEST_BACKOFF_SECONDS", 0.05)
     for module in (client, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(probing, "MODELS_SECONDS", 2.0)
@@ -193,7 +192,7 @@ def ask(folder: Path, script: Script, **server: Any) -> list[str | None]:
         )  # fmt: skip
         path = folder / "journal" / "local.sqlite"
         with Journal(path) as journal:
-            with Client("model", "r", config) as engine:
+            with client_of(config) as engine:
                 for _ in ask_about(
                     iter([batch_of(SAMPLES)]), request_plan(config), config.server, lambda: engine, journal, RequestStats()
                 ):
@@ -225,7 +224,7 @@ def test_bad_answer_about_a_server_is_one_error_or_ignored(name: str, tmp_path: 
 
     listing = script_for(lambda path, body: path.endswith("/models"))
     with running_raw(listing) as server, bounded_memory(MEMORY_BYTES), pytest.raises(EngineError):
-        find_model(resolve(source="scenes", base_url=[server.url]))
+        model_of(resolve(source="scenes", base_url=[server.url]))
     with pytest.raises(EngineError):
         ask(tmp_path, script_for(lambda path, body: is_probe(body)))
     assert ask(tmp_path, script_for(lambda path, body: path == "/metrics")) == [None, None]
@@ -246,7 +245,7 @@ def test_no_redirect_is_followed_and_no_image_goes_elsewhere(status: str, where:
         with pytest.raises(EngineError, match="sends requests on to"):
             if where == "/v1/models":
                 with running_raw(script) as server:
-                    find_model(resolve(source="scenes", base_url=[server.url]))
+                    model_of(resolve(source="scenes", base_url=[server.url]))
             ask(tmp_path, script)
         assert stranger.requests == []
 

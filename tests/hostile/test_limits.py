@@ -11,18 +11,18 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 from pathlib import Path
 from pipeline.config.files import resolve
-from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about
 from pipeline.progress import LineProgress
 from pipeline.types import SampleBatch
+from tests.clients import client_of
 from tests.scene_data import scene_samples
 url, folder = sys.argv[1:]
 config = resolve(source="scenes", base_url=[url], model="model", server={"concurrency": 1000}, tasks=["caption"])
 images = scene_samples(1)[0].images
 chunk = SampleBatch.of((f"{n:064x}", images) for n in range(200))
 stats = RequestStats()
-with Journal(Path(folder) / "j.sqlite") as journal, Client("model", "r", config, progress=LineProgress()) as engine:
+with Journal(Path(folder) / "j.sqlite") as journal, client_of(config, progress=LineProgress()) as engine:
     for _ in ask_about(iter([chunk]), request_plan(config), config.server, lambda: engine, journal, stats):
         pass
 print(stats.done, dict(stats.flaws))

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.files import resolve
-from pipeline.inference.chat_api import BadAnswerError, error_message, proves_schemas, read_reply
 from pipeline.inference.journal import Journal
+from pipeline.inference.protocol import BadAnswerError, error_message, proves_schemas, read_reply
 from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests
 from pipeline.tables import ANNOTATION

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import doctor
 from pipeline.doctor import examine, judge_gpus, weights_bytes
-from pipeline.inference.engines import VLLM_PYTHON
+from pipeline.inference.vllm import VLLM_PYTHON
 from pipeline.install import installed_version
 
 

@@ -14,8 +14,7 @@ import typer
 from PIL import Image
 from typer.core import TyperGroup
 
-from pipeline.cli import app
-from pipeline.cli.termination import sigterm_as_ctrl_c
+from pipeline.cli import app, sigterm_as_ctrl_c
 from pipeline.config.sections import Check
 from pipeline.export.formats import FORMATS
 from pipeline.tasks import TASKS

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.files import read_yaml
-from pipeline.config.flaws import validate
-from pipeline.config.section import Section
+from pipeline.config.files import read_yaml, validate
+from pipeline.config.sections import Section
 from pipeline.dataset.version import slugify
 from pipeline.digests import digest
 from pipeline.errors import did_you_mean

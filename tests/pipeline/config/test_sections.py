@@ -8,8 +8,7 @@ import pytest
 
 from pipeline.cli.run_options import OPTIONS
 from pipeline.config import Config
-from pipeline.config.files import resolve
-from pipeline.config.flaws import keys_of
+from pipeline.config.files import keys_of, resolve
 from pipeline.errors import ConfigError
 from trainer.config import TrainConfig
 

@@ -17,7 +17,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
-from pipeline.images.similarity import COMPARED_COLUMNS
+from pipeline.images.near_duplicates import COMPARED_COLUMNS
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.run import steps_of

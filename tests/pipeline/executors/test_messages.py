@@ -38,7 +38,7 @@ def test_requests_that_the_server_did_not_answer_are_told_with_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIRST_BACKOFF_SECONDS", "LONGEST_BACKOFF_SECONDS"):
-        monkeypatch.setattr(f"pipeline.inference.retry.{name}", 0.01)
+        monkeypatch.setattr(f"pipeline.inference.protocol.{name}", 0.01)
     answered: set[str] = set()
 
     def script(times: int, body: dict[str, object]) -> Act | None:

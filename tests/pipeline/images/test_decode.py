@@ -17,7 +17,7 @@ from pipeline.images.decode import (
     prepare_image,
     upright_size,
 )
-from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, hamming_distances
+from pipeline.images.near_duplicates import MAX_COPY_BITS, as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
 
 

@@ -16,17 +16,17 @@ from tests.pipeline.images.test_metadata import jpeg
 
 PATCHED = """
 import os, signal, sys
-from pipeline.images import check_worker
-check = check_worker.check_image
+from pipeline.images import isolation
+check = isolation.check_image
 def patched(data, **options):
     if data.startswith(b"EVIL"):
         {attack}
     return check(data, **options)
-check_worker.check_image = patched
-strip = check_worker.strip_metadata
-check_worker.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
+isolation.check_image = patched
+strip = isolation.strip_metadata
+isolation.strip_metadata = lambda data: data if data.startswith(b"EVIL") else strip(data)
 {settings}
-check_worker.serve()
+isolation.serve()
 """
 
 
@@ -94,13 +94,13 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
     ("attack", "settings", "expected"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "", "decoder_died"),
-        ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
-        ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 200_000_000", "too_much_memory"),
+        ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
+        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 200_000_000", "too_much_memory"),
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
-        ("os.write(1, check_worker._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
-        ("d = b'[' * 900_000; os.write(1, check_worker._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
-        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, check_worker._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
+        ("d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
+        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
     ],
 )
 def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
@@ -121,7 +121,7 @@ def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     monkeypatch.setenv("SYNTH_API_KEY", "SECRET")
-    answer = "raise check_worker.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
+    answer = "raise isolation.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
     patch(monkeypatch, answer)
     (result,) = check(b"EVIL")
     assert (reason(result), str(result)) == ("answered", "nothing")

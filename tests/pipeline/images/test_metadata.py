@@ -14,7 +14,7 @@ from pipeline.errors import ImageError
 from pipeline.images import metadata
 from pipeline.images.decode import ORIENTATION, check_image, has_heif, open_image, prepare_image
 from pipeline.images.metadata import strip_metadata
-from pipeline.images.near_pairs import as_hashes, hamming_distances
+from pipeline.images.near_duplicates import as_hashes, hamming_distances
 from tests.pipeline.images.test_similarity import photo
 
 GPS = 0x8825

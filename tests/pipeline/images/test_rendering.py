@@ -122,10 +122,10 @@ def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Pa
 @pytest.mark.parametrize(
     ("attack", "settings", "reason"),
     [
-        ("while True: pass", "check_worker.CPU_SECONDS = 1", "too_slow"),
-        ("x = bytearray(10**9)", "check_worker.MEMORY_BYTES = 300_000_000", "too_much_memory"),
+        ("while True: pass", "isolation.CPU_SECONDS = 1", "too_slow"),
+        ("x = bytearray(10**9)", "isolation.MEMORY_BYTES = 300_000_000", "too_much_memory"),
         ("os.kill(os.getpid(), 11)", "", "decoder_died"),
-        ("os.write(1, check_worker._LENGTH.pack(1 << 50))", "", "decoder_died"),
+        ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("open('/etc/hostname')", "", "unreadable_file"),
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
     ],
@@ -135,7 +135,7 @@ def test_a_decoder_that_was_taken_over_gets_nothing(
 ) -> None:
     code = f"""
 import os, socket
-from pipeline.images import check_worker, rendering
+from pipeline.images import isolation, rendering
 {settings}
 pages = rendering._pages
 def patched(pdfium, data):

@@ -11,8 +11,18 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 from pipeline.images.decode import pdq_hash
-from pipeline.images.near_pairs import MAX_COPY_BITS, as_hashes, hamming_distances, image_distances
-from pipeline.images.similarity import BLOCK_HASHES, COMPARED_COLUMNS, MAX_NEAR_BITS, ImageKind, compare_samples, near_hashes
+from pipeline.images.near_duplicates import (
+    BLOCK_HASHES,
+    COMPARED_COLUMNS,
+    MAX_COPY_BITS,
+    MAX_NEAR_BITS,
+    ImageKind,
+    as_hashes,
+    compare_samples,
+    hamming_distances,
+    image_distances,
+    near_hashes,
+)
 from pipeline.tables import SPLIT_RANK
 
 COUNT = 60
@@ -219,7 +229,7 @@ def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
 def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
     most_pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", most_pairs)
+    monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", most_pairs)
     rng = np.random.default_rng(0)
     others, copied = rng.integers(0, 2**64, (200, 4), dtype=np.uint64), rng.integers(0, 2**64, (1, 4), dtype=np.uint64)
     hashes = np.concatenate([others, np.repeat(copied, 3000, axis=0)])
@@ -234,8 +244,8 @@ def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 def test_no_image_of_a_crowd_is_near_a_held_out_one_and_kept(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.images.similarity.ALL_PAIRS_HASHES", 100)
-    monkeypatch.setattr("pipeline.images.near_pairs.MAX_MEETINGS", 16)
+    monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", 100)
+    monkeypatch.setattr("pipeline.images.near_duplicates.MAX_MEETINGS", 16)
     rng = np.random.default_rng(2)
     hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 1500, axis=0)
     for row in hashes[1:]:

@@ -10,12 +10,12 @@ from pipeline.config.files import resolve
 from pipeline.config.sections import ServerConfig
 from pipeline.errors import ConfigError, EngineError
 from pipeline.inference.budget import WINDOW_REPLIES, Budget, BudgetError, CircuitBreaker
-from pipeline.inference.client import Client
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestQueue, RequestStats, ask_about
 from pipeline.inference.requests import build_requests
 from pipeline.types import Reply, SampleBatch
 from tests.chat.server import Act, ChatServer, running_chat
+from tests.clients import client_of
 from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
 
@@ -27,7 +27,7 @@ def ask(path: Path, chat: ChatServer, **server: Any) -> RequestStats:
     config = resolve(source="scenes", base_url=[chat.url], model="model", server=server)
     stats = RequestStats()
     chunks = [batch_of(SAMPLES[n : n + 5]) for n in range(0, len(SAMPLES), 5)]
-    with Journal(path) as journal, Client("model", "r", config) as engine:
+    with Journal(path) as journal, client_of(config) as engine:
         for _ in ask_about(iter(chunks), request_plan(config), config.server, lambda: engine, journal, stats):
             pass
     return stats
@@ -138,7 +138,7 @@ def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -
         samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)]  # two captions each
 
         def run() -> None:
-            with Journal(tmp_path / "j") as journal, Client("model", "r", config) as engine:
+            with Journal(tmp_path / "j") as journal, client_of(config) as engine:
                 for _ in ask_about(
                     iter([SampleBatch.of(samples)]),
                     request_plan(config),

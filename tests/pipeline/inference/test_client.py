@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import EngineError
-from pipeline.inference import client, endpoints, probing, request_sender, retry
+from pipeline.inference import client, endpoints, probing, protocol
 from pipeline.inference.client import START_REQUESTS, Client
 from pipeline.inference.endpoints import MIN_MISSES
 from pipeline.inference.journal import Journal
@@ -26,6 +26,7 @@ from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.progress import Progress
 from pipeline.types import Sample, SampleInfo
 from tests.chat.server import Act, ChatServer, Script, running_chat, task_of, uuid_of
+from tests.clients import client_of
 from tests.notes import Notes
 from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
@@ -36,8 +37,8 @@ ASKED = len(SAMPLES) * 3
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(retry, "LONGEST_BACKOFF_SECONDS", 0.1)
+    monkeypatch.setattr(protocol, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(protocol, "LONGEST_BACKOFF_SECONDS", 0.1)
     for module in (client, endpoints):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
@@ -51,7 +52,7 @@ def run(
     counts = RequestStats()
     with Journal(path) as journal, ExitStack() as stack:
         chunks = (batch_of(samples[n : n + 4]) for n in range(0, len(samples), 4))
-        opened = Client("model", "r", config, progress=progress)
+        opened = client_of(config, progress=progress)
         for _ in ask_about(chunks, request_plan(config), config.server, lambda: stack.enter_context(opened), journal, counts):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in samples]], request_plan(config), journal)
@@ -181,7 +182,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) 
     with running_chat(ChatServer(lambda times, body: Act(status=400))) as chat:
         with pytest.raises(EngineError, match="refuses every request: scripted 400"):
             run(tmp_path / "j", chat.url)
-        assert len(chat.bodies) < 2 * request_sender.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
+        assert len(chat.bodies) < 2 * client.MAX_REFUSALS_BEFORE_REPLY + START_REQUESTS
 
 
 def test_a_server_that_refuses_faster_than_it_answers_is_asked_on(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_a_server_that_denies_one_request_is_asked_the_others(tmp_path: Path) ->
         chat.script = lambda times, body: Act(status=403) if len(chat.bodies) > 5 else None
         with pytest.raises(EngineError, match="scripted 403"):  # to all, from then on
             run(tmp_path / "k", chat.url, samples=scene_samples(20), server={"concurrency": 1})
-        assert len(chat.bodies) <= 6 + request_sender.MAX_DENIED
+        assert len(chat.bodies) <= 6 + client.MAX_DENIED
 
 
 def test_requests_in_flight_are_kept_when_a_run_ends_with_an_error(tmp_path: Path) -> None:
@@ -392,7 +393,7 @@ def test_a_crash_loses_at_most_one_window_of_requests(tmp_path: Path) -> None:
     chunks = iter([batch_of(scene_samples(30))])
     with running_chat(chat):
         config = resolve(source="scenes", model="model", base_url=[chat.url], server={"concurrency": 8})
-        with Watched(tmp_path / "j") as journal, Client("model", "r", config) as client:
+        with Watched(tmp_path / "j") as journal, client_of(config) as client:
             for _ in ask_about(chunks, request_plan(config), config.server, lambda: client, journal, RequestStats()):
                 pass
     assert len(chat.bodies) == 90
@@ -404,7 +405,7 @@ def test_a_server_of_ours_that_cannot_be_kept_alive_ends_the_run_with_its_reason
     chunks = iter([batch_of(scene_samples(30))])
     with ExitStack() as stack, Journal(tmp_path / "j") as journal:
         chat = stack.enter_context(running_chat(ChatServer(lambda times, body: Act(seconds=0.02))))
-        with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as client:
+        with client_of(config.model_copy(update={"base_url": (chat.url,)})) as client:
             client._servers = [SimpleNamespace(failure=EngineError("vLLM died 4 times"))]  # type: ignore[list-item]
             after_first_requests(chat, stack.pop_all().close)
             with pytest.raises(EngineError, match="vLLM died 4 times"):
@@ -425,7 +426,7 @@ def test_replies_state_their_seconds_and_tokens(tmp_path: Path) -> None:
     stats = RequestStats(seconds={})
     with running_chat(ChatServer(lambda times, body: Act(seconds=0.1))) as chat, Journal(tmp_path / "j") as journal:
         config = resolve(source="scenes", model="model", base_url=[chat.url], tasks=["caption"])
-        with Client("model", "r", config) as asked:
+        with client_of(config) as asked:
             for _ in ask_about(
                 iter([batch_of(SAMPLES[:2])]), request_plan(config), config.server, lambda: asked, journal, stats
             ):
@@ -453,7 +454,7 @@ def test_ctrl_c_keeps_the_replies_that_have_arrived(tmp_path: Path, monkeypatch:
 
     config = resolve(source="scenes", model="model", server={"concurrency": 64})
     with running_chat(ChatServer(script)) as chat, Journal(tmp_path / "j") as journal, ExitStack() as stack:
-        asking = stack.enter_context(Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})))
+        asking = stack.enter_context(client_of(config.model_copy(update={"base_url": (chat.url,)})))
         arrived: list[int] = []
         is_interrupted = threading.Event()
         count = Client._done
@@ -478,7 +479,7 @@ def test_requests_that_an_interrupted_run_did_not_send_are_not_counted(tmp_path:
     config = resolve(source="scenes", model="model", server={"concurrency": 2, "max_requests": 1000})
     stats = RequestStats()
     with running_chat(ChatServer()) as chat, Journal(tmp_path / "j") as journal:
-        with Client("model", "r", config.model_copy(update={"base_url": (chat.url,)})) as asking:
+        with client_of(config.model_copy(update={"base_url": (chat.url,)})) as asking:
             groups = ask_about(
                 iter([batch_of(scene_samples(20))]), request_plan(config), config.server, lambda: asking, journal, stats
             )

@@ -12,23 +12,26 @@ from pipeline.errors import EngineError
 from pipeline.executors.messages import describe_boxes
 from pipeline.inference import engines
 from pipeline.inference.engines import TINY_WEIGHTS, choose_engine, find_family, max_pixels, pick_engine
+from pipeline.inference.vllm import VLLM_PYTHON
 from tests.chat.server import ChatServer, running_chat
+
+REVISION = "0123456789abcdef"  # as synth serve appends it to a name
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "has_gpu", lambda: False)
-    monkeypatch.delenv(engines.VLLM_PYTHON, raising=False)
+    monkeypatch.delenv(VLLM_PYTHON, raising=False)
 
 
 def test_auto_takes_a_named_server_or_a_gpu_and_else_this_process(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
     choice = choose_engine(resolve(source="scenes"))
     assert (choice.name, choice.model, choice.revision) == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
-    with running_chat(ChatServer(model="m@c0ffee")) as chat:
+    with running_chat(ChatServer(model=f"m@{REVISION}")) as chat:
         choice = choose_engine(resolve(source="folder:x", base_url=[chat.url]))
-    assert (choice.name, choice.model, choice.revision) == ("vllm", "m@c0ffee", "c0ffee")
+    assert (choice.name, choice.model, choice.revision) == ("vllm", f"m@{REVISION}", REVISION)
     monkeypatch.setattr(engines, "has_gpu", lambda: True)
-    monkeypatch.setenv(engines.VLLM_PYTHON, "/opt/vllm/python")
+    monkeypatch.setenv(VLLM_PYTHON, "/opt/vllm/python")
     assert pick_engine(resolve(source="scenes")) == ("vllm", "a GPU and vLLM are here")
 
 
@@ -58,7 +61,7 @@ def test_vllm_that_is_not_there_is_an_error_with_three_ways_out(no_gpu: None) ->
     choice = choose_engine(resolve(source="scenes", engine="vllm"))
     with pytest.raises(EngineError, match="vLLM is not installed here") as caught:
         choice.make()
-    assert all(way in caught.value.hint for way in ("pip install vllm", engines.VLLM_PYTHON, "--base-url"))
+    assert all(way in caught.value.hint for way in ("pip install vllm", VLLM_PYTHON, "--base-url"))
 
 
 @pytest.mark.parametrize(

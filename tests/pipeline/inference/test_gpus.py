@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.files import resolve
-from pipeline.inference import engines
-from pipeline.inference.engines import TINY_WEIGHTS, plan_servers
-from pipeline.inference.vllm_launch import group_gpus, has_bfloat16, visible_gpus
+from pipeline.config.sections import ServerConfig
+from pipeline.inference import vllm
+from pipeline.inference.engines import TINY_WEIGHTS
+from pipeline.inference.vllm import group_gpus, has_bfloat16, plan_servers, visible_gpus
 
 LISTING = (
     "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaa)\n"
@@ -60,10 +60,10 @@ def test_each_server_gets_the_gpus_that_the_flags_give_to_one(flags: tuple[str, 
 
 
 def test_a_machine_with_two_gpus_runs_two_servers_that_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(engines, "visible_gpus", lambda: ("5", "7"))
-    monkeypatch.setattr(engines, "vllm_python", lambda: "python")
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
+    monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    first, second = plan_servers(str(TINY_WEIGHTS), "r", resolve(source="scenes"), tmp_path / "vllm.log")
+    first, second = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
     assert [one.arguments[one.arguments.index("--api-server-count") + 1] for one in (first, second)] == ["2", "2"]
@@ -78,9 +78,9 @@ def test_a_gpu_without_bfloat16_is_served_in_half_precision(
     tool.write_text(f"#!/bin/sh\nprintf '{said}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(engines, "visible_gpus", lambda: ("0",))
-    monkeypatch.setattr(engines, "vllm_python", lambda: "python")
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: ("0",))
+    monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
     has_bfloat16.cache_clear()
-    (command,) = plan_servers(str(TINY_WEIGHTS), "r", resolve(source="scenes"), tmp_path / "vllm.log")
+    (command,) = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
     assert command.arguments[command.arguments.index("--dtype") + 1] == dtype
     has_bfloat16.cache_clear()

@@ -1,6 +1,7 @@
 """Probing: the protocol of each kind of server is found out, and a run loses nothing; keys go to their servers alone."""
 
 import json
+import re
 from base64 import b64encode
 from collections import Counter
 from contextlib import ExitStack
@@ -11,16 +12,15 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, EngineError
-from pipeline.inference import client, probing, retry
-from pipeline.inference.client import Client
+from pipeline.inference import client, probing, protocol
 from pipeline.inference.endpoints import named_endpoints
 from pipeline.inference.engines import choose_judge
 from pipeline.inference.journal import Journal
-from pipeline.inference.probing import find_model
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.types import SampleInfo
 from tests.chat.kinds import DEEPSEEK, KINDS, LOOSE, PROXY, ServerKind, refuse
 from tests.chat.server import Act, ChatServer, running_chat, task_of
+from tests.clients import client_of, endpoints_of, model_of
 from tests.notes import Notes
 from tests.plans import request_plan
 from tests.scene_data import batch_of, scene_samples
@@ -32,7 +32,7 @@ LEFT_OUT = {"openai that thinks": {"temperature", "top_p", "max_tokens"}}
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(protocol, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
 
@@ -41,10 +41,10 @@ def ask(path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any) -> t
     notes = Notes()
     settings: dict[str, Any] = {"server": {"concurrency": 4, **server}, "generate": {"max_tokens": max_tokens}}
     config = resolve(source="scenes", base_url=[chat.url], model="model", **settings)
-    name, revision = find_model(config)
+    name, revision = model_of(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
-        engine = lambda: stack.enter_context(Client(name, revision, config, progress=notes))  # noqa: E731
+        engine = lambda: stack.enter_context(client_of(config, name, revision, notes))  # noqa: E731
         for _ in ask_about(chunks, request_plan(config, revision), config.server, engine, journal, RequestStats()):
             pass
         (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config, revision), journal)
@@ -96,11 +96,11 @@ def test_a_server_that_enforces_no_schema_is_accepted_by_the_setting_alone(kind:
 def test_a_server_without_a_list_of_models_needs_the_name_of_one(tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=PROXY)) as chat:
         with pytest.raises(EngineError, match="does not list its models") as unnamed:
-            find_model(resolve(source="scenes", base_url=[chat.url]))
+            model_of(resolve(source="scenes", base_url=[chat.url]))
         assert "--model" in unnamed.value.hint
         with pytest.raises(EngineError, match="does not exist"):
             other = resolve(source="scenes", base_url=[chat.url], model="other", server={"enforced_schema": False})
-            with Client("other", "r", other):
+            with client_of(other, "other"):
                 pass
 
 
@@ -188,10 +188,10 @@ def test_a_model_is_found_by_its_full_or_short_name(served: str, others: list[st
         chat.other_models = others
         config = resolve(source="scenes", base_url=[chat.url], model=wanted)
         if " " not in found:
-            assert find_model(config)[0] == found
+            assert model_of(config)[0] == found
             return
         with pytest.raises(EngineError, match=found) as caught:
-            find_model(config)
+            model_of(config)
         assert all(name in caught.value.hint for name in (served, *others))
 
 
@@ -201,9 +201,12 @@ def test_the_revision_of_a_model_is_in_its_name_or_a_digest_of_its_name_and_root
     def revision(model: str, root: str = "") -> str:
         with running_chat(ChatServer(model=model)) as chat:
             chat.model_root = root
-            return find_model(resolve(source="scenes", base_url=[chat.url]))[1]
+            return model_of(resolve(source="scenes", base_url=[chat.url]))[1]
 
-    assert revision("tiny@c0ffee") == "c0ffee"
+    digest, commit = "c0ffee" * 2 + "1234", "c0ffee1234" * 4
+    assert [revision(f"tiny@{one}") for one in (digest, commit, f"{digest}+0a1b2c3d")] == [digest, commit, f"{digest}+0a1b2c3d"]
+    unsure = [revision(name) for name in ("a@q4_k_m", "b@q4_k_m", "a@c0ffee", f"a@{digest}0")]
+    assert len(set(unsure)) == 4 and all(re.fullmatch("[0-9a-f]{16}", one) for one in unsure)  # no digest: others may have it
     assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
 
 
@@ -215,25 +218,25 @@ def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch:
     with running_chat(ChatServer(model="llama")) as chat:
         config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
         with pytest.raises(EngineError, match="does not serve qwen") as caught:
-            find_model(config)
+            model_of(config)
         assert "cret" not in str(caught.value)
         assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
-    assert "s@cret-word" in named_endpoints(config)[0].keys
+    assert "s@cret-word" in endpoints_of(config)[0].keys
 
 
 def test_a_server_that_wants_a_key_gets_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_chat(ChatServer()) as chat:
         chat.key = "sesame-7"
         with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
-            find_model(resolve(source="scenes", base_url=[chat.url]))
+            model_of(resolve(source="scenes", base_url=[chat.url]))
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
-        assert find_model(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
+        assert model_of(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
 
 
 def test_an_unreachable_server_is_an_error_with_a_hint() -> None:
     with pytest.raises(EngineError, match="no server answers") as caught:
-        find_model(resolve(source="scenes", base_url=["http://127.0.0.1:9/v1"]))
+        model_of(resolve(source="scenes", base_url=["http://127.0.0.1:9/v1"]))
     assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
 
 
@@ -252,7 +255,7 @@ def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alon
         with pytest.raises(EngineError, match=r"\$NO_SUCH, which is not set"):
             ask(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
     config = resolve(source="scenes", base_url=["https://api.openai.com/v1", "https://evil-openai.com/v1"])
-    assert [endpoint.headers.get("Authorization") for endpoint in named_endpoints(config)] == ["Bearer of-openai", None]
+    assert [endpoint.headers.get("Authorization") for endpoint in endpoints_of(config)] == ["Bearer of-openai", None]
 
 
 def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +268,7 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
         server = {"headers": {"X-All": "yes"}, "concurrency": 16, "endpoints": {f"{second.url}/": own, first.url: paced}}
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
         chunks = iter([batch_of(scene_samples(30))])
-        with Client("model", "r", config) as engine, Journal(tmp_path / "j") as journal:
+        with client_of(config) as engine, Journal(tmp_path / "j") as journal:
             for _ in ask_about(chunks, request_plan(config), config.server, lambda: engine, journal, RequestStats()):
                 pass
     assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
@@ -291,7 +294,7 @@ def test_a_server_gets_its_own_key_in_each_spelling_of_its_address(address: str,
     own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
     server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
     config = resolve(source="scenes", base_url=["http://localhost:8000/v1", address], model="m", server=server)
-    local, example = named_endpoints(config)
+    local, example = endpoints_of(config)
     assert (local.headers["Authorization"], example.headers["Authorization"]) == ("Bearer of-local", "Bearer of-example")
     assert [(name, value) for name, value in example.headers.items() if name.lower() == "api-key"] == [("api-key", "example")]
     assert example.url == "https://models.example.com/v1"
@@ -303,8 +306,8 @@ def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_head
     monkeypatch.setenv("WRITER_KEY", "of-writer")
     asked: list[Any] = []
 
-    def find(config: Any, key_name: str | None) -> tuple[str, str]:
-        asked.extend(named_endpoints(config, key_name))
+    def find(urls: Any, name: str, server: Any, key_name: str | None) -> tuple[str, str]:
+        asked.extend(named_endpoints(urls, server, key_name))
         return "big", "revision"
 
     monkeypatch.setattr(probing, "find_model", find)
@@ -330,6 +333,6 @@ def test_settings_of_servers_that_are_not_used_now_are_ignored(tmp_path: Path) -
         "source: scenes\nbase_url: [http://a:1/v1, http://b:1/v1]\n"
         "server: {endpoints: {http://a:1: {weight: 2}, http://b:1/v1: {weight: 3}}}\n"
     )
-    assert resolve(file).endpoint("http://b:1/v1/").weight == 3
+    assert resolve(file).server.endpoint("http://b:1/v1/").weight == 3
     config = resolve(file, base_url=["http://a:1/v1"])
-    assert [*config.server.endpoints] == ["http://a:1"] and config.endpoint("http://a:1/v1").weight == 2
+    assert [*config.server.endpoints] == ["http://a:1"] and config.server.endpoint("http://a:1/v1").weight == 2

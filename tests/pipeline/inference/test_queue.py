@@ -11,9 +11,9 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.inference import journal as journal_module
 from pipeline.inference import queue
+from pipeline.inference.embedded import batch_requests
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-from pipeline.inference.transformers_engine import batch_requests
 from pipeline.types import Engine, Reply, RequestSource, SampleBatch, SampleInfo
 from tests.plans import request_plan
 from tests.scene_data import requests_to_send

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.inference.request_images import RequestImages, reencode, sendable_format
+from pipeline.inference.protocol import RequestImages, reencode, sendable_format
 
 
 def encoded(kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: Any) -> bytes:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.inference import retry
-from pipeline.inference.retry import (
+from pipeline.inference import protocol
+from pipeline.inference.protocol import (
     MAX_DEATHS,
     MAX_FAULTS,
     RetryState,
@@ -32,11 +32,11 @@ def test_a_server_that_asks_for_a_long_wait_gets_it_and_then_as_long_as_a_reques
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(retry, "monotonic", lambda: now[0])
+    monkeypatch.setattr(protocol, "monotonic", lambda: now[0])
     state = RetryState(patience_s=10)
     assert 4 <= (state.after_busy(4.0) or 0) <= 4.8
     now[0] += 9
-    for _ in range(retry.MAX_LONG_WAITS):
+    for _ in range(protocol.MAX_LONG_WAITS):
         wait = state.after_busy(1800.0)
         assert wait is not None and 1800 <= wait <= 2160
         now[0] += wait

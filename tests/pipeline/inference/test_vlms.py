@@ -11,9 +11,8 @@ import transformers
 from PIL import Image
 
 from pipeline.config.files import resolve
-from pipeline.config.sections import GenerateConfig
 from pipeline.errors import EngineError
-from pipeline.inference.transformers_engine import EmbeddedEngine
+from pipeline.inference.embedded import EmbeddedEngine
 from pipeline.tasks import TASKS
 from pipeline.types import Request, SampleBatch
 from tests.pipeline.inference.tiny_vlms import FAMILIES, save
@@ -36,7 +35,7 @@ def requests(count: int = 3, max_tokens: int = 120) -> list[Request]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
     folder = save(request.param, tmp_path_factory.mktemp("model"))
-    return EmbeddedEngine(request.param, str(folder), "r", GenerateConfig())
+    return EmbeddedEngine(request.param, str(folder), "r", 64)
 
 
 def test_replies_follow_the_schema_and_do_not_depend_on_their_company(engine: EmbeddedEngine) -> None:
@@ -95,4 +94,4 @@ def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refu
             file.unlink()
         processor.save_pretrained(folder)
         with pytest.raises(EngineError, match=told):
-            EmbeddedEngine("x", str(folder), "r", GenerateConfig())._answer(requests(1))
+            EmbeddedEngine("x", str(folder), "r", 64)._answer(requests(1))

@@ -21,7 +21,7 @@ import webdataset
 
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import archive_entries, open_source
+from pipeline.sources import archive, open_source
 from pipeline.types import ALL, Rejected, Sample, SourceSlice
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
@@ -270,7 +270,7 @@ def test_an_entry_that_is_damaged_costs_itself_alone_in_a_zip_file(tmp_path: Pat
 
 
 def test_an_entry_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_entries, "MAX_IMAGE_BYTES", 5000)
+    monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
         (tmp_path / name).write_bytes(data)
         (row,) = rows(tmp_path / name)
@@ -439,12 +439,12 @@ def test_packed_block_gives_little_at_once(tmp_path: Path, make: Callable[[], by
 def test_number_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, make in (("p.tar", tar_of), ("p.zip", zip_of)):
         (tmp_path / name).write_bytes(make({f"{n}.jpg": photo(n) for n in range(4)}))
-        monkeypatch.setattr(archive_entries, "MAX_MEMBERS", 4)
+        monkeypatch.setattr(archive, "MAX_MEMBERS", 4)
         assert len(samples(tmp_path / name)) == 4
-        monkeypatch.setattr(archive_entries, "MAX_MEMBERS", 3)
+        monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
         with pytest.raises(SourceError, match="more than 3 members"):
             rows(tmp_path / name)
-    monkeypatch.setattr(archive_entries, "MAX_DIRECTORY_BYTES", 100)
+    monkeypatch.setattr(archive, "MAX_DIRECTORY_BYTES", 100)
     with pytest.raises(SourceError, match=r"the directory of p\.zip has more than 100 bytes"):
         rows(tmp_path / "p.zip")
 
@@ -471,14 +471,14 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
     store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
     store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
     read: list[int] = []
-    count = archive_entries._CountedFile.read
+    count = archive._CountedFile.read
 
     def noted(self: Any, size: int = -1) -> bytes:
         data = count(self, size)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(archive_entries._CountedFile, "read", noted)
+    monkeypatch.setattr(archive._CountedFile, "read", noted)
     source = open_source(resolve(source="archive:s3://archives/mine"))
     assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
     whole = sum(read)

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SourceError
-from pipeline.sources import captions
-from pipeline.sources.captions import Written, match_images, read_captions
+from pipeline.sources import texts
 from pipeline.sources.folder import open_folder
-from pipeline.sources.texts import questions_of_people, read_texts
+from pipeline.sources.texts import Written, match_images, questions_of_people, read_captions, read_texts
 from pipeline.types import Sample, SourceSlice
 
 COCO = {
@@ -87,7 +86,7 @@ def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: py
     (tmp_path / "cut.json.gz").write_bytes(packed[:-9])
     with pytest.raises(SourceError, match="cannot read"):
         read_captions(tmp_path / "cut.json.gz")
-    monkeypatch.setattr(captions, "MAX_METADATA_BYTES", 10_000)
+    monkeypatch.setattr(texts, "MAX_METADATA_BYTES", 10_000)
     (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 1_000_000))
     with pytest.raises(SourceError, match="unpacks to more than"):
         read_captions(tmp_path / "bomb.json.gz")

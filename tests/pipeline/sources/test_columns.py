@@ -13,7 +13,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import SourceError
 from pipeline.sources import image_urls, open_source, parquet
-from pipeline.sources.columns import read_mapping
+from pipeline.sources.tables import read_mapping
 from pipeline.types import Rejected, Sample
 from tests.hub.datasets import photo
 from tests.pipeline.sources.test_listing import Together, serve

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.config.files import resolve
 from pipeline.errors import ImageError, SourceError
 from pipeline.images import decode
-from pipeline.sources import open_source, references
+from pipeline.sources import open_source, texts
 from pipeline.sources.folder import open_folder
 from pipeline.types import Rejected, Sample, SourceSlice
 from tests.hostile import bounded_memory
@@ -336,6 +336,6 @@ def test_a_table_of_metadata_that_repeats_a_large_value_takes_no_memory(
     names = pa.array(["a.png"] * rows)
     pq.write_table(pa.table({"file_name": names, "caption": large}), tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
-    monkeypatch.setattr(references, "MAX_METADATA_BYTES", 10_000_000)
+    monkeypatch.setattr(texts, "MAX_METADATA_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):
         open_folder(tmp_path)

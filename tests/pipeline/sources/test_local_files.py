@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.sources import open_source
-from pipeline.sources.local_files import skip_digests
+from pipeline.sources.source_files import skip_digests
 from tests.hub.datasets import photo
 
 

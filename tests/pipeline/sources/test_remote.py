@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import SourceError
 from pipeline.sources import open_source
-from pipeline.sources.remote import find_remote_files
+from pipeline.sources.source_files import find_remote_files
 from pipeline.types import Sample, Source
 from tests.hub import datasets
 from tests.hub.server import running_hub

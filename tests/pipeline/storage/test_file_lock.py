@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.storage.file_lock import hold_lock, lock_file
+from pipeline.storage.lock import hold_lock, lock_file
 
 
 def refuse() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.own_lines import OWN_LINES, is_own_line, note_own_lines, read_own_lines
+from pipeline.storage.sidecars import OWN_LINES, is_own_line, note_own_lines, read_own_lines
 from pipeline.storage.untrusted import UnsafeFileError
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inference import chat_api
+from pipeline.inference import protocol
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"}}
@@ -48,10 +48,10 @@ def test_the_text_stands_in_the_only_field_of_a_schema() -> None:
 
 
 def test_the_probe_of_synth_generate_gets_the_answer_that_proves_schemas() -> None:
-    asked = read_request(chat_api.probe("m"), STYLES)
+    asked = read_request(protocol.probe("m"), STYLES)
     body = completion("1", "m", answer_text(asked, asked.only or ""), (0, 0), is_cut=False)
     assert asked.image is None
-    assert chat_api.proves_schemas(json.dumps(body).encode())
+    assert protocol.proves_schemas(json.dumps(body).encode())
 
 
 def test_sampling_and_lengths_are_read() -> None:

@@ -1,7 +1,7 @@
-"""The OpenAI-style chat protocol: encode requests, read bodies with bounds, decode replies.
+"""The chat protocol of OpenAI: bodies with images, replies, what errors mean, and when a request is sent again.
 
-The body is joined from encoded parts, and the image part is encoded once: no JSON encoder runs over its base64.
-The order of the parts favors prefix caching: system text, image, then the text of the task.
+The body is joined from encoded parts, and an image is encoded once for all requests about it: no JSON encoder runs over its
+base64. The order of the parts favors prefix caching: system text, image, then the text of the task.
 
 Servers support different fields (`Dialect`): a first request without an image finds out which ones (probing.py).
 
@@ -9,15 +9,29 @@ A server may send without end, or a megabyte that inflates to gigabytes. Session
 aiohttp inflates a body before its bytes can be counted. Compressed bodies, which are not asked for, are refused.
 """
 
+import asyncio
+import base64
+import hashlib
+import io
 import json
+import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import aiohttp
 
+from pipeline.errors import ImageError
+from pipeline.images.decode import ORIENTATION, open_image, prepare_image
+from pipeline.tasks.prompts import user_content
 from pipeline.types import Reply, Request
 
 MAX_BODY_BYTES = 8_000_000  # of a list of models, or a page of metrics
@@ -43,6 +57,21 @@ PROBE_TOKENS = 256
 SCHEMA_IN_WORDS = "\nYour whole reply is one JSON object, which follows this JSON schema: {}"  # where it is not enforced
 MAX_QUOTED_BYTES = 2_000  # of an invalid answer; keys are removed before it is cut
 ANSWER_BYTES = 1_000_000  # besides the text: identifiers, usage, reasoning that was not asked for
+MAX_SENT_BYTES = 1_000_000  # a larger file is re-encoded, since the server decodes it on one thread
+QUALITY = 92
+_SENDABLE_FORMATS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
+REFUSED_STATUSES = (400, 422)  # something in the request is not supported
+CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError, ConnectionError)
+BUSY_STATUSES = (408, 409, 425, 429, 503)  # the server asks to wait, or only to send again
+GATEWAY_STATUSES = (502, 504, *range(520, 525), 529)  # of what stands before a server, which may be away for minutes
+MAX_RETRY_AFTER_SECONDS = 3600.0  # a longer Retry-After ends the run
+ABSURD_SECONDS = 1_000_000.0  # a date so far ahead is a fault of the server's clock
+MAX_LONG_WAITS = 3  # of one request
+MAX_FAULTS = 5  # of a healthy server at one request, before the request is abandoned
+MAX_DEATHS = 2  # of servers at one request, after which it is sent alone, and abandoned at the next
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
 class BodyError(aiohttp.ClientError):
@@ -278,3 +307,196 @@ def _response_format(task: str, schema: str, kind: str) -> bytes:
     form = {"name": task, "schema": json.loads(schema), "strict": True}
     schema_part = {"json_schema": form} if kind == "json_schema" else {}
     return b',"response_format":' + json.dumps({"type": kind, **schema_part}).encode()
+
+
+# --- the images of requests
+
+
+@dataclass(frozen=True, slots=True)
+class ImageParts:
+    """The JSON of the message parts of images, joined by commas: with their bytes, and with their names alone."""
+
+    whole: bytes
+    named: bytes
+
+
+class RequestImages:
+    """Encodes the images of requests in flight, once for all requests about the same images.
+
+    `keep` image sets are cached; older ones are dropped, and encoded again if needed. `media` is a folder that the server
+    reads: images are then sent as file:// URLs and not within the request. An image above `max_pixels` is scaled down, and the
+    pages of a deck to `max_sample_pixels` in total.
+    """
+
+    def __init__(self, media: Path | None, max_pixels: int | None, max_sample_pixels: int | None, pool: Executor) -> None:
+        self.keep = 256
+        self._media = media
+        self._max_pixels = max_pixels
+        self._max_sample_pixels = max_sample_pixels
+        self._pool = pool
+        self._encoded: dict[str, asyncio.Future[ImageParts]] = {}
+        self._files: dict[str, list[Path]] = {}
+        self._encoded_count = self._encoded_bytes = 0
+
+    def bound(self, in_flight_bytes: int) -> int:
+        """Return how many requests may be in flight for their images to have about `in_flight_bytes` at most."""
+        mean = self._encoded_bytes / self._encoded_count if self._encoded_count else 1
+        return max(4, int(in_flight_bytes / max(mean, 1)))
+
+    async def parts(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None) -> ImageParts:
+        """Return the message parts of images, in the order of tasks.prompts.user_content.
+
+        `shown` is the key of the images (Request.shown), which may be empty; `pages` are their numbers within a document.
+        The uuid of an image is the sha256 of the sent bytes, by which a server may find it in its cache.
+        """
+        future = self._encoded.get(shown)
+        if future is None or (future.done() and future.exception()):
+            future = asyncio.ensure_future(self._make(shown, images, pages))
+            self._encoded[shown] = future
+            while len(self._encoded) > self.keep:
+                self._drop(next(iter(self._encoded)))
+        elif shown:  # one that is used again is dropped last: a server may not have read its file yet
+            self._encoded[shown] = self._encoded.pop(shown)
+        return await asyncio.shield(future)
+
+    def max_pixels(self, num_images: int) -> int | None:
+        """Return the pixels to which each image of a request is scaled down; None if no image is."""
+        bounds = [self._max_pixels, self._max_sample_pixels and self._max_sample_pixels // max(1, num_images)]
+        return min((limit for limit in bounds if limit), default=None)
+
+    async def _make(self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None) -> ImageParts:
+        bound = self.max_pixels(len(images))
+        encoded = [await self._part(image, bound, shown) for image in images]
+        self._encoded_count += 1
+        return ImageParts(*(_joined([getattr(part, kind) for part in encoded], pages) for kind in ("whole", "named")))
+
+    async def _part(self, image: bytes, bound: int | None, shown: str) -> ImageParts:
+        kind = sendable_format(image, bound)
+        data = image  # the source step has removed its metadata
+        if kind is None:
+            data = await asyncio.get_running_loop().run_in_executor(self._pool, reencode, image, bound)
+        uuid = hashlib.sha256(data).hexdigest()
+        named = named_image(uuid)
+        if self._media is None:
+            values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
+            whole = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            self._encoded_bytes += len(whole)
+            return ImageParts(whole, named)
+        files = self._files.setdefault(shown, [])
+        files.append(self._media / f"{shown}-{len(files)}")
+        files[-1].write_bytes(data)
+        self._encoded_bytes += len(data)  # the folder is in memory, too
+        url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
+        return ImageParts(json.dumps(url).encode(), named)
+
+    def _drop(self, shown: str) -> None:
+        del self._encoded[shown]
+        for file in self._files.pop(shown, []):
+            file.unlink(missing_ok=True)
+
+
+def named_image(uuid: str) -> bytes:
+    """Return the JSON of the message part of an image that the server has under this uuid."""
+    return b'{"type":"image_url","image_url":null,"uuid":"%s"}' % uuid.encode()
+
+
+def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:
+    parts = user_content(images, "", pages)[:-1]
+    return b",".join(part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts)
+
+
+def sendable_format(image: bytes, max_pixels: int | None) -> str | None:
+    """Return the format of an image that can be sent unchanged, from its header alone; None if it must be re-encoded."""
+    # A second frame may be damaged: the first one is re-encoded.
+    with suppress(ImageError), open_image(image, counts_scans=False) as header:
+        kind = _SENDABLE_FORMATS.get(header.format or "")
+        plain = header.mode == "RGB" or (header.mode == "L" and kind == "jpeg")
+        turned = "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1
+        moving = getattr(header, "is_animated", False)
+        small = len(image) <= MAX_SENT_BYTES and (max_pixels is None or header.width * header.height <= max_pixels)
+        return kind if plain and small and not turned and not moving and "transparency" not in header.info else None
+    return None
+
+
+def reencode(image: bytes, max_pixels: int | None) -> bytes:
+    """Return the image as an upright RGB JPEG of at most `max_pixels`."""
+    out = io.BytesIO()
+    prepare_image(image, max_pixels).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()
+
+
+# --- failures
+
+
+class ServerFaultError(Exception):
+    """Raised when a server fails at a request, which may be sent again."""
+
+
+class ServerBusyError(Exception):
+    """Raised when a server asks to wait; the argument is the number of seconds, or None."""
+
+
+class RefusedError(Exception):
+    """Raised when a server refuses one request."""
+
+
+def backoff_seconds(failures: int) -> float:
+    """Return how long to wait after so many failures in a row: twice as long each time, up to LONGEST_BACKOFF_SECONDS."""
+    return min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 8), LONGEST_BACKOFF_SECONDS)
+
+
+@dataclass(slots=True)
+class RetryState:
+    """How one request has failed so far."""
+
+    patience_s: float  # from the first answer that asks to wait, or from the end of a long wait that it asks for
+    faults: int = 0  # of healthy servers
+    deaths: int = 0  # of servers that it was sent to
+    busy: int = 0
+    long_waits: int = 0  # beyond the patience, as a server has asked for
+    _busy_until: float | None = field(default=None)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the request may be what its servers die of: it is sent alone then."""
+        return self.deaths >= MAX_DEATHS
+
+    def after_busy(self, stated_s: float | None) -> float | None:
+        """Return the seconds to wait after an answer that asks for it, by its own word if it has one; None to give up."""
+        now = monotonic()
+        self._busy_until = self._busy_until or now + self.patience_s
+        if now > self._busy_until:
+            return None
+        self.busy += 1
+        if stated_s:
+            wait_s = min(stated_s, MAX_RETRY_AFTER_SECONDS) * random.uniform(1.0, 1.2)
+            if wait_s > self.patience_s and self.long_waits < MAX_LONG_WAITS:
+                self.long_waits += 1
+                self._busy_until = now + wait_s + self.patience_s
+            return wait_s
+        return backoff_seconds(self.busy) * random.uniform(0.5, 1.5)
+
+    def after_fault(self) -> float | None:
+        """Return the seconds to wait after a failure of a healthy server; None to give up."""
+        self.faults += 1
+        if self.faults == MAX_FAULTS:
+            return None
+        # Another request's error may have closed the connection: the first retry goes out at once, on a new one.
+        return 0.0 if self.faults == 1 else backoff_seconds(self.faults - 2) * random.uniform(0.5, 1.5)
+
+    def after_death(self) -> bool:
+        """Count a server that died with the request in flight; return whether to give up."""
+        self.deaths += 1
+        return self.deaths > MAX_DEATHS
+
+
+def retry_seconds(header: str) -> float | None:
+    """Return the seconds of a Retry-After header, which holds seconds or a date; None if it holds neither."""
+    if _SECONDS.fullmatch(header):
+        return float(header)
+    try:
+        at = parsedate_to_datetime(header)
+        seconds = (at - datetime.now(at.tzinfo)).total_seconds()
+        return max(0.0, seconds) if seconds < ABSURD_SECONDS else None
+    except (ValueError, TypeError, OverflowError):
+        return None

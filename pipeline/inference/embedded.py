@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.config.sections import GenerateConfig
 from pipeline.errors import EngineError, one_line
 from pipeline.images.decode import prepare_image
 from pipeline.tasks.base import MAX_PAGES
@@ -34,12 +33,12 @@ from pipeline.types import Reply, Request, RequestSource
 class EmbeddedEngine:
     """Answers requests in this process. `model` is a folder or a Hub id; `revision` names its exact weights."""
 
-    def __init__(self, model: str, path: str, revision: str, config: GenerateConfig) -> None:
+    def __init__(self, model: str, path: str, revision: str, batch_size: int, max_pixels: int | None = None) -> None:
         self.model = model
         self.revision = revision
         self._path = path
-        self._batch_size = config.batch_size
-        self._max_pixels = config.max_pixels
+        self._batch_size = batch_size
+        self._max_pixels = max_pixels
         self._tokens = 0
         # A Hub model is loaded at exactly the commit that is part of the request ids; a folder has only one.
         self._commit = "main" if Path(path).is_dir() else revision

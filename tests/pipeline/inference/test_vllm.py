@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import resolve
+from pipeline.config.sections import ServerConfig
 from pipeline.errors import EngineError
-from pipeline.inference import vllm_server
+from pipeline.inference import vllm
+from pipeline.inference.endpoints import status_of
 from pipeline.inference.engines import OUTPUT_NEUTRAL_FLAGS, TINY_WEIGHTS
-from pipeline.inference.vllm_launch import VllmCommand, plan_vllm_command
-from pipeline.inference.vllm_server import run_servers, status_of
+from pipeline.inference.vllm import VllmCommand, plan_vllm_command, run_servers
 from pipeline.progress import NullProgress
 
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"  # from the sources in its wheel
 
 
 def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> VllmCommand:
-    config = resolve(source="scenes", server={"flags": flags, **settings})
+    server = ServerConfig(flags=flags, **settings)
     gpus = ("3",) if gpu else ()
-    return plan_vllm_command("python", model, "c0ffee", config, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
+    return plan_vllm_command("python", model, "c0ffee", server, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
 
 
 def value_of(command: VllmCommand, flag: str) -> str:
@@ -43,8 +43,8 @@ def test_flags_follow_the_model_and_the_machine(tmp_path: Path) -> None:
     for command in (hub, gpu):
         backend = json.loads(value_of(command, "--structured-outputs-config"))
         assert backend == {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
-    config = resolve(source="scenes-deck", tasks=["deck_qa"])
-    decks = plan_vllm_command("python", "me/m", "c0ffee", config, tmp_path / "log", gpus=(), cores=2, memory_gib=8)
+    share: dict[str, Any] = {"gpus": (), "cores": 2, "memory_gib": 8}
+    decks = plan_vllm_command("python", "me/m", "c0ffee", ServerConfig(), tmp_path / "log", decks=True, **share)
     assert json.loads(value_of(decks, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
     assert decks.max_model_len == 16_384
 
@@ -162,25 +162,25 @@ def test_the_flags_are_known_to_the_newest_vllm(tmp_path: Path, gpu: bool) -> No
 def test_images_left_by_a_killed_run_are_removed_and_those_of_a_live_one_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_server, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(vllm, "_SHARED_MEMORY", tmp_path)
     (tmp_path / "synth-media-x" / ".lock").parent.mkdir()
     (tmp_path / "synth-media-x" / ".lock").symlink_to("/etc/passwd")  # as another user may have made it
     code = f"""
 from pathlib import Path
-from pipeline.inference import vllm_server
-vllm_server._SHARED_MEMORY = Path({str(tmp_path)!r})
-print(vllm_server.make_media_folder(), flush=True)
+from pipeline.inference import vllm
+vllm._SHARED_MEMORY = Path({str(tmp_path)!r})
+print(vllm.make_media_folder(), flush=True)
 input()
 """
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
         folder = Path(other.stdout.readline().strip())
         assert folder.stat().st_mode & 0o777 == 0o700
-        living = vllm_server.make_media_folder()
+        living = vllm.make_media_folder()
         assert folder.exists()
         other.kill()
         other.wait()
-    vllm_server.make_media_folder()
+    vllm.make_media_folder()
     assert not folder.exists()
     assert living.exists() and (tmp_path / "synth-media-x").exists()
 
@@ -190,7 +190,7 @@ THIEF = SERVES.replace("def do_GET(self):", "def do_GET(self):\n        print(se
 
 def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
     """The thief listens before vLLM does: it answers the first look, which holds no key, and is found out."""
-    port = vllm_server.free_ports(1)[0]
+    port = vllm.free_ports(1)[0]
     command = replace(stub(tmp_path, "import time; time.sleep(60)"), port=port)
     thief = [sys.executable, "-c", THIEF, "--port", str(port)]
     with (tmp_path / "requests").open("w") as requests, subprocess.Popen(thief, stdout=requests) as process:
@@ -212,19 +212,19 @@ def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path:
 
 
 def test_the_log_of_a_server_is_for_its_user_alone_and_is_not_written_through_a_link(tmp_path: Path) -> None:
-    with vllm_server.open_log(tmp_path / "vllm.log") as log:
+    with vllm.open_log(tmp_path / "vllm.log") as log:
         log.write(b"x")
     assert (tmp_path / "vllm.log").stat().st_mode & 0o777 == 0o600
     (tmp_path / "victim").write_text("private")
     (tmp_path / "link.log").symlink_to("victim")
     with pytest.raises(OSError, match="symbolic"):
-        vllm_server.open_log(tmp_path / "link.log")
+        vllm.open_log(tmp_path / "link.log")
 
 
 def test_the_engine_of_a_server_is_killed_however_we_end() -> None:
     """Kill the server before the engine, which is its child, as Ray does to the children of a worker."""
     code = (
-        "import os, subprocess; from pipeline.inference.vllm_server import _start_reaper;"
+        "import os, subprocess; from pipeline.inference.vllm import _start_reaper;"
         "server = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], stdout=subprocess.PIPE,"
         " stderr=subprocess.DEVNULL, start_new_session=True);"
         "print(server.stdout.readline().decode().strip(), flush=True);"

@@ -1,0 +1,21 @@
+"""Clients of the servers that a configuration names, as pipeline.inference.engines makes them."""
+
+from pipeline.config import Config
+from pipeline.inference.client import Client
+from pipeline.inference.endpoints import Endpoint, named_endpoints
+from pipeline.inference.probing import find_model
+from pipeline.progress import Progress
+
+
+def client_of(config: Config, model: str = "model", revision: str = "r", progress: Progress | None = None) -> Client:
+    generate = config.generate
+    limits = generate.max_tokens, generate.max_pixels
+    return Client(model, revision, config.server, *limits, urls=config.base_url, progress=progress)
+
+
+def model_of(config: Config) -> tuple[str, str]:
+    return find_model(config.base_url, config.model, config.server)
+
+
+def endpoints_of(config: Config, key_name: str | None = None) -> list[Endpoint]:
+    return named_endpoints(config.base_url, config.server, key_name)
