@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessor, Qwen3Config, Qwen3ForCausalLM
 from pipeline.errors import TrainError
 from pipeline.images.decode import prepare_image
 from pipeline.progress import NullProgress
+from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.test_captioning import save_captioner
@@ -164,6 +165,7 @@ def test_a_language_model_reads_the_image_as_its_prefix_and_ends_where_it_has_no
     prompts = [TargetText("synthetic", "", style="detailed"), TargetText("synthetic", "", question=QUESTION)]
     longest, num_states = max(len(tokenizer.prompt(prompt)) for prompt in prompts), 5
     sizes: dict[str, Any] = FAMILIES["qwen3"][0] | {"vocab_size": 258, "max_position_embeddings": longest + num_states + 3}
+    sizes["num_hidden_layers"] = 2 if LONG else 1  # a second layer takes ten seconds; the captioner above has two
     torch.manual_seed(0)
     decoder = PretrainedDecoder({"model_type": "qwen3", **sizes}, Qwen3ForCausalLM(Qwen3Config(**sizes)))
     checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
