@@ -15,7 +15,7 @@ from pipeline.run import STAGES, generate_dataset
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
-SCENES = 24
+SCENES = 16
 CHECKS = "round_trip,claims,blind,alignment"
 
 
