@@ -18,7 +18,6 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.scene_data import make_version, scene_samples, true_captions
-from trainer.config import TrainConfig
 from trainer.data import count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment.grid import Experiment, cells_of
 from trainer.experiment.report import write_result
@@ -98,12 +97,10 @@ def kill_first_cell() -> None:
     os.kill(cells[0].pid or 0, signal.SIGKILL)
 
 
-def test_finished_cells_are_skipped_and_a_failed_or_killed_cell_does_not_stop_the_others(
+def test_finished_cells_are_skipped_and_a_killed_cell_does_not_stop_the_others(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     killed, other = runs = planned(versions, clip, tmp_path)[:2]
-    config = TrainConfig(encoder=str(tmp_path / "nowhere"), steps=1)
-    bad = replace(killed, config=config, folder=tmp_path / "bad")
     updates: list[tuple[int, int | None]] = []
 
     class Record(NullProgress):
@@ -112,11 +109,9 @@ def test_finished_cells_are_skipped_and_a_failed_or_killed_cell_does_not_stop_th
 
     killer = threading.Thread(target=kill_first_cell)
     killer.start()
-    first, second = run_cells([killed, bad, other], 1, Record())
+    assert run_cells(runs, 1, Record()) == [f"{killed.folder.name}: its process ended with exit code -9"]
     killer.join()
-    assert first == f"{killed.folder.name}: its process ended with exit code -9"
-    assert second.startswith("bad: ") and "nowhere" in second, second
-    assert updates == [(0, 3), (1, 3), (2, 3), (3, 3)] and other.is_done and not killed.is_done
+    assert updates == [(0, 2), (1, 2), (2, 2)] and other.is_done and not killed.is_done
     cell = json.loads((other.folder / "cell.json").read_text())
     assert (cell["data"], cell["seed"], cell["digest"]) == ("model", 0, other.version.manifest["digest"])
     before = (other.folder / "metrics.json").stat().st_mtime_ns
