@@ -22,8 +22,12 @@ from typing import Any, TextIO
 
 import pytest
 
+from pipeline.images import isolation
+
 REPLIES = "SYNTH_TEST_REPLIES"  # the environment variable that names the folder of replies
 SYNTH = Path(sys.executable).with_name("synth")
+# Caches of processes, texts and code, which are equal in each command.
+KEPT_CACHES = ("_pool", "_compiled", "code_digest", "dictionary_words", "names")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -44,6 +48,7 @@ def run_synth(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None =
             patch.setattr(sys.modules["__main__"], "__package__", None)  # click derives the name of the program from it
             for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", errors)):
                 patch.setattr(sys, name, stream)
+            patch.setattr(isolation, "end_workers", lambda: None)  # the next command decodes in the same processes
             _remember_replies(patch)
             with _environment(os.environ if env is None else env):
                 code = _run_main(cwd)
@@ -58,7 +63,7 @@ def _run_main(folder: Path) -> int:
     for name, module in [*sys.modules.items()]:
         if name.startswith(("pipeline.", "trainer.")):  # a cache may hold the environment or a file of an earlier command
             for value in vars(module).values():
-                if isinstance(value, functools._lru_cache_wrapper):
+                if isinstance(value, functools._lru_cache_wrapper) and value.__name__ not in KEPT_CACHES:
                     value.cache_clear()
     thresholds, modules = gc.get_threshold(), {*sys.modules}
     loop = asyncio._get_running_loop()  # that of an open browser

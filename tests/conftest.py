@@ -13,7 +13,7 @@ from tests.commands import REPLIES
 
 __all__ = ["browser", "opened"]
 
-LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/whole/")
+LONGEST = ("tests/whole/test_vllm.py", "tests/whole/test_cluster.py", "tests/trainer/publish/", "tests/whole/")
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the environment of the tests and of the processes that they start: set before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin
+    os.fsync = lambda fd: None  # tests kill processes, not the machine
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         folder = tempfile.TemporaryDirectory(prefix="synth-tests-")
         config.add_cleanup(folder.cleanup)

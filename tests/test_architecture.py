@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
     return modules
 
 
-GRAPH = {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
+@cache
+def import_graph() -> dict[str, set[str]]:
+    return {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
 
 
 def is_within(module: str, part: str) -> bool:
@@ -105,7 +108,7 @@ def import_cycles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def test_imports_run_from_top_to_bottom() -> None:
-    parts = {module: targets for module, targets in GRAPH.items() if module not in ("pipeline", "trainer")}
+    parts = {module: targets for module, targets in import_graph().items() if module not in ("pipeline", "trainer")}
     assert list(forbidden_imports(parts)) == []
 
 
@@ -116,12 +119,12 @@ def test_the_page_shows_the_layers_that_are_checked() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert import_cycles(GRAPH) == []
+    assert import_cycles(import_graph()) == []
 
 
 def test_no_stage_imports_another_stage() -> None:
     """A stage may have several modules, such as `source` and `source_parts`; `base`, `records` and `ask_checks` are no steps."""
-    for module, targets in GRAPH.items():
+    for module, targets in import_graph().items():
         if module.startswith("pipeline.stages."):
             stage = module.partition("_")[0]
             others = {
@@ -132,7 +135,7 @@ def test_no_stage_imports_another_stage() -> None:
 
 def test_the_trainer_imports_only_what_data_is_read_with() -> None:
     allowed = [f"pipeline.{name}" for name in TRAINER_IMPORTS]
-    for module, targets in GRAPH.items():
+    for module, targets in import_graph().items():
         if is_within(module, "trainer"):
             foreign = [t for t in targets if is_within(t, "pipeline") and not any(is_within(t, part) for part in allowed)]
             assert not foreign, module

@@ -50,7 +50,7 @@ bodies = st.one_of(answers.map(lambda value: json.dumps(value).encode(errors="su
 
 
 @settings(
-    max_examples=10_000 if LONG else 400,
+    max_examples=10_000 if LONG else 200,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

@@ -54,7 +54,7 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 4))
+@pytest.mark.parametrize(("first", "second"), part_of(PAIRS, 2))
 def test_two_commands_at_once_end_well_or_report_the_other(first: str, second: str, folder: Path, chat: ChatServer) -> None:
     before = [version.manifest["digest"] for version in DatasetDir(folder / "data").versions()]
     commands = [(*COMMANDS[name], *([chat.url] if "--base-url" in COMMANDS[name] else [])) for name in (first, second)]

@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfi
     return version, config, root / "whole"
 
 
-@pytest.mark.parametrize(("moment", "number"), part_of(MOMENTS, 3))
+@pytest.mark.parametrize(("moment", "number"), part_of(MOMENTS, 2))
 def test_a_training_that_ends_at_any_moment_goes_on(
     world: tuple[Version, TrainConfig, Path], tmp_path: Path, moment: str, number: int
 ) -> None:

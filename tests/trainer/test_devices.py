@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.devices import all_reduce_gradients, products_in
+from pipeline.errors import TrainError
+from trainer.devices import all_reduce_gradients, products_in, translate_peer_errors
 from trainer.presets import Precision
 
 
@@ -20,6 +21,13 @@ def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_p
     finally:
         torch.distributed.destroy_process_group()
     assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
+
+
+def test_a_process_whose_peer_has_ended_says_so() -> None:
+    with pytest.raises(TrainError, match="the processes of this training cannot go on"), translate_peer_errors():
+        raise RuntimeError("Connection closed")
+    with pytest.raises(RuntimeError, match="CUDA error"), translate_peer_errors():
+        raise RuntimeError("CUDA error: of this one's GPU")
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

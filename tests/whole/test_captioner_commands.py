@@ -19,6 +19,7 @@ from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
 from pipeline.dataset.version import FEATURES, FEATURES_LOCK, Version
 from pipeline.errors import StoreError, TrainError
+from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.test_captioning import save_captioner
@@ -168,7 +169,7 @@ def test_an_evaluation_searches_as_the_one_after_the_training_did(
         assert ("written with 2 beams" if beams == 2 else "written greedily") in printed.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM] if LONG else [signal.SIGTERM])
 def test_a_signal_ends_the_command_also_while_a_body_comes(number: int, tmp_path: Path) -> None:
     folder = save_captioner(tmp_path / "c")
     command = [str(SYNTH), "serve-captioner", str(folder), "--port", "0"]

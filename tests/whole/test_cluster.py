@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.dataset.version import Version, dataset_folder
 from pipeline.executors.ray.shards import scratch_root
 from pipeline.storage.object_store import parse_dataset_path
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.commands import run_process
+from tests.commands import run_process, run_synth
 from tests.hostile import LONG
 from tests.hub import datasets
 from tests.s3 import running_s3
@@ -72,9 +73,19 @@ def chat() -> Iterator[ChatServer]:
         yield server
 
 
+@dataclass(frozen=True)
+class Made:
+    """A version of photos, made in `one` process, and in `many` shards by a cluster whose worker and driver were killed."""
+
+    folder: Path
+    chat: ChatServer
+    undisturbed: Counter[str]  # requests for `one`
+    review: "subprocess.CompletedProcess[str]"  # of `many` before it was finished
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatServer]]:
-    """Make a version of photos, with copies and damage among them, in `one` process and on a cluster, in `many` shards."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Make the versions from photos with copies and damage among them."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
     for first, split in ((0, "train"), (20, "test"), (40, "validation")):
@@ -87,11 +98,36 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ChatS
     output = "{type: object, required: [many], properties: {many: {type: integer}, sure: {type: boolean}}}"
     asks = f"needs: [boxes], show_image: false, output: {output}, prompt: '{{{{ results.boxes }}}}'"
     (folder / "count.yaml").write_text(f"{{name: count, kind: record, {asks}}}")
-    with running_chat(ChatServer(scripted_replies())) as server:
-        for options in (("--out", "one"), ("--out", "many", "--executor", "ray", "--shards", "3", "--workers", "2")):
-            done = run_process(*flags_of(server), *options, cwd=folder)
-            assert done.returncode == 0, done.stderr
-        yield folder, server
+    with running_chat(ChatServer(scripted_replies())) as chat:
+        done = run_synth(*flags_of(chat), "--out", "one", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        undisturbed = Counter(chat.times)
+        chat.times.clear()
+        kill_worker_and_driver(folder, chat)
+        (folder / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
+        review = run_synth("review", "apply", "m.jsonl", "--data", "many", cwd=folder)
+        done = run_process(*flags_of(chat), "--out", "many", "--executor", "ray", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        yield Made(folder, chat, undisturbed, review)
+
+
+def kill_worker_and_driver(folder: Path, chat: ChatServer) -> None:
+    """Start to make `many`; kill one of the two workers, and later the driver, while requests are in flight."""
+    chat.script = scripted_replies(1.0)
+    driver = start_on_cluster(folder, *flags_of(chat), "--out", "many", "--shards", "3")
+    wait_until(lambda: sum(chat.times.values()) > 40, "40 requests")
+    wait_until(lambda: len(descendants(driver.pid, "ray::MapWorker")) == 2, "two workers")
+    os.kill(descendants(driver.pid, "ray::MapWorker")[0], signal.SIGKILL)
+    last = sum(chat.times.values()) + 40
+    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
+    chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
+    wait_until(lambda: sum(chat.times.values()) > last, "40 more requests")
+    alive = descendants(driver.pid, "ray::MapWorker")
+    assert driver.poll() is None
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    chat.script = scripted_replies()
+    wait_until(lambda: not any(map(is_alive, alive)), "the workers are gone")  # workers end with the driver
 
 
 def flags_of(chat: ChatServer) -> tuple[str, ...]:
@@ -110,10 +146,8 @@ def rows_of(version: Version) -> dict[str, Any]:
     return {row["sample_id"]: row for _, batch in version.batches(version.manifest["columns"]) for row in batch.to_pylist()}
 
 
-def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(
-    made: tuple[Path, ChatServer],
-) -> None:
-    folder, chat = made
+def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(made: Made) -> None:
+    folder, chat = made.folder, made.chat
     local, distributed = latest_version(folder / "one"), latest_version(folder / "many")
     assert distributed.manifest["digest"] == local.manifest["digest"]
     assert rows_of(distributed) == rows_of(local)
@@ -133,11 +167,11 @@ def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(
     reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
     (folder / "reviews.jsonl").write_text(reviews)
     for out in ("one", "many"):
-        assert run_process("report", out, cwd=folder).returncode == 0
+        assert run_synth("report", out, cwd=folder).returncode == 0
         page = (folder / out / "report.html").read_text()
         parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"stage":"\w+"', page)))
         assert "lies in no folder here" not in page
-        done = run_process("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
+        done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
         assert "review: 1 reviews apply" in done.stderr, done.stderr
     assert parts[0] == parts[1]
     reviewed = [latest_version(folder / out).manifest for out in ("one", "many")]
@@ -145,62 +179,38 @@ def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(
     assert reviewed[1]["review"] == {"good": 0, "bad": 1, "edited": 0}
     # Each executor uses the replies that the other has journaled.
     on_cluster = ("--out", "one", "--executor", "ray", "--shards", "2")
-    for options in (on_cluster, ("--out", "many")) if LONG else (("--out", "many"),):
-        rerun = run_process(*flags, *options, cwd=folder)
-        assert "nothing new: v1.0.1" in rerun.stderr, rerun.stderr
+    if LONG:
+        assert "nothing new: v1.0.1" in run_process(*flags, *on_cluster, cwd=folder).stderr
+    assert "nothing new: v1.0.1" in run_synth(*flags, "--out", "many", cwd=folder).stderr
     assert len(chat.bodies) == before
     assert not (folder / "many" / "exchange").exists()
     refused = run_process(*flags, "--out", "many", "--executor", "ray", "--shards", "5", cwd=folder)
     assert "has 3 shards, not 5" in read_failure(refused)[0]
 
 
-def ray_run(tmp_path: Path, *options: str, out: str = "many", limit: int = 160, shards: int = 4) -> "subprocess.Popen[bytes]":
-    command = [str(SYNTH), "generate", "--source", "scenes", "--limit", f"{limit}", "--out", out, *options]
-    command += ["--executor", "ray", "--shards", f"{shards}", "--workers", "2"]
-    with (tmp_path / "many.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+def start_on_cluster(folder: Path, *command: str) -> "subprocess.Popen[bytes]":
+    with (folder / "many.log").open("ab") as log:
+        cluster = ("--executor", "ray", "--workers", "2")
+        return subprocess.Popen([str(SYNTH), *command, *cluster], cwd=folder, stdout=log, stderr=log)
 
 
 def count_journaled(home: Path) -> tuple[int, int]:
-    """Return the numbers of requests sent and of replies stored, over all shards."""
-    sent = replies = 0
+    """Return the numbers of requests sent and of different replies, over all shards; two may ask the same text."""
+    sent, replies = 0, set[tuple[str, int]]()
     for path in home.glob("shards/*/journal/local.sqlite"):
         with sqlite3.connect(path) as db:
             sent += db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()[0]
-            replies += db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
-    return sent, replies
+            replies |= set(db.execute("SELECT request_id, attempt FROM replies"))
+    return sent, len(replies)
 
 
-def test_whatever_is_killed_the_same_command_goes_on(synth: Run, chat: ChatServer, tmp_path: Path) -> None:
-    flags = ("generate", "--source", "scenes", "--limit", "160", "--base-url", chat.url)
-    assert synth(*flags, "--out", "one").returncode == 0
-    undisturbed = Counter(chat.times)
-    chat.times.clear()
-    chat.script = scripted_replies(1.0)
-    driver = ray_run(tmp_path, "--base-url", chat.url)
-    wait_until(lambda: sum(chat.times.values()) > 100, "100 requests")
-    workers = descendants(driver.pid, "ray::MapWorker")
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    last = sum(chat.times.values()) + 100
-    quick, held = scripted_replies(1.0), scripted_replies(20.0)  # after the last one, requests stay in flight
-    chat.script = lambda times, body: (quick if sum(chat.times.values()) <= last else held)(times, body)
-    wait_until(lambda: sum(chat.times.values()) > last, "100 more requests")
-    alive = descendants(driver.pid, "ray::MapWorker")
-    assert driver.poll() is None
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    chat.script = scripted_replies()
-    wait_until(lambda: not any(map(is_alive, alive)), "the workers are gone")  # workers end with the driver
-    (tmp_path / "m.jsonl").write_text(format_reviews([Review(sample_id="0" * 64, content="0" * 16, verdict="good")]))
-    assert "many has no finished run to review" in read_failure(synth("review", "apply", "m.jsonl", "--data", "many"))[0]
-    done = synth(*flags, "--out", "many", "--executor", "ray")
-    assert done.returncode == 0, done.stderr
-    assert latest_version(tmp_path / "many").manifest["digest"] == latest_version(tmp_path / "one").manifest["digest"]
-    assert chat.times.keys() == undisturbed.keys()  # nothing is lost
-    repeated = sum((chat.times - undisturbed).values())
+def test_whatever_is_killed_the_same_command_goes_on(made: Made) -> None:
+    assert "many has no finished run to review" in read_failure(made.review)[0]
+    times, undisturbed = made.chat.times, made.undisturbed
+    assert times.keys() == undisturbed.keys()  # nothing is lost
+    repeated = sum((times - undisturbed).values())
     assert 0 < repeated <= 3 * 64  # at most the requests in flight, of one worker and then of two
-    sent, replies = count_journaled(tmp_path / "many")
+    sent, replies = count_journaled(made.folder / "many")
     assert replies == sum(undisturbed.values())
     assert repeated <= sent - replies <= 3 * 64  # some recorded requests were not sent
 
@@ -221,7 +231,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
-        driver = ray_run(tmp_path, "--base-url", chat.url, out=home, limit=90, shards=3)
+        driver = start_on_cluster(tmp_path, *flags, "--out", home, "--shards", "3")
         shards = parse_dataset_path(home) / "shards"
         wait_until(lambda: len(list(shards.glob("*/filled.json"))) == 2 and 2 in map(shard_of, chat.times), "two shards")
         workers = descendants(driver.pid, "ray::MapWorker")
@@ -271,4 +281,4 @@ def test_cluster_that_does_not_answer_is_an_error_before_a_request(synth: Run, c
     assert "no Ray cluster at 127.0.0.1:9" in error and "ray start" in hint
     assert not chat.bodies
     for flags in (("--executor", "local", "--shards", "3"), ("--from-stage", "dedupe"), ("--dry-run",)):
-        assert synth(*command, *flags).returncode == 2
+        assert run_synth(*command, *flags, cwd=tmp_path).returncode == 2

@@ -11,7 +11,7 @@ import pytest
 from tests.commands import run_synth
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again
 
-SCENES = 24
+SCENES = 16
 CHECKS = "round_trip,claims,blind,alignment"
 
 

@@ -23,7 +23,7 @@ from tests.whole.conftest import SYNTH, Run, ignore_sigint, restore_sigint
 
 SCENES = 72
 GENERATE = ("generate", "--source", "scenes", "--limit", str(SCENES), "--json")
-KILLS = 10 if LONG else 2
+KILLS = 10 if LONG else 1
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:

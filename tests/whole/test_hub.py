@@ -28,9 +28,7 @@ class User:
         folder.mkdir(exist_ok=True)
 
     def synth(self, *arguments: str, fails: bool = False, code: int | None = None) -> subprocess.CompletedProcess[str]:
-        # Without Java, whose scores take ten seconds: tests of metrics have it.
-        env = self.hub.env(self.folder / "home") | {"PATH": str(Path(sys.executable).parent)}
-        done = run_synth(*arguments, cwd=self.folder, env=env)
+        done = run_synth(*arguments, cwd=self.folder, env=self.hub.env(self.folder / "home"))
         assert done.returncode == (int(fails) if code is None else code), done.stderr
         assert "Traceback" not in done.stderr
         return done

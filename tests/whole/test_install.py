@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -57,9 +58,31 @@ def test_the_image_runs_that_script() -> None:
     assert [line for line in lines if line.startswith("RUN")] == ["RUN sh /opt/synth/deploy/install.sh /opt/synth"]
 
 
-def test_the_job_script_names_dependencies_that_resolve(tmp_path: Path, source_tree: Path) -> None:
-    subprocess.run([str(UV), "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), str(source_tree)], check=True)
-    command = [str(UV), "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, source_tree: Path) -> Path:
+    """Return the wheel of the project, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(folder), str(source_tree)], check=True)
+    return next(folder.glob("synth_captioner-*.whl"))
+
+
+def test_a_wheel_generates_from_another_folder(tmp_path: Path, wheel: Path) -> None:
+    """The wheel contains all that the command needs."""
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "import pipeline, sys; sys.argv = ['synth', 'generate', '--source', 'scenes', '--limit', '4'];"
+        "assert 'installed' in pipeline.__file__; from pipeline.cli import main; main()"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "scenes" / "versions" / "v1.0.0" / "README.md").exists()
+
+
+def test_the_job_script_names_dependencies_that_resolve(wheel: Path) -> None:
+    command = [str(UV), "pip", "compile", "--quiet", "--python-version", "3.12", "--find-links", str(wheel.parent)]
     command += ["--python-platform", "x86_64-manylinux_2_31", str(ROOT / "deploy" / "hf_job.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version, read_version
 from tests.commands import run_synth
+from tests.hostile import LONG
 from tests.whole.test_readers import train_by_trl
 
 IMAGES, SAMPLES = 20, 3
@@ -103,6 +104,7 @@ def test_another_measure_asks_nothing_and_one_caption_is_as_before(
     assert refused.returncode == 1 and "--samples 4 --pairs" in refused.stderr
 
 
+@pytest.mark.skipif(not LONG, reason="half a minute: make test-long; test_export.py reads pairs, test_readers.py runs TRL")
 def test_trl_learns_from_the_pairs_as_they_are_exported(chosen: tuple[Version, dict[str, Any]], folder: Path) -> None:
     exported = run_synth("export", "--data", "d@v2.0.0", "--format", "dpo", "--out", "pairs", cwd=folder)
     assert exported.returncode == 0, exported.stderr

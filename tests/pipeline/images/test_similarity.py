@@ -2,6 +2,7 @@
 
 import io
 import random
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ COUNT = 60
 
 def photo(seed: int) -> Image.Image:
     """Return a picture with the spectrum of photos (1 / f) and a few ellipses."""
+    return _photo(seed).copy()
+
+
+@lru_cache(256)
+def _photo(seed: int) -> Image.Image:
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     rows, columns = np.fft.fftfreq(240)[:, None], np.fft.rfftfreq(320)[None]
     amplitude = 1 / np.maximum(1 / 240, np.hypot(rows, columns)) ** 1.2
