@@ -12,9 +12,10 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir, require_nameable
+from pipeline.dataset.records import read_record
 from pipeline.dataset.version import dataset_folder
 from pipeline.digests import public_name
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EngineError
 from pipeline.images.near_duplicates import ImageKind
 from pipeline.inference.engines import EngineChoice, choose_engine, choose_judge
 from pipeline.inference.requests import RequestPlan, check_prompts
@@ -25,7 +26,7 @@ from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
-from pipeline.types import Source
+from pipeline.types import Engine, Source
 
 ENDLESS = 1 << 31  # images of a source that has as many as are asked for
 
@@ -79,7 +80,7 @@ class Plan:
             source = open_source(reading_settings(plan))
         for text in source.messages:
             progress.message(text)
-        engine = choose_engine(plan.config, log_of_servers(dataset), progress)
+        engine = _choose_engine(plan.config, dataset, progress)
         plan = replace(plan, source=source).with_engine(engine)
         dataset.versions()  # one that is damaged is an error at the end, too
         plan.require_scorer()
@@ -114,6 +115,28 @@ class Plan:
     def choose_judge(self, progress: Progress | None = None) -> EngineChoice:
         """Choose the judge. Raises ConfigError or EngineError if it cannot be asked, or is the model that writes."""
         return choose_judge(self.config, self.requests.revision, progress, self.model or None)
+
+
+def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> EngineChoice:
+    """Choose the engine. Where its server does not answer, and the settings are those of the last run, it is that of this run:
+
+    what needs no reply can be done without a server, such as other limits; the error comes when a request must be sent.
+    """
+    try:
+        return choose_engine(config, log_of_servers(dataset), progress)
+    except EngineError as error:
+        model = read_record(dataset, "generate").get("model")
+        if not (config.base_url and model) or any(
+            config.recorded()[name] != dataset.settings()[name] for name in ("model", "base_url", "engine")
+        ):
+            raise
+        problem = error
+
+    def fail() -> Engine:
+        raise problem
+
+    progress.warn(f"{problem}: the run goes on as long as it needs no reply")
+    return EngineChoice("vllm", model["name"], model["revision"], "the model of the last run", fail)
 
 
 def log_of_servers(dataset: DatasetDir) -> Path:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import is_done, read_record, record
 from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.stages.base import Services, require_stage
-from pipeline.stages.records import is_done, read_record, record
 from pipeline.stages.source_reader import SourceReader
 
 T = TypeVar("T")

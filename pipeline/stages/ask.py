@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import is_done, output_digest, read_record, record, step_key
 from pipeline.dataset.samples import page_counts, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan
 from pipeline.plan import Plan
 from pipeline.stages.base import Services, Step, Work, record_cost
-from pipeline.stages.records import is_done, output_digest, read_record, record, step_key
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks.human import has_texts, human_annotations

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import described
 from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
@@ -42,7 +43,6 @@ from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.scenes.claims import Claim
 from pipeline.stages.base import Services, record_cost
-from pipeline.stages.records import described
 from pipeline.tables import FILTERED, HUMAN, STRING
 from pipeline.tasks.checks import CHECKING, REPAIR
 from pipeline.text.content_keys import content_words

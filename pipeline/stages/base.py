@@ -30,13 +30,13 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.records import PREPARED, is_done, output_digest, read_record, record, step_key
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.stages.records import PREPARED, is_done, output_digest, read_record, record, step_key
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import (
     atomic_write,

@@ -14,13 +14,13 @@ from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, require_file
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
+from pipeline.dataset.records import output_digest, read_record, record, step_key
 from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
 from pipeline.stages.base import ROW, AllRows, Step, Work, summarize_stage
-from pipeline.stages.records import output_digest, read_record, record, step_key
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields

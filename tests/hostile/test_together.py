@@ -19,7 +19,7 @@ from tests.hostile import part_of
 IMAGES = ("--source", "folder:photos", "--tasks", "caption", "--out", "data", "--language", "any", "--base-url")
 COMMANDS = {  # the first four end in the address of a server
     "generate": ("generate", *IMAGES),
-    "generate again": ("generate", "--from-stage", "filter", *IMAGES),
+    "generate again": ("generate", "--title", "Other", *IMAGES),
     "preview": ("preview", *IMAGES),
     "dry run": ("generate", "--dry-run", *IMAGES),
     "check": ("check", "data"),

@@ -94,7 +94,7 @@ def test_another_measure_asks_nothing_and_one_caption_is_as_before(
 ) -> None:
     checked = ("--samples", str(SAMPLES), "--verify", "claims")
     generate(folder, *checked)
-    longest = generate(folder, *checked, "--select", "longest", "--from-stage", "select")
+    longest = generate(folder, *checked, "--select", "longest")
     assert (longest["requests"]["asked"], longest["is_new"]) == (0, True)
     alone = generate(folder)
     first, last = read_version(folder / "d/versions/v1.0.0"), read_version(folder / alone["path"])

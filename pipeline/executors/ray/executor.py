@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
+from pipeline.dataset.records import code_digest, record
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.executors.base import ClusterOptions, forget_other_steps
@@ -35,7 +36,6 @@ from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import files_of_source, is_divisible
 from pipeline.stages.base import Executor, RowStep, Services
-from pipeline.stages.records import code_digest, record
 from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading
 from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
 from pipeline.stages.source_reader import READ_SETTINGS

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.dataset.records import is_done, read_record, record
 from pipeline.errors import EngineError, SourceError, SynthError
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
@@ -26,7 +27,6 @@ from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.stages.base import Services, require_stage
-from pipeline.stages.records import is_done, read_record, record
 from pipeline.stages.source import count_passing, is_worth_another_try, write_source
 from pipeline.stages.source_copies import BATCH_BYTES
 from pipeline.storage.files import read_json, write_json

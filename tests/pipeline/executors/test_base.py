@@ -15,6 +15,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import record
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
 from pipeline.images.near_duplicates import COMPARED_COLUMNS
@@ -25,7 +26,6 @@ from pipeline.stages import balance
 from pipeline.stages import filter as filter_
 from pipeline.stages.base import RowStep, Work
 from pipeline.stages.filter import judge_texts
-from pipeline.stages.records import record
 from pipeline.stages.validate import validate_annotations
 from pipeline.storage.files import read_table, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE

@@ -8,13 +8,14 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
+from pipeline.dataset import records
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.inference import requests
 from pipeline.plan import Plan
 from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.stages import ask as ask_step
-from pipeline.stages import base, records, version
+from pipeline.stages import base, version
 from pipeline.stages.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts

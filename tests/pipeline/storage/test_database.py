@@ -47,11 +47,11 @@ def test_a_full_disk_or_memory_is_one_error_with_a_hint(kind: type[duckdb.Error]
 def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -> None:
     def rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
-        raise TableError("column without name", hint="run without --from-stage")
+        raise TableError("column without name", hint="run it again")
 
     with open_database(tmp_path) as db, pytest.raises(TableError, match="column without name") as caught:
         load(db, "numbers", rows(), NUMBERS)
-    assert caught.value.hint == "run without --from-stage"
+    assert caught.value.hint == "run it again"
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])

@@ -14,7 +14,7 @@ def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "kept.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
-    assert "without --from-stage" in caught.value.hint
+    assert "run `synth generate` again" in caught.value.hint
 
 
 def test_between_stages_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path: Path) -> None:
