@@ -141,6 +141,11 @@ def test_the_trainer_imports_only_what_data_is_read_with() -> None:
             assert not foreign, module
 
 
+def test_engines_and_clients_take_settings_and_no_config() -> None:
+    for name in ("budget", "client", "embedded", "endpoints", "probing", "protocol", "vllm"):
+        assert "pipeline.config" not in GRAPH[f"pipeline.inference.{name}"], name
+
+
 def test_only_training_commands_import_the_trainer() -> None:
     for module, path in MODULES.items():
         if is_within(module, "pipeline"):
