@@ -14,8 +14,7 @@ from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.test_captioning import save_captioner
 from trainer import Captioner
-from trainer.caption_files import CaptionFile, find_images
-from trainer.caption_images import CaptionTask, caption_images
+from trainer.caption_files import CaptionFile, CaptionTask, caption_images, find_images
 
 COUNT = 10
 

@@ -15,13 +15,12 @@ from pipeline.tasks import prompts as built_in
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.tiny_models import save_vit, strengthen
 from trainer import Captioner
-from trainer.captioning import PREPARED_BATCHES
-from trainer.checkpoint import Checkpoint
-from trainer.model.captioner import build_captioner
+from trainer.captioner import PREPARED_BATCHES
+from trainer.model.caption_model import build_captioner
+from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
-from trainer.prompts import STYLES, choose_prompt
-from trainer.tokenizer import TargetText, train_tokenizer
+from trainer.tokenizer import STYLES, TargetText, choose_prompt, train_tokenizer
 
 PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 

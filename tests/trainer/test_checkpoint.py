@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import SMALL, replace
-from trainer.description import describe_checkpoint
-from trainer.loop.resume import save_resume
-from trainer.train import train
+from trainer.runtime.training_state import describe_checkpoint, save_resume
+from trainer.training import train_captioner
 
 
 def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
-    train(version, SMALL, tmp_path)
+    train_captioner(version, SMALL, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["data"]["digest"] == version.manifest["digest"]
     assert not (tmp_path / "resume.pt").exists()
@@ -26,7 +25,7 @@ def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: P
 def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_one_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(version, replace(steps=1, evaluate_every=1), tmp_path / "a")
+    train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "a")
     modes = {name: (tmp_path / "a" / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
     assert len(set(modes.values())) == 1, modes
 
@@ -35,12 +34,12 @@ def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_o
 
     monkeypatch.setattr("trainer.model.captioner.CaptionerModel.save_pretrained", fill_disk)
     with pytest.raises(TrainError, match=r"cannot write the weights to .*No space left on device"):
-        train(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
+        train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
 
 
 def test_a_checkpoint_folder_is_described_after_all_of_it_was_read(version: Version, clip: str, tmp_path: Path) -> None:
     out = tmp_path / "c"
-    train(version, replace(encoder=clip, steps=2), out)
+    train_captioner(version, replace(encoder=clip, steps=2), out)
     assert "2 steps logged, scored" in describe_checkpoint(out) and "a captioner of " in describe_checkpoint(out)
     (out / "metrics.json").unlink()
     assert "not scored yet" in describe_checkpoint(out)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.devices import all_reduce_gradients, products_in
-from trainer.presets import Precision
+from trainer.config import Precision
+from trainer.runtime.devices import all_reduce_gradients, products_in
 
 
 def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples, true_captions
 from trainer.config import TrainConfig, resolve
-from trainer.launch import PlannedTraining, find_interrupted, plan_training
+from trainer.launch import PlannedTraining, plan_training
+from trainer.runtime.checkpoint_folder import find_interrupted
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 

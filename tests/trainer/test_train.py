@@ -14,31 +14,31 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import trainer.build
 import trainer.data
 import trainer.evaluate
-import trainer.train
+import trainer.launch
+import trainer.training
 from pipeline.cli.output import print_scores
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.trainer.small_trainings import CPU, LORA, SMALL, losses, replace, weights
 from tests.trainer.tiny_models import save_language_model
-from trainer.build import choose_encoder
-from trainer.checkpoint import load_checkpoint
 from trainer.data import Example, Question, examples_in
 from trainer.evaluate import EvalOptions, evaluate, evaluate_version
 from trainer.features import OnlineFeatures
-from trainer.loop.training_log import read_log
+from trainer.launch import choose_encoder
 from trainer.metrics import derangement
+from trainer.model.checkpoint import load_checkpoint
 from trainer.model.language_model import PretrainedDecoder
-from trainer.train import train
+from trainer.runtime.training_state import read_log
+from trainer.training import train_captioner
 
 
 def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, clip: str) -> None:
     model = save_language_model(tmp_path / "llama", "llama")
     config = replace(encoder=clip, decoder=model, align_steps=2, steps=1, decoder_lr=0.0, connector_lr=1e-3, evaluate_every=9)
-    train(version, config, tmp_path / "out")
+    train_captioner(version, config, tmp_path / "out")
     captioner = load_checkpoint(tmp_path / "out").captioner
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert isinstance(captioner.decoder, PretrainedDecoder)
@@ -51,13 +51,13 @@ def test_aligning_moves_the_connector_alone(version: Version, tmp_path: Path, cl
 
 def test_a_run_in_which_nothing_would_learn_is_an_error(version: Version, tmp_path: Path, clip: str) -> None:
     with pytest.raises(TrainError, match="nothing would learn"):
-        train(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
+        train_captioner(version, replace(encoder=clip, decoder_lr=0.0, connector_lr=0.0), tmp_path)
 
 
 def test_each_test_image_gets_a_line_and_only_the_named_images_are_used(version: Version, tmp_path: Path, clip: str) -> None:
     ids = {split: version.read(split, ["sample_id"])["sample_id"].to_pylist() for split in ("train", "validation", "test")}
     only = {*ids["train"][:12], *ids["validation"], *ids["test"][1:]}
-    metrics = train(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
+    metrics = train_captioner(version, replace(encoder=clip, steps=2), tmp_path / "out", only=only)
     rows = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [row["sample_id"] for row in rows] == sorted(set(ids["test"]) & only)
     assert metrics["images"] == len(rows) and "each" not in metrics
@@ -68,7 +68,7 @@ def test_each_test_image_gets_a_line_and_only_the_named_images_are_used(version:
 def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
     version: Version, tmp_path: Path, clip: str
 ) -> None:
-    train(version, replace(encoder=clip, caption_word_budget=1), tmp_path / "out")
+    train_captioner(version, replace(encoder=clip, caption_word_budget=1), tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").captioner.config.prompts == [("synthetic", "brief")]
     (evaluated,) = [line for line in read_log(tmp_path / "out" / "log.jsonl") if "validation_loss" in line]
     assert math.isfinite(evaluated["validation_loss"]) and evaluated["validation_loss"] > 0
@@ -76,7 +76,7 @@ def test_a_style_that_a_limit_left_out_is_not_asked_of_the_validation_split(
 
 def test_a_captioner_of_human_captions_is_scored_on_captions_of_a_model(version: Version, tmp_path: Path) -> None:
     """As a teacher's are: nothing is learned from them."""
-    train(version, replace(steps=1), tmp_path / "c")
+    train_captioner(version, replace(steps=1), tmp_path / "c")
     config = json.loads((tmp_path / "c/config.json").read_text())
     config["data"]["texts"] = "human"
     (tmp_path / "c/config.json").write_text(json.dumps(config))
@@ -92,14 +92,14 @@ def test_texts_that_lose_their_end_are_told(version: Version, clip: str, tmp_pat
             warnings.append(text)
 
     config = SMALL.model_copy(update={"encoder": clip, "steps": 1, "max_caption_tokens": 3})
-    train(version, config, tmp_path, progress=Note())
+    train_captioner(version, config, tmp_path, progress=Note())
     assert len(warnings) == 1 and "texts are longer than 3 tokens: their end is not learned" in warnings[0]
 
 
 def test_questions_are_asked_about_their_own_image_and_about_another_one(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(version, replace(encoder=clip), tmp_path)
+    train_captioner(version, replace(encoder=clip), tmp_path)
     loaded = load_checkpoint(tmp_path)
     loaded.captioner.config.prompts.append(("synthetic", ""))
     found = examples_in(version, "train")
@@ -128,7 +128,7 @@ def test_adapters_are_merged_into_the_captioner_that_is_saved(
     version: Version, tmp_path: Path, clip: str, language_model: str
 ) -> None:
     """What is saved loads without peft, and has no more weights than the language model brought."""
-    train(version, replace(encoder=clip, decoder=language_model, decoder_lr=0.01, **LORA), tmp_path)
+    train_captioner(version, replace(encoder=clip, decoder=language_model, decoder_lr=0.01, **LORA), tmp_path)
     loaded = load_checkpoint(tmp_path).captioner
     before = AutoModelForCausalLM.from_pretrained(language_model).state_dict()
     after = loaded.decoder.state_dict()
@@ -146,31 +146,31 @@ def test_what_can_be_refused_is_refused_before_any_states_are_computed(
         examples = examples_in(version, split, mixture, **how)
         return [data_replace(one, texts=(), references=()) for one in examples] if split == "test" else examples
 
-    monkeypatch.setattr(trainer.train, "store_features", lambda *_: pytest.fail("states were computed"))
+    monkeypatch.setattr(trainer.training, "store_features", lambda *_: pytest.fail("states were computed"))
     if refused.startswith("no held-out"):
         monkeypatch.setattr(trainer.data, "examples_in", without_texts)
     with pytest.raises(TrainError, match=refused):
-        train(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
+        train_captioner(version, replace(encoder=clip), tmp_path, resume=refused == "nothing to resume")
 
 
 def test_a_finished_training_is_shown_and_one_of_other_steps_begins(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that nobody names follow from the data, and are compared as well."""
-    first = train(version, replace(encoder=clip), tmp_path)
+    first = train_captioner(version, replace(encoder=clip), tmp_path)
     with monkeypatch.context() as context:
-        context.setattr(trainer.train, "store_features", lambda *_: pytest.fail("it is trained already"))
+        context.setattr(trainer.training, "store_features", lambda *_: pytest.fail("it is trained already"))
         for resume in (False, True):  # as a script may say each time
-            assert train(version, replace(encoder=clip), tmp_path, resume=resume) == json.loads(json.dumps(first))
+            assert train_captioner(version, replace(encoder=clip), tmp_path, resume=resume) == json.loads(json.dumps(first))
     print_scores(first)
     assert len(losses(tmp_path)) == 1
-    train(version, replace(encoder=clip, steps=2), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=2), tmp_path)
     assert len(losses(tmp_path)) == 2
 
 
 def test_an_evaluation_has_the_images_in_the_order_of_the_test(version: Version, tmp_path: Path, clip: str) -> None:
     """Intervals are drawn by place: in another order they would be others."""
-    train(version, replace(encoder=clip, steps=1), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=1), tmp_path)
     tested = [json.loads(line)["sample_id"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     evaluated = evaluate_version(load_checkpoint(tmp_path), version, "test")["each"]
     assert [row["sample_id"] for row in evaluated] == tested == sorted(tested)
@@ -184,14 +184,14 @@ def test_texts_that_are_too_long_for_a_language_model_are_refused_before_the_fir
     (tmp_path / "lm/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 70}))
     config = replace(encoder=clip, decoder=str(tmp_path / "lm"), steps=2, max_caption_tokens=64)
     with pytest.raises(TrainError, match="positions, and the language model has 70") as refused:
-        train(version, config, tmp_path / "c")
+        train_captioner(version, config, tmp_path / "c")
     assert "--encoder-states" in refused.value.hint
     assert not (tmp_path / "c").exists()
 
 
 def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, clip: str, tmp_path: Path) -> None:
     config = replace(encoder=clip, decoder="prefix", encoder_states="2x2", steps=6, evaluate_every=3, decoder_width=48)
-    metrics = train(version, config, tmp_path / "whole")
+    metrics = train_captioner(version, config, tmp_path / "whole")
     loaded = load_checkpoint(tmp_path / "whole").captioner
     assert isinstance(loaded.decoder, PretrainedDecoder)
     sizes = loaded.config.decoder["language_model"]
@@ -204,8 +204,8 @@ def test_a_decoder_from_scratch_may_read_states_as_a_prefix(version: Version, cl
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut", progress=Stop())
-    assert train(version, config, tmp_path / "cut", resume=True) == metrics
+        train_captioner(version, config, tmp_path / "cut", progress=Stop())
+    assert train_captioner(version, config, tmp_path / "cut", resume=True) == metrics
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
@@ -213,7 +213,7 @@ def test_photographs_are_not_given_to_an_encoder_of_drawn_scenes(monkeypatch: py
     def refuse(*_: object, **__: object) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(trainer.build, "snapshot_download", refuse)
+    monkeypatch.setattr(trainer.launch, "snapshot_download", refuse)
     said: list[str] = []
     assert choose_encoder(said.append, is_drawn=True) == "tiny-clip" and len(said) == 1
     with pytest.raises(TrainError, match="cannot be had here, and these images need an encoder of photographs"):

@@ -9,16 +9,15 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
 from tests.trainer.tiny_models import save_clip
-from trainer.build import build_checkpoint, build_trainer
 from trainer.config import TrainConfig
 from trainer.data import examples_in
 from trainer.features import OnlineFeatures
-from trainer.loop import forecast
-from trainer.loop.batch_loader import Batch, BatchLoader
-from trainer.loop.forecast import fit_and_forecast
-from trainer.loop.self_critical import SelfCritic
-from trainer.loop.steps import Trainer
-from trainer.loop.training_log import memory_mb
+from trainer.loop import Batch, BatchLoader, Trainer, build_trainer
+from trainer.model.checkpoint import build_checkpoint
+from trainer.runtime import forecast
+from trainer.runtime.devices import memory_mb
+from trainer.runtime.forecast import fit_and_forecast
+from trainer.self_critical import SelfCritic
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
 CPU = torch.device("cpu")

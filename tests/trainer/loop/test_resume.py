@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import trainer.loop.steps
-import trainer.train
+import trainer.loop
+import trainer.training
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.small_trainings import LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
-from trainer.loop.resume import save_resume
-from trainer.train import train
+from trainer.runtime.training_state import save_resume
+from trainer.training import train_captioner
 
 
 @pytest.mark.parametrize(("align_steps", "storage"), [(0, "none"), (3, "bf16")])
@@ -25,10 +25,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int, storage: Any
 ) -> None:
     config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2, feature_storage=storage)
-    whole = train(version, config, tmp_path / "whole")
+    whole = train_captioner(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     torch.manual_seed(99)  # a new process has another random state
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert train_captioner(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
@@ -36,24 +36,24 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(
 def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(version, replace(steps=2), tmp_path)
+        train_captioner(version, replace(steps=2), tmp_path)
     with pytest.raises(TrainError, match=r"was trained with other settings \(steps 2, now 3\)"):
-        train(version, replace(steps=3), tmp_path, resume=True)
+        train_captioner(version, replace(steps=3), tmp_path, resume=True)
     others = make_version(tmp_path / "others", scene_samples(50))[0]
     with pytest.raises(TrainError, match="was trained with other data"):
-        train(others, replace(steps=2), tmp_path, resume=True)
+        train_captioner(others, replace(steps=2), tmp_path, resume=True)
     (tmp_path / "train.json").write_text("{}?")
     with pytest.raises(TrainError, match="was trained with other settings or data"):
-        train(version, replace(steps=3), tmp_path, resume=True)
+        train_captioner(version, replace(steps=3), tmp_path, resume=True)
 
 
 def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
-        train(version, SMALL, tmp_path / "new", resume=True)
-    train(version, SMALL, tmp_path / "done")
+        train_captioner(version, SMALL, tmp_path / "new", resume=True)
+    train_captioner(version, SMALL, tmp_path / "done")
     before = {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
     with pytest.raises(TrainError, match="nothing to resume"):
-        train(version, replace(seed=1), tmp_path / "done", resume=True)
+        train_captioner(version, replace(seed=1), tmp_path / "done", resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
 
 
@@ -63,7 +63,9 @@ def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
 ) -> None:
     config = replace(encoder=clip, steps=60, evaluate_every=100)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "process.py").write_text(PROCESS.replace("train(read_version", "0 and train(read_version") + SIGNALLED)
+    (tmp_path / "process.py").write_text(
+        PROCESS.replace("train_captioner(read_version", "0 and train_captioner(read_version") + SIGNALLED
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
     arguments = [str(version.path), "config.json", "cut", name]
     subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -78,9 +80,9 @@ def test_the_state_is_saved_from_time_to_time(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(trainer.loop.steps, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", lambda folder, state: saved.append(state["step"]))
-    train(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
+    monkeypatch.setattr(trainer.loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
+    train_captioner(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
     assert saved == [1, 2, 3]
 
 
@@ -88,11 +90,11 @@ def test_adapters_and_averages_go_on_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
 ) -> None:
     config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
-    whole = train(version, config, tmp_path / "whole")
+    whole = train_captioner(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
     assert not [name for name in saved["captioner"] if name.startswith("encoder.") or "base_layer" in name]
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
+    assert train_captioner(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 
@@ -105,7 +107,7 @@ def test_a_run_goes_on_with_its_own_pretrained_weights_only(
     changed = load_file(folder / "model.safetensors")
     save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainError, match="cut began with other pretrained weights"):
-        train(version, config, tmp_path / "cut", resume=True)
+        train_captioner(version, config, tmp_path / "cut", resume=True)
 
 
 def test_a_run_of_two_processes_goes_on_in_one(
@@ -118,14 +120,14 @@ def test_a_run_of_two_processes_goes_on_in_one(
         asked.append(values[2])
         return f"run of {values[2]}"
 
-    monkeypatch.setattr(trainer.train, "digest", digest_of)
+    monkeypatch.setattr(trainer.training, "digest", digest_of)
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(version, config, tmp_path / "cut")
+        train_captioner(version, config, tmp_path / "cut")
     state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
     torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_resume)
-    assert train(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
+    monkeypatch.setattr(trainer.loop, "save_resume", save_resume)
+    assert train_captioner(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
     assert 2 in asked
 
 
@@ -133,15 +135,15 @@ SIGNALLED = """
 import os, signal
 rank = int(os.environ["RANK"])
 if rank == 1:
-    import trainer.loop.steps
-    step = trainer.loop.steps.Trainer.train_step
+    import trainer.loop
+    step = trainer.loop.Trainer.train_step
     def stepping(self, optimizer, number, batch):
         if number == 2:
             os.kill(os.getpid(), getattr(signal, sys.argv[4]))
         return step(self, optimizer, number, batch)
-    trainer.loop.steps.Trainer.train_step = stepping
+    trainer.loop.Trainer.train_step = stepping
 try:
-    train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+    train_captioner(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 except BaseException as error:
     Path(f"ended-{rank}").write_text(f"{type(error).__name__}: {error}")
 """

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.loop.validation
-import trainer.train
+import trainer.loop
+import trainer.training
 from pipeline.dataset.version import Version
 from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.build import build_checkpoint
-from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import examples_in
-from trainer.loop.resume import save_resume
-from trainer.loop.self_critical import SelfCritic, _advantages
-from trainer.loop.training_log import read_log
 from trainer.metrics import Rarity, cider_d, tokenize
+from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
+from trainer.runtime.training_state import read_log, save_resume
+from trainer.self_critical import SelfCritic, _advantages
 from trainer.tokenizer import EOS, TextBatch
-from trainer.train import train
+from trainer.training import train_captioner
 
 SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, max_caption_tokens=12)
 SAMPLES = 4
@@ -44,11 +42,11 @@ def evaluate_as(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """Have the evaluations of a training find these scores, one after the other."""
     left = iter(scores)
     monkeypatch.setattr(
-        trainer.loop.validation,
+        trainer.loop,
         "evaluate",
         lambda *_: {"images": 2, "scores": {"cider_d": next(left)}, "shuffled_scores": {"cider_d": 0.0}},
     )
-    monkeypatch.setattr(trainer.train, "_test", lambda *_: {})
+    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
 
 
 def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -59,7 +57,7 @@ def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if state["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
 def test_a_reward_is_less_the_mean_of_the_others() -> None:
@@ -118,7 +116,7 @@ def test_rewards_begin_where_the_likelihood_no_longer_helps(
     """The evaluations without a better score before them do not end them; those after their begin do."""
     evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4])
     lengths = {"steps": 40, "scst_steps": 20, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
-    train(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
+    train_captioner(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
     steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
     assert steps == [*((step, "train") for step in range(1, 7)), *((step, "scst") for step in range(41, 49))]
 
@@ -129,12 +127,12 @@ def test_a_training_with_rewards_goes_on_to_the_same_bits(
     config = SMALL.model_copy(
         update={"encoder": save_clip(tmp_path / "clip"), "steps": 2, "scst_steps": 3, "scst_samples": 2, "evaluate_every": 3}
     )
-    whole = train(version, config, tmp_path / "whole")
+    whole = train_captioner(version, config, tmp_path / "whole")
     stages = [(line["stage"], "reward" in line) for line in read_log(tmp_path / "whole/log.jsonl") if "stage" in line]
     assert stages == [("train", False)] * 2 + [("scst", True)] * 3
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         die_after_saving(context, step=3)
-        train(version, config, tmp_path / "cut")
-    assert train(version, config, tmp_path / "cut", resume=True) == whole
+        train_captioner(version, config, tmp_path / "cut")
+    assert train_captioner(version, config, tmp_path / "cut", resume=True) == whole
     first, second = (load_checkpoint(tmp_path / name).captioner.state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(weights, second[name]) for name, weights in first.items())

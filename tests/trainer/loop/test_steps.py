@@ -14,15 +14,14 @@ import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
-from trainer.build import build_checkpoint
-from trainer.checkpoint import load_checkpoint
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
-from trainer.loop.batch_loader import BatchLoader
-from trainer.model.captioner import CaptionerModel
+from trainer.loop import BatchLoader
+from trainer.model.caption_model import CaptionerModel
+from trainer.model.checkpoint import build_checkpoint, load_checkpoint
 from trainer.tokenizer import collate
-from trainer.train import train
+from trainer.training import train_captioner
 
 
 def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +29,7 @@ def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monk
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
-    metrics = train(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
+    metrics = train_captioner(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
     evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
     expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
@@ -42,19 +41,21 @@ def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monk
 def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
     """The loss is averaged over all tokens of the step, so parts with more words weigh more."""
     for parts in (1, 3):
-        train(version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts))
+        train_captioner(
+            version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts)
+        )
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
 
 
 def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match="the loss "):
-        train(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
+        train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
 def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
-    train(version, config, tmp_path)
+    train_captioner(version, config, tmp_path)
     checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
     texts = collate([[checkpoint.tokenizer.encode(text, 64) for text in example.texts] for example in examples])
     states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
@@ -79,7 +80,7 @@ def test_half_precision_is_for_the_steps_alone(
 
     for name in seen:
         monkeypatch.setattr(CaptionerModel, name, noting(name))
-    train(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
     assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
     assert {setting for setting, _ in seen["generate"]} == {"high"}
@@ -88,7 +89,7 @@ def test_half_precision_is_for_the_steps_alone(
 
 def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
-    train(version, config, tmp_path / "one")
+    train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "process.py").write_text(PROCESS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import interrupt, losses, replace
-from trainer.loop.training_log import Log, read_log
-from trainer.train import train
+from trainer.runtime.training_state import Log, read_log
+from trainer.training import train_captioner
 
 
 def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
@@ -20,9 +20,9 @@ def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
     config, out = replace(encoder=clip, steps=4, align_steps=2), tmp_path / "out"
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(version, config, out, tensorboard=True)
+        train_captioner(version, config, out, tensorboard=True)
     monkeypatch.undo()
-    train(version, config, out, tensorboard=True, resume=True)
+    train_captioner(version, config, out, tensorboard=True, resume=True)
     curves = EventAccumulator(str(out / "tensorboard")).Reload()
     points = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
@@ -37,7 +37,7 @@ def test_curves_for_tensorboard_without_it_are_one_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainError, match="TensorBoard is not installed"):
-        train(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
+        train_captioner(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
     assert not (tmp_path / "out").exists()  # nothing was written or removed
 
 

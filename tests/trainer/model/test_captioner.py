@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
-from trainer.model.captioner import CaptionerModel, ContrastiveHead, build_captioner
+from trainer.model.caption_model import CaptionerModel, ContrastiveHead, build_captioner
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import load_encoder

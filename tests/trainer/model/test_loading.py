@@ -23,7 +23,7 @@ from transformers import (
 from pipeline.errors import EngineError, TrainError
 from pipeline.images.clip import ClipScorer
 from tests.trainer.tiny_models import IMAGE, SIDE_PX, TOWER, save_clip, save_language_model, save_vit
-from trainer.model import loading
+from trainer.model import pretrained
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder
 
@@ -145,7 +145,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "AutoConfig", lambda *_, **__: pytest.fail("the Hub is asked"))
+    monkeypatch.setattr(pretrained, "AutoConfig", lambda *_, **__: pytest.fail("the Hub is asked"))
     for load in (load_encoder, load_decoder):
         with pytest.raises(TrainError, match="there is no such folder"):
             load(name)

@@ -1,35 +1,186 @@
-"""The training loop: a step, its batches, what is scored and saved in between.
+"""The training loop: load the batches, compute the steps, score the validation split, and save the best captioner.
 
 The batch of a step depends on seed and step only; several processes (torchrun) split its images and compute the same update.
 """
 
+import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.digests import digest
 from pipeline.errors import TrainError, one_line
 from pipeline.progress import Progress
-from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.data import batches
-from trainer.devices import all_reduce_gradients, autocast, from_first_process, max_over_processes, products_in
-from trainer.loop.batch_loader import Batch, BatchLoader
-from trainer.loop.resume import save_resume, signals_noted
-from trainer.loop.self_critical import SelfCritic
-from trainer.loop.training_log import Log, Pace, memory_mb
-from trainer.loop.validation import Validation
+from trainer.data import Example, batches
+from trainer.evaluate import EvalOptions, evaluate
+from trainer.features import LoadedFeatures
+from trainer.model.checkpoint import Checkpoint
+from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import SpikeFilter, WeightAverage, build_optimizer, set_stage
+from trainer.runtime.devices import (
+    all_reduce_gradients,
+    autocast,
+    from_first_process,
+    max_over_processes,
+    memory_mb,
+    products_in,
+)
+from trainer.runtime.training_state import Log, save_resume, signals_noted
+from trainer.self_critical import SelfCritic
+from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
+
+
+class MicroBatch(NamedTuple):
+    """Images that are computed at once, with their texts."""
+
+    loaded: Tensor  # what the features load of the images (trainer/features.py)
+    texts: TextBatch
+    examples: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The images of a step: the micro-batches of this process, and counts of all processes."""
+
+    micro_batches: list[MicroBatch]
+    num_tokens: int  # of targets
+    num_micro_batches: int
+    num_images: int
+
+
+@dataclass(slots=True)
+class BatchLoader:
+    """Loads what the steps of one of several processes are computed from."""
+
+    config: TrainConfig
+    tokenizer: CaptionTokenizer
+    examples: list[Example]
+    features: LoadedFeatures
+    rank: int = 0
+    processes: int = 1
+    micro_batches: int = 1  # of each process in a step
+    encoded: dict[str, list[EncodedText]] = field(default_factory=dict)  # texts by sample id, once an image was seen
+
+    def load(self, examples: list[Example]) -> Batch:
+        """Read the images of a step, or their states, and collate their texts. Images of other processes are not read."""
+        count = self.micro_batches * self.processes
+        # Parts of all processes: the mean needs their token counts.
+        parts = [part for first in range(count) if (part := examples[first::count])]  # fewer, of few images
+        texts = [self.collate(part) for part in parts]
+        own = range(self.rank * self.micro_batches, min(len(parts), (self.rank + 1) * self.micro_batches))
+        loaded = [MicroBatch(self.features.load(parts[index]), texts[index], parts[index]) for index in own]
+        return Batch(loaded, sum(int(batch.learned_CT.sum()) for batch in texts), len(parts), len(examples))
+
+    def load_ahead(self, order: Iterable[list[int]]) -> Iterator[Batch]:
+        """Yield the batches of an order (`data.batches`), each loaded by a thread while the step before it is computed."""
+        with ThreadPoolExecutor(1) as pool:
+            coming: Future[Batch] | None = None
+            for indices in order:
+                following = pool.submit(self.load, [self.examples[index] for index in indices])
+                if coming:
+                    yield coming.result()
+                coming = following
+            if coming:
+                yield coming.result()
+
+    def collate(self, examples: list[Example]) -> TextBatch:
+        """Return one batch of all texts of the examples."""
+        most = self.config.max_caption_tokens
+        for example in examples:
+            if example.sample_id not in self.encoded:
+                self.encoded[example.sample_id] = [self.tokenizer.encode(text, most) for text in example.texts]
+        return collate([self.encoded[example.sample_id] for example in examples])
+
+
+SCORE_DIGITS = 3  # of CIDEr-D, by which captioners are compared; the loss decides between equal ones
+
+
+@dataclass(slots=True)
+class Validation:
+    """Scores a captioner on some images, and saves it where it is the best so far."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig
+    examples: list[Example]
+    loader: BatchLoader
+    device: torch.device
+    best_score: float = -math.inf  # of the saved captioner, by which others are compared with it
+    best_cider_d: float | None = None  # of the saved captioner; None for a single image
+    best_loss: float = math.inf  # its validation loss, which decides between equal scores
+    evaluations_without_gain: int = 0  # in a row, of the score
+    shown: dict[str, str] = field(default_factory=dict)  # the last scores, for the display
+
+    def score(self, out: Path, log: Log, done: int) -> None:
+        """Score the captioner after so many steps, and save it to `out` if it is the best so far."""
+        options = EvalOptions(scored_prompt(self.checkpoint.captioner.config.prompts))
+        scored = evaluate(self.checkpoint, self.examples, options, self.loader.features)
+        cider_d, shuffled = scored["scores"]["cider_d"], scored["shuffled_scores"]["cider_d"]
+        loss = self.loss()
+        if loss is not None and not math.isfinite(loss):
+            hint = "lower the rates (--lr), or train with --precision fp32"
+            raise TrainError(f"the loss of the validation split is {loss} at step {done}", hint=hint)
+        scores = {"validation_cider_d": cider_d, "validation_shuffled_cider_d": shuffled}
+        log.write(step=done, **({} if loss is None else {"validation_loss": loss}), **scores)
+        shown = f"{cider_d:.3f}, with shuffled images {shuffled:.3f}"
+        self.shown = {**({} if loss is None else {"validation loss": f"{loss:.3f}"}), "CIDEr-D": shown}
+        # CIDEr-D weighs words by their rarity among images: for a single image it is always 0.
+        # At first all captions score 0, or nearly so: the loss tells which are better; without one, the later is.
+        of_equals = float(done) if loss is None else -loss  # the larger is better
+        quality = (round(cider_d, SCORE_DIGITS) if scored["images"] > 1 else of_equals, of_equals)
+        if quality > (self.best_score, -self.best_loss):
+            self.checkpoint.save(out)
+            (self.best_score, _), self.best_loss, self.evaluations_without_gain = quality, -of_equals, 0
+            self.best_cider_d = cider_d if scored["images"] > 1 else None
+        elif done > self.config.align_steps:  # the first stage is not to end the second
+            self.evaluations_without_gain += 1
+
+    @torch.no_grad()
+    def loss(self) -> float | None:
+        """Return the mean loss per token over the validation images that are used while training; None if none has a text."""
+        captioner, total, tokens = self.checkpoint.captioner.eval(), 0.0, 0
+        examples = [example for example in self.examples if example.texts]
+        parts = self.loader.micro_batches * self.loader.processes
+        size = math.ceil(self.config.batch_size / parts)  # of which a step fits the memory
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            texts = self.loader.collate(part)
+            total += captioner.loss(self.loader.features(part).to(self.device), texts).item()
+            tokens += int(texts.learned_CT.sum())
+        return total / tokens if tokens else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the score has not improved for too long."""
+        return 0 < self.config.patience <= self.evaluations_without_gain
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next evaluation depends on."""
+        return {
+            "best": self.best_score,
+            "best_cider_d": self.best_cider_d,
+            "best_loss": self.best_loss,
+            "unimproved": self.evaluations_without_gain,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from a state. Raises KeyError if it is damaged."""
+        self.best_score = state["best"]
+        self.evaluations_without_gain = state["unimproved"]
+        self.best_cider_d = state["best_cider_d"]
+        self.best_loss = state["best_loss"]
+
 
 SAVE_EVERY_S = 300.0  # between states to resume from, beside those at evaluations
 GIVE_UP = 10  # skipped steps in a row
@@ -189,6 +340,43 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
             hint = f"remove {path} to start anew without --resume"
             raise TrainError(f"{path} is damaged: {one_line(error)}", hint=hint) from None
+
+
+def build_trainer(
+    checkpoint: Checkpoint, config: TrainConfig, loader: BatchLoader, validation_set: list[Example], device: torch.device
+) -> Trainer:
+    """Return a trainer of one of several processes at its first step."""
+    validation = Validation(checkpoint, config, validation_set, loader, device)
+    trainer = Trainer(checkpoint, config, loader, validation, device)
+    if config.average_decay:
+        trainer.average = WeightAverage(config.average_decay, {})
+    if config.scst_steps:
+        trainer.critic = SelfCritic(checkpoint, loader.examples, config.scst_samples)
+    weights = checkpoint.captioner.state_dict()
+    trainer.frozen_key = weights_digest(b"", {name: weights[name] for name in trainer.frozen_names()})
+    return trainer
+
+
+@dataclass(slots=True)
+class Pace:
+    """The speed of the steps of this process."""
+
+    before_s: float = 0.0  # that earlier processes have trained, up to the state that is gone on with
+    started: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    images: int = 0
+    tokens: int = 0
+
+    def after(self, batch: Batch, steps_left: int) -> dict[str, float]:
+        """Count a batch; return the speed so far, for the log, where so many steps are left."""
+        self.steps, self.images, self.tokens = self.steps + 1, self.images + batch.num_images, self.tokens + batch.num_tokens
+        seconds = time.monotonic() - self.started
+        return {
+            "seconds": self.before_s + seconds,
+            "seconds_left": seconds / self.steps * steps_left,
+            "images_per_s": self.images / seconds,
+            "tokens_per_s": self.tokens / seconds,
+        }
 
 
 def run_steps(trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any]) -> None:

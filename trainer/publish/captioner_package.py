@@ -1,4 +1,4 @@
-"""The files with which a captioner loads in transformers, beside its weights and its tokenizer."""
+"""What is pushed of a captioner: the files with which it loads in transformers, next to its weights, and a page for it."""
 
 import ast
 from pathlib import Path
@@ -7,45 +7,29 @@ from typing import Any
 import yaml
 
 from pipeline.errors import TrainError
+from pipeline.hub.package import Package, build_checkpoint_package, build_space_package
 from pipeline.storage.files import json_text, read_json
-from trainer.config import require_checkpoint
-from trainer.prompts import preferred_style
+from trainer.config import DECODERS, ENCODERS
+from trainer.runtime.checkpoint_folder import PUBLISHED_TYPE, require_checkpoint
+from trainer.tokenizer import preferred_style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]  # of the project's packages
 MODULE = "modeling_synth_captioner"
-# By module of this project that a published file imports from: what takes the place of that line, by module again.
-DEFINITIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "pipeline.images.upright": {"pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white")},
-    "trainer.model.decoder": {
-        "trainer.model.decoder": (
-            "DecoderConfig",
-            "Seen",
-            "BlockCache",
-            "Block",
-            "Attention",
-            "attend_apart",
-            "rope_table",
-            "apply_rope",
-        )
-    },
-    "trainer.model.states": {"trainer.model.states": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid")},
-    "trainer.prompts": {
-        "trainer.prompts": (
-            "ANSWER",
-            "STYLES",
-            "preferred_style",
-            "preferred_source",
-            "choose_prompt",
-            "prompt_parts",
-            "prompt_ids",
-        )
-    },
-}
+DEFINITIONS = {  # by module of this project: what replaces an import from it in a published file
+    "pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white"),
+    "trainer.model.decoder": (
+        "DecoderConfig", "Seen", "BlockCache", "Block", "Attention", "attend_apart", "rope_table", "apply_rope",
+    ),
+    "trainer.model.encoder": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid"),
+    "trainer.tokenizer": (
+        "ANSWER", "STYLES", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts", "prompt_ids",
+    ),
+}  # fmt: skip
 NEEDED_IMPORTS = {  # of the definitions of a module
-    "trainer.prompts": "from collections.abc import Callable\n",
+    "trainer.tokenizer": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
-    "trainer.model.decoder": ("import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"),
+    "trainer.model.decoder": "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n",
 }
 GRADIO = "6.31.0"  # that the page was tested with; a Space installs this one
 SPACE_REQUIREMENTS = ("torch", "transformers>=5.17", "pillow")
@@ -71,7 +55,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
     values: dict[str, dict[str, Any]] = {
         "config.json": {
             **config,
-            "model_type": "synth_captioner",
+            "model_type": PUBLISHED_TYPE,
             "architectures": ["SynthCaptioner"],
             "auto_map": {name: f"{MODULE}.{kind}" for name, kind in classes.items()},
             "dtype": "float32",
@@ -138,10 +122,10 @@ def standalone_source(name: str) -> str:
     """Return a module of this package in which definitions stand in place of their import from the project."""
     text = (HERE / f"{name}.py").read_text(encoding="utf-8")
     needed = ""
-    for module, names_of in DEFINITIONS.items():
+    for module, names in DEFINITIONS.items():
         for line in [line for line in text.splitlines() if line.startswith(f"from {module} import")]:
-            sources = {of: (ROOT / f"{of.replace('.', '/')}.py").read_text(encoding="utf-8") for of in names_of}
-            defined = "\n\n\n".join(_source_of(sources[of], name) for of, names in names_of.items() for name in names)
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            defined = "\n\n\n".join(_source_of(source, name) for name in names)
             text = text.replace(line, f"\n{defined}\n")
             needed += NEEDED_IMPORTS.get(module, "")
     return text.replace("from typing import Any\n", f"{needed}from typing import Any\n", 1)
@@ -158,3 +142,17 @@ def _defined(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name}
     return {target.id for target in node.targets if isinstance(target, ast.Name)} if isinstance(node, ast.Assign) else set()
+
+
+def package_captioner(folder: Path, repo: str) -> Package:
+    """Return the package of a checkpoint folder to push to `repo`. Raises TrainError for a damaged captioner."""
+    if (folder / "model.safetensors").is_file():
+        from trainer.model.checkpoint import load_checkpoint  # imports torch
+
+        load_checkpoint(folder)  # a damaged captioner would be published for good
+    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
+
+
+def package_space(package: Package, folder: Path, repo: str, revision: str) -> Package:
+    """Return the package of a page for a captioner that is in `repo` at a revision."""
+    return build_space_package(package, space_files(folder, repo, revision))

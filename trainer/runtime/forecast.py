@@ -10,10 +10,9 @@ from torch import nn
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from trainer.data import Example
-from trainer.devices import max_over_processes
-from trainer.loop.steps import Trainer
-from trainer.loop.training_log import memory_mb
+from trainer.loop import Trainer
 from trainer.optimizer import build_optimizer, parameter_groups
+from trainer.runtime.devices import max_over_processes, memory_mb
 
 MINUTES_FROM_S = 90.0
 FEW_STEPS = 10  # of a training to which trying three would add a third and more

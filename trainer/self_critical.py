@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import Checkpoint
 from trainer.data import Example
 from trainer.metrics import Rarity, Tokens, cider_d, tokenize
+from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoding import DecodingConfig
-from trainer.prompts import scored_prompt
-from trainer.tokenizer import EOS, EncodedText, TextBatch, collate
+from trainer.tokenizer import EOS, EncodedText, TextBatch, collate, scored_prompt
 
 DRAWN = DecodingConfig(temperature=1.0)
 

@@ -1,8 +1,8 @@
-"""A checkpoint folder: it loads with `from_pretrained`, and training resumes from `resume.pt` (loop/resume.py).
+"""A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, and load that again.
 
 A checkpoint may be untrusted, and is checked before it is loaded: config.json holds known keys only, weights are safetensors,
-and no memory is allocated before their shapes fit the config. `log.jsonl` holds the training curves (loop/training_log.py),
-`captions.jsonl` the caption and scores of each test image.
+and no memory is allocated before their shapes fit the config. Its folder also holds `log.jsonl` and `resume.pt`
+(trainer/runtime/training_state.py), and `captions.jsonl`, the caption and scores of each test image.
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from io import StringIO
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import constants
@@ -21,16 +21,26 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers.initialization import no_init_weights
 
+from pipeline.dataset.card import has_unknown_license, language_of
+from pipeline.dataset.version import Version
 from pipeline.errors import TrainError, one_line
 from pipeline.storage.files import flush_file, flush_folder, scratch_folder
 from pipeline.storage.untrusted import read_regular
-from trainer.config import CAPTIONER_FILES, MAX_CAPTION_TOKENS, no_captioner, require_checkpoint
-from trainer.devices import best_device
-from trainer.model.captioner import CaptionerConfig, CaptionerModel
-from trainer.model.hf_config import require_few_layers
-from trainer.presets import EncoderStates
-from trainer.prompts import scored_prompt
-from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens
+from trainer.config import MAX_CAPTION_TOKENS, PREFIX, EncoderStates, TrainConfig
+from trainer.data import Example, texts_of
+from trainer.model.caption_model import CaptionerConfig, CaptionerModel, build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import load_encoder
+from trainer.model.language_model import load_decoder, new_decoder
+from trainer.model.pretrained import require_few_layers
+from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, PUBLISHED_TYPE, no_captioner, require_checkpoint
+from trainer.runtime.devices import best_device
+from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, scored_prompt, train_tokenizer
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
+MAX_TOKENIZER_BYTES = 100_000_000
+MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +114,11 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     return Checkpoint(captioner, tokenizer)
 
 
-MAX_CONFIG_BYTES = 10_000_000
-PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
-MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
-MAX_TOKENIZER_BYTES = 100_000_000
-MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
-
-
 def read_config(folder: Path) -> CaptionerConfig:
     """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
-    if values.get("model_type") == PUBLISHED_TYPE:  # of publish/files.py, or saved by transformers; its keys are not read here
+    if values.get("model_type") == PUBLISHED_TYPE:  # pushed, or saved by transformers: other keys are left out
         values = {name: value for name, value in values.items() if name in known}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has an unknown key {unknown[0]}")
@@ -164,3 +167,45 @@ def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
         if max(ids) >= vocab_size:
             raise ValueError(f"the prompt of the style {style or 'of answers'} has tokens that the decoder has not")
     return tokenizer
+
+
+def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
+    """Return an untrained captioner and its tokenizer. Raises TrainError if a model is missing, or cannot do what is set."""
+    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
+    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
+    texts = texts_of(train_set)
+    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+    decoder: Any
+    if config.decoder == PREFIX:
+        decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
+    elif config.is_scratch:
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        vocab_size = tokenizer.backend.get_vocab_size()
+        decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+    else:
+        decoder, tokenizer = load_decoder(config.decoder)
+        if config.lora_rank:
+            decoder.adapt(config.lora_rank, config.lora_dropout)
+        if config.checkpoint_blocks:
+            decoder.keep_no_states()
+        if config.num_beams > 1:
+            decoder.require_beams(config.num_beams)
+    captioner = build_captioner(
+        encoder,
+        decoder,
+        prompts=sorted({(text.source, text.style) for text in texts}),
+        eos_id=tokenizer.eos_id,
+        max_caption_tokens=config.max_caption_tokens,
+        contrast_width=config.contrast_width if config.contrastive_weight else 0,
+        data={
+            "version": version.name,
+            "digest": version.manifest["digest"],
+            "source": version.manifest["source"],
+            "texts": config.text_source,
+            "language": language_of(version.manifest),
+            "has_unknown_license": has_unknown_license(version.manifest),
+            "num_beams": config.num_beams,
+            **({"repo": version.repo} if version.repo else {}),
+        },
+    )
+    return Checkpoint(captioner, tokenizer)

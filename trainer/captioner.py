@@ -23,11 +23,10 @@ from pipeline.errors import ImageError, TrainError, one_line
 from pipeline.images.decode import MAX_IMAGE_BYTES, prepare_image
 from pipeline.images.upright import upright_rgb
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
-from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.hub import find_captioner
+from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
-from trainer.prompts import answering_prompt, scored_prompt
-from trainer.tokenizer import TargetText
+from trainer.runtime.checkpoint_folder import find_captioner
+from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
 BATCH_SIZE = 32  # images
 PREPARED_BATCHES = 2  # ahead of the one that is captioned

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.captioning import Captioner
-from trainer.publish.files import page_options
+from trainer.captioner import Captioner
+from trainer.publish.captioner_package import page_options
 
 MAX_PHOTO_BYTES = 100_000_000
 

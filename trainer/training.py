@@ -1,4 +1,4 @@
-"""Train a captioner on a version: choose and build its parts, run the loop (trainer/loop), and score the best once.
+"""Run a training: build its parts, run the loop (trainer/loop.py), and score the best captioner once.
 
 An optional first stage aligns: only the connector is trained. The second stage trains every part at its own rate, with AdamW,
 warm-up and a cosine schedule. An optional third rewards captions that it draws. An interrupted training resumes, bit-exact on
@@ -18,29 +18,25 @@ from pipeline.digests import digest
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import read_json, remove, write_json
 from pipeline.storage.untrusted import UnsafeFileError
-from trainer.build import build_checkpoint, build_trainer
 from trainer.caption_files import write_captions
-from trainer.checkpoint import Checkpoint, load_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Example, Sets, choose_examples, texts_of
-from trainer.devices import best_device, join_processes, products_in
 from trainer.evaluate import EvalOptions, choose_references, evaluate
 from trainer.features import LoadedFeatures, OnlineFeatures, store_features
-from trainer.loop.batch_loader import BatchLoader
-from trainer.loop.forecast import Forecast, fit_and_forecast
-from trainer.loop.resume import load_resume
-from trainer.loop.steps import Trainer, run_steps
-from trainer.loop.training_log import Log, require_tensorboard
+from trainer.loop import BatchLoader, Trainer, build_trainer, run_steps
+from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder
 from trainer.model.language_model import PretrainedDecoder
-from trainer.prompts import prompt_parts, scored_prompt
-from trainer.tokenizer import TargetText
+from trainer.runtime.devices import best_device, join_processes, products_in
+from trainer.runtime.forecast import Forecast, fit_and_forecast
+from trainer.runtime.training_state import Log, load_resume, require_tensorboard
+from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
 
 LAST = "last"  # the captioner of the last step, where an earlier one is better
 
 
-def train(
+def train_captioner(
     version: Version,
     config: TrainConfig,
     out: Path,
@@ -188,4 +184,4 @@ def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dic
     write_captions(out / "captions.jsonl", metrics.pop("each"))
     write_json(out / "metrics.json", metrics)
     (out / "resume.pt").unlink(missing_ok=True)
-    return metrics
+    return read_json(out / "metrics.json")  # as a later call returns them

@@ -16,8 +16,7 @@ from pipeline.errors import TrainError
 from trainer.model.decoder import DecoderConfig, ScratchDecoder
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import Encoder, EncoderConfig
-from trainer.model.language_model import PretrainedDecoder
-from trainer.model.lora import merged_state
+from trainer.model.language_model import PretrainedDecoder, merged_state
 from trainer.tokenizer import TextBatch
 
 MOST_IMAGES_AT_ONCE = 1 << 16  # whose texts are generated, until a GPU shows that they do not fit

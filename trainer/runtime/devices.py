@@ -1,6 +1,7 @@
 """The device of a process, the precision of its products, and the processes that train together."""
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import TrainError, one_line
-from trainer.presets import Precision
+from trainer.config import Precision
 
 WAIT = timedelta(hours=6)  # for the first process, which scores all of validation; NCCL's own limit is ten minutes
 MESSAGE_VALUES = 1 << 24  # gradient values per all-reduce
@@ -129,3 +130,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def memory_mb() -> float:
+    """Return the peak memory of this process so far: of the GPU, if there is one."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
