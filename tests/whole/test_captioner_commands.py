@@ -21,7 +21,7 @@ from pipeline.dataset.version import FEATURES, FEATURES_LOCK, Version
 from pipeline.errors import StoreError, TrainError
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
 from trainer.runtime.training_state import save_resume

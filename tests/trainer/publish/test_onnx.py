@@ -16,7 +16,7 @@ from pipeline.images.decode import prepare_image
 from pipeline.progress import NullProgress
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import save_language_model, save_vit, strengthen
 from trainer.model.caption_model import build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint

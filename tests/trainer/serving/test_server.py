@@ -19,7 +19,7 @@ import torch
 
 from pipeline.dataset.version import read_version
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving

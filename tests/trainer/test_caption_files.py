@@ -12,7 +12,7 @@ from pipeline.sources.folder import open_folder
 from pipeline.storage.sidecars import Existing
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.caption_files import CaptionFile, CaptionTask, caption_images, find_images
 
