@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import AsJson, BeamsAsTrained
-from pipeline.cli.output import echo, note_unfinished, say, show
+from pipeline.cli.output import echo, find_checkpoint, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
@@ -44,7 +44,6 @@ def caption(
     """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import SIDECARS, find_images
-    from trainer.runtime.checkpoint_folder import find_captioner, require_checkpoint
 
     chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
     if len(chosen) > 1 or (chosen and out is None):
@@ -53,9 +52,7 @@ def caption(
         raise BadParameter("ask something, or leave it out for a caption", param_hint="--question")
     if style and question:
         raise BadParameter("a question is answered in no style", param_hint="--style")
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
         paths = list(dict.fromkeys([*paths, *_images_named_on_stdin()]))
@@ -113,11 +110,8 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
     """Export a captioner, a checkpoint folder or ORG/NAME of the Hub, to ONNX."""
     from pipeline.storage.files import translate_disk_errors
-    from trainer.runtime.checkpoint_folder import find_captioner, require_checkpoint
 
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
 
     from trainer.publish.onnx_export import RUNNER, export_onnx  # imports torch, which takes seconds
 
@@ -144,11 +138,7 @@ def serve_captioner(
 
     If SYNTH_API_KEY is set, all requests but /health must carry this key. The page has no key, and is for this machine alone.
     """
-    from trainer.runtime.checkpoint_folder import find_captioner, require_checkpoint
-
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
     title = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
     if demo:
         if host not in ("127.0.0.1", "localhost"):

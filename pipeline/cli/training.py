@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, open_data
-from pipeline.cli.output import note_seen, note_unfinished, print_scores, say, show
+from pipeline.cli.output import find_checkpoint, note_seen, print_scores, say, show
 from pipeline.errors import TrainError
 from pipeline.progress import show_progress
 
@@ -107,11 +107,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
-    from trainer.runtime.checkpoint_folder import find_captioner, require_checkpoint
-
-    checkpoint = find_captioner(captioner)
-    require_checkpoint(checkpoint)
-    note_unfinished(checkpoint)
+    checkpoint = find_checkpoint(captioner)
     version = open_data(data, images)
 
     from trainer.caption_files import write_captions  # imports torch, which takes seconds

@@ -22,11 +22,13 @@ def find_captioner(name: str | Path) -> Path:
     """Return the folder of a captioner: the one that is named, or that of a download from the Hub.
 
     Only the settings, the tokenizer and the weights are fetched, and no code. Raises TrainError if there is no such
-    repository, it holds no captioner, or the Hub does not answer and nothing is cached.
+    repository, it or the folder holds no captioner, or the Hub does not answer and nothing is cached.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
-        return Path(name).expanduser()
+        folder = Path(name).expanduser()
+        require_checkpoint(folder)
+        return folder
     repo, revision = match[1], match[2]
     with translate_hub_errors(str(name), "model", TrainError, "check the name and the network, then try again", or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
@@ -79,9 +81,9 @@ def _shown(value: Any) -> str:
 
 
 def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the finished captioner in a folder has learned; None if there is none."""
+    """Return the digest of the data that the captioner in a folder was trained on; None if its config does not state it."""
     try:
-        return str(read_json(folder / "config.json")["data"]["digest"]) if (folder / "metrics.json").exists() else None
+        return str(read_json(folder / "config.json")["data"]["digest"])
     except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
         return None
 
@@ -112,7 +114,7 @@ def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
     if others := other_settings(folder, config):
         problem = f"{folder} holds a captioner of other settings ({'; '.join(others)})"
         raise ConfigError(problem, hint="say where this one goes: --out DIR")
-    if read_data_digest(folder) not in (None, version.manifest["digest"]):
+    if (folder / "metrics.json").exists() and read_data_digest(folder) not in (None, version.manifest["digest"]):
         raise ConfigError(f"{folder} holds a captioner of other data", hint="say where this one goes: --out DIR")
     if (folder / "resume.pt").exists():
         with DatasetDir(folder).lock():  # a training that goes on holds it, and says so
