@@ -1,6 +1,6 @@
 """From a dataset version to a trained and scored captioner.
 
-`train` trains a captioner on a version, and `Captioner` uses it. Both import their modules when they are first used.
+`train` trains a captioner on a version, and `Captioner` uses it. Each is imported when it is first used.
 """
 
 from importlib import import_module

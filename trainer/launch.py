@@ -45,7 +45,7 @@ class TrainResult:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`; each is better the larger."""
+        """The scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`; larger is better."""
         return dict(self.metrics["scores"])
 
     @property
@@ -68,21 +68,24 @@ def train(
     """Train a captioner on a version of a dataset, and score it on the test split.
 
     Args:
-        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version; None: the dataset made last.
+        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version; None: the
+            dataset made last.
         config: settings, or the path of a YAML file or a train.json with settings.
         out: the checkpoint folder; None: DATASET/checkpoints/VERSION-ENCODER-DECODER.
-        images: where the images are, for a version without pixels: a folder of files, a dataset folder, or a source.
+        images: where the images of a version without pixels are: a folder of files, a dataset folder, or a
+            source.
         resume: whether an interrupted training resumes; it keeps the settings with which it began.
         tensorboard: whether the curves are also written for TensorBoard.
-        progress: receives progress and messages, as that of `pipeline.progress.show_progress()` does; None: they are not shown.
-        **settings: fields of TrainConfig, which win over `config`. The preset, the encoder, the precision and the texts that no
-            setting names follow from the data and this machine, as in `synth train`.
+        progress: receives progress and messages, such as that of `pipeline.progress.show_progress()`; None:
+            nothing is shown.
+        **settings: fields of TrainConfig, which win over `config`. If no setting names them, the preset, the
+            encoder, the precision and the texts follow from the data and this machine, as in `synth train`.
 
     A training that is finished in `out` is not repeated: its result is returned.
 
-    Raises ConfigError for an invalid setting or a folder that holds another captioner, StoreError if the data does not exist or
-    is damaged, and TrainError if there is nothing to learn from or to resume, a model is missing, or the loss diverges. All of
-    them are SynthErrors, whose `hint` states the next step.
+    Raises ConfigError for an invalid setting or a folder that holds another captioner, StoreError if the data
+    does not exist or is damaged, and TrainError if there is nothing to learn from or to resume, a model is
+    missing, or the loss diverges. All of them are SynthErrors, whose `hint` states the next step.
     """
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
     progress = progress or NullProgress()
@@ -95,20 +98,22 @@ def train(
     message = progress.message if is_first else NullProgress().message
     planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
 
-    from trainer.training import train_captioner  # torch takes seconds: only once paths and settings are right
+    from trainer.training import train_captioner  # torch takes seconds: only for correct paths and settings
 
     chosen, folder = planned.config, planned.folder
-    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[chosen.text_source]
-    message(f"training on {version.path}: encoder {chosen.encoder}, decoder {chosen.decoder}{texts}")
+    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}
+    parts = f"encoder {chosen.encoder}, decoder {chosen.decoder}{texts[chosen.text_source]}"
+    message(f"training on {version.path}: {parts}")
     with translate_disk_errors(folder), DatasetDir(folder).lock() if is_first else nullcontext():
         metrics = train_captioner(version, chosen, folder, resume=resume, tensorboard=tensorboard, progress=progress)
     return TrainResult(folder, version, chosen, metrics)
 
 
 def open_version(data: str | Path | Version | None, images: str | None = None) -> Version:
-    """Open a version to learn from: local, in an object store or on the Hub; a version without pixels gets those of `images`.
+    """Open a version to learn from: local, in an object store or on the Hub.
 
-    Raises StoreError if it does not exist or is damaged, and ConfigError if pixels are missing.
+    A version without pixels gets those of `images`. Raises StoreError if it does not exist or is damaged, and
+    ConfigError if pixels are missing.
     """
     if isinstance(data, str) and is_hub_name(data):
         data = pull_version(data)
@@ -136,10 +141,11 @@ def plan_training(
 ) -> PlannedTraining:
     """Return what a training on a version will be.
 
-    `options` are settings that win over the file; settings without a value follow from the version and this machine. A training
-    that resumes has the settings with which it began.
+    `options` are settings that win over the file; settings without a value follow from the version and this
+    machine. A training that resumes has the settings with which it began.
 
-    Raises ConfigError if the folder holds another captioner or an interrupted training, or if several could resume.
+    Raises ConfigError if the folder holds another captioner or an interrupted training, or if several could
+    resume.
     """
     if resume and out is None and options.get("encoder") == options.get("decoder") == "auto":
         out = find_interrupted(version)
@@ -158,7 +164,7 @@ def plan_training(
 def choose_settings(
     version: Version, options: dict[str, Any], config_file: Path | None, message: Callable[[str], None]
 ) -> TrainConfig:
-    """Return the settings of options and file; preset, encoder, precision and texts that are not named follow."""
+    """Return the settings of options and file, with preset, encoder, precision and texts that follow."""
     config = resolve(config_file, **options)
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
@@ -181,9 +187,9 @@ def choose_settings(
 
 
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
-    """Return CLIP if its config is cached or can be downloaded, else for drawn scenes the shipped tiny encoder, with a message.
+    """Return CLIP if its config is cached or can be downloaded, else the shipped encoder of drawn scenes.
 
-    Raises TrainError for other images: an encoder that knows drawn scenes only would train for hours and learn nothing.
+    Raises TrainError for other images: this encoder would train for hours and learn nothing.
     """
     try:
         snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)

@@ -11,15 +11,15 @@ from pipeline.storage.files import translate_disk_errors
 
 
 def with_pixels(version: Version, images: str | None) -> Version:
-    """Return a version with pixels: itself, or a copy below its dataset folder with those of `images`, made once.
+    """Return a version with pixels: itself, or its copy with those of `images`, which is made once.
 
-    `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if the version lacks pixels and no
-    images are named, and StoreError if images are missing.
+    `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if the version lacks
+    pixels and no images are named, and StoreError if images are missing.
     """
     if not lacks_pixels(version):
         return version
     home = DatasetDir(version.dataset_dir / "joined")
-    with translate_disk_errors(home.path), home.lock(wait=True):  # one of several processes joins, the others wait
+    with translate_disk_errors(home.path), home.lock(wait=True):  # other processes wait
         if joined := find_joined(version, home.path):
             return joined
         if images is None:

@@ -1,4 +1,4 @@
-"""The Python interface: `import trainer` is cheap, `trainer.train` returns a result, and the example of the README runs."""
+"""The Python interface: `import trainer` is cheap, and `trainer.train` returns a result, as in the README."""
 
 import re
 import subprocess
@@ -64,7 +64,7 @@ def test_example_of_the_readme_trains_a_captioner(
     assert {"bleu_4", "rouge_l", "cider_d"} <= result.scores.keys() == result.shuffled_scores.keys()
 
 
-def test_config_and_settings_are_merged_and_all_settings_are_in_the_result(version: Version, tmp_path: Path) -> None:
+def test_settings_win_over_config_and_result_states_all_of_them(version: Version, tmp_path: Path) -> None:
     progress = Messages()
     config = replace(encoder="tiny-vit", seed=3)
     result = trainer.train(version, config, out=str(tmp_path), progress=progress, steps=2, seed=4)

@@ -1,4 +1,4 @@
-"""What is pushed of a captioner: the files with which it loads in transformers, next to its weights, and a page for it."""
+"""Package a captioner for the Hub: the files with which it loads in transformers, and a page for it."""
 
 import ast
 from pathlib import Path

@@ -81,7 +81,7 @@ def _shown(value: Any) -> str:
 
 
 def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the captioner in a folder was trained on; None if its config does not state it."""
+    """Return the digest of the data of the captioner in a folder; None if its config does not state it."""
     try:
         return str(read_json(folder / "config.json")["data"]["digest"])
     except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
