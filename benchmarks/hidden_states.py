@@ -16,7 +16,7 @@ from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import Version
 from pipeline.run import generate_dataset
 from trainer.config import resolve
-from trainer.train import train
+from trainer.training import train_captioner
 
 TIMES = 3  # as many steps take about the time of those with a prefix
 CELLS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def main() -> None:
             folder = arguments.out / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
             if not (folder / "metrics.json").exists():
                 chosen = settings | ({"steps": TIMES * arguments.steps} if "steps" in settings else {})
-                train(version, resolve(**shared | chosen, seed=seed), folder)
+                train_captioner(version, resolve(**shared | chosen, seed=seed), folder)
             results.append(json.loads((folder / "metrics.json").read_text()))
         own, shuffled = ([result[kind]["cider_d"] for result in results] for kind in ("scores", "shuffled_scores"))
         of_seeds = ", ".join(f"{score:.2f}" for score in own)

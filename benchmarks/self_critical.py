@@ -25,7 +25,7 @@ from pipeline.scenes.scene import Scene, Thing, scenes_of
 from pipeline.tables import ROW, SPLITS
 from tests.scene_data import publish_tables
 from trainer.config import resolve
-from trainer.train import train
+from trainer.training import train_captioner
 
 CAPTIONS = 5  # of an image, as COCO and Flickr30k have them
 OPENINGS = ("", "", "there is ", "a picture of ", "an image with ")
@@ -97,7 +97,7 @@ def main() -> None:
         for seed in arguments.seeds:
             for number, (kind, options) in enumerate(kinds.items()):
                 config = resolve(encoder=arguments.encoder, seed=seed, questions=False, **options)
-                metrics = train(version, config, Path(name) / f"{number}-{seed}")
+                metrics = train_captioner(version, config, Path(name) / f"{number}-{seed}")
                 scores, (low, high) = metrics["scores"], metrics["intervals"]["cider_d"]
                 shown = f"CIDEr-D {scores['cider_d']:.3f} [{low:.2f}, {high:.2f}], BLEU-4 {scores['bleu_4']:.3f}"
                 shuffled = metrics["shuffled_scores"]["cider_d"]

@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_throughput import LANGUAGE, QWEN3, encoder_config, measure, nanovlm_step, our_step, vars_of
 
 from pipeline.progress import NullProgress
+from trainer.config import Precision
 from trainer.data import Example
-from trainer.devices import autocast, multiplies_bfloat16, products_in
 from trainer.features import store_features
-from trainer.model.captioner import CaptionerConfig, CaptionerModel
+from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.presets import Precision
+from trainer.runtime.devices import autocast, multiplies_bfloat16, products_in
 from trainer.tokenizer import TextBatch
 
 CAPTIONS, TOKENS = 5, (10, 22)  # of an image; shortest and longest

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from trainer.devices import autocast, products_in
-from trainer.model.captioner import CaptionerConfig, CaptionerModel
+from trainer.config import Precision
+from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
-from trainer.presets import Precision
+from trainer.runtime.devices import autocast, products_in
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20

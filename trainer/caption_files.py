@@ -1,4 +1,4 @@
-"""Caption files and folders: which images are meant, and where their captions go, so that an interrupted run goes on.
+"""Caption many images: find them, and write their captions in their order, so that an interrupted run resumes.
 
 Captions go to one .jsonl file, which is written row by row under another name until it is complete, or to a text file beside
 each image.
@@ -7,18 +7,24 @@ each image.
 import glob
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from pipeline.errors import ConfigError
+from pipeline.digests import digest, file_digest
+from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import IMAGE_SUFFIXES
+from pipeline.progress import Progress
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import hold_lock
-from pipeline.storage.sidecars import Existing
+from pipeline.storage.sidecars import Existing, images_to_write, write_sidecar
 from pipeline.storage.untrusted import is_hidden, read_regular
+
+if TYPE_CHECKING:
+    from trainer.captioner import Captioner  # imports torch, which takes seconds
 
 SIDECARS = Path("txt")  # as the name of an output: a text file beside each image
 MAX_TEXT_BYTES = 8_000_000_000  # of a file of captions
@@ -157,3 +163,98 @@ def shown_path(path: Path) -> str:
 def write_captions(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a row an image as JSON lines, such as its caption and scores."""
     write_text(path, "".join(map(_line, rows)))
+
+
+@dataclass(slots=True)
+class CaptionedImages:
+    """What became of images: how many texts were written now, and which could not be read."""
+
+    num_written: int = 0
+    unread: list[tuple[Path, ImageError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionTask:
+    """Which images are captioned, and how."""
+
+    captioner: "Captioner"
+    images: list[Path]
+    styles: tuple[str, ...]  # one empty style stands for the answer to the question
+    question: str = ""
+    num_beams: int = 1
+    batch_size: int = 32
+
+    def texts(self, images: list[Path]) -> Iterator[tuple[Path, list[str] | ImageError]]:
+        """Yield each image with its text in each style, or with why it cannot be read."""
+        styles = [style or None for style in self.styles]
+        pairs = ((path, path) for path in images)
+        yield from self.captioner.stream(pairs, styles, self.question, self.batch_size, self.num_beams)
+
+    def row(self, image: Path, style: str, text: str) -> dict[str, Any]:
+        """Return the row of a caption or an answer."""
+        fields = {"question": self.question, "answer": text} if self.question else {"style": style, "caption": text}
+        return {"image": shown_path(image), **fields}
+
+
+def caption_images(
+    job: CaptionTask,
+    out: Path | None,
+    existing: Existing,
+    checkpoint: Path,
+    progress: Progress,
+    show: Callable[[dict[str, Any]], None],
+) -> CaptionedImages:
+    """Write captions to a file, beside the images, or by `show`; return how many, and the images that could not be read.
+
+    An image that was done by an interrupted run is not captioned again. Raises ConfigError for files that are there, if
+    `existing` is refuse.
+    """
+    if out == SIDECARS:
+        return _write_sidecars(job, existing, progress)
+    if out is None:
+        return _write_rows(job, set(), show, progress)
+    settings = {
+        "captioner": digest([file_digest(checkpoint / name) for name in ("config.json", "model.safetensors")]),
+        "question": job.question,
+        "styles": [*job.styles],
+        "num_beams": job.num_beams,
+    }
+    with CaptionFile(out, settings, existing) as file:
+        return _write_rows(job, file.done, file.add, progress)
+
+
+def _write_rows(
+    job: CaptionTask, done: set[tuple[str, str, str]], add: Callable[[dict[str, Any]], None], progress: Progress
+) -> CaptionedImages:
+    result = CaptionedImages()
+    left = [path for path in job.images if any(key not in done for key in _keys(job, path))]
+    progress("caption", len(job.images) - len(left), len(job.images))  # captions come in batches
+    for count, (path, texts) in enumerate(job.texts(left), start=len(job.images) - len(left) + 1):
+        if isinstance(texts, ImageError):
+            result.unread.append((path, texts))
+        else:
+            for key, style, text in zip(_keys(job, path), job.styles, texts, strict=True):
+                if key not in done:
+                    add(job.row(path, style, text))
+                    result.num_written += 1
+        progress("caption", count, len(job.images))
+    return result
+
+
+def _keys(job: CaptionTask, path: Path) -> list[tuple[str, str, str]]:
+    """Return the keys of the rows of an image, as a file of captions has them."""
+    return [(shown_path(path), style, job.question) for style in job.styles]
+
+
+def _write_sidecars(job: CaptionTask, existing: Existing, progress: Progress) -> CaptionedImages:
+    result = CaptionedImages()
+    images = images_to_write(job.images, existing)
+    progress("caption", 0, len(images))
+    for count, (path, texts) in enumerate(job.texts(images), start=1):
+        if isinstance(texts, ImageError):
+            result.unread.append((path, texts))
+        else:
+            write_sidecar(path, texts, existing)
+            result.num_written += len(texts)
+        progress("caption", count, len(images))
+    return result

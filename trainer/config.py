@@ -1,6 +1,9 @@
-"""Settings of a training run, saved with each checkpoint."""
+"""Settings of a training, saved with each checkpoint: names of models, presets, and how defaults, file and options merge.
 
-import json
+Presets are starting points after public recipes (ClipCap, SmallCap, LLaVA-1.5, BLIP), not tuned on many photographs:
+docs/measurements.md reports the measurements.
+"""
+
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +13,75 @@ from pydantic import ConfigDict, Field, model_validator
 from pipeline.config import NO_MODEL
 from pipeline.config.files import read_yaml, validate
 from pipeline.config.sections import Section
-from pipeline.errors import ConfigError, TrainError
-from pipeline.storage.files import read_json
-from pipeline.storage.untrusted import UnsafeFileError
-from trainer.presets import DECODER_KINDS, PRESETS, SCRATCH_DECODERS, TINY_VIT, EncoderStates, FeatureStorage, Precision, Preset
+from pipeline.errors import ConfigError
+from pipeline.images.clip import CLIP_MODELS
+
+Preset = Literal["auto", "scenes", "photos-few", "photos", "photos-lm"]  # auto: `choose_preset`, by the command
+EncoderStates = Literal["all", "2x2"]  # that a decoder reads: trainer/model/encoder.py
+Precision = Literal["fp32", "tf32", "bf16"]  # of products of matrices; tf32 is of GPUs
+FeatureStorage = Literal["bf16", "none"]  # none: states are computed in each step
+FEW_IMAGES = 2_000  # below which a wide decoder learns its images by heart
+
+# Short names of models, with their ids on the Hub, or folders.
+ENCODERS = {
+    "vit": "google/vit-base-patch16-224-in21k",
+    **CLIP_MODELS,
+    "clip-large": "openai/clip-vit-large-patch14-336",
+    "siglip2": "google/siglip2-base-patch16-256",
+    "dinov2": "facebook/dinov2-base",
+}
+TINY_VIT = "tiny-vit"  # an encoder from scratch, trained along with the decoder
+PREFIX = "prefix"  # a decoder from scratch in the form of a language model
+SCRATCH_DECODERS = ("scratch", PREFIX)
+DECODERS = {"qwen3": "Qwen/Qwen3-0.6B-Base", "smollm2": "HuggingFaceTB/SmolLM2-135M"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "scenes": {},  # the defaults of TrainConfig
+    "photos-few": {
+        "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 4,
+        "batch_size": 16, "connector_lr": 1e-3, "decoder_lr": 1e-3, "lr_floor_frac": 0.02,
+        "epochs": 40, "min_steps": 400, "evaluate_epochs": 2.0, "evaluate_images": FEW_IMAGES, "patience": 5,
+        "label_smoothing": 0.1, "average_decay": 0.99,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+    "photos": {
+        "decoder_width": 512, "decoder_depth": 6, "decoder_heads": 8, "vocab_size": 8192,
+        "batch_size": 64, "connector_lr": 5e-4, "decoder_lr": 5e-4, "lr_floor_frac": 0.02,
+        "epochs": 20, "evaluate_epochs": 1.0, "evaluate_images": 5_000, "patience": 4,
+        "label_smoothing": 0.1, "average_decay": 0.999,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+    "photos-lm": {
+        "batch_size": 64, "align_epochs": 1.0, "align_lr": 1e-3, "connector_lr": 2e-4, "lr_floor_frac": 0.02,
+        "lora_rank": 32, "checkpoint_blocks": True,
+        "epochs": 3, "min_steps": 60, "evaluate_epochs": 0.5, "evaluate_images": 1_000, "patience": 3,
+        "max_caption_tokens": 96, "num_beams": 3,
+    },
+}  # fmt: skip
+
+
+DECODER_KINDS = {"photos-few": "scratch", "photos": "scratch", "photos-lm": "a language model"}  # scenes: for any
+
+
+def choose_preset(*, is_drawn: bool, images: int, decoder: str) -> Preset:
+    """Return the preset for drawn or photographed training images, and a decoder from scratch or a language model."""
+    if is_drawn:
+        return "scenes"
+    if decoder not in SCRATCH_DECODERS:
+        return "photos-lm"
+    return "photos-few" if images < FEW_IMAGES else "photos"
+
+
+def usual_precision(preset: Preset, *, on_gpu: bool, has_bfloat16: bool) -> Precision:
+    """Return the precision of a preset: what the device multiplies fast, but for drawn scenes no less than TF32."""
+    if preset == "scenes":
+        return "tf32" if on_gpu else "fp32"
+    return "bf16" if has_bfloat16 else "fp32"
+
 
 MAX_CAPTION_TOKENS = 8192  # a checkpoint of a stranger could ask for captions without an end
 MAX_EPOCHS = 1_000_000
 EVALUATIONS = 20  # while training, at most
-CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 Mixture = Literal["synthetic", "human", "mixed"]  # whose texts to learn
 # Settings whose default depends on the data, the encoder or the decoder; see `with_defaults`.
 DERIVED_KEYS = ("steps", "evaluate_every", "connector_lr", "decoder_lr", "encoder_lr")
@@ -32,7 +95,7 @@ class TrainConfig(Section):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    preset: Preset | None = None  # whose values stand where nothing else is said: trainer/presets.py
+    preset: Preset | None = None  # whose values stand where nothing else is said: trainer/config.py
     encoder: str = TINY_VIT
     encoder_layer: int = -1  # whose hidden states are used: -1 the last, -2 the one before
     encoder_states: EncoderStates = "all"  # of the layer: all, or patches averaged 2x2
@@ -61,7 +124,7 @@ class TrainConfig(Section):
     epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
     steps: int = Field(default=0, ge=0)  # after the first stage; 0: derived from `epochs`
     min_steps: int = Field(default=0, ge=0)  # where `epochs` of few images are fewer
-    scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/loop/self_critical.py
+    scst_steps: int = Field(default=0, ge=0)  # of a last stage, which rewards drawn captions: trainer/self_critical.py
     scst_lr: float = Field(default=5e-5, gt=0)
     scst_samples: int = Field(default=5, ge=2)  # captions of an image that are drawn
     batch_size: int = Field(default=32, ge=1)
@@ -190,49 +253,6 @@ def _says_something(name: str, value: Any) -> bool:
     return value != "auto" or name == "preset"  # which the command chooses
 
 
-def no_captioner(folder: Path, reason: str = "") -> TrainError:
-    """Return the error that a folder holds no captioner."""
-    return TrainError(
-        f"no captioner in {folder}{f': {reason}' if reason else ''}", hint="pass the folder that `synth train` printed"
-    )
-
-
-def require_checkpoint(folder: Path) -> None:
-    """Raise TrainError if a folder lacks a file of a captioner. Nothing is loaded: the import of torch alone takes a second."""
-    if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
-        raise no_captioner(folder, f"it lacks {missing[0]}")
-
-
-def other_settings(folder: Path, config: TrainConfig) -> list[str]:
-    """Return which settings the finished captioner in a folder was trained with otherwise, such as `batch_size 64, now 32`."""
-    if not (folder / "metrics.json").exists():
-        return []
-    try:
-        trained = read_settings(folder)
-    except (OSError, ValueError, UnsafeFileError):
-        return ["train.json cannot be read"]
-    given = config.model_dump(exclude_unset=True)
-    derived = {"preset", *DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
-    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived} | given
-    return describe_changes(trained, {name: value for name, value in compared.items() if name != "preset"})
-
-
-def read_settings(folder: Path) -> TrainConfig:
-    """Return the settings of the training in a folder. Raise OSError, ValueError or UnsafeFileError if it has none."""
-    return TrainConfig.model_validate(read_json(folder / "train.json"))
-
-
-def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
-    """Return which of these values of settings are others than those of a training, with both."""
-    before = {name: getattr(trained, name) for name in values}
-    changed = [name for name, value in values.items() if before[name] != value]
-    return [f"{name} {_shown(before[name])}, now {_shown(values[name])}" for name in changed]
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-
-
 def keeps_human_texts(manifest: dict[str, Any]) -> bool:
     """Return True if a version holds texts that people wrote as captions and questions, and not as references alone."""
     return any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
@@ -243,11 +263,3 @@ def usual_texts(manifest: dict[str, Any]) -> Mixture:
     if not keeps_human_texts(manifest):
         return "synthetic"
     return "human" if manifest["model"]["name"] == NO_MODEL else "mixed"
-
-
-def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data that the finished captioner in a folder has learned; None if there is none."""
-    try:
-        return str(read_json(folder / "config.json")["data"]["digest"]) if (folder / "metrics.json").exists() else None
-    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
-        return None

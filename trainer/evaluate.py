@@ -18,16 +18,14 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.images.clip import ClipScorer
 from pipeline.text.vqa_answers import normalize_answer
-from trainer.checkpoint import Checkpoint
-from trainer.config import usual_texts
+from trainer.config import ENCODERS, usual_texts
 from trainer.data import Example, Question, examples_in, most_common
 from trainer.features import BATCH_IMAGES, FeatureSource, OnlineFeatures, hold_features
 from trainer.metrics import bootstrap, derangement, score, score_each, tokenize
+from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.encoder import folder_name
-from trainer.presets import ENCODERS
-from trainer.prompts import answering_prompt, scored_prompt
-from trainer.tokenizer import TargetText
+from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
 
 def generate_captions(

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
-from trainer.model.captioner import CaptionerModel
+from trainer.model.caption_model import CaptionerModel
 from trainer.model.language_model import PretrainedDecoder
 
 ALIGNED = ("connector", "contrast")  # parts trained in the first stage

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import AsJson, BeamsAsTrained
-from pipeline.cli.output import echo, note_unfinished, say, show
+from pipeline.cli.output import echo, find_checkpoint, say, show
 from pipeline.errors import ConfigError, TrainError
 from pipeline.progress import WARNING, show_progress
 
@@ -44,8 +44,6 @@ def caption(
     """
     from pipeline.storage.files import translate_disk_errors
     from trainer.caption_files import SIDECARS, find_images
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
 
     chosen = [name for name, is_given in (("skip", skip), ("append", append), ("overwrite", overwrite)) if is_given]
     if len(chosen) > 1 or (chosen and out is None):
@@ -54,17 +52,15 @@ def caption(
         raise BadParameter("ask something, or leave it out for a caption", param_hint="--question")
     if style and question:
         raise BadParameter("a question is answered in no style", param_hint="--style")
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
     paths = find_images(name for name in images if name != "-")
     if "-" in images:
         paths = list(dict.fromkeys([*paths, *_images_named_on_stdin()]))
     if not paths:
         raise BadParameter("no image was named", param_hint="IMAGES")
 
-    from trainer.caption_images import CaptionTask, caption_images
-    from trainer.captioning import Captioner  # see train
+    from trainer.caption_files import CaptionTask, caption_images
+    from trainer.captioner import Captioner  # imports torch, which takes seconds
 
     loaded = Captioner.from_pretrained(folder)
     styles = ("",) if question else tuple(loaded.styles) if style == "all" else (style or loaded.usual_style,)
@@ -114,14 +110,10 @@ def _print_caption(row: dict[str, str], names: Collection[str], *, as_json: bool
 def export_captioner(captioner: str, out: Path | None, *, int8: bool, as_json: bool) -> None:
     """Export a captioner, a checkpoint folder or ORG/NAME of the Hub, to ONNX."""
     from pipeline.storage.files import translate_disk_errors
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
 
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
 
-    from trainer.publish.onnx_export import RUNNER, export_onnx  # see train
+    from trainer.publish.onnx_export import RUNNER, export_onnx  # imports torch, which takes seconds
 
     target = out or Path(f"{Path(captioner.partition('@')[0]).resolve().name}-onnx")
     with show_progress() as progress, translate_disk_errors(target):
@@ -146,18 +138,13 @@ def serve_captioner(
 
     If SYNTH_API_KEY is set, all requests but /health must carry this key. The page has no key, and is for this machine alone.
     """
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    folder = find_captioner(captioner)
-    require_checkpoint(folder)
-    note_unfinished(folder)
+    folder = find_checkpoint(captioner)
     title = name or (Path(captioner).resolve().name if Path(captioner).exists() else captioner.partition("@")[0])
     if demo:
         if host not in ("127.0.0.1", "localhost"):
             hint = "leave --host out; to publish the page: synth push CAPTIONER --repo ORG/NAME --space ORG/PAGE"
             raise ConfigError("the page of --demo is for this machine alone", hint=hint)
-        from trainer.publish.demo import run_demo  # see train
+        from trainer.serving.demo import run_demo  # imports torch, which takes seconds
 
         try:
             run_demo(folder, title, port, num_beams, say)
@@ -167,7 +154,7 @@ def serve_captioner(
 
     from concurrent.futures import ThreadPoolExecutor
 
-    from trainer.captioning import Captioner
+    from trainer.captioner import Captioner
     from trainer.serving.server import CaptionServer, is_loopback, serve
 
     key = os.environ.get("SYNTH_API_KEY", "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, BadParameter, Exit, Option
 
-from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, LOCAL_PATH, AsJson, DataDir, DataName, Images, open_data
 from pipeline.cli.output import echo, last_dataset, note_other_data, print_run_result, say, show
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
@@ -38,7 +38,6 @@ def check(
     Exits with 1 if anything is damaged.
     """
     from pipeline.check import check_dataset, check_version, check_version_folder
-    from pipeline.cli.training import check_checkpoint
     from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
     from pipeline.dataset.version import MANIFEST
     from pipeline.errors import StoreError
@@ -56,13 +55,13 @@ def check(
             elif not DatasetDir(folder).run_file.exists() and any(
                 (folder / name).exists() for name in ("train.json", "model.safetensors", "resume.pt")
             ):
-                yield check_checkpoint(folder)
+                yield _check_checkpoint(folder)
             elif (folder / MANIFEST).exists():
                 yield check_version_folder(folder)
             else:
                 yield from check_dataset(DatasetDir(folder), repair=repair)
                 for trained in sorted(folder.glob("checkpoints/*/train.json"), key=str):
-                    yield check_checkpoint(trained.parent)
+                    yield _check_checkpoint(trained.parent)
 
     checked = []
     for result in results():
@@ -145,7 +144,6 @@ def export(
 ) -> None:
     """Write a version as files for other tools, its captions beside your own images, or a captioner as ONNX."""
     from pipeline.cli.captioners import export_captioner
-    from pipeline.cli.training import open_data
     from pipeline.export.export import export_version, write_beside
     from pipeline.export.formats import FORMATS
     from pipeline.storage.files import translate_disk_errors
@@ -221,3 +219,15 @@ def review_apply(
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or only_made()), reviews, progress)
     print_run_result(result, list(describe_losses(STEPS, result.funnel)), shown=progress.warnings, as_json=as_json)
+
+
+def _check_checkpoint(folder: Path) -> "Checked":
+    """Return the state of a checkpoint folder."""
+    from pipeline.check import Checked
+    from pipeline.errors import SynthError
+    from trainer.runtime.training_state import describe_checkpoint
+
+    try:
+        return Checked(str(folder), describe_checkpoint(folder))
+    except SynthError as error:
+        return Checked(str(folder), str(error), False, "train again, or fetch it again; resume.pt may still be good")

@@ -3,11 +3,15 @@
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Context, Option
 
+from pipeline.cli.output import last_dataset, note_previews
 from pipeline.storage.object_store import parse_dataset_path, parse_local_path
+
+if TYPE_CHECKING:
+    from pipeline.dataset.version import Version
 
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
@@ -49,3 +53,17 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
     if not all(name and equals and value for name, equals, value in pairs):
         raise BadParameter(f"{text} does not look like NAME=VALUE,NAME=VALUE", param_hint=option)
     return {name: value for name, _, value in pairs}
+
+
+def open_data(name: str | None, images: str | None) -> "Version":
+    """Open the version that `--data` names, local or on the Hub; if it has no pixels, join them from `--images`."""
+    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
+    from pipeline.sources.join import with_pixels
+
+    if name and is_hub_name(name):
+        version = pull_version(name)
+    else:
+        path = parse_dataset_path(name) if name else last_dataset()
+        version = open_or_download(path, previews=False)
+        note_previews(version, path)
+    return with_pixels(version, images)

@@ -28,31 +28,29 @@ def last_dataset() -> Path:
     return folder
 
 
-def note_unfinished(captioner: Path) -> None:
-    """Print a note if the training of a captioner was interrupted: its best state so far is used."""
-    if (captioner / "resume.pt").exists():
-        say(f"note: the training of {captioner} has not ended; `synth train --resume` goes on with it", WARNING)
+def find_checkpoint(captioner: str) -> Path:
+    """Return the folder of a captioner, local or of the Hub; print a note if its training was interrupted."""
+    from trainer.runtime.checkpoint_folder import find_captioner
+
+    folder = find_captioner(captioner)
+    if (folder / "resume.pt").exists():  # the best state so far is used
+        say(f"note: the training of {folder} has not ended; `synth train --resume` goes on with it", WARNING)
+    return folder
 
 
 def note_other_data(captioner: Path, version: "Version") -> None:
     """Print a note if a captioner was trained on other data than a version."""
-    if _training_digest(captioner) not in (None, version.manifest["digest"]):
+    from trainer.runtime.checkpoint_folder import read_data_digest
+
+    if read_data_digest(captioner) not in (None, version.manifest["digest"]):
         say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
-
-
-def _training_digest(captioner: Path) -> str | None:
-    """Return the digest of the version that a captioner was trained on; None if its folder does not state it."""
-    from pipeline.storage.files import read_json
-
-    try:
-        return str(read_json(captioner / "config.json")["data"]["digest"])
-    except (OSError, ValueError, LookupError, TypeError, SynthError):
-        return None
 
 
 def note_seen(captioner: Path, version: "Version", split: str) -> None:
     """Print a note if a captioner was trained on the images of a split, or may have been."""
-    trained_on = _training_digest(captioner)
+    from trainer.runtime.checkpoint_folder import read_data_digest
+
+    trained_on = read_data_digest(captioner)
     if trained_on != version.manifest["digest"]:
         say(f"note: {captioner} was trained on other data than {version.path}; the split may hold images it has seen")
     elif split == "train":

@@ -176,7 +176,7 @@ def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict
 
 def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool) -> None:
     """Push a captioner and, if it is named, a Space for it, which loads the very commit that was pushed."""
-    from pipeline.cli.training import package_captioner, package_space
+    from trainer.publish.captioner_package import package_captioner, package_space
 
     package = package_captioner(folder, repo)
     pushed = send(package, repo, private=private, dry_run=dry_run, as_json=as_json)

@@ -1,22 +1,14 @@
 """The commands that make captioners and score them: train, evaluate, experiment."""
 
-import os
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style
-from pipeline.cli.output import last_dataset, note_previews, note_seen, note_unfinished, print_scores, say, show
-from pipeline.errors import ConfigError, TrainError
-from pipeline.progress import NullProgress, show_progress
-from pipeline.storage.object_store import parse_dataset_path
-
-if TYPE_CHECKING:
-    from pipeline.check import Checked
-    from pipeline.dataset.version import Version
-    from pipeline.hub.package import Package
+from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, open_data
+from pipeline.cli.output import find_checkpoint, note_seen, print_scores, say, show
+from pipeline.errors import TrainError
+from pipeline.progress import show_progress
 
 
 def train(
@@ -75,10 +67,7 @@ def train(
 
     Prints first how many weights learn, and how long and how much memory it will take.
     """
-    from pipeline.dataset.directory import DatasetDir
-    from pipeline.storage.files import translate_disk_errors
     from trainer.config import resolve
-    from trainer.launch import plan_training
 
     options: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
     options |= {"encoder_layer": encoder_layer, "text_source": text_source}
@@ -87,53 +76,14 @@ def train(
     if not resume:
         resolve(config, **options)  # a mistake is an error before data is fetched
     version = open_data(data, images)
-    is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
-    tell = say if is_first else NullProgress().message
-    planned = plan_training(version, options, config, out, tell, resume=resume)
-    settings, folder = planned.config, planned.folder
-    from trainer.train import train as train_captioner  # torch takes seconds: only once paths and settings are right
 
-    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}[settings.text_source]
-    tell(f"training on {version.path}: encoder {settings.encoder}, decoder {settings.decoder}{texts}")
-    lock = DatasetDir(folder).lock() if is_first else nullcontext()
-    with show_progress() as progress, translate_disk_errors(folder), lock:
-        metrics = train_captioner(version, settings, folder, resume=resume, tensorboard=tensorboard, progress=progress)
-    if metrics:  # only the first of several processes has them
-        print_scores(metrics)
-        show(metrics | {"path": str(folder)}, as_json, "path")
+    from trainer.launch import train as train_captioner
 
-
-def check_checkpoint(folder: Path) -> "Checked":
-    """Return the state of a checkpoint folder."""
-    from pipeline.check import Checked
-    from pipeline.errors import SynthError
-    from trainer.description import describe_checkpoint
-
-    try:
-        return Checked(str(folder), describe_checkpoint(folder))
-    except SynthError as error:
-        return Checked(str(folder), str(error), False, "train again, or fetch it again; resume.pt may still be good")
-
-
-def package_captioner(folder: Path, repo: str) -> "Package":
-    """Return what to push of a checkpoint folder: a captioner that transformers loads, too."""
-    from pipeline.hub.package import build_checkpoint_package
-    from trainer.presets import DECODERS, ENCODERS
-    from trainer.publish.files import transformers_files
-
-    if (folder / "model.safetensors").is_file():
-        from trainer.checkpoint import load_checkpoint  # what is damaged would be there for good
-
-        load_checkpoint(folder)
-    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
-
-
-def package_space(package: "Package", folder: Path, repo: str, revision: str) -> "Package":
-    """Return what to push of a page for a captioner, which is in `repo` at a revision."""
-    from pipeline.hub.package import build_space_package
-    from trainer.publish.files import space_files
-
-    return build_space_package(package, space_files(folder, repo, revision))
+    with show_progress() as progress:
+        result = train_captioner(version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options)
+    if result.metrics:  # only the first of several processes has them
+        print_scores(result.metrics)
+        show(result.metrics | {"path": str(result.path)}, as_json, "path")
 
 
 def evaluate(
@@ -157,17 +107,12 @@ def evaluate(
 
     if split not in SPLITS:
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
-    from trainer.config import require_checkpoint
-    from trainer.hub import find_captioner
-
-    checkpoint = find_captioner(captioner)
-    require_checkpoint(checkpoint)
-    note_unfinished(checkpoint)
+    checkpoint = find_checkpoint(captioner)
     version = open_data(data, images)
 
-    from trainer.caption_files import write_captions  # see train
-    from trainer.checkpoint import load_checkpoint
+    from trainer.caption_files import write_captions  # imports torch, which takes seconds
     from trainer.evaluate import evaluate_version
+    from trainer.model.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)
     note_seen(checkpoint, version, split)
@@ -199,7 +144,7 @@ def experiment(
 
     spec = read_experiment(file)
 
-    from trainer.experiment.report import markdown, write_result  # see train
+    from trainer.experiment.report import markdown, write_result  # imports torch, which takes seconds
     from trainer.experiment.runs import default_jobs, plan, require_models, run_cells
 
     folder = out or Path("experiments") / file.stem
@@ -219,33 +164,3 @@ def experiment(
             say(f"failed: {failure}")
         hint = "the others are in the result; mend it, and the same command trains what is missing"
         raise TrainError(f"{len(failed)} of {len(runs)} cells failed", hint=hint)
-
-
-def open_data(name: str | None, images: str | None) -> "Version":
-    """Open the version that `--data` names, local or on the Hub; if it has no pixels, join them from `--images`."""
-    from pipeline.dataset.directory import DatasetDir
-    from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
-    from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
-    from pipeline.storage.files import translate_disk_errors
-
-    if name and is_hub_name(name):
-        version = pull_version(name)
-    else:
-        path = parse_dataset_path(name) if name else last_dataset()
-        version = open_or_download(path, previews=False)
-        note_previews(version, path)
-    if not lacks_pixels(version):
-        return version
-    home = DatasetDir(version.dataset_dir / "joined")
-    with translate_disk_errors(home.path), home.lock(wait=True):  # one of several processes joins, the others wait
-        if joined := find_joined(version, home.path):
-            return joined
-        if images is None:
-            raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the images are: --images FOLDER")
-        folder = Path(images)
-        if not folder.is_dir():
-            from pipeline.sources import read_images
-
-            return join_pixels(version, read_images(images), home.path)
-        is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-        return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home.path)

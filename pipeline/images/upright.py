@@ -1,6 +1,6 @@
 """Lay an image that Pillow has opened upright and over white, in RGB: what every model sees of a file.
 
-A published captioner prepares its images by these lines as well (trainer/publish/files.py): they need nothing but Pillow.
+A published captioner prepares its images by these lines as well (trainer/publish): they need nothing but Pillow.
 """
 
 from PIL import Image, ImageOps

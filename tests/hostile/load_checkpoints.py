@@ -11,8 +11,8 @@ from PIL import Image
 from pipeline.storage.untrusted import read_regular
 from tests.hostile import limit_more_memory, memory_bytes
 from tests.hostile.audit import Watch, attempt
-from trainer.captioning import Captioner
-from trainer.config import require_checkpoint
+from trainer.captioner import Captioner
+from trainer.runtime.checkpoint_folder import require_checkpoint
 
 
 def load(checkpoint: Path, photo: Path) -> int:

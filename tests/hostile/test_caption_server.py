@@ -11,7 +11,7 @@ import pytest
 
 from tests.trainer.serving.test_protocol import BAD
 from tests.trainer.serving.test_server import NAME, chat, png, running
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.serving import server as serving
 from trainer.serving.server import CaptionServer

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.hostile import Damage, link, pipe
 from tests.trainer.tiny_models import save_vit
-from trainer.checkpoint import Checkpoint
-from trainer.model.captioner import build_captioner
+from trainer.model.caption_model import build_captioner
+from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
 from trainer.tokenizer import TargetText, train_tokenizer

@@ -16,8 +16,8 @@ from tests.hostile import part_of
 from tests.scene_data import make_version, scene_samples
 from tests.trainer.tiny_models import save_clip
 from trainer.config import TrainConfig
-from trainer.loop.training_log import read_log
-from trainer.train import train
+from trainer.runtime.training_state import read_log
+from trainer.training import train_captioner
 
 SAVE_EVERY = 5
 CONFIG: dict[str, Any] = {
@@ -28,12 +28,13 @@ CONFIG: dict[str, Any] = {
 TRAINING = """
 import json, os, sys
 from pathlib import Path
-import trainer.checkpoint
+import torch
 import trainer.features
+from trainer.model.caption_model import CaptionerModel
 from pipeline.dataset.version import read_version
 from pipeline.progress import NullProgress
 from trainer.config import TrainConfig
-from trainer.train import train
+from trainer.training import train_captioner
 version, out, config, moment, number, resume = sys.argv[1:]
 kind, _, at = moment.partition(" ")
 class Dying(NullProgress):
@@ -52,10 +53,10 @@ def dying(name, save):
             os.kill(os.getpid(), int(number))
         return result
     return half
-trainer.checkpoint.torch.save = dying("resume", trainer.checkpoint.torch.save)
-trainer.checkpoint.CaptionerModel.save_pretrained = dying("model", trainer.checkpoint.CaptionerModel.save_pretrained)
+torch.save = dying("resume", torch.save)
+CaptionerModel.save_pretrained = dying("model", CaptionerModel.save_pretrained)
 config = TrainConfig.model_validate(json.loads(config))
-train(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
+train_captioner(read_version(Path(version)), config, Path(out), resume=resume == "resume", progress=Dying())
 """
 MOMENTS = [
     ("train 7", signal.SIGKILL), ("resume 2", signal.SIGKILL), ("train 12", signal.SIGTERM), ("features 32", signal.SIGKILL),
@@ -70,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, TrainConfi
     root = tmp_path_factory.mktemp("world")
     version, _ = make_version(root / "data", scene_samples(40))
     config = TrainConfig(encoder=save_clip(root / "clip"), **CONFIG)
-    train(version, config, root / "whole")
+    train_captioner(version, config, root / "whole")
     return version, config, root / "whole"
 
 
@@ -94,7 +95,7 @@ def test_a_training_that_ends_at_any_moment_goes_on(
         def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
             first.extend([done] if stage == "train" and not first else [])
 
-    train(version, config, out, resume=is_saved, progress=Record())
+    train_captioner(version, config, out, resume=is_saved, progress=Record())
     lost = reached - (first[0] - 1)
     assert 0 <= lost <= (SAVE_EVERY if number == signal.SIGKILL else 0), (reached, first)
     steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "stage" in line]

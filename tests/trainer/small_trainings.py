@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.loop.steps
+import trainer.loop
 from pipeline.dataset.version import Version
 from trainer.config import TrainConfig
-from trainer.loop.resume import save_resume
-from trainer.loop.training_log import read_log
-from trainer.train import train
+from trainer.runtime.training_state import read_log, save_resume
+from trainer.training import train_captioner
 
 SMALL = TrainConfig(
     decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
@@ -29,14 +28,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
         save_resume(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
 def train_until_saved(version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt a training at its first state to resume from."""
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(version, config, folder)
+        train_captioner(version, config, folder)
     monkeypatch.undo()
 
 
@@ -54,7 +53,7 @@ from pathlib import Path
 import torch
 from pipeline.dataset.version import read_version
 from trainer.config import resolve
-from trainer.train import train
+from trainer.training import train_captioner
 torch.set_num_threads(1)
-train(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
+train_captioner(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 """

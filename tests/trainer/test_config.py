@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import TrainConfig, other_settings, resolve
+from trainer.config import TrainConfig, resolve
+from trainer.runtime.checkpoint_folder import other_settings
 
 
 def test_flags_win_over_the_file_and_auto_says_nothing(tmp_path: Path) -> None:

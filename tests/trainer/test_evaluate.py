@@ -17,8 +17,7 @@ from tests.trainer.tiny_models import save_clip
 from trainer.data import Example, Question
 from trainer.evaluate import _gains, choose_references, clip_scores, is_own_encoder, vqa_accuracy
 from trainer.metrics import bootstrap, derangement, score_each
-from trainer.prompts import scored_prompt
-from trainer.tokenizer import TargetText
+from trainer.tokenizer import TargetText, scored_prompt
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])

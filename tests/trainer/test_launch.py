@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import trainer.launch
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, StoreError
@@ -11,7 +12,8 @@ from pipeline.progress import NullProgress
 from pipeline.storage.files import write_json
 from tests.scene_data import make_version, scene_samples, true_captions
 from trainer.config import TrainConfig, resolve
-from trainer.launch import PlannedTraining, find_interrupted, plan_training
+from trainer.launch import PlannedTraining, open_version, plan_training
+from trainer.runtime.checkpoint_folder import find_interrupted
 
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
@@ -94,3 +96,10 @@ def test_the_only_interrupted_training_is_found_and_several_are_an_error(tmp_pat
     interrupt(second, resolve(None, **OPTIONS))
     with pytest.raises(ConfigError, match="several trainings were interrupted: a, b"):
         plan(version, resume=True, encoder="auto", decoder="auto")
+
+
+def test_data_is_opened_by_folder_and_version_or_from_the_hub(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_version(version) is version
+    assert open_version(version.dataset_dir) == open_version(f"{version.dataset_dir}@v1.0.0") == version
+    monkeypatch.setattr(trainer.launch, "pull_version", {"me/scenes@v1.0.0": version}.__getitem__)
+    assert open_version("me/scenes@v1.0.0") is version

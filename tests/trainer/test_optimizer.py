@@ -8,9 +8,9 @@ from torch import nn
 
 from pipeline.dataset.version import Version
 from tests.trainer.small_trainings import replace
-from trainer.build import build_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import examples_in, read_split_examples
+from trainer.model.checkpoint import build_checkpoint
 from trainer.optimizer import MOST_SPIKES, SpikeFilter, WeightAverage, build_optimizer, parameter_groups, schedule, set_stage
 
 

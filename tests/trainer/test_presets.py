@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import EVALUATIONS, TrainConfig, other_settings, resolve
-from trainer.presets import FEW_IMAGES, PRESETS, choose_preset, usual_precision
+from trainer.config import EVALUATIONS, FEW_IMAGES, PRESETS, TrainConfig, choose_preset, resolve, usual_precision
+from trainer.runtime.checkpoint_folder import other_settings
 
 
 def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:

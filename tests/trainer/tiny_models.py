@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from trainer.model.captioner import CaptionerModel
+from trainer.model.caption_model import CaptionerModel
 
 SIDE_PX = 28
 TOWER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

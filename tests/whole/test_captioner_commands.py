@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer import BadParameter
 
-import trainer.loop.steps
+import trainer.loop
 from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
@@ -22,10 +22,10 @@ from pipeline.errors import StoreError, TrainError
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import save_clip, save_language_model
 from tests.whole.conftest import SYNTH, restore_sigint
-from trainer.loop.resume import save_resume
+from trainer.runtime.training_state import save_resume
 
 SMALL = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "evaluate_images": 4, "max_caption_tokens": 12}
 
@@ -90,7 +90,7 @@ def test_a_training_goes_on_with_the_settings_that_it_began_with(
 
     config, encoder, decoder = tmp_path / "c.yaml", models["encoder"], models["decoder"]
     config.write_text(json.dumps(SMALL | {"steps": 3, "evaluate_every": 1, "preset": "photos-lm", "lora_rank": 2}))
-    monkeypatch.setattr(trainer.loop.steps, "save_resume", save_and_die)
+    monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(data=str(version.path), config=config, encoder=encoder, decoder=decoder)
     monkeypatch.undo()

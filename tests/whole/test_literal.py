@@ -13,7 +13,7 @@ from tests.commands import run_synth
 from tests.hub import datasets
 from tests.hub.server import RunningHub, running_hub
 from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.presets import DECODERS, ENCODERS
+from trainer.config import DECODERS, ENCODERS
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pipeline.storage.files import read_json
 from trainer.experiment.grid import FACTORS
 from trainer.experiment.runs import Run
-from trainer.loop.training_log import read_log
 from trainer.metrics import cider_d, tokenize
+from trainer.runtime.training_state import read_log
 
 # The 97.5 % point of Student's t by degrees of freedom, as in any table of it.
 STUDENT_T = {

@@ -19,12 +19,11 @@ from pipeline.digests import digest
 from pipeline.errors import SynthError, TrainError
 from pipeline.progress import Progress
 from pipeline.storage.files import write_json
-from trainer.config import TrainConfig
+from trainer.config import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT, TrainConfig
 from trainer.data import Example, count_words, limit_captions, limit_images, read_split_examples
 from trainer.experiment.grid import FACTORS, Cell, Experiment
-from trainer.model.loading import LOAD_ERRORS, load_config, reason_of
-from trainer.presets import DECODERS, ENCODERS, SCRATCH_DECODERS, TINY_VIT
-from trainer.train import train
+from trainer.model.pretrained import LOAD_ERRORS, load_config, reason_of
+from trainer.training import train_captioner
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")
@@ -196,7 +195,7 @@ def _train(run: Run, threads: int, gpu: str | None, parent: int, sender: Any) ->
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "cell.json", values | {"version": run.version.name, "digest": run.version.manifest["digest"]})
-        train(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
+        train_captioner(run.version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only)
     except KeyboardInterrupt:
         sys.exit(130)  # the parent was interrupted as well, and reports it
     except Exception as error:  # noqa: BLE001

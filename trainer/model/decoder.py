@@ -1,8 +1,8 @@
 """Decoder from scratch: a pre-norm transformer with cross-attention to the hidden states of an image.
 
 Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. While training, all texts about an
-image are one row (trainer/model/packing.py), so that its keys and values are computed once; and during generation, where beams
-share them and those of the tokens are cached. There each text attends to itself apart, without a mask.
+image are one row (trainer/model/text_loss.py), so that its keys and values are computed once; and during generation, where
+beams share them and those of the tokens are cached. There each text attends to itself apart, without a mask.
 
 Shapes: B images, C rows of tokens (C / B adjacent ones for each image), T new tokens, S tokens so far, N hidden states of an
 image, D width, H heads, K = D / H, V vocabulary.
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.model.decoding import DecodingConfig, Step, beam_search, decode
-from trainer.model.packing import pack
-from trainer.model.token_loss import token_loss
+from trainer.model.text_loss import pack, token_loss
 from trainer.tokenizer import TextBatch
 
 

@@ -1,6 +1,7 @@
 """Encoder: images to hidden states, one vector per patch (and the class token), not pooled.
 
-Shapes: B images, N hidden states, V encoder width. ViT-B/16 at 224 px: N = 197; CLIP ViT-B/32: N = 50; V = 768 both.
+Shapes: B images, N hidden states, M those that a decoder reads, V encoder width. ViT-B/16 at 224 px: N = 197; CLIP ViT-B/32:
+N = 50; V = 768 both.
 """
 
 import hashlib
@@ -14,15 +15,22 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, ViTImageProcessor, ViTModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pipeline.digests import canonical
 from pipeline.errors import TrainError, one_line
-from trainer.model.hf_config import config_of, processor_settings, settings_of
-from trainer.model.loading import LOAD_ERRORS, load_config, load_weights, reason_of
-from trainer.model.states import choose_states, layer_states
-from trainer.presets import ENCODERS, TINY_VIT
+from trainer.config import ENCODERS, TINY_VIT
+from trainer.model.pretrained import (
+    LOAD_ERRORS,
+    config_of,
+    load_config,
+    load_weights,
+    processor_settings,
+    reason_of,
+    settings_of,
+)
 
 # Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
 TINY_VIT_CONFIG: dict[str, Any] = {
@@ -38,7 +46,7 @@ class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
     `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before.
-    `states` are those that a decoder reads (states.py). States of a `frozen` encoder are rounded to bfloat16, as in a
+    `states` are those that a decoder reads. States of a `frozen` encoder are rounded to bfloat16, as in a
     feature store.
     """
 
@@ -212,3 +220,41 @@ def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
 
 def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
+
+
+# A published captioner has a copy of all that follows (trainer/publish/captioner_package.py): it needs torch alone.
+
+# Tokens before the patches: none, a class token, that and one of distillation, that and the registers of DINO.
+BEFORE_PATCHES = (0, 1, 2, 5)
+
+
+def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
+    """Return the hidden states of a layer: (B, N, V). -1 is the output of the tower, with its last norm."""
+    states_BNV: Tensor
+    if layer == -1:
+        states_BNV = tower(pixels_BCHW).last_hidden_state
+    else:
+        states_BNV = tower(pixels_BCHW, output_hidden_states=True).hidden_states[layer]
+    return states_BNV
+
+
+def choose_states(states_BNV: Tensor, which: str) -> Tensor:
+    """Return the states that a decoder reads, (B, M, V): all, or patches averaged 2 x 2 behind the tokens before them.
+
+    Raises ValueError if the patches are no square.
+    """
+    if which == "all":
+        return states_BNV
+    before, side = patch_grid(states_BNV.shape[1])
+    grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
+    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # of an odd side, the last row is averaged alone
+    return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
+
+
+def patch_grid(count: int) -> tuple[int, int]:
+    """Return how many of `count` states come before the patches, and the side of their square. Raises ValueError for none."""
+    for before in BEFORE_PATCHES:
+        side = math.isqrt(max(0, count - before))
+        if side > 1 and side * side == count - before:
+            return before, side
+    raise ValueError(f"the encoder's {count} states are no square of patches")

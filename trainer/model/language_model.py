@@ -5,10 +5,13 @@ prefix, and the mask lets a token attend to the prefix and its own text only. Th
 mask, and for nothing else: layers with convolutions or a recurrent state carry words from one text to the next. So before the
 first step two texts are computed packed and apart, and where they differ, each text gets a sequence of its own.
 
+Adapters (LoRA, Hu et al., 2021) are those of peft: few weights learn, and are merged into the matrices to be saved.
+
 Shapes: B images, C texts, T tokens of a text, P prefix states, S tokens of all texts of an image, L = P + S, D width.
 """
 
 import math
+import warnings
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,17 +19,26 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import TrainError, one_line
+from pipeline.install import install_command
+from trainer.config import DECODERS
 from trainer.model.decoding import DecodingConfig
-from trainer.model.hf_config import attention_window, config_of, settings_of, silence_transformers
-from trainer.model.loading import LOAD_ERRORS, load_config, load_weights, reason_of
-from trainer.model.lora import add_adapters, is_adapter
-from trainer.model.packing import PackedTexts, pack, visible
-from trainer.model.token_loss import ScoreForm, token_loss
-from trainer.presets import DECODERS
+from trainer.model.pretrained import (
+    LOAD_ERRORS,
+    attention_window,
+    config_of,
+    load_config,
+    load_weights,
+    reason_of,
+    settings_of,
+    silence_transformers,
+)
+from trainer.model.text_loss import PackedTexts, ScoreForm, pack, token_loss, visible
 from trainer.tokenizer import CaptionTokenizer, TextBatch, require_known_tokens
 
+ADAPTER = "default"  # the name that peft gives adapters
 PROBE_TOKENS = 6  # of each of two texts that are compared
 MAX_SCORE_DIFFERENCE = 0.01  # of the standard deviation of the scores; rounding on a GPU may make 0.001
 MOST_OF_CAP = 0.99  # above it a score says little of what it was
@@ -57,7 +69,7 @@ class PretrainedDecoder(nn.Module):
         self._probe_result: ProbeResult | None = None
 
     def adapt(self, rank: int, dropout: float) -> None:
-        """Give the model adapters, which alone learn from here on; see trainer/model/lora.py."""
+        """Give the model adapters, which alone learn from here on."""
         add_adapters(self.model, rank, dropout)
 
     def frozen_names(self) -> set[str]:
@@ -276,3 +288,57 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
         raise TrainError(f"no decoder {name}: {reason_of(error)}", hint=hint) from None
     return decoder, CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
+
+
+def add_adapters(model: PreTrainedModel, rank: int, dropout: float) -> None:
+    """Give every linear layer but the head and experts an adapter, and freeze all else.
+
+    Adapters are scaled by 2, whatever the rank, as is usual.
+
+    Raises TrainError if peft is not installed, or knows no linear layer of the model.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise TrainError("peft is not installed, and lora_rank needs it", hint=install_command("lora")) from None
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and "expert" not in name
+    ]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
+    try:
+        if not names:
+            raise ValueError("it has no linear layers")
+        with warnings.catch_warnings():  # of GPT-2's layers, which peft knows how to handle
+            warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+            inject_adapter_in_model(config, model, ADAPTER)
+    except ValueError as error:
+        raise TrainError(f"this language model takes no adapters: {error}", hint="train all of it: --lora-rank 0") from None
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a weight of this name is of an adapter."""
+    return ".lora_" in name
+
+
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a module as if it had no adapters, each added to the matrix that it adapts, on the CPU."""
+    state = {name: weights for name, weights in module.state_dict().items() if not is_adapter(name)}
+    if len(state) == len(module.state_dict()):
+        return state
+    from peft.tuners.lora import LoraLayer
+
+    # A GPU has no room for a second language model. Matrices that are tied stay one.
+    places = {name: (weights.data_ptr(), weights.shape) for name, weights in state.items()}
+    copies = {places[name]: weights.cpu() for name, weights in state.items()}
+    state = {name: copies[places[name]] for name in state}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            with torch.no_grad():
+                delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]  # of each kind of layer
+                state[f"{name}.weight"] = state.pop(f"{name}.base_layer.weight") + delta.cpu()
+            if f"{name}.base_layer.bias" in state:
+                state[f"{name}.bias"] = state.pop(f"{name}.base_layer.bias")
+    return state

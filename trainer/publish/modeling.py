@@ -33,8 +33,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.images.upright import upright_rgb
 from trainer.model.decoder import Block, DecoderConfig, rope_table
-from trainer.model.states import choose_states, layer_states
-from trainer.prompts import choose_prompt, prompt_ids, prompt_parts
+from trainer.model.encoder import choose_states, layer_states
+from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):

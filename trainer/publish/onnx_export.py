@@ -27,12 +27,12 @@ from pipeline.errors import TrainError, one_line
 from pipeline.install import install_command
 from pipeline.progress import Progress
 from pipeline.storage.files import json_text
-from trainer.checkpoint import load_checkpoint
-from trainer.model.captioner import CaptionerModel
+from trainer.model.caption_model import CaptionerModel
+from trainer.model.checkpoint import load_checkpoint
 from trainer.model.decoder import BlockCache, Cache, ScratchDecoder
-from trainer.model.hf_config import SIDES, attention_window
 from trainer.model.language_model import PretrainedDecoder
-from trainer.publish.files import standalone_source, transformers_files
+from trainer.model.pretrained import SIDES, attention_window
+from trainer.publish.captioner_package import standalone_source, transformers_files
 from trainer.publish.run_onnx import prepare
 
 ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_model"

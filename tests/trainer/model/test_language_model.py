@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import TrainError
 from trainer.model.decoding import GREEDY
-from trainer.model.hf_config import config_of
 from trainer.model.language_model import PretrainedDecoder
+from trainer.model.pretrained import config_of
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {

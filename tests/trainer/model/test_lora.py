@@ -7,7 +7,7 @@ import torch
 
 from pipeline.errors import TrainError
 from tests.trainer.model.test_language_model import batch, decoder_of
-from trainer.model.lora import is_adapter, merged_state
+from trainer.model.language_model import is_adapter, merged_state
 
 FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 

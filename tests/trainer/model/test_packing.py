@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model.packing import pack, visible
+from trainer.model.text_loss import pack, visible
 from trainer.tokenizer import TextBatch
 
 EOS = 1

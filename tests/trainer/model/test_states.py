@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.model.states import choose_states, layer_states, patch_grid
+from trainer.model.encoder import choose_states, layer_states, patch_grid
 
 
 class Tower(nn.Module):

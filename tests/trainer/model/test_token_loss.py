@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model import token_loss
+from trainer.model import text_loss
 
 TOKENS, WIDTH, VOCABULARY = 7, 4, 11
 Words = nn.Embedding | nn.Linear
@@ -24,17 +24,17 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["embedding", "with a bias"])
-@pytest.mark.parametrize("form", [token_loss.AS_GIVEN, token_loss.ScoreForm(2.0, cap=0.5)])
+@pytest.mark.parametrize("form", [text_loss.AS_GIVEN, text_loss.ScoreForm(2.0, cap=0.5)])
 def test_loss_and_gradients_are_those_of_cross_entropy(
-    form: token_loss.ScoreForm,
+    form: text_loss.ScoreForm,
     kind: str,
     label_smoothing: float,
     weights: Tensor | None,
     scores_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(token_loss.SCORES_AT_ONCE, "cpu", scores_at_once)
-    monkeypatch.setattr(token_loss, "MIN_TOKENS", 1)
+    monkeypatch.setitem(text_loss.SCORES_AT_ONCE, "cpu", scores_at_once)
+    monkeypatch.setattr(text_loss, "MIN_TOKENS", 1)
     of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))
     bias = getattr(of, "bias", None)
@@ -42,16 +42,16 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     scores = scores if form.cap is None else form.cap * torch.tanh(scores / form.cap)
     losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
     expected = (losses if weights is None else losses * weights).sum()
-    loss = token_loss.token_loss(states, of, labels, label_smoothing, weights, form)
+    loss = text_loss.token_loss(states, of, labels, label_smoothing, weights, form)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
 
 
 def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
     of, states, labels = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
-    exact = token_loss.token_loss(states, of, labels)
+    exact = text_loss.token_loss(states, of, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = token_loss.token_loss(states, of, labels)
+        rounded = text_loss.token_loss(states, of, labels)
         expected = functional.cross_entropy(of(states).float(), labels, reduction="sum")
     assert rounded.dtype == torch.float32
     assert rounded != exact

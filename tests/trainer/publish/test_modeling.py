@@ -16,13 +16,13 @@ from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
-from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.model.captioner import build_captioner
+from trainer.model.caption_model import build_captioner
+from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
-from trainer.publish.files import transformers_files
+from trainer.publish.captioner_package import transformers_files
 from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
 from trainer.tokenizer import TargetText, train_tokenizer
 

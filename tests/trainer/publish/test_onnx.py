@@ -17,10 +17,10 @@ from pipeline.progress import NullProgress
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from tests.trainer.tiny_models import save_language_model, save_vit, strengthen
-from trainer.checkpoint import Checkpoint, load_checkpoint
-from trainer.model.captioner import build_captioner
+from trainer.model.caption_model import build_captioner
+from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoding import GREEDY
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder

@@ -19,12 +19,11 @@ import torch
 
 from pipeline.dataset.version import read_version
 from tests.pipeline.images.test_similarity import photo
-from tests.trainer.test_captioning import save_captioner
+from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.batching import Batcher, GenerationRequest
-from trainer.serving.server import CaptionServer, address_of, listen, make_server
+from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, address_of, listen, make_server
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"

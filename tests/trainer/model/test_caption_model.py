@@ -1,0 +1,206 @@
+"""CaptionerModel: both decoders learn real tokens only, texts share an image without mixing, and decoding stops at EOS."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import TrainError
+from tests.trainer.tiny_models import save_clip, save_language_model, save_vit
+from trainer.model.caption_model import CaptionerModel, ContrastiveHead, build_captioner
+from trainer.model.decoder import DecoderConfig, ScratchDecoder
+from trainer.model.decoding import GREEDY, DecodingConfig
+from trainer.model.encoder import load_encoder
+from trainer.model.language_model import load_decoder
+from trainer.tokenizer import TextBatch
+
+WORDS, V, N, EOS = 30, 32, 5, 1
+KINDS = ("scratch", "qwen3")
+Build = Callable[[str], CaptionerModel]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    root = tmp_path_factory.mktemp("models")
+    encoders = {"scratch": save_vit(root / "vit"), "qwen3": save_clip(root / "clip")}
+
+    def built(kind: str) -> CaptionerModel:
+        torch.manual_seed(0)
+        decoder: Any = DecoderConfig(vocab_size=WORDS, width=32, depth=2, heads=4)
+        eos = EOS
+        if kind != "scratch":
+            if not (root / kind).exists():
+                save_language_model(root / kind, kind)
+            decoder, tokenizer = load_decoder(str(root / kind))
+            eos = tokenizer.eos_id
+        options: dict[str, Any] = {
+            "contrast_width": 8,
+            "prompts": [("synthetic", "brief")],
+            "eos_id": eos,
+            "max_caption_tokens": 8,
+        }
+        return build_captioner(load_encoder(encoders[kind]), decoder, **options).eval()
+
+    return built
+
+
+def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
+
+
+ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
+PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_share_an_image_cost_what_they_cost_apart_and_teach_the_same(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    together = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
+    together.backward()
+    gradients = {name: p.grad.clone() for name, p in captioner.named_parameters() if p.grad is not None}
+    captioner.zero_grad()
+    apart = sum(
+        (captioner.loss(states[[i]], texts([row], [p], [0])) for row, p, i in zip(ROWS, PROMPTS, IMAGES, strict=True)),
+        start=torch.zeros(()),
+    )
+    apart.backward()
+    torch.testing.assert_close(together, apart)
+    assert gradients.keys() >= {"connector.1.weight"}
+    for name, parameter in captioner.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens(build: Build, kind: str) -> None:
+    """Catches labels that are shifted twice: scores each token from the tokens before it, one after another."""
+    captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
+    memory = captioner.connector(states)
+    expected = torch.zeros(())
+    for position in range(2, len(row)):
+        before = torch.tensor([row[:position]])
+        if isinstance(captioner.decoder, ScratchDecoder):
+            scores = captioner.decoder.head(captioner.decoder(before, memory)[:, -1])
+        else:
+            words = captioner.decoder.model.get_input_embeddings()(before)
+            scores = captioner.decoder.model(inputs_embeds=torch.cat([memory, words], 1)).logits[:, -1]
+        expected = expected - scores.log_softmax(-1)[0, row[position]]
+    torch.testing.assert_close(captioner.loss(states, texts([row], [2], [0])), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_prompts_cost_nothing(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(1, N, V)
+    plain = captioner.loss(states, texts([ROWS[0]], [2], [0]))
+    padded = texts([ROWS[0] + [0, 0, 0]], [2], [0])
+    padded = replace(padded, length_C=torch.tensor([5]))
+    torch.testing.assert_close(captioner.loss(states, padded), plain)
+    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0  # every token belongs to the prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    prompt = torch.tensor([[2, 3]] * 2)
+    written = captioner.generate(states, prompt, GREEDY)
+    for row in range(2):
+        so_far = [2, 3]
+        for token in [*written[row], captioner.config.eos_id]:
+            losses = [
+                captioner.loss(states[[row]], texts([[*so_far, candidate]], [len(so_far)], [0])).item()
+                for candidate in ([token] if token == captioner.config.eos_id else range(WORDS))
+            ]
+            if token != captioner.config.eos_id and token < WORDS:
+                assert losses[token] <= min(losses) + 1e-4
+            so_far.append(token)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    prompt = torch.tensor([[2, 3]] * 2)
+    greedy, beams = (captioner.generate(states, prompt, decoding) for decoding in (GREEDY, DecodingConfig(num_beams=3)))
+
+    def mean_nll(row: int, ids: list[int]) -> float:
+        whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]
+        return captioner.loss(states[[row]], texts([whole], [2], [0])).item() / (len(whole) - 2)
+
+    for row in range(2):
+        assert mean_nll(row, beams[row]) <= mean_nll(row, greedy[row]) + 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str, tmp_path: Path) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    captioner.save_pretrained(tmp_path)
+    loaded = CaptionerModel.from_pretrained(str(tmp_path)).eval()
+    assert loaded.config == captioner.config
+    batch = texts(ROWS, PROMPTS, IMAGES)
+    assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
+
+
+def test_images_that_do_not_fit_the_memory_of_a_gpu_are_written_about_in_parts(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, tried = build("scratch"), list[int]()
+    states, prompts = torch.randn(7, N, V), torch.tensor([[2, 3]] * 7)
+    whole, generate, fitting = captioner.generate(states, prompts, GREEDY), captioner.decoder.generate, 2
+
+    def limited(memory_BND: torch.Tensor, *rest: Any) -> list[list[int]]:
+        tried.append(len(memory_BND))
+        if len(memory_BND) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(memory_BND, *rest)
+
+    monkeypatch.setattr(captioner.decoder, "generate", limited)
+    assert captioner.generate(states, prompts, GREEDY) == whole
+    assert tried == [7, 3, *[1] * 7]
+    tried.clear()
+    assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]  # it is known by now
+    fitting = 0
+    with pytest.raises(TrainError, match="the text about one image does not fit the memory of the GPU"):
+        captioner.generate(states, prompts, GREEDY)
+
+
+def test_a_language_model_with_few_positions_has_fewer_tokens_for_a_text(build: Build) -> None:
+    assert build("scratch").most_tokens(10_000, 2) == 8
+    captioner = build("qwen3")
+    assert captioner.decoder.max_positions == 256
+    assert (captioner.most_tokens(200, 2), captioner.most_tokens(250, 2)) == (8, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_read_without_any_image_and_padding(build: Build, kind: str) -> None:
+    captioner = build(kind)
+    together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
+    apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_contrastive_loss_trains_connector_and_decoder_on_captions_only(build: Build, kind: str) -> None:
+    captioner, states = build(kind), torch.randn(2, N, V)
+    captions = replace(texts(ROWS, PROMPTS, IMAGES), caption_C=torch.tensor([True, False, True]))
+    loss = captioner.contrast_loss(states, captions)
+    torch.testing.assert_close(loss, captioner.contrast_loss(states, texts([ROWS[0], ROWS[2]], [2, 4], [0, 1])))
+    loss.backward()
+    for part in (captioner.connector, captioner.decoder, captioner.contrast):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    single = texts(ROWS[:1], [2], [0])
+    assert captioner.contrast_loss(states[:1], single).item() == 0.0  # one pair has no negatives
+
+
+def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
+    contrast = ContrastiveHead(8, 8)
+    with torch.no_grad():
+        for layer in (contrast.image, contrast.text):
+            layer.weight.copy_(torch.eye(8))
+    images, owners = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
+    matched, mismatched = contrast(images, images[owners], owners), contrast(images, images[owners.flip(0)], owners)
+    assert matched < 0.5 < mismatched

@@ -1,0 +1,96 @@
+"""The Python interface: `import trainer` is cheap, and `trainer.train` returns a result, as in the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer
+from pipeline.dataset.version import Version
+from pipeline.errors import ConfigError, StoreError, SynthError
+from pipeline.progress import NullProgress
+from pipeline.storage.files import read_json
+from tests.scene_data import make_version, scene_samples
+from tests.trainer.small_trainings import SMALL, replace
+from trainer import TrainConfig
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+class Messages(NullProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str, *, transient: bool = False) -> None:
+        self.texts.append(text)
+
+
+def test_import_loads_no_package() -> None:
+    code = "import sys; before = {*sys.modules}; import trainer; print(*({*sys.modules} - before), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded - sys.stdlib_module_names == {"trainer"}
+
+
+def test_settings_are_checked_before_torch_is_loaded() -> None:
+    code = """
+import sys, trainer
+try:
+    trainer.train("nowhere", epoch=1)
+except Exception as error:
+    print(type(error).__name__, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ConfigError", "False"]
+
+
+def test_example_of_the_readme_trains_a_captioner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = (text for text in PYTHON_BLOCK.findall(README) if "trainer.train(" in text)
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path)
+        make_version(Path("data/scenes"), scene_samples(60))
+        names: dict[str, Any] = {}
+        exec(block, names)  # the text of the README
+        result = names["result"]
+        assert result.path == Path("data/scenes/checkpoints/v1.0.0-tiny-clip-scratch")
+        assert result.metrics == read_json(result.path / "metrics.json")
+        assert capsys.readouterr().out.startswith(f"{result.path} ")
+    assert {"bleu_4", "rouge_l", "cider_d"} <= result.scores.keys() == result.shuffled_scores.keys()
+
+
+def test_settings_win_over_config_and_result_states_all_of_them(version: Version, tmp_path: Path) -> None:
+    progress = Messages()
+    config = replace(encoder="tiny-vit", seed=3)
+    result = trainer.train(version, config, out=str(tmp_path), progress=progress, steps=2, seed=4)
+    assert (result.path, result.version) == (tmp_path, version)
+    assert (result.config.seed, result.config.steps) == (4, 2)
+    assert result.config.decoder_width == SMALL.decoder_width
+    trained = TrainConfig.model_validate(read_json(tmp_path / "train.json"))
+    assert trained == result.config.with_defaults(version.manifest["rows"]["train"])
+    assert any(text.startswith("training on ") for text in progress.texts)
+    again = trainer.train(version, config, out=tmp_path, steps=2, seed=4)
+    assert again.metrics == result.metrics
+
+
+def test_mistakes_are_errors_with_a_hint(version: Version, tmp_path: Path) -> None:
+    cases: list[tuple[type[SynthError], str, dict[str, Any]]] = [
+        (ConfigError, "unknown config key: epoch", {"epoch": 1}),
+        (ConfigError, "bad value for epochs", {"epochs": "many"}),
+        (StoreError, "no dataset at", {"data": str(tmp_path / "nowhere")}),
+        (ConfigError, "holds other files", {"out": version.path, "encoder": "tiny-vit"}),
+    ]
+    for kind, problem, arguments in cases:
+        with pytest.raises(kind, match=problem) as raised:
+            trainer.train(**({"data": version} | arguments))
+        assert raised.value.hint
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = trainer.trian

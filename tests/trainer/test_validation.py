@@ -1,0 +1,82 @@
+"""The validation split while a captioner is trained: which one is kept, and when a training ends."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.loop
+import trainer.model.checkpoint
+import trainer.training
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError
+from tests.trainer.small_trainings import losses, replace, weights
+from trainer.loop import Validation
+from trainer.model.checkpoint import load_checkpoint
+from trainer.runtime.training_state import read_log
+from trainer.training import train_captioner
+
+
+def score_nothing(*_: Any) -> dict[str, Any]:
+    return {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
+
+
+def test_training_ends_where_the_score_no_longer_improves(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
+    scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
+
+    def scored(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(scores)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
+    monkeypatch.setattr(trainer.loop, "evaluate", scored)
+    monkeypatch.setattr(trainer.training, "_test", lambda *_: {"tested": True})
+    assert train_captioner(version, config, tmp_path) == {"tested": True}
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["step"] == 8
+    assert [line["validation_cider_d"] for line in log if "validation_loss" in line] == [0.1, 0.5, 0.4, 0.45]
+    assert weights(tmp_path) != weights(tmp_path / "last")
+    assert load_checkpoint(tmp_path / "last").captioner.config == load_checkpoint(tmp_path).captioner.config
+    assert train_captioner(version, config, tmp_path, resume=True) == {"tested": True}
+    assert len(read_log(tmp_path / "log.jsonl")) == len(log)
+
+
+def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
+    monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
+    values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(Validation, "loss", lambda _: next(values))
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
+    train_captioner(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
+    assert len(saved) == 3 + 1  # and `last`
+
+
+def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
+    plain, averaged = (replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay) for decay in (0.0, 0.99))
+    train_captioner(version, plain, tmp_path / "plain")
+    train_captioner(version, averaged, tmp_path / "averaged")
+    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")  # it changes nothing in the training
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
+    assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
+    assert torch.equal(
+        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"], other["encoder.tower.encoder.layers.0.mlp.fc1.weight"]
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Validation, "loss", lambda _: float("nan"))
+    with pytest.raises(TrainError, match="the loss of the validation split is nan") as ended:
+        train_captioner(version, replace(steps=2, evaluate_every=2), tmp_path)
+    assert "--lr" in ended.value.hint and not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()

@@ -1,0 +1,211 @@
+"""A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, and load that again.
+
+A checkpoint may be untrusted, and is checked before it is loaded: config.json holds known keys only, weights are safetensors,
+and no memory is allocated before their shapes fit the config. Its folder also holds `log.jsonl` and `resume.pt`
+(trainer/runtime/training_state.py), and `captions.jsonl`, the caption and scores of each test image.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, fields
+from io import StringIO
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from huggingface_hub import constants
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers.initialization import no_init_weights
+
+from pipeline.dataset.card import has_unknown_license, language_of
+from pipeline.dataset.version import Version
+from pipeline.errors import TrainError, one_line
+from pipeline.storage.files import flush_file, flush_folder, scratch_folder
+from pipeline.storage.untrusted import read_regular
+from trainer.config import MAX_CAPTION_TOKENS, PREFIX, EncoderStates, TrainConfig
+from trainer.data import Example, texts_of
+from trainer.model.caption_model import CaptionerConfig, CaptionerModel, build_captioner
+from trainer.model.decoder import DecoderConfig
+from trainer.model.encoder import load_encoder
+from trainer.model.language_model import load_decoder, new_decoder
+from trainer.model.pretrained import require_few_layers
+from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, PUBLISHED_TYPE, no_captioner, require_checkpoint
+from trainer.runtime.devices import best_device
+from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, scored_prompt, train_tokenizer
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
+MAX_TOKENIZER_BYTES = 100_000_000
+MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained captioner with its tokenizer."""
+
+    captioner: CaptionerModel
+    tokenizer: CaptionTokenizer
+
+    def scored_prompt(self) -> list[int]:
+        """Return the tokens of the prompt that captions are scored with. Raises TrainError if it has learned answers alone."""
+        source, style = scored_prompt(self.captioner.config.prompts)
+        return self.tokenizer.prompt(TargetText(source, "", style=style))
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
+        with scratch_folder(folder) as draft:
+            try:
+                self.captioner.without_adapters().save_pretrained(draft)
+            except SafetensorError as error:  # as it says that the disk is full, too
+                raise TrainError(
+                    f"cannot write the weights to {folder}: {error}", hint="free some space, and go on: --resume"
+                ) from None
+            (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)  # others may read the other files
+            self.tokenizer.backend.save(str(draft / "tokenizer.json"))
+            for name in CAPTIONER_FILES:
+                flush_file(draft / name)
+                (draft / name).replace(folder / name)
+            flush_folder(folder)
+
+
+def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
+    """Load a checkpoint folder in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
+    folder = Path(folder)
+    require_checkpoint(folder)
+    try:
+        with without_network():
+            checkpoint = _load(folder, device)
+        _require_numbers(checkpoint.captioner, folder)
+        return checkpoint
+    except TrainError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
+        raise no_captioner(folder, one_line(error)) from None
+
+
+def _require_numbers(captioner: CaptionerModel, folder: Path) -> None:
+    """Raise TrainError for weights that are no numbers, which a damaged file may have: its captions would be empty."""
+    if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights.sum())]:
+        raise no_captioner(folder, f"{odd[0]} has weights that are not numbers")
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Keep huggingface_hub from asking the Hub: the configs of some models fetch others."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _load(folder: Path, device: torch.device | None) -> Checkpoint:
+    config = read_config(folder)
+    require_shapes(config, folder / "model.safetensors")
+    tokenizer = read_tokenizer(folder / "tokenizer.json", config)
+    # huggingface_hub prints to stdout, which is for data. Every weight is in the file: none needs a random value before.
+    with redirect_stdout(StringIO()), no_init_weights():
+        captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
+    return Checkpoint(captioner, tokenizer)
+
+
+def read_config(folder: Path) -> CaptionerConfig:
+    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
+    values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    known = {field.name for field in fields(CaptionerConfig)}
+    if values.get("model_type") == PUBLISHED_TYPE:  # pushed, or saved by transformers: other keys are left out
+        values = {name: value for name, value in values.items() if name in known}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"config.json has an unknown key {unknown[0]}")
+    config = TypeAdapter(CaptionerConfig).validate_python(values)
+    if not config.prompts:
+        raise ValueError("it has learned no prompt")
+    if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
+        raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
+    if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
+        raise ValueError(f"num_beams is {config.num_beams!r}")
+    require_few_layers(config.decoder)
+    return config
+
+
+def require_shapes(config: CaptionerConfig, weights: Path) -> None:
+    """Raise ValueError unless a file of weights has the tensors that a config asks for. No tensor is allocated."""
+    with safe_open(weights, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    with torch.device("meta"):
+        captioner = CaptionerModel(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
+    encoder = captioner.encoder
+    if encoder.config.layer not in range(-encoder.depth - 1, encoder.depth + 1):
+        raise ValueError(f"the encoder has no layer {encoder.config.layer!r}"[:100])
+    if encoder.config.states not in get_args(EncoderStates):
+        raise ValueError(f"the encoder has no states {encoder.config.states!r}")
+    # Of tensors that share their memory, such as the embedding and the head, the file holds one.
+    if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
+        raise ValueError(f"the weights do not fit the config: {wrong[0]}")
+    allocated, held = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
+    if allocated > MAX_SHARED * held + 1:
+        raise ValueError(f"the config asks for {allocated:,} weights, and there are {held:,}")
+
+
+def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
+    """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
+    backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
+    vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
+    if not 0 <= config.eos_id < vocab_size:
+        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,} tokens")
+    require_known_tokens(backend, vocab_size)
+    tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
+    backend.encode_special_tokens = True  # the name of a token in a text is not the token
+    for source, style in config.prompts:
+        ids = tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
+        if max(ids) >= vocab_size:
+            raise ValueError(f"the prompt of the style {style or 'of answers'} has tokens that the decoder has not")
+    return tokenizer
+
+
+def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
+    """Return an untrained captioner and its tokenizer. Raises TrainError if a model is missing, or cannot do what is set."""
+    chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
+    encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
+    texts = texts_of(train_set)
+    sizes = {name: getattr(config, f"decoder_{name}") for name in ("width", "depth", "heads")}
+    decoder: Any
+    if config.decoder == PREFIX:
+        decoder, tokenizer = new_decoder(train_tokenizer(texts, config.vocab_size), **sizes)
+    elif config.is_scratch:
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        vocab_size = tokenizer.backend.get_vocab_size()
+        decoder = DecoderConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes)
+    else:
+        decoder, tokenizer = load_decoder(config.decoder)
+        if config.lora_rank:
+            decoder.adapt(config.lora_rank, config.lora_dropout)
+        if config.checkpoint_blocks:
+            decoder.keep_no_states()
+        if config.num_beams > 1:
+            decoder.require_beams(config.num_beams)
+    captioner = build_captioner(
+        encoder,
+        decoder,
+        prompts=sorted({(text.source, text.style) for text in texts}),
+        eos_id=tokenizer.eos_id,
+        max_caption_tokens=config.max_caption_tokens,
+        contrast_width=config.contrast_width if config.contrastive_weight else 0,
+        data={
+            "version": version.name,
+            "digest": version.manifest["digest"],
+            "source": version.manifest["source"],
+            "texts": config.text_source,
+            "language": language_of(version.manifest),
+            "has_unknown_license": has_unknown_license(version.manifest),
+            "num_beams": config.num_beams,
+            **({"repo": version.repo} if version.repo else {}),
+        },
+    )
+    return Checkpoint(captioner, tokenizer)
