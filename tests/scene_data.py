@@ -13,15 +13,17 @@ from pipeline.config import SCENES, Config
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Rows, build_rows
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, read_version
+from pipeline.hub.package import build_package
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.scenes.scene import Scene, sample_scene, scenes_of
 from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
-from pipeline.storage.files import scratch_folder
-from pipeline.tables import NO_EXTRAS, REJECTIONS, SAMPLE, Extras
+from pipeline.storage.files import scratch_folder, write_table
+from pipeline.tables import LISTED_SAMPLE, NO_EXTRAS, NUM_PAGES, REJECTIONS, SAMPLE, SAMPLE_IMAGES, Extras
 from pipeline.types import Request, Sample, SampleBatch
 
 PROVENANCE: dict[str, Any] = {
@@ -51,6 +53,29 @@ def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[
 def sample_table(samples: list[Sample]) -> pa.Table:
     rows = [{"sample_id": s.id, **asdict(s)} for s in samples]
     return pa.Table.from_pylist(rows, schema=SAMPLE)
+
+
+def listed(samples: pa.RecordBatch) -> pa.RecordBatch:
+    """Return samples (tables.SAMPLE) as the read step lists them."""
+    table = pa.Table.from_batches([samples])
+    counted = table.append_column(NUM_PAGES, pc.list_value_length(table["images"]))
+    return counted.select(LISTED_SAMPLE.names).cast(LISTED_SAMPLE).combine_chunks().to_batches()[0]
+
+
+def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
+    """Write samples as the read step does: their images to the store, and a list of them."""
+    table = sample_table(samples)
+    ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
+    write_table(dataset.stage("source"), map(pa.Table.from_batches, [[listed(one)] for one in table.to_batches()]), LISTED_SAMPLE)
+
+
+def pulled(version: Version, folder: Path, **options: Any) -> Version:
+    """Write a version to a folder as it lies in the cache after `push` and `pull`; the files hold the images."""
+    folder.mkdir(parents=True)
+    with build_package(version, "me/x", **options) as package:
+        for name, content in package.files.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return read_version(folder)
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
@@ -115,9 +140,11 @@ def publish_rows(
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
-    """Write annotations and samples as the next version of a dataset folder."""
+    """Store the images of samples (tables.SAMPLE), and write annotations and samples as the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
+    store, batches = ImageStore(folder), list(batches)
+    store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
+    tables = build_rows(annotations, map(listed, batches), source, rows, extras, decks=decks)
     return publish_tables(folder, tables, rows, funnel, provenance, extras)
 
 

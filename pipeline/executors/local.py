@@ -10,7 +10,6 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, OUTPUTS, DatasetDir, require_file
-from pipeline.dataset.samples import describe_lost, move_images_to_versions
 from pipeline.digests import public_name
 from pipeline.errors import ConfigError
 from pipeline.executors.base import RunResult, T, compare_rows, forget_other_stages, judge_rows, publish, require_own_replies
@@ -20,11 +19,11 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source
+from pipeline.sources.read import SourceReader
 from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Services, Stage, step_order
 from pipeline.stages.finished import FinishedStages
 from pipeline.stages.generate import ask_about_shard, write_annotations
-from pipeline.stages.source_reader import SourceReader
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_batches, read_json, write_json
 from pipeline.types import Source
@@ -116,8 +115,6 @@ def run_locally(
                 break
             stats.begin_pass()
     version, is_new, funnel = publish(executor, stages, plan, finished=finished)
-    if lost := move_images_to_versions(dataset, version.name if is_new else None, keeps_parts=config.images is not None):
-        progress.warn(describe_lost(lost))
     return RunResult(version, is_new, stats, funnel)
 
 

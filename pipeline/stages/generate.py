@@ -6,8 +6,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.config import Config
-from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.samples import page_counts, read_samples, sample_batches
+from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import count_replies, count_requests, requests_about, requests_per_sample, rounds

@@ -42,10 +42,10 @@ from pipeline.install import installed_version
 from pipeline.logs import log_to
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
+from pipeline.sources.exclusions import open_exclusions, write_exclusions
+from pipeline.sources.read import describe_source, forget_near_duplicates, forget_reading
 from pipeline.stages.ask_checks import require_scorer
 from pipeline.stages.base import RunPlan, Stage, step_order
-from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading
-from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
@@ -176,7 +176,7 @@ def _fill(run: ShardedRun, stages: Sequence[Stage], workers: WorkerPlan, progres
         return stats, run
     filled = tuple(result.folder for result in results)
     for old in (run.root / "shards").glob("*/*"):
-        if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
+        if old.is_dir() and old.name not in ("journal", "images") and f"{old.parent.name}/{old.name}" not in filled:
             remove(old)  # of an earlier run, or of an abandoned worker
     return stats, replace(run, filled=filled)
 
