@@ -66,7 +66,8 @@ def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
     """Write samples as the read step does: their images to the store, and a list of them."""
     table = sample_table(samples)
     ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
-    write_table(dataset.stage("source"), map(pa.Table.from_batches, [[listed(one)] for one in table.to_batches()]), LISTED_SAMPLE)
+    rows = [pa.Table.from_batches([listed(batch)]) for batch in table.to_batches()]
+    write_table(dataset.stage("source"), rows, LISTED_SAMPLE)
 
 
 def pulled(version: Version, folder: Path, **options: Any) -> Version:
@@ -140,7 +141,7 @@ def publish_rows(
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
-    """Store the images of samples (tables.SAMPLE), and write annotations and samples as the next version of a dataset folder."""
+    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
     store, batches = ImageStore(folder), list(batches)
     store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)

@@ -224,7 +224,8 @@ def experiment(
 def open_data(name: str | None, images: str | None) -> "Version":
     """Open the version that `--data` names, local or on the Hub; if it has no pixels, join them from `--images`."""
     from pipeline.dataset.directory import DatasetDir
-    from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
+    from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
+    from pipeline.dataset.version import JOINED
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.storage.files import translate_disk_errors
 
@@ -236,9 +237,9 @@ def open_data(name: str | None, images: str | None) -> "Version":
         note_previews(version, path)
     if not lacks_pixels(version):
         return version
-    home = DatasetDir(version.dataset_dir / "joined")
+    home = DatasetDir(version.dataset_dir / JOINED)
     with translate_disk_errors(home.path), home.lock(wait=True):  # one of several processes joins, the others wait
-        if joined := find_joined(version, home.path):
+        if joined := find_joined(version):
             return joined
         if images is None:
             raise ConfigError(f"{name or version.path} holds no pixels", hint="say where the images are: --images FOLDER")
@@ -246,6 +247,6 @@ def open_data(name: str | None, images: str | None) -> "Version":
         if not folder.is_dir():
             from pipeline.sources import read_images
 
-            return join_pixels(version, read_images(images), home.path)
+            return join_images(version, read_images(images))
         is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-        return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home.path)
+        return join_images(version, images_of_dataset(folder) if is_dataset else images_of_files(folder))

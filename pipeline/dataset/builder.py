@@ -76,11 +76,12 @@ def build_rows(
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
-    """Join each batch of samples (tables.LISTED_SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
+    """Join each batch of samples (tables.LISTED_SAMPLE) with its annotations; yield rows (tables.ROW) with
+    their `split`.
 
-    The rows hold no images: a column of PIXELS holds True for each sample whose images it has, else null. `rows` receives digests
-    and statistics. With `decks`, a sample is a document, though it may have one page only. Raise TableError if annotations belong
-    to no sample, or are not in the order of the samples.
+    The rows hold no images: a column of PIXELS holds True for each sample whose images it has, else null.
+    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page
+    only. Raise TableError if annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     schema = with_split(without_images(row_schema(extras.columns, extras)))

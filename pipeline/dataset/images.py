@@ -1,8 +1,8 @@
 """The images of a dataset folder, each stored once: `images/*.parquet`, by sample id.
 
-The read step adds images as it reads them; all other steps, and versions, hold ids. A file appears whole, is never changed, and is
-named after the ids that it holds. A run on a cluster has a store in the folder of each shard. Only `synth versions gc` removes
-images (dataset/removal.py).
+The read step adds images as it reads them; all other steps, and versions, hold ids. A file appears whole, is
+never changed, and is named after the ids that it holds. A run on a cluster has a store in the folder of each
+shard. Only `synth versions gc` removes images (dataset/removal.py).
 """
 
 import hashlib
@@ -118,7 +118,8 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove the images of all other samples, and second copies; yield each file with the bytes that this frees.
+        """Remove the images of all other samples, and second copies; yield each file with the bytes that this
+        frees.
 
         A process that is killed meanwhile leaves second copies at most.
         """

@@ -88,7 +88,8 @@ class RowWriter:
 
 
 def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
-    """Write the rows of a version with their images, and columns for other readers; return the manifest that describes the files.
+    """Write the rows of a version with images and columns for other readers; return the manifest that
+    follows.
 
     Equal rows give equal bytes: boundaries follow from the rows themselves (dataset/shards.py).
     """
@@ -102,7 +103,7 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
         writer.close()
     files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
     described = {"files": files, "features": features(schema), **({"reader_columns": more} if more else {})}
-    others = {key: value for key, value in version.manifest.items() if key not in ("pixels", "images")}
+    others = {key: value for key, value in version.manifest.items() if key not in ("pixels", "pixel_columns", "images")}
     return others | described
 
 
@@ -211,7 +212,8 @@ def _digests_of_images(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.T
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft (rejections, digests of images, card, manifest) to its final folder: readers see a whole version or none.
+    """Move a draft (rejections, digests of images, card, manifest) to its final folder: readers see a whole
+    version or none.
 
     On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
     the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.

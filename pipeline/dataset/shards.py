@@ -20,11 +20,13 @@ SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large en
 LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from so many bytes on, a group ends after so many more rows, on average
 GROUP_BYTES = 16_000_000  # and from so many at the next table of rows, so that a reader need not hold it
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
-IMAGE_LEAF = "image.bytes"  # the column of images as Parquet names it
+# The columns of images of a version and of a store, as Parquet names them.
+IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
 
 class SplitWriter:
-    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row group.
+    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row
+    group.
 
     A row group has `group_rows` rows on average: GROUP_ROWS where the rows hold images.
     """

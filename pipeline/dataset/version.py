@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.dataset.images import ImageStore, as_pixels
-from pipeline.dataset.images import ImageStore, as_pixels
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
@@ -26,21 +25,18 @@ from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, Own
 
 REJECTIONS_FILE = "rejections.parquet"
 IMAGES_FILE = "images.parquet"  # tables.IMAGE_DIGESTS of the rows of a version
-IMAGES_FILE = "images.parquet"  # tables.IMAGE_DIGESTS, of the rows of a version
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
-# Values of `pixels` in a manifest whose files hold no images: these are in the store of the dataset folder; in a store that was
-# filled from files of the user, in the folder `joined`; or they were left out of what was published.
-STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
-JOINED_FOLDER = "joined"
-IMAGES_AT_ONCE = 64  # rows that are joined with their images together
-# Values of `pixels` in a manifest whose files hold no images: they are in the store of the dataset folder; in a store that was
-# filled from the user's files, in the folder JOINED; or they were left out of a published version.
+# Values of `pixels` in a manifest whose files hold no images: they are in the store of the dataset folder; in
+# a store that was filled from the user's files, in the folder JOINED; or they were left out of a published
+# version.
 STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
 IMAGES_AT_ONCE = 64  # rows that are joined with their images together
 DATA = Path("data")
-FEATURES, FEATURES_LOCK = "features", "lock"  # folder of stored hidden states in a dataset; the lock of each store
+# Folders in a dataset folder that can be made again: stored hidden states, and shards that are being pushed;
+# their locks.
+FEATURES, PUSHED, LOCK = "features", ".push", "lock"
 MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
@@ -83,25 +79,14 @@ class Version:
 
     @property
     def holds_pixels(self) -> bool:
-        """Return whether the images are in the files of the version, and not in a store."""
-        return self.manifest.get("pixels") not in (STORED, JOINED)
-
-    @property
-    def store(self) -> ImageStore:
-        """Return the store of the images."""
-        joined = self.manifest.get("pixels") == JOINED
-        return ImageStore(self.dataset_dir / JOINED_FOLDER if joined else self.dataset_dir)
-
-    @property
-    def holds_pixels(self) -> bool:
         """Return whether the files hold the images of the rows, and not a store."""
         return self.manifest.get("pixels") not in (STORED, JOINED)
 
     @property
     def store(self) -> ImageStore:
         """Return the store of the images."""
-        is_joined = self.manifest.get("pixels") == JOINED
-        return ImageStore(self.dataset_dir / JOINED if is_joined else self.dataset_dir)
+        home = dataset_dir_of(self.path) if is_remote(self.path) else self.dataset_dir
+        return ImageStore(home / JOINED if self.manifest.get("pixels") == JOINED else home)
 
     @property
     def num_rows(self) -> int:
@@ -112,11 +97,6 @@ class Version:
     def schema(self) -> pa.Schema:
         """Return the schema of the rows."""
         return schema_of(self.manifest)
-
-    @property
-    def file_columns(self) -> list[str]:
-        """Return the columns of the rows that the files hold."""
-        return [name for name in self.manifest["columns"] if self.holds_pixels or name not in PIXELS]
 
     @property
     def file_columns(self) -> list[str]:
@@ -138,7 +118,8 @@ class Version:
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
     def batches(self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
-        """Yield all rows with the split that they are in, a batch at a time; images that the files lack come from the store.
+        """Yield all rows with the split that they are in, a batch at a time; images that the files lack come
+        from the store.
 
         Raises StoreError if a shard is damaged, or images are missing or damaged.
         """
@@ -211,17 +192,18 @@ class _ImageJoin:
         self.pixels = [] if version.holds_pixels else [name for name in columns if name in PIXELS]
         held = [name for name in columns if name not in self.pixels]
         self.file_columns = held if "sample_id" in held or not self.pixels else ["sample_id", *held]
-        self._version, self._store = version, version.store
+        self._all_columns = version.manifest["columns"]
+        self._store = version.store if self.pixels else None
 
     def batches(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """Yield rows with all columns. Raise StoreError if images are missing or damaged."""
-        if not self.pixels:
+        if self._store is None:
             yield batch
             return
         for start in range(0, batch.num_rows, IMAGES_AT_ONCE):
             rows = batch.slice(start, IMAGES_AT_ONCE)
             images = self._store.read(rows["sample_id"].to_pylist())
-            pixels = as_pixels(images, self._version.manifest["columns"])
+            pixels = as_pixels(images, self._all_columns)
             columns = {name: pixels[name] if name in pixels else rows[name] for name in self.columns}
             yield pa.record_batch(list(columns.values()), names=list(columns))
 

@@ -14,9 +14,9 @@ from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, choose_judge, find_family
 from pipeline.inference.requests import requests_per_sample
-from pipeline.stages.base import Stage
 from pipeline.sources.duplicates import REPEATED
 from pipeline.sources.read import ADVICE
+from pipeline.stages.base import Stage
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import find_task, tasks_making

@@ -42,10 +42,11 @@ class ReadBatch:
 
 @dataclass(slots=True)
 class DuplicateImages:
-    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they come.
+    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they
+    come.
 
-    The image has the captions and questions of all copies, in the order of their rows: tables of captions or questions often
-    have a row for each.
+    The image has the captions and questions of all copies, in the order of their rows: tables of captions or
+    questions often have a row for each.
     """
 
     kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # by sample id: row of the source, split
@@ -53,7 +54,8 @@ class DuplicateImages:
     texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # by sample id: of all copies but the first that came
 
     def add(self, row: dict[str, Any]) -> Rejected | None:
-        """Take a sample as a row of tables.LISTED_SAMPLE; return the rejection of one of two copies, or None for a new image.
+        """Take a sample as a row of tables.LISTED_SAMPLE; return the rejection of one of two copies, or None
+        for a new image.
 
         The references and the name of the copy stay whose row in the source comes first by its name.
         """

@@ -1,10 +1,11 @@
 """The read step: images go to the store (dataset/images.py), and a list of the samples to the stage `source`.
 
-A run in one process reads a source by SourceReader, and a worker of a cluster reads the rows of its shard by `write_source`. A
-source may be a download of many hours. While SourceReader reads, it writes the rows so far in parts; the next run resumes after
-the last part. `read.json` stores what the files of the stage were made of: where none of that has changed, nor a file, the next
-run uses the files as they are. If rows failed for passing reasons, such as a host that did not answer, the next run reads all
-rows again, and later runs only while that gives more rows.
+A run in one process reads a source by SourceReader, and a worker of a cluster reads the rows of its shard by
+`write_source`. A source may be a download of many hours. While SourceReader reads, it writes the rows so far
+in parts; the next run resumes after the last part. `read.json` stores what the files of the stage were made
+of: where none of that has changed, nor a file, the next run uses the files as they are. If rows failed for
+passing reasons, such as a host that did not answer, the next run reads all rows again, and later runs only
+while that gives more rows.
 """
 
 import secrets
@@ -51,7 +52,8 @@ ROWS_AT_ONCE = 16_384  # of parts, without images
 # Why a row may be rejected now and read another time, or on another machine.
 PASSING_REASONS = frozenset(("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died"))
 READING = 4  # raise it when the same bytes would be read as other samples
-# Settings that say which samples a source yields; all others are those of later stages, or stand in the key in another form.
+# Settings that say which samples a source yields; all others are those of later stages, or stand in the key
+# in another form.
 READ_SETTINGS = (
     "source",
     "source_split",
@@ -88,7 +90,8 @@ def describe_source(
     *,
     preview: bool = False,
 ) -> dict[str, Any]:
-    """Return the provenance of a source with its files of captions, whose images were compared as `kind` with the excluded.
+    """Return the provenance of a source with its files of captions, whose images were compared as `kind` with
+    the excluded.
 
     `preview`: the run was to read a part of the images only.
     """
@@ -252,7 +255,8 @@ class SourceReader:
     def _begin(self) -> SampleDeduplicator:
         """Open the source after the rows of the parts, if its last row is still at its place.
 
-        Rows that failed in a reading that has ended are tried again. Parts of another reading are removed; their images stay.
+        Rows that failed in a reading that has ended are tried again. Parts of another reading are removed;
+        their images stay.
         """
         state = self._state()
         folder = self._path.with_name(PARTS_FOLDER)
@@ -338,12 +342,14 @@ class SourceReader:
 
 @dataclass(slots=True)
 class SourceParts:
-    """The rows read so far, in a folder: the next run resumes after the last part. Parts of another key are removed.
+    """The rows read so far, in a folder: the next run resumes after the last part. Parts of another key are
+    removed.
 
-    A part is a Parquet file of samples in the order of the source, and a JSON file that is written after it: the rejected rows, the
-    number of rows of the source in all parts so far, and the name of the last row. Its images are in the store before it is
-    written. A part is not used, nor are those after it, if it is damaged, if its images are gone, or if most rows failed for
-    passing reasons (without a network, say). Unless it `takes_failed` rows, one such row is enough.
+    A part is a Parquet file of samples in the order of the source, and a JSON file that is written after it:
+    the rejected rows, the number of rows of the source in all parts so far, and the name of the last row. Its
+    images are in the store before it is written. A part is not used, nor are those after it, if it is
+    damaged, if its images are gone, or if most rows failed for passing reasons (without a network, say).
+    Unless it `takes_failed` rows, one such row is enough.
     """
 
     folder: Path

@@ -63,7 +63,8 @@ def forget_scratch(shard: DatasetDir) -> None:
 
 
 def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the stage files and new images of a shard, and return the name of the folder of its stages in the store.
+    """Upload the stage files and new images of a shard, and return the name of the folder of its stages in
+    the store.
 
     The name is new: an abandoned worker that still runs cannot write into the folder.
     """
