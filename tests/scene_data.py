@@ -79,6 +79,12 @@ def pulled(version: Version, folder: Path, **options: Any) -> Version:
         return read_version(folder)
 
 
+def published(version: Version, **options: Any) -> dict[str, Any]:
+    """Return the manifest with which a version is pushed."""
+    with build_package(version, "me/x", **options) as package:
+        return package.manifest
+
+
 def true_captions(samples: list[Sample]) -> pa.Table:
     """Return annotations with the columns that the split stage writes."""
     return pa.Table.from_pylist(

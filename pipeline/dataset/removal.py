@@ -13,7 +13,7 @@ from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_
 
 # Folders whose files are written by commands that hold the lock.
 LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*", "images", "shards/*/images")
-REMADE_FOLDERS = (f"{FEATURES}/*", PUSHED)
+REMADE_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
 
 

@@ -16,8 +16,8 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import AGAIN, LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
-from pipeline.storage.file_lock import hold_lock
-from pipeline.storage.files import json_text, open_parquet, open_writer, read_json, scratch_folder
+from pipeline.storage.file_lock import lock_file
+from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 from pipeline.types import non_redistributable
@@ -103,15 +103,11 @@ def _scratch(version: Version) -> Iterator[Path]:
 
     Images from a store take as much room as the store: the folder is on its disk.
     """
-    if version.holds_pixels:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    home = version.dataset_dir / PUSHED
-    home.mkdir(parents=True, exist_ok=True)
-    busy = PushError(f"another process pushes from {version.dataset_dir}", hint="wait for it, then push again")
-    with hold_lock(home / LOCK, busy), scratch_folder(home) as folder:
-        yield folder
+    home = None if version.holds_pixels else version.dataset_dir / PUSHED
+    if home is not None:
+        home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
+        yield Path(name)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
