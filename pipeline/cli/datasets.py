@@ -121,7 +121,8 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo, lance; of a captioner: onnx.",
+            help="parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance; "
+            "of a captioner: onnx.",
             show_default="imagefolder",
         ),
     ] = None,
