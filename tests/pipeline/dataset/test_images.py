@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,7 +151,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(photos: Path, **more: object) -> Config:
+def settings(photos: Path, **more: Any) -> Config:
     return resolve(source=f"folder:{photos}", tasks="none", human_texts="keep", **more)
 
 

@@ -54,9 +54,9 @@ class World:
             }
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
         for name, commit in (named | self.repo.commits).items():
-            version = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)
-            assert set(commit.files) == whole[version.name if version else "empty"], name
-            for file, entry in self.files[version.name].items() if version else ():
+            title = next((v.name for v in (self.old, self.new) if commit.title.startswith(v.name)), "empty")
+            assert set(commit.files) == whole[title], name
+            for file, entry in self.files.get(title, {}).items():
                 assert commit.files[file].sha256 == entry["sha256"]
         assert self.repo.tags["v1.0.0"] == self.before
         assert all(commit.title.startswith(name) for name, commit in named.items())
