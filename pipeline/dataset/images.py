@@ -118,15 +118,16 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove the images of all other samples, and second copies; yield each file with the bytes that this
-        frees.
+        """Remove the images of all other samples, and second copies; yield each file with the bytes freed.
 
-        A process that is killed meanwhile leaves second copies at most.
+        A process that is killed meanwhile leaves second copies at most. Raise StoreError, and remove nothing, if
+        a file cannot be read.
         """
-        kept = set[str]()
-        for path in self.paths():
-            file, size = open_parquet(path), path.stat().st_size
-            ids = file.read(["sample_id"])["sample_id"].to_pylist()
+        kept, written = set[str](), set[Path]()
+        for path, ids in [(path, _ids_of(path)) for path in self.paths()]:
+            if path in written:  # it was left by a process that was killed here
+                continue
+            size = path.stat().st_size
             is_wanted = [name in wanted and name not in kept for name in ids]
             kept.update(name for name, keep in zip(ids, is_wanted, strict=True) if keep)
             if all(is_wanted):
@@ -136,9 +137,9 @@ class ImageStore:
                 continue
             if any(is_wanted):
                 store = ImageStore(path.parent.parent)
-                new = store._write_file(_selected(file, is_wanted))
+                new = store._write_file(_selected(open_parquet(path), is_wanted))
+                written.add(new)
                 size -= new.stat().st_size
-            file.close()
             path.unlink()
             yield path, size
         self._is_indexed, self._group_of = False, {}
@@ -241,6 +242,14 @@ def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Arra
         "pages": pc.if_else(pa.array(is_deck), decks, pa.scalar(None, decks.type)),
     }
     return {name: made[name] for name in PIXELS if name in columns}
+
+
+def _ids_of(path: Path) -> list[str]:
+    """Return the samples whose images a file holds. Raise StoreError if it cannot be read."""
+    try:
+        return list(open_parquet(path).read(["sample_id"])["sample_id"].to_pylist())
+    except UNREADABLE as error:
+        raise damage_error(path, error) from None
 
 
 def _with_digests(samples: pa.Table) -> pa.Table:

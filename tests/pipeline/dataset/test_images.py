@@ -132,6 +132,20 @@ def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> 
     assert store.find_missing(IDS) == []
 
 
+@pytest.mark.parametrize("count", range(1, 13))
+def test_killed_removal_of_images_loses_none_that_is_needed(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", lambda path, **_: stop() if images.FILE_NAME.fullmatch(path.name) else None)
+        list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
+    assert len(ImageStore(tmp_path).paths()) == 2
+    list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
+    store = ImageStore(tmp_path)
+    assert len(store.paths()) == 1 and store.find_missing(IDS) == IDS[count:]
+
+
 def test_samples_are_read_with_their_images(tmp_path: Path) -> None:
     dataset = DatasetDir(tmp_path)
     write_samples(dataset, [*SAMPLES, DECK])

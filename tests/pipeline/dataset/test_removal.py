@@ -82,6 +82,15 @@ def test_gc_keeps_all_images_while_a_version_is_damaged(dataset: DatasetDir) -> 
     assert ImageStore(dataset.path).find_missing([one.id for one in SAMPLES]) == []
 
 
+def test_gc_keeps_all_images_while_a_file_of_the_store_is_damaged(dataset: DatasetDir) -> None:
+    remove_versions(dataset, [version.name for version in dataset.versions()])
+    first, *others = ImageStore(dataset.path).paths()
+    others[-1].write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="is damaged"):
+        remove_images(dataset)
+    assert first.exists()
+
+
 def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:
     leftovers = [dataset.path / "versions" / f"{REMOVING}v0.9.0", dataset.path / "versions" / ".next"]
     for folder in leftovers:

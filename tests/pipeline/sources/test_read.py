@@ -17,6 +17,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, sample_batches
+from pipeline.dataset.images import ImageStore
 from pipeline.errors import SourceError
 from pipeline.executors.local import reading_settings
 from pipeline.sources import open_source
@@ -142,6 +143,8 @@ def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert any("goes on behind" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
+    near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
+    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # a report shows them
     reasons = {row["reason"] for row in rows(tmp_path / "whole", "rejected")}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
 
