@@ -163,18 +163,30 @@ def publish_tables(
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
+    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`. Images in them are stored."""
+    store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
         for table in tables:
-            writer.add(table)
+            writer.add(table if pa.types.is_boolean(table.schema.field("image").type) else _store(store, table))
         files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
         digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
         licenses = sorted(rows.licenses)
         content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
         rejections = [REJECTIONS.empty_table()]
         return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
+
+
+def _store(store: ImageStore, rows: pa.Table) -> pa.Table:
+    """Store the images of rows (tables.ROW), and return the rows as `build_rows` yields them."""
+    pixels = rows.select(["sample_id", "image", "pages"]).to_pylist()
+    images = [[page["bytes"] for page in row["pages"] or [row["image"]]] for row in pixels]
+    store.add([pa.table([rows["sample_id"], images], schema=SAMPLE_IMAGES)])
+    for name in ("image", "pages"):
+        held = pa.array([row[name] is not None or None for row in pixels], pa.bool_())
+        rows = rows.set_column(rows.column_names.index(name), name, held)
+    return rows
 
 
 def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, tuple[Scene, ...]]:
