@@ -135,6 +135,9 @@ def make_repaired_version(version: Version, damage: list[str]) -> Version:
         name = f"v{major}.{minor}.{patch + 1}"
         repairs = {"version": version.name, "damaged": damage}
         manifest = version.manifest | {"version": name, "parent": version.name, "repairs": repairs}
+        if version.manifest.get("images"):  # a version that is a link has its images elsewhere
+            ids = read_table(version.path / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
+            ImageStore(dataset.path).add_from(version.store, ids)
         for file in _entries(version):
             shutil.copy(version.path / file, draft / file)
         write_text(draft / CARD_FILE, render_card(manifest, first_rows(version, CARD_SAMPLES)))

@@ -84,9 +84,10 @@ class Version:
 
     @property
     def store(self) -> ImageStore:
-        """Return the store of the images."""
-        home = dataset_dir_of(self.path) if is_remote(self.path) else self.dataset_dir
-        return ImageStore(home / JOINED if self.manifest.get("pixels") == JOINED else home)
+        """Return the store of the images; that of the target, if the folder is a link."""
+        if self.manifest.get("pixels") == JOINED:
+            return ImageStore(self.dataset_dir / JOINED)
+        return ImageStore(dataset_dir_of(self.path if is_remote(self.path) else self.path.resolve()))
 
     @property
     def num_rows(self) -> int:
@@ -118,10 +119,10 @@ class Version:
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
     def batches(self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
-        """Yield all rows with the split that they are in, a batch at a time; images that the files lack come
-        from the store.
+        """Yield all rows with the split that they are in, a batch at a time.
 
-        Raises StoreError if a shard is damaged, or images are missing or damaged.
+        Images that the files lack come from the store. Raises StoreError if a shard is damaged, or images are
+        missing or damaged.
         """
         join = _ImageJoin(self, columns)
         for split in splits:

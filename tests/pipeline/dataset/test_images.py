@@ -227,6 +227,16 @@ def test_version_whose_images_are_not_stored_is_not_published(tmp_path: Path, mo
     assert not DatasetDir(tmp_path).versions()
 
 
+def test_linked_version_has_images_of_its_target_and_its_repair_its_own(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "d", SAMPLES)
+    (tmp_path / "e" / "versions").mkdir(parents=True)
+    (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
+    linked = DatasetDir(tmp_path / "e").version()
+    assert find_damage(linked) == [] and linked.read("train") == version.read("train")
+    repaired = make_repaired_version(linked, [])
+    assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
+
+
 def test_image_of_other_bytes_under_its_id_is_damage(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, SAMPLES)
     (path,) = ImageStore(tmp_path).paths()
