@@ -139,8 +139,8 @@ def main() -> None:
         }
         for title, change in changes.items():
             version = make(root / "data", count, image_bytes, **change)
-            size_mb = sum(entry["bytes"] for entry in version.manifest["files"].values()) / 1e6
-            print(f"{title}, {version.name}, {size_mb:.0f} MB in {len(version.manifest['files'])} shards")
+            size_mb = sum(path.stat().st_size for path in version.store.paths()) / 1e6
+            print(f"{title}, {version.name}, {size_mb:.0f} MB of images")
             for client, code in (("synth", OURS), ("push_to_hub", THEIRS)):
                 result = push(hub, root / client, code, version, f"me/{client}", xet=arguments.mode == "xet")
                 print(

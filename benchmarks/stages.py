@@ -31,6 +31,7 @@ from PIL import Image
 from examples.scenes.questions import ask_number, ask_other, ask_yes_no
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.progress import NullProgress
 from pipeline.run import stages_of
@@ -39,7 +40,7 @@ from pipeline.scenes.text import STYLES, caption
 from pipeline.stages.base import RunPlan, compare_stage, judge_stage
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json, write_table
-from pipeline.tables import ANNOTATION, EXCLUSIONS, SAMPLE, SOURCE_REJECTED
+from pipeline.tables import ANNOTATION, EXCLUSIONS, LISTED_SAMPLE, SAMPLE_IMAGES, SOURCE_REJECTED
 
 BATCH = 500  # images made at once
 TEXTS = 5  # per image
@@ -54,13 +55,20 @@ def plain_png(number: int) -> bytes:
 
 
 def samples(count: int) -> Iterator[pa.Table]:
-    """Yield rows of tables.SAMPLE."""
+    """Yield rows of tables.LISTED_SAMPLE."""
     for first in range(0, count, BATCH):
         rows = []
         for n in range(first, min(first + BATCH, count)):
-            ids = {"sample_id": digest([n]), "source_row": f"{n}", "images": [plain_png(n)], "pdq_hashes": []}
+            ids = {"sample_id": digest([n]), "source_row": f"{n}", "num_pages": 1, "pdq_hashes": []}
             rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": []})
-        yield pa.Table.from_pylist(rows, schema=SAMPLE)
+        yield pa.Table.from_pylist(rows, schema=LISTED_SAMPLE)
+
+
+def images(count: int) -> Iterator[pa.Table]:
+    """Yield rows of tables.SAMPLE_IMAGES."""
+    for first in range(0, count, BATCH):
+        rows = [{"sample_id": digest([n]), "images": [plain_png(n)]} for n in range(first, min(first + BATCH, count))]
+        yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)
 
 
 def annotations(count: int) -> Iterator[pa.Table]:
@@ -85,7 +93,8 @@ def annotations(count: int) -> Iterator[pa.Table]:
 def make_folder(path: Path, count: int) -> None:
     """Make a dataset folder in which source and generate have been run."""
     dataset = DatasetDir(path)
-    write_table(dataset.stage("source"), samples(count), SAMPLE)
+    ImageStore(path).add(images(count))
+    write_table(dataset.stage("source"), samples(count), LISTED_SAMPLE)
     write_table(dataset.stage("source", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
     write_table(dataset.stage("source", "exclusions"), [EXCLUSIONS.empty_table()], EXCLUSIONS)
     write_table(dataset.stage("generate"), annotations(count), ANNOTATION)

@@ -14,10 +14,10 @@ from typing import Any
 
 from pipeline.config import DECKS, Config
 from pipeline.config.files import resolve
+from pipeline.dataset.directory import BATCH_SAMPLES
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_sample
-from pipeline.stages.source_copies import BATCH_SAMPLES
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Request, Sample, SampleBatch
 from tests.plans import request_plan

@@ -1,6 +1,6 @@
 """`synth check`: verify everything in a dataset folder, and say what is damaged and what can be made again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import READ_AGAIN, UNREADABLE, ImageStore, hash_images
 from pipeline.dataset.integrity import find_damage
-from pipeline.dataset.samples import READ_AGAIN
 from pipeline.dataset.version import MANIFEST, VERSION_NAME, Version, read_version
 from pipeline.errors import StoreError, SynthError, one_line
 from pipeline.inference.journal import check_journal, repair_journal
@@ -44,27 +44,33 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     for path in sorted(_stage_files(dataset), key=str):
         with suppress(FileNotFoundError):  # a run has removed it meanwhile, to write it again
             yield _check_table(path)
+    stored: dict[str, str] = {}
+    for path in ImageStore(dataset.path).paths():
+        yield _check_images(path, stored)
     for name in ("run.json", "pushed.json"):
         if (dataset.path / name).exists():
             yield _check_json(dataset.path / name)
     for path in sorted((dataset.path / "versions").glob("v*"), key=str):
         if (path / MANIFEST).exists():
-            yield check_version_folder(path, dataset)
+            yield check_version_folder(path, dataset, stored)
         elif VERSION_NAME.fullmatch(path.name):
             yield Checked(str(path), f"it has no {MANIFEST}", False, f"move {path} away and run `synth generate` again")
 
 
-def check_version_folder(path: Path, dataset: DatasetDir | None = None) -> Checked:
-    """Return the state of a version's folder."""
+def check_version_folder(path: Path, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None) -> Checked:
+    """Return the state of a version's folder; see check_version."""
     try:
-        return check_version(read_version(path), dataset)
+        return check_version(read_version(path), dataset, stored)
     except SynthError as error:
         return Checked(str(path), str(error), False, error.hint)
 
 
-def check_version(version: Version, dataset: DatasetDir | None = None) -> Checked:
-    """Return the state of a version: its files, and the digest of its rows."""
-    if not (damage := find_damage(version)):
+def check_version(version: Version, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None) -> Checked:
+    """Return the state of a version: its files, the digest of its rows, and its images.
+
+    `stored` are the digests of all images of the store by sample id; None: they are computed.
+    """
+    if not (damage := find_damage(version, stored)):
         files = len(version.manifest["files"])
         return Checked(str(version.path), f"{version.num_rows:,} rows in {files} files, as its digest says")
     pushed = [push for push in dataset.pushed() if push["version"] == version.name] if dataset else []
@@ -96,6 +102,17 @@ def _stage_files(dataset: DatasetDir) -> list[Path]:
     ]
 
 
+def _check_images(path: Path, stored: dict[str, str]) -> Checked:
+    """Return the state of a file of images, and add their digests to `stored`."""
+    try:
+        digests = hash_images(path)
+    except UNREADABLE as error:
+        return Checked(str(path), f"damaged: {one_line(error)}", False, f"move it away, and {READ_AGAIN}")
+    for sample_id, sha256 in digests.items():
+        stored.setdefault(sample_id, sha256)
+    return Checked(str(path), f"{len(digests):,} images")
+
+
 def _check_table(path: Path) -> Checked:
     """Return the state of a stage file. Raises FileNotFoundError if it is gone."""
     try:
@@ -103,8 +120,8 @@ def _check_table(path: Path) -> Checked:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        is_of_images = path.parent.parent.name == "source"  # parts that were read, and images that no version has
-        hint = f"move it away, and {READ_AGAIN}" if is_of_images else AGAIN
+        is_part = path.parent.parent.name == "source"  # rows that were read
+        hint = f"move it away, and {READ_AGAIN}" if is_part else AGAIN
         return Checked(str(path), f"damaged: {one_line(error)}", False, hint)
     return Checked(str(path), f"{rows:,} rows")
 

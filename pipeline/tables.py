@@ -50,10 +50,12 @@ SAMPLE = pa.schema(
         pa.field("reference_qa", pa.list_(QUESTION_OF_PEOPLE)),
     ]
 )
-# A run in one process stores images apart (dataset/samples.py).
+# The read step lists samples without their images, which are in the store (dataset/images.py).
 NUM_PAGES = "num_pages"
 LISTED_SAMPLE = pa.schema([*(field for field in SAMPLE if field.name != "images"), pa.field(NUM_PAGES, INT32, nullable=False)])
 SAMPLE_IMAGES = pa.schema([SAMPLE.field("sample_id"), SAMPLE.field("images")])
+IMAGE_DIGESTS = pa.schema([SAMPLE.field("sample_id"), pa.field("sha256", STRING, nullable=False)])  # images_digest
+STORED_IMAGES = pa.schema([*IMAGE_DIGESTS, SAMPLE.field("images")])
 
 SOURCE_REJECTED = pa.schema(fields(STRING, "source_row", "reason", "detail", nullable=False))
 
@@ -124,7 +126,7 @@ IMAGE_GROUPS = pa.schema(
     ]
 )
 
-NEAR_DUPLICATE = pa.schema([*SAMPLE, *list(IMAGE_GROUPS)[1:]])  # a sample that was rejected before it was asked about
+NEAR_DUPLICATE = pa.schema([*LISTED_SAMPLE, *list(IMAGE_GROUPS)[1:]])  # a sample that was rejected before it was asked about
 
 # select: of captions that were the best of several
 SELECTED = pa.schema(

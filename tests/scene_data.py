@@ -13,15 +13,17 @@ from pipeline.config import SCENES, Config
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.builder import DIGESTS, Rows, build_rows
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.version import Version
+from pipeline.dataset.version import Version, read_version
+from pipeline.hub.package import build_package
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.scenes.scene import Scene, sample_scene, scenes_of
 from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
 from pipeline.sources.scenes import draw_sample
 from pipeline.stages.split import split_of
-from pipeline.storage.files import scratch_folder
-from pipeline.tables import NO_EXTRAS, REJECTIONS, SAMPLE, Extras
+from pipeline.storage.files import scratch_folder, write_table
+from pipeline.tables import LISTED_SAMPLE, NO_EXTRAS, NUM_PAGES, REJECTIONS, SAMPLE, SAMPLE_IMAGES, Extras
 from pipeline.types import Request, Sample, SampleBatch
 from tests.plans import request_plan
 
@@ -54,6 +56,36 @@ def requests_to_send(batch: SampleBatch, config: Config, revision: str) -> list[
 def sample_table(samples: list[Sample]) -> pa.Table:
     rows = [{"sample_id": s.id, **asdict(s)} for s in samples]
     return pa.Table.from_pylist(rows, schema=SAMPLE)
+
+
+def listed(samples: pa.RecordBatch) -> pa.RecordBatch:
+    """Return samples (tables.SAMPLE) as the read step lists them."""
+    table = pa.Table.from_batches([samples])
+    counted = table.append_column(NUM_PAGES, pc.list_value_length(table["images"]))
+    return counted.select(LISTED_SAMPLE.names).cast(LISTED_SAMPLE).combine_chunks().to_batches()[0]
+
+
+def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
+    """Write samples as the read step does: their images to the store, and a list of them."""
+    table = sample_table(samples)
+    ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
+    rows = [pa.Table.from_batches([listed(batch)]) for batch in table.to_batches()]
+    write_table(dataset.stage("source"), rows, LISTED_SAMPLE)
+
+
+def pulled(version: Version, folder: Path, **options: Any) -> Version:
+    """Write a version to a folder as it lies in the cache after `push` and `pull`; the files hold the images."""
+    folder.mkdir(parents=True)
+    with build_package(version, "me/x", **options) as package:
+        for name, content in package.files.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return read_version(folder)
+
+
+def published(version: Version, **options: Any) -> dict[str, Any]:
+    """Return the manifest with which a version is pushed."""
+    with build_package(version, "me/x", **options) as package:
+        return package.manifest
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
@@ -118,9 +150,11 @@ def publish_rows(
     decks: bool = False,
     rows: Rows | None = None,
 ) -> tuple[Version, bool]:
-    """Write annotations and samples as the next version of a dataset folder."""
+    """Store the images of samples (tables.SAMPLE), and write the next version of a dataset folder."""
     rows = Rows() if rows is None else rows
-    tables = build_rows(annotations, batches, source, rows, extras, decks=decks)
+    store, batches = ImageStore(folder), list(batches)
+    store.add(pa.Table.from_batches([batch]).select(SAMPLE_IMAGES.names) for batch in batches)
+    tables = build_rows(annotations, map(listed, batches), source, rows, extras, decks=decks)
     return publish_tables(folder, tables, rows, funnel, provenance, extras)
 
 
@@ -132,18 +166,30 @@ def publish_tables(
     provenance: dict[str, Any] = PROVENANCE,
     extras: Extras = NO_EXTRAS,
 ) -> tuple[Version, bool]:
-    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`."""
+    """Write tables as the next version of a dataset folder; iterating `tables` fills `rows`. Images in them are stored."""
+    store = ImageStore(folder)
     with scratch_folder(folder / "versions") as draft:
         writer = RowWriter(draft / "rows", extras)
         writer.path.mkdir()
         for table in tables:
-            writer.add(table)
+            writer.add(table if pa.types.is_boolean(table.schema.field("image").type) else _store(store, table))
         files = [(writer.path / name, name, entry) for name, entry in writer.close().items()]
         digests = pa.concat_tables([DIGESTS.empty_table(), *rows.digests]).sort_by("sample_id")
         licenses = sorted(rows.licenses)
         content = Content(writer.columns, extras, digests, writer.counts(), files, licenses, rows.examples)
         rejections = [REJECTIONS.empty_table()]
         return publish_version(DatasetDir(folder), draft, content, provenance | {"funnel": list(funnel)}, rejections)
+
+
+def _store(store: ImageStore, rows: pa.Table) -> pa.Table:
+    """Store the images of rows (tables.ROW), and return the rows as `build_rows` yields them."""
+    pixels = rows.select(["sample_id", "image", "pages"]).to_pylist()
+    images = [[page["bytes"] for page in row["pages"] or [row["image"]]] for row in pixels]
+    store.add([pa.table([rows["sample_id"], images], schema=SAMPLE_IMAGES)])
+    for name in ("image", "pages"):
+        held = pa.array([row[name] is not None or None for row in pixels], pa.bool_())
+        rows = rows.set_column(rows.column_names.index(name), name, held)
+    return rows
 
 
 def scenes_by_id(samples: Iterable[Sample], source: str = SCENES) -> dict[str, tuple[Scene, ...]]:

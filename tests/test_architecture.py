@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("pipeline.__main__",),
     ("pipeline.cli",),
-    ("pipeline.check", "pipeline.dry_run", "pipeline.doctor", "pipeline.preview", "pipeline.project", "trainer"),
+    (
+        "pipeline.check",
+        "pipeline.dry_run",
+        "pipeline.doctor",
+        "pipeline.loading",
+        "pipeline.preview",
+        "pipeline.project",
+        "trainer",
+    ),
     ("pipeline.run",),
     ("pipeline.executors",),
     ("pipeline.stages",),

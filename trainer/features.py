@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed
 from torch import Tensor
 
-from pipeline.dataset.version import FEATURES_LOCK, slugify
+from pipeline.dataset.version import LOCK, slugify
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.storage.lock import lock_file
@@ -155,7 +155,7 @@ class _Store:
                 if file.is_symlink():  # a downloaded dataset may hold a link to any file
                     raise TrainError(f"{file} is a link, which nothing here has made", hint="remove it")
             with suppress(FileNotFoundError):
-                return lock_file(self.path / FEATURES_LOCK, on_busy, TrainError)
+                return lock_file(self.path / LOCK, on_busy, TrainError)
 
     def rows(self) -> dict[bytes, int]:
         """Return the row of each stored image, by the digest of its id; rows after a repeated digest are damaged."""

@@ -120,7 +120,8 @@ def export(
         Option(
             "--format",
             metavar="FORMAT",
-            help="imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance. Of a captioner: onnx.",
+            help="parquet, imagefolder, sidecar, webdataset, llava, sharegpt, coco, csv, cauldron, dpo or lance; "
+            "of a captioner: onnx.",
             show_default="imagefolder",
         ),
     ] = None,
@@ -145,7 +146,7 @@ def export(
     """Write a version as files for other tools, its captions beside your own images, or a captioner as ONNX."""
     from pipeline.cli.captioners import export_captioner
     from pipeline.export.export import export_version, write_beside
-    from pipeline.export.formats import FORMATS
+    from pipeline.export.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 
@@ -161,8 +162,8 @@ def export(
         raise BadParameter("one of --overwrite, --append and --skip-existing goes with --in-place", param_hint="--in-place")
     if in_place is not None and (kind not in (None, "sidecar") or out or split):
         raise BadParameter("text files beside images have no --format, --out and --split", param_hint="--in-place")
-    if (kind := kind or "imagefolder") not in FORMATS:
-        raise BadParameter(f"{kind} is none of {', '.join(FORMATS)}", param_hint="--format")
+    if (kind := kind or "imagefolder") not in (PARQUET, *FORMATS):
+        raise BadParameter(f"{kind} is none of {', '.join([PARQUET, *FORMATS])}", param_hint="--format")
     if split and split not in SPLITS:
         raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
     version = open_data(data, images)

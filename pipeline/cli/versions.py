@@ -1,7 +1,6 @@
 """Commands about the versions of a dataset: versions list, tag, rm, gc."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,6 @@ from typer import Argument, BadParameter, Option
 
 from pipeline.cli.options import DATASET_PATH, LAST_MADE, AsJson, DataDir
 from pipeline.cli.output import echo, last_dataset, note_previews, say
-from pipeline.progress import WARNING
 from pipeline.storage.object_store import is_remote
 
 if TYPE_CHECKING:
@@ -115,17 +113,14 @@ def versions_rm(
     """Remove versions from this machine. Replies stay in the journal, and what was pushed stays on the Hub."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import remove_versions
-    from pipeline.dataset.samples import bytes_beside
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _local_dataset(data or only_made())
     with translate_disk_errors(dataset.path), dataset.lock():
         pushed = dataset.pushed()
-        before = bytes_beside(dataset)
-        removed = remove_versions(dataset, names, partial(say, style=WARNING))
-        moved = bytes_beside(dataset) - before
+        removed = remove_versions(dataset, names)
     if as_json:
-        freed = max(0, sum(one.num_bytes for one in removed) - moved)
+        freed = sum(one.num_bytes for one in removed)
         echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": freed}))
         return
     for one in removed:
@@ -133,8 +128,7 @@ def versions_rm(
         echo(f"removed {one.path.name}, which frees {one.num_bytes / 1e6:.1f} MB")
         for repo in repos:
             echo(f"          was pushed to {repo}")
-    if moved > 0:
-        echo(f"images that later runs need are kept: {moved / 1e6:.1f} MB in {dataset.stage('source').parent}")
+    say(f"images stay until `synth versions gc --data {dataset.path}` removes those that nothing needs")
 
 
 def versions_gc(
@@ -142,9 +136,9 @@ def versions_gc(
     dry_run: Annotated[bool, Option("--dry-run", help="Show the files to remove, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove leftovers of killed commands and stored hidden states, which a training computes again."""
+    """Remove leftovers of killed commands, images that nothing needs, and hidden states, which a training computes again."""
     from pipeline.dataset.directory import only_made
-    from pipeline.dataset.removal import find_leftovers, remove_features, remove_leftovers
+    from pipeline.dataset.removal import find_leftovers, remove_images, remove_leftovers, remove_remade
     from pipeline.storage.files import translate_disk_errors
 
     dataset = _local_dataset(data or only_made())
@@ -152,7 +146,8 @@ def versions_gc(
         leftovers = list(find_leftovers(dataset))
         if not dry_run:
             remove_leftovers(leftovers)
-        leftovers += remove_features(dataset, dry_run=dry_run)
+        leftovers += remove_remade(dataset, dry_run=dry_run)
+        leftovers += remove_images(dataset, dry_run=dry_run)
     freed_bytes = sum(leftover.num_bytes for leftover in leftovers)
     if as_json:
         paths = [str(leftover.path) for leftover in leftovers]

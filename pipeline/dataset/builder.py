@@ -21,6 +21,7 @@ from pipeline.tables import (
     ADDED_FIELDS,
     ADDED_FROM,
     NO_EXTRAS,
+    NUM_PAGES,
     PIXELS,
     REVIEWED,
     TABLE_VERSION,
@@ -34,6 +35,11 @@ from pipeline.text.pii import MAY_HOLD, redact
 
 NO_ANNOTATION = "no_annotation_left"
 DIGESTS = pa.schema({"sample_id": pa.string(), "digest": pa.string()})
+
+
+def without_images(schema: pa.Schema) -> pa.Schema:
+    """Return a schema of rows in which the columns of images hold True for each sample whose images they have."""
+    return pa.schema([pa.field(field.name, pa.bool_()) if field.name in PIXELS else field for field in schema])
 
 
 def with_split(schema: pa.Schema) -> pa.Schema:
@@ -70,13 +76,15 @@ def build_rows(
     *,
     decks: bool = False,
 ) -> Iterator[pa.Table]:
-    """Join each batch of samples (tables.SAMPLE) with its annotations; yield rows (tables.ROW) with their `split`.
+    """Join each batch of samples (tables.LISTED_SAMPLE) with its annotations; yield rows (tables.ROW) with
+    their `split`.
 
-    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page only. Raise
-    TableError if annotations belong to no sample, or are not in the order of the samples.
+    The rows hold no images: a column of PIXELS holds True for each sample whose images it has, else null.
+    `rows` receives digests and statistics. With `decks`, a sample is a document, though it may have one page
+    only. Raise TableError if annotations belong to no sample, or are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
-    schema = with_split(row_schema(extras.columns, extras))
+    schema = with_split(without_images(row_schema(extras.columns, extras)))
     for batch in samples:
         of_batch = reader.take(batch["sample_id"])
         table = _join(pa.Table.from_batches([batch]), of_batch, source, schema, extras, decks=decks)
@@ -113,13 +121,7 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     """Return the rows of some samples; `split` is null for those that have no annotation."""
     count = samples.num_rows
     owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
-    images = samples["images"].combine_chunks()
-    offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
-    pixels = images.flatten()
-    stored = pa.StructArray.from_arrays([pixels, pa.nulls(len(pixels), pa.string())], ["bytes", "path"])
-    is_deck = np.full(count, decks) | (np.diff(offsets) > 1)
-    first_pages = stored.take(pa.array(offsets[:-1], mask=is_deck))
-    pages = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), stored)
+    is_deck = np.full(count, decks) | (samples[NUM_PAGES].to_numpy() > 1)
     is_caption, is_question = (
         pc.is_valid(final_column(annotations, name, pa.string())).to_numpy(zero_copy_only=False)
         for name in ("text", "question")
@@ -129,8 +131,8 @@ def _join(samples: pa.Table, annotations: pa.Table, source: str, schema: pa.Sche
     first_of_sample[owner[::-1]] = np.arange(len(owner))[::-1]
     computed = {
         "references": _masked(final_column(samples, "references", schema.field("references").type)),
-        "image": first_pages,
-        "pages": pc.if_else(pa.array(is_deck), pages, None),
+        "image": pa.array(np.ones(count, bool), mask=is_deck),
+        "pages": pa.array(np.ones(count, bool), mask=~is_deck),
         "source": pa.array([source] * count, pa.string()),
         "context": _context(samples, schema.field("context").type),
         "captions": _group_annotations(annotations, owner, is_caption, count, schema.field("captions").type),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.config import Config
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.version import (
     DATA,
     MANIFEST,
@@ -29,10 +31,12 @@ from pipeline.dataset.version import (
     read_version,
 )
 from pipeline.errors import ConfigError, StoreError
-from pipeline.storage.files import read_json, read_table, write_json
+from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.lock import lease, lock_file
 from pipeline.storage.object_store import is_remote
 from pipeline.storage.untrusted import UnsafeFileError
+from pipeline.tables import LISTED_SAMPLE, NUM_PAGES
+from pipeline.types import SampleBatch
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
@@ -40,6 +44,7 @@ MAX_REMEMBERED = 20
 OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
+BATCH_SAMPLES, LISTED_ROWS = 64, 1024  # samples that are read together, with their images and without
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
@@ -305,6 +310,31 @@ def _made_manifests() -> list[Path]:
         with suppress(OSError):  # a name that no folder can have
             manifests += folder.glob(f"versions/v*/{MANIFEST}")
     return sorted(manifests)
+
+
+def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the samples that the read step kept (tables.LISTED_SAMPLE), or some of their columns."""
+    names = LISTED_SAMPLE.names if columns is None else columns
+    for batch in open_table(shard.stage("source")).iter_batches(LISTED_ROWS, columns=names):
+        yield batch.select(names)
+
+
+def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
+    """Yield all samples with their images, a batch at a time."""
+    store = ImageStore(shard.path)
+
+    def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
+        return list(map(tuple, store.read(ids).to_pylist()))
+
+    for batch in open_table(shard.stage("source")).iter_batches(BATCH_SAMPLES, columns=["sample_id"]):
+        ids = batch["sample_id"].to_pylist()
+        yield SampleBatch(ids, partial(read_images, ids))
+
+
+def page_counts(shard: DatasetDir) -> Iterator[int]:
+    """Yield the number of images of each sample."""
+    for batch in read_samples(shard, [NUM_PAGES]):
+        yield from batch[NUM_PAGES].to_pylist()
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:

@@ -1,23 +1,18 @@
-"""Join pixels to a version that was published without them, by `sample_id`, from a local copy of the images."""
+"""Give a version that was published without its images a store of them, from a local copy of the files, by `sample_id`."""
 
-import shutil
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.builder import with_split
-from pipeline.dataset.conversation import reader_columns
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.publishing import RowWriter, file_schema, publish
-from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, extras_of, read_version
+from pipeline.dataset.version import JOINED, Version, extras_of
 from pipeline.errors import StoreError
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.images.metadata import strip_metadata
-from pipeline.storage.files import scratch_folder, write_json
 from pipeline.storage.untrusted import read_regular
-from pipeline.tables import PIXELS, features, row_schema
+from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
 BATCH_ROWS = 64
 Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
@@ -28,41 +23,26 @@ def lacks_pixels(version: Version) -> bool:
     return not set(PIXELS) & set(version.manifest["columns"])
 
 
-def find_joined(version: Version, home: Path) -> Version | None:
-    """Return the copy that `join_pixels` made under `home`, if there is one."""
-    final = _place(version, home)
-    if not (final / MANIFEST).exists():
-        return None
-    joined = read_version(final)
-    return Version(joined.path, joined.manifest, version.repo)
+def find_joined(version: Version) -> Version | None:
+    """Return the version with the images that `join_images` stored, if all are there."""
+    joined = _with_images(version)
+    return None if joined.store.find_missing(_ids(version)) else joined
 
 
-def join_pixels(version: Version, images: Iterable[Images], home: Path) -> Version:
-    """Write a version with its pixels under `home`, in the order of the images. Raise StoreError if images are missing."""
-    texts = version.batches(version.manifest["columns"])
-    rows = {row["sample_id"]: row | {"split": split} for split, batch in texts for row in batch.to_pylist()}
-    count = len(rows)
-    with scratch_folder(home) as draft:
-        columns = {*version.manifest["columns"], *version.manifest.get("pixel_columns", ())}
-        extras = extras_of(version.manifest)
-        writer = RowWriter(draft, extras, [name for name in extras.columns if name in columns])
-        schema = with_split(row_schema(extras.columns, extras))
-        for pending in _joined_rows(rows, images, "pages" if "pages" in columns else "image"):
-            writer.write(pa.Table.from_pylist(pending, schema=schema))
-        files = {name: {key: entry[key] for key in ("sha256", "bytes")} for name, entry in writer.close().items()}
-        if rows:
-            problem = f"{len(rows)} of {count} images of {version.name} are not there, such as {next(iter(rows))[:12]}"
-            hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
-            raise StoreError(problem, hint=hint)
-        described = {"columns": writer.columns, "features": features(file_schema(writer.columns, extras))}
-        joined = {**described, "files": files, "pixels": "joined"}
-        joined |= {"reader_columns": reader_columns(writer.columns)}
-        write_json(draft / MANIFEST, version.manifest | joined)
-        for name in (REJECTIONS_FILE, CARD_FILE):
-            shutil.copy(version.path / name, draft / name)
-        final = _place(version, home)
-        publish(draft, final)
-    return Version(final, version.manifest | joined, version.repo)
+def join_images(version: Version, images: Iterable[Images]) -> Version:
+    """Store the images of a version, and return the version with them. Raise StoreError if images are
+    missing.
+
+    Images that were stored stay: another call adds the others.
+    """
+    joined, ids = _with_images(version), _ids(version)
+    wanted, store = {*ids}, joined.store
+    store.add(_batches((name, pages) for name, pages in images if name in wanted))
+    if missing := store.find_missing(ids):
+        problem = f"{len(missing)} of {len(ids)} images of {version.name} are not there, such as {missing[0][:12]}"
+        hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
+        raise StoreError(problem, hint=hint)
+    return joined
 
 
 def images_of_files(folder: Path) -> Iterator[Images]:
@@ -84,18 +64,21 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
             yield row["sample_id"], tuple(page["bytes"] for page in pages)
 
 
-def _joined_rows(rows: dict[str, dict[str, Any]], images: Iterable[Images], column: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows with their pixels, in this column, in batches, in the order of the images, and remove them from `rows`."""
-    pending: list[dict[str, Any]] = []
-    for sample_id, pages in images:
-        if row := rows.pop(sample_id, None):
-            pixels = [{"bytes": strip_metadata(page), "path": None} for page in pages]
-            pending.append(row | {column: pixels if column == "pages" else pixels[0]})
-        if len(pending) == BATCH_ROWS:
-            yield pending
-            pending = []
-    yield pending
+def _with_images(version: Version) -> Version:
+    """Return a version whose images are in the store of joined images."""
+    extras = extras_of(version.manifest)
+    names = {*version.manifest["columns"], *(version.manifest.get("pixel_columns") or PIXELS[:1])}
+    columns = [name for name in extras.columns if name in names]
+    described = {"columns": columns, "features": features(row_schema(columns, extras)), "pixels": JOINED}
+    return Version(version.path, version.manifest | described, version.repo)
 
 
-def _place(version: Version, home: Path) -> Path:
-    return home / f"{version.name}-{version.manifest['digest'][:12]}"
+def _ids(version: Version) -> list[str]:
+    return [name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist()]
+
+
+def _batches(images: Iterator[Images]) -> Iterator[pa.Table]:
+    """Yield images without metadata (tables.SAMPLE_IMAGES)."""
+    while some := list(islice(images, BATCH_ROWS)):
+        rows = [{"sample_id": name, "images": [*map(strip_metadata, pages)]} for name, pages in some]
+        yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)

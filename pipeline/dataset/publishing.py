@@ -1,8 +1,6 @@
 """Write the files of a version, give it a name, and publish it: it is there as a whole, or not at all."""
 
-import filecmp
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from pipeline.dataset.builder import version_digest
 from pipeline.dataset.card import render_card
 from pipeline.dataset.conversation import READER_COLUMNS, reader_columns, with_reader_columns
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.shards import SplitWriter
-from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE, Version, file_entry
+from pipeline.dataset.images import ImageStore, missing_error
+from pipeline.dataset.shards import TEXT_GROUP_ROWS, SplitWriter
+from pipeline.dataset.version import CARD_FILE, IMAGES_FILE, MANIFEST, REJECTIONS_FILE, STORED, Version, extras_of, file_entry
 from pipeline.errors import StoreError, TableError
 from pipeline.storage.files import (
     flush_file,
@@ -23,25 +22,36 @@ from pipeline.storage.files import (
     move,
     open_parquet,
     remove,
-    temporary_path,
     write_json,
     write_table,
     write_text,
 )
 from pipeline.storage.object_store import is_remote
-from pipeline.tables import NO_EXTRAS, OPTIONAL, REJECTIONS, SPLITS, TABLE_VERSION, Extras, features, row_schema
+from pipeline.tables import (
+    IMAGE_DIGESTS,
+    NO_EXTRAS,
+    OPTIONAL,
+    PIXELS,
+    REJECTIONS,
+    SPLITS,
+    TABLE_VERSION,
+    Extras,
+    features,
+    row_schema,
+)
 
 FIRST = "v1.0.0"
+RENDERED_ROWS = 16  # with their images in memory
 
 
 def file_schema(columns: list[str], extras: Extras) -> pa.Schema:
-    """Return the schema of files of rows with these columns: theirs, and columns for other readers."""
+    """Return the schema of self-contained files of rows with these columns: theirs, and columns for other readers."""
     return pa.schema([*row_schema(columns, extras), *(READER_COLUMNS.field(name) for name in reader_columns(columns))])
 
 
 @dataclass(slots=True)
 class RowWriter:
-    """Writes rows, and columns for other readers (conversation.py), to the Parquet files of a folder, each split to its own."""
+    """Writes rows without their images to the Parquet files of a folder, each split to its own."""
 
     path: Path
     extras: Extras = NO_EXTRAS
@@ -58,17 +68,12 @@ class RowWriter:
         if lost := [n for n in OPTIONAL if n not in self.columns and table[n].null_count < table.num_rows]:
             hint = "a source fills such a column always or never"
             raise TableError(f"some samples have {', '.join(lost)} and the first ones have not", hint=hint)
-        self.write(table)
-
-    def write(self, table: pa.Table) -> None:
-        """Write the columns of rows to the files of their `split`."""
-        if more := reader_columns(self.columns):
-            table = with_reader_columns(table, more)
+        schema = row_schema([name for name in self.columns if name not in PIXELS], self.extras)
         for split in SPLITS:
             of_split = table.filter(pc.equal(table["split"], split))
             if of_split.num_rows:
                 if split not in self._writers:
-                    self._writers[split] = SplitWriter(self.path, split, file_schema(self.columns, self.extras))
+                    self._writers[split] = SplitWriter(self.path, split, schema, TEXT_GROUP_ROWS)
                 self._writers[split].add(of_split)
 
     def counts(self) -> dict[str, int]:
@@ -80,6 +85,26 @@ class RowWriter:
         for writer in self._writers.values():
             writer.close()
         return {path.name: describe_file(path) for path in sorted(self.path.iterdir())}
+
+
+def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
+    """Write the rows of a version with images and columns for other readers; return the manifest that
+    follows.
+
+    Equal rows give equal bytes: boundaries follow from the rows themselves (dataset/shards.py).
+    """
+    columns, extras = version.manifest["columns"], extras_of(version.manifest)
+    schema, more = file_schema(columns, extras), reader_columns(columns)
+    for split in splits:
+        writer = SplitWriter(folder, split, schema)
+        for _, batch in version.batches(columns, RENDERED_ROWS, [split]):
+            rows = pa.Table.from_batches([batch])
+            writer.add(with_reader_columns(rows, more) if more else rows)
+        writer.close()
+    files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
+    described = {"files": files, "features": features(schema), **({"reader_columns": more} if more else {})}
+    others = {key: value for key, value in version.manifest.items() if key not in ("pixels", "pixel_columns", "images")}
+    return others | described
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +150,7 @@ def publish_version(
     schema = row_schema(content.columns, extras)
     name = next_version(parent, content.digests["sample_id"], schema, dataset.taken_numbers())
     write_table(draft / REJECTIONS_FILE, rejections, REJECTIONS)
+    write_table(draft / IMAGES_FILE, [_digests_of_images(dataset, content.digests["sample_id"])], IMAGE_DIGESTS)
     manifest = {
         "version": name,
         "digest": content_digest,
@@ -134,21 +160,19 @@ def publish_version(
         **({"scores": [*extras.scores]} if extras.scores else {}),
         **({"context": [*extras.context]} if extras.context else {}),
         **({"own_columns": {column.name: column.describe() for column in extras.own}} if extras.own else {}),
-        **({"reader_columns": more} if (more := reader_columns(content.columns)) else {}),
-        "features": features(file_schema(content.columns, extras)),
+        "features": features(schema),
+        "pixels": STORED,
         "licenses": content.licenses,
         "rows": content.rows,
         **provenance,
         "files": {file: described for _, file, described in sorted(content.files, key=lambda entry: entry[1])},
         "rejections": describe_file(draft / REJECTIONS_FILE),
+        "images": describe_file(draft / IMAGES_FILE),
     }
     write_text(draft / CARD_FILE, render_card(manifest, content.examples))
     write_json(draft / MANIFEST, manifest)
     check()
     final = dataset.path / "versions" / name
-    if not is_remote(final):
-        files = [(path, described["sha256"]) for path, _, described in content.files]
-        share_files(files, versions)
     publish(draft, final, [(path, file) for path, file, _ in content.files])
     return Version(final, manifest), True
 
@@ -178,21 +202,18 @@ def describe_file(path: Path) -> dict[str, Any]:
     return file_entry(path) | {"rows": open_parquet(path).metadata.num_rows}
 
 
-def share_files(files: Iterable[tuple[Path, str]], versions: Iterable[Version]) -> None:
-    """Replace files (paths and their sha256) by hard links to equal files of other versions, where links are possible."""
-    paths = {entry["sha256"]: version.path / name for version in versions for name, entry in version.manifest["files"].items()}
-    for path, sha256 in files:
-        other = paths.get(sha256)
-        if other is None or other.is_symlink() or not other.is_file() or not filecmp.cmp(path, other, shallow=False):
-            continue
-        linked = temporary_path(path)
-        with suppress(OSError):  # the file system has no hard links
-            linked.hardlink_to(other)
-            linked.replace(path)
+def _digests_of_images(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.Table:
+    """Return the digests of the images of samples (tables.IMAGE_DIGESTS). Raise StoreError if the store lacks images."""
+    stored = ImageStore(dataset.path).digests()
+    indices = pc.index_in(sample_ids, stored["sample_id"].combine_chunks())
+    if indices.null_count:
+        raise missing_error(sample_ids.filter(pc.is_null(indices)).to_pylist(), dataset.path)
+    return stored.take(indices)
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft (rejections, card, manifest) to its final folder: readers see a whole version or none.
+    """Move a draft (rejections, digests of images, card, manifest) to its final folder: readers see a whole
+    version or none.
 
     On a disk, the Parquet files (`files`: paths elsewhere, with their names) join the others in `draft`, all are flushed, and
     the folder is renamed. Objects are moved one by one, and the manifest last: a version is a folder that has a manifest.
@@ -203,7 +224,7 @@ def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) ->
             raise StoreError(f"{final} is there already, and a version never changes", hint="run the same command")
         remove(final)  # files that a killed command moved there
         move([(path, final / name) for path, name in files])
-        move([(draft / name, final / name) for name in (REJECTIONS_FILE, CARD_FILE)])
+        move([(draft / name, final / name) for name in (REJECTIONS_FILE, IMAGES_FILE, CARD_FILE)])
         move([(draft / MANIFEST, final / MANIFEST)])
         return
     move([(path, draft / name) for path, name in files])

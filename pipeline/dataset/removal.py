@@ -1,19 +1,19 @@
 """Remove versions of a dataset, and what killed commands have left behind."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dataset.directory import DatasetDir, read_tags
-from pipeline.dataset.samples import describe_lost, keep_images
-from pipeline.dataset.version import FEATURES, FEATURES_LOCK, MANIFEST, VERSION_NAME
+from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, DatasetDir, read_tags
+from pipeline.dataset.images import ImageStore
+from pipeline.dataset.version import FEATURES, LOCK, MANIFEST, PUSHED, VERSION_NAME
 from pipeline.errors import StoreError
-from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, remove
+from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
 from pipeline.storage.lock import lock_file
 
 # Folders whose files are written by commands that hold the lock.
-LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*")
-STORED_FEATURES = (f"{FEATURES}/*", f"joined/{FEATURES}/*")
+LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*", "images", "shards/*/images")
+REMADE_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
 
 
@@ -25,12 +25,13 @@ class Leftover:
     num_bytes: int
 
 
-def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[str], None] = lambda _: None) -> list[Leftover]:
-    """Remove versions, and return their folders. Their replies stay in the journal: a run can make the same rows again.
+def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
+    """Remove versions, and return their folders. Replies stay in the journal and images in the store
+    (`remove_images`).
 
-    Images that later runs need and no other version has are written beside the samples before. A version is gone at once or
-    not at all, whenever the process is killed. The caller holds the lock of the folder. Raise StoreError, and remove nothing,
-    if there is no such version, or a tag names it; and if files of a version that is gone cannot be removed.
+    A version is gone at once or not at all, whenever the process is killed. The caller holds the lock of the
+    folder. Raise StoreError, and remove nothing, if there is no such version, or a tag names it; and if files
+    of a version that is gone cannot be removed.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -38,11 +39,6 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
         if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
             hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
             raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
-    try:
-        if lost := keep_images(dataset, {folder.name for folder in folders}, keeps_parts=True):
-            warn(describe_lost(lost))
-    except StoreError as error:  # the list of samples itself is damaged, and is made anew
-        warn(f"no images are kept for later runs: {error}")
     removed = []
     for folder in folders:
         removed.append(Leftover(folder, 0 if folder.is_symlink() else _size(folder)))
@@ -52,6 +48,23 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str], warn: Callable[[s
         flush_folder(folder.parent)
         _remove(aside)
     return removed
+
+
+def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove images that neither a version nor the samples read last need; return the files that shrink, and
+    by how much.
+
+    The caller holds the lock of the folder. Raise StoreError, and remove nothing, if a version or a list of
+    samples is damaged.
+    """
+    needed = set[str]()
+    for version in dataset.versions():
+        for _, batch in version.batches(["sample_id"]):
+            needed.update(batch["sample_id"].to_pylist())
+    lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.stage_files("source", which)]
+    for path in [*lists, *dataset.stage("source").parent.glob("parts/*.parquet")]:
+        needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
+    return [Leftover(path, num_bytes) for path, num_bytes in ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)]
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
@@ -80,17 +93,19 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
         _remove(leftover.path)
 
 
-def remove_features(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove stored hidden states, which a training computes again; return them. A store that grows at the moment stays.
+def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove stored hidden states, which a training computes again, and shards of pushes that were killed;
+    return the folders.
 
-    A training that reads a removed store continues: its file is still open.
+    A folder that another process is writing to stays. A training that reads a removed store continues: its
+    file is still open.
     """
     removed = []
-    for store in (path for pattern in STORED_FEATURES for path in sorted(dataset.path.glob(pattern))):
+    for store in (path for pattern in REMADE_FOLDERS for path in sorted(dataset.path.glob(pattern))):
         if not store.is_dir() or _is_linked(dataset, store):
             continue
         try:
-            with lock_file(store / FEATURES_LOCK, _raise_busy, StoreError):
+            with lock_file(store / LOCK, _raise_busy, StoreError):
                 removed.append(Leftover(store, _size(store)))
                 if not dry_run:
                     _remove(store)
@@ -120,6 +135,6 @@ def _remove(path: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; a file with several hard links counts as nothing."""
+    """Return the bytes of all files below a folder."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files if file.lstat().st_nlink <= 1 and not file.is_symlink())
+    return sum(file.stat().st_size for file in files if not file.is_symlink())

@@ -85,6 +85,7 @@ class Manifest(_Part):
     measured: dict[Name, Any]
     files: dict[Name, FileEntry]
     rejections: FileEntry
+    images: FileEntry | None = None  # digests of the images, where these are in a store
     license: Name = ""
     license_link: Name = ""
     title: Name = ""

@@ -15,18 +15,25 @@ from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
 GROUP_ROWS = 64  # of a row group, on average
+TEXT_GROUP_ROWS = 4_096  # of a row group without images
 SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
 LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from so many bytes on, a group ends after so many more rows, on average
 GROUP_BYTES = 16_000_000  # and from so many at the next table of rows, so that a reader need not hold it
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
-IMAGE_LEAF = "image.bytes"  # the column of images as Parquet names it
+# The columns of images of a version and of a store, as Parquet names them.
+IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
 
 class SplitWriter:
-    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row group."""
+    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row
+    group.
 
-    def __init__(self, folder: Path, split: str, schema: pa.Schema) -> None:
+    A row group has `group_rows` rows on average: GROUP_ROWS where the rows hold images.
+    """
+
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int | None = None) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
+        self.group_rows = group_rows or GROUP_ROWS
         self.rows = 0
         self._shards = 0
         self._group: list[pa.Table] = []
@@ -43,12 +50,12 @@ class SplitWriter:
         is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]  # or bytes need not be counted at each row
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
-            if draw % GROUP_ROWS and not (is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)):
+            if draw % self.group_rows and not (is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)):
                 continue
             self._group.append(table.slice(start, index - start))
             start = index
-            if draw % GROUP_ROWS == 0 or self._ends_sooner(draw):
-                self._flush(may_end_shard=draw % (GROUP_ROWS * SHARD_GROUPS) == 0)
+            if draw % self.group_rows == 0 or self._ends_sooner(draw):
+                self._flush(may_end_shard=draw % (self.group_rows * SHARD_GROUPS) == 0)
         self._group.append(table.slice(start))
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import total_ordering
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import READER_COLUMNS
+from pipeline.dataset.images import ImageStore, as_pixels
 from pipeline.dataset.schema import check_manifest
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ConfigError, StoreError
@@ -23,11 +24,19 @@ from pipeline.storage.untrusted import UnsafeFileError, require_regular
 from pipeline.tables import PIXELS, REQUIRED, SPLITS, TABLE_VERSION, Extras, OwnColumn, arrow_type_of, row_schema
 
 REJECTIONS_FILE = "rejections.parquet"
+IMAGES_FILE = "images.parquet"  # tables.IMAGE_DIGESTS of the rows of a version
 MANIFEST = "manifest.json"
 CARD_FILE = "README.md"
 AGAIN = "a version never changes: move it away, and run synth generate again, which asks for nothing twice"
+# Values of `pixels` in a manifest whose files hold no images: they are in the store of the dataset folder; in
+# a store that was filled from the user's files, in the folder JOINED; or they were left out of a published
+# version.
+STORED, JOINED, LEFT_OUT = "stored", "joined", "left out"
+IMAGES_AT_ONCE = 64  # rows that are joined with their images together
 DATA = Path("data")
-FEATURES, FEATURES_LOCK = "features", "lock"  # folder of stored hidden states in a dataset; the lock of each store
+# Folders in a dataset folder that can be made again: stored hidden states, and shards that are being pushed;
+# their locks.
+FEATURES, PUSHED, LOCK = "features", ".push", "lock"
 MAX_NAME_CHARACTERS = 240  # most disks take 255 bytes
 VERSION_NAME = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
@@ -69,6 +78,18 @@ class Version:
         return bool(self.manifest["source"].get("preview"))
 
     @property
+    def holds_pixels(self) -> bool:
+        """Return whether the files hold the images of the rows, and not a store."""
+        return self.manifest.get("pixels") not in (STORED, JOINED)
+
+    @property
+    def store(self) -> ImageStore:
+        """Return the store of the images; that of the target, if the folder is a link."""
+        if self.manifest.get("pixels") == JOINED:
+            return ImageStore(self.dataset_dir / JOINED)
+        return ImageStore(dataset_dir_of(self.path if is_remote(self.path) else self.path.resolve()))
+
+    @property
     def num_rows(self) -> int:
         """Return the number of rows in all splits."""
         return sum(self.manifest["rows"].values())
@@ -77,6 +98,11 @@ class Version:
     def schema(self) -> pa.Schema:
         """Return the schema of the rows."""
         return schema_of(self.manifest)
+
+    @property
+    def file_columns(self) -> list[str]:
+        """Return the columns of the rows that the files hold."""
+        return [name for name in self.manifest["columns"] if self.holds_pixels or name not in PIXELS]
 
     def summary(self) -> dict[str, Any]:
         """Return the fields for a list of versions. The date is that of the manifest's file: a manifest holds no time."""
@@ -93,28 +119,34 @@ class Version:
         return [self.path / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
 
     def batches(self, columns: list[str], rows: int = 1024, splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
-        """Yield all rows with the split that they are in, a batch at a time. Raises StoreError if a shard is damaged."""
+        """Yield all rows with the split that they are in, a batch at a time.
+
+        Images that the files lack come from the store. Raises StoreError if a shard is damaged, or images are
+        missing or damaged.
+        """
+        join = _ImageJoin(self, columns)
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for batch in self.open_shard(shard).iter_batches(batch_size=rows, columns=columns):
+                    for batch in self.open_shard(shard).iter_batches(batch_size=rows, columns=join.file_columns):
                         require_values(batch)
-                        yield split, batch
+                        yield from ((split, joined) for joined in join.batches(batch))
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
 
     def find(self, columns: list[str], sample_ids: Collection[str], splits: Iterable[str] = SPLITS) -> Iterator[SplitBatch]:
         """Yield the rows of some samples, with the split that they are in; of row groups that hold none, only ids are read.
 
-        Raises StoreError if a shard is damaged.
+        Raises StoreError if a shard is damaged, or images are missing or damaged.
         """
+        join = _ImageJoin(self, columns)
         for split in splits:
             for shard in self.shards(split):
                 try:
-                    for table in find_rows(self.open_shard(shard), columns, sample_ids):
+                    for table in find_rows(self.open_shard(shard), join.file_columns, sample_ids):
                         for batch in table.combine_chunks().to_batches():
                             require_values(batch)
-                            yield split, batch
+                            yield from ((split, joined) for joined in join.batches(batch))
                 except (OSError, ValueError, pa.ArrowException) as error:
                     raise self.damage_error(error) from None
 
@@ -126,22 +158,23 @@ class Version:
             raise StoreError(
                 f"{self.name} has no rows in its {split} split", hint=f"use more images, {share}, or another --seed"
             )
+        join = _ImageJoin(self, columns or self.manifest["columns"])
         try:
-            table = pa.concat_tables([self.open_shard(shard).read(columns or self.manifest["columns"]) for shard in shards])
+            table = pa.concat_tables([self.open_shard(shard).read(join.file_columns) for shard in shards])
             require_values(table)
-            return table
+            return pa.Table.from_batches(joined for batch in table.to_batches() for joined in join.batches(batch))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self.damage_error(error) from None
 
     def open_shard(self, path: Path) -> pq.ParquetFile:
         """Open a Parquet file of this version. Raises ValueError if its columns are not those of the manifest."""
         file = open_parquet(path)
-        schema = file.schema_arrow
-        for column in self.schema:
-            if schema.names.count(column.name) != 1:
-                raise ValueError(f"{path.name} has not one column {column.name}")
-            if schema.field(column.name).type != column.type:
-                raise ValueError(f"the column {column.name} of {path.name} holds {schema.field(column.name).type}")
+        schema, described = file.schema_arrow, self.schema
+        for name in self.file_columns:
+            if schema.names.count(name) != 1:
+                raise ValueError(f"{path.name} has not one column {name}")
+            if schema.field(name).type != described.field(name).type:
+                raise ValueError(f"the column {name} of {path.name} holds {schema.field(name).type}")
         for name in self.manifest.get("reader_columns", ()):
             if schema.names.count(name) != 1 or schema.field(name).type != READER_COLUMNS.field(name).type:
                 raise ValueError(f"{path.name} has not the column {name}")
@@ -150,6 +183,30 @@ class Version:
     def damage_error(self, error: Exception) -> StoreError:
         """Return the error to raise if a file of this version cannot be read."""
         return StoreError(f"{self.path} is damaged: {error}", hint=AGAIN)
+
+
+class _ImageJoin:
+    """Adds images from the store to rows whose files hold none."""
+
+    def __init__(self, version: Version, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.pixels = [] if version.holds_pixels else [name for name in columns if name in PIXELS]
+        held = [name for name in columns if name not in self.pixels]
+        self.file_columns = held if "sample_id" in held or not self.pixels else ["sample_id", *held]
+        self._all_columns = version.manifest["columns"]
+        self._store = version.store if self.pixels else None
+
+    def batches(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """Yield rows with all columns. Raise StoreError if images are missing or damaged."""
+        if self._store is None:
+            yield batch
+            return
+        for start in range(0, batch.num_rows, IMAGES_AT_ONCE):
+            rows = batch.slice(start, IMAGES_AT_ONCE)
+            images = self._store.read(rows["sample_id"].to_pylist())
+            pixels = as_pixels(images, self._all_columns)
+            columns = {name: pixels[name] if name in pixels else rows[name] for name in self.columns}
+            yield pa.record_batch(list(columns.values()), names=list(columns))
 
 
 def dataset_folder(source: str) -> Path:
@@ -223,7 +280,7 @@ def read_version(folder: Path) -> Version:
             if manifest["table_version"] != TABLE_VERSION:
                 raise ValueError(f"table_version: {manifest['table_version']!r}")
             check_manifest(manifest)
-            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], REJECTIONS_FILE)]
+            paths = () if is_remote(folder) else [folder / name for name in (*manifest["files"], REJECTIONS_FILE, IMAGES_FILE)]
             is_cached = folder.parent.name == "snapshots"
             for path in paths:
                 if path.exists() or path.is_symlink():

@@ -12,8 +12,8 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
+from pipeline.sources.read import SourceReader
 from pipeline.stages.base import Services, require_stage
-from pipeline.stages.source_reader import SourceReader
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.plan import Plan
+from pipeline.sources.duplicates import REPEATED
 from pipeline.stages.base import Step
-from pipeline.stages.source_copies import REPEATED
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import tasks_making

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.dataset.pixels import lacks_pixels
+from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.export.formats import FORMATS
-from pipeline.export.items import read_items
+from pipeline.export.base import Format
+from pipeline.export.formats import FORMATS, PARQUET
+from pipeline.export.items import no_pixels_error, read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text
@@ -43,7 +46,7 @@ def export_version(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder in a format of FORMATS; `style` names the captions that are wanted.
+    """Write a version to a new folder in a format of FORMATS or as PARQUET; `style` names the captions that are wanted.
 
     Raises ConfigError if the folder is there, the version has no pixels, no image has such a caption, or another process writes
     to the folder.
@@ -60,22 +63,21 @@ def _export(version: Version, kind: str, out: Path, style: str | None, splits: t
     if out.exists():
         raise _is_there(out)
     _require_style(version, style)
+    if kind == PARQUET and style:
+        raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
+    if kind == PARQUET and lacks_pixels(version):
+        raise no_pixels_error(version)
     total = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not total:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
     draft = out.with_name(f".{out.name}.unfinished")
     remove(draft)  # of an interrupted export
     draft.mkdir(parents=True)
-    written = without = 0
-    format_ = FORMATS[kind](draft, style)
-    try:
-        for item in read_items(version, splits):
-            has_text = format_.add(item)
-            written, without = written + has_text, without + (not has_text)
-            report("export", written + without, total)
-        format_.close()
-    finally:
-        format_.abandon()
+    if kind == PARQUET:
+        write_self_contained(version, draft, splits)
+        written, without = total, 0
+    else:
+        written, without = _write_items(version, FORMATS[kind](draft, style), splits, total, report)
     if not written:
         remove(draft)
         raise _nothing_to_write(version, style, kind)
@@ -84,6 +86,20 @@ def _export(version: Version, kind: str, out: Path, style: str | None, splits: t
     write_text(draft / CHECKSUMS, sums)
     draft.rename(out)
     return Exported(out, written, without)
+
+
+def _write_items(version: Version, format_: Format, splits: tuple[str, ...], total: int, report: Progress) -> tuple[int, int]:
+    """Write the images of splits in a format; return how many had texts for it, and how many had none."""
+    written = without = 0
+    try:
+        for item in read_items(version, splits):
+            has_text = format_.add(item)
+            written, without = written + has_text, without + (not has_text)
+            report("export", written + without, total)
+        format_.close()
+    finally:
+        format_.abandon()
+    return written, without
 
 
 def write_beside(

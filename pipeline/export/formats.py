@@ -2,6 +2,7 @@
 
 | format | for |
 |---|---|
+| parquet | readers of Parquet: all columns of the version with its images, as `synth push` sends them |
 | imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
 | sidecar | trainers of diffusion models: a text beside each image |
 | webdataset | the package webdataset, open_clip, img2dataset's readers |
@@ -259,5 +260,5 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "lance": Lance,
 }
 
-
+PARQUET = "parquet"  # of all columns: written at once, not image by image (dataset/publishing.py)
 OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # which a repository of the Hub may hold

@@ -63,11 +63,16 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
     if "image" not in columns:
         if "pages" in columns:
             raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
-        raise ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
+        raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
     for split, batch in version.batches([name for name in (*COLUMNS, *own) if name in columns], ROWS_AT_ONCE, splits):
         for row in batch.to_pylist():
             yield _item(row, split, own)
+
+
+def no_pixels_error(version: Version) -> ConfigError:
+    """Return the error to raise for a version without images."""
+    return ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
 
 
 def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:

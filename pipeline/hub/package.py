@@ -12,10 +12,12 @@ from typing import Any, Literal
 from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card, render_model_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
-from pipeline.dataset.version import AGAIN, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
+from pipeline.dataset.publishing import write_self_contained
+from pipeline.dataset.version import AGAIN, LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
+from pipeline.storage.lock import lock_file
 from pipeline.storage.untrusted import require_regular
 from pipeline.tables import PIXELS, features, with_features
 from pipeline.types import non_redistributable
@@ -63,7 +65,8 @@ def build_package(
     stated: dict[str, str] | None = None,
     exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
-    """Yield the package to push to `repo`; rewritten shards lie in a temporary folder that is removed afterwards.
+    """Yield the package to push to `repo`; shards with the images are in a temporary folder that is removed
+    afterwards.
 
     `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
     licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
@@ -80,14 +83,31 @@ def build_package(
         hint = f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it"
         raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch(version) as folder:
         if pixel_columns and (images is False or (images is None and restricted)):
             if exports:
                 raise PushError(f"{', '.join(exports)} would hold the images, which are left out", hint="leave out --also")
-            yield _pack(version, repo, without_pixels(version, Path(folder)) | (stated or {}), Path(folder))
+            yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
             return
+        if version.holds_pixels:
+            manifest, folder = version.manifest, version.path
+        else:
+            manifest = write_self_contained(version, folder)
         acknowledgement = {"acknowledged": restricted} if pixel_columns and restricted else {}
-        yield _pack(version, repo, version.manifest | acknowledgement | (stated or {}), version.path, exports)
+        yield _pack(version, repo, manifest | acknowledgement | (stated or {}), folder, exports)
+
+
+@contextmanager
+def _scratch(version: Version) -> Iterator[Path]:
+    """Yield an empty temporary folder for shards.
+
+    Images from a store take as much room as the store: the folder is on its disk.
+    """
+    home = None if version.holds_pixels else version.dataset_dir / PUSHED
+    if home is not None:
+        home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as name, lock_file(Path(name) / LOCK, lambda: None, PushError):
+        yield Path(name)
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
@@ -100,9 +120,9 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
             for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
                 writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(writer.schema))
         files[name] = entry | file_entry(folder / name)
-    left_out = {"pixels": "left out", "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    left_out = {"pixels": LEFT_OUT, "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
     described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return version.manifest | described | left_out
+    return {key: value for key, value in version.manifest.items() if key != "images"} | described | left_out
 
 
 def _pack(

@@ -7,10 +7,12 @@ import httpx2
 from huggingface_hub import HfApi, constants, errors, scan_cache_dir, snapshot_download
 
 from pipeline.dataset.directory import DatasetDir, open_dataset, split_version
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage
 from pipeline.dataset.publishing import publish
 from pipeline.dataset.version import (
     CARD_FILE,
+    IMAGES_FILE,
     MANIFEST,
     REJECTIONS_FILE,
     VERSION_NAME,
@@ -22,7 +24,7 @@ from pipeline.dataset.version import (
 )
 from pipeline.errors import StoreError
 from pipeline.hub_errors import HUB_NAME, translate_hub_errors
-from pipeline.storage.files import read_json, scratch_folder, translate_disk_errors, write_json
+from pipeline.storage.files import read_json, read_table, scratch_folder, translate_disk_errors, write_json
 from pipeline.storage.object_store import download, is_remote, translate_store_errors
 from pipeline.tables import SPLITS
 
@@ -84,8 +86,12 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
             _require_origin(origin, home)
             if not final.exists():
                 with scratch_folder(final.parent) as draft:
-                    for name in (*remote.manifest["files"], REJECTIONS_FILE, CARD_FILE, MANIFEST):
-                        download(remote.path / name, draft / name)
+                    for name in (*remote.manifest["files"], REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST):
+                        if name != IMAGES_FILE or remote.manifest.get("images"):
+                            download(remote.path / name, draft / name)
+                    if remote.manifest.get("images"):
+                        ids = read_table(draft / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
+                        ImageStore(home.path).add_from(remote.store, ids)
                     _check(Version(draft, remote.manifest), str(remote.path), f"compare {remote.path} with what was put there")
                     publish(draft, final)
         local = read_version(final)

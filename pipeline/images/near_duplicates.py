@@ -64,6 +64,10 @@ ImageKind = Literal["photos", "graphics"]
 MAX_NEAR_BITS: dict[str, int] = {"photos": 70, "graphics": 31}
 SURE_BITS = {"photos": 64, "graphics": 31}  # up to here 995 of 1,000 pairs are found among however many hashes
 ALL_PAIRS_HASHES = 20_000
+LOOK_ALIKE_ADVICE = {  # by reason: what to change if the images of too many rows look like others
+    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
+    "near_held_out_image": "dedupe.images: none keeps images that look alike",
+}
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")  # columns of samples that are compared
 BLOCK_HASHES = 256  # rows of one block of distances
 

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import NEAR_DUPLICATES_FILE, OUTPUTS, DatasetDir
-from pipeline.dataset.samples import SampleImages, lists_samples_only
+from pipeline.dataset.images import ImageStore
 from pipeline.errors import StoreError
 from pipeline.report.rows import to_pylist
-from pipeline.storage.files import find_rows, open_table
+from pipeline.storage.files import open_table
 from pipeline.text.content_keys import content_words
 from pipeline.text.escape import visible
 from pipeline.text.language import FUNCTION_WORDS
@@ -126,18 +126,11 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def images_of(folder: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample id, first image as the source encodes it) of samples, which need not be in a version."""
-    dataset, listed = DatasetDir(folder), list[Path]()
-    if wanted and lists_samples_only(dataset):
-        images, listed = SampleImages.of(dataset), [dataset.stage("source")]
-        for name in images.in_order(wanted):
-            with suppress(StoreError):  # a report shows the others
-                yield name, images.read([name])[0].as_py()[0]
-    stored = [path for path in dataset.stage_files("source") if path not in listed]
-    for path in [*stored, *dataset.stage_files("source", NEAR_DUPLICATES_FILE)] if wanted else ():
-        columns = ("sample_id", "images")
-        for rows in find_rows(open_table(path, *columns), columns, wanted):
-            yield from ((row["sample_id"], row["images"][0]) for row in rows.to_pylist())
+    """Yield (sample id, first image) of samples, which need not be in a version."""
+    store = ImageStore(folder)
+    for name in store.in_order(wanted) if wanted else ():
+        with suppress(StoreError):  # a report shows the others
+            yield name, store.read([name])[0].as_py()[0]
 
 
 def _groups_of_images(paths: Iterable[Path]) -> set[str]:

@@ -3,30 +3,30 @@
 from pathlib import Path
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
-from pipeline.dataset.version import Version
+from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
+from pipeline.dataset.version import JOINED, Version
 from pipeline.errors import ConfigError
 from pipeline.sources import read_images
 from pipeline.storage.files import translate_disk_errors
 
 
 def with_pixels(version: Version, images: str | None) -> Version:
-    """Return a version with pixels: itself, or its copy with those of `images`, which is made once.
+    """Return a version with pixels: itself, or joined with those of `images`, which are stored once.
 
     `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if the version lacks
     pixels and no images are named, and StoreError if images are missing.
     """
     if not lacks_pixels(version):
         return version
-    home = DatasetDir(version.dataset_dir / "joined")
+    home = DatasetDir(version.dataset_dir / JOINED)
     with translate_disk_errors(home.path), home.lock(wait=True):  # other processes wait
-        if joined := find_joined(version, home.path):
+        if joined := find_joined(version):
             return joined
         if images is None:
             name = version.repo or version.path
             raise ConfigError(f"{name} holds no pixels", hint="say where the images are: --images FOLDER")
         folder = Path(images)
         if not folder.is_dir():
-            return join_pixels(version, read_images(images), home.path)
+            return join_images(version, read_images(images))
         is_dataset = (folder / "versions").is_dir() or (folder / "manifest.json").exists()
-        return join_pixels(version, images_of_dataset(folder) if is_dataset else images_of_files(folder), home.path)
+        return join_images(version, images_of_dataset(folder) if is_dataset else images_of_files(folder))

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.config.sections import ServerConfig
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.dataset.records import is_done, output_digest, read_record, record, step_key
-from pipeline.dataset.samples import page_counts, read_samples, sample_batches
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan

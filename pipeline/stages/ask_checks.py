@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import described
-from pipeline.dataset.samples import read_samples, sample_batches
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import EngineChoice, open_engine

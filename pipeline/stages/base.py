@@ -51,10 +51,6 @@ from pipeline.storage.files import (
 from pipeline.tables import require_columns
 from pipeline.types import Engine
 
-LOOK_ALIKE_ADVICE = {  # by reason: what to change if the images of too many rows look like others
-    "near_duplicate_image": "for slides or charts, dedupe.images: graphics; none keeps all images that look alike",
-    "near_held_out_image": "dedupe.images: none keeps images that look alike",
-}
 BATCH_ROWS = 16_384  # judged at once
 NO_COLUMNS = pa.schema([])
 ROW = pa.field("row", pa.int64())  # the position of an annotation among those of all shards

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
-from pipeline.images.near_duplicates import COMPARED_COLUMNS, ImageKind, compare_samples
-from pipeline.stages.base import LOOK_ALIKE_ADVICE, ROW, AllRows, Comparison, RowStep
+from pipeline.images.near_duplicates import COMPARED_COLUMNS, LOOK_ALIKE_ADVICE, ImageKind, compare_samples
+from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields

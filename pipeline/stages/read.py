@@ -1,7 +1,7 @@
 """Step: read. Read the source, and keep each of its images once."""
 
+from pipeline.sources.read import ADVICE
 from pipeline.stages.base import Step, Work
-from pipeline.stages.source import ADVICE
 
 
 class ReadStep(Step):

@@ -11,11 +11,10 @@ import pyarrow as pa
 
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
-from pipeline.dataset.directory import OUTPUTS, DatasetDir, require_file
+from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.records import output_digest, read_record, record, step_key
-from pipeline.dataset.samples import read_samples
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest

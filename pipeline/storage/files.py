@@ -218,14 +218,6 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def link_or_copy(file: Path, copy: Path) -> None:
-    """Make a second name of a file that is never changed, or a copy where the file system has no hard links."""
-    try:
-        copy.hardlink_to(file.resolve())  # in a cache, files are symbolic links
-    except OSError:
-        shutil.copy(file, copy)
-
-
 def move(files: list[tuple[Path, Path]]) -> None:
     """Rename files within their file system or store."""
     if files and is_remote(files[0][0]):

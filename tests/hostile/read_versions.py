@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.check import check_version
 from pipeline.dataset.diff import diff_versions
 from pipeline.dataset.directory import open_dataset
-from pipeline.dataset.pixels import join_pixels, lacks_pixels
+from pipeline.dataset.pixels import join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.hub.package import build_package
 from pipeline.report.build import write_report
@@ -38,7 +38,7 @@ def consumers(version: Version, good: Version, out: Path) -> dict[str, Callable[
         "report": lambda: write_report(version, out),
         "push": pack,
         "train": train,
-        "join": lambda: join_pixels(version, [], out) if lacks_pixels(version) else None,
+        "join": lambda: join_images(version, []) if lacks_pixels(version) else None,
     }
 
 

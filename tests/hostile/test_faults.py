@@ -140,15 +140,11 @@ def test_pull_ends_as_an_untouched_run_after_any_fault(mode: str, made: Path, tm
 
 @pytest.fixture(scope="module")
 def three_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder whose dataset has three versions, two of them with equal files that are not linked, and leftovers."""
+    """Return a folder whose dataset has three versions, two of them with equal files, and leftovers."""
     folder = tmp_path_factory.mktemp("versions")
     samples = scene_samples(12)
     first, _ = make_version(folder / "data", samples[:8])
     make_repaired_version(first, [])
-    for path in folder.glob("data/versions/v1.0.1/*.parquet"):
-        content = path.read_bytes()
-        path.unlink()
-        path.write_bytes(content)
     make_version(folder / "data", samples)
     write_tags(folder / "data", {"paper": "v1.1.0"})
     (folder / "data" / "versions" / f"{REMOVING}v0.1.0").mkdir()

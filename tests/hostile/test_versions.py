@@ -19,7 +19,7 @@ from pipeline.dataset.version import file_entry
 from pipeline.tables import features
 from tests.hostile import Damage, link, pipe
 from tests.hostile.vectors import ALL
-from tests.scene_data import make_version, scene_samples
+from tests.scene_data import make_version, pulled, scene_samples
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
@@ -52,6 +52,16 @@ def column(name: str, values: Callable[[pa.Table], Any]) -> Damage:
         return table.set_column(index, name, array)
 
     return rows(change)
+
+
+def link_and_name(name: str, target: str) -> Damage:
+    """Return a damage that puts a link in the place of the digests of images, which the manifest names."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).symlink_to(target)
+        manifest(lambda m: m.update(pixels="stored", images={"sha256": "0" * 64, "bytes": 1}))(folder)
+
+    return damage
 
 
 def image(data: bytes | None) -> Damage:
@@ -125,6 +135,8 @@ DAMAGES: dict[str, Damage] = {
     "shard that is a private file": link("train-00000.parquet", "/etc/passwd"),
     "rejections that are a private file": link("rejections.parquet", "/etc/passwd"),
     "shard of other columns": rows(lambda t: pa.table({"evil": [1]})),
+    "images that are said to be in a store": manifest(lambda m: m.update(pixels="stored")),
+    "digests of images that are a private file": link_and_name("images.parquet", "/etc/passwd"),
     "shard without images": rows(lambda t: t.drop_columns(["image"])),
     "empty shard": rows(lambda t: t.slice(0, 0)),
     "sample ids that are paths": column("sample_id", lambda t: ["../../evil"] * t.num_rows),
@@ -152,7 +164,8 @@ DAMAGES: dict[str, Damage] = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Open a good version and all damaged ones in one watched process."""
-    version, _ = make_version(tmp_path_factory.mktemp("made"), scene_samples(12))
+    made, _ = make_version(tmp_path_factory.mktemp("made"), scene_samples(12))
+    version = pulled(made, tmp_path_factory.mktemp("home") / "pulled")
     folder, out = tmp_path_factory.mktemp("versions"), tmp_path_factory.mktemp("out")
     shutil.copytree(version.path, folder / "good")
     for name, damage in DAMAGES.items():

@@ -7,19 +7,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.dataset.images
 import pipeline.dataset.shards
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
-from tests.scene_data import make_version, scene_samples
+from pipeline.tables import SAMPLE_IMAGES
+from tests.scene_data import make_version, pulled, sample_table, scene_samples
 from trainer.image_index import StoredImage, map_images
 
 
-@pytest.fixture
-def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
-    """A version of several shards with several row groups each."""
+@pytest.fixture(params=[True, False], ids=["stored", "pulled"])
+def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
+    """A version of several files of images with several row groups each: in the store, or in the shards."""
     monkeypatch.setattr(pipeline.dataset.shards, "GROUP_ROWS", 4)
     monkeypatch.setattr(pipeline.dataset.shards, "MIN_SHARD_BYTES", 1)
-    return make_version(tmp_path, scene_samples(300))[0]
+    monkeypatch.setattr(pipeline.dataset.images, "GROUP_ROWS", 4)
+    version, _ = make_version(tmp_path / "d", scene_samples(200))
+    version.store.add([sample_table(scene_samples(300)).select(SAMPLE_IMAGES.names)])
+    version, _ = make_version(tmp_path / "d", scene_samples(300))
+    return version if request.param else pulled(version, tmp_path / "home" / "x")
+
+
+def files(version: Version, split: str) -> list[Path]:
+    """Return the files that hold the images of a split."""
+    return version.shards(split) if version.holds_pixels else version.store.paths()
 
 
 def images(version: Version, split: str) -> dict[str, bytes]:
@@ -32,8 +43,8 @@ def read(mapped: dict[str, StoredImage]) -> dict[str, bytes]:
 
 
 def test_every_image_is_found_where_it_stands(version: Version) -> None:
-    assert len(version.shards("train")) > 3
-    assert sum(pq.read_metadata(shard).num_row_groups for shard in version.shards("train")) > 20
+    assert len(files(version, "train")) > 1
+    assert sum(pq.read_metadata(path).num_row_groups for path in files(version, "train")) > 20
     for split in ("train", "validation", "test"):
         mapped = map_images(version, split)
         assert read(mapped) == images(version, split)
@@ -41,10 +52,11 @@ def test_every_image_is_found_where_it_stands(version: Version) -> None:
 
 
 def test_an_image_that_is_not_there_as_it_is_is_held(version: Version) -> None:
-    for shard in version.shards("test"):
+    expected = images(version, "test")
+    for shard in files(version, "test"):
         pq.write_table(pq.read_table(shard), shard, compression="zstd")
     mapped = map_images(version, "test")
-    assert read(mapped) == images(version, "test")
+    assert read(mapped) == expected
 
 
 def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
@@ -68,8 +80,15 @@ def flip_images(shard: Path) -> None:
 
 
 def test_a_damaged_image_is_one_line_when_it_is_read(version: Version) -> None:
-    shard = version.shards("test")[0]
-    flip_images(shard)
-    mapped = map_images(version, "test")
+    flip_images(files(version, "train")[0])
+    mapped = map_images(version, "train")
     with pytest.raises(StoreError, match="is damaged"):
         read(mapped)
+
+
+def test_image_that_is_not_stored_is_an_error_before_the_training(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(20))
+    (path,) = version.store.paths()
+    path.unlink()
+    with pytest.raises(StoreError, match="samples are not in"):
+        map_images(version, "train")

@@ -17,7 +17,7 @@ import trainer.loop
 from pipeline.cli.captioners import caption
 from pipeline.cli.training import evaluate, train
 from pipeline.cli.versions import versions_gc
-from pipeline.dataset.version import FEATURES, FEATURES_LOCK, Version
+from pipeline.dataset.version import FEATURES, LOCK, Version
 from pipeline.errors import StoreError, TrainError
 from tests.hostile import LONG
 from tests.pipeline.images.test_similarity import photo
@@ -200,7 +200,7 @@ def test_collecting_garbage_removes_stored_hidden_states_but_those_that_a_traini
     busy = store.with_name("busy")
     busy.mkdir()
     size = sum(file.stat().st_size for file in store.iterdir())
-    with (busy / FEATURES_LOCK).open("w") as lock:
+    with (busy / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for dry_run in (True, False):
             capsys.readouterr()

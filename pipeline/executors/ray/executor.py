@@ -35,10 +35,9 @@ from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.sources import files_of_source, is_divisible
+from pipeline.sources.exclusions import open_exclusions, write_exclusions
+from pipeline.sources.read import READ_SETTINGS, describe_source, forget_near_duplicates, forget_reading
 from pipeline.stages.base import Executor, RowStep, Services
-from pipeline.stages.source import describe_source, forget_near_duplicates, forget_reading
-from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
-from pipeline.stages.source_reader import READ_SETTINGS
 from pipeline.stages.version import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
@@ -136,7 +135,7 @@ class RayExecutor(Executor):
         if is_remote(run.root):
             filled = tuple(result.folder for result in results)
             for old in (run.root / "shards").glob("*/*"):
-                if old.is_dir() and old.name != "journal" and f"{old.parent.name}/{old.name}" not in filled:
+                if old.is_dir() and old.name not in ("journal", "images") and f"{old.parent.name}/{old.name}" not in filled:
                     remove(old)  # of an earlier run, or of an abandoned worker
             self.run = replace(run, filled=filled)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
-from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.directory import DatasetDir, read_samples
+from pipeline.dataset.images import FOLDER, ImageStore
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.inference.journal import Journal
 from pipeline.storage.files import remove
@@ -57,16 +58,19 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 
 def forget_scratch(shard: DatasetDir) -> None:
     """Remove the files of a filled shard from this node, except the lock, which other processes may wait for."""
-    for folder in (shard.journal.parent, shard.path / "stages"):
+    for folder in (shard.journal.parent, shard.path / "stages", shard.path / FOLDER):
         remove(folder)
 
 
 def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the stage files of a shard, and return the name of their folder in the store.
+    """Upload the stage files and new images of a shard, and return the name of the folder of its stages in
+    the store.
 
     The name is new: an abandoned worker that still runs cannot write into the folder.
     """
     name = f"{index:05d}/{uuid4().hex[:8]}"
+    ids = (name for batch in read_samples(shard, ["sample_id"]) for name in batch["sample_id"].to_pylist())
+    ImageStore(run.root / "shards" / f"{index:05d}").add_from(ImageStore(shard.path), ids)
     upload_folder(shard.path / "stages", run.root / "shards" / name / "stages")
     return name
 

@@ -25,10 +25,10 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
+from pipeline.sources.duplicates import BATCH_BYTES
 from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.sources.read import count_passing, is_worth_another_try, write_source
 from pipeline.stages.base import Services, require_stage
-from pipeline.stages.source import count_passing, is_worth_another_try, write_source
-from pipeline.stages.source_copies import BATCH_BYTES
 from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED

@@ -5,26 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_pixels, lacks_pixels
+from pipeline.dataset.pixels import find_joined, images_of_dataset, images_of_files, join_images, lacks_pixels
 from pipeline.dataset.version import Version
 from pipeline.errors import StoreError
-from pipeline.hub.package import build_package
 from pipeline.images.decode import deck_id
 from pipeline.storage.files import write_text
 from pipeline.tables import Extras
 from pipeline.types import Sample
-from tests.scene_data import SCORED, make_version, scene_samples, scored_captions, true_captions
+from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
 
 SAMPLES = scene_samples(30)
-
-
-def texts_of(version: Version, folder: Path) -> Version:
-    """Return the version as it is published without its pixels."""
-    folder.mkdir()
-    with build_package(version, "me/x", images=False) as package:
-        for name, content in package.files.items():
-            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        return Version(folder, package.manifest, "me/x")
 
 
 @pytest.fixture
@@ -34,7 +24,7 @@ def whole(tmp_path: Path) -> Version:
 
 @pytest.fixture
 def texts(whole: Version, tmp_path: Path) -> Version:
-    return texts_of(whole, tmp_path / "texts")
+    return pulled(whole, tmp_path / "home" / "texts", images=False)
 
 
 def files(folder: Path, samples: list[Sample]) -> Path:
@@ -48,9 +38,9 @@ def files(folder: Path, samples: list[Sample]) -> Path:
 
 def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tmp_path: Path) -> None:
     assert lacks_pixels(texts)
-    assert find_joined(texts, tmp_path / "joined") is None
-    joined = join_pixels(texts, images_of_files(files(tmp_path / "files", SAMPLES)), tmp_path / "joined")
-    assert find_joined(texts, tmp_path / "joined") == joined and joined.repo == "me/x"
+    assert find_joined(texts) is None
+    joined = join_images(texts, images_of_files(files(tmp_path / "files", SAMPLES)))
+    assert find_joined(texts) == joined and joined.path == texts.path
     assert not lacks_pixels(joined)
     assert joined.manifest["columns"] == whole.manifest["columns"]
     assert joined.manifest["digest"] == whole.manifest["digest"]
@@ -59,12 +49,14 @@ def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tm
         assert by_id[0] == by_id[1]
 
 
-def test_missing_images_are_counted_and_nothing_is_left(texts: Version, tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_added_from_another_folder(texts: Version, tmp_path: Path) -> None:
     images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
     with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are not there") as refused:
-        join_pixels(texts, images, tmp_path / "joined")
+        join_images(texts, images)
     assert "the very files" in refused.value.hint
-    assert list((tmp_path / "joined").iterdir()) == []
+    assert find_joined(texts) is None
+    joined = join_images(texts, images_of_files(files(tmp_path / "others", SAMPLES[:4])))
+    assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
 def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) -> None:
@@ -74,6 +66,7 @@ def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) ->
     ids = captions.schema.get_field_index("sample_id")
     captions = captions.set_column(ids, "sample_id", [[deck.id] * captions.num_rows])
     whole, _ = make_version(tmp_path / "whole", [deck], captions)
-    joined = join_pixels(texts_of(whole, tmp_path / "texts"), images_of_dataset(whole.path), tmp_path / "joined")
+    texts = pulled(whole, tmp_path / "home" / "texts", images=False)
+    joined = join_images(texts, images_of_dataset(whole.path))
     split = next(split for split, count in whole.manifest["rows"].items() if count)
     assert [page["bytes"] for page in joined.read(split)["pages"].to_pylist()[0]] == pages

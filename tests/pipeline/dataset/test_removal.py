@@ -1,14 +1,15 @@
-"""Removal of versions: they go as a whole, their names are not given again, and files that versions share stay."""
+"""Removal: versions go as a whole, their names are not given again, and images stay while anything needs them."""
 
 from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.directory import DatasetDir, write_tags
+from pipeline.dataset.directory import DatasetDir, sample_batches, write_tags
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.removal import REMOVING, find_leftovers, remove_leftovers, remove_versions
+from pipeline.dataset.removal import REMOVING, find_leftovers, remove_images, remove_leftovers, remove_versions
 from pipeline.errors import StoreError
-from tests.scene_data import make_version, scene_samples
+from tests.scene_data import make_version, scene_samples, write_samples
 
 SAMPLES = scene_samples(40)
 
@@ -52,19 +53,42 @@ def test_nothing_is_removed_where_one_version_cannot_be(dataset: DatasetDir, nam
     assert len(dataset.versions()) == 3
 
 
-def test_a_new_version_shares_the_shards_that_did_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.dataset.shards.GROUP_ROWS", 1)
-    monkeypatch.setattr("pipeline.dataset.shards.SHARD_GROUPS", 1)
-    monkeypatch.setattr("pipeline.dataset.shards.MIN_SHARD_BYTES", 1)  # a shard for each image
-    ordered = sorted(SAMPLES, key=lambda sample: sample.id)
-    first, _ = make_version(tmp_path, ordered[:30])
-    second, _ = make_version(tmp_path, ordered)
-    both = {entry["sha256"] for version in (first, second) for entry in version.manifest["files"].values()}
-    assert len(both) < len(first.manifest["files"]) + len(second.manifest["files"])
-    inodes = {path.stat().st_ino for version in (first, second) for path in version.path.glob("*-*.parquet")}
-    assert len(inodes) == len(both)
-    remove_versions(DatasetDir(tmp_path), [first.name])
-    assert find_damage(second) == []
+def test_gc_removes_images_that_neither_version_nor_listing_needs(tmp_path: Path) -> None:
+    dataset, store = DatasetDir(tmp_path), ImageStore(tmp_path)
+    make_version(tmp_path, SAMPLES[:20])
+    write_samples(dataset, SAMPLES[10:30])
+    second, _ = make_version(tmp_path, SAMPLES[5:40])
+    assert remove_images(dataset) == []
+    remove_versions(dataset, ["v1.0.0"])
+    size = sum(path.stat().st_size for path in store.paths())
+    freed = sum(one.num_bytes for one in remove_images(dataset, dry_run=True))
+    assert freed and size == sum(path.stat().st_size for path in store.paths())
+    assert ImageStore(tmp_path).find_missing([sample.id for sample in SAMPLES]) == []
+    removed = remove_images(dataset)
+    assert sum(one.num_bytes for one in removed) == size - sum(path.stat().st_size for path in store.paths()) > 0
+    assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in SAMPLES[:5]]
+    assert find_damage(second) == [] and remove_images(dataset) == []
+    remove_versions(dataset, [second.name])
+    remove_images(dataset)
+    assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in [*SAMPLES[:10], *SAMPLES[30:]]]
+    assert all(batch.read_images() for batch in sample_batches(dataset))
+
+
+def test_gc_keeps_all_images_while_a_version_is_damaged(dataset: DatasetDir) -> None:
+    remove_versions(dataset, ["v1.2.0"])
+    (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
+    with pytest.raises(StoreError, match=r"v1\.1\.0 cannot be read"):
+        remove_images(dataset)
+    assert ImageStore(dataset.path).find_missing([one.id for one in SAMPLES]) == []
+
+
+def test_gc_keeps_all_images_while_a_file_of_the_store_is_damaged(dataset: DatasetDir) -> None:
+    remove_versions(dataset, [version.name for version in dataset.versions()])
+    first, *others = ImageStore(dataset.path).paths()
+    others[-1].write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="is damaged"):
+        remove_images(dataset)
+    assert first.exists()
 
 
 def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:

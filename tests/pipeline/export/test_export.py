@@ -90,6 +90,24 @@ def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tm
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
 
 
+def test_parquet_files_hold_the_rows_of_the_version_with_images(version: Version, tmp_path: Path) -> None:
+    done = export_version(version, "parquet", tmp_path / "out", splits=("train", "validation"))
+    rows = {split: version.read(split) for split in ("train", "validation")}
+    assert (done.images, done.without_text) == (sum(table.num_rows for table in rows.values()), 0)
+    for split, table in rows.items():
+        exported = pq.read_table(tmp_path / "out" / f"{split}-00000.parquet")
+        assert exported.select(table.column_names).to_pylist() == table.to_pylist()
+        assert exported.column_names == [*table.column_names, "text", "messages"]
+    loaded = load_dataset("parquet", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (
+        rows["train"]["width_px"][0].as_py(),
+    ) * 2
+    export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
+    assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
+    with pytest.raises(ConfigError, match="holds all captions"):
+        export_version(version, "parquet", tmp_path / "brief", style="brief")
+
+
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
 def test_values_of_own_tasks_take_the_place_of_nothing_that_a_format_says(kind: str, version: Version, tmp_path: Path) -> None:
     item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})

@@ -14,7 +14,7 @@ from pipeline.errors import PushError, StoreError
 from pipeline.hub.package import CHECKPOINT_FILES, base_models, build_checkpoint_package, build_package
 from pipeline.storage.untrusted import UnsafeFileError
 from pipeline.tables import Extras
-from tests.scene_data import SCORED, make_version, scene_samples, scored_captions, true_captions
+from tests.scene_data import SCORED, make_version, pulled, scene_samples, scored_captions, true_captions
 
 REPO = "me/scenes"
 
@@ -30,11 +30,34 @@ def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), extras=Extras(SCORED))[0]
 
 
-def test_free_pixels_go_as_they_lie_here(free: Version) -> None:
-    with build_package(free, REPO) as package:
-        assert package.manifest == free.manifest
-        assert package.files["train-00000.parquet"] == free.path / "train-00000.parquet"
+def test_free_pixels_go_along_in_files_of_equal_bytes(free: Version, tmp_path: Path) -> None:
+    again, _ = make_version(tmp_path / "again", scene_samples(20))
+    with build_package(free, REPO) as package, build_package(again, REPO) as other:
+        assert package.manifest == other.manifest and package.manifest["digest"] == free.manifest["digest"]
+        assert package.manifest["reader_columns"] == ["text", "messages"]
+        assert not {"pixels", "images"} & {*package.manifest}
+        path = package.files["train-00000.parquet"]
+        assert isinstance(path, Path)
+        rows = pq.read_table(path)
+        assert rows.drop_columns(["text", "messages"]).to_pylist() == free.read("train").to_pylist()
         assert package.bytes()["manifest.json"] == len(package.files["manifest.json"])  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+def test_pulled_version_is_pushed_as_it_lies_there(free: Version, tmp_path: Path) -> None:
+    version = pulled(free, tmp_path / "home" / "pulled")
+    with build_package(version, REPO) as package:
+        assert package.manifest == version.manifest
+        assert package.files["train-00000.parquet"] == version.path / "train-00000.parquet"
+
+
+def test_image_that_is_not_stored_is_noticed_before_anything_is_sent(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(5))
+    (path,) = version.store.paths()
+    path.unlink()
+    with pytest.raises(StoreError, match=r"5 images of .* are not in"), build_package(version, REPO):
+        pass
+    assert not any((tmp_path / ".push").iterdir() if (tmp_path / ".push").exists() else ())
 
 
 @pytest.mark.parametrize("images", [None, False])
@@ -63,7 +86,7 @@ def test_with_images_wants_each_license_acknowledged(restricted: Version) -> Non
 
 def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version) -> None:
     with build_package(restricted, REPO, images=True, acknowledged=["flickr-terms"]) as package:
-        assert package.files["train-00000.parquet"] == restricted.path / "train-00000.parquet"
+        assert "image" in pq.read_schema(package.files["train-00000.parquet"]).names
         assert package.manifest["acknowledged"] == ["flickr-terms"]
         assert r"Pixels under flickr\-terms are included" in str(package.files["README.md"], "utf-8")  # type: ignore[arg-type]
 

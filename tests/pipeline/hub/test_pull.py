@@ -127,7 +127,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = parse_dataset_path(f"memory://sets-{tmp_path.name}/mine")
     for count in (20, 24):
         make_version(tmp_path / "made", scene_samples(count))
-    upload_folder(tmp_path / "made" / "versions", path / "versions")
+    upload_folder(tmp_path / "made", path)
     yield path
     remove(path)
 
@@ -161,7 +161,7 @@ def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
 def test_versions_of_two_stores_are_not_mixed(bucket: Path, tmp_path: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
-    upload_folder(tmp_path / "made" / "versions", other_path / "versions")
+    upload_folder(tmp_path / "made", other_path)
     with pytest.raises(StoreError, match=r"holds versions from memory://sets-.*, not from memory://sets/"):
         open_or_download(other_path)
     remove(other_path)

@@ -22,7 +22,7 @@ from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
-from tests.scene_data import make_version, scene_samples, true_captions
+from tests.scene_data import make_version, published, scene_samples, true_captions
 
 EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
 
@@ -218,7 +218,7 @@ def test_a_damaged_version_on_the_hub_is_repaired_by_the_next_patch(client: Push
     pushed = client.push(repaired)
     assert (pushed["tag"], pushed["is_new"]) == ("v1.0.1", True)
     files = repo.commits[repo.tags["v1.0.1"]].files
-    assert files["train-00000.parquet"].sha256 == version.manifest["files"]["train-00000.parquet"]["sha256"]
+    assert files["train-00000.parquet"].sha256 == published(version)["files"]["train-00000.parquet"]["sha256"]
     manifest = json.loads(storage.path(files["manifest.json"].sha256).read_text())
     assert manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
     assert manifest["digest"] == version.manifest["digest"]
@@ -264,7 +264,7 @@ def test_a_child_version_sends_by_xet_only_what_changed(hub: RunningHub, tmp_pat
         client.push(parent)
         sent = hub.hub.received_bytes
         assert client.push(child)["is_new"]
-    size = sum(entry["bytes"] for entry in child.manifest["files"].values())
+    size = sum(entry["bytes"] for entry in published(child)["files"].values())
     assert sent > size * 0.95
     assert hub.hub.received_bytes - sent < size * 0.05
 

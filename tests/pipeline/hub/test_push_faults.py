@@ -13,7 +13,7 @@ from tests.hub.app import Fault
 from tests.hub.pusher import Pusher
 from tests.hub.server import RunningHub, running_hub
 from tests.hub.storage import Repo
-from tests.scene_data import make_version, scene_samples
+from tests.scene_data import make_version, published, scene_samples
 
 
 class World:
@@ -21,6 +21,7 @@ class World:
 
     def __init__(self, hub: RunningHub, client: Pusher, old: Version, new: Version) -> None:
         self.hub, self.client, self.old, self.new = hub.hub, client, old, new
+        self.files = {version.name: published(version)["files"] for version in (old, new)}
         client.push(old)
         self.repos = copy.deepcopy(self.hub.storage.repos)
         self.kept = {path.name for path in self.hub.storage.root.iterdir()}
@@ -53,9 +54,9 @@ class World:
             }
         named = {name: self.repo.commits[oid] for name, oid in self.repo.tags.items()}
         for name, commit in (named | self.repo.commits).items():
-            published = next((v for v in (self.old, self.new) if commit.title.startswith(v.name)), None)
-            assert set(commit.files) == whole[published.name if published else "empty"], name
-            for file, entry in published.manifest["files"].items() if published else ():
+            title = next((v.name for v in (self.old, self.new) if commit.title.startswith(v.name)), "empty")
+            assert set(commit.files) == whole[title], name
+            for file, entry in self.files.get(title, {}).items():
                 assert commit.files[file].sha256 == entry["sha256"]
         assert self.repo.tags["v1.0.0"] == self.before
         assert all(commit.title.startswith(name) for name, commit in named.items())

@@ -15,7 +15,7 @@ from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, newest_checkpoint, write_report
 from pipeline.report.html import script_hash
 from pipeline.sources.scenes import draw_sample
-from tests.scene_data import make_version, scene_samples, true_captions
+from tests.scene_data import make_version, pulled, scene_samples, true_captions
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="a()"></script>\u202e{{ 7*7 }} & "quoted"'
 
@@ -87,7 +87,8 @@ def test_what_others_have_put_there_stays(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_sample_that_is_called_like_a_path_leaves_the_folder_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "ONE_FILE_ROWS", 1)
-    version, _ = make_version(tmp_path, scene_samples(4))
+    made, _ = make_version(tmp_path / "d", scene_samples(4))
+    version = pulled(made, tmp_path / "home" / "x")
     (shard,) = version.shards("train")
     table = pq.read_table(shard)
     names = [f"../../../../{'x' * n}/\u202e" for n in range(table.num_rows)]

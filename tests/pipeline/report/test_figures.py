@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.errors import StoreError
 from pipeline.report.figures import (
@@ -16,6 +17,7 @@ from pipeline.report.figures import (
     images_of,
     stages_match,
 )
+from pipeline.tables import SAMPLE_IMAGES
 
 
 def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
@@ -119,10 +121,9 @@ def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path)
         clusters_of(tmp_path)
 
 
-def test_images_of_samples_that_are_in_no_version_are_found_at_the_source(tmp_path: Path) -> None:
+def test_images_of_samples_that_are_in_no_version_are_found_in_the_store(tmp_path: Path) -> None:
     rows = [{"sample_id": f"s{n}", "images": [bytes([n])]} for n in range(9)]
-    (tmp_path / "stages" / "source").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "stages" / "source" / "kept.parquet", row_group_size=2)
+    ImageStore(tmp_path).add([pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)])
     assert dict(images_of(tmp_path, {"s3", "s8", "none"})) == {"s3": b"\x03", "s8": b"\x08"}
 
 

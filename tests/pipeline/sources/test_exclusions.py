@@ -11,8 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.images.decode import check_image, image_id
-from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows
-from pipeline.stages.source_exclusions import parse_exclusion
+from pipeline.sources.exclusions import ExclusionIndex, TextIndex, exclusion_rows, parse_exclusion
 from pipeline.tables import EXCLUSIONS
 from pipeline.types import ReferenceQA, Sample
 from tests.pipeline.images.test_similarity import cropped, photo, stored_again

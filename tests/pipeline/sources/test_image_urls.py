@@ -17,7 +17,7 @@ from pipeline.errors import ImageError
 from pipeline.sources import image_urls
 from pipeline.sources.image_urls import fetch_image, is_public
 from pipeline.sources.parquet import embedded_bytes
-from pipeline.stages.source_parts import PASSING_REASONS
+from pipeline.sources.read import PASSING_REASONS
 from tests.hub.datasets import photo
 
 PACKED = gzip.compress(bytes(1_000_000))

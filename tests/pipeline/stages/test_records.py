@@ -20,7 +20,7 @@ from pipeline.stages.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
-from tests.pipeline.stages.test_source_reader import photo
+from tests.pipeline.sources.test_read import photo
 
 CAPTIONS = (
     "A red bus waits at a stop.",

@@ -14,9 +14,8 @@ from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import ShardWorker, read_slice
 from pipeline.progress import NullProgress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
-from pipeline.sources.exclusions import ExclusionIndex
-from pipeline.stages.source import write_source
-from pipeline.stages.source_exclusions import open_exclusions, write_exclusions
+from pipeline.sources.exclusions import ExclusionIndex, open_exclusions, write_exclusions
+from pipeline.sources.read import write_source
 from tests.hub import datasets
 from tests.stage_runs import plan_of
 

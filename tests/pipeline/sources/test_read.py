@@ -16,19 +16,20 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.samples import read_samples
+from pipeline.dataset.directory import DatasetDir, sample_batches
+from pipeline.dataset.images import ImageStore
 from pipeline.errors import SourceError
 from pipeline.plan import Plan, reading_settings
 from pipeline.sources import open_source
-from pipeline.stages import source_parts
-from pipeline.stages.source_reader import READ_SETTINGS, SourceReader, reading_key
+from pipeline.sources import read as read_step
+from pipeline.sources.read import READ_SETTINGS, SourceReader, reading_key
 from pipeline.storage.files import read_table
 from pipeline.types import Rejected, Sample, Source
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
-# Settings that stand in the key in another form: revisions, digests of files, the kind of images, whether texts are kept.
+# Settings that stand in the key in another form: revisions, digests of files, the kind of images, whether
+# texts are kept.
 IN_ANOTHER_FORM = ["limit", "images", "seed", "exclude", "captions", "split_list", "human_texts", "dedupe"]
 LATER_SETTINGS = [
     "title",
@@ -73,8 +74,8 @@ def fill(folder: Path, count: int = 40) -> None:
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder of photos that are read in batches of four, each a part of its own."""
-    monkeypatch.setattr("pipeline.stages.source_copies.BATCH_SAMPLES", 4)
-    monkeypatch.setattr(source_parts, "PART_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.sources.duplicates.BATCH_SAMPLES", 4)
+    monkeypatch.setattr(read_step, "PART_SECONDS", 0.0)
     (tmp_path / "photos").mkdir()
     fill(tmp_path / "photos")
     return tmp_path / "photos"
@@ -110,9 +111,9 @@ def contents(dataset: Path) -> dict[str, Any]:
     return {name: path.read_bytes() if path.exists() else b"" for name, path in paths.items()}
 
 
-def images(dataset: Path) -> dict[str, list[bytes]]:
-    batches = read_samples(DatasetDir(dataset), ["images", "sample_id"])
-    return {row["sample_id"]: row["images"] for batch in batches for row in batch.to_pylist()}
+def images(dataset: Path) -> dict[str, tuple[bytes, ...]]:
+    batches = sample_batches(DatasetDir(dataset))
+    return {name: pages for batch in batches for name, pages in zip(batch.ids, batch.read_images(), strict=True)}
 
 
 def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
@@ -142,6 +143,8 @@ def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert any("goes on behind" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
+    near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
+    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # a report shows them
     reasons = {row["reason"] for row in rows(tmp_path / "whole", "rejected")}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
 
@@ -299,7 +302,7 @@ def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
     with pytest.raises(SourceError, match="the line is cut"):
         Reading(tmp_path / "d", config, stop_at=20)
-    monkeypatch.setattr("pipeline.stages.source_reader.write_exclusions", lambda *_: pytest.fail("they are read again"))
+    monkeypatch.setattr("pipeline.sources.read.write_exclusions", lambda *_: pytest.fail("they are read again"))
     Reading(tmp_path / "d", config)
     assert Reading(tmp_path / "d", config).starts == []
     assert [row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"] == ["002.jpg"]
@@ -316,8 +319,8 @@ from dataclasses import replace
 from pathlib import Path
 import pipeline.plan, pipeline.run
 from pipeline.config.files import resolve
-from pipeline.stages import source_copies, source_parts
-source_copies.BATCH_SAMPLES, source_parts.PART_SECONDS = 4, 0.0
+from pipeline.sources import duplicates, read as read_step
+duplicates.BATCH_SAMPLES, read_step.PART_SECONDS = 4, 0.0
 opened = pipeline.plan.open_source
 def read(rows):
     for number, row in enumerate(rows):

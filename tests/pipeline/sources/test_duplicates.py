@@ -1,4 +1,4 @@
-"""Stage source: of several copies of an image, the same one is kept in any order of arrival."""
+"""Duplicates: of several copies of an image, the same one is kept in any order of arrival."""
 
 import itertools
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.source_copies import DuplicateImages
+from pipeline.sources.duplicates import DuplicateImages
 from pipeline.tables import SAMPLE
 from pipeline.types import Sample
 from tests.scene_data import scene_samples

@@ -1,0 +1,245 @@
+"""The image store: each image once, found by id, with a digest of the stored bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import Config
+from pipeline.config.files import resolve
+from pipeline.dataset import images
+from pipeline.dataset.directory import DatasetDir, page_counts, sample_batches
+from pipeline.dataset.images import ImageStore, hash_images, images_digest
+from pipeline.dataset.integrity import find_damage, make_repaired_version
+from pipeline.errors import StoreError
+from pipeline.images.decode import deck_id, image_id
+from pipeline.run import generate_dataset
+from pipeline.storage.object_store import parse_dataset_path
+from pipeline.tables import SAMPLE_IMAGES
+from pipeline.types import Sample
+from tests.notes import Notes
+from tests.pipeline.sources.test_read import photo
+from tests.scene_data import make_version, sample_table, scene_samples, write_samples
+
+SAMPLES = scene_samples(12)
+PAGES = tuple(sample.images[0] for sample in SAMPLES[:3])
+DECK = replace(SAMPLES[0], id=deck_id([image_id(page) for page in PAGES]), images=PAGES)
+IDS = [sample.id for sample in [*SAMPLES, DECK]]
+
+
+def tables(samples: list[Sample], size: int = 5) -> list[pa.Table]:
+    rows = sample_table(samples).select(SAMPLE_IMAGES.names)
+    return [rows.slice(start, size) for start in range(0, len(samples), size)]
+
+
+def filled(folder: Path) -> ImageStore:
+    store = ImageStore(folder)
+    store.add(tables([*SAMPLES, DECK]))
+    return store
+
+
+def pages_of(store: ImageStore, ids: list[str]) -> list[tuple[bytes, ...]]:
+    return list(map(tuple, store.read(ids).to_pylist()))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_images_are_read_in_the_order_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool) -> None:
+    monkeypatch.setattr(images, "GROUP_ROWS", 2)
+    monkeypatch.setattr(images, "FILE_BYTES", 1)
+    folder = parse_dataset_path(f"memory://store/{tmp_path.name}") if remote else tmp_path
+    store = filled(folder)
+    assert len(store.paths()) == 3
+    ids = Random(0).sample(IDS, len(IDS))
+    by_id = {sample.id: sample.images for sample in [*SAMPLES, DECK]}
+    for opened in (store, ImageStore(folder)):
+        assert pages_of(opened, ids) == [by_id[name] for name in ids]
+    assert sorted(store.in_order(ids)) == sorted(IDS)
+
+
+def test_stored_images_are_not_written_again(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
+    store.add(tables(SAMPLES[:8]))
+    (path,) = store.paths()
+    written = path.stat().st_mtime_ns
+    for adding in (store, ImageStore(tmp_path)):
+        adding.add(tables([*SAMPLES[4:8], *SAMPLES[:4], SAMPLES[2]]))
+    assert store.paths() == [path] and path.stat().st_mtime_ns == written
+    store.add(tables([*SAMPLES[6:], *SAMPLES[6:]]))
+    rows = [name for path in store.paths() for name in pq.read_table(path)["sample_id"].to_pylist()]
+    assert sorted(rows) == sorted(sample.id for sample in SAMPLES)
+
+
+def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "GROUP_BYTES", 3 * max(len(sample.images[0]) for sample in SAMPLES))
+    (path,) = filled(tmp_path).paths()
+    for number in range((file := pq.ParquetFile(path)).num_row_groups):
+        group = file.read_row_group(number)
+        assert (
+            group.num_rows == 1 or sum(map(len, group["images"].combine_chunks().flatten().to_pylist())) <= images.GROUP_BYTES
+        )
+    assert file.num_row_groups >= 4
+    assert file.metadata.row_group(0).column(2).compression == "UNCOMPRESSED"
+
+
+def test_digest_of_stored_bytes_is_that_of_the_file(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    digests = dict(zip(*store.digests().to_pydict().values(), strict=True))
+    assert digests == {name: digest for path in store.paths() for name, digest in hash_images(path).items()}
+    assert digests[SAMPLES[0].id] == image_id(SAMPLES[0].images[0]) and digests[DECK.id] == DECK.id
+    assert images_digest(PAGES) != images_digest(PAGES[::-1])
+
+
+def test_store_of_dataset_finds_images_of_all_shards(tmp_path: Path) -> None:
+    for number in range(3):
+        ImageStore(tmp_path / "shards" / f"0000{number}").add(tables(SAMPLES[4 * number : 4 * number + 4]))
+    store = ImageStore(tmp_path)
+    assert store.find_missing(IDS) == [DECK.id]
+    assert pages_of(store, IDS[:-1]) == [sample.images for sample in SAMPLES]
+    store.add(tables([SAMPLES[0], DECK]))
+    assert not (tmp_path / "shards" / "00000" / "images" / store.paths()[0].name).exists()
+    assert pq.read_metadata(tmp_path / "images" / store.paths()[0].name).num_rows == 1
+    with pytest.raises(StoreError, match="the images of 1 samples are not in"):
+        ImageStore(tmp_path / "shards" / "00001").read([SAMPLES[0].id])
+
+
+def test_damaged_image_is_an_error_and_unreadable_file_is_as_if_missing(tmp_path: Path) -> None:
+    (path,) = filled(tmp_path).paths()
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[data.index(SAMPLES[0].images[0]) + 40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged") as raised:
+        ImageStore(tmp_path).read(IDS)
+    assert "move it away" in raised.value.hint
+    path.write_bytes(whole[:-20])
+    store = ImageStore(tmp_path)
+    assert store.find_missing(IDS) == IDS and store.digests().num_rows == 0
+    store.add(tables([*SAMPLES, DECK]))  # the same ids: the file is written again
+    assert path.read_bytes() == whole
+
+
+def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "shards" / "00000"):
+        filled(folder)
+    store = ImageStore(tmp_path)
+    assert len(store.paths()) == 2
+    ((removed, size),) = store.keep_only({*IDS})
+    assert size > 0 and len(store.paths()) == 1 and not removed.exists()
+    assert store.find_missing(IDS) == []
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_killed_removal_of_images_loses_none_that_is_needed(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", lambda path, **_: stop() if images.FILE_NAME.fullmatch(path.name) else None)
+        list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
+    assert len(ImageStore(tmp_path).paths()) == 2
+    list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
+    store = ImageStore(tmp_path)
+    assert len(store.paths()) == 1 and store.find_missing(IDS) == IDS[count:]
+
+
+def test_samples_are_read_with_their_images(tmp_path: Path) -> None:
+    dataset = DatasetDir(tmp_path)
+    write_samples(dataset, [*SAMPLES, DECK])
+    batches = [(batch.ids, batch.read_images()) for batch in sample_batches(dataset)]
+    assert [name for ids, _ in batches for name in ids] == IDS
+    assert [pages for _, of in batches for pages in of] == [sample.images for sample in [*SAMPLES, DECK]]
+    assert list(page_counts(dataset)) == [1] * len(SAMPLES) + [3]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.jpg").write_bytes(photo(number, (1600, 1200)))
+        (folder / f"{number}.txt").write_text("bad" if number == 3 else f"A bus of line {number} waits at a stop.")
+    return folder
+
+
+def settings(photos: Path, **more: Any) -> Config:
+    return resolve(source=f"folder:{photos}", tasks="none", human_texts="keep", **more)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_dataset_folder_of_three_versions_holds_the_photos_once(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    stored = set[Path]()
+    for style in ("waits at", "stands near", "leaves"):
+        for number in range(12):
+            (photos / f"{number}.txt").write_text("bad" if number == 3 else f"A bus of line {number} {style} a stop.")
+        version = generate_dataset(settings(photos), folder).version
+        stored = stored or {*(folder / "images").iterdir()}
+        assert stored == {*(folder / "images").iterdir()}
+    make_repaired_version(version, [])
+    versions = DatasetDir(folder).versions()
+    assert len(versions) == 4 and [find_damage(version) for version in versions] == [[]] * 4
+    pixels = sum(path.stat().st_size for path in photos.glob("*.jpg"))
+    assert size(folder / "images") < 1.02 * pixels
+    assert size(folder) - size(folder / "images") < 700_000  # replies, texts and lists
+
+
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_killed_run_leaves_all_images_that_it_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step from the listing to the version."""
+    folder = tmp_path / "d"
+    for target in ("stages.base.judge_stage", "stages.version.write_rows", "dataset.publishing.publish"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"pipeline.{target}", stop)
+            generate_dataset(settings(photos), folder)
+        assert not DatasetDir(folder).versions()
+    notes = Notes()
+    version = generate_dataset(settings(photos), folder, progress=notes).version
+    assert "source: 12 images were read by an earlier run, and are not read again" in notes.texts
+    assert version.name == "v1.0.0" and find_damage(version) == []
+
+
+def test_images_that_were_taken_away_come_from_the_source_again(photos: Path, tmp_path: Path) -> None:
+    version = generate_dataset(settings(photos), tmp_path / "d").version
+    (path,) = (tmp_path / "d/images").iterdir()
+    content = path.read_bytes()
+    path.unlink()
+    assert "the images of 11 samples are missing or damaged" in find_damage(version)[0]
+    with pytest.raises(StoreError, match="the images of 11 samples are not in"):
+        version.read("train")
+    again = generate_dataset(settings(photos), tmp_path / "d").version
+    assert again.manifest["digest"] == version.manifest["digest"] and path.read_bytes() == content
+
+
+def test_version_whose_images_are_not_stored_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageStore, "add", lambda *_: None)
+    with pytest.raises(StoreError, match="the images of 12 samples are not in"):
+        make_version(tmp_path, SAMPLES)
+    assert not DatasetDir(tmp_path).versions()
+
+
+def test_linked_version_has_images_of_its_target_and_its_repair_its_own(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path / "d", SAMPLES)
+    (tmp_path / "e" / "versions").mkdir(parents=True)
+    (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
+    linked = DatasetDir(tmp_path / "e").version()
+    assert find_damage(linked) == [] and linked.read("train") == version.read("train")
+    repaired = make_repaired_version(linked, [])
+    assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
+
+
+def test_image_of_other_bytes_under_its_id_is_damage(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, SAMPLES)
+    (path,) = ImageStore(tmp_path).paths()
+    path.unlink()
+    ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
+    assert find_damage(version) == [f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"]
