@@ -214,7 +214,7 @@ def test_images_that_were_taken_away_come_from_the_source_again(photos: Path, tm
     content = path.read_bytes()
     path.unlink()
     assert "the images of 11 samples are missing or damaged" in find_damage(version)[0]
-    with pytest.raises(StoreError, match="the images of 11 samples are not in"):
+    with pytest.raises(StoreError, match=r"the images of \d+ samples are not in"):
         version.read("train")
     again = generate_dataset(settings(photos), tmp_path / "d").version
     assert again.manifest["digest"] == version.manifest["digest"] and path.read_bytes() == content
