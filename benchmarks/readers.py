@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.config.files import resolve
 from pipeline.dataset.version import Version
-from pipeline.export.export import export_version
+from pipeline.formats.export import export_version
 from pipeline.inference.engines import TINY_WEIGHTS
 from pipeline.run import generate_dataset
 

@@ -145,8 +145,8 @@ def export(
 ) -> None:
     """Write a version as files for other tools, its captions beside your own images, or a captioner as ONNX."""
     from pipeline.cli.captioners import export_captioner
-    from pipeline.export.export import export_version, write_beside
-    from pipeline.export.formats import FORMATS, PARQUET
+    from pipeline.formats.export import export_version, write_beside
+    from pipeline.formats.formats import FORMATS, PARQUET
     from pipeline.storage.files import translate_disk_errors
     from pipeline.tables import SPLITS
 

@@ -129,7 +129,7 @@ def push(
 
 def _require_small_formats(formats: Sequence[str]) -> None:
     """Raise BadParameter for a format of which a repository of the Hub cannot hold all files."""
-    from pipeline.export.formats import OF_FEW_FILES
+    from pipeline.formats.formats import OF_FEW_FILES
 
     if unknown := [name for name in formats if name not in OF_FEW_FILES]:
         where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
@@ -151,7 +151,7 @@ def _require_card_values(license_: str | None, license_link: str | None, languag
 def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]) -> Iterator["Package"]:
     """Yield what to push of a version, with its exports in other formats; say what it is, and what becomes of its pixels."""
     from pipeline.dataset.card import card_licenses
-    from pipeline.export.export import export_version
+    from pipeline.formats.export import export_version
     from pipeline.hub.package import build_package
     from pipeline.types import non_redistributable
 

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import app, sigterm_as_ctrl_c
 from pipeline.config.sections import Check
-from pipeline.export.formats import FORMATS
+from pipeline.formats.formats import FORMATS
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
 from tests.scene_data import make_version, scene_samples

@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.conversation import turns
-from pipeline.export.base import Format, to_json, with_values
-from pipeline.export.items import Item
-from pipeline.export.table_formats import Cauldron, Lance, Preferences
+from pipeline.formats.base import Format, to_json, with_values
+from pipeline.formats.items import Item
+from pipeline.formats.table_formats import Cauldron, Lance, Preferences
 from pipeline.storage.sidecars import note_own_lines
 from pipeline.tables import WRITTEN_BY
 from pipeline.tasks.boxes import BOX_FIELDS

@@ -14,9 +14,9 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.export.base import Format
-from pipeline.export.formats import FORMATS, PARQUET
-from pipeline.export.items import no_pixels_error, read_items
+from pipeline.formats.base import Format
+from pipeline.formats.formats import FORMATS, PARQUET
+from pipeline.formats.items import no_pixels_error, read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
 from pipeline.storage.files import remove, write_text

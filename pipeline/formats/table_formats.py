@@ -10,8 +10,8 @@ import pyarrow as pa
 from pipeline.dataset.conversation import MESSAGE, messages, turns
 from pipeline.dataset.shards import SplitWriter
 from pipeline.errors import ConfigError
-from pipeline.export.base import Format, to_json
-from pipeline.export.items import ROWS_AT_ONCE, Item
+from pipeline.formats.base import Format, to_json
+from pipeline.formats.items import ROWS_AT_ONCE, Item
 from pipeline.install import install_command
 from pipeline.tables import IMAGE, QUESTION_OF_PEOPLE, REFERENCE_QA, STRING, WRITTEN_BY, fields
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.export.items import Item
+from pipeline.formats.items import Item
 from pipeline.tables import ANSWERS, BY_MODEL, CAPTIONS, QUESTION, REFERENCE_QA, WRITTEN_BY
 
 

@@ -1,5 +1,6 @@
-"""`pipeline.load`: a version as `datasets` has it, with its images."""
+"""The Python interface: the example of the README runs, and `load` returns a version with its images."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ from pipeline.dataset.directory import write_tags
 from pipeline.dataset.pixels import images_of_dataset, join_images
 from pipeline.errors import ConfigError, StoreError
 from pipeline.images.decode import deck_id, image_id
+from pipeline.install import installed_version
+from tests.hub.pusher import Pusher
+from tests.hub.server import running_hub
 from tests.scene_data import make_version, pulled, scene_samples, true_captions
 
 SAMPLES = scene_samples(20)
@@ -76,3 +80,44 @@ def test_import_of_the_package_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         pipeline.lod  # noqa: B018
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LOADED = """
+import sys, time
+start = time.perf_counter()
+import pipeline
+print(*(name for name in ("pyarrow", "datasets", "torch", "pydantic") if name in sys.modules), pipeline.__version__)
+"""
+
+
+def test_import_loads_no_package_and_names_its_version() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [installed_version()]
+    assert {"generate", "load", "push", "export", "Config", "SynthError"} < {*pipeline.__all__}
+
+
+def test_example_of_the_readme_generates_exports_pushes_and_loads(tmp_path: Path) -> None:
+    (block,) = (text for text in PYTHON_BLOCK.findall(README) if "pipeline.generate(" in text)
+    code = f"{block}\nprint(dataset.num_rows, result.stats.asked)"
+    with running_hub(tmp_path / "hub") as hub, Pusher(hub, tmp_path / "home", xet=False) as client:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=hub.env(client.home), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert hub.hub.storage.repos["dataset", "ORG/NAME"].tags.keys() >= {"v1.0.0"}
+    assert done.stdout.splitlines()[0] == "v1.0.0 20" and done.stdout.splitlines()[-1].endswith("} 60")
+    assert list((tmp_path / "shards").glob("*.tar"))
+    assert '"v1.0.0"' in (tmp_path / "data/scenes/pushed.json").read_text()
+
+
+def test_settings_of_a_file_are_overridden_by_keywords_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "synth.yaml").write_text("source: scenes\nlimit: 3\ntitle: Drawn\n")
+    result = pipeline.generate(config=tmp_path / "synth.yaml", out=tmp_path / "d", limit=4)
+    assert (result.version.num_rows, result.version.manifest["title"]) == (4, "Drawn")
+    again = pipeline.generate(config=result.plan.config, out=tmp_path / "d")
+    assert (again.is_new, again.stats.asked) == (False, 0)
+    with pytest.raises(pipeline.SynthError, match="unknown config key: limt") as raised:
+        pipeline.generate("scenes", limt=3)
+    assert raised.value.hint == "did you mean limit?"

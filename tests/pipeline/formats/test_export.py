@@ -24,9 +24,9 @@ from pipeline.config.files import resolve
 from pipeline.dataset.builder import Rows
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SourceError
-from pipeline.export.export import CHECKSUMS, export_version, write_beside
-from pipeline.export.formats import FORMATS, WebDataset
-from pipeline.export.items import Item, read_items
+from pipeline.formats.export import CHECKSUMS, export_version, write_beside
+from pipeline.formats.formats import FORMATS, WebDataset
+from pipeline.formats.items import Item, read_items
 from pipeline.progress import NullProgress
 from pipeline.sources import open_source
 from pipeline.sources.folder import open_folder
@@ -333,7 +333,7 @@ def test_lance_reads_all_texts_and_images(version: Version, tmp_path: Path) -> N
 def test_a_format_whose_package_is_missing_is_one_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.export.table_formats.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.formats.table_formats.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="written by the package pylance"):
         export_version(version, "lance", tmp_path / "out")
 
