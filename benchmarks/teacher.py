@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import DECKS, Config
 from pipeline.config.files import resolve
-from pipeline.dataset.directory import BATCH_SAMPLES
+from pipeline.dataset.images import BATCH_SAMPLES
 from pipeline.inference.engines import choose_engine
 from pipeline.inference.requests import build_requests, with_images
 from pipeline.sources.scenes import draw_sample

@@ -134,7 +134,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_no_stage_imports_another_stage() -> None:
-    """A stage may have several modules, such as `source` and `source_parts`; `base` and `ask_checks` are no steps."""
+    """The modules `base` and `ask_checks` are not stages."""
     for module, targets in import_graph().items():
         if module.startswith("pipeline.stages."):
             stage = module.partition("_")[0]

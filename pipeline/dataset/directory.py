@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.dataset.images import ImageStore
+from pipeline.dataset.images import BATCH_SAMPLES, ImageStore
 from pipeline.dataset.version import (
     DATA,
     MANIFEST,
@@ -44,7 +44,7 @@ MAX_REMEMBERED = 20
 OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
 IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-BATCH_SAMPLES, LISTED_ROWS = 64, 1024  # samples that are read together, with their images and without
+LISTED_ROWS = 1024  # samples that are read together without their images
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError, SynthError
 from pipeline.images.decode import deck_id, image_id
 from pipeline.storage.files import open_parquet, write_table
+from pipeline.storage.object_store import is_remote
 from pipeline.tables import IMAGE, IMAGE_DIGESTS, PIXELS, SAMPLE_IMAGES, STORED_IMAGES
 
 FOLDER = "images"
@@ -52,9 +54,10 @@ class ImageStore:
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
 
     def paths(self) -> list[Path]:
-        """Return the files of the store, of all shards."""
+        """Return the files of the store, of all shards; links and pipes, which nothing here makes, are left out."""
         found = (path for pattern in ("", "shards/*/") for path in self.folder.glob(f"{pattern}{FOLDER}/*.parquet"))
-        return sorted((path for path in found if FILE_NAME.fullmatch(path.name)), key=str)
+        named = (path for path in found if FILE_NAME.fullmatch(path.name))
+        return sorted((path for path in named if is_remote(path) or S_ISREG(path.lstat().st_mode)), key=str)
 
     def find_missing(self, sample_ids: Iterable[str]) -> list[str]:
         """Return the samples whose images are not in the store, in their order. A file that cannot be read holds none."""

@@ -67,6 +67,8 @@ class Version:
         """Return the folder for outputs made from this version: the dataset folder that holds it, or its own parent."""
         if self.repo:
             return dataset_folder(self.repo)
+        if is_remote(self.path):
+            return dataset_dir_of(self.path)
         path = Path(os.path.normpath(self.path.absolute()))
         # A version among others is of the folder that it stands in, even as a link; a link elsewhere is of that of its target.
         home = dataset_dir_of(path if path.parent.name == "versions" else self.path.resolve())

@@ -139,7 +139,7 @@ class SourceReader:
         self._deduplicator: SampleDeduplicator | None = None
         self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts
         self._opened: Iterator[Sample | Rejected] = iter(())
-        self._rows = self._opened  # behind the parts
+        self._rows = self._opened  # after the parts
 
     def read(self, limit: int | None) -> bool:
         """Write the samples of the source, `limit` at most; return whether it has more. Raise SourceError if there is none."""
@@ -165,7 +165,7 @@ class SourceReader:
             write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
 
     def close(self) -> None:
-        """End the processes that render files of the source, which wait for what nobody will read."""
+        """End the processes that render files of the source."""
         if isinstance(self._opened, Generator):
             self._opened.close()
 
@@ -227,7 +227,7 @@ class SourceReader:
         return {"key": self.key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_on(self, limit: int | None) -> dict[str, Any]:
-        """Read behind what was read, write the files of the stage, and return what was read."""
+        """Read the rows after those of the parts, write the files of the stage, and return a summary."""
         deduplicator = self._deduplicator = self._deduplicator or self._begin()
         while (limit is None or len(deduplicator.images.kept) < limit) and (row := next(self._written, None)) is not None:
             deduplicator.is_copy(row)

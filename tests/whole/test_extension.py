@@ -75,7 +75,7 @@ SPEC = SourceSpec(
 )
 ''',
     "pipeline/sources/__init__.py": [
-        ("hub, listing, scenes\n", "hub, listing, scenes, stripes\n"),
+        ("listing, scenes, tables\n", "listing, scenes, stripes, tables\n"),
         ("    benchmarks.SLIDEVQA,", "    benchmarks.SLIDEVQA,\n    stripes.SPEC,"),
     ],
 }  # fmt: skip

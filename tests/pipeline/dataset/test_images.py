@@ -1,5 +1,6 @@
 """The image store: each image once, found by id, with a digest of the stored bytes."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -120,6 +121,14 @@ def test_damaged_image_is_an_error_and_unreadable_file_is_as_if_missing(tmp_path
     assert store.find_missing(IDS) == IDS and store.digests().num_rows == 0
     store.add(tables([*SAMPLES, DECK]))  # the same ids: the file is written again
     assert path.read_bytes() == whole
+
+
+def test_link_and_pipe_in_the_store_are_not_read(tmp_path: Path) -> None:
+    (path,) = filled(tmp_path / "other").paths()
+    (tmp_path / "d" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "images" / path.name).symlink_to(path)
+    os.mkfifo(tmp_path / "d" / "images" / f"{'0' * 32}.parquet")
+    assert ImageStore(tmp_path / "d").find_missing(IDS) == IDS
 
 
 def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.dataset.directory import open_dataset
 from pipeline.dataset.version import MANIFEST
 from pipeline.errors import StoreError
 from pipeline.hub.pull import is_hub_name, open_or_download
@@ -133,6 +134,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
+    assert open_dataset(bucket).dataset_dir == bucket
     old, new = open_or_download(bucket, "v1.0.0"), open_or_download(bucket)
     assert (old.num_rows, new.num_rows) == (20, 24)
     assert new.path == Path("data") / new.dataset_dir.name / "versions" / "v1.1.0"

@@ -11,10 +11,11 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import scratch
-from pipeline.executors.ray.scratch import save_journal, scratch_shard
+from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_stages
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
@@ -23,6 +24,7 @@ from pipeline.storage.files import remove
 from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.plans import request_plan
+from tests.scene_data import scene_samples, write_samples
 from tests.stage_runs import plan_of
 
 REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
@@ -96,6 +98,18 @@ def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, 
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 2
     assert stored(run) == 2
+
+
+def test_images_of_a_shard_are_uploaded_once_and_stay_when_it_is_filled_again(run: ShardedRun) -> None:
+    samples = scene_samples(6)
+    for part in (samples[:4], samples[:4], samples[2:]):
+        with scratch_shard(run, 2) as folder:
+            write_samples(folder, part)
+            upload_stages(run, 2, folder)
+        assert not ImageStore(folder.path).paths()
+    store = ImageStore(run.root)
+    assert store.find_missing([sample.id for sample in samples]) == []
+    assert store.digests().num_rows == len(samples)
 
 
 def test_a_store_that_is_away_for_a_moment_loses_nothing(
