@@ -100,7 +100,7 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     from pipeline.inference.client import Client
     from pipeline.inference.journal import Journal
     from pipeline.inference.queue import RequestStats, ask_about, read_annotations
-    from pipeline.stages.validate import validate_annotations
+    from pipeline.steps.validate import validate_annotations
     from pipeline.types import SampleBatch, SampleInfo, SourceTexts
 
     config = resolve(

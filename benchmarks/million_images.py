@@ -1,7 +1,7 @@
 """Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000] [--out DIR]`.
 
 A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of its own, goes through `synth generate` without a
-task: reading in workers, the search for near-duplicates, all stages, and the version. Prints seconds, the peak memory of the
+task: reading in workers, the search for near-duplicates, all steps, and the version. Prints seconds, the peak memory of the
 command and of its workers, and bytes, and the same of a second run with nothing changed; memory by the second is written to
 DIR/memory.csv. A million take half an hour and 8 GB of disk.
 

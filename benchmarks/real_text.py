@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import FilterConfig
 from pipeline.filtering import filter_annotations, own_prompt_grams
-from pipeline.stages.validate import validate_annotations
+from pipeline.steps.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Reply, Request, Sampling

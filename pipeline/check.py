@@ -30,7 +30,7 @@ class Checked:
 
 
 def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Checked]:
-    """Yield the state of each journal, stage file and version of a dataset folder.
+    """Yield the state of each journal, step file and version of a dataset folder.
 
     With `repair`, a damaged journal is replaced by one of its intact replies; nothing else is changed. Raises StoreError if
     another process writes to the folder meanwhile.
@@ -41,7 +41,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     for path in journals:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
-    for path in sorted(_stage_files(dataset), key=str):
+    for path in sorted(_step_files(dataset), key=str):
         with suppress(FileNotFoundError):  # a run has removed it meanwhile, to write it again
             yield _check_table(path)
     stored: dict[str, str] = {}
@@ -94,10 +94,10 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     return Checked(str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed{gone}", True, hint)
 
 
-def _stage_files(dataset: DatasetDir) -> list[Path]:
+def _step_files(dataset: DatasetDir) -> list[Path]:
     return [
         path
-        for pattern in ("stages/*/*.parquet", "stages/source/*/*.parquet", "shards/*/stages/*/*.parquet")
+        for pattern in ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet")
         for path in dataset.path.glob(pattern)
     ]
 
@@ -114,13 +114,13 @@ def _check_images(path: Path, stored: dict[str, str]) -> Checked:
 
 
 def _check_table(path: Path) -> Checked:
-    """Return the state of a stage file. Raises FileNotFoundError if it is gone."""
+    """Return the state of a step file. Raises FileNotFoundError if it is gone."""
     try:
         rows = sum(batch.num_rows for batch in open_parquet(path).iter_batches())
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        is_part = path.parent.parent.name == "source"  # rows that were read
+        is_part = path.parent.parent.name == "read"  # rows that were read
         hint = f"move it away, and {READ_AGAIN}" if is_part else AGAIN
         return Checked(str(path), f"damaged: {one_line(error)}", False, hint)
     return Checked(str(path), f"{rows:,} rows")

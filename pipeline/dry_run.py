@@ -1,6 +1,6 @@
-"""`synth generate --dry-run`: run all stages on a few images, and predict what the whole run costs and keeps.
+"""`synth generate --dry-run`: run all steps on a few images, and predict what the whole run costs and keeps.
 
-The images go through the stages in a folder of their own; their replies stay in the journal for the real run.
+The images go through the steps in a folder of their own; their replies stay in the journal for the real run.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
@@ -21,7 +21,7 @@ from pipeline.inference.requests import Pair, build_requests
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import NoRowsError, run_here, steps_of
-from pipeline.stages.ask import AskSettings, source_texts
+from pipeline.steps.ask import AskSettings, source_texts
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
 from pipeline.text.reasons import in_short
@@ -76,9 +76,9 @@ class StepsOnly(NullProgress):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+    def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
         """See Progress."""
-        self._progress(stage, done, total, metrics)
+        self._progress(step, done, total, metrics)
 
     def warn(self, text: str) -> None:
         """See Progress."""
@@ -146,31 +146,33 @@ def _is_answered(sample: Sample, settings: AskSettings, journal: Journal) -> boo
 
 
 def _first_texts(dataset: DatasetDir) -> list[str]:
-    """Return the first texts that all stages kept."""
+    """Return the first texts that all steps kept."""
 
     def texts() -> Iterator[str]:
-        for table in read_batches(dataset.stage("review"), ["final_text", "final_question", "final_answer", "final_record"]):
+        for table in read_batches(
+            dataset.step_file("review"), ["final_text", "final_question", "final_answer", "final_record"]
+        ):
             for row in table.to_pylist():
                 own = row["final_record"] and in_short(json.loads(row["final_record"]))
                 yield visible(row["final_text"] or own or f"{row['final_question']} {row['final_answer']}")
 
-    return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.stage("review").exists() else []
+    return [text for text, _ in zip(texts(), range(SHOWN_TEXTS), strict=False)] if dataset.step_file("review").exists() else []
 
 
 def _predict(
     sample: SampledRows,
-    funnel: list[StageSummary],
+    funnel: list[StepSummary],
     total: int | None,
     config: Config,
     stats: RequestStats,
-    choices: Collection[str],  # stages whose rejections are no losses
+    choices: Collection[str],  # steps whose rejections are no losses
 ) -> dict[str, Any]:
-    of_stage = {summary.stage: summary for summary in funnel}
-    read, written, kept = of_stage["source"], of_stage["validate"].input, of_stage["review"].kept
+    of_step = {summary.step: summary for summary in funnel}
+    read, written, kept = of_step["read"], of_step["validate"].input, of_step["review"].kept
     # A limit counts images that are kept, a source also those that are not.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
-    kept_images = of_stage["version"].kept if "version" in of_stage else 0
+    kept_images = of_step["write"].kept if "write" in of_step else 0
     scales += [config.images / kept_images] if config.images and kept_images else []
     scale = min(scales, default=1.0)
     images = round(read.kept * scale)
@@ -178,8 +180,8 @@ def _predict(
     remaining = round(max(0, images - sample.answered) * of_unanswered)
     of_remaining = remaining / sample.new if sample.new else 0.0
     cost = stats.cost(config.server)
-    passed_over = sum(sum(summary.rejected.values()) for summary in funnel if summary.stage in choices)
-    first_attempts = of_stage["generate"].kept
+    passed_over = sum(sum(summary.rejected.values()) for summary in funnel if summary.step in choices)
+    first_attempts = of_step["ask"].kept
     image_bytes = sum(len(image) for row in sample.rows if isinstance(row, Sample) for image in row.images)
     return {
         "sampled_images": read.kept,
@@ -190,7 +192,7 @@ def _predict(
         "requests": round(first_attempts * scale),
         "verify_requests": round((stats.total - first_attempts) * scale),
         "retries": round((stats.asked - sum(stats.attempts.values())) * of_remaining),
-        "hours": round(stats.asking_s * of_remaining / 3600, 6),  # the stages take microseconds a row
+        "hours": round(stats.asking_s * of_remaining / 3600, 6),  # the steps take microseconds a row
         "prompt_tokens": round(stats.prompt_tokens * of_remaining),
         "reply_tokens": round(stats.reply_tokens * of_remaining),
         "cost": None if cost is None else cost * of_remaining,
@@ -200,9 +202,9 @@ def _predict(
         "kept_images": round(kept_images * scale),
         "lost_share": wilson_interval(written - kept - passed_over, written - passed_over),
         "lost_by": {
-            f"{summary.stage}: {reason}": count
+            f"{summary.step}: {reason}": count
             for summary in funnel
-            if summary.stage not in choices
+            if summary.step not in choices
             for reason, count in summary.rejected.items()
         },
     }

@@ -75,6 +75,7 @@ class Plan:
         check_prompts(plan.requests, has_checks=plan.config.verify.is_asked)
         with translate_disk_errors(dataset.path):
             refuse_other_source(dataset, plan.config)
+            dataset.versions()  # one that is damaged is an error at the end, too
         quick: AbstractContextManager[None] = skip_digests() if is_trial else nullcontext()
         with quick:
             source = open_source(reading_settings(plan))
@@ -82,7 +83,6 @@ class Plan:
             progress.message(text)
         engine = _choose_engine(plan.config, dataset, progress)
         plan = replace(plan, source=source).with_engine(engine)
-        dataset.versions()  # one that is damaged is an error at the end, too
         plan.require_scorer()
         return plan
 
@@ -125,7 +125,7 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
     try:
         return choose_engine(config, log_of_servers(dataset), progress)
     except EngineError as error:
-        model = read_record(dataset, "generate").get("model")
+        model = read_record(dataset, "ask").get("model")
         if not (config.base_url and model) or any(
             config.recorded()[name] != dataset.settings()[name] for name in ("model", "base_url", "engine")
         ):

@@ -19,8 +19,8 @@ from pipeline.inference.requests import build_requests
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.stages.ask import AskSettings, sample_info, source_texts
-from pipeline.stages.validate import validate_annotations
+from pipeline.steps.ask import AskSettings, sample_info, source_texts
+from pipeline.steps.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tables import HUMAN
 from pipeline.tasks.prompts import describe_prompts

@@ -29,24 +29,24 @@ class LineProgress:
     """Prints plain lines to stderr; implements Progress."""
 
     def __init__(self) -> None:
-        self.stage = ""
+        self.step = ""
         self.started = self.last = time.monotonic()
         self.first = 0
         self.warnings: list[str] = []  # that were shown
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """Print how far a stage is, with metrics by name, at most once in LINE_SECONDS."""
+    def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /) -> None:
+        """Print how far a step is, with metrics by name, at most once in LINE_SECONDS."""
         now = time.monotonic()
-        if stage != self.stage:
+        if step != self.step:
             self.end()
-            self.stage, self.started, self.first = stage, now, done
+            self.step, self.started, self.first = step, now, done
         elif (now - self.last < LINE_SECONDS and done != total) or done == self.first:
             return
         self.last = now
         rate, left = self.speed(done, total)
         parts = [f"{rate:.1f}/s" if rate else "", left, *(f"{name} {value}" for name, value in (metrics or {}).items())]
         details = ", ".join(filter(None, parts))
-        self.line(f"{stage}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
+        self.line(f"{step}: {done}{f' of {total}' if total else ''}{f' ({details})' if details else ''}")
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """Show a message; a `transient` one is repeated soon."""
@@ -65,14 +65,14 @@ class LineProgress:
         print(printable(text), file=sys.stderr, flush=True)
 
     def speed(self, done: int, total: int | None) -> tuple[float, str]:
-        """Return the rate a second since the stage began, and the time left in words."""
+        """Return the rate a second since the step began, and the time left in words."""
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         left = (total - done) / rate if total and rate > 0 and done < total else 0
         return rate, f"{duration(left)} left" if left else ""
 
     def end(self) -> None:
         """Finish the display."""
-        self.stage = ""
+        self.step = ""
 
 
 class LiveProgress(LineProgress):
@@ -89,11 +89,11 @@ class LiveProgress(LineProgress):
         self.live = Live(console=self.console, get_renderable=self.panel, refresh_per_second=4, transient=True)
         self.live.start()
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+    def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /) -> None:
         """See LineProgress; here every call is shown."""
-        if stage != self.stage:
-            self.close_stage()
-            self.stage, self.started, self.first = stage, time.monotonic(), done
+        if step != self.step:
+            self.close_step()
+            self.step, self.started, self.first = step, time.monotonic(), done
         self.now, self.transient = (done, total, metrics or {}), ""
 
     def message(self, text: str, *, transient: bool = False) -> None:
@@ -108,21 +108,21 @@ class LiveProgress(LineProgress):
         self.console.print(printable(text), markup=False, style=style)
 
     def panel(self) -> "RenderableType":
-        """Draw the stage with its bar, and its metrics below."""
+        """Draw the step with its bar, and its metrics below."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         rows: list[Any] = []
-        if self.stage:
+        if self.step:
             done, total, metrics = self.now
             rate, left = self.speed(done, total)
             grid = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=total, completed=done, width=24, pulse=total is None)
             count, speed = f"{done:,}{f' of {total:,}' if total else ''}", f"{rate:.1f}/s" if rate else ""
             elapsed = duration(time.monotonic() - self.started)
-            grid.add_row(Text(self.stage, "bold"), bar, count, speed, Text(elapsed, "dim"), left)
+            grid.add_row(Text(self.step, "bold"), bar, count, speed, Text(elapsed, "dim"), left)
             rows.append(grid)
             if metrics:
                 rows.append(Text(printable(" · ".join(f"{name} {value}" for name, value in metrics.items())), "dim"))
@@ -130,17 +130,17 @@ class LiveProgress(LineProgress):
             rows.append(Text(printable(self.transient), "dim"))
         return Group(*rows)
 
-    def close_stage(self) -> None:
-        """Print one line about a finished stage."""
-        if self.stage:
+    def close_step(self) -> None:
+        """Print one line about a finished step."""
+        if self.step:
             done, total, _ = self.now
             taken = duration(time.monotonic() - self.started)
-            self.line(f"{self.stage}: {done:,}{f' of {total:,}' if total else ''} in {taken}")
+            self.line(f"{self.step}: {done:,}{f' of {total:,}' if total else ''} in {taken}")
 
     def end(self) -> None:
         """See LineProgress."""
-        self.close_stage()
-        self.stage = self.transient = ""
+        self.close_step()
+        self.step = self.transient = ""
         self.live.stop()
 
 
@@ -155,8 +155,8 @@ def duration(seconds: float) -> str:
 class Progress(Protocol):
     """Receives progress updates."""
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-        """Report how far a stage is, with metrics by name."""
+    def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /) -> None:
+        """Report how far a step is, with metrics by name."""
 
     def message(self, text: str, *, transient: bool = False) -> None:
         """Show a message; a `transient` one is repeated soon."""
@@ -168,7 +168,7 @@ class Progress(Protocol):
 class NullProgress:
     """A Progress that shows nothing."""
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+    def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None, /) -> None:
         """See Progress."""
 
     def message(self, text: str, *, transient: bool = False) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, SynthError, TableError
@@ -21,10 +21,10 @@ from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
-from pipeline.stages import ask, balance, dedupe, read, review, select, split, trim, validate, verify, version
-from pipeline.stages import filter as filter_
-from pipeline.stages.base import AllRows, Executor, Step, Work
-from pipeline.stages.review import read_texts
+from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
+from pipeline.steps import filter as filter_
+from pipeline.steps.base import AllRows, Executor, Step, Work
+from pipeline.steps.review import read_texts
 from pipeline.storage.files import read_batches, read_json, translate_disk_errors, write_json, write_text
 from pipeline.storage.object_store import is_remote
 
@@ -40,7 +40,7 @@ STEPS: tuple[Step, ...] = (
     trim.STEP,
     split.STEP,
     review.STEP,
-    version.STEP,
+    write.STEP,
 )
 LEAST_YIELD = 0.05  # of the images that were read
 SURPLUS = 1.1  # images that are read beyond those that should be enough: fewer rounds
@@ -54,7 +54,7 @@ class RunResult:
     version: Version
     is_new: bool
     stats: RequestStats
-    funnel: list[StageSummary]
+    funnel: list[StepSummary]
 
 
 def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name) -> RunResult:
@@ -156,31 +156,31 @@ def _count_images(shards: Sequence[DatasetDir]) -> int:
     """Return how many images the step `trim` kept; human reviews come after it, and lower the number."""
     ids: set[str] = set()
     for shard in shards:
-        for table in read_batches(shard.stage(trim.STEP.name), ["sample_id"]):
+        for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
             ids.update(table["sample_id"].to_pylist())
     return len(ids)
 
 
-def require_sums(summaries: Sequence[StageSummary]) -> None:
+def require_sums(summaries: Sequence[StepSummary]) -> None:
     """Raise TableError unless each step kept or rejected every row of the step before it."""
     for previous, summary in pairwise(summaries[2:]):
         if summary.input != previous.kept:
             raise TableError(
-                f"step {summary.stage} was given {summary.input} rows, of {previous.kept}", hint="please report this bug"
+                f"step {summary.step} was given {summary.input} rows, of {previous.kept}", hint="please report this bug"
             )
 
 
 class NoRowsError(TableError):
     """Raised if the steps have rejected every row; it has their summaries."""
 
-    def __init__(self, message: str, hint: str, summaries: list[StageSummary]) -> None:
+    def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
         super().__init__(message, hint=hint)
         self.summaries = summaries
 
 
-def require_rows(plan: Plan, summaries: list[StageSummary]) -> None:
+def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
     """Raise NoRowsError, with what to change, if no row is left to make a version of."""
-    judged = next(summary for summary in summaries if summary.stage == validate.STEP.name)
+    judged = next(summary for summary in summaries if summary.step == validate.STEP.name)
     if not judged.input and plan.config.keeps_human_texts:
         hint = "--tasks caption asks a model"
         if "captions" in plan.spec.options:
@@ -191,7 +191,7 @@ def require_rows(plan: Plan, summaries: list[StageSummary]) -> None:
     if summaries[-1].kept:
         return
     losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet"), *describe_unanswered(plan.dataset, summaries)]
-    hint = f"change that, then run the same command; {plan.dataset.path}/stages/*/rejected.parquet hold every row"
+    hint = f"change that, then run the same command; {plan.dataset.path}/steps/*/rejected.parquet hold every row"
     if plan.config.tasks and 2 * judged.kept < judged.input:
         attempts = plan.config.generate.max_attempts
         hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
@@ -214,8 +214,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
             )
         with dataset.lock() as check:
-            paths = dataset.stage_files("split")
-            if not dataset.stage("split").exists() and not dataset.finished.exists():
+            paths = dataset.step_files("split")
+            if not dataset.step_file("split").exists() and not dataset.finished.exists():
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
             samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
@@ -234,7 +234,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
-                if dataset.stage("split").exists():
+                if dataset.step_file("split").exists():
                     with log_to(dataset.path):
                         return run_here(plan, RequestStats(), progress, first=review.STEP.name)
                 from pipeline.executors.ray.executor import open_finished

@@ -1,6 +1,6 @@
-"""The Arrow tables that stages read and write. A stage adds columns, and never changes or removes one.
+"""The Arrow tables that steps read and write. A step adds columns, and never changes or removes one.
 
-Columns are grouped by the stage that fills them; a later stage writes a new column instead of editing an earlier one.
+Columns are grouped by the step that fills them; a later step writes a new column instead of editing an earlier one.
 """
 
 import json
@@ -201,8 +201,8 @@ ROW = pa.schema(
         pa.field("qa", pa.list_(QA_PAIR)),
     ]
 )
-# The rejections of all stages, so that a diff of versions can say why a row is missing. Holds no model text.
-REJECTIONS = pa.schema(fields(STRING, "stage", "reason", "source_row", "sample_id", "task", "content_digest"))
+# The rejections of all steps, so that a diff of versions can say why a row is missing. Holds no model text.
+REJECTIONS = pa.schema(fields(STRING, "step", "reason", "source_row", "sample_id", "task", "content_digest"))
 
 PIXELS = ("image", "pages")  # columns of ROW; sample_id stands for them
 # A source fills each of these always or never; a version leaves out those that are never filled.
@@ -261,7 +261,7 @@ def require_columns(table: pa.Table, *names: str) -> None:
     if missing:
         raise TableError(
             f"missing column(s): {', '.join(missing)}",
-            hint=f"the table has {', '.join(table.column_names)}; was an earlier stage skipped?",
+            hint=f"the table has {', '.join(table.column_names)}; was an earlier step skipped?",
         )
 
 
@@ -271,7 +271,7 @@ def final_value(row: dict[str, Any], name: str) -> Any:
 
 
 def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """Return the final values of a field of annotations; null if no stage wrote the field."""
+    """Return the final values of a field of annotations; null if no step wrote the field."""
     for column in (f"final_{name}", f"clean_{name}", name):
         if column in table.column_names:
             return table[column].cast(kind)

@@ -21,7 +21,7 @@ from pipeline.inference.requests import build_requests, with_images
 from pipeline.scenes.scene import Scene, sample_scene, scenes_of
 from pipeline.scenes.text import STYLES, AnswerScore, CaptionScore, DeckScore, caption
 from pipeline.sources.scenes import draw_sample
-from pipeline.stages.split import split_of
+from pipeline.steps.split import split_of
 from pipeline.storage.files import scratch_folder, write_table
 from pipeline.tables import LISTED_SAMPLE, NO_EXTRAS, NUM_PAGES, REJECTIONS, SAMPLE, SAMPLE_IMAGES, Extras
 from pipeline.types import Request, Sample, SampleBatch
@@ -70,7 +70,7 @@ def write_samples(dataset: DatasetDir, samples: list[Sample]) -> None:
     table = sample_table(samples)
     ImageStore(dataset.path).add([table.select(SAMPLE_IMAGES.names)])
     rows = [pa.Table.from_batches([listed(batch)]) for batch in table.to_batches()]
-    write_table(dataset.stage("source"), rows, LISTED_SAMPLE)
+    write_table(dataset.step_file("read"), rows, LISTED_SAMPLE)
 
 
 def pulled(version: Version, folder: Path, **options: Any) -> Version:
@@ -89,7 +89,7 @@ def published(version: Version, **options: Any) -> dict[str, Any]:
 
 
 def true_captions(samples: list[Sample]) -> pa.Table:
-    """Return annotations with the columns that the split stage writes."""
+    """Return annotations with the columns that the split step writes."""
     return pa.Table.from_pylist(
         [
             {

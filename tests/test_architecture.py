@@ -1,4 +1,4 @@
-"""Architecture: imports run one way, and no stage imports another."""
+"""Architecture: imports run one way, and no step imports another."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ("pipeline.run",),
     ("pipeline.executors",),
-    ("pipeline.stages",),
+    ("pipeline.steps",),
     ("pipeline.plan",),
     ("pipeline.inference",),
     ("pipeline.sources", "pipeline.hub", "pipeline.report", "pipeline.formats", "pipeline.filtering"),
@@ -133,15 +133,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert import_cycles(import_graph()) == []
 
 
-def test_no_stage_imports_another_stage() -> None:
-    """The modules `base` and `ask_checks` are not stages."""
+def test_no_step_imports_another_step() -> None:
+    """The modules `base` and `ask_checks` are not steps."""
     for module, targets in import_graph().items():
-        if module.startswith("pipeline.stages."):
-            stage = module.partition("_")[0]
-            others = {
-                target for target in targets if target.startswith("pipeline.stages.") and target.partition("_")[0] != stage
-            }
-            assert others <= {"pipeline.stages.base", "pipeline.stages.ask_checks"}, module
+        if module.startswith("pipeline.steps."):
+            step = module.partition("_")[0]
+            others = {target for target in targets if target.startswith("pipeline.steps.") and target.partition("_")[0] != step}
+            assert others <= {"pipeline.steps.base", "pipeline.steps.ask_checks"}, module
 
 
 def test_the_trainer_imports_only_what_data_is_read_with() -> None:
@@ -165,9 +163,9 @@ def test_only_commands_import_the_trainer_and_when_they_run() -> None:
 
 
 def test_an_upward_import_and_a_circle_are_found() -> None:
-    graph = {"pipeline.stages.filter": {"pipeline.run"}, "pipeline.run": {"pipeline.stages.filter"}}
-    assert list(forbidden_imports(graph)) == [("pipeline.stages.filter", "pipeline.run")]
-    assert import_cycles(graph) == [{"pipeline.stages.filter", "pipeline.run"}]
+    graph = {"pipeline.steps.filter": {"pipeline.run"}, "pipeline.run": {"pipeline.steps.filter"}}
+    assert list(forbidden_imports(graph)) == [("pipeline.steps.filter", "pipeline.run")]
+    assert import_cycles(graph) == [{"pipeline.steps.filter", "pipeline.run"}]
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.run", "pipeline.hub.push", "pipeline.report.build"])

@@ -33,7 +33,7 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every reply, stage file, version and captioner of a dataset; report damage and how to repair it.
+    """Verify every reply, step file, version and captioner of a dataset; report damage and how to repair it.
 
     Exits with 1 if anything is damaged.
     """

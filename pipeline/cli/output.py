@@ -163,7 +163,7 @@ def print_run_result(
     shown: Sequence[str] = (),
     as_json: bool,
 ) -> None:
-    """Print what each stage did and which requests were sent to stderr, and the resulting version to stdout.
+    """Print what each step did and which requests were sent to stderr, and the resulting version to stdout.
 
     In JSON, the warnings that were `shown` before stand before the others.
     """
@@ -173,10 +173,10 @@ def print_run_result(
     from pipeline.sources.base import first_names
 
     choices = {step.name for step in STEPS if step.is_choice}
-    for step in result.funnel:
-        lost = ", ".join(f"{count:,} {reason}" for reason, count in step.rejected.items())
-        text = f"{step.stage}: {step.kept} of {step.input} {step.unit} kept{f' (rejected: {lost})' if lost else ''}"
-        say(text, LOSS if 2 * step.kept < step.input and step.stage not in choices else "")
+    for summary in result.funnel:
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
+        text = f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{f' (rejected: {lost})' if lost else ''}"
+        say(text, LOSS if 2 * summary.kept < summary.input and summary.step not in choices else "")
     counts = result.stats
     retries = counts.asked - sum(counts.attempts.values())
     in_journal = counts.total - sum(counts.attempts.values())
@@ -204,11 +204,11 @@ def print_run_result(
     columns = {*version.manifest["columns"]}
     train = f", synth train --data {folder}" if columns & {"captions", "qa"} else ""  # which learns no values of own tasks
     say(f"next: synth report {folder}, synth push {folder} --repo ORG/NAME{train}", "dim")
-    stages = {step.stage: {"input": step.input, "kept": step.kept, "rejected": step.rejected} for step in result.funnel}
+    steps = {one.step: {"input": one.input, "kept": one.kept, "rejected": one.rejected} for one in result.funnel}
     described = {"version": version.name, "path": str(version.path), "digest": version.manifest["digest"]}
     requests = {"asked": counts.asked, "total": counts.total, "flaws": dict(counts.flaws)}
     show(
-        {**described, "is_new": result.is_new, "stages": stages, "requests": requests, "warnings": [*shown, *warnings]},
+        {**described, "is_new": result.is_new, "steps": steps, "requests": requests, "warnings": [*shown, *warnings]},
         as_json,
         "path",
     )

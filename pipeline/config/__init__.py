@@ -37,7 +37,7 @@ NO_TASKS = "none"
 HUMAN_STYLE = "human"
 # What becomes of the captions and questions that a source has, which people wrote:
 #   compare  they stay references, with which those of the model are compared
-#   keep     they become captions and questions of the dataset, too, and go through all stages like those of the model
+#   keep     they become captions and questions of the dataset, too, and go through all steps like those of the model
 #   fill     the same; and the model is asked only for what an image has none of
 HumanTexts = Literal["compare", "keep", "fill"]
 

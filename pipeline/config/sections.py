@@ -1,4 +1,4 @@
-"""The sections of the settings, one a stage or a part that asks models, and the forms of names, addresses and languages."""
+"""The sections of the settings, one a step or a part that asks models, and the forms of names, addresses and languages."""
 
 import json
 import re
@@ -207,7 +207,7 @@ class GenerateConfig(Section):
     style_prompts: StylePrompts = ()  # texts of caption styles of one's own, by name
     caption_words: Annotated[int, Field(ge=1, le=150)] | None = None  # about how many; None: by the style
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
-    samples: int = Field(default=1, ge=1, le=64)  # captions of each style that are asked for; the stage select keeps the best
+    samples: int = Field(default=1, ge=1, le=64)  # captions of each style that are asked for; the step select keeps the best
     sample_temperature: float = Field(default=0.8, gt=0, le=2)  # of all but the first, which is as if it were the only one
     qa_temperature: float = Field(default=0.3, ge=0, le=2)  # greedy asks the same about every image; higher is less true
     max_tokens: int = Field(default=256, ge=1)

@@ -161,7 +161,7 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
 
 
 def _masked(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Return lists of texts that people wrote without personal data, as the stage filter does with all others."""
+    """Return lists of texts that people wrote without personal data, as the step filter does with all others."""
     if not pc.any(pc.match_substring_regex(pc.list_flatten(texts), MAY_HOLD, ignore_case=True)).as_py():
         return texts
     return pa.array([of_one and [redact(text)[0] for text in of_one] for of_one in texts.to_pylist()], texts.type)

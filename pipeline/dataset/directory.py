@@ -41,8 +41,8 @@ from pipeline.types import SampleBatch
 log = logging.getLogger(__name__)
 ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
 MAX_REMEMBERED = 20
-OUTPUTS = ("kept", "rejected")  # the tables that each stage leaves
-IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the stage source
+OUTPUTS = ("kept", "rejected")  # the tables that each step leaves
+IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the step source
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 LISTED_ROWS = 1024  # samples that are read together without their images
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -77,15 +77,15 @@ class DatasetDir:
         """The output of a vLLM server that was started."""
         return self.path / "vllm.log"
 
-    def stage(self, name: str, which: str = "kept") -> Path:
-        """Rows that a stage kept or rejected."""
-        return self.path / "stages" / name / f"{which}.parquet"
+    def step_file(self, name: str, which: str = "kept") -> Path:
+        """Rows that a step kept or rejected."""
+        return self.path / "steps" / name / f"{which}.parquet"
 
-    def stage_files(self, name: str, which: str = "kept") -> list[Path]:
-        """Return the files of rows that a stage kept or rejected: one, or one of each shard of a run on a cluster."""
-        own = self.stage(name, which)
+    def step_files(self, name: str, which: str = "kept") -> list[Path]:
+        """Return the files of rows that a step kept or rejected: one, or one of each shard of a run on a cluster."""
+        own = self.step_file(name, which)
         below = "*/*" if is_remote(self.path) else "*"
-        return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/stages/{name}/{which}.parquet"), key=str)
+        return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/steps/{name}/{which}.parquet"), key=str)
 
     @property
     def finished(self) -> Path:
@@ -100,7 +100,7 @@ class DatasetDir:
     @property
     def cost(self) -> Path:
         """The cost of requests so far."""
-        return self.path / "stages" / "generate" / "cost.json"
+        return self.path / "steps" / "ask" / "cost.json"
 
     def pushed(self) -> list[dict[str, str]]:
         """Return every push from here: version, repo and commit."""
@@ -315,7 +315,7 @@ def _made_manifests() -> list[Path]:
 def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the samples that the read step kept (tables.LISTED_SAMPLE), or some of their columns."""
     names = LISTED_SAMPLE.names if columns is None else columns
-    for batch in open_table(shard.stage("source")).iter_batches(LISTED_ROWS, columns=names):
+    for batch in open_table(shard.step_file("read")).iter_batches(LISTED_ROWS, columns=names):
         yield batch.select(names)
 
 
@@ -326,7 +326,7 @@ def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
     def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
         return list(map(tuple, store.read(ids).to_pylist()))
 
-    for batch in open_table(shard.stage("source")).iter_batches(BATCH_SAMPLES, columns=["sample_id"]):
+    for batch in open_table(shard.step_file("read")).iter_batches(BATCH_SAMPLES, columns=["sample_id"]):
         ids = batch["sample_id"].to_pylist()
         yield SampleBatch(ids, partial(read_images, ids))
 
@@ -339,7 +339,7 @@ def page_counts(shard: DatasetDir) -> Iterator[int]:
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
     """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
-    return read_table(require_file(dataset.stage("source", "exclusions")))
+    return read_table(require_file(dataset.step_file("read", "exclusions")))
 
 
 def require_file(path: Path) -> Path:

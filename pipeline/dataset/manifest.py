@@ -16,10 +16,10 @@ from pipeline.tasks.prompts import prompt_texts
 
 
 @dataclass(frozen=True, slots=True)
-class StageSummary:
-    """The row counts of one stage; kept and rejected add up to the input."""
+class StepSummary:
+    """The row counts of one step; kept and rejected add up to the input."""
 
-    stage: str
+    step: str
     unit: str
     input: int
     kept: int
@@ -79,17 +79,17 @@ def describe_data(
 
 
 def describe_decontamination(
-    source: dict[str, Any], funnel: list[StageSummary], groups: int, contaminated: int
+    source: dict[str, Any], funnel: list[StepSummary], groups: int, contaminated: int
 ) -> dict[str, Any]:
     """Return the fields of a manifest about near-duplicates (in `groups` of images) and texts that are in excluded data."""
-    rejected = {summary.stage: summary.rejected for summary in funnel}
+    rejected = {summary.step: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],
         **({"near_bits": source["near_bits"]} if source.get("near_bits") else {}),
         "groups_of_images": groups,
         "near_held_out_annotations": rejected["dedupe"].get("near_held_out_image", 0),
         "never": source["never"],
-        "banned_images": rejected["source"].get("banned_image", 0),
+        "banned_images": rejected["read"].get("banned_image", 0),
         "repeated_texts": contaminated,
     }
 

@@ -131,11 +131,11 @@ def publish_version(
     """Publish written rows under the next name, or return the newest version and False if it holds the same rows.
 
     `draft` is the scratch folder beside the versions, `provenance` the manifest's fields about the run, and `rejections` the
-    rows that every stage rejected (tables.REJECTIONS). `check` raises if another command has taken over the folder. Raise
+    rows that every step rejected (tables.REJECTIONS). `check` raises if another command has taken over the folder. Raise
     TableError if no row is left; StoreError if a version of that name exists by now.
     """
     if not content.digests.num_rows:
-        hint = "stages/*/rejected.parquet hold the reasons; human reviews are in review/"
+        hint = "steps/*/rejected.parquet hold the reasons; human reviews are in review/"
         raise TableError("no row is left to make a version of", hint=hint)
     versions = dataset.versions()
     parent = versions[-1] if versions else None

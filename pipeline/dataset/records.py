@@ -49,13 +49,13 @@ def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
     """Return whether a step has written its files for this key, and they are as they were."""
     record = read_record(shard, step, which)
     return record.get("key") == key and all(
-        _is_as_recorded(shard.stage(step, name), record["files"].get(name)) for name in FILES[which]
+        _is_as_recorded(shard.step_file(step, name), record["files"].get(name)) for name in FILES[which]
     )
 
 
 def record(shard: DatasetDir, step: str, key: str, which: str = DONE, **facts: Any) -> None:
     """Write down that a step has written its files, and `facts` that later steps read. No step has the key ""."""
-    files = {name: _describe_file(path) for name in FILES[which] if (path := shard.stage(step, name)).exists()}
+    files = {name: _describe_file(path) for name in FILES[which] if (path := shard.step_file(step, name)).exists()}
     write_json(_path(shard, step, which), {"key": key, "files": files, **facts})
 
 
@@ -90,7 +90,7 @@ def _is_as_recorded(path: Path, recorded: dict[str, Any] | None) -> bool:
 
 
 def _path(shard: DatasetDir, step: str, which: str) -> Path:
-    return shard.stage(step, which).with_suffix(".json")
+    return shard.step_file(step, which).with_suffix(".json")
 
 
 @cache

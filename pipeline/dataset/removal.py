@@ -12,7 +12,7 @@ from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_
 from pipeline.storage.lock import lock_file
 
 # Folders whose files are written by commands that hold the lock.
-LOCKED_FOLDERS = ("stages/*", "stages/source/*", "versions/v*", "shards/*/stages/*", "images", "shards/*/images")
+LOCKED_FOLDERS = ("steps/*", "steps/read/*", "versions/v*", "shards/*/steps/*", "images", "shards/*/images")
 REMADE_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
 REMOVING = ".removing-"  # before the name of a version whose files are being removed
 
@@ -61,8 +61,8 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
     for version in dataset.versions():
         for _, batch in version.batches(["sample_id"]):
             needed.update(batch["sample_id"].to_pylist())
-    lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.stage_files("source", which)]
-    for path in [*lists, *dataset.stage("source").parent.glob("parts/*.parquet")]:
+    lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.step_files("read", which)]
+    for path in [*lists, *dataset.step_file("read").parent.glob("parts/*.parquet")]:
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
     return [Leftover(path, num_bytes) for path, num_bytes in ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)]
 

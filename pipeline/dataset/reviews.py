@@ -1,4 +1,4 @@
-"""Reviews of texts, made in a report: files of JSON lines, one review a line, applied by the stage review.
+"""Reviews of texts, made in a report: files of JSON lines, one review a line, applied by the step review.
 
 A review names a text by a digest of its content: it applies to the same text in every later run, and to no other.
 """
@@ -108,7 +108,7 @@ def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotat
 
     A review of a text that an edit of `before` has written is stored under the name of the model's text, so that reviews
     never have to be applied in sequence. All of `new` are about the texts as they are now; `rows` are the annotations before
-    the stage review, by name.
+    the step review, by name.
     """
     merged = {review.name: review for review in before}
     edited = {review.resulting_name: review.name for review in merged.values() if review.verdict == "edited"}

@@ -41,9 +41,9 @@ class Origin(_Part):
 
 
 class Step(_Part):
-    """The counts of a stage."""
+    """The counts of a step."""
 
-    stage: Name
+    step: Name
     unit: Name
     input: Count
     kept: Count

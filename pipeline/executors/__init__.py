@@ -1,1 +1,1 @@
-"""Executors: run the stages in one process or on a cluster."""
+"""Executors: run the steps in one process or on a cluster."""

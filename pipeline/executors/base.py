@@ -19,7 +19,7 @@ class ClusterOptions:
 
 def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
     """Remove the files of steps that a run does not have, and an earlier one had: the report would show them."""
-    folder = shard.stage(names[0]).parent.parent
+    folder = shard.step_file(names[0]).parent.parent
     if not is_remote(folder) and folder.exists():
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink() and path.name not in names:

@@ -13,13 +13,13 @@ from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.sources.read import SourceReader
-from pipeline.stages.base import Services, require_stage
+from pipeline.steps.base import Services, count_rows
 
 T = TypeVar("T")
 
 
 class LocalExecutor:
-    """Applies functions in this process; stages.base.Executor. A context: at its end, source and engine are closed.
+    """Applies functions in this process; steps.base.Executor. A context: at its end, source and engine are closed.
 
     The caller holds the lock of the dataset folder.
     """
@@ -51,10 +51,10 @@ class LocalExecutor:
         if self.plan.config.images is None:
             self._reader.finish()
         described = self._reader.described
-        known = read_record(self.dataset, "source")
-        if not is_done(self.dataset, "source", self._reader.key) or known.get("source") != described:
-            kept, rejected = require_stage(self.dataset, "source")
-            record(self.dataset, "source", self._reader.key, kept=kept, rejected=rejected, source=described)
+        known = read_record(self.dataset, "read")
+        if not is_done(self.dataset, "read", self._reader.key) or known.get("source") != described:
+            kept, rejected = count_rows(self.dataset, "read")
+            record(self.dataset, "read", self._reader.key, kept=kept, rejected=rejected, source=described)
         return has_more
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:  # noqa: ARG002

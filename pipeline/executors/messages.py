@@ -8,14 +8,14 @@ import pyarrow.compute as pc
 
 from pipeline.config import NO_MODEL, Config
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import REJECTIONS_FILE, Version
 from pipeline.digests import public_name
 from pipeline.errors import one_line
 from pipeline.inference.engines import EngineChoice, find_family
 from pipeline.plan import Plan
 from pipeline.sources.duplicates import REPEATED
-from pipeline.stages.base import Step
+from pipeline.steps.base import Step
 from pipeline.storage.files import read_table
 from pipeline.tables import HUMAN
 from pipeline.tasks import tasks_making
@@ -71,7 +71,7 @@ def describe_boxes(config: Config, model: str) -> Iterator[str]:
             )
 
 
-def describe_warnings(steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StageSummary]) -> list[str]:
+def describe_warnings(steps: Sequence[Step], plan: Plan, version: Version, funnel: Sequence[StepSummary]) -> list[str]:
     """Return warnings about steps that rejected most rows, texts and splits of which none is left, and unanswered requests."""
     config = plan.config
     missing = describe_missing(steps, plan, version) if config.asks_model else ()
@@ -92,8 +92,8 @@ def describe_title(version: Version, config: Config) -> Iterator[str]:
         yield f"{version.name} keeps {kept}: a title alone makes no version"
 
 
-def describe_losses(steps: Sequence[Step], funnel: Sequence[StageSummary], shown: str = REPORTED) -> Iterator[str]:
-    """Yield a warning for each stage that rejected more than half of its rows: how many, why, and what to change.
+def describe_losses(steps: Sequence[Step], funnel: Sequence[StepSummary], shown: str = REPORTED) -> Iterator[str]:
+    """Yield a warning for each step that rejected more than half of its rows: how many, why, and what to change.
 
     `shown` says where they are, if nothing is known that could be changed.
     """
@@ -104,15 +104,15 @@ def describe_losses(steps: Sequence[Step], funnel: Sequence[StageSummary], shown
         if 2 * same > rejected:
             text = f"{same:,} of {rejected:,} captions that were not taken are the same as the one that was"
             yield f"{text}: the server may pay no heed to sample_temperature, so that --samples gives nothing"
-        if summary.stage in choices:
+        if summary.step in choices:
             continue
         losses = {reason: count for reason, count in summary.rejected.items() if reason != REPEATED}  # its texts are kept
         lost, total = sum(losses.values()), summary.input - summary.rejected.get(REPEATED, 0)
         if 2 * lost > total:
             reason, count = max(losses.items(), key=lambda item: item[1])
-            hint = advice.get(summary.stage, {}).get(reason, shown)
+            hint = advice.get(summary.step, {}).get(reason, shown)
             share = f"{lost:,} of {total:,} {summary.unit}"
-            yield f"{summary.stage} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
+            yield f"{summary.step} rejected {share}, {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Iterator[str]:
@@ -130,14 +130,14 @@ def describe_missing(steps: Sequence[Step], plan: Plan, version: Version) -> Ite
     if not missing:
         return
     advice = {step.name: step.advice for step in steps}
-    rejections = read_table(version.path / REJECTIONS_FILE, ["stage", "reason", "task"])  # which may be in an object store
+    rejections = read_table(version.path / REJECTIONS_FILE, ["step", "reason", "task"])  # which may be in an object store
     for task, name in missing:
         lost = rejections.filter(pc.equal(rejections["task"], task))
-        reasons = Counter(zip(lost["stage"].to_pylist(), lost["reason"].to_pylist(), strict=True))
+        reasons = Counter(zip(lost["step"].to_pylist(), lost["reason"].to_pylist(), strict=True))
         if reasons:
-            (stage, reason), count = reasons.most_common(1)[0]
-            hint = advice.get(stage, {}).get(reason, REPORTED)
-            yield f"none of the {name} is left: {stage} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
+            (step, reason), count = reasons.most_common(1)[0]
+            hint = advice.get(step, {}).get(reason, REPORTED)
+            yield f"none of the {name} is left: {step} rejected {count:,} for {reason.replace('_', ' ')}: {hint}"
 
 
 def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
@@ -150,16 +150,16 @@ def describe_empty_splits(version: Version, config: Config) -> Iterator[str]:
         yield f"no image is in the {' and the '.join(empty)} split, which `synth train` needs: {hint}"
 
 
-def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StageSummary]) -> Iterator[str]:
+def describe_unanswered(dataset: DatasetDir, funnel: Sequence[StepSummary]) -> Iterator[str]:
     """Yield a warning for requests that the server refused, or did not answer, with what it said of one of them."""
-    rejected = next((summary.rejected for summary in funnel if summary.stage == "validate"), {})
+    rejected = next((summary.rejected for summary in funnel if summary.step == "validate"), {})
     for reason, what in _UNANSWERED.items():
         if count := rejected.get(reason):
             yield f"{count:,} {what}{_words_of_server(dataset, reason)}"
 
 
 def _words_of_server(dataset: DatasetDir, reason: str) -> str:
-    for path in dataset.stage_files("validate", "rejected"):
+    for path in dataset.step_files("validate", "rejected"):
         table = read_table(path, ["reason", "reply_text"])
         said = table.filter(pc.equal(table["reason"], reason))["reply_text"].drop_null()
         if len(said):

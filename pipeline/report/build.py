@@ -23,7 +23,7 @@ from pipeline.dataset.reviews import REASONS
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, ImageError
-from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, stages_match
+from pipeline.report.figures import clusters_of, distributions_of, funnel_of, images_of, steps_match
 from pipeline.report.html import chart, data_uri, points, render_page, script_hash, thumbnail
 from pipeline.report.rows import read_rejected, read_rows
 from pipeline.storage.files import MAX_JSON_BYTES, read_json, write_text
@@ -48,7 +48,7 @@ def write_report(version: Version, folder: Path, checkpoint: Path | None = None,
 
     Of a version with more than `max_rows` images, those with the lowest ids are shown: digests, so a random sample. Raise
     ConfigError if the checkpoint holds no training, or another file lies at the path of the report; StoreError if the version
-    or a stage file is damaged.
+    or a step file is damaged.
     """
     training = _training(checkpoint) if checkpoint else None
     report = _Report(version, folder, training, min(version.num_rows, max_rows))
@@ -117,21 +117,21 @@ class _Report:
         _remove(home, _own_files(home) - thumbnails - {home / name for name in [*parts, "index.html"]})
 
     @property
-    def of_stages(self) -> bool:
-        """Whether the folder's stage files are those that this version was made from."""
-        return stages_match(self.folder, self.version.manifest)
+    def of_steps(self) -> bool:
+        """Whether the folder's step files are those that this version was made from."""
+        return steps_match(self.folder, self.version.manifest)
 
     @cached_property
     def _rejected(self) -> list[dict[str, str]]:
-        return list(read_rejected(self.folder)) if self.of_stages else []
+        return list(read_rejected(self.folder)) if self.of_steps else []
 
     def _pictured_rejects(self) -> set[str]:
         """Return the samples of the first rejected rows of each reason, whose pictures are shown."""
         counts: Counter[tuple[str, str]] = Counter()
         ids = set()
         for row in self._rejected:
-            counts[row["stage"], row["reason"]] += 1
-            if row["id"] and counts[row["stage"], row["reason"]] <= MAX_PICTURES:
+            counts[row["step"], row["reason"]] += 1
+            if row["id"] and counts[row["step"], row["reason"]] <= MAX_PICTURES:
                 ids.add(row["id"])
         return ids
 
@@ -147,8 +147,8 @@ class _Report:
 
     def _page(self, place: Place, first: dict[str, str], data: list[str], parts: list[str]) -> str:
         """Render the page around its data: `data` are scripts within it, `parts` names of scripts beside it."""
-        manifest, of_stages = self.version.manifest, self.of_stages
-        clusters = clusters_of(self.folder) if of_stages else {}
+        manifest, of_steps = self.version.manifest, self.of_steps
+        clusters = clusters_of(self.folder) if of_steps else {}
         members = {member["id"] for kind in clusters.values() for cluster in kind["shown"] for member in cluster["members"]}
         of_texts = self._pictured_rejects()
         others = images_of(self.folder, (members | of_texts) - first.keys())
@@ -174,8 +174,8 @@ class _Report:
             scores=[name for name in manifest.get("scores", []) if name in SCORES_IN_WORDS],  # texts are listed there, too
             scores_in_words=SCORES_IN_WORDS,
             wilson_interval=wilson_interval,
-            of_stages=of_stages,
-            distributions=distributions_of(self.folder) if of_stages else [],
+            of_steps=of_steps,
+            distributions=distributions_of(self.folder) if of_steps else [],
             clusters=clusters,
             cost=read_json(cost) if (cost := DatasetDir(self.folder).cost).exists() else None,
             training=self.training,

@@ -45,10 +45,10 @@ def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return steps
 
 
-def stages_match(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Return whether the stage files of a dataset folder are those of this version: they hold as many rows."""
+def steps_match(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the step files of a dataset folder are those of this version: they hold as many rows."""
     steps = [step for step in manifest.get("funnel", []) if step["unit"] == "annotations"]
-    files = [(DatasetDir(folder).stage_files(step["stage"]), step["kept"]) for step in steps]
+    files = [(DatasetDir(folder).step_files(step["step"]), step["kept"]) for step in steps]
     return bool(files) and all(sum(open_table(path).metadata.num_rows for path in paths) == kept for paths, kept in files)
 
 
@@ -56,10 +56,10 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     """Return counts before and after balance: lengths of captions, answers by question type, words of captions.
 
     Each table has a `title`, what the rows `are`, the largest count (`top`), and rows of (name, before, after). Of very many
-    texts a share is counted, drawn by lot, and `are` says so. A version that was made elsewhere has no stage files here,
+    texts a share is counted, drawn by lot, and `are` says so. A version that was made elsewhere has no step files here,
     and so no tables.
     """
-    kept, rejected = (DatasetDir(folder).stage_files("balance", which) for which in OUTPUTS)
+    kept, rejected = (DatasetDir(folder).step_files("balance", which) for which in OUTPUTS)
     if not kept:
         return []
     every = max(1, ceil(sum(open_table(path).metadata.num_rows for path in (*kept, *rejected)) / MAX_COUNTED_TEXTS))
@@ -89,11 +89,11 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     For each kind, `found` is the number of clusters and `shown` lists the largest. Each member of a cluster has the `id` of
     its sample, its text (`said`), and whether it was `kept`.
     """
-    kept_files, rejected_files = (DatasetDir(folder).stage_files("dedupe", which) for which in OUTPUTS)
+    kept_files, rejected_files = (DatasetDir(folder).step_files("dedupe", which) for which in OUTPUTS)
     if not kept_files:
         return {}
     rejected = list(_read(rejected_files, [*_DEDUPED, "reason"]))
-    unasked_files = DatasetDir(folder).stage_files("source", NEAR_DUPLICATES_FILE)
+    unasked_files = DatasetDir(folder).step_files("read", NEAR_DUPLICATES_FILE)
     groups = _groups_of_images([*kept_files, *rejected_files, *unasked_files])
     duplicated_ids = {row["duplicate_of"] for row in rejected if row["reason"] == "duplicate"}
     repeated_clusters = {row["cluster"] for row in rejected if row["reason"] == "caption_of_many_images"}

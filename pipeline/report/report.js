@@ -306,7 +306,7 @@ function drawRejected(row) {
   const source = report.pictures[row.id] || pictures.get(row.id);
   const shown = source ? [picture(source, row.where)] : [];
   const name = element("code", {textContent: shortened(row.where), title: row.where});
-  return element("tr", {}, element("td", {textContent: row.stage}), element("td", {className: "bad", textContent: row.reason}),
+  return element("tr", {}, element("td", {textContent: row.step}), element("td", {className: "bad", textContent: row.reason}),
     element("td", {className: "thumb"}, ...shown, name), element("td", {className: "text", textContent: row.what}));
 }
 
@@ -375,6 +375,6 @@ window.addEventListener("storage", event => {
 lists.images = new List("images",
   {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), review: verdictsOf}, drawImage,
   row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => [...FIELDS, "value"].map(name => text[name] ?? ""))], lowest);
-lists.rejected = new List("rejected", {stage: row => [row.stage], reason: row => [row.reason]}, drawRejected, Object.values);
+lists.rejected = new List("rejected", {step: row => [row.step], reason: row => [row.reason]}, drawRejected, Object.values);
 recall();
 count();

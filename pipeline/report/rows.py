@@ -1,4 +1,4 @@
-"""Read the rows that a report shows: texts of a version with their names in reviews, and what each stage rejected.
+"""Read the rows that a report shows: texts of a version with their names in reviews, and what each step rejected.
 
 All text is untrusted: long text is cut, and control characters are written out.
 """
@@ -23,7 +23,7 @@ from pipeline.text.escape import MAX_SHOWN_CHARACTERS, visible
 from pipeline.text.pii import redact
 from pipeline.text.reasons import in_short, in_words
 
-MAX_REJECTED = 1000  # shown for each reason of each stage
+MAX_REJECTED = 1000  # shown for each reason of each step
 
 
 def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, at_once: int) -> Iterator[list[dict[str, Any]]]:
@@ -37,7 +37,7 @@ def read_rows(version: Version, splits: Sequence[str], chosen: set[str] | None, 
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield what each stage rejected: `stage`, `reason`, `id`, `where` and `what`; the first MAX_REJECTED of each reason.
+    """Yield what each step rejected: `step`, `reason`, `id`, `where` and `what`; the first MAX_REJECTED of each reason.
 
     `where` is the row of the source, such as the name of a file; `id` that of the sample, if it got so far.
     """
@@ -48,16 +48,16 @@ def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    files = [*folder.glob("stages/*/rejected.parquet"), *folder.glob("shards/*/stages/*/rejected.parquet")]
-    for stage in sorted({path.parent.name for path in files}):
+    files = [*folder.glob("steps/*/rejected.parquet"), *folder.glob("shards/*/steps/*/rejected.parquet")]
+    for step in sorted({path.parent.name for path in files}):
         counts: Counter[str] = Counter()
-        for path in DatasetDir(folder).stage_files(stage, "rejected"):
+        for path in DatasetDir(folder).step_files(step, "rejected"):
             for row in _rejected(path):
                 counts[row["reason"]] += 1
                 if counts[row["reason"]] <= MAX_REJECTED:
                     text = " ".join(row.get(f"clean_{name}") or row[name] for name in _TEXT_FIELDS if row.get(name))
                     yield {
-                        "stage": stage,
+                        "step": step,
                         "reason": visible(in_words(row["reason"])),
                         "id": visible(row.get("sample_id") or ""),
                         "where": visible(row.get("source_row") or ""),
@@ -68,7 +68,7 @@ def _first_rejected(folder: Path) -> Iterator[dict[str, str]]:
 def _source_rows(folder: Path, wanted: set[str]) -> dict[str, str]:
     """Return the rows of the source of some samples, by their ids."""
     names: dict[str, str] = {}
-    for path in DatasetDir(folder).stage_files("source") if wanted else ():
+    for path in DatasetDir(folder).step_files("read") if wanted else ():
         if path.exists():
             for batch in open_table(path, "sample_id").iter_batches(columns=["sample_id", "source_row"]):
                 named = batch.filter(pc.is_in(batch["sample_id"], pa.array(wanted, pa.string())))

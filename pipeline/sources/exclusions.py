@@ -199,5 +199,5 @@ def write_exclusions(
             described.append({"name": label, "revision": exclusion.source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)
 
-    write_table(dataset.stage("source", "exclusions"), tables(), EXCLUSIONS)
+    write_table(dataset.step_file("read", "exclusions"), tables(), EXCLUSIONS)
     return described

@@ -1,8 +1,8 @@
-"""The read step: images go to the store (dataset/images.py), and a list of the samples to the stage `source`.
+"""The read step: images go to the store (dataset/images.py), and a list of the samples to the step `source`.
 
 A run in one process reads a source by SourceReader, and a worker of a cluster reads the rows of its shard by
 `write_source`. A source may be a download of many hours. While SourceReader reads, it writes the rows so far
-in parts; the next run resumes after the last part. `read.json` stores what the files of the stage were made
+in parts; the next run resumes after the last part. `read.json` stores what the files of the step were made
 of: where none of that has changed, nor a file, the next run uses the files as they are. If rows failed for
 passing reasons, such as a host that did not answer, the next run reads all rows again, and later runs only
 while that gives more rows.
@@ -46,13 +46,13 @@ from pipeline.storage.files import open_parquet, open_table, read_json, read_tab
 from pipeline.tables import IMAGE_GROUPS, LISTED_SAMPLE, NEAR_DUPLICATE, SOURCE_REJECTED
 from pipeline.types import Rejected, Sample, Source
 
-READING_FILE, PARTS_FOLDER = "read.json", "parts"  # next to the files of the stage
+READING_FILE, PARTS_FOLDER = "read.json", "parts"  # next to the files of the step
 PART_SECONDS = 30.0  # a slow source loses no more than these
 ROWS_AT_ONCE = 16_384  # of parts, without images
 # Why a row may be rejected now and read another time, or on another machine.
 PASSING_REASONS = frozenset(("url_unreachable", "host_given_up", "too_slow", "too_much_memory", "decoder_died"))
 READING = 4  # raise it when the same bytes would be read as other samples
-# Settings that say which samples a source yields; all others are those of later stages, or stand in the key
+# Settings that say which samples a source yields; all others are those of later steps, or stand in the key
 # in another form.
 READ_SETTINGS = (
     "source",
@@ -134,7 +134,7 @@ class SourceReader:
         self._exclusions = open_exclusions(config)
         self.key = reading_key(config, source, self._exclusions)
         self.described: dict[str, Any] = {}  # what the manifest says of the source, once it is read
-        self._path = dataset.stage("source").with_name(READING_FILE)
+        self._path = dataset.step_file("read").with_name(READING_FILE)
         self._results: dict[int | None, dict[str, Any] | None] = {}
         self._deduplicator: SampleDeduplicator | None = None
         self._written: Iterator[dict[str, Any]] = iter(())  # rows of the parts
@@ -145,7 +145,7 @@ class SourceReader:
         """Write the samples of the source, `limit` at most; return whether it has more. Raise SourceError if there is none."""
         result = self._find_result(limit) if self.config.images is None else None
         if result is not None:
-            self.progress.message(f"source: {result['images']:,} images were read by an earlier run, and are not read again")
+            self.progress.message(f"read: {result['images']:,} images were read by an earlier run, and are not read again")
         else:
             result = self._read_on(limit)
         self._require_samples()
@@ -195,7 +195,7 @@ class SourceReader:
             files, states = self._earlier["files"], self._earlier["states"]
             if not all(self._is_unchanged(name, sha256, states[name]) for name, sha256 in files.items()):
                 return None
-            listed = open_table(self.dataset.stage("source")).read(["sample_id"])["sample_id"]
+            listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
             if ImageStore(self.dataset.path).find_missing(listed.to_pylist()):
                 return None
             is_whole = not is_worth_another_try(count_passing(self.dataset), result.get("may_pass_before"))
@@ -210,7 +210,7 @@ class SourceReader:
         return {name: result[name] for name in ("may_pass", "limit") if name in result} if isinstance(result, dict) else {}
 
     def _is_unchanged(self, name: str, sha256: str, state: str | None = None) -> bool:
-        """Return whether a file of the stage has these bytes; it is not read where its size and times are what they were."""
+        """Return whether a file of the step has these bytes; it is not read where its size and times are what they were."""
         path = self._path.with_name(Path(name).name)
         return state_of(path.stat()).hex() == state or file_digest(path) == sha256
 
@@ -223,11 +223,11 @@ class SourceReader:
 
     def _state(self) -> dict[str, Any]:
         excluded = self._excluded  # which may write the file
-        sha256 = file_digest(self.dataset.stage("source", "exclusions"))
+        sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
         return {"key": self.key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_on(self, limit: int | None) -> dict[str, Any]:
-        """Read the rows after those of the parts, write the files of the stage, and return a summary."""
+        """Read the rows after those of the parts, write the files of the step, and return a summary."""
         deduplicator = self._deduplicator = self._deduplicator or self._begin()
         while (limit is None or len(deduplicator.images.kept) < limit) and (row := next(self._written, None)) is not None:
             deduplicator.is_copy(row)
@@ -237,14 +237,14 @@ class SourceReader:
         try:
             for batch in deduplicator.batches(self._rows, limit):
                 self._parts.add(batch)
-                self.progress("source", len(deduplicator.images.kept), limit)
+                self.progress("read", len(deduplicator.images.kept), limit)
         finally:
             self._parts.write()
         has_more = deduplicator.num_rows < self._parts.num_rows
         if not has_more and (following := next(self._rows, None)) is not None:
             has_more, self._rows = True, chain([following], self._rows)
-        self.progress("source", len(deduplicator.images.kept), limit and len(deduplicator.images.kept))
-        self._write_stage(deduplicator)
+        self.progress("read", len(deduplicator.images.kept), limit and len(deduplicator.images.kept))
+        self._write_step(deduplicator)
         self._result = {"limit": limit, "images": len(deduplicator.images.kept), "has_more": has_more}
         return self._result
 
@@ -267,7 +267,7 @@ class SourceReader:
         if parts.num_rows:
             last = next(self._opened, None)
             if last is not None and last.source_row == parts.last_row:
-                self.progress.message(f"source: goes on behind {parts.num_rows:,} rows that an earlier run has read")
+                self.progress.message(f"read: goes on behind {parts.num_rows:,} rows that an earlier run has read")
             else:
                 self.close()
                 parts.forget()
@@ -277,7 +277,7 @@ class SourceReader:
         index = ExclusionIndex.of(read_exclusions(self.dataset), choose_image_kind(self.config))
         return SampleDeduplicator(index)
 
-    def _write_stage(self, deduplicator: SampleDeduplicator) -> None:
+    def _write_step(self, deduplicator: SampleDeduplicator) -> None:
         """Write the samples that are kept, those that look like another one, and all rows that were rejected."""
         if (kind := choose_image_kind(self.config)) is None:
             forget_near_duplicates(self.dataset)
@@ -304,10 +304,10 @@ class SourceReader:
                     yield deduplicator.images.apply(samples)
 
         if of_near:
-            write_table(self.dataset.stage("source", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
+            write_table(self.dataset.step_file("read", NEAR_DUPLICATES_FILE), near_duplicates(), NEAR_DUPLICATE)
         else:
-            self.dataset.stage("source", NEAR_DUPLICATES_FILE).unlink(missing_ok=True)
-        write_table(self.dataset.stage("source"), kept(), LISTED_SAMPLE)
+            self.dataset.step_file("read", NEAR_DUPLICATES_FILE).unlink(missing_ok=True)
+        write_table(self.dataset.step_file("read"), kept(), LISTED_SAMPLE)
         rejected = [row for position, row in self._parts.rejected if position < deduplicator.num_rows]
         write_rejected(self.dataset, [*rejected, *deduplicator.copies, *near_rows])
 
@@ -319,7 +319,7 @@ class SourceReader:
         splits = pa.array([deduplicator.images.kept[name][1] for name in samples["sample_id"].to_pylist()], pa.string())
         samples = samples.set_column(samples.schema.get_field_index("split"), "split", splits)
         groups = compare_samples(samples, kind)
-        write_table(self.dataset.stage("source", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
+        write_table(self.dataset.step_file("read", IMAGE_GROUPS_FILE), [groups], IMAGE_GROUPS)
         return groups
 
     def _require_samples(self) -> None:
@@ -327,10 +327,10 @@ class SourceReader:
         described = list(describe_rejected(self.dataset))
         for text in described:
             self.progress.message(text)
-        kept = open_table(self.dataset.stage("source")).metadata.num_rows
+        kept = open_table(self.dataset.step_file("read")).metadata.num_rows
         if not kept:
-            reasons = Counter(read_table(self.dataset.stage("source", "rejected"), ["reason"])["reason"].to_pylist())
-            files = "fix the files, or choose another source; stages/source/rejected.parquet names every row"
+            reasons = Counter(read_table(self.dataset.step_file("read", "rejected"), ["reason"])["reason"].to_pylist())
+            files = "fix the files, or choose another source; steps/read/rejected.parquet names every row"
             hint = ADVICE.get(max(reasons, key=lambda reason: reasons[reason], default=""), files)
             problem = f"no image of {self.config.source} can be used; {'; '.join(described) or 'it is empty'}"
             raise SourceError(problem, hint=hint)
@@ -446,35 +446,35 @@ def write_source(
         for batch in deduplicator.batches(rows, limit):
             rejected.extend(row for _, row in batch.rejected)
             listed.append(without_copies(batch.samples))
-            progress("source", len(deduplicator.images.kept), limit)
+            progress("read", len(deduplicator.images.kept), limit)
             yield batch.images
 
     ImageStore(shard.path).add(images())
-    write_table(shard.stage("source"), map(deduplicator.images.apply, listed), LISTED_SAMPLE)
+    write_table(shard.step_file("read"), map(deduplicator.images.apply, listed), LISTED_SAMPLE)
     write_rejected(shard, [*rejected, *deduplicator.copies])
 
 
 def write_rejected(shard: DatasetDir, rows: list[dict[str, str]]) -> None:
     """Write which rows of a source were rejected."""
     ordered = pa.Table.from_pylist(sorted(rows, key=lambda row: row["source_row"]), schema=SOURCE_REJECTED)
-    write_table(shard.stage("source", "rejected"), [ordered], SOURCE_REJECTED)
+    write_table(shard.step_file("read", "rejected"), [ordered], SOURCE_REJECTED)
 
 
 def forget_near_duplicates(dataset: DatasetDir) -> None:
     """Remove what a run in one process wrote about images that look alike."""
     for name in (IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE):
-        dataset.stage("source", name).unlink(missing_ok=True)
+        dataset.step_file("read", name).unlink(missing_ok=True)
 
 
 def forget_reading(dataset: DatasetDir) -> None:
     """Remove what a run in one process has written down of its source, and the parts of one that was stopped."""
-    dataset.stage("source").with_name(READING_FILE).unlink(missing_ok=True)
-    remove(dataset.stage("source").with_name(PARTS_FOLDER))
+    dataset.step_file("read").with_name(READING_FILE).unlink(missing_ok=True)
+    remove(dataset.step_file("read").with_name(PARTS_FOLDER))
 
 
 def count_passing(shard: DatasetDir) -> int:
     """Return how many rows of the source were rejected for reasons that may pass."""
-    reasons = read_table(shard.stage("source", "rejected"), ["reason"])["reason"]
+    reasons = read_table(shard.step_file("read", "rejected"), ["reason"])["reason"]
     return sum(reason in PASSING_REASONS for reason in reasons.to_pylist())
 
 
@@ -485,15 +485,15 @@ def is_worth_another_try(may_pass: int, before: int | None) -> bool:
 
 def describe_rejected(shard: DatasetDir) -> Iterator[str]:
     """Yield how many rows of the source were rejected for each reason, with the names of the first and their details."""
-    table = read_table(shard.stage("source", "rejected"))
+    table = read_table(shard.step_file("read", "rejected"))
     for row in sorted(table["reason"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"])):
         of_reason = table.filter(pc.equal(table["reason"], row["values"])).slice(0, NAMED_ROWS + 1).to_pylist()
         if row["values"] == REPEATED:
             shown = first_names([one["source_row"] for one in of_reason])
-            yield f"source: {row['counts']:,} rows are about images of other rows, and add their texts to them ({shown})"
+            yield f"read: {row['counts']:,} rows are about images of other rows, and add their texts to them ({shown})"
             continue
         is_id = row["values"] in _REJECTED_FOR_ANOTHER_IMAGE
         names = [one["source_row"] if is_id else f"{one['source_row']}: {one['detail']}" for one in of_reason]
         # Slides of one design look alike, and nobody would look for that in a setting.
         advice = f": {ADVICE[row['values']]}" if row["values"] == "near_duplicate_image" else ""
-        yield f"source: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)}){advice}"
+        yield f"read: {row['counts']:,} {row['values'].replace('_', ' ')} ({first_names(names)}){advice}"

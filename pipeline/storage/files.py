@@ -145,7 +145,7 @@ def open_writer(target: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWr
 def writer_options(schema: pa.Schema) -> dict[str, Any]:
     """Return the Parquet options of the columns: all but pixels are compressed, and have dictionaries and statistics."""
     leaves = [path for field in schema for path in _leaves(field.name, field.type)]
-    pixels = (*PIXELS, "images")  # the columns of a version, and the one of stages and exports
+    pixels = (*PIXELS, "images")  # the columns of a version, and the one of steps and exports
     texts = [path for path in leaves if path.split(".")[0] not in pixels]
     return {
         "compression": {path: "zstd" if path in texts else "none" for path in leaves},
@@ -166,7 +166,7 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of a stage's file in batches; at least one table, which may be empty."""
+    """Yield the rows of a step's file in batches; at least one table, which may be empty."""
     file = open_table(path)
     stored = file.schema_arrow.names
     names = stored if columns is None else [*columns]
@@ -243,7 +243,7 @@ def flush_folder(path: Path) -> None:
 
 
 def open_table(path: Path, *columns: str) -> pq.ParquetFile:
-    """Open a Parquet file that a stage wrote. Raise StoreError if it is damaged or lacks a column."""
+    """Open a Parquet file that a step wrote. Raise StoreError if it is damaged or lacks a column."""
     hint = "run `synth generate` again: it makes the file"
     try:
         file = open_parquet(path)

@@ -1,6 +1,6 @@
 """Texts that people wrote about a sample, as annotations of the tasks `caption` and `qa`, of decks `deck_qa`.
 
-They take the way of a model's texts through all stages. Their `prompt_id` is `human`, and so is the style of the captions.
+They take the way of a model's texts through all steps. Their `prompt_id` is `human`, and so is the style of the captions.
 """
 
 from collections import Counter

@@ -95,7 +95,7 @@ DAMAGES: dict[str, Damage] = {
         )
     ),
     "a model that fetches another": config(lambda c: c["encoder"].update(model={"model_type": "edgetam"})),
-    "twenty thousand stages": config(
+    "twenty thousand steps": config(
         lambda c: c["encoder"].update(model={"model_type": "regnet", "depths": [1] * 20_000, "hidden_sizes": [1] * 20_000})
     ),
     "a setting in place of a method": config(lambda c: c["encoder"]["model"].update(to_dict=1, get_text_config="x")),

@@ -48,7 +48,7 @@ def made(generate: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("made")
     outcome = run(folder, *generate)
     assert outcome.code == 0, outcome.output
-    sample_id, content = text_name(pq.read_table(folder / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+    sample_id, content = text_name(pq.read_table(folder / "data" / "steps" / "split" / "kept.parquet").to_pylist()[0])
     review = {"sample_id": sample_id, "content": content, "verdict": "bad", "reason": "not_true"}
     (folder / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return folder

@@ -123,7 +123,7 @@ def test_no_text_and_no_key_breaks_out_of_its_place_in_the_card() -> None:
         texts["captions"][0]["style"] = vector
         keys = FULL | {
             "prompts": {vector: vector}, "schemas": {vector: {vector: vector}},
-            "funnel": [{"stage": vector, "unit": vector, "input": 9, "kept": 8, "rejected": {vector: 1}}],
+            "funnel": [{"step": vector, "unit": vector, "input": 9, "kept": 8, "rejected": {vector: 1}}],
             "measured": {"captions": {vector: {"count": 9, "mean_words": 7.5}}},
         }  # fmt: skip
         require_harmless(render_card(keys, [texts]), plain)

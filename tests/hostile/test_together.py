@@ -48,7 +48,7 @@ def folder(chat: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.effect_noise((80 + number, 64), 40 + 10 * number).convert("RGB").save(home / "photos" / f"{number}.png")
     done = run_synth(*COMMANDS["generate"], chat.url, cwd=home)
     assert done.returncode == 0, done.stderr
-    sample_id, content = text_name(pq.read_table(home / "data" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+    sample_id, content = text_name(pq.read_table(home / "data" / "steps" / "split" / "kept.parquet").to_pylist()[0])
     review = {"sample_id": sample_id, "content": content, "verdict": "good"}
     (home / "reviews.jsonl").write_text(json.dumps(review) + "\n")
     return home

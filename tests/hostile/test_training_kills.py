@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "steps": 15, "evaluate_every": SAVE_EVERY,
     "evaluate_images": 4, "max_caption_tokens": 12, "batch_size": 8, "average_decay": 0.9,
 }  # fmt: skip
-# A process that sends itself a signal when it is told of a stage and a step, or has written half of a file.
+# A process that sends itself a signal when it is told of a step and a step, or has written half of a file.
 TRAINING = """
 import json, os, sys
 from pathlib import Path
@@ -38,8 +38,8 @@ from trainer.training import train_captioner
 version, out, config, moment, number, resume = sys.argv[1:]
 kind, _, at = moment.partition(" ")
 class Dying(NullProgress):
-    def __call__(self, stage, done, total, metrics=None):
-        if (stage, str(done)) == (kind, at):
+    def __call__(self, step, done, total, metrics=None):
+        if (step, str(done)) == (kind, at):
             os.kill(os.getpid(), int(number))
 trainer.features.BATCH_IMAGES = 16
 saves = {"resume": 0, "model": 0}
@@ -92,13 +92,13 @@ def test_a_training_that_ends_at_any_moment_goes_on(
     first: list[int] = []
 
     class Record(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
-            first.extend([done] if stage == "train" and not first else [])
+        def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+            first.extend([done] if step == "train" and not first else [])
 
     train_captioner(version, config, out, resume=is_saved, progress=Record())
     lost = reached - (first[0] - 1)
     assert 0 <= lost <= (SAVE_EVERY if number == signal.SIGKILL else 0), (reached, first)
-    steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "stage" in line]
+    steps = [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line and "step" in line]
     assert steps == list(range(1, 16))  # each once
     for name in ("model.safetensors", "metrics.json", "config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -53,7 +53,7 @@ def rot_a_reply(dataset: DatasetDir) -> None:
 DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
     "a rotten reply": (rot_a_reply, "journal/local.sqlite"),
     "a journal that is none": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
-    "a rotten page of a stage": (lambda d: rot_a_page(d.stage("filter")), "stages/filter/kept.parquet"),
+    "a rotten page of a step": (lambda d: rot_a_page(d.step_file("filter")), "steps/filter/kept.parquet"),
     "settings that are none": (lambda d: d.run_file.write_text("{"), "run.json"),
     "a rotten shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
     "a manifest that is none": (lambda d: (d.version().path / "manifest.json").write_text("[]"), "versions/v1.0.0"),
@@ -64,7 +64,7 @@ def test_a_sound_folder_is_sound(dataset: DatasetDir) -> None:
     checked = list(check_dataset(dataset))
     assert [result for result in checked if not result.is_ok] == []
     names = " ".join(result.what for result in checked)
-    assert all(part in names for part in ("local.sqlite", "stages/source", "stages/review", "run.json", "versions/v1.0.0"))
+    assert all(part in names for part in ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0"))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -92,7 +92,7 @@ def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
         files = (path for path in dataset.path.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm")))
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    rot_a_page(dataset.stage("filter"))
+    rot_a_page(dataset.step_file("filter"))
     before = contents()
     list(check_dataset(dataset))
     assert contents() == before
@@ -110,7 +110,7 @@ def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset:
     assert made.manifest["digest"] == version.manifest["digest"]
 
 
-@pytest.mark.parametrize("name", ["stages/source/parts/00000.parquet", f"images/{'0' * 32}.parquet"])
+@pytest.mark.parametrize("name", ["steps/read/parts/00000.parquet", f"images/{'0' * 32}.parquet"])
 def test_images_that_are_damaged_come_from_the_source_again(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)

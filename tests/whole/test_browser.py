@@ -18,7 +18,7 @@ from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
 from tests.browser import PHONE, WIDE, Open, violations, wait_until
 from tests.hostile import LONG
-from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_stage
+from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_step
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
@@ -27,22 +27,22 @@ expect.set_options(timeout=120_000)  # ms; ends a hung test only
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """Return a version with the stage files of a run that rejected a near-duplicate image and a duplicate text."""
+    """Return a version with the step files of a run that rejected a near-duplicate image and a duplicate text."""
     folder = tmp_path_factory.mktemp("dataset")
     rejected: dict[str, int] = {"duplicate": 1, "near_duplicate_image": 1}
     funnel: list[dict[str, Any]] = [
-        {"stage": "dedupe", "unit": "annotations", "input": 4, "kept": 2, "rejected": rejected},
-        {"stage": "balance", "unit": "annotations", "input": 2, "kept": 2, "rejected": {}},
+        {"step": "dedupe", "unit": "annotations", "input": 4, "kept": 2, "rejected": rejected},
+        {"step": "balance", "unit": "annotations", "input": 2, "kept": 2, "rejected": {}},
     ]
     version, _ = make_version(folder, scene_samples(120), funnel=funnel)
     a, b = (sample.id for sample in scene_samples(2))
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
     lost = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
     lost += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
-    write_stage(folder, "dedupe", "kept", kept, OF_DEDUPE)
-    write_stage(folder, "dedupe", "rejected", lost, OF_DEDUPE)
+    write_step(folder, "dedupe", "kept", kept, OF_DEDUPE)
+    write_step(folder, "dedupe", "rejected", lost, OF_DEDUPE)
     for which in ("kept", "rejected"):
-        write_stage(folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None})
+        write_step(folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None})
     return version
 
 

@@ -139,9 +139,9 @@ def captions_of(folder: Path, model: Model, out: str = "d") -> dict[int, dict[st
 
 
 def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    stages = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["stages"]
-    assert stages["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
-    kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
+    steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims")["steps"]
+    assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
+    kept = pq.read_table(tmp_path / "d/steps/verify/kept.parquet").to_pylist()
     assert sorted(model.ids[row["sample_id"]] for row in kept) == list(range(0, COUNT, 2))
     expected = [check["expected"] for row in kept for check in row["checks"]]
     assert expected.count("yes") == expected.count("no") == 3 * len(kept)
@@ -153,8 +153,8 @@ def test_captions_with_a_wrong_detail_are_rejected_and_no_other(tmp_path: Path, 
 
 
 def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model, server: ChatServer) -> None:
-    stages = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["stages"]
-    lost = stages["verify"]["rejected"]["claims_not_confirmed"]
+    steps = generate(tmp_path, server, *CAPTIONS, "--verify", "claims", "--repair")["steps"]
+    lost = steps["verify"]["rejected"]["claims_not_confirmed"]
     captions = captions_of(tmp_path, model)
     wrong = {number for number in range(1, COUNT, 2) if number in captions}
     assert len(wrong) == COUNT // 2 - lost and lost >= 1 and UNREPAIRABLE not in captions
@@ -163,7 +163,7 @@ def test_a_false_claim_is_taken_out_of_its_caption(tmp_path: Path, model: Model,
         assert set(details) <= {*truth_of(number)} and caption["precision"] == 1.0, caption
         assert caption["prompt_id"].startswith("repair/v1@" if number in wrong else "caption/v1@"), caption
         assert len(details) == (2 if number in wrong else 3)
-    kept = pq.read_table(tmp_path / "d/stages/verify/kept.parquet").to_pylist()
+    kept = pq.read_table(tmp_path / "d/steps/verify/kept.parquet").to_pylist()
     before = {model.ids[row["sample_id"]]: row["unrepaired_text"] for row in kept}
     assert {number for number, text in before.items() if text} == wrong
     assert all(row["word_count"] == len(row["clean_text"].split()) for row in kept)  # measured again
@@ -183,9 +183,9 @@ def test_what_a_person_wrote_is_checked_and_never_repaired(tmp_path: Path, model
     lines = [f"{name},A {' '.join(caption_of(number))} can be seen." for number, name in enumerate(names)]
     (tmp_path / "photos/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     options = ("--source", "folder:photos", "--out", "d", "--tasks", "none", "--verify", "claims", "--repair")
-    stages = generate(tmp_path, server, *options)["stages"]
+    steps = generate(tmp_path, server, *options)["steps"]
     assert model.asked["repair"] == 0 and model.asked["claims"] > 0
-    assert stages["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
+    assert steps["verify"]["rejected"] == {"claims_not_confirmed": COUNT // 2}
     assert {caption["prompt_id"] for caption in captions_of(tmp_path, model).values()} == {"human"}
 
 
@@ -199,8 +199,8 @@ def test_coverage_is_what_a_caption_tells_of_its_image(tmp_path: Path, model: Mo
     }
     assert len(captions) == COUNT
     (tmp_path / "synth.yaml").write_text("verify: {min_coverage: 0.9}\n")
-    stages = generate(tmp_path, server, "--config", "synth.yaml", *both)["stages"]
-    assert stages["verify"]["rejected"] == {"low_coverage": COUNT // 2}
+    steps = generate(tmp_path, server, "--config", "synth.yaml", *both)["steps"]
+    assert steps["verify"]["rejected"] == {"low_coverage": COUNT // 2}
     model.asked.clear()
     model.refutes_colors = True  # an answer that was refuted says nothing of a caption
     generate(tmp_path, server, *both[:-1], "covers,round_trip", "--out", "e")
@@ -233,9 +233,9 @@ def test_another_model_rates_each_text_and_its_server_gets_its_own_key(
     asked = len(judge.bodies)
     assert not generate(tmp_path, server, "--config", "key.yaml", *rated, **keys)["is_new"] and len(judge.bodies) == asked
     (tmp_path / "synth.yaml").write_text("verify: {min_rating: 3}\nserver: {key_env: MY_KEY}\n")
-    stages = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["stages"]
+    steps = generate(tmp_path, server, "--config", "synth.yaml", *rated, **keys)["steps"]
     red = sum(caption_of(number)[0] == "red" for number in range(COUNT))
-    assert stages["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
+    assert steps["verify"]["rejected"] == {"low_rating": red} and len(judge.bodies) == asked
 
 
 def test_a_judge_without_a_server_or_that_is_the_writer_is_refused_before_anything_is_asked(
@@ -263,5 +263,5 @@ def test_captions_are_compared_with_those_of_the_source(tmp_path: Path, model: M
     generate(tmp_path, server, *CAPTIONS, "--verify", "references")
     shares = {number: caption["shared_words"] for number, caption in captions_of(tmp_path, model).items()}
     assert len(shares) == COUNT and {n for n, share in shares.items() if share == 0} == {*range(0, COUNT, 3)}
-    stages = generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "references")["stages"]
-    assert stages["verify"]["rejected"] == {"unlike_source_captions": COUNT // 3}
+    steps = generate(tmp_path, server, "--config", "synth.yaml", *CAPTIONS, "--verify", "references")["steps"]
+    assert steps["verify"]["rejected"] == {"unlike_source_captions": COUNT // 3}

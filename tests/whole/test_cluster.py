@@ -162,14 +162,14 @@ def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(ma
     for step in distributed.manifest["funnel"]:
         assert step["input"] == step["kept"] + sum(step["rejected"].values())
     parts, before, flags = [], len(chat.bodies), flags_of(chat)
-    rows = pq.read_table(folder / "one" / "stages" / "split" / "kept.parquet").to_pylist()
+    rows = pq.read_table(folder / "one" / "steps" / "split" / "kept.parquet").to_pylist()
     sample_id, content = text_name(rows[0])
     reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
     (folder / "reviews.jsonl").write_text(reviews)
     for out in ("one", "many"):
         assert run_synth("report", out, cwd=folder).returncode == 0
         page = (folder / out / "report.html").read_text()
-        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"stage":"\w+"', page)))
+        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"step":"\w+"', page)))
         assert "lies in no folder here" not in page
         done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
         assert "review: 1 reviews apply" in done.stderr, done.stderr
@@ -262,7 +262,7 @@ def test_nodes_that_share_no_files_keep_all_in_an_object_store(
         assert synth("report", home).stdout.strip() == f"{dataset_folder(home)}/report.html"
         fetched, local = latest_version(tmp_path / dataset_folder(home)), latest_version(tmp_path / "one")
         assert fetched.manifest["digest"] == local.manifest["digest"] and rows_of(fetched) == rows_of(local)
-        sample_id, content = text_name(pq.read_table(tmp_path / "one" / "stages" / "split" / "kept.parquet").to_pylist()[0])
+        sample_id, content = text_name(pq.read_table(tmp_path / "one" / "steps" / "split" / "kept.parquet").to_pylist()[0])
         reviews = format_reviews([Review(sample_id=sample_id, content=content, verdict="bad", reason="unclear")])
         (tmp_path / "reviews.jsonl").write_text(reviews)
         for out in ("one", home):

@@ -28,8 +28,8 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "d"
 
 
-def read_kept(folder: Path, stage: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(folder / "stages" / stage / "kept.parquet").to_pylist()
+def read_kept(folder: Path, step: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "steps" / step / "kept.parquet").to_pylist()
     return rows
 
 
@@ -69,7 +69,7 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     done = run("generate", "--source", "folder:photos", "--exclude", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "source")}
-    rejected = pq.read_table(tmp_path / "d" / "stages" / "source" / "rejected.parquet").to_pylist()
+    rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [
         ("0-copy.jpg", "near_duplicate_image", samples["0.png"]),
         ("7.png", "banned_image", "folder"),

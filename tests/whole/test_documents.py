@@ -42,7 +42,7 @@ def test_frames_of_one_video_share_a_split_and_are_counted_before(tmp_path: Path
         result = generated(tmp_path, chat, *videos)
         again = generated(tmp_path, chat, *videos)
         excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
-    assert predicted["images"] == 48 and excluded["stages"]["source"]["rejected"]["banned_image"] == 4
+    assert predicted["images"] == 48 and excluded["steps"]["read"]["rejected"]["banned_image"] == 4
     assert (again["requests"]["asked"], again["is_new"]) == (0, False)
     loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
     splits: dict[str, set[str]] = {}
@@ -62,7 +62,7 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
         result = generated(tmp_path, chat, "--source", "pdf:talks")
         sent = [sum(part["type"] == "image_url" for part in body["messages"][-1]["content"]) for body in chat.bodies]
     assert sorted(sent) == [3, 3, 20]
-    assert result["stages"]["source"] == {"input": 4, "kept": 3, "rejected": {"unreadable_file": 1}}
+    assert result["steps"]["read"] == {"input": 4, "kept": 3, "rejected": {"unreadable_file": 1}}
     loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
     decks = {row["source_row"]: row["pages"] for rows in loaded.values() for row in rows}
     assert {name: len(pages) for name, pages in decks.items()} == {

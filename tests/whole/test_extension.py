@@ -1,4 +1,4 @@
-"""Extend a copy of the package as a contributor would: a stage and a source, each in two files."""
+"""Extend a copy of the package as a contributor would: a step and a source, each in two files."""
 
 import json
 import os
@@ -14,14 +14,14 @@ import pytest
 from tests.chat.server import Act, ChatServer, running_chat
 
 ROOT = Path(__file__).parents[2]
-STAGE = {
-    "pipeline/stages/quiet.py": '''
-"""Stage: quiet. Reject captions in capitals."""
+STEP = {
+    "pipeline/steps/quiet.py": '''
+"""Step: quiet. Reject captions in capitals."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.stages.base import RunPlan, Stage
+from pipeline.steps.base import RunPlan, Step
 
 
 def judge_capitals(table: pa.Table, _: RunPlan) -> pa.Table:
@@ -30,11 +30,11 @@ def judge_capitals(table: pa.Table, _: RunPlan) -> pa.Table:
     return table.append_column("reason", pc.if_else(is_loud, "in_capitals", None))
 
 
-STAGE = Stage("quiet", judge_capitals)
+STEP = Step("quiet", judge_capitals)
 ''',
     "pipeline/run.py": [
         ("import balance, dedupe, review", "import balance, dedupe, quiet, review"),
-        ("    verify.STAGE,", "    quiet.STAGE,\n    verify.STAGE,"),
+        ("    verify.STEP,", "    quiet.STEP,\n    verify.STEP,"),
     ],
 }
 SOURCE = {
@@ -118,17 +118,17 @@ def extend(package: Path, files: dict[str, Any]) -> None:
         path.write_text(text.lstrip("\n"), encoding="utf-8")
 
 
-def test_stage_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
-    extend(package, STAGE | SOURCE)
+def test_step_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
+    extend(package, STEP | SOURCE)
     command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
     command += ["--tasks", "caption", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "data" / "versions" / "v1.0.0"
-    funnel = {stage["stage"]: stage for stage in json.loads((version / "manifest.json").read_text())["funnel"]}
-    stages = ["validate", "filter", "quiet", "verify", "dedupe", "balance", "split", "review"]
-    assert list(funnel) == ["source", "generate", *stages, "version"]
+    funnel = {step["step"]: step for step in json.loads((version / "manifest.json").read_text())["funnel"]}
+    steps = ["validate", "filter", "quiet", "verify", "dedupe", "balance", "split", "review"]
+    assert list(funnel) == ["read", "ask", *steps, "write"]
     assert funnel["quiet"]["rejected"] == {"in_capitals": 20}
     rows = [row for file in version.rglob("t*-*.parquet") for row in pq.read_table(file).to_pylist()]
     assert {row["source"] for row in rows} == {"stripes"}

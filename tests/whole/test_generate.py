@@ -44,14 +44,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: tuple[Path, dict[str, str]]) -> None:
     folder, printed = whole
     version = DatasetDir(folder).version()
-    funnel = {step["stage"]: step for step in version.manifest["funnel"]}
+    funnel = {step["step"]: step for step in version.manifest["funnel"]}
     assert list(funnel) == [step.name for step in STEPS if step.name not in ("select", "trim")]
     for step in funnel.values():
         assert step["kept"] + sum(step["rejected"].values()) == step["input"]
-    assert funnel["source"]["input"] == SCENES
-    assert funnel["generate"]["kept"] == SCENES * 3
+    assert funnel["read"]["input"] == SCENES
+    assert funnel["ask"]["kept"] == SCENES * 3
     assert funnel["validate"]["kept"] == funnel["dedupe"]["input"]
-    assert sum(version.manifest["rows"].values()) == funnel["version"]["kept"]
+    assert sum(version.manifest["rows"].values()) == funnel["write"]["kept"]
     cost = read_json(DatasetDir(folder).cost)
     with Journal(DatasetDir(folder).journal) as journal:
         assert cost == journal.totals() | {"timed": cost["asked"], "seconds": cost["seconds"]}

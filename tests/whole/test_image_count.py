@@ -49,7 +49,7 @@ def run(folder: Path, chat: ChatServer, **more: Any) -> tuple[RunResult, list[st
 
 
 def step(version: Version, name: str) -> dict[str, Any]:
-    return next(step for step in version.manifest["funnel"] if step["stage"] == name)
+    return next(step for step in version.manifest["funnel"] if step["step"] == name)
 
 
 def ids_of(version: Version) -> set[str]:
@@ -61,7 +61,7 @@ def test_it_is_read_on_until_so_many_are_kept_and_none_is_asked_twice(tmp_path: 
         result, notes = run(tmp_path, chat, images=50)
         version = result.version
         assert version.num_rows == 50
-        read = step(version, "source")["kept"]
+        read = step(version, "read")["kept"]
         assert 60 < read < 100 and len(chat.bodies) == result.stats.asked == result.stats.total == read
         assert max(chat.times.values()) == 1
         assert any("of 50 images are kept of 50 that were read: reading on, to image" in text for text in notes)

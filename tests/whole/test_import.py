@@ -97,8 +97,8 @@ def rows_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def test_captions_and_questions_of_people_become_a_version_and_a_captioner_without_a_model(photos: Path) -> None:
     result = made(photos, "generate", "--no-model", "--captions", "vqa.jsonl")
     assert result["requests"] == {"asked": 0, "total": 0, "flaws": {}}
-    assert result["stages"]["validate"]["input"] == 3 * COUNT // 2
-    assert result["stages"]["version"]["rejected"] == {"no_annotation_left": COUNT // 2}
+    assert result["steps"]["validate"]["input"] == 3 * COUNT // 2
+    assert result["steps"]["write"]["rejected"] == {"no_annotation_left": COUNT // 2}
     rows = rows_of(photos, result)
     assert [*rows] and {int(name[:2]) % 2 for name in rows} == {0} and len(rows) == COUNT // 2
     texts = [caption["text"] for caption in rows["02.png"]["captions"]]
@@ -135,7 +135,7 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
     without = {row["sample_id"] for name, row in rows.items() if int(name[:2]) % 2}
     assert len(without) == COUNT // 2
     assert model.images == {"caption": without, "qa": without} and model.asked == {"caption": COUNT // 2, "qa": COUNT // 2}
-    assert result["stages"]["generate"]["kept"] == COUNT
+    assert result["steps"]["ask"]["kept"] == COUNT
     for name, row in rows.items():
         by_people = {one["prompt_id"] for one in (*row["captions"], *row["qa"])} == {"human"}
         assert by_people == (int(name[:2]) % 2 == 0)
@@ -162,7 +162,7 @@ def test_only_captions_or_questions_that_people_left_out_are_asked(photos: Path,
     lines = [{"file_name": f"{number:02}.png", "captions": [caption_of(number), "Bowl."]} for number in range(COUNT)]
     (photos / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     result = made(photos, "generate", *options, "--tasks", "caption", "--out", "all", captions="all.jsonl")
-    assert model.asked["caption"] == COUNT and result["stages"]["filter"]["rejected"] == {"too_short": COUNT}
+    assert model.asked["caption"] == COUNT and result["steps"]["filter"]["rejected"] == {"too_short": COUNT}
     assert not [text for text in result["warnings"] if "none of the captions" in text]
 
 
@@ -170,7 +170,7 @@ def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(pho
     (photos / "one.jsonl").write_text(json.dumps({"file_name": "03.png", "caption": caption_of(0)}))
     options = ("--base-url", server.url, "--styles", "plain", "--tasks", "caption", "--keep-human")
     result = made(photos, "generate", *options, captions="one.jsonl")
-    assert result["stages"]["dedupe"]["rejected"]["duplicate"] == 1
+    assert result["steps"]["dedupe"]["rejected"]["duplicate"] == 1
     (kept,) = rows_of(photos, result)["03.png"]["captions"]
     assert (kept["text"], kept["prompt_id"]) == (caption_of(0), "human")
 
@@ -204,12 +204,12 @@ def test_questions_of_a_table_keep_their_answers_and_decks_their_questions(photo
     pq.write_table(pa.Table.from_pylist(decks), photos / "decks.parquet")
     columns = ("generate", "--no-model", "--json", "--columns", "question=q,answer=a")
     done = json.loads(synth(photos, *columns, "--source", "parquet:t.parquet", "--out", "t").stdout)
-    assert done["stages"]["source"]["rejected"] == {"unpaired_answers": 1}
+    assert done["steps"]["read"]["rejected"] == {"unpaired_answers": 1}
     pairs = sorted((one["question"], one["answer"]) for row in rows_of(photos, done).values() for one in row["qa"])
     assert pairs == [("how many are there?", "two"), ("is it red?", "yes"), ("where is it?", "here")]
     columns = (*columns[:-1], f"{columns[-1]},pages=pages")
     done = json.loads(synth(photos, *columns, "--source", "parquet:decks.parquet", "--out", "k").stdout)
-    assert done["stages"]["validate"] == {"input": 3, "kept": 3, "rejected": {}}
+    assert done["steps"]["validate"] == {"input": 3, "kept": 3, "rejected": {}}
 
 
 def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> None:
@@ -232,6 +232,6 @@ def test_a_table_with_a_row_for_each_question_keeps_them_all(photos: Path) -> No
         found = [*rows_of(photos, done).values()]
         assert sorted(len(row["qa"]) for row in found) == [1, 2]
         assert [row["references"] for row in found] == [["A bowl stands on a table."]] * 2
-        assert done["stages"]["source"]["rejected"] == {"duplicate_image": 2}
+        assert done["steps"]["read"]["rejected"] == {"duplicate_image": 2}
     digests = {json.loads(path.read_text())["digest"] for path in photos.glob("t*/versions/v1.0.0/manifest.json")}
     assert len(digests) == 1

@@ -75,7 +75,7 @@ def test_a_forgotten_language_is_a_warning_that_names_the_option(tmp_path: Path)
         assert "warning: filter rejected 5 of 6 annotations, 5 for other language: say which language" in done.stderr
         assert "--language" in done.stderr
         made = json.loads(run(tmp_path, f"{command} --language de").stdout)
-    assert made["stages"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
+    assert made["steps"]["filter"] == {"input": 6, "kept": 5, "rejected": {"other_language": 1}}
     assert "- de" in (tmp_path / made["path"] / "README.md").read_text()
 
 

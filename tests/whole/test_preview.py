@@ -103,12 +103,12 @@ def test_a_dry_run_counts_verify_retries_losses_and_money(photos: Path, server: 
     made = json.loads(run(photos, *command, "--json").stdout)
     assert len(server.bodies) == asked
     assert made["requests"]["asked"] == 0
-    kept = made["stages"]
+    kept = made["steps"]
     assert (predicted["annotations"], predicted["kept_annotations"]) == (kept["validate"]["input"], kept["review"]["kept"])
-    assert predicted["kept_images"] == kept["version"]["kept"]
+    assert predicted["kept_images"] == kept["write"]["kept"]
     again = json.loads(run(photos, *command, "--dry-run", "--json").stdout)
     assert (again["asked"], again["remaining_images"], again["cost"]) == (0, 0, 0)
-    assert again["kept_images"] == kept["version"]["kept"]
+    assert again["kept_images"] == kept["write"]["kept"]
 
 
 def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Path, server: ChatServer) -> None:
@@ -120,13 +120,13 @@ def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Pat
     assert "next: synth report data/folder-photos" in done.stderr
     result = json.loads(done.stdout)
     rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
-    assert result["stages"]["source"] == {"input": 14, "kept": 12, "rejected": rejected}
-    assert "source: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics" in done.stderr
+    assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
+    assert "read: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics" in done.stderr
     assert result["requests"]["total"] == 12
     assert "Images that look alike" in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}
-    source = photos / "data/folder-photos/stages/source"
+    source = photos / "data/folder-photos/steps/read"
     assert similar <= {path.name for path in source.iterdir()}
     kept = json.loads(run(photos, *command, "--config", "none.yaml").stdout)
-    assert kept["stages"]["source"]["kept"] == 13
+    assert kept["steps"]["read"]["kept"] == 13
     assert not similar & {path.name for path in source.iterdir()}

@@ -17,7 +17,7 @@ def write_reviews(synth: Run, tmp_path: Path) -> Callable[..., Path]:
     """Generate a dataset of six scenes; return a function that writes reviews from (kind of text, verdict, fields)."""
     done = synth("generate", "--source", "scenes", "--limit", "6", "--out", "d")
     assert done.returncode == 0, done.stderr
-    rows = pq.read_table(DatasetDir(tmp_path / "d").stage("split")).to_pylist()
+    rows = pq.read_table(DatasetDir(tmp_path / "d").step_file("split")).to_pylist()
 
     def write(*specs: tuple[str, str, dict[str, Any]]) -> Path:
         reviews = []
@@ -51,7 +51,7 @@ def test_invalid_reviews_are_reported_and_change_nothing(
 def test_marks_that_leave_nothing_are_refused_and_forgotten(synth: Run, tmp_path: Path) -> None:
     assert synth("generate", "--source", "scenes", "--limit", "4", "--out", "d").returncode == 0
     folder = DatasetDir(tmp_path / "d")
-    names = [text_name(row) for row in pq.read_table(folder.stage("split")).to_pylist()]
+    names = [text_name(row) for row in pq.read_table(folder.step_file("split")).to_pylist()]
 
     def bad(texts: list[tuple[str, str]]) -> str:
         reviews = [Review(sample_id=sample_id, content=content, verdict="bad", reason="other") for sample_id, content in texts]
@@ -77,7 +77,7 @@ def test_review_waits_while_its_text_is_not_there_or_another_text_has_its_words(
     folder = DatasetDir(tmp_path / "d")
     assert "too easy" in folder.reviews.read_text()
     review = next(review for review in read_reviews(folder.reviews) if review.reason == "unclear")
-    rows = pq.read_table(folder.stage("split")).to_pylist()
+    rows = pq.read_table(folder.step_file("split")).to_pylist()
     other = next(
         row for row in rows
         if row["sample_id"] == review.sample_id and row["task"] == "caption" and text_name(row) != review.name

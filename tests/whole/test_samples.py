@@ -28,8 +28,8 @@ def generate(folder: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-def counts(version: Version, stage: str) -> dict[str, Any]:
-    return next((step for step in version.manifest["funnel"] if step["stage"] == stage), {})
+def counts(version: Version, step: str) -> dict[str, Any]:
+    return next((step for step in version.manifest["funnel"] if step["step"] == step), {})
 
 
 def captions(version: Version) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def test_another_measure_asks_nothing_and_one_caption_is_as_before(
     alone = generate(folder)
     first, last = read_version(folder / "d/versions/v1.0.0"), read_version(folder / alone["path"])
     assert (alone["requests"]["asked"], last.manifest["digest"]) == (0, first.manifest["digest"])
-    assert not counts(last, "select") and not (folder / "d/stages/select").exists()
+    assert not counts(last, "select") and not (folder / "d/steps/select").exists()
     refused = run_synth("export", "--data", alone["path"], "--format", "dpo", cwd=folder)
     assert refused.returncode == 1 and "--samples 4 --pairs" in refused.stderr
 

@@ -29,8 +29,8 @@ def test_a_strict_server_answers_all_and_is_asked_nothing_twice(photos: Path) ->
     with running_chat(chat):
         done = generate(photos, chat, "--model", "model", "--json")
         assert done.returncode == 0, done.stderr
-        stages = json.loads(done.stdout)["stages"]
-        assert stages["generate"]["kept"] == 60 and "temperature" in done.stderr
+        steps = json.loads(done.stdout)["steps"]
+        assert steps["ask"]["kept"] == 60 and "temperature" in done.stderr
         asked = len(chat.bodies)
         assert generate(photos, chat, "--model", "model").returncode == 0 and len(chat.bodies) == asked == 60
     assert chat.authorizations == {"Bearer secret"}

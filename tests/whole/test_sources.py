@@ -84,7 +84,7 @@ def test_flickr30k_with_no_other_flag_is_described_by_the_large_model_of_that_na
         if name.endswith(".parquet"):
             table = pq.read_table(hub.hub.storage.path(file.sha256))
             assert "image" not in table.column_names
-            assert {"sample_id", "stage" if name == REJECTIONS_FILE else "captions"} <= set(table.column_names)
+            assert {"sample_id", "step" if name == REJECTIONS_FILE else "captions"} <= set(table.column_names)
     repeated = synth(hub, tmp_path, "push", "--repo", "me/flickr")
     assert "nothing to do" in repeated.stderr
 

@@ -62,7 +62,7 @@ def generate(folder: Path, *arguments: str, scenes: int = SCENES) -> list[str]:
 
 
 def annotations(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(DatasetDir(folder).stage("validate")).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(DatasetDir(folder).step_file("validate")).to_pylist()
     return rows
 
 
@@ -72,7 +72,7 @@ def accuracy(folder: Path) -> dict[str, float]:
 
 
 def funnel_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {step["stage"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
+    return {step["step"]: step for step in DatasetDir(folder).version().manifest["funnel"]}
 
 
 def replies(folder: Path) -> int:
@@ -129,7 +129,7 @@ def test_a_server_that_runs_already_says_what_the_engine_in_this_process_says(
     assert done.returncode == 0, done.stderr
     assert DatasetDir(folder).version().manifest["model"]["revision"] == weights_revision(TINY_WEIGHTS)
     funnel = funnel_of(folder)
-    assert funnel["generate"]["kept"] == SCENES * 3
+    assert funnel["ask"]["kept"] == SCENES * 3
     assert funnel["validate"]["rejected"] == {}
     local, remote = accuracy(embedded), accuracy(folder)
     assert all(remote[name] > local[name] - 0.1 for name in local), (local, remote)
@@ -195,7 +195,7 @@ def test_a_run_ends_with_its_server_and_survives_its_death(tmp_path: Path) -> No
     assert ("vLLM died" in log) == LONG
     assert KEY not in log + stdout + (folder / "vllm.log").read_text()
     funnel = funnel_of(folder)
-    assert funnel["generate"]["kept"] == scenes * 3
+    assert funnel["ask"]["kept"] == scenes * 3
     assert sum(DatasetDir(folder).version().manifest["rows"].values()) == scenes
     assert not any(map(is_alive, family))
     assert not media.exists() and not [path for path in temporary.rglob("*") if path.is_socket()]

@@ -37,8 +37,8 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.sources import files_of_source, is_divisible
 from pipeline.sources.exclusions import open_exclusions, write_exclusions
 from pipeline.sources.read import READ_SETTINGS, describe_source, forget_near_duplicates, forget_reading
-from pipeline.stages.base import Executor, RowStep, Services
-from pipeline.stages.version import WrittenRows
+from pipeline.steps.base import Executor, RowStep, Services
+from pipeline.steps.write import WrittenRows
 from pipeline.storage.files import read_json, remove, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote, upload_folder
 from pipeline.types import Engine
@@ -49,7 +49,7 @@ ShardWork = Callable[[DatasetDir, Services], None]
 
 
 class RayExecutor(Executor):
-    """Applies functions to shards on the workers of a cluster; stages.base.Executor.
+    """Applies functions to shards on the workers of a cluster; steps.base.Executor.
 
     Functions that are to be applied to `each` shard are gathered, and applied together, shard by shard: those that ask a model
     run where one is loaded.
@@ -85,10 +85,10 @@ class RayExecutor(Executor):
             map_on_cluster(
                 run.readers,
                 partial(_read_slice, run),
-                report=lambda done: self._progress("source", done, run.readers),
+                report=lambda done: self._progress("read", done, run.readers),
             )
         has_more = _had_more(run)
-        record(dataset, "source", run.inputs, source=self._source | ({"preview": True} if has_more else {}))
+        record(dataset, "read", run.inputs, source=self._source | ({"preview": True} if has_more else {}))
         return has_more
 
     def each(self, work: ShardWork, *, asks: bool = False) -> None:
@@ -127,7 +127,7 @@ class RayExecutor(Executor):
             run.shard_count,
             ShardWorker(run, works),
             self._workers,
-            lambda done: progress("generate", done, run.shard_count, {"unit": "shards"}),
+            lambda done: progress("ask", done, run.shard_count, {"unit": "shards"}),
         )
         cost = sum_fill_results(results, self._stats)
         if cost:
@@ -261,11 +261,11 @@ def _name_of(work: Callable[..., Any]) -> str:
     return "-".join([getattr(work, "func", work).__name__, *steps])
 
 
-def _forget_local_run(dataset: DatasetDir, stages: Sequence[str]) -> None:
-    """Remove the stage files of an earlier run in one process; its journal is only read."""
-    for name in stages:
+def _forget_local_run(dataset: DatasetDir, steps: Sequence[str]) -> None:
+    """Remove the step files of an earlier run in one process; its journal is only read."""
+    for name in steps:
         for which in OUTPUTS:
-            dataset.stage(name, which).unlink(missing_ok=True)
+            dataset.step_file(name, which).unlink(missing_ok=True)
     forget_near_duplicates(dataset)
     forget_reading(dataset)
     if dataset.journal.exists() and not is_remote(dataset.path):
@@ -283,7 +283,7 @@ def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
     """Return the key of the step read: a digest of everything that decides which samples the shards hold."""
     config = run.config
     settings = config.model_dump(mode="json", include={*READ_SETTINGS, "limit", "columns", "human_texts"})
-    exclusions = file_digest(run.plan.dataset.stage("source", "exclusions"))
+    exclusions = file_digest(run.plan.dataset.step_file("read", "exclusions"))
     return digest([installed_version(), settings, source, files_of_source(config), exclusions, run.shard_count])
 
 

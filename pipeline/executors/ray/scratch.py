@@ -58,12 +58,12 @@ def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
 
 def forget_scratch(shard: DatasetDir) -> None:
     """Remove the files of a filled shard from this node, except the lock, which other processes may wait for."""
-    for folder in (shard.journal.parent, shard.path / "stages", shard.path / FOLDER):
+    for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
         remove(folder)
 
 
-def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the stage files and new images of a shard, and return the name of the folder of its stages in
+def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
+    """Upload the step files and new images of a shard, and return the name of the folder of its steps in
     the store.
 
     The name is new: an abandoned worker that still runs cannot write into the folder.
@@ -71,7 +71,7 @@ def upload_stages(run: ShardedRun, index: int, shard: DatasetDir) -> str:
     name = f"{index:05d}/{uuid4().hex[:8]}"
     ids = (name for batch in read_samples(shard, ["sample_id"]) for name in batch["sample_id"].to_pylist())
     ImageStore(run.root / "shards" / f"{index:05d}").add_from(ImageStore(shard.path), ids)
-    upload_folder(shard.path / "stages", run.root / "shards" / name / "stages")
+    upload_folder(shard.path / "steps", run.root / "shards" / name / "steps")
     return name
 
 

@@ -32,7 +32,7 @@ _KNOWN_FILES = set[str]()  # digests of named files that this process has checke
 
 @dataclass(frozen=True, slots=True)
 class ShardedRun:
-    """A run over shards. Each shard is a dataset folder of its own, with its samples, its journal and its stages.
+    """A run over shards. Each shard is a dataset folder of its own, with its samples, its journal and its steps.
 
     The first digits of a sample's id decide its shard: ids are digests, so shards have nearly equal sizes; shards in order
     hold ids in order. All workers see the dataset folder: it lies on a shared file system or in an object store.

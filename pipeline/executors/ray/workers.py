@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.dataset.records import is_done, read_record, record
 from pipeline.errors import EngineError, SourceError, SynthError
-from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_stages
+from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_steps
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
 from pipeline.images.isolation import limit_workers
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
@@ -28,7 +28,7 @@ from pipeline.sources import open_source
 from pipeline.sources.duplicates import BATCH_BYTES
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.sources.read import count_passing, is_worth_another_try, write_source
-from pipeline.stages.base import Services, require_stage
+from pipeline.steps.base import Services, count_rows
 from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
@@ -112,12 +112,12 @@ def _has_next(rows: Iterator[Sample | Rejected]) -> bool:
 
 def is_read(run: ShardedRun, index: int) -> bool:
     """Return whether a shard has the samples of these inputs."""
-    return not run.tries_again and is_done(run.shard(index), "source", run.inputs)
+    return not run.tries_again and is_done(run.shard(index), "read", run.inputs)
 
 
 def is_to_be_tried_again(run: ShardedRun) -> bool:
     """Return whether a shard was read from the same inputs with rows that failed, and that are worth another try."""
-    records = (read_record(run.shard(index), "source") for index in range(run.shard_count))
+    records = (read_record(run.shard(index), "read") for index in range(run.shard_count))
     return any(is_worth_another_try(one["may_pass"], one["may_pass_before"]) for one in records if one.get("key") == run.inputs)
 
 
@@ -154,7 +154,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             return FillResult(**filled["result"])
         with scratch_shard(run, index) as shard:
             result = self._fill(index, shard)
-            result = replace(result, folder=upload_stages(run, index, shard))
+            result = replace(result, folder=upload_steps(run, index, shard))
         is_complete = not any(result.flaws.get(reason) for reason in UNANSWERED)  # else the same command asks again
         known = {"folder": result.folder, "total": result.total, "cost": result.cost}
         about = {"key": run.fill_key if is_complete else "", "folder": result.folder, "result": known}
@@ -188,12 +188,12 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         run = self.run
         if is_read(run, index):
             return
-        before = read_record(run.shard(index), "source")
+        before = read_record(run.shard(index), "read")
         failed_before = before["may_pass"] if before.get("key") == run.inputs else None
         write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
-        kept, rejected = require_stage(shard, "source")
+        kept, rejected = count_rows(shard, "read")
         tries: dict[str, Any] = {"may_pass": count_passing(shard), "may_pass_before": failed_before}
-        record(shard, "source", run.inputs, kept=kept, rejected=rejected, **tries)
+        record(shard, "read", run.inputs, kept=kept, rejected=rejected, **tries)
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
         """Yield the source rows of a shard."""

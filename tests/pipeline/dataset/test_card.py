@@ -27,7 +27,7 @@ MANIFEST: dict[str, Any] = {
     "files": {"train-00000.parquet": {"bytes": 900}, "validation-00000.parquet": {"bytes": 100}},
     "measured": {},
     "rows": {"train": 8, "validation": 1, "test": 0},
-    "funnel": [{"stage": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}],
+    "funnel": [{"step": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}],
 }
 
 

@@ -206,14 +206,14 @@ def stop(*_: object, **__: object) -> None:
 def test_killed_run_leaves_all_images_that_it_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each step from the listing to the version."""
     folder = tmp_path / "d"
-    for target in ("stages.base.judge_stage", "stages.version.write_rows", "dataset.publishing.publish"):
+    for target in ("steps.base.judge_shard", "steps.version.write_rows", "dataset.publishing.publish"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"pipeline.{target}", stop)
             generate_dataset(settings(photos), folder)
         assert not DatasetDir(folder).versions()
     notes = Notes()
     version = generate_dataset(settings(photos), folder, progress=notes).version
-    assert "source: 12 images were read by an earlier run, and are not read again" in notes.texts
+    assert "read: 12 images were read by an earlier run, and are not read again" in notes.texts
     assert version.name == "v1.0.0" and find_damage(version) == []
 
 

@@ -96,12 +96,12 @@ def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: Datase
     for folder in leftovers:
         folder.mkdir()
         (folder / "train-00000.parquet").write_bytes(bytes(100))
-    stage = dataset.path / "stages" / "filter"
-    stage.mkdir(parents=True)
-    leftovers += [stage / ".kept.parquet.tmp", dataset.path / "versions" / "v1.0.0" / ".train-00000.parquet.tmp"]
+    step = dataset.path / "steps" / "filter"
+    step.mkdir(parents=True)
+    leftovers += [step / ".kept.parquet.tmp", dataset.path / "versions" / "v1.0.0" / ".train-00000.parquet.tmp"]
     for file in leftovers[2:]:
         file.write_bytes(bytes(10))
-    (stage / "kept.parquet").write_bytes(bytes(10))
+    (step / "kept.parquet").write_bytes(bytes(10))
     (dataset.path / "versions" / "notes").mkdir()
     (dataset.path / "versions" / "notes" / "mine.txt").write_text("mine")
     leftovers_there = list(find_leftovers(dataset))
@@ -110,7 +110,7 @@ def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: Datase
     remove_leftovers(leftovers_there)
     assert list(find_leftovers(dataset)) == []
     assert (dataset.path / "versions" / "notes" / "mine.txt").exists()
-    assert (stage / "kept.parquet").exists()
+    assert (step / "kept.parquet").exists()
     assert len(dataset.versions()) == 3
 
 
@@ -127,11 +127,11 @@ def test_links_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_pa
 
 
 def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_path: Path) -> None:
-    outside = tmp_path.parent / f"{tmp_path.name}-stages"
+    outside = tmp_path.parent / f"{tmp_path.name}-steps"
     outside.mkdir()
     (outside / ".mine.tmp").write_text("mine")
-    (dataset.path / "stages").mkdir()
-    (dataset.path / "stages" / "filter").symlink_to(outside)
+    (dataset.path / "steps").mkdir()
+    (dataset.path / "steps" / "filter").symlink_to(outside)
     (dataset.path / "own").mkdir()
     (dataset.path / "own" / ".mine.tmp").write_text("mine")
     assert list(find_leftovers(dataset)) == []

@@ -1,4 +1,4 @@
-"""Stages over shards: rows are kept or rejected for the same reasons, however they are sharded."""
+"""Steps over shards: rows are kept or rejected for the same reasons, however they are sharded."""
 
 import hashlib
 import json
@@ -22,16 +22,16 @@ from pipeline.images.near_duplicates import COMPARED_COLUMNS
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.run import steps_of
-from pipeline.stages import balance
-from pipeline.stages import filter as filter_
-from pipeline.stages.base import RowStep, Work
-from pipeline.stages.filter import judge_texts
-from pipeline.stages.validate import validate_annotations
+from pipeline.steps import balance
+from pipeline.steps import filter as filter_
+from pipeline.steps.base import RowStep, Work
+from pipeline.steps.filter import judge_texts
+from pipeline.steps.validate import validate_annotations
 from pipeline.storage.files import read_table, write_table, write_text
 from pipeline.tables import ANNOTATION, CHECK, SAMPLE
 from pipeline.text.wordnet import names
 from tests.hostile import LONG
-from tests.stage_runs import ShardList, plan_of, with_results
+from tests.step_runs import ShardList, plan_of, with_results
 
 THINGS = ("ring", "lizard", "star", "cat", "statue", "bottle", "lamp", "table")
 COLORS = ("red", "blue", "green")
@@ -121,7 +121,7 @@ def checked(table: pa.Table, plan: Plan) -> pa.Table:
 
 
 class World:
-    """Rows sharded by sample id, before the stages that compare rows."""
+    """Rows sharded by sample id, before the steps that compare rows."""
 
     def __init__(self, home: Path, seed: int, shards: int, count: int = 120) -> None:
         rng = random.Random(seed)
@@ -135,8 +135,8 @@ class World:
             of_shard = {row["sample_id"] for row in rows if int(row["sample_id"][:8], 16) * shards >> 32 == n}
             sample_table = pa.Table.from_pylist([row for row in rows if row["sample_id"] in of_shard], schema=COMPARED_SCHEMA)
             texts = table.filter(pc.is_in(table["sample_id"], pa.array(sorted(of_shard), pa.string())))
-            write_table(shard.stage("source"), [sample_table], sample_table.schema)
-            write_table(shard.stage("filter"), [texts], texts.schema)
+            write_table(shard.step_file("read"), [sample_table], sample_table.schema)
+            write_table(shard.step_file("filter"), [texts], texts.schema)
             for name in ("source", "filter"):
                 record(shard, name, "key")
 
@@ -146,16 +146,16 @@ class World:
             step.run(Work(self.plan, ShardList(self.shards), NullProgress(), None), before)
             before = step.name
 
-    def rows(self, stage: str, which: str) -> list[dict[str, Any]]:
-        rows = [row for shard in self.shards for row in read_table(shard.stage(stage, which)).to_pylist()]
+    def rows(self, step: str, which: str) -> list[dict[str, Any]]:
+        rows = [row for shard in self.shards for row in read_table(shard.step_file(step, which)).to_pylist()]
         return sorted(rows, key=lambda row: str(row["annotation_id"]))
 
     def outcome(self) -> dict[str, list[Any]]:
-        """Return the outcome by annotation id: its stage, and the columns that explain it."""
+        """Return the outcome by annotation id: its step, and the columns that explain it."""
         outcomes: dict[str, list[Any]] = {}
-        for stage in COMPARING:
-            for row in self.rows(stage.name, "rejected"):
-                outcomes[row["annotation_id"]] = [stage.name, *(row.get(name) for name in OF_REJECTED)]
+        for step in COMPARING:
+            for row in self.rows(step.name, "rejected"):
+                outcomes[row["annotation_id"]] = [step.name, *(row.get(name) for name in OF_REJECTED)]
         for row in self.rows("review", "kept"):
             outcomes[row["annotation_id"]] = ["kept", *(row[name] for name in OF_KEPT)]
         return outcomes
@@ -202,4 +202,4 @@ def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     for world in worlds:
         world.compare()
     assert worlds[0].outcome() == worlds[1].outcome()
-    assert any(not read_table(shard.stage("review")).num_rows for shard in worlds[1].shards)
+    assert any(not read_table(shard.step_file("review")).num_rows for shard in worlds[1].shards)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import StoreError
 from pipeline.executors.messages import (
     describe_empty_splits,
@@ -75,9 +75,9 @@ def test_splits_without_an_image_are_told_where_there_are_enough_images_for_each
 
 def test_rows_about_an_image_that_is_there_are_no_losses() -> None:
     """Tables have a row for each caption: their texts are added to the image."""
-    repeated = StageSummary("source", "images", 134, 20, {"duplicate_image": 114})
+    repeated = StepSummary("source", "images", 134, 20, {"duplicate_image": 114})
     assert not list(describe_losses(STEPS, [repeated]))
-    damaged = StageSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
+    damaged = StepSummary("source", "images", 134, 4, {"duplicate_image": 114, "unreadable_image": 16})
     (text,) = describe_losses(STEPS, [damaged])
     assert text.startswith("source rejected 16 of 20 images, 16 for unreadable image")
 

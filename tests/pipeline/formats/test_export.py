@@ -275,7 +275,7 @@ def test_a_table_has_a_line_for_each_caption(version: Version, tmp_path: Path) -
 @pytest.mark.parametrize("kind", FORMATS)
 def test_interrupted_export_leaves_nothing_and_the_next_one_is_whole(version: Version, kind: str, tmp_path: Path) -> None:
     class Stop(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
+        def __call__(self, step: str, done: int, total: int | None, metrics: Any = None) -> None:
             if done == 7:
                 raise KeyboardInterrupt
 
@@ -524,7 +524,7 @@ def test_two_exports_to_one_folder_do_not_meet(version: Version, tmp_path: Path)
     class Second(NullProgress):
         refused = ""
 
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
             if not self.refused:
                 with pytest.raises(ConfigError, match="another process exports to") as caught:
                     export_version(version, "webdataset", out)

@@ -15,13 +15,13 @@ from pipeline.report.figures import (
     distributions_of,
     funnel_of,
     images_of,
-    stages_match,
+    steps_match,
 )
 from pipeline.tables import SAMPLE_IMAGES
 
 
-def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
-    path = folder / "stages" / stage / f"{which}.parquet"
+def write_step(folder: Path, step: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
+    path = folder / "steps" / step / f"{which}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([pa.field(name, pa.string()) for name in blank])
     pq.write_table(pa.Table.from_pylist([blank | row for row in rows], schema=schema), path)
@@ -29,7 +29,7 @@ def write_stage(folder: Path, stage: str, which: str, rows: list[dict[str, Any]]
 
 def test_a_funnel_that_loses_something_does_not_add_up() -> None:
     def step(**numbers: Any) -> dict[str, Any]:
-        return {"stage": "x", "unit": "annotations", "rejected": {}} | numbers
+        return {"step": "x", "unit": "annotations", "rejected": {}} | numbers
 
     good = [step(input=9, kept=7, rejected={"a": 2}), step(input=7, kept=7)]
     lost_within = [step(input=9, kept=7, rejected={"a": 1})]
@@ -45,8 +45,8 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
     kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
-    write_stage(tmp_path, "balance", "kept", kept, blank)
-    write_stage(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
+    write_step(tmp_path, "balance", "kept", kept, blank)
+    write_step(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
     lengths, answers, words = distributions_of(tmp_path)
     assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
     assert (answers["title"], answers["rows"], answers["top"]) == ("Answers to is it …", [("yes", 2, 1), ("no", 1, 1)], 2)
@@ -57,8 +57,8 @@ def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Pa
     monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 1000)
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     captions = [{"clean_text": "a red cat" if number % 3 == 0 else "two dogs"} for number in range(2400)]
-    write_stage(tmp_path, "balance", "kept", captions, blank)
-    write_stage(tmp_path, "balance", "rejected", captions[:600], blank)
+    write_step(tmp_path, "balance", "kept", captions, blank)
+    write_step(tmp_path, "balance", "rejected", captions[:600], blank)
     lengths, words = distributions_of(tmp_path)
     ((_, before, after),) = lengths["rows"]
     assert 900 < before < 1100 and 720 < after < 880  # one in three of 3,000, and of 2,400
@@ -87,8 +87,8 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
         ),
         caption(6, "d", "a street", reason="caption_of_many_images"),
     ]
-    write_stage(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
-    write_stage(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
+    write_step(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
+    write_step(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
     members = {
         title: [[(m["id"], m["kept"]) for m in cluster["members"]] for cluster in clusters["shown"]]
         for title, clusters in clusters_of(tmp_path).items()
@@ -100,23 +100,23 @@ def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: 
     }
 
 
-def test_stages_of_another_run_are_recognized_by_their_row_counts(tmp_path: Path) -> None:
+def test_steps_of_another_run_are_recognized_by_their_row_counts(tmp_path: Path) -> None:
     def manifest(**kept: int) -> dict[str, Any]:
-        return {"funnel": [{"stage": stage, "unit": "annotations", "kept": count} for stage, count in kept.items()]}
+        return {"funnel": [{"step": step, "unit": "annotations", "kept": count} for step, count in kept.items()]}
 
-    write_stage(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], OF_DEDUPE)
-    assert stages_match(tmp_path, manifest(dedupe=1))
-    assert not stages_match(tmp_path, manifest(dedupe=2))
-    assert not stages_match(tmp_path, manifest(dedupe=1, balance=1))
-    assert not stages_match(tmp_path, {})
+    write_step(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], OF_DEDUPE)
+    assert steps_match(tmp_path, manifest(dedupe=1))
+    assert not steps_match(tmp_path, manifest(dedupe=2))
+    assert not steps_match(tmp_path, manifest(dedupe=1, balance=1))
+    assert not steps_match(tmp_path, {})
 
 
-def test_a_stage_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) -> None:
-    write_stage(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
-    write_stage(tmp_path, "dedupe", "rejected", [], OF_DEDUPE)
+def test_a_step_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) -> None:
+    write_step(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
+    write_step(tmp_path, "dedupe", "rejected", [], OF_DEDUPE)
     with pytest.raises(StoreError, match=r"dedupe/kept\.parquet has no column"):
         clusters_of(tmp_path)
-    (tmp_path / "stages" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
+    (tmp_path / "steps" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
     with pytest.raises(StoreError, match=r"dedupe/rejected\.parquet is damaged"):
         clusters_of(tmp_path)
 

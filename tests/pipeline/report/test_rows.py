@@ -35,16 +35,16 @@ def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
     rows = [
         {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"} for n in range(MAX_REJECTED + 9)
     ]
-    path = tmp_path / "stages" / "filter" / "rejected.parquet"
+    path = tmp_path / "steps" / "filter" / "rejected.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
     rejected = list(read_rejected(tmp_path))
     assert len(rejected) == MAX_REJECTED + 1
-    assert rejected[0] == {"stage": "filter", "reason": "too few words", "id": "s", "where": "s", "what": "text 0"}
+    assert rejected[0] == {"step": "filter", "reason": "too few words", "id": "s", "where": "s", "what": "text 0"}
 
 
 def test_what_is_shown_of_rejected_replies_holds_no_personal_data(tmp_path: Path) -> None:
-    path = tmp_path / "stages" / "validate" / "rejected.parquet"
+    path = tmp_path / "steps" / "validate" / "rejected.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.table({"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}), path)
     assert [row["what"] for row in read_rejected(tmp_path)] == ["{[email]"]

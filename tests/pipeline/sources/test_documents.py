@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import documents, find_source, open_source, with_source_defaults
-from pipeline.stages.split import name_key
+from pipeline.steps.split import name_key
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import Rejected, Sample, Source, SourceSlice
 from tests.media import text_pdf, write_pdf, write_video

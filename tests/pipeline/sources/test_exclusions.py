@@ -94,7 +94,7 @@ def test_a_name_says_the_source_and_the_split(name: str, source_and_split: tuple
 
 WHO = ["firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "nun", "referee", "juggler", "beekeeper"]
 DOES = ["leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over"]
-WHAT = ["a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "the tiled oven", "a wooden stage"]
+WHAT = ["a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "the tiled oven", "a wooden step"]
 WHEN = ["at dawn near the harbor", "under heavy gray clouds", "during a crowded parade", "beside two sleeping cats"]
 
 

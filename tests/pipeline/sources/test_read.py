@@ -107,7 +107,7 @@ class Reading:
 
 
 def contents(dataset: Path) -> dict[str, Any]:
-    paths = {name: DatasetDir(dataset).stage("source", name) for name in FILES}
+    paths = {name: DatasetDir(dataset).step_file("read", name) for name in FILES}
     return {name: path.read_bytes() if path.exists() else b"" for name, path in paths.items()}
 
 
@@ -117,7 +117,7 @@ def images(dataset: Path) -> dict[str, tuple[bytes, ...]]:
 
 
 def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
-    path = DatasetDir(dataset).stage("source", which)
+    path = DatasetDir(dataset).step_file("read", which)
     return list(read_table(path).to_pylist()) if path.exists() else []
 
 
@@ -155,7 +155,7 @@ def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")}
     again = Reading(tmp_path / "d", settings(photos, generate={"caption_styles": ["alt"]}, title="Bowls"))
     assert again.starts == [] and not again.has_more
-    assert again.notes.texts[0] == "source: 33 images were read by an earlier run, and are not read again"
+    assert again.notes.texts[0] == "read: 33 images were read by an earlier run, and are not read again"
     assert contents(tmp_path / "d") == before
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")} == written
 
@@ -183,11 +183,11 @@ def test_it_is_read_again_if_other_samples_would_come(
     assert images(tmp_path / "d") == images(tmp_path / "new")
 
 
-def test_a_file_that_has_changed_in_the_source_or_in_the_stage_is_noticed(photos: Path, tmp_path: Path) -> None:
+def test_a_file_that_has_changed_in_the_source_or_in_the_step_is_noticed(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "d", settings(photos))
     whole = contents(tmp_path / "d")
     for name in FILES:
-        path = DatasetDir(tmp_path / "d").stage("source", name)
+        path = DatasetDir(tmp_path / "d").step_file("read", name)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -203,7 +203,7 @@ def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path
     Reading(tmp_path / "whole", settings(photos))
     with pytest.raises(SourceError, match="the line is cut"):
         Reading(tmp_path / "d", settings(photos), stop_at=20)
-    (tmp_path / "d/stages/source/parts/00002.json").write_text('{"key": 1')
+    (tmp_path / "d/steps/read/parts/00002.json").write_text('{"key": 1')
     assert Reading(tmp_path / "d", settings(photos)).starts == [9]  # the last row of the first two parts
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
     with pytest.raises(SourceError, match="the line is cut"):

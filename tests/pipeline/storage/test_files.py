@@ -10,14 +10,14 @@ from pipeline.errors import StoreError
 from pipeline.storage import files
 
 
-def test_a_damaged_file_of_a_stage_is_one_error(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_step_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "kept.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(StoreError, match=r"kept\.parquet is damaged") as caught:
         next(files.read_batches(tmp_path / "kept.parquet"))
     assert "run `synth generate` again" in caught.value.hint
 
 
-def test_between_stages_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path: Path) -> None:
+def test_between_steps_texts_are_compressed_and_pixels_lie_as_they_are(tmp_path: Path) -> None:
     image, text = b"all of it the same " * 400, "a dog on a beach " * 400  # zstd would shrink both
     row = {"sample_id": "a", "images": [image], "references": [text], "pdq_hashes": [], "split": "train"}
     schema = pa.schema([tables.SAMPLE.field(name) for name in row])

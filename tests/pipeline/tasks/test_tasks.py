@@ -62,7 +62,7 @@ def test_a_fault_has_a_word(values: dict[str, str], fault: str) -> None:
 DECK_PAIR: dict[str, Any] = {
     "answer_type": "span",
     "evidence_pages": [2],
-    "question": "Who is on the stage?",
+    "question": "Who is on the step?",
     "expression": "",
     "answer": "a singer",
 }

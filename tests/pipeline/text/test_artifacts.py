@@ -102,7 +102,7 @@ def test_a_text_echoes_the_prompt_by_five_words_in_a_row() -> None:
         ("A kite flies.\n\nQuestion 1: What flies?\n\nAnswer: A kite.", "A kite flies."),
         ("A red kite flies over the harbour.\n\nThe image: a red kite.", "A red kite flies over the harbour."),
         ("A red kite flies high up. It is big.\n\nAgain: A red kite flies high up.", "A red kite flies high up. It is big."),
-        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),  # a first paragraph is judged by the stage filter
+        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),  # a first paragraph is judged by the step filter
         ("\n\nA kite.\n", "\n\nA kite.\n"),
     ],
 )

@@ -15,7 +15,7 @@ from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import scratch
-from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_stages
+from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_steps
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
@@ -25,7 +25,7 @@ from pipeline.storage.object_store import local_copy, parse_dataset_path
 from pipeline.types import Reply
 from tests.plans import request_plan
 from tests.scene_data import scene_samples, write_samples
-from tests.stage_runs import plan_of
+from tests.step_runs import plan_of
 
 REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes"))))
 
@@ -105,7 +105,7 @@ def test_images_of_a_shard_are_uploaded_once_and_stay_when_it_is_filled_again(ru
     for part in (samples[:4], samples[:4], samples[2:]):
         with scratch_shard(run, 2) as folder:
             write_samples(folder, part)
-            upload_stages(run, 2, folder)
+            upload_steps(run, 2, folder)
         assert not ImageStore(folder.path).paths()
     store = ImageStore(run.root)
     assert store.find_missing([sample.id for sample in samples]) == []

@@ -12,7 +12,7 @@ from pipeline.errors import ClusterError
 from pipeline.executors.ray.executor import _begin
 from pipeline.executors.ray.shards import MAX_DEATHS, ShardedRun, named_files, run_exclusively
 from pipeline.storage.object_store import parse_dataset_path
-from tests.stage_runs import plan_of
+from tests.step_runs import plan_of
 
 
 def run_in(folder: Path, shards: int) -> ShardedRun:

@@ -17,7 +17,7 @@ from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex, open_exclusions, write_exclusions
 from pipeline.sources.read import write_source
 from tests.hub import datasets
-from tests.stage_runs import plan_of
+from tests.step_runs import plan_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
-    all_rows = [row for folder in folders for row in pq.read_table(folder.stage("source", which)).to_pylist()]
+    all_rows = [row for folder in folders for row in pq.read_table(folder.step_file("read", which)).to_pylist()]
     return sorted(all_rows, key=str)
 
 

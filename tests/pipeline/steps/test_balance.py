@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.sections import BalanceConfig
 from pipeline.errors import ConfigError
-from pipeline.stages.balance import (
+from pipeline.steps.balance import (
     RARE,
     STEP,
     count_of_tail,
@@ -21,7 +21,7 @@ from pipeline.stages.balance import (
     whole_groups,
 )
 from pipeline.text.wordnet import names
-from tests.stage_runs import run_stage
+from tests.step_runs import run_step
 
 COLUMNS = ("annotation_id", "sample_id", "image_group", "task", "clean_text", "clean_question", "clean_answer", "answer_type")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
@@ -43,7 +43,7 @@ def captions(*texts: str) -> pa.Table:
 
 
 def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any) -> list[dict[str, Any]]:
-    marked = run_stage(STEP, rows, shards=shards, seed=seed, balance=settings)
+    marked = run_step(STEP, rows, shards=shards, seed=seed, balance=settings)
     kept_rows: list[dict[str, Any]] = [row for row in marked.to_pylist() if row["reason"] is None]
     return kept_rows
 

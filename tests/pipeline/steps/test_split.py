@@ -10,9 +10,9 @@ from pipeline.config.files import resolve
 from pipeline.config.sections import SplitConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ConfigError
-from pipeline.stages.split import STEP, name_key, split_of
+from pipeline.steps.split import STEP, name_key, split_of
 from pipeline.storage.files import write_table
-from tests.stage_runs import BEFORE, plan_of, rows_after, run_on, run_stage
+from tests.step_runs import BEFORE, plan_of, rows_after, run_on, run_step
 
 IDS = [f"{n:064x}" for n in range(4000)]
 
@@ -24,7 +24,7 @@ def table(ids: list[str], source_split: str | None = None) -> pa.Table:
 
 
 def splits(rows: pa.Table, shards: int = 1) -> list[str]:
-    marked = run_stage(STEP, rows, shards=shards)
+    marked = run_step(STEP, rows, shards=shards)
     assert marked["reason"].null_count == rows.num_rows
     assigned: list[str] = marked["split"].to_pylist()
     return assigned
@@ -113,9 +113,9 @@ def test_images_of_one_folder_are_in_one_split_if_it_is_asked_for(tmp_path: Path
     rows = table(ids).set_column(3, "source_split", pa.array(["test" if n == 0 else None for n in range(300)], pa.string()))
     for n, directory in enumerate(directories):
         part = slice(n * 300 // shards, (n + 1) * 300 // shards)
-        write_table(directory.stage(BEFORE), [rows.slice(part.start, part.stop - part.start)], rows.schema)
+        write_table(directory.step_file(BEFORE), [rows.slice(part.start, part.stop - part.start)], rows.schema)
         source = pa.table({"sample_id": ids[part], "source_row": names[part]})
-        write_table(directory.stage("source"), [source], source.schema)
+        write_table(directory.step_file("read"), [source], source.schema)
     run_on(STEP, directories, plan_of(tmp_path, config))
     assigned = rows_after(STEP, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
@@ -130,9 +130,9 @@ def test_folders_that_near_duplicates_have_in_common_are_in_one_split(tmp_path: 
     groups = [ids[n - 3] if n < 160 and n % 8 == 4 else ids[n] for n in range(200)]
     directory = DatasetDir(tmp_path / "shard")
     rows = table(ids).set_column(2, "image_group", pa.array(groups))
-    write_table(directory.stage(BEFORE), [rows], rows.schema)
+    write_table(directory.step_file(BEFORE), [rows], rows.schema)
     source = pa.table({"sample_id": ids, "source_row": names})
-    write_table(directory.stage("source"), [source], source.schema)
+    write_table(directory.step_file("read"), [source], source.schema)
     run_on(STEP, [directory], plan_of(tmp_path, resolve(source="folder:x", split={"group_by": "folder"})))
     assigned = rows_after(STEP, [directory], rows["annotation_id"].to_pylist())["split"].to_pylist()
     of_pairs = [{*assigned[first : first + 8]} for first in range(0, 160, 8)]

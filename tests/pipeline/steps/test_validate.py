@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.validate import validate_annotations
+from pipeline.steps.validate import validate_annotations
 from pipeline.tables import ANNOTATION
 
 CAPTION = {"task": "caption", "style": "brief", "text": "A red ring."}

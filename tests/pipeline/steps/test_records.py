@@ -14,9 +14,9 @@ from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.inference import requests
 from pipeline.plan import Plan
 from pipeline.run import RunResult, generate_dataset, steps_of
-from pipeline.stages import ask as ask_step
-from pipeline.stages import base, version
-from pipeline.stages.base import RowStep
+from pipeline.steps import ask as ask_step
+from pipeline.steps import base, write
+from pipeline.steps.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
@@ -46,23 +46,23 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list of the steps that do their work from now on, by name."""
     names: list[str] = []
 
-    judge_stage, publish_shards, write_annotations = base.judge_stage, version.publish_shards, ask_step.write_annotations
+    judge_shard, publish_shards, write_annotations = base.judge_shard, write.publish_shards, ask_step.write_annotations
 
     def judge(step: RowStep, *arguments: Any) -> None:
         names.append(step.name)
-        judge_stage(step, *arguments)
+        judge_shard(step, *arguments)
 
     def publish(*arguments: Any) -> Any:
-        names.append("version")
+        names.append("write")
         return publish_shards(*arguments)
 
-    def write(*arguments: Any) -> None:
-        names.append("generate")
+    def write_all(*arguments: Any) -> None:
+        names.append("ask")
         write_annotations(*arguments)
 
-    monkeypatch.setattr(base, "judge_stage", judge)
-    monkeypatch.setattr(version, "publish_shards", publish)
-    monkeypatch.setattr(ask_step, "write_annotations", write)
+    monkeypatch.setattr(base, "judge_shard", judge)
+    monkeypatch.setattr(write, "publish_shards", publish)
+    monkeypatch.setattr(ask_step, "write_annotations", write_all)
     return names
 
 
@@ -71,7 +71,7 @@ def settings(photos: Path, **more: Any) -> Config:
 
 
 def run(photos: Path, folder: Path, judged: list[str], **more: Any) -> RunResult:
-    """Run once, and empty the list of judged stages before it."""
+    """Run once, and empty the list of judged steps before it."""
     judged.clear()
     return generate_dataset(settings(photos, **more), folder)
 
@@ -81,34 +81,34 @@ def content(result: RunResult) -> tuple[Any, ...]:
     return result.version.manifest["digest"], result.version.manifest["rows"], result.funnel
 
 
-def all_stages(photos: Path, **more: Any) -> list[str]:
+def all_steps(photos: Path, **more: Any) -> list[str]:
     return [step.name for step in steps_of(Plan.resolve(settings(photos, **more), DatasetDir(photos)))[1:]]
 
 
 def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     first = run(photos, tmp_path / "d", judged)
-    assert judged == all_stages(photos) and first.is_new
+    assert judged == all_steps(photos) and first.is_new
     second = run(photos, tmp_path / "d", judged)
     assert judged == [] and not second.is_new
     assert content(second) == content(first)
     assert {reason for summary in first.funnel for reason in summary.rejected} >= {"too_short"}
 
 
-def test_a_run_that_was_stopped_between_stages_goes_on_behind_them(
+def test_a_run_that_was_stopped_between_steps_goes_on_behind_them(
     photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare_stage = base.compare_stage
+    compare_shards = base.compare_shards
 
     def stop(step: RowStep, *arguments: Any) -> None:
         if step.name == "balance":
             raise KeyboardInterrupt
-        compare_stage(step, *arguments)
+        compare_shards(step, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(base, "compare_stage", stop)
+        patch.setattr(base, "compare_shards", stop)
         run(photos, tmp_path / "d", judged)
     resumed = run(photos, tmp_path / "d", judged)
-    assert judged == ["balance", "split", "review", "version"]
+    assert judged == ["balance", "split", "review", "write"]
     assert content(resumed) == content(run(photos, tmp_path / "whole", judged))
 
 
@@ -118,9 +118,9 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the first stage that runs again
-    "a damaged file of kept rows": (lambda dataset: damage(dataset.stage("filter")), "filter"),
-    "a file that is gone": (lambda dataset: dataset.stage("split").unlink(), "split"),
+CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the first step that runs again
+    "a damaged file of kept rows": (lambda dataset: damage(dataset.step_file("filter")), "filter"),
+    "a file that is gone": (lambda dataset: dataset.step_file("split").unlink(), "split"),
     "a version that was moved away": (
         lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "version"
     ),
@@ -130,10 +130,10 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the fi
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: Path, judged: list[str]) -> None:
     first = run(photos, tmp_path / "d", judged)
-    change, stage = CHANGES[name]
+    change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
     again = run(photos, tmp_path / "d", judged)
-    assert judged == [stage]  # which writes the same file as before: those after it are left out
+    assert judged == [step]  # which writes the same file as before: those after it are left out
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
 
@@ -150,8 +150,8 @@ def test_annotations_are_written_again_only_if_their_file_is_gone(photos: Path, 
         asked = len(server.bodies)
         judged.clear()
         assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == []
-        DatasetDir(tmp_path / "d").stage("generate").unlink()
-        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == ["generate"]
+        DatasetDir(tmp_path / "d").step_file("ask").unlink()
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == ["ask"]
         assert len(server.bodies) == asked
 
 
@@ -159,7 +159,7 @@ def test_a_run_with_every_reply_makes_no_engine(photos: Path, tmp_path: Path, mo
     with running_chat(ChatServer()) as server:
         ask(photos, tmp_path / "d", server)
         monkeypatch.setattr("pipeline.inference.client.Client.__enter__", lambda self: pytest.fail("an engine was opened"))
-        DatasetDir(tmp_path / "d").stage("generate").unlink()
+        DatasetDir(tmp_path / "d").step_file("ask").unlink()
         assert not ask(photos, tmp_path / "d", server).is_new
 
 
@@ -190,20 +190,20 @@ def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_p
                 if hasattr(remembered, "cache_clear"):
                     remembered.cache_clear()  # as in a new process
             ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1])})
-            found.append(set(read_table(DatasetDir(tmp_path / "d").stage("generate"), ["prompt_id"])["prompt_id"].to_pylist()))
-    assert judged.count("generate") == 3  # all replies to the third were there, and those to the second were written
+            found.append(set(read_table(DatasetDir(tmp_path / "d").step_file("ask"), ["prompt_id"])["prompt_id"].to_pylist()))
+    assert judged.count("ask") == 3  # all replies to the third were there, and those to the second were written
     assert found[0] == found[2] != found[1]
 
 
-FROM_DEDUPE = ["dedupe", "balance", "split", "review", "version"]
+FROM_DEDUPE = ["dedupe", "balance", "split", "review", "write"]
 STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [  # other settings, and the steps that run again
-    ({"balance": {"tail_frac": 0.4}}, ["balance", "split", "review", "version"]),
-    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "version"]),  # it keeps the same rows
+    ({"balance": {"tail_frac": 0.4}}, ["balance", "split", "review", "write"]),
+    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),  # it keeps the same rows
     ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
-    ({"split": {"test_frac": 0.6}}, ["split", "review", "version"]),
+    ({"split": {"test_frac": 0.6}}, ["split", "review", "write"]),
     ({"filter": {"min_caption_words": 1}}, ["filter", "verify", *FROM_DEDUPE]),
-    ({"filter": {"max_duplicate_trigram_frac": 0.9}}, ["filter", "version"]),
-    ({"title": "Photos"}, ["version"]),
+    ({"filter": {"max_duplicate_trigram_frac": 0.9}}, ["filter", "write"]),
+    ({"title": "Photos"}, ["write"]),
     ({"server": {"request_timeout_s": 99.0}}, []),
 ]
 
@@ -227,19 +227,19 @@ def test_other_code_judges_every_row_again(
     run(photos, tmp_path / "d", judged)
     monkeypatch.setattr(records, "code_digest", lambda: "other")
     assert not run(photos, tmp_path / "d", judged).is_new
-    assert judged == [*all_stages(photos)]
+    assert judged == [*all_steps(photos)]
 
 
 def test_a_review_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     run(photos, tmp_path / "d", judged)
     dataset = DatasetDir(tmp_path / "d")
-    row = read_table(dataset.stage("split")).to_pylist()[0]
+    row = read_table(dataset.step_file("split")).to_pylist()[0]
     sample_id, digits = text_name(row)
     review = Review(sample_id=sample_id, content=digits, verdict="bad", reason="not_true")
     dataset.reviews.parent.mkdir()
     dataset.reviews.write_text(format_reviews([review]))
     marked = run(photos, dataset.path, judged)
-    assert judged == ["review", "version"]
+    assert judged == ["review", "write"]
     assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
     assert run(photos, dataset.path, judged).version.name == marked.version.name and judged == []
 

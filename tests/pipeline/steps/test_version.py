@@ -1,8 +1,8 @@
-"""Stage version: rejections name what was rejected, and why, without its words."""
+"""Step version: rejections name what was rejected, and why, without its words."""
 
 import pyarrow as pa
 
-from pipeline.stages.version import list_rejections
+from pipeline.steps.write import list_rejections
 from pipeline.tables import REJECTIONS
 from tests.scene_data import scene_samples, true_captions
 
@@ -19,4 +19,4 @@ def test_rejections_hold_no_words_of_a_model() -> None:
 def test_rejected_row_of_a_source_is_named_by_its_source_row() -> None:
     rejected = pa.Table.from_pylist([{"source_row": "a.jpg", "reason": "truncated", "detail": "of 9 bytes"}])
     (row,) = list_rejections("source", rejected).to_pylist()
-    assert (row["stage"], row["source_row"], row["reason"], row["content_digest"]) == ("source", "a.jpg", "truncated", None)
+    assert (row["step"], row["source_row"], row["reason"], row["content_digest"]) == ("read", "a.jpg", "truncated", None)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.tables import CHECK
-from tests.stage_runs import verify_rows, with_results
+from tests.step_runs import verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
 CAPTION = {"task": "caption", "style": "brief"}

@@ -1,4 +1,4 @@
-"""Stage review: each review is applied to the text that it names, and to no other."""
+"""Step review: each review is applied to the text that it names, and to no other."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.stages.review import STEP
-from pipeline.stages.version import count_reviews
+from pipeline.steps.review import STEP
+from pipeline.steps.write import count_reviews
 from pipeline.storage.files import write_table, write_text
-from tests.stage_runs import BEFORE, plan_of, rows_after, run_on
+from tests.step_runs import BEFORE, plan_of, rows_after, run_on
 
 IDS = ("a" * 64, "b" * 64)
 KINDS = [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer")]
@@ -36,7 +36,7 @@ class Reviewed:
         self.shards = [DatasetDir(path / f"shard-{n}") for n in range(shards)]
         for n, shard in enumerate(self.shards):
             table = pa.Table.from_pylist(self.rows[n::shards], schema=SCHEMA)
-            write_table(shard.stage(BEFORE), [table], SCHEMA)
+            write_table(shard.step_file(BEFORE), [table], SCHEMA)
 
     def apply(self, *reviews: tuple[int, dict[str, Any]]) -> list[dict[str, Any]]:
         """Apply reviews, given with the position of their row, and return all rows in order."""

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.files import resolve
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import ConfigError
 from pipeline.executors.messages import describe_losses
-from pipeline.stages.select import STEP
+from pipeline.steps.select import STEP
 from pipeline.tables import HUMAN, RUBRIC
-from tests.stage_runs import run_stage
+from tests.step_runs import run_step
 
 TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question")
 SCHEMA = pa.schema(
@@ -34,7 +34,7 @@ def captions(*texts: str, **columns: Any) -> pa.Table:
 def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
     verify = {"clip": {"checks": ["alignment"]}, "longest": {"checks": ["claims"]}, "judge": {"judge": "m@http://h/v1"}}
     settings = {"verify": verify.get(by, {}), "generate": {"samples": 4}, **settings}
-    return run_stage(STEP, rows, shards, select={"by": by}, **settings)
+    return run_step(STEP, rows, shards, select={"by": by}, **settings)
 
 
 def kept(rows: pa.Table, **settings: Any) -> list[str]:
@@ -76,7 +76,7 @@ def test_a_caption_that_was_not_measured_is_no_better_than_one_that_was() -> Non
 def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
-    funnel = [StageSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
+    funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STEP], funnel)
     assert text.startswith("3 of 4 captions that were not taken are the same as the one that was: ")
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, require_file
-from pipeline.dataset.manifest import StageSummary
+from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.records import PREPARED, is_done, output_digest, read_record, record, step_key
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
@@ -104,17 +104,17 @@ class Work:
     progress: Progress
     limit: int | None  # images that are read at most, this time
     has_more: bool = False  # the source has more images
-    summaries: list[StageSummary] = field(default_factory=list)  # of the steps that have run
+    summaries: list[StepSummary] = field(default_factory=list)  # of the steps that have run
     version: Version | None = None  # that the run has made, or found
     is_new: bool = False
 
-    def summarize(self, name: str, unit: str) -> StageSummary:
+    def summarize(self, name: str, unit: str) -> StepSummary:
         """Return how many rows a step kept, and rejected by reason, over all shards."""
         self.executor.wait()
         counts = [read_record(shard, name) for shard in self.executor.shards]
         rejected = sum((Counter(of_shard["rejected"]) for of_shard in counts), Counter[str]())
         most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
-        return summarize_stage(name, unit, sum(of_shard["kept"] for of_shard in counts), most_first)
+        return summarize_step(name, unit, sum(of_shard["kept"] for of_shard in counts), most_first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Step:
         """Do what is not done yet, behind the step `before`."""
         raise NotImplementedError
 
-    def summarize(self, work: Work) -> StageSummary:
+    def summarize(self, work: Work) -> StepSummary:
         """Return the counts of this step over all shards."""
         return work.summarize(self.name, self.unit)
 
@@ -204,15 +204,15 @@ class RowStep(Step):
         key = self.key(plan, executor.shards, given)
         if all(is_done(shard, self.name, key) for shard in executor.shards):
             return
-        compare_stage(self, executor.shards, given, plan, work.progress)
-        executor.each(partial(judge_stage, self, given, plan, key))
+        compare_shards(self, executor.shards, given, plan, work.progress)
+        executor.each(partial(judge_shard, self, given, plan, key))
         executor.wait()
         for shard in executor.shards:  # only now: a worker may be lost, and its shard judged again
-            shard.stage(self.name, "compared").unlink(missing_ok=True)
+            shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
     def key(self, plan: Plan, shards: Sequence[DatasetDir], given: tuple[str, str]) -> str:
         """Return the key of this step over some shards, whose rows are in the file (step, name) that is `given`."""
-        inputs = [output_digest(shard, *of) for shard in shards for of in (("source", "kept"), given)]
+        inputs = [output_digest(shard, *of) for shard in shards for of in (("read", "kept"), given)]
         return step_key(self.name, self.settings(plan), self.reads(plan), inputs)
 
 
@@ -224,9 +224,9 @@ def _prepare_once(step: RowStep, before: str, plan: Plan, shard: DatasetDir, ser
         services.stats.add_known(read_record(shard, step.name, PREPARED)["requests"])
         return
     total, unanswered = services.stats.total, services.stats.unanswered
-    tables = step.prepare(shard, require_file(shard.stage(before)), step.settings(plan), services)
+    tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
     first = next(tables)
-    write_table(shard.stage(step.name, "prepared"), chain([first], tables), first.schema)
+    write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
     is_complete = services.stats.unanswered == unanswered  # else the same command asks again
     record(shard, step.name, key if is_complete else "", PREPARED, requests=services.stats.total - total)
 
@@ -235,12 +235,12 @@ def _judge_once(step: RowStep, given: tuple[str, str], plan: Plan, shard: Datase
     """Judge the rows of one shard, unless that is done."""
     key = step.key(plan, [shard], given)
     if not is_done(shard, step.name, key):
-        judge_stage(step, given, plan, key, shard, services)
+        judge_shard(step, given, plan, key, shard, services)
 
 
-def compare_stage(step: RowStep, shards: Sequence[DatasetDir], given: tuple[str, str], plan: Plan, progress: Progress) -> None:
+def compare_shards(step: RowStep, shards: Sequence[DatasetDir], given: tuple[str, str], plan: Plan, progress: Progress) -> None:
     """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
-    rows = AllRows([require_file(shard.stage(*given)) for shard in shards])
+    rows = AllRows([require_file(shard.step_file(*given)) for shard in shards])
     assert step.compare
     with open_database(plan.dataset.path) as db:
         relation = step.compare(Comparison(db, rows, shards, step.settings(plan), plan.dataset, progress))
@@ -250,20 +250,20 @@ def compare_stage(step: RowStep, shards: Sequence[DatasetDir], given: tuple[str,
         for shard, (first, end) in zip(shards, pairwise(rows.bounds), strict=True):
             parts = (findings.take_until(min(start + BATCH_ROWS, end)) for start in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
-            write_table(shard.stage(step.name, "compared"), local, schema)
+            write_table(shard.step_file(step.name, "compared"), local, schema)
         if not findings.is_empty():
             raise TableError(f"step {step.name} named a row that is not there", hint="please report this bug")
 
 
-def judge_stage(
+def judge_shard(
     step: RowStep, given: tuple[str, str], plan: Plan, key: str, shard: DatasetDir, _: Services | None = None
 ) -> None:
     """Judge the rows of one shard, and write those that are kept, those that are rejected, and the record of the step.
 
     Raises TableError if the step did not return exactly the rows that it was given, or a finding names a row twice.
     """
-    source, settings = require_file(shard.stage(*given)), step.settings(plan)
-    compared = shard.stage(step.name, "compared")
+    source, settings = require_file(shard.step_file(*given)), step.settings(plan)
+    compared = shard.step_file(step.name, "compared")
     findings = _InOrder(read_batches(compared), pa.schema([ROW, *step.adds])) if step.compare else None
 
     def judged() -> Iterator[pa.Table]:
@@ -274,19 +274,19 @@ def judge_stage(
             yield _checked(step, table, step.judge(joined, settings))
             first = end
 
-    kept, rejected = write_stage_output(shard, step.name, judged())
+    kept, rejected = write_judged(shard, step.name, judged())
     record(shard, step.name, key, kept=kept, rejected=rejected)
 
 
-def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
+def write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
     """Write judged rows to `kept` and, with their reason, to `rejected`; memory holds one table.
 
     Return how many rows were kept, and rejected by reason.
     """
     num_kept, reasons = 0, Counter[str]()
     with (
-        atomic_write(shard.stage(name)) as kept_path,
-        atomic_write(shard.stage(name, "rejected")) as rejected_path,
+        atomic_write(shard.step_file(name)) as kept_path,
+        atomic_write(shard.step_file(name, "rejected")) as rejected_path,
         ExitStack() as stack,
     ):
         kept = rejected = None
@@ -305,17 +305,17 @@ def write_stage_output(shard: DatasetDir, name: str, judged: Iterator[pa.Table])
     return num_kept, dict(reasons)
 
 
-def require_stage(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
+def count_rows(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
     """Return the number of rows that a step kept, and of those that it rejected by reason."""
-    kept = open_table(require_file(shard.stage(name))).metadata.num_rows
-    reasons = read_table(require_file(shard.stage(name, "rejected")), columns=["reason"])["reason"]
+    kept = open_table(require_file(shard.step_file(name))).metadata.num_rows
+    reasons = read_table(require_file(shard.step_file(name, "rejected")), columns=["reason"])["reason"]
     counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
     return kept, dict(counts.most_common())
 
 
-def summarize_stage(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StageSummary:
+def summarize_step(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StepSummary:
     """Return the summary of a step from its counts."""
-    return StageSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
+    return StepSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
 @contextmanager

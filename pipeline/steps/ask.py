@@ -14,13 +14,13 @@ from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan
 from pipeline.plan import Plan
-from pipeline.stages.base import Services, Step, Work, record_cost
+from pipeline.steps.base import Services, Step, Work, record_cost
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, SampleInfo, SourceTexts
 
-NAME = "generate"
+NAME = "ask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def ask_once(before: str, plan: Plan, shard: DatasetDir, services: Services) -> 
 
 def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
     """Ask a model about the samples of a shard what its journal does not hold yet."""
-    samples = read_record(shard, "source")["kept"]
+    samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
     texts = read_source_texts(shard, settings)
     per_sample = max(1, count_wanted(settings.requests, samples, texts)) / max(1, samples)
@@ -76,7 +76,7 @@ def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services
 
         def start_engine() -> Engine:
             engine = services.engine()
-            progress("generate", int(stats.done / per_sample), samples)  # the speed is measured from here on
+            progress("ask", int(stats.done / per_sample), samples)  # the speed is measured from here on
             return engine
 
         for round_number in range(len(settings.requests.rounds)):
@@ -85,8 +85,8 @@ def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services
                 batches, settings.requests, settings.server, start_engine, journal, stats, texts, round_number
             ):
                 metrics = engine.metrics() | stats.metrics(settings.server)
-                progress("generate", int(stats.done / per_sample), samples, metrics)
-        progress("generate", samples, samples)
+                progress("ask", int(stats.done / per_sample), samples, metrics)
+        progress("ask", samples, samples)
 
 
 def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
@@ -94,7 +94,7 @@ def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
     texts = read_source_texts(shard, settings)
     with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, texts)
-        write_table(shard.stage("generate"), annotations, ANNOTATION)
+        write_table(shard.step_file("ask"), annotations, ANNOTATION)
 
 
 def source_texts(row: Mapping[str, Any], *, keeps_human_texts: bool) -> SourceTexts:
@@ -128,7 +128,7 @@ def count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
     A row of a task that was not asked about an image stands for all of its requests.
     """
     count, last = 0, None
-    for table in read_batches(shard.stage("generate"), ["sample_id", "task", "style", "request_id", "prompt_id"]):
+    for table in read_batches(shard.step_file("ask"), ["sample_id", "task", "style", "request_id", "prompt_id"]):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
         if not by_model.num_rows:
             continue

@@ -1,9 +1,9 @@
-"""Stage: trim. Keep the texts of the first `images` images of the source, and reject the texts of further images."""
+"""Step: trim. Keep the texts of the first `images` images of the source, and reject the texts of further images."""
 
 import duckdb
 import pyarrow as pa
 
-from pipeline.stages.base import ROW, Comparison, RowStep
+from pipeline.steps.base import ROW, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import STRING, fields
 

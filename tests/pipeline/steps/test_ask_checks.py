@@ -10,7 +10,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
-from pipeline.stages import ask_checks, verify
+from pipeline.steps import ask_checks, verify
 from pipeline.storage.files import read_table
 from tests.chat.server import ChatServer, running_chat
 
@@ -18,13 +18,13 @@ CHECKS = ["round_trip", "blind", "claims", "covers", "references", "alignment"]
 
 
 def checked(folder: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """Return the rows of the stage verify, how many requests were sent, and how many distinct ones."""
+    """Return the rows of the step verify, how many requests were sent, and how many distinct ones."""
     with running_chat(ChatServer()) as chat, suppress(TableError):  # no row may be left
         generate_dataset(
             resolve(source="scenes", limit=12, base_url=[chat.url], model="model", verify={"checks": CHECKS}), folder
         )
     dataset = DatasetDir(folder)
-    rows = [row for which in ("kept", "rejected") for row in read_table(dataset.stage("verify", which)).to_pylist()]
+    rows = [row for which in ("kept", "rejected") for row in read_table(dataset.step_file("verify", which)).to_pylist()]
     return rows, len(chat.bodies), len({str(body) for body in chat.bodies})
 
 

@@ -1,4 +1,4 @@
-"""Stage: balance. Down-sample over-represented answers and captions.
+"""Step: balance. Down-sample over-represented answers and captions.
 
 Questions: within each type ("how many", "is there"), no answer may exceed its share, so that guessing does not pay, as in VQAv2
 (Goyal et al., 2017). A question that has different answers for two similar images is kept first; the two are a pair.
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from pipeline.config.sections import BalanceConfig
 from pipeline.digests import hash_to_unit
 from pipeline.errors import ConfigError
-from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import hash_to_unit_sql, load, open_cursor, read
 from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import BALANCED, INT64, STRING, fields

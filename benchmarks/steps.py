@@ -1,12 +1,12 @@
-"""Measure the cost per annotation of the stages from validate to version, beside another checkout of this project.
+"""Measure the cost per annotation of the steps from validate to version, beside another checkout of this project.
 
-    PYTHONPATH=. python benchmarks/stages.py [--images 10000] [--peer FOLDER] [--rounds 3]
-    PYTHONPATH=. python benchmarks/stages.py --comparing 25000000
+    PYTHONPATH=. python benchmarks/steps.py [--images 10000] [--peer FOLDER] [--rounds 3]
+    PYTHONPATH=. python benchmarks/steps.py --comparing 25000000
 
 Makes a dataset folder as generate would leave it: scenes with captions in two styles and three questions each, true by
 construction. `synth generate --from-stage validate` then runs on copies of it, as a process of its own, with the code of this
 checkout and of the peer in turn. Reports CPU time and peak memory of the process, including file input and output; the cost of
-start-up (a run over eight images) is subtracted. With --comparing, makes rows of few columns, and runs only the stages that
+start-up (a run over eight images) is subtracted. With --comparing, makes rows of few columns, and runs only the steps that
 compare rows.
 """
 
@@ -34,10 +34,10 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.progress import NullProgress
-from pipeline.run import stages_of
+from pipeline.run import steps_of
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
-from pipeline.stages.base import RunPlan, compare_stage, judge_stage
+from pipeline.steps.base import RunPlan, compare_shards, judge_shard
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json, write_table
 from pipeline.tables import ANNOTATION, EXCLUSIONS, LISTED_SAMPLE, SAMPLE_IMAGES, SOURCE_REJECTED
@@ -94,17 +94,17 @@ def make_folder(path: Path, count: int) -> None:
     """Make a dataset folder in which source and generate have been run."""
     dataset = DatasetDir(path)
     ImageStore(path).add(images(count))
-    write_table(dataset.stage("source"), samples(count), LISTED_SAMPLE)
-    write_table(dataset.stage("source", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
-    write_table(dataset.stage("source", "exclusions"), [EXCLUSIONS.empty_table()], EXCLUSIONS)
-    write_table(dataset.stage("generate"), annotations(count), ANNOTATION)
+    write_table(dataset.step_file("read"), samples(count), LISTED_SAMPLE)
+    write_table(dataset.step_file("read", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
+    write_table(dataset.step_file("read", "exclusions"), [EXCLUSIONS.empty_table()], EXCLUSIONS)
+    write_table(dataset.step_file("ask"), annotations(count), ANNOTATION)
     source = {"name": "scenes", "revision": "1.0", "decks": False, "never": [], "compared_as": None}
     write_json(dataset.provenance("source"), source)
     write_json(dataset.provenance("generate"), {"name": "facts", "revision": "r"})
 
 
 def run(checkout: Path, dataset: Path, count: int) -> tuple[float, float]:
-    """Run all stages of a copy of a dataset folder with the code of a checkout; return CPU seconds and peak megabytes."""
+    """Run all steps of a copy of a dataset folder with the code of a checkout; return CPU seconds and peak megabytes."""
     with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
         copy = Path(folder) / "d"
         shutil.copytree(dataset, copy, copy_function=os.link)  # nothing is written into these files
@@ -140,7 +140,7 @@ def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
 
 
 def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
-    """Yield rows as verify leaves them, with the columns that later stages read: one caption and four questions per image."""
+    """Yield rows as verify leaves them, with the columns that later steps read: one caption and four questions per image."""
     query = f"""
     WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp','street'] AS w,
                           ['red','blue','old','small','wooden','bright','dark','round'] AS a),
@@ -166,13 +166,13 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
 
 
 def compare_only(count: int) -> None:
-    """Run the stages that compare rows in a child process; print the seconds of each, and the peak memory of all."""
+    """Run the steps that compare rows in a child process; print the seconds of each, and the peak memory of all."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = DatasetDir(Path(folder))
         with open_database(dataset.path) as db:
             tables = make_rows(db, count)
             first = next(tables)
-            path = dataset.stage("verify")
+            path = dataset.step_file("verify")
             path.parent.mkdir(parents=True)
             with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
                 writer.write_table(first)
@@ -182,19 +182,19 @@ def compare_only(count: int) -> None:
         if pid == 0:
             plan = RunPlan(dataset, resolve(source="scenes"), "r", None)
             before = "verify"
-            for stage in stages_of(plan.config)[3:]:
+            for step in steps_of(plan.config)[3:]:
                 wall, cpu = time.monotonic(), time.process_time()
-                compare_stage(stage, [dataset], before, plan, NullProgress())
+                compare_shards(step, [dataset], before, plan, NullProgress())
                 middle = time.process_time()
-                judge_stage(stage, dataset, before, plan)
-                kept = pq.ParquetFile(dataset.stage(stage.name)).metadata.num_rows
+                judge_shard(step, dataset, before, plan)
+                kept = pq.ParquetFile(dataset.step_file(step.name)).metadata.num_rows
                 us, judged = (1e6 * s / count for s in (middle - cpu, time.process_time() - middle))
                 seconds = time.monotonic() - wall
                 print(
-                    f"{stage.name:<8} {seconds:6.0f} s, {us:5.2f} us CPU a row, {judged:.2f} to write, {kept:,} kept",
+                    f"{step.name:<8} {seconds:6.0f} s, {us:5.2f} us CPU a row, {judged:.2f} to write, {kept:,} kept",
                     flush=True,
                 )
-                before = stage.name
+                before = step.name
             os._exit(0)
         _, status, usage = os.wait4(pid, 0)
         print(f"exit {status}, peak {usage.ru_maxrss / 1000:,.0f} MB, CPU {usage.ru_utime + usage.ru_stime:.0f} s")

@@ -1,4 +1,4 @@
-"""Stage: dedupe. Keep the best of equal annotations of one image, and each caption for a few images only.
+"""Step: dedupe. Keep the best of equal annotations of one image, and each caption for a few images only.
 
 Annotations are equal if they have the same content words in order (text/content_keys.py). A similarity score would not do:
 captions that differ in one decisive word are nearly the same string. Equal questions about different images are no duplicates:
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, DatasetDir
 from pipeline.images.near_duplicates import COMPARED_COLUMNS, LOOK_ALIKE_ADVICE, ImageKind, compare_samples
-from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, DEDUPED, FLOAT64, HUMAN, IMAGE_GROUPS, STRING, fields
@@ -80,14 +80,14 @@ def find_duplicates(comparison: Comparison) -> duckdb.DuckDBPyRelation:
 
 
 def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Table:
-    """Return the samples with near-duplicates (tables.IMAGE_GROUPS), as the stage source found them; on a cluster, now."""
+    """Return the samples with near-duplicates (tables.IMAGE_GROUPS), as the step source found them; on a cluster, now."""
     if kind is None:
         return IMAGE_GROUPS.empty_table()
-    files = [shard.stage("source", IMAGE_GROUPS_FILE) for shard in shards]
+    files = [shard.step_file("read", IMAGE_GROUPS_FILE) for shard in shards]
     if len(files) == 1 and files[0].exists():
         groups = pa.concat_tables(read_batches(files[0]))
     else:
-        tables = (table for shard in shards for table in read_batches(shard.stage("source"), COMPARED_COLUMNS))
+        tables = (table for shard in shards for table in read_batches(shard.step_file("read"), COMPARED_COLUMNS))
         groups = compare_samples(pa.concat_tables(tables), kind)
     alone = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), pc.is_null(groups["image_reason"]))
     in_group = pc.is_in(groups["sample_id"], groups.filter(pc.invert(alone))["image_group"])

@@ -1,4 +1,4 @@
-"""Tests of pipeline/stages/base.py."""
+"""Tests of pipeline/steps/base.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,10 @@ import pytest
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.progress import NullProgress
-from pipeline.stages import base
-from pipeline.stages.base import Comparison, RowStep
+from pipeline.steps import base
+from pipeline.steps.base import Comparison, RowStep
 from pipeline.storage.files import read_table, write_table
-from tests.stage_runs import plan_of, run_stage
+from tests.step_runs import plan_of, run_step
 
 ADDS = pa.schema([pa.field("label", pa.string()), pa.field("reason", pa.string())])
 
@@ -40,7 +40,7 @@ def judging(judge: Callable[[pa.Table], pa.Table]) -> RowStep:
 def test_findings_reach_their_rows_in_every_shard_whatever_their_order(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "BATCH_ROWS", 4)
     query = "SELECT range AS row, 'm' || range AS label, CASE WHEN range % 2 = 0 THEN 'even' END AS reason FROM range(0, 50, 3)"
-    rows = run_stage(comparing(query + " ORDER BY hash(range)"), numbers(50), shards).to_pylist()
+    rows = run_step(comparing(query + " ORDER BY hash(range)"), numbers(50), shards).to_pylist()
     assert [row["label"] for row in rows] == [f"m{n}" if n % 3 == 0 else None for n in range(50)]
     assert [row["reason"] for row in rows] == ["even" if n % 6 == 0 else None for n in range(50)]
 
@@ -49,7 +49,7 @@ def test_findings_reach_their_rows_in_every_shard_whatever_their_order(shards: i
 def test_a_comparison_that_names_a_row_twice_or_a_missing_row_is_an_error(rows: str, message: str) -> None:
     query = f"SELECT col0::BIGINT AS row, 'm' AS label, 'bad' AS reason FROM (VALUES {rows})"
     with pytest.raises(TableError, match=message):
-        run_stage(comparing(query), numbers(50), 2)
+        run_step(comparing(query), numbers(50), 2)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,19 @@ def test_a_comparison_that_names_a_row_twice_or_a_missing_row_is_an_error(rows: 
         lambda table: table.take(pa.array(range(table.num_rows)[::-1])),
     ],
 )
-def test_a_stage_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[pa.Table], pa.Table]) -> None:
-    stage = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
+def test_a_step_that_loses_adds_or_reorders_rows_is_an_error(change: Callable[[pa.Table], pa.Table]) -> None:
+    step = judging(lambda table: change(table.append_column("reason", pa.nulls(table.num_rows, pa.string()))))
     with pytest.raises(TableError, match="step judged was given"):
-        run_stage(stage, numbers(10))
+        run_step(step, numbers(10))
 
 
 def test_a_shard_may_be_judged_again_after_a_worker_was_lost(tmp_path: Path) -> None:
     shard, plan = DatasetDir(tmp_path), plan_of(tmp_path)
-    write_table(shard.stage("before"), [numbers(9)], numbers(9).schema)
-    stage = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")
-    base.compare_stage(stage, [shard], ("before", "kept"), plan, NullProgress())
+    write_table(shard.step_file("before"), [numbers(9)], numbers(9).schema)
+    step = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")
+    base.compare_shards(step, [shard], ("before", "kept"), plan, NullProgress())
     kept = []
     for _ in range(2):
-        base.judge_stage(stage, ("before", "kept"), plan, "key", shard)
-        kept.append(read_table(shard.stage("compared")))
+        base.judge_shard(step, ("before", "kept"), plan, "key", shard)
+        kept.append(read_table(shard.step_file("compared")))
     assert kept[0].num_rows == 8 and kept[0].equals(kept[1])

@@ -1,4 +1,4 @@
-"""Run one stage on a table that is cut into shards; rows come back in their original order."""
+"""Run one step on a table that is cut into shards; rows come back in their original order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
-from pipeline.stages import verify
-from pipeline.stages.base import Executor, RowStep, compare_stage, judge_stage
+from pipeline.steps import verify
+from pipeline.steps.base import Executor, RowStep, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED
 
@@ -24,20 +24,20 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
     return Plan.resolve(config or resolve(source="scenes"), DatasetDir(folder), "model", "revision")
 
 
-def run_stage(
-    stage: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+def run_step(
+    step: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
 ) -> pa.Table:
-    """Run a stage on a table that is cut into shards; return all rows with their reason, in the order of the table.
+    """Run a step on a table that is cut into shards; return all rows with their reason, in the order of the table.
 
-    `given` is the (stage, file) to which the table is written.
+    `given` is the (step, file) to which the table is written.
     """
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
         size = -(-table.num_rows // shards)
         for n, directory in enumerate(directories):
-            write_table(directory.stage(*given), [table.slice(n * size, size)], table.schema)
-        run_on(stage, directories, plan_of(Path(folder), resolve(**{"source": "scenes", **settings})), given)
-        return rows_after(stage, directories, table["annotation_id"].to_pylist())
+            write_table(directory.step_file(*given), [table.slice(n * size, size)], table.schema)
+        run_on(step, directories, plan_of(Path(folder), resolve(**{"source": "scenes", **settings})), given)
+        return rows_after(step, directories, table["annotation_id"].to_pylist())
 
 
 def with_results(table: pa.Table) -> pa.Table:
@@ -53,19 +53,19 @@ def with_results(table: pa.Table) -> pa.Table:
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
-    return run_stage(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
+    return run_step(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
 
 
-def run_on(stage: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
-    if stage.compare:
-        compare_stage(stage, shards, given, plan, NullProgress())
+def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
+    if step.compare:
+        compare_shards(step, shards, given, plan, NullProgress())
     for shard in shards:
-        judge_stage(stage, given, plan, "key", shard)
+        judge_shard(step, given, plan, "key", shard)
 
 
-def rows_after(stage: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) -> pa.Table:
-    kept = [read_table(shard.stage(stage.name)) for shard in shards]
-    rejected = [read_table(shard.stage(stage.name, "rejected")) for shard in shards]
+def rows_after(step: RowStep, shards: Sequence[DatasetDir], ids: Sequence[str]) -> pa.Table:
+    kept = [read_table(shard.step_file(step.name)) for shard in shards]
+    rejected = [read_table(shard.step_file(step.name, "rejected")) for shard in shards]
     kept = [table.append_column("reason", pa.nulls(table.num_rows, pa.string())) for table in kept]
     rows = pa.concat_tables([*kept, *rejected])
     found = rows["annotation_id"].to_pylist()

@@ -1,4 +1,4 @@
-"""Ask about the annotations of a shard what the stage verify wants to know. It decides nothing: that is the stage's part.
+"""Ask about the annotations of a shard what the step verify wants to know. It decides nothing: that is the step's part.
 
 In this order: the checks about images; captions with false claims are repaired, and checked again; what captions tell; and a
 judge rates what there is then. Every reply is journaled, so a run that goes on asks only what is missing.
@@ -41,7 +41,7 @@ from pipeline.inference.verification import (
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.scenes.claims import Claim
-from pipeline.stages.base import Services, record_cost
+from pipeline.steps.base import Services, record_cost
 from pipeline.tables import FILTERED, HUMAN, STRING
 from pipeline.tasks.checks import CHECKING, REPAIR
 from pipeline.text.content_keys import content_words
@@ -237,7 +237,7 @@ class AnnotationChecker:
         self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
 
     def _filter(self, subjects: Sequence[CheckedAnnotation], texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the stage filter for new texts of captions; None for one that it would reject."""
+        """Return the columns of the step filter for new texts of captions; None for one that it would reject."""
         tasks, none = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         given = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(given | dict.fromkeys(("question", "answer", "record"), none))

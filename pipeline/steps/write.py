@@ -12,19 +12,19 @@ import pyarrow as pa
 from pipeline.dataset.builder import DIGESTS, NO_ANNOTATION, Rows, build_rows
 from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
-from pipeline.dataset.manifest import StageSummary, describe_decontamination, describe_provenance, row_extras
+from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
 from pipeline.dataset.records import output_digest, read_record, record, step_key
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
-from pipeline.stages.base import ROW, AllRows, Step, Work, summarize_stage
+from pipeline.steps.base import ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
 
-NAME = "version"
+NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
 IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 
@@ -46,46 +46,44 @@ class WrittenRows:
 def write_rows(
     shard: DatasetDir,
     path: Path,
-    stages: Sequence[str],
+    steps: Sequence[str],
     source: dict[str, Any],
     extras: Extras = NO_EXTRAS,
 ) -> WrittenRows:
-    """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its stage files.
+    """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its step files.
 
-    `stages` are the names of all stages before this one that reject rows; `source` is its provenance.
+    `steps` are the names of all steps before this one that reject rows; `source` is its provenance.
     """
     rows, writer = Rows(), RowWriter(path, extras)
-    annotations, samples = read_batches(shard.stage("review")), read_samples(shard)
+    annotations, samples = read_batches(shard.step_file("review")), read_samples(shard)
     for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
         writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
-    write_table(shard.stage(NAME, "rejected"), [rejected], REJECTED)
-    rejections = [*read_rejections(shard, stages), list_rejections(NAME, rejected)]
-    write_table(shard.stage(NAME, "rejections"), rejections, REJECTIONS)
-    write_table(shard.stage(NAME, "digests"), rows.digests, DIGESTS)
+    write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
+    rejections = [*read_rejections(shard, steps), list_rejections(NAME, rejected)]
+    write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
+    write_table(shard.step_file(NAME, "digests"), rows.digests, DIGESTS)
     return WrittenRows(
         path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
     )
 
 
-def read_rejections(shard: DatasetDir, stages: Iterable[str]) -> Iterator[pa.Table]:
-    """Yield what the stages of a shard rejected (tables.REJECTIONS), in order."""
-    for stage in stages:
-        for table in read_batches(require_file(shard.stage(stage, "rejected"))):
-            yield list_rejections(stage, table)
+def read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
+    """Yield what the steps of a shard rejected (tables.REJECTIONS), in order."""
+    for step in steps:
+        for table in read_batches(require_file(shard.step_file(step, "rejected"))):
+            yield list_rejections(step, table)
 
 
-def list_rejections(stage: str, table: pa.Table) -> pa.Table:
-    """Return the rejections (tables.REJECTIONS) of the rows that a stage rejected.
+def list_rejections(step: str, table: pa.Table) -> pa.Table:
+    """Return the rejections (tables.REJECTIONS) of the rows that a step rejected.
 
     A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
     The text itself may be the reason of the rejection, and is left out.
     """
     digests = ((row, annotation_digest(row) if "task" in row else None) for row in table.to_pylist())
-    return pa.Table.from_pylist(
-        [row | {"stage": stage, "content_digest": digest} for row, digest in digests], schema=REJECTIONS
-    )
+    return pa.Table.from_pylist([row | {"step": step, "content_digest": digest} for row, digest in digests], schema=REJECTIONS)
 
 
 class WriteStep(Step):
@@ -95,10 +93,10 @@ class WriteStep(Step):
         """See Step."""
         executor, dataset = work.executor, work.plan.dataset
         executor.wait()
-        source = read_record(dataset, "source")["source"]
-        model = read_record(executor.shards[0], "generate")["model"]
+        source = read_record(dataset, "read")["source"]
+        model = read_record(executor.shards[0], "ask")["model"]
         provenance = describe_provenance(work.plan.config, work.plan.tasks, source, model)
-        names = [summary.stage for summary in work.summaries if summary.stage != "generate"]
+        names = [summary.step for summary in work.summaries if summary.step != "ask"]
         outputs = [output_digest(shard, name, of) for shard in executor.shards for name in names for of in OUTPUTS]
         key = step_key(NAME, [provenance, source], (), [*outputs, output_digest(executor.shards[0], before)])
         newest = dataset.versions()[-1:]
@@ -108,12 +106,12 @@ class WriteStep(Step):
         else:
             executor.check()
             with scratch_folder(dataset.path / "versions") as draft:
-                write = partial(write_rows, stages=names, source=source, extras=row_extras(work.plan.config, work.plan.tasks))
+                write = partial(write_rows, steps=names, source=source, extras=row_extras(work.plan.config, work.plan.tasks))
                 written = executor.map_with_scratch(write, draft)
                 work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
             record(dataset, NAME, key, version=work.version.name)
 
-    def summarize(self, work: Work) -> StageSummary:
+    def summarize(self, work: Work) -> StepSummary:
         """See Step."""
         assert work.version
         return summarize_version(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
@@ -139,12 +137,12 @@ def publish_shards(
     if len(columns) > 1:
         raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
     statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
-    all_rows = AllRows([shard.stage("review") for shard in shards])
+    all_rows = AllRows([shard.step_file("review") for shard in shards])
     with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
         groups = "SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
         ((group_count,),) = db.sql(f"SELECT count(*) FROM ({groups})").fetchall()  # noqa: S608
-        load(db, "digests", (part for shard in shards for part in read_batches(shard.stage(NAME, "digests"))), DIGESTS)
+        load(db, "digests", (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests"))), DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
     contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
     provenance = provenance | {
@@ -162,13 +160,13 @@ def publish_shards(
         licenses=sorted({name for part in written for name in part.licenses}),
         examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
     )
-    rejections = (table for shard in shards for table in read_batches(shard.stage(NAME, "rejections")))
+    rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, content, provenance, rejections, work.executor.check)
 
 
-def summarize_version(rows: int, without_annotation: int) -> StageSummary:
-    """Return the summary of this stage: images that are rows, and images of which no annotation is left."""
-    return summarize_stage(NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {})
+def summarize_version(rows: int, without_annotation: int) -> StepSummary:
+    """Return the summary of this step: images that are rows, and images of which no annotation is left."""
+    return summarize_step(NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {})
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
@@ -176,7 +174,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for shard in shards:
         for which in OUTPUTS:
-            for table in read_batches(shard.stage("review", which), ["review"]):
+            for table in read_batches(shard.step_file("review", which), ["review"]):
                 if table["review"].null_count < table.num_rows:
                     counts.update(review["verdict"] for review in table["review"].to_pylist() if review)
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}

@@ -1,4 +1,4 @@
-"""Stage: select. Of several captions of one image in one style, keep the best.
+"""Step: select. Of several captions of one image in one style, keep the best.
 
 How good a caption is, by `select.by`:
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.plan import Plan
-from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import FLOAT64, HUMAN, RUBRIC, SELECTED, STRING, fields
 from pipeline.text.content_keys import content_keys

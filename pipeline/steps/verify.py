@@ -1,4 +1,4 @@
-"""Stage: verify. Ask the model again whether an annotation is true of its image, and reject annotations by the answers.
+"""Step: verify. Ask the model again whether an annotation is true of its image, and reject annotations by the answers.
 
 A check that is switched off, or whose reply could not be read, rejects nothing.
 """
@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from pipeline.config.sections import VerifyConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.verification import share_confirmed
-from pipeline.stages.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation, VerifySettings
-from pipeline.stages.base import ROW, AllRows, Comparison, RowStep, Services
+from pipeline.steps.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation, VerifySettings
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
 from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields

@@ -1,7 +1,7 @@
 """Step: read. Read the source, and keep each of its images once."""
 
 from pipeline.sources.read import ADVICE
-from pipeline.stages.base import Step, Work
+from pipeline.steps.base import Step, Work
 
 
 class ReadStep(Step):
@@ -12,4 +12,4 @@ class ReadStep(Step):
         work.has_more = work.executor.read(work.limit)
 
 
-STEP = ReadStep("source", unit="images", advice=ADVICE)
+STEP = ReadStep("read", unit="images", advice=ADVICE)

@@ -1,4 +1,4 @@
-"""Stage: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
+"""Step: split. Assign each sample to train, validation or test: as its source states, else by a hash of its id.
 
 The hash does not depend on other images, so that an image stays in its split when images are added or removed; but where the
 source says which images are for testing, or for validation, no others are drawn for that. Near-duplicate images share the hash
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import SplitConfig
 from pipeline.digests import hash_to_unit
-from pipeline.stages.base import ROW, Comparison, RowStep
+from pipeline.steps.base import ROW, Comparison, RowStep
 from pipeline.storage.database import load, read
 from pipeline.storage.files import read_batches
 from pipeline.tables import SPLIT_RANK, SPLITS, STRING, fields, require_columns, with_reason
@@ -82,7 +82,7 @@ def _load_named_groups(comparison: Comparison) -> None:
         return
     key_of = partial(name_key, by=by)
     sources = (
-        table for shard in comparison.shards for table in read_batches(shard.stage("source"), ("sample_id", "source_row"))
+        table for shard in comparison.shards for table in read_batches(shard.step_file("read"), ("sample_id", "source_row"))
     )
     names = (pa.table([table["sample_id"], map_distinct(table["source_row"], key_of)], schema=NAMES) for table in sources)
     load(db, "names", names, NAMES)

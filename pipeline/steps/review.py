@@ -1,6 +1,6 @@
-"""Stage: review. Reject annotations that a person reviewed as bad, and apply the edits of others.
+"""Step: review. Reject annotations that a person reviewed as bad, and apply the edits of others.
 
-It is the last stage before a version, so that a review changes its own annotation only.
+It is the last step before a version, so that a review changes its own annotation only.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.reviews import EDITABLE, Review, TextName, check_edits, read_reviews, text_name
-from pipeline.stages.base import ROW, AllRows, Comparison, RowStep
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep
 from pipeline.storage.database import load
 from pipeline.tables import BOOL, FINAL, REVIEW, REVIEWED, with_reason
 from pipeline.text.normalize import text_key
@@ -23,9 +23,9 @@ TEXT_COLUMNS = (
     "evidence_pages", "expression", "prompt_id", "pair_id",
 )  # fmt: skip
 ADDS = pa.schema({"review": REVIEW, "is_pair_broken": BOOL, "is_rejected_bad": BOOL})
-REJECTED_TEXT = "rejected_text"  # of the stage select, where a run has it
+REJECTED_TEXT = "rejected_text"  # of the step select, where a run has it
 FINDINGS = pa.schema([ROW, *ADDS])
-CLEANED = ("text", "question", "answer", "record")  # whose final text is that of the stage filter
+CLEANED = ("text", "question", "answer", "record")  # whose final text is that of the step filter
 
 
 def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:

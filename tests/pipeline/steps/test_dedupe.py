@@ -5,9 +5,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.dedupe import STEP
+from pipeline.steps.dedupe import STEP
 from pipeline.tables import IMAGE_GROUPS
-from tests.stage_runs import run_stage
+from tests.step_runs import run_step
 
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "prompt_id", "clean_text", "clean_record")]
@@ -28,7 +28,7 @@ def captions(*texts: str, **more: Any) -> pa.Table:
 
 
 def deduped(rows: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
-    return run_stage(STEP, rows, shards=shards, dedupe=settings)
+    return run_step(STEP, rows, shards=shards, dedupe=settings)
 
 
 def reasons(rows: pa.Table, shards: int = 1, **settings: Any) -> dict[str, str | None]:
@@ -48,7 +48,7 @@ def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | Non
     """Return the reasons of rows whose images form one group and have the given reasons."""
     ids = rows["sample_id"].to_pylist()
     groups = pa.table([ids, ["g"] * len(ids), list(reasons), [None] * len(ids)], schema=IMAGE_GROUPS)
-    monkeypatch.setattr("pipeline.stages.dedupe.group_images", lambda shards, kind: groups)
+    monkeypatch.setattr("pipeline.steps.dedupe.group_images", lambda shards, kind: groups)
     marked = deduped(rows)
     assert marked["image_group"].to_pylist() == ["g"] * len(ids)
     row_reasons: list[str | None] = marked["reason"].to_pylist()

@@ -1,11 +1,11 @@
-"""Stage: validate. Check each annotation against the full output model of its task, and name the first rule it breaks."""
+"""Step: validate. Check each annotation against the full output model of its task, and name the first rule it breaks."""
 
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.stages.base import RowStep
+from pipeline.steps.base import RowStep
 from pipeline.tables import require_columns, with_reason
 from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 

@@ -1,4 +1,4 @@
-"""Stage: filter. Reject texts that break a rule (pipeline/rules.py), and say which texts are in excluded data."""
+"""Step: filter. Reject texts that break a rule (pipeline/rules.py), and say which texts are in excluded data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.config.sections import FilterConfig
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.sources.exclusions import TextIndex
-from pipeline.stages.base import RowStep, Services
+from pipeline.steps.base import RowStep, Services
 from pipeline.storage.files import read_batches
 from pipeline.tasks import Tasks
 
@@ -44,7 +44,7 @@ def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
 STEP = RowStep(
     "filter",
     settings=lambda plan: FilterSettings(plan.config.filter, plan.tasks),
-    reads=lambda plan: [plan.dataset.stage("source", "exclusions")] if plan.config.exclude else (),
+    reads=lambda plan: [plan.dataset.step_file("read", "exclusions")] if plan.config.exclude else (),
     prepare=find_contaminated,
     is_prepared=lambda plan: bool(plan.config.exclude),
     judge=judge_texts,
