@@ -1,20 +1,20 @@
-"""Measure the cost per annotation of the steps from validate to version, beside another checkout of this project.
+"""Measure the cost per annotation of the steps from filter to version, beside another checkout of this project.
 
     PYTHONPATH=. python benchmarks/steps.py [--images 10000] [--peer FOLDER] [--rounds 3]
     PYTHONPATH=. python benchmarks/steps.py --comparing 25000000
 
-Makes a dataset folder as generate would leave it: scenes with captions in two styles and three questions each, true by
-construction. `synth generate --from-stage validate` then runs on copies of it, as a process of its own, with the code of this
-checkout and of the peer in turn. Reports CPU time and peak memory of the process, including file input and output; the cost of
-start-up (a run over eight images) is subtracted. With --comparing, makes rows of few columns, and runs only the steps that
-compare rows.
+Each checkout makes a dataset folder from a Parquet file of small images, with captions and questions in the place of those that
+people wrote: drawn scenes have them in two styles, with three questions each, true by construction. Then `synth generate` runs
+in that folder again and again, as a process of its own, in this checkout and the peer in turn. Each run has another value of
+`filter.max_caption_words`, so that filter and all steps behind it run again, and no other. Reports CPU time and peak memory of
+the process, including file input and output; the cost of start-up (a run over eight images) is subtracted. With --comparing,
+makes rows of few columns, and runs only the steps that compare rows.
 """
 
 import argparse
 import io
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -31,20 +31,19 @@ from PIL import Image
 from examples.scenes.questions import ask_number, ask_other, ask_yes_no
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.images import ImageStore
-from pipeline.digests import digest
+from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.run import steps_of
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
-from pipeline.steps.base import RunPlan, compare_shards, judge_shard
+from pipeline.steps.base import RowStep, compare_shards, judge_shard
 from pipeline.storage.database import open_database, read
-from pipeline.storage.files import write_json, write_table
-from pipeline.tables import ANNOTATION, EXCLUSIONS, LISTED_SAMPLE, SAMPLE_IMAGES, SOURCE_REJECTED
+from pipeline.storage.files import write_json
 
-BATCH = 500  # images made at once
-TEXTS = 5  # per image
+TEXTS = len(STYLES) + 3  # per image
 START_IMAGES = 8
+MAX_WORDS = 200  # of a caption: no caption has so many
+CODE = "from pipeline.cli import main; main()"
 
 
 def plain_png(number: int) -> bytes:
@@ -54,82 +53,54 @@ def plain_png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def samples(count: int) -> Iterator[pa.Table]:
-    """Yield rows of tables.LISTED_SAMPLE."""
-    for first in range(0, count, BATCH):
-        rows = []
-        for n in range(first, min(first + BATCH, count)):
-            ids = {"sample_id": digest([n]), "source_row": f"{n}", "num_pages": 1, "pdq_hashes": []}
-            rows.append({**ids, "width_px": 84, "height_px": 84, "license": "cc0-1.0", "references": []})
-        yield pa.Table.from_pylist(rows, schema=LISTED_SAMPLE)
+def make_source(path: Path, count: int) -> None:
+    """Write a Parquet file of images with captions and questions."""
+    rows = []
+    for n in range(count):
+        scene = sample_scene(random.Random(n))
+        pairs = [ask(scene, random.Random(n)) for ask in (ask_yes_no, ask_number, ask_other)]
+        captions = [caption(scene, style) for style in STYLES]
+        qa = [{"question": pair.question, "answer": pair.answer} for pair in pairs]
+        rows.append({"image": {"bytes": plain_png(n), "path": None}, "captions": captions, "qa": qa})
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def images(count: int) -> Iterator[pa.Table]:
-    """Yield rows of tables.SAMPLE_IMAGES."""
-    for first in range(0, count, BATCH):
-        rows = [{"sample_id": digest([n]), "images": [plain_png(n)]} for n in range(first, min(first + BATCH, count))]
-        yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)
-
-
-def annotations(count: int) -> Iterator[pa.Table]:
-    """Yield rows of tables.ANNOTATION as generate would leave them."""
-    for first in range(0, count, BATCH):
-        rows = []
-        for n in range(first, min(first + BATCH, count)):
-            scene, sample_id = sample_scene(random.Random(n)), digest([n])
-            texts: list[dict[str, Any]] = [
-                {"task": "caption", "style": style, "text": caption(scene, style)} for style in STYLES
-            ]
-            pairs = [ask(scene, random.Random(sample_id)) for ask in (ask_yes_no, ask_number, ask_other)]
-            texts += [{"task": "qa", "style": ""} | pair.model_dump() for pair in pairs]
-            for position, text in enumerate(texts):
-                request = digest([sample_id, text["task"], text["style"]])
-                ids = {"annotation_id": digest([request, position]), "sample_id": sample_id, "request_id": request}
-                more = {"position": position, "prompt_id": "p", "pages": 1, "evidence_pages": [], "expression": ""}
-                rows.append({**ids, **more, **text})
-        yield pa.Table.from_pylist(rows, schema=ANNOTATION)
-
-
-def make_folder(path: Path, count: int) -> None:
-    """Make a dataset folder in which source and generate have been run."""
-    dataset = DatasetDir(path)
-    ImageStore(path).add(images(count))
-    write_table(dataset.step_file("read"), samples(count), LISTED_SAMPLE)
-    write_table(dataset.step_file("read", "rejected"), [SOURCE_REJECTED.empty_table()], SOURCE_REJECTED)
-    write_table(dataset.step_file("read", "exclusions"), [EXCLUSIONS.empty_table()], EXCLUSIONS)
-    write_table(dataset.step_file("ask"), annotations(count), ANNOTATION)
-    source = {"name": "scenes", "revision": "1.0", "decks": False, "never": [], "compared_as": None}
-    write_json(dataset.provenance("source"), source)
-    write_json(dataset.provenance("generate"), {"name": "facts", "revision": "r"})
-
-
-def run(checkout: Path, dataset: Path, count: int) -> tuple[float, float]:
-    """Run all steps of a copy of a dataset folder with the code of a checkout; return CPU seconds and peak megabytes."""
-    with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
-        copy = Path(folder) / "d"
-        shutil.copytree(dataset, copy, copy_function=os.link)  # nothing is written into these files
-        arguments = ["--source", "scenes", "--limit", str(count), "--from-stage", "validate", "--out", str(copy)]
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "generate", *arguments]
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(checkout)}, stderr=subprocess.PIPE, cwd=folder)
-        assert process.stderr
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(errors.decode())
-        return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+def run(checkout: Path, folder: Path, out: str, max_words: int) -> tuple[float, float]:
+    """Run all steps that have to run in the folder `out`, OF/SOURCE, with a checkout; return CPU seconds and peak megabytes."""
+    config = folder / "config.yaml"
+    write_json(config, {"dedupe": {"images": "none"}, "filter": {"max_caption_words": max_words}})
+    arguments = [
+        f"--source=parquet:{folder / Path(out).name}.parquet",
+        "--columns=references=captions",
+        "--no-model",
+        "--keep-human",
+    ]
+    arguments += [f"--config={config}", f"--out={folder / out}", "--license=cc0-1.0"]
+    command = [sys.executable, "-c", CODE, "generate", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
+    assert process.stderr
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(errors.decode())
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
 def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
     """Print the cost per annotation in each checkout, in interleaved rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole, start = Path(folder) / "whole", Path(folder) / "start"
-        make_folder(whole, count)
-        make_folder(start, START_IMAGES)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_source(folder / "whole.parquet", count)
+        make_source(folder / "start.parquet", START_IMAGES)
+        for name, checkout in checkouts.items():
+            for source in ("start", "whole"):
+                run(checkout, folder, f"{name}/{source}", MAX_WORDS)
         costs: dict[str, list[float]] = {name: [] for name in checkouts}
-        for _ in range(rounds):
+        for number in range(1, rounds + 1):
             for name, checkout in checkouts.items():
-                idle, _ = run(checkout, start, START_IMAGES)
-                seconds, megabytes = run(checkout, whole, count)
+                idle, _ = run(checkout, folder, f"{name}/start", MAX_WORDS + number)
+                seconds, megabytes = run(checkout, folder, f"{name}/whole", MAX_WORDS + number)
                 costs[name].append(1e6 * (seconds - idle) / (TEXTS * (count - START_IMAGES)))
                 print(f"{name:<6} {costs[name][-1]:8.1f} us of CPU an annotation, peak {megabytes:,.0f} MB", flush=True)
         for name, values in costs.items():
@@ -158,6 +129,7 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
            CASE WHEN position = 1 THEN CASE WHEN h % 10 < 7 THEN 'yes' ELSE 'no' END
                 WHEN position = 2 THEN (h // 96 % 5)::VARCHAR WHEN position > 2 THEN w[1 + h // 3 % 12] END AS clean_answer,
            CASE position WHEN 1 THEN 'yes/no' WHEN 2 THEN 'number' ELSE 'other' END AS answer_type,
+           NULL::VARCHAR AS clean_record,
            NULL::VARCHAR AS source_split, 'p' AS prompt_id, '' AS expression, NULL::INTEGER[] AS evidence_pages, 1 AS pages,
            0 AS hedge_count, NULL::DOUBLE AS agreement, NULL::DOUBLE AS alignment
     FROM drawn, words ORDER BY n
@@ -180,13 +152,14 @@ def compare_only(count: int) -> None:
                     writer.write_table(table)
         pid = os.fork()
         if pid == 0:
-            plan = RunPlan(dataset, resolve(source="scenes"), "r", None)
+            plan = Plan.resolve(resolve(source="scenes"), dataset)
+            steps = [step for step in steps_of(plan) if isinstance(step, RowStep) and step.compare]
             before = "verify"
-            for step in steps_of(plan.config)[3:]:
-                wall, cpu = time.monotonic(), time.process_time()
-                compare_shards(step, [dataset], before, plan, NullProgress())
+            for step in steps[[step.name for step in steps].index("dedupe") :]:
+                wall, cpu, given = time.monotonic(), time.process_time(), (before, "kept")
+                compare_shards(step, [dataset], given, plan, NullProgress())
                 middle = time.process_time()
-                judge_shard(step, dataset, before, plan)
+                judge_shard(step, given, plan, "", dataset)
                 kept = pq.ParquetFile(dataset.step_file(step.name)).metadata.num_rows
                 us, judged = (1e6 * s / count for s in (middle - cpu, time.process_time() - middle))
                 seconds = time.monotonic() - wall

@@ -81,10 +81,9 @@ def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
 
 @lru_cache(32)
 def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tuple[Scores, str | None]]:
-    """Return a function of (text, question, answer, record) that caches its results: questions and answers repeat."""
+    """Return a function of (text, question, answer, record) that caches its results but for captions, which do not repeat."""
     measure = lru_cache(REMEMBERED_TEXTS)(_measure)
 
-    @lru_cache(REMEMBERED_TEXTS)
     def judge(
         text: str | None, question: str | None, answer: str | None, record: str | None = None
     ) -> tuple[Scores, str | None]:
@@ -93,24 +92,26 @@ def _cached_judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., tu
         clean_text, text_redactions = _clean(text, strip=True)
         clean_question, question_redactions = _clean(question)
         clean_answer, answer_redactions = _clean(answer)
-        words, measures = measure(clean_text or clean_question or "", config.language)
+        main = clean_text or clean_question or ""
+        words, measures = (measure if text is None else _measure)(main, config.language)
         scores = Scores(
             clean_text=clean_text,
             clean_question=clean_question,
             clean_answer=clean_answer,
             clean_record=None,
-            word_count=count_words(clean_text or clean_question or "", words),
+            word_count=count_words(main, words),
             answer_word_count=len(clean_answer.split()) if clean_answer else 0,
             redaction_count=text_redactions + question_redactions + answer_redactions,
             **measures,
         )
-        texts: tuple[tuple[str, Words], ...] = ((clean_text or clean_question or "", words),)
+        texts: tuple[tuple[str, Words], ...] = ((main, words),)
         if clean_answer:
             texts = (*texts, (clean_answer, words_of(clean_answer)))
         subject = RuleInput(scores, words, config, prompt_grams, texts)
         return scores, next((name for name, rejects in RULES.items() if rejects(subject)), None)
 
-    return judge
+    cached = lru_cache(REMEMBERED_TEXTS)(judge)
+    return lambda text, *others: cached(text, *others) if text is None else judge(text, *others)
 
 
 def _judge_record(

@@ -7,7 +7,6 @@ so that counts by reason add up to the rejected rows. Annotations are judged by 
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.config.sections import FilterConfig
@@ -96,8 +95,7 @@ class Scores(NamedTuple):
     non_latin_frac: float  # letters of another script than Latin, outside of quotes, in the caption or the question
 
 
-@dataclass(frozen=True, slots=True)
-class RuleInput:
+class RuleInput(NamedTuple):
     """An annotation as the rules see it."""
 
     scores: Scores
@@ -135,7 +133,7 @@ def is_junk(of: RuleInput) -> bool:
 
 def is_placeholder(of: RuleInput) -> bool:
     """Return True if a text is a word that stands for a text, such as "caption" or "..."."""
-    return artifacts.is_placeholder(of.main)
+    return artifacts.is_placeholder(of.words)
 
 
 def is_labelled(of: RuleInput) -> bool:
@@ -296,10 +294,11 @@ def _asks_to_read(words: Words) -> bool:
 
 def _repeats_parts(text: str) -> bool:
     """Return True if a sentence is said twice, or too many parts of a list name the same thing."""
-    keys = map(text_key, _SENTENCE_END.split(text))
-    sentences = [key for key in keys if key.count(" ") >= MIN_WORDS_OF_A_SENTENCE - 1]
-    if len(set(sentences)) < len(sentences):
-        return True
+    sentences = _SENTENCE_END.split(text)
+    if len(sentences) > 1:
+        keys = [key for key in map(text_key, sentences) if key.count(" ") >= MIN_WORDS_OF_A_SENTENCE - 1]
+        if len(set(keys)) < len(keys):
+            return True
     parts = text.lower().split(", ")
     if len(parts) <= MAX_EQUAL_PARTS:
         return False

@@ -44,6 +44,7 @@ MATCHED_QUESTIONS = 65_536  # matched at once, or those of one key where they ar
 GROUPED_CAPTIONS = 1_000_000  # whose words are collected by sample at once
 BLOCK_ROWS = 1024  # whose words are compared at once
 QUESTIONS = pa.schema([ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")])
+CAPTION_TEXTS = pa.schema([ROW, *fields(STRING, "sample_id", "clean_text")])
 CAPTION_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
 PAIRS = pa.schema({"row": INT64, "partner": INT64})
 LIMITS = pa.schema({"question_type": STRING, "most": INT64})
@@ -111,7 +112,9 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
         "CREATE TABLE candidates AS SELECT row, annotation_id, sample_id, image, key, answer FROM questions SEMI JOIN "
         "(SELECT key FROM questions GROUP BY key HAVING count(DISTINCT answer) > 1 AND count(DISTINCT image) > 1) USING (key)"
     )
-    load(db, "caption_words", _caption_words(rows), CAPTION_WORDS)
+    of_candidates = "FROM incoming SEMI JOIN candidates USING (sample_id) WHERE clean_text IS NOT NULL"
+    load(db, "caption_texts", rows.batches("sample_id", "clean_text"), CAPTION_TEXTS, of_candidates)
+    load(db, "caption_words", _caption_words(open_cursor(db)), CAPTION_WORDS)
     ((captions,),) = db.sql("SELECT count(*) FROM caption_words").fetchall()
     parts = -(-captions // GROUPED_CAPTIONS)  # lists that are being collected stay in memory
     db.execute("CREATE TABLE sample_words AS FROM caption_words LIMIT 0")
@@ -119,8 +122,7 @@ def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
         db.execute(
             f"""
             INSERT INTO sample_words SELECT sample_id, list_sort(list_distinct(flatten(list(words))))
-            FROM caption_words SEMI JOIN candidates USING (sample_id)
-            WHERE hash(sample_id) % {parts} = {part} GROUP BY sample_id
+            FROM caption_words WHERE hash(sample_id) % {parts} = {part} GROUP BY sample_id
             """  # noqa: S608
         )
     db.execute(
@@ -225,9 +227,8 @@ def _questions(rows: AllRows) -> Iterator[pa.Table]:
         yield pa.table(columns).select(QUESTIONS.names)
 
 
-def _caption_words(rows: AllRows) -> Iterator[pa.Table]:
-    for table in rows.batches("sample_id", "clean_text"):
-        table = table.filter(pc.is_valid(table["clean_text"])).combine_chunks()
+def _caption_words(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    for table in read(db.sql("FROM caption_texts")):
         words = pa.array(map(content_words, table["clean_text"].to_pylist()), CAPTION_WORDS.field("words").type)
         yield pa.table({"sample_id": table["sample_id"], "words": words}, schema=CAPTION_WORDS)
 

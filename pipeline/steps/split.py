@@ -44,13 +44,16 @@ def split_of(group: str, config: SplitConfig, seed: int) -> str:
     return "validation" if point < config.test_frac + config.validation_frac else "train"
 
 
-def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation:
+def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
     """Return the split that the source states for each row, or for another image of its group: the most held-out one.
 
     Beside it stand the splits that the source holds out.
     """
-    db = comparison.db
-    load(db, "stated", comparison.rows.batches("image_group", "source_split"), STATED)
+    db, rows = comparison.db, comparison.rows
+    is_stated = any(table["source_split"].null_count < table.num_rows for table in rows.batches("source_split"))
+    if not is_stated and comparison.settings[0].group_by is None:
+        return None
+    load(db, "stated", rows.batches("image_group", "source_split"), STATED)
     load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS)
     _load_named_groups(comparison)
     return db.sql(

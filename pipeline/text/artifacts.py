@@ -4,14 +4,14 @@ Each rule was measured on captions that people and models wrote (docs/measuremen
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from pipeline.text.language import unquoted
 from pipeline.text.normalize import contains_any, text_key, words_of
 
 # Every match of _MARKUP has a character or a part of these, and few captions have any.
-_SPECIAL = re.compile(r"[^\w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]|_")
-_SPECIAL_PARTS = ("addCriterion", "USER", "ASSISTANT", "HUMAN", "SYSTEM", "oordinate", "http")
+_SPECIAL = re.compile(r"[^a-zA-Z0-9 \w\s,.\"'\-?!;:()/&%$\u2019\u2018\u201c\u201d\u2013\u2014\u2026\u00b0]")
+_SPECIAL_PARTS = ("_", ":", "addCriterion", "oordinate")
 _MARKUP = re.compile(
     r"<\|?/?[A-Za-z][^<>]{0,60}>|<\||\|>|<!--|[\u202d\u202e]"  # tags, tokens of templates, reversed letters
     r"|\[/?(?:INST|SYS|IMG|image)\]|\ufffd|addCriterion|\b(?:USER|ASSISTANT|HUMAN|SYSTEM)\s*:"
@@ -46,6 +46,7 @@ _CHAT_START = re.compile(
     re.IGNORECASE,
 )
 _CHAT = re.compile(r"[Hh]ope th(?:is|at) helps|[Ll]et me know if|[Ff]eel free to|Is there anything else|Would you like me to")
+_CHAT_PARTS = (" helps", " know if", " free to", " anything else", " like me to")  # every match of _CHAT has one of them
 _PLACEHOLDERS = frozenset(
     f"{before}{word}{after}"
     for word in ("caption", "text", "question", "answer", "description", "string", "title", "image", "output", "response")
@@ -57,6 +58,8 @@ MAX_CHARACTERS = 2000  # of tasks.base.Line
 MIN_RUN = 16  # characters of a word in which a run is looked for
 _NO_END = r"an?|the|and|or|(?<!front )(?<!ahead )(?<!out )of|their|its|whose|than|because|next to|on top of"
 _CUT_OFF = re.compile(rf"(?:\b(?:{_NO_END})\s*[.,]?|\u2026|\.\.\.)\s*$")  # "Gate A" is an end
+_LAST = "a an the and or of their its whose than because to"  # words at the end of what _CUT_OFF finds
+_LAST_WORDS = tuple(_LAST.split())
 LONGEST_END = 20  # characters of what _CUT_OFF finds, with a word before it
 # Words that any image could have: a caption of nothing else says nothing.
 _GENERAL_WORDS = """
@@ -79,19 +82,18 @@ def has_markup(text: str) -> bool:
         return True
     if (":" in text and _KEYS.search(text)) or ("(" in text and _POINTS.search(text)):
         return True
-    may_match = _SPECIAL.search(text) or contains_any(text, _SPECIAL_PARTS)
+    may_match = contains_any(text, _SPECIAL_PARTS) or _SPECIAL.search(text)
     return bool(may_match and _MARKUP.search(unquoted(text)))  # a sign may say anything
 
 
 def has_label(text: str) -> bool:
     """Return True if a text names what it is ("Caption: ...") or speaks to its reader ("Sure! Here is ...")."""
-    has_mark = ":" in text or "=" in text
-    return bool((has_mark and _LABEL.search(text)) or _CHAT_START.match(text) or _CHAT.search(text))
+    has_mark, may_chat = ":" in text or "=" in text, contains_any(text, _CHAT_PARTS)
+    return bool((has_mark and _LABEL.search(text)) or _CHAT_START.match(text) or (may_chat and _CHAT.search(text)))
 
 
-def is_placeholder(text: str) -> bool:
-    """Return True if a text has no letter or digit, or is a word such as `caption` that a prompt has in place of a text."""
-    words = words_of(text)
+def is_placeholder(words: list[str]) -> bool:
+    """Return True if a text of these words has none, or is a word such as `caption` that a prompt has in place of a text."""
     return not words or (len(words) <= 5 and " ".join(words) in _PLACEHOLDERS)
 
 
@@ -116,7 +118,9 @@ def has_run(text: str) -> bool:
 
 def is_cut_off(text: str) -> bool:
     """Return True if a caption ends where no sentence can: with "a", "and" or three dots."""
-    return bool(_CUT_OFF.search(text, max(0, len(text.rstrip()) - LONGEST_END)))
+    end = text.rstrip()
+    may_match = end.endswith(("\u2026", "...")) or end.rstrip(".,").rstrip().endswith(_LAST_WORDS)
+    return may_match and bool(_CUT_OFF.search(text, max(0, len(end) - LONGEST_END)))
 
 
 def is_too_general(words: Collection[str]) -> bool:
@@ -124,9 +128,9 @@ def is_too_general(words: Collection[str]) -> bool:
     return bool(words) and _GENERAL.issuperset(words) and not _OF_IMAGES.isdisjoint(words)
 
 
-def word_grams(words: list[str], size: int = ECHO_WORDS) -> set[tuple[str, ...]]:
-    """Return all runs of `size` words."""
-    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+def word_grams(words: list[str]) -> Iterator[tuple[str, ...]]:
+    """Return all runs of ECHO_WORDS words."""
+    return zip(*[words[start:] for start in range(ECHO_WORDS)], strict=False)
 
 
 def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
@@ -136,4 +140,4 @@ def prompt_grams(prompts: Iterable[str]) -> frozenset[tuple[str, ...]]:
 
 def echoes_prompt(words: list[str], grams: frozenset[tuple[str, ...]]) -> bool:
     """Return True if a text has a run of words from the prompts."""
-    return len(words) >= ECHO_WORDS and not grams.isdisjoint(word_grams(words))
+    return not grams.isdisjoint(word_grams(words))

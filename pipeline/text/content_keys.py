@@ -10,7 +10,7 @@ from pipeline.text.normalize import strip_opening, text_key, words_of
 _INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
 _POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
 _EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS, "there's"))
-_IS = ("is", "are", "was", "were")
+_IS = frozenset(("is", "are", "was", "were"))
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NO_VERBS_IN_ING = """
 thing something nothing anything everything king ring string wing spring building ceiling morning evening clothing wedding
@@ -23,6 +23,8 @@ _AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
     words = words_of(strip_opening(text))
+    if _IS.isdisjoint(words):
+        return tuple(_AS_DIGITS.get(word, word) for word in words if word not in _EMPTY)
     asks_whether = words[:1] and words[0] in _IS and words[1:2] == ["there"]
     kept = [
         _AS_DIGITS.get(word, word)

@@ -16,6 +16,9 @@ import pyarrow as pa
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff\u00ad]")  # spaces without width, marks of direction, soft hyphens
 _NOISE = re.compile(r"[\W_]+")
+# Of a text in ASCII, what the two patterns find, in a fraction of their time: lower case, and spaces for all other characters.
+_KEY = bytes(ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else ord(" ") for code in range(256))
+_WORDS = _KEY[: ord("_")] + b"_" + _KEY[ord("_") + 1 :]
 # Where scripts have their marks (vowel signs, tones): for texts without them the faster patterns above are the same.
 _MAY_HAVE_MARKS = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0591-\u1cff\u1dc0-\u1dff\u20d0-\u20ff\u2cef-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\ua6f1\ua800-\uabff\ufb1e"
@@ -47,12 +50,16 @@ def contains_any(text: str, parts: Iterable[str]) -> bool:
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
+    if text.isascii() and "'" not in text:
+        return text.encode().translate(_WORDS).decode().split()
     folded = text.casefold()  # which may make marks
     return (_marked_word() if has_marks(folded) else _WORD).findall(folded)
 
 
 def text_key(text: str) -> str:
     """Return a text in lower case, with a space for each run of punctuation and spacing."""
+    if text.isascii():
+        return " ".join(text.encode().translate(_KEY).decode().split())
     folded = text.casefold()
     return (_marked_noise() if has_marks(folded) else _NOISE).sub(" ", folded).strip()
 

@@ -35,7 +35,13 @@ LABELS = (
     "Caption: A kite flies.", "Output: A kite", "Image caption: a kite", "Q: What is it? A: A kite.",
     "A kite flies. Question 1: What?", "Sure! A kite flies.", "Certainly, a kite flies.",
     "Here is a caption for the image: A kite", "A kite flies. I hope this helps!", "The image: a kite",
-    "A kite. Caption: a kite",
+    "A kite. Caption: a kite", "A kite. Let me know if you like it.", "A kite. Feel free to ask.",
+    "A kite. Is there anything else?", "A kite. Would you like me to go on?",
+)  # fmt: skip
+ENDS = (
+    "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...", "A kite or an",
+    "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its", "Higher than", "It flies because",
+    "A kite next to", "A kite\u2026",
 )  # fmt: skip
 NO_LABELS = (
     "Great show of skill by a skater.", "A clock that says 10:30.", "A sign with the text: STOP",
@@ -60,13 +66,11 @@ def test_markup_and_labels_are_found_and_marks_of_a_sentence_are_not(
 
 
 def test_placeholders_stand_for_a_text() -> None:
-    assert all(
-        map(
-            is_placeholder,
-            ("...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?", "A question?"),
-        )
-    )
-    assert not any(map(is_placeholder, ("A caption is on a wall", "7", "red", "No")))
+    placeholders = (
+        "...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?", "A question?",
+    )  # fmt: skip
+    assert all(is_placeholder(words_of(text)) for text in placeholders)
+    assert not any(is_placeholder(words_of(text)) for text in ("A caption is on a wall", "7", "red", "No"))
 
 
 def test_runs_of_characters_are_found() -> None:
@@ -74,9 +78,7 @@ def test_runs_of_characters_are_found() -> None:
     assert not has_run("A very looooong kite") and not has_run("1-800-555-0000000")
 
 
-@pytest.mark.parametrize(
-    "text", ["A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ..."]
-)
+@pytest.mark.parametrize("text", ENDS)
 def test_an_end_that_no_sentence_has_is_found(text: str) -> None:
     assert is_cut_off(text)
     assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off("The seat that he stands in front of.")

@@ -109,3 +109,10 @@ def test_vowel_signs_and_tones_are_parts_of_words(one: str, other: str) -> None:
 def test_a_mark_that_folding_makes_is_part_of_its_word_and_a_selector_of_an_emoji_is_no_word() -> None:
     assert len(words_of("\u0130stanbul'da")) == 1 and len(words_of("Μαΐου")) == 1
     assert len(words_of("हिन्दी में \u2764\ufe0f दिल")) == 3
+
+
+def test_words_and_keys_of_ascii_are_those_of_other_texts() -> None:
+    text = "".join(map(chr, range(128))) + " A_b C3.4 the-End"
+    for part in (text, text.replace("'", " ")):
+        assert words_of(part) == words_of(f"{part} \u00e9")[:-1]
+        assert text_key(part) == text_key(f"{part} \u00e9")[:-2]
