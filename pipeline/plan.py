@@ -43,11 +43,15 @@ class Plan:
     image_kind: ImageKind | None  # how images are compared; None: they are known to be distinct
     has_decks: bool  # the samples are documents of several pages
     model: str = ""  # the publishable name of the model that writes
+    judge_revision: str = ""  # of the model that rates; empty if there is none
     source: Source | None = None
     engine: EngineChoice | None = None
+    judge: EngineChoice | None = None
 
     @classmethod
-    def resolve(cls, config: Config, dataset: DatasetDir, model: str = "", revision: str = "") -> "Plan":
+    def resolve(
+        cls, config: Config, dataset: DatasetDir, model: str = "", revision: str = "", judge_revision: str = ""
+    ) -> "Plan":
         """Resolve all names in the settings of a run. Neither the source nor a server is asked anything."""
         config = with_source_defaults(config)
         tasks = Tasks(config.tasks, config.own_tasks)
@@ -60,6 +64,7 @@ class Plan:
             image_kind=choose_image_kind(config),
             has_decks=holds_decks(config),
             model=model,
+            judge_revision=judge_revision,
         )
 
     @classmethod
@@ -84,6 +89,9 @@ class Plan:
         engine = _choose_engine(plan.config, dataset, progress)
         plan = replace(plan, source=source).with_engine(engine)
         plan.require_scorer()
+        if plan.config.verify.judge:
+            judge = plan.choose_judge(progress)
+            plan = replace(plan, judge=judge, judge_revision=judge.revision)
         return plan
 
     def with_engine(self, engine: EngineChoice) -> "Plan":
@@ -92,7 +100,7 @@ class Plan:
         return replace(self, engine=engine, model=public_name(engine.model), requests=requests)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan.resolve, (self.config, self.dataset, self.model, self.requests.revision)
+        return Plan.resolve, (self.config, self.dataset, self.model, self.requests.revision, self.judge_revision)
 
     @property
     def clip_model(self) -> str:
@@ -114,6 +122,8 @@ class Plan:
 
     def choose_judge(self, progress: Progress | None = None) -> EngineChoice:
         """Choose the judge. Raises ConfigError or EngineError if it cannot be asked, or is the model that writes."""
+        if self.judge is not None:
+            return self.judge
         return choose_judge(self.config, self.requests.revision, progress, self.model or None)
 
 
@@ -155,7 +165,10 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     """Raise ConfigError if a dataset folder holds data from another source."""
     if not dataset.run_file.exists():
         return
-    before = dataset.settings()
+    try:
+        before = dataset.settings()
+    except ValueError:
+        before = {}
     if not isinstance(before, dict) or not before.keys() >= config.recorded().keys():
         raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR")
     source = str(before["source"])

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
+from pipeline.dataset.records import read_record
 from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.dataset.version import Version
-from pipeline.errors import ConfigError, SynthError, TableError
+from pipeline.errors import ConfigError, TableError
 from pipeline.executors.base import ClusterOptions, forget_other_steps
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
@@ -64,6 +65,8 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     images is wanted, the source is read on until so many are kept.
     """
     steps = steps_of(plan)
+    if first != read.STEP.name:
+        require_records(executor.shards, [step.name for step in steps])
     names = [step.name for step in steps]
     todo = [*zip(("", *names), steps[:-1], strict=False)][names.index(first) :]
     work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
@@ -81,6 +84,14 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     steps[-1].run(work, names[-2])
     assert work.version
     return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
+
+
+def require_records(shards: Sequence[DatasetDir], names: Sequence[str]) -> None:
+    """Raise ConfigError unless all steps but the last two have left their records in each shard."""
+    for shard in shards:
+        for name in names[:-2]:
+            if not read_record(shard, name).get("files"):
+                raise ConfigError(f"{shard.path} has no finished run to review", hint="run `synth generate` in it first")
 
 
 def steps_of(plan: Plan) -> list[Step]:
@@ -241,7 +252,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
                 with open_finished(plan, progress, check) as executor:
                     return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
-            except SynthError:
+            except Exception:
                 write_text(dataset.reviews, format_reviews(before))
                 raise
 

@@ -102,6 +102,13 @@ class DatasetDir:
         """The cost of requests so far."""
         return self.path / "steps" / "ask" / "cost.json"
 
+    def read_cost(self) -> dict[str, float]:
+        """Return the cost of requests so far; nothing if it is not known."""
+        try:
+            return dict(read_json(self.cost))
+        except (OSError, ValueError, RecursionError, TypeError):
+            return {}
+
     def pushed(self) -> list[dict[str, str]]:
         """Return every push from here: version, repo and commit."""
         file = self.path / "pushed.json"

@@ -121,18 +121,18 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove the images of all other samples, and second copies; yield each file with the bytes freed.
+        """Remove the images of all other samples, and second copies in one folder; yield each file with the bytes freed.
 
         A process that is killed meanwhile leaves second copies at most. Raise StoreError, and remove nothing, if
         a file cannot be read.
         """
-        kept, written = set[str](), set[Path]()
+        kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _ids_of(path)) for path in self.paths()]:
             if path in written:  # it was left by a process that was killed here
                 continue
             size = path.stat().st_size
-            is_wanted = [name in wanted and name not in kept for name in ids]
-            kept.update(name for name, keep in zip(ids, is_wanted, strict=True) if keep)
+            is_wanted = [name in wanted and (path.parent, name) not in kept for name in ids]
+            kept.update((path.parent, name) for name, keep in zip(ids, is_wanted, strict=True) if keep)
             if all(is_wanted):
                 continue
             if dry_run:

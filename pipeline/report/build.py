@@ -177,7 +177,7 @@ class _Report:
             of_steps=of_steps,
             distributions=distributions_of(self.folder) if of_steps else [],
             clusters=clusters,
-            cost=read_json(cost) if (cost := DatasetDir(self.folder).cost).exists() else None,
+            cost=DatasetDir(self.folder).read_cost() or None,
             training=self.training,
             made_by=PROVENANCE,
             first=first,

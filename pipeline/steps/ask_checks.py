@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow as pa
 from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
 from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
 from pipeline.dataset.records import described
+from pipeline.digests import weights_revision
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.images.decode import prepare_image
 from pipeline.inference.engines import EngineChoice, open_engine
@@ -72,6 +74,7 @@ class VerifySettings:
     splits_claims: bool  # the model splits captions into claims
     clip_model: str | None  # None: captions are not compared with images
     server: ServerConfig  # decides no answer
+    judge_revision: str  # of the model that rates; empty if there is none
     choose_judge: Callable[[Progress], EngineChoice]
 
     @classmethod
@@ -79,14 +82,23 @@ class VerifySettings:
         """Resolve the settings of a run."""
         config, clip_model = plan.config, plan.clip_model if plan.needs_clip else None
         return cls(
-            config.verify, config.filter, plan.requests, config.splits_claims, clip_model, config.server, plan.choose_judge
+            verify=config.verify,
+            bounds=config.filter,
+            requests=plan.requests,
+            splits_claims=config.splits_claims,
+            clip_model=clip_model,
+            server=config.server,
+            judge_revision=plan.judge_revision,
+            choose_judge=plan.choose_judge,
         )
 
     def describe(self) -> list[Any]:
         """Return all that the results of checks depend on, but for the rows and the images."""
         if not self.verify.is_asked:
             return []
-        asked = [self.splits_claims, self.clip_model, self.requests.describe(*CHECKING)]
+        clip = Path(self.clip_model or "")
+        weights = weights_revision(clip) if self.clip_model and clip.is_dir() else self.clip_model
+        asked = [self.splits_claims, weights, self.judge_revision, self.requests.describe(*CHECKING)]
         return [described(self.verify), described(self.bounds), *asked]
 
 

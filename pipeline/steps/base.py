@@ -43,7 +43,6 @@ from pipeline.storage.files import (
     open_table,
     open_writer,
     read_batches,
-    read_json,
     read_table,
     write_json,
     write_table,
@@ -325,7 +324,7 @@ def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> I
     try:
         yield
     finally:
-        before = read_json(dataset.cost) if dataset.cost.exists() else {"asked": 0, "timed": 0, "seconds": 0.0}
+        before = {"asked": 0, "timed": 0, "seconds": 0.0} | dataset.read_cost()
         totals = journal.totals()
         if stats.asked > asked or totals["asked"] != before["asked"]:  # a dry run may have asked for all
             timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time

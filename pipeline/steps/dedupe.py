@@ -120,6 +120,7 @@ def judge_duplicates(table: pa.Table, _: DedupeSettings) -> pa.Table:
 STEP = RowStep(
     "dedupe",
     settings=lambda plan: DedupeSettings(plan.config.dedupe.max_images_per_caption, plan.image_kind),
+    reads=lambda plan: [plan.dataset.step_file("read", IMAGE_GROUPS_FILE)],  # on a cluster, groups follow from the samples
     judge=judge_duplicates,
     compare=find_duplicates,
     adds=pa.schema([*DEDUPED, pa.field("reason", STRING)]),

@@ -14,7 +14,7 @@ from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.records import output_digest, read_record, record, step_key
+from pipeline.dataset.records import is_done, output_digest, read_record, record, step_key
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
@@ -100,8 +100,9 @@ class WriteStep(Step):
         outputs = [output_digest(shard, name, of) for shard in executor.shards for name in names for of in OUTPUTS]
         key = step_key(NAME, [provenance, source], (), [*outputs, output_digest(executor.shards[0], before)])
         newest = dataset.versions()[-1:]
-        made = read_record(dataset, NAME)
-        if newest and made.get("key") == key and made.get("version") == newest[0].name:
+        folders = list(dict.fromkeys([*executor.shards, dataset]))
+        is_written = all(is_done(folder, NAME, key) for folder in folders)
+        if newest and is_written and read_record(dataset, NAME)["version"] == newest[0].name:
             work.version, work.is_new = newest[0], False
         else:
             executor.check()
@@ -109,7 +110,10 @@ class WriteStep(Step):
                 write = partial(write_rows, steps=names, source=source, extras=row_extras(work.plan.config, work.plan.tasks))
                 written = executor.map_with_scratch(write, draft)
                 work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
-            record(dataset, NAME, key, version=work.version.name)
+            for folder in folders:
+                for which in ("digests", "rejections"):  # they are in the version
+                    folder.step_file(NAME, which).unlink(missing_ok=True)
+                record(folder, NAME, key, version=work.version.name)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""

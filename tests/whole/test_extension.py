@@ -21,19 +21,19 @@ STEP = {
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.steps.base import RunPlan, Step
+from pipeline.steps.base import RowStep
 
 
-def judge_capitals(table: pa.Table, _: RunPlan) -> pa.Table:
+def judge_capitals(table: pa.Table, _: None) -> pa.Table:
     """Append `reason` to captions in capitals."""
     is_loud = pc.fill_null(pc.utf8_is_upper(table["clean_text"]), False)
     return table.append_column("reason", pc.if_else(is_loud, "in_capitals", None))
 
 
-STEP = Step("quiet", judge_capitals)
+STEP = RowStep("quiet", judge=judge_capitals)
 ''',
     "pipeline/run.py": [
-        ("import balance, dedupe, review", "import balance, dedupe, quiet, review"),
+        ("import ask, balance, dedupe, read,", "import ask, balance, dedupe, quiet, read,"),
         ("    verify.STEP,", "    quiet.STEP,\n    verify.STEP,"),
     ],
 }

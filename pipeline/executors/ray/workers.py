@@ -14,7 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.dataset.directory import DatasetDir, read_exclusions, read_samples
+from pipeline.dataset.images import ImageStore
 from pipeline.dataset.records import is_done, read_record, record
 from pipeline.errors import EngineError, SourceError, SynthError
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_steps
@@ -111,8 +112,11 @@ def _has_next(rows: Iterator[Sample | Rejected]) -> bool:
 
 
 def is_read(run: ShardedRun, index: int) -> bool:
-    """Return whether a shard has the samples of these inputs."""
-    return not run.tries_again and is_done(run.shard(index), "read", run.inputs)
+    """Return whether a shard has the samples of these inputs, and their images."""
+    if run.tries_again or not is_done(run.shard(index), "read", run.inputs):
+        return False
+    ids = (name for batch in read_samples(run.shard(index), ["sample_id"]) for name in batch["sample_id"].to_pylist())
+    return not ImageStore(run.root / "shards" / f"{index:05d}").find_missing(ids)
 
 
 def is_to_be_tried_again(run: ShardedRun) -> bool:
@@ -149,7 +153,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         if not is_remote(run.root):
             return self._fill(index, run.shard(index))
         filled = filled_folder(run, index)
-        if filled.get("key") == run.fill_key and not run.tries_again:
+        if filled.get("key") == run.fill_key and is_read(run, index):
             forget_scratch(DatasetDir(run.scratch / "shards" / f"{index:05d}"))
             return FillResult(**filled["result"])
         with scratch_shard(run, index) as shard:

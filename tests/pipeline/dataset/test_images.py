@@ -206,7 +206,7 @@ def stop(*_: object, **__: object) -> None:
 def test_killed_run_leaves_all_images_that_it_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each step from the listing to the version."""
     folder = tmp_path / "d"
-    for target in ("steps.base.judge_shard", "steps.version.write_rows", "dataset.publishing.publish"):
+    for target in ("steps.base.judge_shard", "steps.write.write_rows", "dataset.publishing.publish"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"pipeline.{target}", stop)
             generate_dataset(settings(photos), folder)
@@ -252,3 +252,11 @@ def test_image_of_other_bytes_under_its_id_is_damage(tmp_path: Path) -> None:
     path.unlink()
     ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
     assert find_damage(version) == [f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"]
+
+
+def test_gc_leaves_each_shard_of_a_cluster_its_own_images(tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "00001"
+    for folder in (tmp_path, shard):
+        write_samples(DatasetDir(folder), SAMPLES[:5])
+    assert list(ImageStore(tmp_path).keep_only({sample.id for sample in SAMPLES[:5]})) == []
+    assert ImageStore(shard).find_missing(sample.id for sample in SAMPLES[:5]) == []

@@ -137,7 +137,7 @@ class World:
             texts = table.filter(pc.is_in(table["sample_id"], pa.array(sorted(of_shard), pa.string())))
             write_table(shard.step_file("read"), [sample_table], sample_table.schema)
             write_table(shard.step_file("filter"), [texts], texts.schema)
-            for name in ("source", "filter"):
+            for name in ("read", "filter"):
                 record(shard, name, "key")
 
     def compare(self) -> None:

@@ -1,21 +1,25 @@
 """Steps that an earlier run has done are left out, and only those."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset import records
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
+from pipeline.errors import ConfigError
 from pipeline.inference import requests
 from pipeline.plan import Plan
-from pipeline.run import RunResult, generate_dataset, steps_of
+from pipeline.run import RunResult, apply_reviews, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
 from pipeline.steps import base, write
+from pipeline.steps.ask_checks import VerifySettings
 from pipeline.steps.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
@@ -122,7 +126,7 @@ CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the fi
     "a damaged file of kept rows": (lambda dataset: damage(dataset.step_file("filter")), "filter"),
     "a file that is gone": (lambda dataset: dataset.step_file("split").unlink(), "split"),
     "a version that was moved away": (
-        lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "version"
+        lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "write"
     ),
 }  # fmt: skip
 
@@ -252,3 +256,48 @@ def test_a_changed_file_of_entries_balances_anew(photos: Path, tmp_path: Path, j
     entries.write_text("dogs\nbus\n")
     run(photos, tmp_path / "d", judged, balance=balance)
     assert judged[0] == "balance"
+
+
+def test_near_duplicates_that_are_added_change_splits_as_in_a_new_folder(
+    photos: Path, tmp_path: Path, judged: list[str]
+) -> None:
+    kept = {"filter": {"min_caption_words": 1}}
+    run(photos, tmp_path / "d", judged, **kept)
+    for path in sorted(photos.glob("*.jpg")):
+        with Image.open(path) as image:
+            image.resize((144, 108)).save(photos / f"near-{path.stem}.png")
+    again = run(photos, tmp_path / "d", judged, **kept)
+    alone = run(photos, tmp_path / "alone", judged, **kept)
+    assert content(again) == content(alone)
+    assert again.funnel[0].rejected["near_duplicate_image"] == 10
+
+
+def test_other_weights_of_a_clip_and_another_judge_are_other_checks(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "model.safetensors").write_bytes(b"one")
+    verify = {"checks": ["alignment"], "clip_model": str(clip), "judge": "rater@http://localhost:1/v1"}
+    plan = Plan.resolve(settings(tmp_path, verify=verify), DatasetDir(tmp_path), "m", "r", "first")
+    keys = [records.step_key("verify", VerifySettings.of(plan), (), ())]
+    keys.append(records.step_key("verify", VerifySettings.of(replace(plan, judge_revision="second")), (), ()))
+    (clip / "model.safetensors").write_bytes(b"two")
+    keys.append(records.step_key("verify", VerifySettings.of(plan), (), ()))
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("step", ["read", "ask", "split"])
+def test_reviews_without_the_record_of_a_step_are_one_error_and_are_not_kept(
+    step: str, photos: Path, tmp_path: Path, judged: list[str]
+) -> None:
+    run(photos, tmp_path / "d", judged)
+    dataset = DatasetDir(tmp_path / "d")
+    row = read_table(dataset.step_file("split")).to_pylist()[0]
+    sample_id, digits = text_name(row)
+    reviews = tmp_path / "reviews.jsonl"
+    reviews.write_text(format_reviews([Review(sample_id=sample_id, content=digits, verdict="bad", reason="not_true")]))
+    (dataset.path / "steps" / step / "done.json").unlink()
+    with pytest.raises(ConfigError, match="has no finished run to review"):
+        apply_reviews(dataset, [reviews])
+    assert not dataset.reviews.exists() or dataset.reviews.read_text() == ""
+    run(photos, dataset.path, judged)
+    assert apply_reviews(dataset, [reviews]).funnel[-2].rejected == {"reviewed_not_true": 1}

@@ -18,5 +18,5 @@ def test_rejections_hold_no_words_of_a_model() -> None:
 
 def test_rejected_row_of_a_source_is_named_by_its_source_row() -> None:
     rejected = pa.Table.from_pylist([{"source_row": "a.jpg", "reason": "truncated", "detail": "of 9 bytes"}])
-    (row,) = list_rejections("source", rejected).to_pylist()
+    (row,) = list_rejections("read", rejected).to_pylist()
     assert (row["step"], row["source_row"], row["reason"], row["content_digest"]) == ("read", "a.jpg", "truncated", None)
