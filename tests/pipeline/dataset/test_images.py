@@ -132,8 +132,11 @@ def test_link_and_pipe_in_the_store_are_not_read(tmp_path: Path) -> None:
 
 
 def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "shards" / "00000"):
-        filled(folder)
+    filled(tmp_path)
+    other = ImageStore(tmp_path / "other")
+    other.add(tables(SAMPLES[:2]))
+    (path,) = other.paths()
+    path.rename(tmp_path / "images" / path.name)
     store = ImageStore(tmp_path)
     assert len(store.paths()) == 2
     ((removed, size),) = store.keep_only({*IDS})
