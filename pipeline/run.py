@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
-from pipeline.dataset.records import read_record
-from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.base import ClusterOptions, forget_other_steps
@@ -24,9 +20,8 @@ from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
 from pipeline.steps import filter as filter_
-from pipeline.steps.base import AllRows, Executor, Step, Work
-from pipeline.steps.review import read_texts
-from pipeline.storage.files import read_batches, read_json, translate_disk_errors, write_json, write_text
+from pipeline.steps.base import Executor, RowStep, Step, Work
+from pipeline.storage.files import read_batches, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
 
 STEPS: tuple[Step, ...] = (
@@ -65,15 +60,14 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     images is wanted, the source is read on until so many are kept.
     """
     steps = steps_of(plan)
-    if first != read.STEP.name:
-        require_records(executor.shards, [step.name for step in steps])
     names = [step.name for step in steps]
     todo = [*zip(("", *names), steps[:-1], strict=False)][names.index(first) :]
     work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
     while True:
-        for number, (before, step) in enumerate(todo, start=1):
+        for before, step in todo:
             step.run(work, before)
-            progress("curate", number, len(todo), {"last": step.name})
+            if isinstance(step, RowStep):
+                progress("curate", names.index(step.name) - 1, len(names) - 3, {"last": step.name})
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
         work.limit = limit
@@ -84,14 +78,6 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     steps[-1].run(work, names[-2])
     assert work.version
     return RunResult(plan, work.version, work.is_new, stats, [*work.summaries, steps[-1].summarize(work)])
-
-
-def require_records(shards: Sequence[DatasetDir], names: Sequence[str]) -> None:
-    """Raise ConfigError unless all steps but the last two have left their records in each shard."""
-    for shard in shards:
-        for name in names[:-2]:
-            if not read_record(shard, name).get("files"):
-                raise ConfigError(f"{shard.path} has no finished run to review", hint="run `synth generate` in it first")
 
 
 def steps_of(plan: Plan) -> list[Step]:
@@ -208,60 +194,3 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
         hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
     problem = "; ".join(losses) or "every step rejected some"
     raise NoRowsError(f"no row is left to make a version of: {problem}", hint, summaries)
-
-
-def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
-    """Add files of reviews to those of a dataset folder, and make the version that follows from them.
-
-    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit cannot be used, or no review is about this
-    dataset; else see `generate_dataset`.
-    """
-    progress = progress or NullProgress()
-    with translate_disk_errors(dataset.path):
-        plan = Plan.resolve(_settings_of(dataset), dataset)
-        new = [(one, path) for path in files for one in read_reviews(path)]
-        if not new:
-            raise ConfigError(
-                f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
-            )
-        with dataset.lock() as check:
-            paths = dataset.step_files("split")
-            if not dataset.step_file("split").exists() and not dataset.finished.exists():
-                raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
-            before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
-            samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
-            rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(one.resulting_name for one in before)}
-            if not any(one.name in known for one, _ in new):
-                raise ConfigError(
-                    f"none of the {len(new)} reviews matches a text of {dataset.path}",
-                    hint="name the dataset folder that the report was made of; its texts may be those of an older version",
-                )
-            merged = merge_reviews(before, [one for one, _ in new], rows)
-            for name, flaw in check_edits(merged, rows, plan.tasks).items():
-                edit, from_file = merged[name], {one.resulting_name: path for one, path in new}
-                text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
-                path = from_file.get(edit.resulting_name, dataset.reviews)
-                raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
-            write_text(dataset.reviews, format_reviews(merged.values()))
-            try:
-                if dataset.step_file("split").exists():
-                    with log_to(dataset.path):
-                        return run_here(plan, RequestStats(), progress, first=review.STEP.name)
-                from pipeline.executors.ray.executor import open_finished
-
-                with open_finished(plan, progress, check) as executor:
-                    return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
-            except Exception:
-                write_text(dataset.reviews, format_reviews(before))
-                raise
-
-
-def _settings_of(dataset: DatasetDir) -> Config:
-    """Return the settings of the last run in a dataset folder."""
-    if not dataset.run_file.exists():
-        raise ConfigError(f"{dataset.path} is not a folder that synth generate has written", hint="name one: --data DIR")
-    try:
-        return Config.model_validate(read_json(dataset.run_file))
-    except (ValidationError, ValueError):
-        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR") from None

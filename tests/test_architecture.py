@@ -22,6 +22,7 @@ LAYERS = (
         "pipeline.api",
         "pipeline.preview",
         "pipeline.project",
+        "pipeline.reviewing",
         "trainer",
     ),
     ("pipeline.run",),

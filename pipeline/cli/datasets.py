@@ -215,7 +215,8 @@ def review_apply(
     """Apply reviews: remove bad texts, insert edited texts, and make the next version. Later runs keep the reviews."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.executors.messages import describe_losses
-    from pipeline.run import STEPS, apply_reviews
+    from pipeline.reviewing import apply_reviews
+    from pipeline.run import STEPS
 
     with show_progress() as progress:
         result = apply_reviews(DatasetDir(data or only_made()), reviews, progress)

@@ -15,7 +15,8 @@ from pipeline.dry_run import predict_run
 from pipeline.errors import ConfigError, TableError
 from pipeline.executors.base import ClusterOptions
 from pipeline.progress import NullProgress
-from pipeline.run import RunResult, apply_reviews, generate_dataset, next_limit
+from pipeline.reviewing import apply_reviews
+from pipeline.run import RunResult, generate_dataset, next_limit
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.notes import Notes
 

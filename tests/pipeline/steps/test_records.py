@@ -16,7 +16,8 @@ from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.errors import ConfigError
 from pipeline.inference import requests
 from pipeline.plan import Plan
-from pipeline.run import RunResult, apply_reviews, generate_dataset, steps_of
+from pipeline.reviewing import apply_reviews
+from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
 from pipeline.steps import base, write
 from pipeline.steps.ask_checks import VerifySettings

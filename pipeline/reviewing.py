@@ -1,0 +1,89 @@
+"""Apply reviews of people to a dataset: the version that follows, without a source or a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.config import Config
+from pipeline.dataset.directory import DatasetDir
+from pipeline.dataset.records import read_record
+from pipeline.dataset.reviews import check_edits, format_reviews, merge_reviews, read_reviews, text_name
+from pipeline.errors import ConfigError
+from pipeline.inference.queue import RequestStats
+from pipeline.logs import log_to
+from pipeline.plan import Plan
+from pipeline.progress import NullProgress, Progress
+from pipeline.run import RunResult, run, run_here, steps_of
+from pipeline.steps import review
+from pipeline.steps.base import AllRows
+from pipeline.steps.review import read_texts
+from pipeline.storage.files import read_json, translate_disk_errors, write_text
+
+
+def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
+    """Add files of reviews to those of a dataset folder, and make the version that follows from them.
+
+    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit cannot be used, or no review is about this
+    dataset; else see `generate_dataset`.
+    """
+    progress = progress or NullProgress()
+    with translate_disk_errors(dataset.path):
+        plan = Plan.resolve(_settings_of(dataset), dataset)
+        new = [(one, path) for path in files for one in read_reviews(path)]
+        if not new:
+            raise ConfigError(
+                f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
+            )
+        with dataset.lock() as check:
+            paths = dataset.step_files("split")
+            if not dataset.step_file("split").exists() and not dataset.finished.exists():
+                raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
+            before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
+            samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
+            rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
+            known = {*rows, *(one.resulting_name for one in before)}
+            if not any(one.name in known for one, _ in new):
+                raise ConfigError(
+                    f"none of the {len(new)} reviews matches a text of {dataset.path}",
+                    hint="name the dataset folder that the report was made of; its texts may be those of an older version",
+                )
+            merged = merge_reviews(before, [one for one, _ in new], rows)
+            for name, flaw in check_edits(merged, rows, plan.tasks).items():
+                edit, from_file = merged[name], {one.resulting_name: path for one, path in new}
+                text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
+                path = from_file.get(edit.resulting_name, dataset.reviews)
+                raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
+            write_text(dataset.reviews, format_reviews(merged.values()))
+            try:
+                if dataset.step_file("split").exists():
+                    require_records([dataset], plan)
+                    with log_to(dataset.path):
+                        return run_here(plan, RequestStats(), progress, first=review.STEP.name)
+                from pipeline.executors.ray.executor import open_finished
+
+                with open_finished(plan, progress, check) as executor:
+                    require_records(executor.shards, plan)
+                    return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
+            except Exception:
+                write_text(dataset.reviews, format_reviews(before))
+                raise
+
+
+def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
+    """Raise ConfigError unless all steps before the reviews have left their records in each shard."""
+    *before, _, _ = steps_of(plan)
+    for shard in shards:
+        for step in before:
+            if not read_record(shard, step.name).get("files"):
+                raise ConfigError(f"{shard.path} has no finished run to review", hint="run `synth generate` in it first")
+
+
+def _settings_of(dataset: DatasetDir) -> Config:
+    """Return the settings of the last run in a dataset folder."""
+    if not dataset.run_file.exists():
+        raise ConfigError(f"{dataset.path} is not a folder that synth generate has written", hint="name one: --data DIR")
+    try:
+        return Config.model_validate(read_json(dataset.run_file))
+    except (ValidationError, ValueError):
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR") from None
