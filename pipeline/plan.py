@@ -128,9 +128,9 @@ class Plan:
 
 
 def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> EngineChoice:
-    """Choose the engine. Where its server does not answer, and the settings are those of the last run, it is that of this run:
+    """Choose the engine; that of the last run in this folder if its server does not answer.
 
-    what needs no reply can be done without a server, such as other limits; the error comes when a request must be sent.
+    Other thresholds, splits or exports need no reply, and so no server. If a request must be sent, the error is raised then.
     """
     try:
         return choose_engine(config, log_of_servers(dataset), progress)

@@ -13,7 +13,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset import records
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.reviews import Review, format_reviews, text_name
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EngineError
 from pipeline.inference import requests
 from pipeline.plan import Plan
 from pipeline.reviewing import apply_reviews
@@ -25,6 +25,7 @@ from pipeline.steps.base import RowStep
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
+from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
 
 CAPTIONS = (
@@ -166,6 +167,21 @@ def test_a_run_with_every_reply_makes_no_engine(photos: Path, tmp_path: Path, mo
         monkeypatch.setattr("pipeline.inference.client.Client.__enter__", lambda self: pytest.fail("an engine was opened"))
         DatasetDir(tmp_path / "d").step_file("ask").unlink()
         assert not ask(photos, tmp_path / "d", server).is_new
+
+
+def test_run_that_needs_no_reply_goes_on_without_its_server(photos: Path, tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as server:
+        first = ask(photos, tmp_path / "d", server)
+    notes = Notes()
+    config = settings(photos, tasks=("caption",), human_texts="compare", base_url=[server.url], model="model", title="New")
+    again = generate_dataset(config, tmp_path / "d", notes)
+    assert again.version.manifest["digest"] == first.version.manifest["digest"]
+    assert any("the run goes on as long as it needs no reply" in text for text in notes.texts)
+    (photos / "new.jpg").write_bytes(photo(77))
+    with pytest.raises(EngineError):
+        generate_dataset(config, tmp_path / "d")
+    with pytest.raises(EngineError):  # another model than that of the folder
+        generate_dataset(config.model_copy(update={"model": "other"}), tmp_path / "d")
 
 
 def test_requests_that_got_no_reply_are_sent_again_by_the_same_command(photos: Path, tmp_path: Path) -> None:
