@@ -15,10 +15,12 @@ from pipeline.logs import log_to
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import RunResult, run, run_here, steps_of
-from pipeline.steps import review
+from pipeline.steps import review, split
 from pipeline.steps.base import AllRows
 from pipeline.steps.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
+
+SPLIT = split.STEP.name  # the step before the reviews
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
@@ -36,8 +38,8 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
             )
         with dataset.lock() as check:
-            paths = dataset.step_files("split")
-            if not dataset.step_file("split").exists() and not dataset.finished.exists():
+            paths = dataset.step_files(SPLIT)
+            if not paths:
                 raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
             samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
@@ -56,7 +58,7 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                 raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
-                if dataset.step_file("split").exists():
+                if dataset.step_file(SPLIT).exists():
                     require_records([dataset], plan)
                     with log_to(dataset.path):
                         return run_here(plan, RequestStats(), progress, first=review.STEP.name)
@@ -71,12 +73,12 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
 
 
 def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
-    """Raise ConfigError unless all steps before the reviews have left their records in each shard."""
+    """Raise ConfigError unless one run has finished all steps before the reviews, in all shards."""
     *before, _, _ = steps_of(plan)
-    for shard in shards:
-        for step in before:
-            if not read_record(shard, step.name).get("files"):
-                raise ConfigError(f"{shard.path} has no finished run to review", hint="run `synth generate` in it first")
+    is_finished = all(read_record(shard, step.name).get("files") for shard in shards for step in before)
+    if not is_finished or len({read_record(shard, SPLIT)["key"] for shard in shards}) > 1:
+        hint = "run `synth generate` in it first"
+        raise ConfigError(f"{plan.dataset.path} has no finished run to review", hint=hint)
 
 
 def _settings_of(dataset: DatasetDir) -> Config:

@@ -88,11 +88,6 @@ class DatasetDir:
         return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/steps/{name}/{which}.parquet"), key=str)
 
     @property
-    def finished(self) -> Path:
-        """The file that a run on a cluster writes when all shards are done; without it, shards may be of several runs."""
-        return self.path / "shards" / "finished.json"
-
-    @property
     def reviews(self) -> Path:
         """Reviews of texts by people, applied by `synth review apply`."""
         return self.path / "review" / "reviews.jsonl"
@@ -143,14 +138,6 @@ class DatasetDir:
                 removal = f"synth versions rm {name} --data {self.path}"
                 hint = f"move {manifest.parent} away; if nobody needs it, remove it: {removal}"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
-        return sorted(versions)
-
-    def readable_versions(self) -> list[Version]:
-        """Return the versions whose manifests can be read, oldest first: others may be damaged."""
-        versions: list[Version] = []
-        for manifest in (self.path / "versions").glob(f"v*/{MANIFEST}"):
-            with suppress(StoreError):
-                versions.append(read_version(manifest.parent))
         return sorted(versions)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:

@@ -175,12 +175,11 @@ def open_executor(
         described = describe_source(source, excluded, plan.image_kind, config.captions)
         inputs = _digest_inputs(run, described)
         run = replace(run, inputs=inputs, fill_key=digest([inputs, code_digest(), config.recorded(), engine.revision, files]))
-        if is_remote(dataset.path):
-            run = replace(run, filled=tuple(filled_folder(run, n).get("folder", f"{n:05d}") for n in range(shard_count)))
+        run = replace(run, filled=_folders(run))
         run = replace(run, tries_again=is_to_be_tried_again(run))
         executor = RayExecutor(run, workers, stats, progress, check, described)
         yield executor
-        _finish(executor.run)
+        remove(run.root / "exchange")
 
 
 @contextmanager
@@ -192,22 +191,18 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
     """
     plan = replace(plan, dataset=DatasetDir(plan.dataset.path.absolute()))
     with open_cluster("local"):
-        finished = read_json(plan.dataset.finished)
         files = digest(named_files(plan))
         shards = _count_shards(plan.dataset, None)
-        run = ShardedRun(plan, Path.cwd(), shards, 1, "", "", files, "review", filled=tuple(finished["filled"]))
+        run = ShardedRun(plan, Path.cwd(), shards, 1, "", "", files, "review")
         _begin(run)
-        try:
-            yield RayExecutor(run, None, RequestStats(), progress, check, {})
-        except BaseException:  # the shards are as they were: other reviews may be applied
-            write_json(plan.dataset.finished, finished)
-            raise
-        _finish(run)
+        yield RayExecutor(replace(run, filled=_folders(run)), None, RequestStats(), progress, check, {})
 
 
-def _finish(run: ShardedRun) -> None:
-    write_json(run.plan.dataset.finished, {"filled": run.filled})
-    remove(run.root / "exchange")
+def _folders(run: ShardedRun) -> tuple[str, ...]:
+    """Return the folder of each shard in an object store, below `shards`; nothing on a disk, where they are known."""
+    if not is_remote(run.root):
+        return ()
+    return tuple(filled_folder(run, n).get("folder", f"{n:05d}") for n in range(run.shard_count))
 
 
 def _had_more(run: ShardedRun) -> bool:
@@ -274,9 +269,8 @@ def _forget_local_run(dataset: DatasetDir, steps: Sequence[str]) -> None:
 
 
 def _begin(run: ShardedRun) -> None:
-    """Remove the attempt counts of an earlier run in this folder, and its file finished.json."""
+    """Remove the attempt counts of an earlier run in this folder."""
     remove(run.attempts)
-    run.plan.dataset.finished.unlink(missing_ok=True)
 
 
 def _digest_inputs(run: ShardedRun, source: dict[str, Any]) -> str:
