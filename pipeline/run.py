@@ -61,7 +61,7 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
-    todo = [*zip(("", *names), steps[:-1], strict=False)][names.index(first) :]
+    todo = [*zip(["", *names], steps[:-1], strict=False)][names.index(first) :]  # each step with the name of the one before
     work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
     while True:
         for before, step in todo:

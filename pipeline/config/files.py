@@ -31,9 +31,13 @@ MANIFEST_KEYS = frozenset(
      "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe",
      "balance", "split")
 )  # fmt: skip
+# Settings that no manifest decides: they name places and servers of a user, or say what the user may pass on.
+OWN_KEYS = frozenset(("license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server"))
 # Sources that name a place of a user's own behind a colon.
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
-PUBLIC_SOURCE = re.compile(rf"(?!{'|'.join(LOCAL_SOURCES)})[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?")
+PUBLIC_SOURCE = re.compile(
+    rf"(?!(?:{'|'.join(LOCAL_SOURCES)})(?::|$))[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?"
+)
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

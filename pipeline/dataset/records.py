@@ -1,8 +1,8 @@
-"""What is done: beside its files, each step leaves a record with the key of all that they follow from.
+"""Records of finished steps: next to its files, each step writes a key, a digest of everything that they were computed from.
 
-The key of a step is a digest of its name, its code, the settings that it reads, and the files that it reads. A step whose key
-is recorded, and whose files are as they were, is not run again. Keys are made of digests of files, not of other keys: a step
-that wrote the same rows as before leaves those after it as they are.
+The key covers the name of the step, the code of the whole package, the settings that the step reads, and its input files. A
+step with the same key and unchanged files is skipped. A key contains the digests of input files and not the keys of earlier
+steps: if a step runs again and writes the same rows, the steps after it are skipped.
 """
 
 import json
@@ -22,18 +22,18 @@ from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import is_remote
 
 DONE, PREPARED = "done", "prepared"  # names of records
-FILES = {DONE: OUTPUTS, PREPARED: ("prepared",)}  # of which files a record is
-CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # the folders of what steps run, and the files there
+FILES = {DONE: OUTPUTS, PREPARED: ("prepared",)}  # the files that each record describes
+CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # folders of code, and the suffixes of its files
 
 
 def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[str]) -> str:
-    """Return the key of a step by its settings, by the files that it reads beside its rows, and by digests of its inputs."""
+    """Return the key of a step from its settings, the `files` that it reads, and the digests of its `inputs`."""
     read = [file_digest(path) if path.is_file() else None for path in files]
     return digest([code_digest(), name, described(settings), read, list(inputs)])
 
 
 def described(value: Any) -> Any:
-    """Return settings as JSON values; an object may say itself, by its method `describe`, what replies and rows depend on."""
+    """Return settings as JSON values; those of an object with a method `describe` are what this returns."""
     if hasattr(value, "describe"):
         return json.loads(json.dumps(value.describe(), default=str))
     if isinstance(value, BaseModel):
@@ -46,21 +46,21 @@ def described(value: Any) -> Any:
 
 
 def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
-    """Return whether a step has written its files for this key, and they are as they were."""
+    """Return whether a step has written its files for this key, and the files have not changed."""
     record = read_record(shard, step, which)
     return record.get("key") == key and all(
         _is_as_recorded(shard.step_file(step, name), record["files"].get(name)) for name in FILES[which]
     )
 
 
-def record(shard: DatasetDir, step: str, key: str, which: str = DONE, **facts: Any) -> None:
-    """Write down that a step has written its files, and `facts` that later steps read. No step has the key ""."""
+def write_record(shard: DatasetDir, step: str, key: str, which: str = DONE, **facts: Any) -> None:
+    """Write the record of a step, with `facts` that later steps read. The key "" marks an incomplete step, which runs again."""
     files = {name: _describe_file(path) for name in FILES[which] if (path := shard.step_file(step, name)).exists()}
     write_json(_path(shard, step, which), {"key": key, "files": files, **facts})
 
 
 def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, Any]:
-    """Return the record of a step; nothing if there is none that can be read."""
+    """Return the record of a step; an empty one if it is missing or damaged."""
     try:
         values = read_json(_path(shard, step, which))
     except (OSError, ValueError, RecursionError, SynthError):
@@ -79,7 +79,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def _is_as_recorded(path: Path, recorded: dict[str, Any] | None) -> bool:
-    """Return whether a file has its recorded bytes; it is not read where its size, place and times are what they were."""
+    """Return whether a file is unchanged; it is hashed only if its size, inode or times have changed."""
     if recorded is None or not path.exists():
         return recorded is None and not path.exists()
     if is_remote(path):

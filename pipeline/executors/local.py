@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.records import is_done, read_record, record
+from pipeline.dataset.records import is_done, read_record, write_record
 from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
@@ -54,7 +54,7 @@ class LocalExecutor:
         known = read_record(self.dataset, "read")
         if not is_done(self.dataset, "read", self._reader.key) or known.get("source") != described:
             kept, rejected = count_rows(self.dataset, "read")
-            record(self.dataset, "read", self._reader.key, kept=kept, rejected=rejected, source=described)
+            write_record(self.dataset, "read", self._reader.key, kept=kept, rejected=rejected, source=described)
         return has_more
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:  # noqa: ARG002

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
-from pipeline.dataset.records import is_done, output_digest, read_record, record, step_key
+from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
 from pipeline.inference.requests import RequestPlan
@@ -63,11 +63,11 @@ def ask_once(before: str, plan: Plan, shard: DatasetDir, services: Services) -> 
     is_complete = services.stats.unanswered == unanswered  # else the same command asks again
     model = {"name": plan.model, "revision": plan.requests.revision}
     kept, requests = count_asked(shard, settings.requests), services.stats.total - total
-    record(shard, NAME, key if is_complete else "", kept=kept, rejected={}, requests=requests, model=model)
+    write_record(shard, NAME, key if is_complete else "", kept=kept, rejected={}, requests=requests, model=model)
 
 
 def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
-    """Ask a model about the samples of a shard what its journal does not hold yet."""
+    """Send the requests about the samples of a shard that have no reply in its journal."""
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
     texts = read_source_texts(shard, settings)
@@ -125,7 +125,7 @@ def count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
 def count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
     """Return how many requests the annotations of a shard answer; those of one request are adjacent.
 
-    A row of a task that was not asked about an image stands for all of its requests.
+    A row without a request id counts as all requests of its task about an image.
     """
     count, last = 0, None
     for table in read_batches(shard.step_file("ask"), ["sample_id", "task", "style", "request_id", "prompt_id"]):

@@ -6,8 +6,8 @@ holds some of the samples with all of their annotations; a run in one process ha
 From validate to review a step is a `RowStep`, and a row is one annotation. Such a step may do three things, each optional, in
 this order:
 
-prepare   has effects, such as asking a model about the rows of one shard; adds columns; not after the first step that compares
-compare   queries the rows of all shards together, by a few narrow columns in DuckDB; adds columns to the rows it names
+prepare   has effects, such as asking the model about the rows of one shard; adds columns; not after a step that compares
+compare   queries the rows of all shards together in DuckDB, a few narrow columns; returns `row` numbers with new columns
 judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: null keeps a row
 
 Each of the three receives the `settings` of the step, and no others: they are a part of its key (records.py).
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.dataset.manifest import StepSummary
-from pipeline.dataset.records import PREPARED, is_done, output_digest, read_record, record, step_key
+from pipeline.dataset.records import PREPARED, is_done, output_digest, read_record, step_key, write_record
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
 from pipeline.inference.journal import Journal
@@ -57,7 +57,7 @@ ROW = pa.field("row", pa.int64())  # the position of an annotation among those o
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Services for the effects of a step on a shard."""
+    """What `prepare` may use: the model, the counts of requests, and the progress display."""
 
     dataset: DatasetDir  # of the whole run
     engine: Callable[[], Engine]
@@ -79,10 +79,10 @@ class Executor(Protocol):
         """Read the source, until `limit` images are kept; return whether it has more."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard, some time before `wait` returns; one that `asks` a model where a model is."""
+        """Apply a function to every shard; it may run later, but before `wait` returns. `asks`: it needs the model."""
 
     def wait(self) -> None:
-        """Return when all functions have been applied."""
+        """Wait until all functions have run."""
 
     def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
         """Wait, apply a function to every shard, and return the results in order."""
@@ -124,7 +124,7 @@ class Step:
     unit: str = "annotations"  # that it counts
     is_wanted: Callable[[Plan], bool] = lambda plan: True  # whether a run has this step
     advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
-    is_choice: bool = False  # between rows: what it rejects is no loss
+    is_choice: bool = False  # it chooses among good rows: what it rejects is not reported as a loss
 
     def run(self, work: Work, before: str) -> None:
         """Do what is not done yet, behind the step `before`."""
@@ -227,7 +227,7 @@ def _prepare_once(step: RowStep, before: str, plan: Plan, shard: DatasetDir, ser
     first = next(tables)
     write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
     is_complete = services.stats.unanswered == unanswered  # else the same command asks again
-    record(shard, step.name, key if is_complete else "", PREPARED, requests=services.stats.total - total)
+    write_record(shard, step.name, key if is_complete else "", PREPARED, requests=services.stats.total - total)
 
 
 def _judge_once(step: RowStep, given: tuple[str, str], plan: Plan, shard: DatasetDir, services: Services) -> None:
@@ -274,7 +274,7 @@ def judge_shard(
             first = end
 
     kept, rejected = write_judged(shard, step.name, judged())
-    record(shard, step.name, key, kept=kept, rejected=rejected)
+    write_record(shard, step.name, key, kept=kept, rejected=rejected)
 
 
 def write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:

@@ -14,7 +14,7 @@ from pipeline.dataset.card import CARD_SAMPLES
 from pipeline.dataset.directory import OUTPUTS, DatasetDir, read_samples, require_file
 from pipeline.dataset.manifest import StepSummary, describe_decontamination, describe_provenance, row_extras
 from pipeline.dataset.publishing import Content, RowWriter, publish_version
-from pipeline.dataset.records import is_done, output_digest, read_record, record, step_key
+from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
 from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
@@ -113,7 +113,7 @@ class WriteStep(Step):
             for folder in folders:
                 for which in ("digests", "rejections"):  # they are in the version
                     folder.step_file(NAME, which).unlink(missing_ok=True)
-                record(folder, NAME, key, version=work.version.name)
+                write_record(folder, NAME, key, version=work.version.name)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from pipeline.dataset.directory import OUTPUTS, DatasetDir
-from pipeline.dataset.records import code_digest, record
+from pipeline.dataset.records import code_digest, write_record
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.executors.base import ClusterOptions, forget_other_steps
@@ -88,7 +88,7 @@ class RayExecutor(Executor):
                 report=lambda done: self._progress("read", done, run.readers),
             )
         has_more = _had_more(run)
-        record(dataset, "read", run.inputs, source=self._source | ({"preview": True} if has_more else {}))
+        write_record(dataset, "read", run.inputs, source=self._source | ({"preview": True} if has_more else {}))
         return has_more
 
     def each(self, work: ShardWork, *, asks: bool = False) -> None:

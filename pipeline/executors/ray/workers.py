@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions, read_samples
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.records import is_done, read_record, record
+from pipeline.dataset.records import is_done, read_record, write_record
 from pipeline.errors import EngineError, SourceError, SynthError
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_steps
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
@@ -197,7 +197,7 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
         write_source(shard, self.rows_of(index), self.excluded, None, NullProgress())
         kept, rejected = count_rows(shard, "read")
         tries: dict[str, Any] = {"may_pass": count_passing(shard), "may_pass_before": failed_before}
-        record(shard, "read", run.inputs, kept=kept, rejected=rejected, **tries)
+        write_record(shard, "read", run.inputs, kept=kept, rejected=rejected, **tries)
 
     def rows_of(self, index: int) -> Iterator[Sample | Rejected]:
         """Yield the source rows of a shard."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.files import resolve
+from pipeline.config import Config
+from pipeline.config.files import MANIFEST_KEYS, OWN_KEYS, PUBLIC_SOURCE, resolve
 from pipeline.errors import ConfigError
 
 
@@ -122,3 +123,13 @@ def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) 
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
     with pytest.raises(ConfigError, match="is not a manifest of a version"):
         resolve(file)
+
+
+def test_each_setting_is_taken_from_a_manifest_or_is_the_users_own() -> None:
+    assert not MANIFEST_KEYS & OWN_KEYS
+    assert {*Config.model_fields} == MANIFEST_KEYS | OWN_KEYS
+
+
+@pytest.mark.parametrize(("name", "is_public"), [("folder:x", False), ("list", False), ("listing", True), ("folders", True)])
+def test_only_whole_names_of_local_sources_are_local(name: str, *, is_public: bool) -> None:
+    assert bool(PUBLIC_SOURCE.fullmatch(name)) == is_public

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.records import record
+from pipeline.dataset.records import write_record
 from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.digests import digest
 from pipeline.images.near_duplicates import COMPARED_COLUMNS
@@ -138,7 +138,7 @@ class World:
             write_table(shard.step_file("read"), [sample_table], sample_table.schema)
             write_table(shard.step_file("filter"), [texts], texts.schema)
             for name in ("read", "filter"):
-                record(shard, name, "key")
+                write_record(shard, name, "key")
 
     def compare(self) -> None:
         before = "filter"
