@@ -99,6 +99,8 @@ def generate_dataset(
     if cluster is not None and config.images is not None:
         hint = "say how many images to read: --limit N"
         raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
+    if config.balance.entries:
+        balance.read_entries(config.balance.entries)  # a file that cannot be read is an error before a model is asked
     plan = Plan.open(config, out, progress)
     progress.message(describe_start(plan))
     stats = RequestStats()

@@ -16,6 +16,7 @@ from pipeline.inference.queue import RequestStats, ask_about
 from pipeline.progress import LineProgress
 from pipeline.types import SampleBatch
 from tests.clients import client_of
+from tests.plans import request_plan
 from tests.scene_data import scene_samples
 url, folder = sys.argv[1:]
 config = resolve(source="scenes", base_url=[url], model="model", server={"concurrency": 1000}, tasks=["caption"])

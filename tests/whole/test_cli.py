@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import app, sigterm_as_ctrl_c
 from pipeline.config.sections import Check
-from pipeline.formats.formats import FORMATS
+from pipeline.formats.formats import FORMATS, PARQUET
 from pipeline.tasks import TASKS
 from pipeline.tasks.checks import CHECKING
 from tests.scene_data import make_version, scene_samples
@@ -51,7 +51,7 @@ def test_help_shows_common_options_and_names_what_there_is_and_help_all_shows_al
     every, exported = " ".join(every.split()), " ".join(synth("export", "--help", env=wide).stdout.split())
     assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in every
     assert f"What to check: {', '.join(get_args(Check))}." in every
-    assert f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}." in exported
+    assert f"{', '.join([PARQUET, *FORMATS][:-1])} or {[*FORMATS][-1]};" in exported
 
 
 def test_options_that_set_one_key_exclude_each_other(synth: Run) -> None:

@@ -68,7 +68,7 @@ def test_copies_are_merged_crops_share_a_split_and_excluded_images_are_rejected(
     tiny = ("--engine", "embedded", "--model", "tiny")
     done = run("generate", "--source", "folder:photos", "--exclude", "folder:test", "--out", "d", *tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "source")}
+    samples = {row["source_row"]: row["sample_id"] for row in read_kept(tmp_path / "d", "read")}
     rejected = pq.read_table(tmp_path / "d" / "steps" / "read" / "rejected.parquet").to_pylist()
     assert [(row["source_row"], row["reason"], row["detail"]) for row in rejected] == [
         ("0-copy.jpg", "near_duplicate_image", samples["0.png"]),

@@ -8,6 +8,8 @@ from typing import Any
 from datasets import load_dataset
 from PIL import Image
 
+from pipeline.dataset.version import read_version
+from pipeline.formats.export import export_version
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.commands import run_synth
 from tests.media import write_pdf, write_video
@@ -44,7 +46,8 @@ def test_frames_of_one_video_share_a_split_and_are_counted_before(tmp_path: Path
         excluded = generated(tmp_path, chat, *videos, "--exclude", "video:clips/0.mp4", "--out", "e")
     assert predicted["images"] == 48 and excluded["steps"]["read"]["rejected"]["banned_image"] == 4
     assert (again["requests"]["asked"], again["is_new"]) == (0, False)
-    loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
+    export_version(read_version(tmp_path / result["path"]), "parquet", tmp_path / "flat")
+    loaded = load_dataset(str(tmp_path / "flat"), cache_dir=str(tmp_path / "cache"))
     splits: dict[str, set[str]] = {}
     for split, rows in loaded.items():
         for name in rows["source_row"]:
@@ -63,7 +66,8 @@ def test_documents_are_decks_with_all_pages(tmp_path: Path) -> None:
         sent = [sum(part["type"] == "image_url" for part in body["messages"][-1]["content"]) for body in chat.bodies]
     assert sorted(sent) == [3, 3, 20]
     assert result["steps"]["read"] == {"input": 4, "kept": 3, "rejected": {"unreadable_file": 1}}
-    loaded = load_dataset(str(tmp_path / result["path"]), cache_dir=str(tmp_path / "cache"))
+    export_version(read_version(tmp_path / result["path"]), "parquet", tmp_path / "flat")
+    loaded = load_dataset(str(tmp_path / "flat"), cache_dir=str(tmp_path / "cache"))
     decks = {row["source_row"]: row["pages"] for rows in loaded.values() for row in rows}
     assert {name: len(pages) for name, pages in decks.items()} == {
         "long.pdf/0001-0020": 20, "long.pdf/0021-0023": 3, "short.pdf/0001-0003": 3,

@@ -57,8 +57,8 @@ def test_generate_push_train_and_the_pretrained_decoder(hub: RunningHub, tmp_pat
     two_steps = synth("train", "--decoder", "qwen3", "--align-steps", "2", "--steps", "2", "--batch-size", "8")
     assert "preset photos-lm: " in two_steps.stderr
     folder = tmp_path / "user" / two_steps.stdout.strip()
-    steps = [json.loads(line).get("step") for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [step for step in steps if step] == ["align", "align", "train", "train"]
+    stages = [json.loads(line).get("stage") for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [stage for stage in stages if stage] == ["align", "align", "train", "train"]
     image = tmp_path / "photo.jpg"
     image.write_bytes(datasets.photo(3))
     answered = synth("caption", str(folder), str(image), "--question", "What is this?", "--json")

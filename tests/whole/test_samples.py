@@ -28,8 +28,8 @@ def generate(folder: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-def counts(version: Version, step: str) -> dict[str, Any]:
-    return next((step for step in version.manifest["funnel"] if step["step"] == step), {})
+def counts(version: Version, name: str) -> dict[str, Any]:
+    return next((one for one in version.manifest["funnel"] if one["step"] == name), {})
 
 
 def captions(version: Version) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def test_further_captions_alone_are_paid_and_a_pair_is_the_kept_caption_and_a_wo
 ) -> None:
     version, result = chosen
     assert result["requests"]["asked"] == IMAGES * 2 * (SAMPLES - 1)
-    assert counts(version, "generate")["kept"] == IMAGES * (2 * SAMPLES + 1)
+    assert counts(version, "ask")["kept"] == IMAGES * (2 * SAMPLES + 1)
     rejected = counts(version, "select")["rejected"]
     assert rejected.keys() == {"not_the_best"} and rejected["not_the_best"] > IMAGES
     assert len(captions(version)) == IMAGES * 2

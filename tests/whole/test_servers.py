@@ -65,7 +65,7 @@ def test_a_password_in_the_address_reaches_the_server_and_no_file_or_message(pho
         judged = run_synth(*arguments, address, "--judge", f"other@{address}/wrong", cwd=photos)
         again = run_synth(*arguments, address, cwd=photos)
         assert (again.returncode, len(chat.bodies)) == (0, asked), again.stderr
-    refused = run_synth(*arguments, address, "--seed", "2", cwd=photos)
+    refused = run_synth(*arguments, address, "--words", "12", cwd=photos)
     unread = run_synth(*arguments, address.replace("http", "ftp"), cwd=photos)
     assert (judged.returncode, refused.returncode, unread.returncode) == (1, 1, 1)
     shown = [text for done in (made, judged, again, refused, unread) for text in (done.stdout, done.stderr)]

@@ -144,6 +144,6 @@ def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tm
             assert "already has another v1.1.0" in str(loser.get("error")), (method, path, answers)
             head = world.repo.commits[world.repo.branches["main"]]
             assert world.repo.tags["v1.1.0"] == head.oid
-            expected = {name: entry["sha256"] for name, entry in winner.manifest["files"].items()}
+            expected = {name: entry["sha256"] for name, entry in published(winner)["files"].items()}
             assert {name: file.sha256 for name, file in head.files.items() if name in expected} == expected
             assert len(world.repo.commits) == 3

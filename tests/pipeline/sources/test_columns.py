@@ -17,7 +17,7 @@ from pipeline.sources.tables import read_mapping
 from pipeline.types import Rejected, Sample
 from tests.hub.datasets import photo
 from tests.pipeline.sources.test_listing import Together, serve
-from tests.scene_data import make_version, scene_samples, true_captions
+from tests.scene_data import make_version, pulled, scene_samples, true_captions
 
 NAMES = (*map(str, range(8)), "gone")
 
@@ -126,7 +126,7 @@ def test_a_named_column_without_texts_is_one_error(tmp_path: Path) -> None:
 
 def test_captions_of_a_version_are_those_of_people_alone(tmp_path: Path) -> None:
     samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
-    version, _ = make_version(tmp_path / "d", samples, true_captions(samples))
+    version = pulled(make_version(tmp_path / "d", samples, true_captions(samples))[0], tmp_path / "home" / "x")
     rows = open_source(resolve(source=f"parquet:{version.path}")).rows
     assert {row.references for row in rows if isinstance(row, Sample)} == {("A ring of people.",)}
 

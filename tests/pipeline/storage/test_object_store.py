@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.publishing import publish
-from pipeline.dataset.version import CARD_FILE, MANIFEST, REJECTIONS_FILE
+from pipeline.dataset.version import CARD_FILE, IMAGES_FILE, MANIFEST, REJECTIONS_FILE
 from pipeline.errors import ConfigError, StoreError
 from pipeline.storage.files import (
     atomic_write,
@@ -88,11 +88,11 @@ def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest
 
     monkeypatch.setattr(type(home.fs), "copy", noted)  # type: ignore[attr-defined]
     with scratch_folder(home / "versions") as draft:
-        for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, "00003-late/train-00000.parquet"):
+        for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, IMAGES_FILE, "00003-late/train-00000.parquet"):
             write_json(draft / name, {"of": name})
         publish(draft, final)
         assert [path.name for path in draft.iterdir()] == ["00003-late"]  # of a worker that was given up
-    assert moved == [REJECTIONS_FILE, CARD_FILE, MANIFEST]
+    assert moved == [REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST]
     assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 

@@ -32,7 +32,7 @@ def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_o
     def fill_disk(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("trainer.model.captioner.CaptionerModel.save_pretrained", fill_disk)
+    monkeypatch.setattr("trainer.model.caption_model.CaptionerModel.save_pretrained", fill_disk)
     with pytest.raises(TrainError, match=r"cannot write the weights to .*No space left on device"):
         train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
 
