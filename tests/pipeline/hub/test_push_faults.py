@@ -78,12 +78,12 @@ def world(
 
 
 def requests_of_a_push(world: World, number: int) -> list[tuple[int, str, str]]:
-    """Return each request of a push with its position; in a short run one in six, others for each test (`number`)."""
+    """Return each request of a push with its position; in a short run one in twelve, others for each test (`number`)."""
     world.reset()
     assert world.client.push(world.new)["is_new"]
     requests = [(index, method, path) for index, (method, path) in enumerate(world.hub.log)]
     assert len(requests) > 12
-    return requests if LONG else requests[number % 6 :: 6]
+    return requests if LONG else requests[number % 12 :: 12]
 
 
 FAULTS = {
