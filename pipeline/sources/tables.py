@@ -15,7 +15,7 @@ import pyarrow as pa
 from fsspec.utils import glob_translate
 
 from pipeline.config import CONTEXT, Config
-from pipeline.dataset.version import REJECTIONS_FILE
+from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.images.metadata import is_exif_name
@@ -306,6 +306,9 @@ def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
             hint = f"datasets.load_from_disk({path!r}) reads it: write it with to_parquet first"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
+    if {IMAGES_FILE, REJECTIONS_FILE} <= {Path(name).name for name in files.names}:
+        hint = f"`synth export --data {path} --format parquet --out FOLDER` writes files that hold the images"
+        raise SourceError(f"{path} is a version that synth has made, and its images are stored outside of it", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
     tables = Tables(files.name, files.revision, license, by_split, files.open, files.translate_errors, part=part)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")

@@ -126,7 +126,11 @@ def test_a_named_column_without_texts_is_one_error(tmp_path: Path) -> None:
 
 def test_captions_of_a_version_are_those_of_people_alone(tmp_path: Path) -> None:
     samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
-    version = pulled(make_version(tmp_path / "d", samples, true_captions(samples))[0], tmp_path / "home" / "x")
+    stored, _ = make_version(tmp_path / "d", samples, true_captions(samples))
+    with pytest.raises(SourceError, match="its images are stored outside of it") as raised:
+        open_source(resolve(source=f"parquet:{stored.path}"))
+    assert "--format parquet" in raised.value.hint
+    version = pulled(stored, tmp_path / "home" / "x")
     rows = open_source(resolve(source=f"parquet:{version.path}")).rows
     assert {row.references for row in rows if isinstance(row, Sample)} == {("A ring of people.",)}
 
