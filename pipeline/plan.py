@@ -24,11 +24,10 @@ from pipeline.sources import choose_image_kind, find_source, holds_decks, open_s
 from pipeline.sources.base import SourceSpec
 from pipeline.sources.source_files import skip_digests
 from pipeline.storage.files import translate_disk_errors
-from pipeline.storage.object_store import is_remote
 from pipeline.tasks import Tasks
 from pipeline.types import Engine, Source
 
-ENDLESS = 1 << 31  # images of a source that has as many as are asked for
+ENDLESS = 1 << 31  # the limit of a source without an end, such as drawn scenes
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Plan:
         return "alignment" in self.config.verify.checks and not self.has_decks
 
     def require_scorer(self) -> None:
-        """Raise EngineError if a CLIP is needed that cannot be had: before a model is asked, which may take days."""
+        """Raise EngineError if the checks need a CLIP that is not available: requests may take days, so this comes first."""
         if self.needs_clip:
             from pipeline.images.clip import require_clip
 
@@ -133,12 +132,12 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
     Other thresholds, splits or exports need no reply, and so no server. If a request must be sent, the error is raised then.
     """
     try:
-        return choose_engine(config, log_of_servers(dataset), progress)
+        return choose_engine(config, dataset.server_log, progress)
     except EngineError as error:
         model = read_record(dataset, "ask").get("model")
-        if not (config.base_url and model) or any(
-            config.recorded()[name] != dataset.settings()[name] for name in ("model", "base_url", "engine")
-        ):
+        if not (model and config.base_url and dataset.run_file.exists()) or config.server.flags:
+            raise
+        if any(config.recorded()[name] != dataset.settings()[name] for name in ("model", "base_url", "engine")):
             raise
         problem = error
 
@@ -149,13 +148,8 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
     return EngineChoice("vllm", model["name"], model["revision"], "the model of the last run", fail)
 
 
-def log_of_servers(dataset: DatasetDir) -> Path:
-    """Return where the output of vLLM servers goes that a run starts: to a disk of this machine."""
-    return Path("vllm.log") if is_remote(dataset.path) else dataset.server_log
-
-
 def reading_settings(plan: Plan) -> Config:
-    """Return the settings with which the source is opened: where a number of images is wanted, it may be read to its end."""
+    """Return the settings with which the source is opened: with `--images N` it may be read to its end."""
     if plan.config.images is None:
         return plan.config
     return plan.config.model_copy(update={"limit": ENDLESS if plan.spec.is_endless else None})
@@ -178,7 +172,7 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
 
 
 def _is_same_source(one: str, other: str) -> bool:
-    """Return whether two names mean one source: a path may be spelled in several ways."""
+    """Return whether two names stand for the same source: a path may be written in several ways."""
     (kind, _, path), (other_kind, _, other_path) = one.partition(":"), other.partition(":")
     is_local = bool(path and other_path) and "://" not in path + other_path
     return one == other or (

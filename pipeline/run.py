@@ -61,13 +61,14 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
+    judged = [step for step in steps if isinstance(step, RowStep)]
     todo = [*zip(["", *names], steps[:-1], strict=False)][names.index(first) :]  # each step with the name of the one before
     work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
     while True:
         for before, step in todo:
             step.run(work, before)
             if isinstance(step, RowStep):
-                progress("curate", names.index(step.name) - 1, len(names) - 3, {"last": step.name})
+                progress("curate", judged.index(step) + 1, len(judged), {"last": step.name})
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
         work.limit = limit

@@ -6,6 +6,7 @@ steps: if a step runs again and writes the same rows, the steps after it are ski
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -14,15 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.dataset.directory import OUTPUTS, DatasetDir
+from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.digests import digest, file_digest, state_of
 from pipeline.errors import SynthError
 from pipeline.install import ROOT, installed_version, needed_packages
-from pipeline.storage.files import read_json, write_json
+from pipeline.storage.files import open_table, read_json, read_table, write_json
 from pipeline.storage.object_store import is_remote
 
-DONE, PREPARED = "done", "prepared"  # names of records
-FILES = {DONE: OUTPUTS, PREPARED: ("prepared",)}  # the files that each record describes
+DONE, PREPARED = "done", "prepared"  # names of records; each describes other files of the folder of a step
+NOT_OUTPUTS = ("prepared", "compared")  # files that a step makes for itself
 CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # folders of code, and the suffixes of its files
 
 
@@ -39,7 +40,7 @@ def described(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value):
-        return {field.name: described(getattr(value, field.name)) for field in fields(value) if field.compare}
+        return {field.name: described(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple):
         return [described(one) for one in value]
     return str(value) if isinstance(value, Path) else value
@@ -49,13 +50,16 @@ def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
     """Return whether a step has written its files for this key, and the files have not changed."""
     record = read_record(shard, step, which)
     return record.get("key") == key and all(
-        _is_as_recorded(shard.step_file(step, name), record["files"].get(name)) for name in FILES[which]
+        _is_as_recorded(shard.step_file(step, name), recorded) for name, recorded in record["files"].items()
     )
 
 
 def write_record(shard: DatasetDir, step: str, key: str, which: str = DONE, **facts: Any) -> None:
     """Write the record of a step, with `facts` that later steps read. The key "" marks an incomplete step, which runs again."""
-    files = {name: _describe_file(path) for name in FILES[which] if (path := shard.step_file(step, name)).exists()}
+    paths = [shard.step_file(step, which)]
+    if which == DONE:
+        paths = [path for path in paths[0].parent.glob("*.parquet") if path.stem not in NOT_OUTPUTS]
+    files = {path.stem: _describe_file(path) for path in sorted(paths, key=str)}
     write_json(_path(shard, step, which), {"key": key, "files": files, **facts})
 
 
@@ -68,6 +72,14 @@ def read_record(shard: DatasetDir, step: str, which: str = DONE) -> dict[str, An
     return values if isinstance(values, dict) and isinstance(values.get("files"), dict) else {}
 
 
+def count_rows(shard: DatasetDir, step: str) -> tuple[int, dict[str, int]]:
+    """Return the number of rows that a step kept, and of those that it rejected by reason."""
+    kept = open_table(require_file(shard.step_file(step))).metadata.num_rows
+    reasons = read_table(require_file(shard.step_file(step, "rejected")), columns=["reason"])["reason"]
+    counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
+    return kept, dict(counts.most_common())
+
+
 def output_digest(shard: DatasetDir, step: str, name: str = "kept") -> str:
     """Return the recorded digest of a file of a step."""
     record = read_record(shard, step, PREPARED if name == "prepared" else DONE)
@@ -78,12 +90,10 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"sha256": file_digest(path)} | ({} if is_remote(path) else {"state": state_of(path.stat()).hex()})
 
 
-def _is_as_recorded(path: Path, recorded: dict[str, Any] | None) -> bool:
+def _is_as_recorded(path: Path, recorded: dict[str, Any]) -> bool:
     """Return whether a file is unchanged; it is hashed only if its size, inode or times have changed."""
-    if recorded is None or not path.exists():
-        return recorded is None and not path.exists()
     if is_remote(path):
-        return True
+        return path.exists()
     return path.is_file() and (
         state_of(path.stat()).hex() == recorded.get("state") or file_digest(path) == recorded.get("sha256")
     )

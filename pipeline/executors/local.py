@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.dataset.directory import DatasetDir
-from pipeline.dataset.records import is_done, read_record, write_record
 from pipeline.inference.engines import EngineChoice, open_engine
 from pipeline.inference.journal import Journal
 from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.sources.read import SourceReader
-from pipeline.steps.base import Services, count_rows
+from pipeline.steps.base import Services
 
 T = TypeVar("T")
 
@@ -50,11 +49,6 @@ class LocalExecutor:
         has_more = self._reader.read(limit)
         if self.plan.config.images is None:
             self._reader.finish()
-        described = self._reader.described
-        known = read_record(self.dataset, "read")
-        if not is_done(self.dataset, "read", self._reader.key) or known.get("source") != described:
-            kept, rejected = count_rows(self.dataset, "read")
-            write_record(self.dataset, "read", self._reader.key, kept=kept, rejected=rejected, source=described)
         return has_more
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:  # noqa: ARG002

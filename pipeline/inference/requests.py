@@ -78,7 +78,7 @@ class RequestPlan:
         return tuple(in_order)
 
     def describe(self, *checks: Task) -> list[Any]:
-        """Return all that the replies about an image depend on, but for the image; with the prompts of `checks`."""
+        """Return everything that the replies about an image depend on, except the image; with the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]

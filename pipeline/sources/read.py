@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 from pipeline.config import Config
 from pipeline.dataset.directory import IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE, DatasetDir, read_exclusions
 from pipeline.dataset.images import FILE_BYTES, ImageStore
-from pipeline.digests import digest, file_digest, state_of
+from pipeline.dataset.records import count_rows, is_done, read_record, write_record
+from pipeline.digests import digest, file_digest
 from pipeline.errors import SourceError, SynthError
 from pipeline.images.decode import has_heif
 from pipeline.images.near_duplicates import COMPARED_COLUMNS, LOOK_ALIKE_ADVICE, MAX_NEAR_BITS, ImageKind, compare_samples
@@ -132,8 +133,7 @@ class SourceReader:
     def __init__(self, dataset: DatasetDir, config: Config, source: Source, progress: Progress) -> None:
         self.dataset, self.config, self.source, self.progress = dataset, config, source, progress
         self._exclusions = open_exclusions(config)
-        self.key = reading_key(config, source, self._exclusions)
-        self.described: dict[str, Any] = {}  # what the manifest says of the source, once it is read
+        self._key = reading_key(config, source, self._exclusions)
         self._path = dataset.step_file("read").with_name(READING_FILE)
         self._results: dict[int | None, dict[str, Any] | None] = {}
         self._deduplicator: SampleDeduplicator | None = None
@@ -150,19 +150,19 @@ class SourceReader:
             result = self._read_on(limit)
         self._require_samples()
         kind, preview = choose_image_kind(self.config), result["has_more"] and self.config.images is None
-        self.described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
+        described = describe_source(self.source, self._excluded, kind, self.config.captions, preview=preview)
+        if not is_done(self.dataset, "read", self._key) or read_record(self.dataset, "read").get("source") != described:
+            kept, rejected = count_rows(self.dataset, "read")
+            write_record(self.dataset, "read", self._key, kept=kept, rejected=rejected, source=described)
         return bool(result["has_more"])
 
     def finish(self) -> None:
         """End the reading: the next run may take the files as they are."""
         self.close()
         if self._deduplicator is not None:
-            paths = sorted(self._path.parent.glob("*.parquet"))
-            files = {path.name: file_digest(path) for path in paths}
-            states = {path.name: state_of(path.stat()).hex() for path in paths}
             before = self._failed_before.get("may_pass") if self._failed_before.get("limit") == self._result["limit"] else None
             result = self._result | {"may_pass": count_passing(self.dataset), "may_pass_before": before}
-            write_json(self._path, self._state() | {"result": result, "files": files, "states": states})
+            write_json(self._path, self._state() | {"result": result})
 
     def close(self) -> None:
         """End the processes that render files of the source."""
@@ -174,8 +174,9 @@ class SourceReader:
         """What an earlier run wrote down, if it read the same source; nothing if excluded images could not all be read."""
         try:
             record = read_json(self._path)
-            is_whole = record["key"] == self.key and not any(one["unread"] for one in record["exclusions"])
-            is_there = is_whole and self._is_unchanged("exclusions.parquet", record["excluded_sha256"])
+            is_whole = record["key"] == self._key and not any(one["unread"] for one in record["exclusions"])
+            exclusions = self.dataset.step_file("read", "exclusions")
+            is_there = is_whole and file_digest(exclusions) == record["excluded_sha256"]
             return record if is_there else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SynthError):
             return {}
@@ -192,8 +193,7 @@ class SourceReader:
             is_all = not result["has_more"] and (result["limit"] is None or result["images"] < result["limit"])
             if limit != result["limit"] and not (is_all and (limit is None or limit >= result["images"])):
                 return None
-            files, states = self._earlier["files"], self._earlier["states"]
-            if not all(self._is_unchanged(name, sha256, states[name]) for name, sha256 in files.items()):
+            if not is_done(self.dataset, "read", self._key):
                 return None
             listed = open_table(self.dataset.step_file("read")).read(["sample_id"])["sample_id"]
             if ImageStore(self.dataset.path).find_missing(listed.to_pylist()):
@@ -209,11 +209,6 @@ class SourceReader:
         result = self._earlier.get("result", self._earlier)
         return {name: result[name] for name in ("may_pass", "limit") if name in result} if isinstance(result, dict) else {}
 
-    def _is_unchanged(self, name: str, sha256: str, state: str | None = None) -> bool:
-        """Return whether a file of the step has these bytes; it is not read where its size and times are what they were."""
-        path = self._path.with_name(Path(name).name)
-        return state_of(path.stat()).hex() == state or file_digest(path) == sha256
-
     @cached_property
     def _excluded(self) -> list[dict[str, Any]]:
         """The images that are left out, which are read unless an earlier run has."""
@@ -224,7 +219,7 @@ class SourceReader:
     def _state(self) -> dict[str, Any]:
         excluded = self._excluded  # which may write the file
         sha256 = file_digest(self.dataset.step_file("read", "exclusions"))
-        return {"key": self.key, "exclusions": excluded, "excluded_sha256": sha256}
+        return {"key": self._key, "exclusions": excluded, "excluded_sha256": sha256}
 
     def _read_on(self, limit: int | None) -> dict[str, Any]:
         """Read the rows after those of the parts, write the files of the step, and return a summary."""
@@ -267,7 +262,7 @@ class SourceReader:
         if parts.num_rows:
             last = next(self._opened, None)
             if last is not None and last.source_row == parts.last_row:
-                self.progress.message(f"read: goes on behind {parts.num_rows:,} rows that an earlier run has read")
+                self.progress.message(f"read: resumes after {parts.num_rows:,} rows of an earlier run")
             else:
                 self.close()
                 parts.forget()

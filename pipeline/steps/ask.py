@@ -30,7 +30,7 @@ class AskSettings:
     requests: RequestPlan
     keeps_human_texts: bool  # captions and questions that people wrote become annotations
     has_decks: bool
-    server: ServerConfig  # decides no reply
+    server: ServerConfig  # not in the key: it does not affect replies
 
     @classmethod
     def of(cls, plan: Plan) -> "AskSettings":
@@ -38,7 +38,7 @@ class AskSettings:
         return cls(plan.requests, plan.config.keeps_human_texts, plan.has_decks, plan.config.server)
 
     def describe(self) -> list[Any]:
-        """Return all that the annotations depend on, but for the samples."""
+        """Return everything that the annotations depend on, except the samples."""
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
 

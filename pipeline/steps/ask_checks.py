@@ -73,7 +73,7 @@ class VerifySettings:
     requests: RequestPlan
     splits_claims: bool  # the model splits captions into claims
     clip_model: str | None  # None: captions are not compared with images
-    server: ServerConfig  # decides no answer
+    server: ServerConfig  # not in the key: it does not affect answers
     judge_revision: str  # of the model that rates; empty if there is none
     choose_judge: Callable[[Progress], EngineChoice]
 
@@ -93,7 +93,7 @@ class VerifySettings:
         )
 
     def describe(self) -> list[Any]:
-        """Return all that the results of checks depend on, but for the rows and the images."""
+        """Return everything that the results of checks depend on, except the rows and the images."""
         if not self.verify.is_asked:
             return []
         clip = Path(self.clip_model or "")

@@ -43,7 +43,6 @@ from pipeline.storage.files import (
     open_table,
     open_writer,
     read_batches,
-    read_table,
     write_json,
     write_table,
 )
@@ -96,7 +95,7 @@ class Executor(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A run at work: what is done so far, and what the steps need."""
+    """The state of a run that steps read and change."""
 
     plan: Plan
     executor: Executor
@@ -118,16 +117,16 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a run, by name."""
+    """A step of a run."""
 
     name: str
-    unit: str = "annotations"  # that it counts
+    unit: str = "annotations"  # of its counts
     is_wanted: Callable[[Plan], bool] = lambda plan: True  # whether a run has this step
     advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
     is_choice: bool = False  # it chooses among good rows: what it rejects is not reported as a loss
 
     def run(self, work: Work, before: str) -> None:
-        """Do what is not done yet, behind the step `before`."""
+        """Run the step on the rows of the step `before`, unless that is done."""
         raise NotImplementedError
 
     def summarize(self, work: Work) -> StepSummary:
@@ -182,7 +181,7 @@ class RowStep(Step):
     """A step that keeps or rejects annotations."""
 
     settings: Callable[[Plan], Any] = lambda plan: None  # all that the step reads of the plan
-    reads: Callable[[Plan], Sequence[Path]] = lambda plan: ()  # files beside the rows and what the source gave
+    reads: Callable[[Plan], Sequence[Path]] = lambda plan: ()  # further files that it reads
     prepare: Callable[[DatasetDir, Path, Any, Services], Iterator[pa.Table]] | None = None
     is_prepared: Callable[[Plan], bool] = lambda plan: False  # whether a run wants `prepare`
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
@@ -206,7 +205,7 @@ class RowStep(Step):
         compare_shards(self, executor.shards, given, plan, work.progress)
         executor.each(partial(judge_shard, self, given, plan, key))
         executor.wait()
-        for shard in executor.shards:  # only now: a worker may be lost, and its shard judged again
+        for shard in executor.shards:  # not earlier: the shard of a lost worker is judged again
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
     def key(self, plan: Plan, shards: Sequence[DatasetDir], given: tuple[str, str]) -> str:
@@ -216,7 +215,7 @@ class RowStep(Step):
 
 
 def _prepare_once(step: RowStep, before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
-    """Run the effects of a step on the rows of one shard."""
+    """Prepare the rows of one shard, unless that is done."""
     assert step.prepare
     key = step.key(plan, [shard], (before, "kept"))
     if is_done(shard, step.name, key, PREPARED):
@@ -302,14 +301,6 @@ def write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tu
                 rejected.write_table(refused)
                 reasons.update(refused["reason"].to_pylist())
     return num_kept, dict(reasons)
-
-
-def count_rows(shard: DatasetDir, name: str) -> tuple[int, dict[str, int]]:
-    """Return the number of rows that a step kept, and of those that it rejected by reason."""
-    kept = open_table(require_file(shard.step_file(name))).metadata.num_rows
-    reasons = read_table(require_file(shard.step_file(name, "rejected")), columns=["reason"])["reason"]
-    counts = Counter({row["values"]: row["counts"] for row in reasons.value_counts().to_pylist()})
-    return kept, dict(counts.most_common())
 
 
 def summarize_step(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StepSummary:

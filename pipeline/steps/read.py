@@ -1,11 +1,11 @@
-"""Step: read. Read the source, and keep each of its images once."""
+"""Step: read. Read the source, and store each of its images once."""
 
 from pipeline.sources.read import ADVICE
 from pipeline.steps.base import Step, Work
 
 
 class ReadStep(Step):
-    """Reads as many images as the run has use for."""
+    """Reads the source up to the limit of the run."""
 
     def run(self, work: Work, before: str) -> None:  # noqa: ARG002
         """See Step."""

@@ -135,7 +135,7 @@ def publish_shards(
     funnel = [*work.summaries, summarize_version(sum(rows.values()), sum(part.without_annotation for part in written))]
     if funnel[-1].input != funnel[0].kept:
         raise TableError(
-            f"step version was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
+            f"step write was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
         )
     columns = {tuple(part.columns) for part in written if part.columns}
     if len(columns) > 1:

@@ -146,8 +146,8 @@ def open_executor(
 ) -> Iterator[RayExecutor]:
     """Open a cluster and the dataset folder for a run over shards: the version is that of a run in one process.
 
-    `steps` are the names of all steps.
-    The folder is on a file system that all nodes share, or in an object store. Raises SynthError; what is done stays there.
+    `steps` are the names of all steps. The folder is on a file system that all nodes share, or in an object store.
+    Raises SynthError; finished work stays in the folder.
     """
     config, dataset, source, engine = plan.config, plan.dataset, plan.source, plan.engine
     assert source is not None
@@ -174,7 +174,7 @@ def open_executor(
         excluded = write_exclusions(dataset, config, open_exclusions(config), progress)
         described = describe_source(source, excluded, plan.image_kind, config.captions)
         inputs = _digest_inputs(run, described)
-        run = replace(run, inputs=inputs, fill_key=digest([inputs, code_digest(), config.recorded(), engine.revision, files]))
+        run = replace(run, inputs=inputs, fill_key=_fill_key(run, inputs))
         run = replace(run, filled=_folders(run))
         run = replace(run, tries_again=is_to_be_tried_again(run))
         executor = RayExecutor(run, workers, stats, progress, check, described)
@@ -196,6 +196,13 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
         run = ShardedRun(plan, Path.cwd(), shards, 1, "", "", files, "review")
         _begin(run)
         yield RayExecutor(replace(run, filled=_folders(run)), None, RequestStats(), progress, check, {})
+
+
+def _fill_key(run: ShardedRun, inputs: str) -> str:
+    """Return the key of filled shards in an object store: a digest of everything that they depend on."""
+    plan = run.plan
+    revisions = [plan.requests.revision, plan.judge_revision]
+    return digest([inputs, code_digest(), plan.config.recorded(), revisions, run.files])
 
 
 def _folders(run: ShardedRun) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions, read_samples
 from pipeline.dataset.images import ImageStore
-from pipeline.dataset.records import is_done, read_record, write_record
+from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.errors import EngineError, SourceError, SynthError
 from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_steps
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
@@ -29,7 +29,7 @@ from pipeline.sources import open_source
 from pipeline.sources.duplicates import BATCH_BYTES
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.sources.read import count_passing, is_worth_another_try, write_source
-from pipeline.steps.base import Services, count_rows
+from pipeline.steps.base import Services
 from pipeline.storage.files import read_json, write_json
 from pipeline.storage.object_store import is_remote, local_copy
 from pipeline.tables import SAMPLE, SOURCE_REJECTED

@@ -94,6 +94,8 @@ def all_steps(photos: Path, **more: Any) -> list[str]:
 def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: Path, judged: list[str]) -> None:
     first = run(photos, tmp_path / "d", judged)
     assert judged == all_steps(photos) and first.is_new
+    written = {path.name for path in (tmp_path / "d" / "steps" / "write").iterdir()}
+    assert written == {"rejected.parquet", "done.json"}
     second = run(photos, tmp_path / "d", judged)
     assert judged == [] and not second.is_new
     assert content(second) == content(first)
@@ -142,6 +144,20 @@ def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: 
     assert judged == [step]  # which writes the same file as before: those after it are left out
     assert content(again) == content(first)
     assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
+
+
+def test_damaged_cost_is_counted_anew_and_damaged_settings_are_one_error(photos: Path, tmp_path: Path) -> None:
+    dataset = DatasetDir(tmp_path / "d")
+    with running_chat(ChatServer()) as server:
+        first = ask(photos, dataset.path, server)
+        assert dataset.read_cost()["asked"] == first.stats.asked
+        dataset.cost.write_text("{")
+        dataset.step_file("ask").unlink()
+        assert content(ask(photos, dataset.path, server)) == content(first)
+        assert dataset.read_cost()["asked"] == first.stats.asked
+        dataset.run_file.write_text("{")
+        with pytest.raises(ConfigError, match="is not a run of synth"):
+            ask(photos, dataset.path, server)
 
 
 def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:

@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
+from pipeline.dataset.records import write_record
 from pipeline.executors.ray.executor import _had_more
 from pipeline.executors.ray.shards import ShardedRun
-from pipeline.executors.ray.workers import ShardWorker, read_slice
+from pipeline.executors.ray.workers import ShardWorker, is_read, read_slice
 from pipeline.progress import NullProgress
 from pipeline.sources import choose_image_kind, is_divisible, open_source
 from pipeline.sources.exclusions import ExclusionIndex, open_exclusions, write_exclusions
@@ -71,3 +72,16 @@ def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     read_slice(run, 0)
     assert _had_more(run) == has_more
     assert not _had_more(replace(run, inputs="others"))
+
+
+def test_shard_is_read_again_if_its_images_are_gone(tmp_path: Path, photos: Path) -> None:
+    config = resolve(source=f"folder:{photos}")
+    run = ShardedRun(plan_of(tmp_path / "many", config), tmp_path, 1, 1, "embedded", "revision", "files", "inputs")
+    write_exclusions(run.plan.dataset, config, [], NullProgress())
+    (shard,) = run.shards
+    write_source(shard, open_source(config).rows, ShardWorker(run, []).excluded, None, NullProgress())
+    write_record(shard, "read", "inputs")
+    assert is_read(run, 0) and not is_read(replace(run, inputs="others"), 0)
+    for path in (shard.path / "images").iterdir():
+        path.unlink()
+    assert not is_read(run, 0)
