@@ -99,18 +99,17 @@ versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions
 review = typer.Typer(no_args_is_help=True, help="Apply the reviews of a report.")
 
 
-def add(command: Callable[..., None], group: str, **more: Any) -> None:
-    """Add a command with its examples to a group of the help."""
-    name = command.__name__.replace("_", "-")
-    epilog = "\n\n".join(f"Example: {example}" for example in EXAMPLES.get(name, ())) or None
-    app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
+def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
+    """Add commands with their examples to a group of the help."""
+    for command in commands:
+        name = command.__name__.replace("_", "-")
+        epilog = "\n\n".join(f"Example: {example}" for example in EXAMPLES.get(name, ())) or None
+        app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
 
 
-for command in (generate.init, generate.doctor):
-    add(command, MAKE)
-for command in (generate.preview, generate.generate, generate.serve):
-    add(command, MAKE, context_settings=VLLM_FLAGS)
-add(report, USE)
+add(MAKE, generate.init, generate.doctor)
+add(MAKE, generate.preview, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
+add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
@@ -118,10 +117,8 @@ versions.command("list")(versions_list)
 versions.command("tag")(versions_tag)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
-for command in (diff, check, push, export):
-    add(command, USE)
-for command in (train, evaluate, caption, serve_captioner, experiment):
-    add(command, TRAIN)
+add(USE, diff, check, push, export)
+add(TRAIN, train, evaluate, caption, serve_captioner, experiment)
 
 
 def print_version(value: bool) -> None:

@@ -70,8 +70,9 @@ def push(
     if space:
         check_repo_name(space)
     if data and not is_remote(data) and (data / "train.json").exists():
-        card, choices = (license_, license_link, title, language), (version, acknowledge, also, repair)
-        if any(card) or any(choices) or images is not None:
+        if images is not None or any(
+            (license_, license_link, title, language, version, acknowledge, also, repair)
+        ):
             raise BadParameter(
                 f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
             )
