@@ -50,8 +50,8 @@ def write_report(
     """Write `report.html` into the dataset folder, or `report/` for a large version; return its page.
 
     Of more than `max_rows` images, those with the lowest ids are shown: ids are digests, so this is a random
-    sample. Raise ConfigError if the checkpoint has no finished training, or another file is at the path of the
-    report. Raise StoreError if the version or a step file is damaged.
+    sample. Raise ConfigError if the checkpoint has no finished training, or another file is at the path of
+    the report. Raise StoreError if the version or a step file is damaged.
     """
     training = _read_training(checkpoint) if checkpoint else None
     report = _Report(version, folder, training, min(version.num_rows, max_rows))

@@ -66,7 +66,7 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
     """Return counts before and after balance: lengths and words of captions, answers by question type.
 
     Each table has a `title`, the `unit` of its counts, the largest count (`top`), and rows of (name, before,
-    after). `unit` states the share of the texts if a sample is counted. Without step files there are no tables.
+    after). `unit` states the share of the texts if a sample is counted. No step files give no tables.
     """
     kept_files, rejected_files = (DatasetDir(folder).step_files("balance", which) for which in OUTPUTS)
     if not kept_files:
@@ -100,8 +100,8 @@ def distributions_of(folder: Path) -> list[dict[str, Any]]:
 def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the clusters of dedupe: similar images, duplicate texts of an image, captions of many images.
 
-    Each kind has the `count` of its clusters, and `shown`, the largest ones. A member of a cluster has the `id`
-    of its sample, its `text`, and whether it was `kept`.
+    Each kind has the `count` of its clusters, and `shown`, the largest ones. A member has the `id` of its
+    sample, its `text`, and whether it was `kept`.
     """
     kept_files, rejected_files = (DatasetDir(folder).step_files("dedupe", which) for which in OUTPUTS)
     if not kept_files:

@@ -191,7 +191,7 @@ def test_what_cannot_be_pushed_or_overwritten_is_refused_and_a_dry_run_sends_not
     assert len(hub.hub.log) == request_count
     for option in (["--version", "v1.0.0"], ["--no-images"], ["--also", "webdataset"], ["--repair"], ["--acknowledge", "x"]):
         refused = maker.synth("push", checkpoint, "--repo", "me/x", *option, code=2).stderr
-        assert "go with" in refused and "datasets" in refused
+        assert "is a captioner" in " ".join(refused.replace("│", " ").split())
     shutil.copytree(maker.folder / checkpoint, maker.folder / "cut")
     weights = maker.folder / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
