@@ -13,9 +13,9 @@ from pipeline.cli.run_options import OPTIONS
 PAGE = Path(__file__).parents[1] / "docs/cli.md"
 HEADER = """# Commands
 
-All commands of `synth` with their options. `synth COMMAND --help` prints the same; `--help-all` shows all options
-of `generate` and `preview`. [settings.md](settings.md) explains the settings. `synth -v COMMAND` also prints the
-log.
+All commands of `synth` with their options. `synth COMMAND --help` prints the same; `--help-all` shows all
+options of `generate` and `preview`. [settings.md](settings.md) explains the settings. `synth -v COMMAND` also
+prints the log.
 
 `make docs` writes this page.
 """

@@ -110,7 +110,7 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
     assert manifest["model"] == {"name": "none", "revision": "none"} and not manifest["prompts"]
     assert (manifest["measured"]["human_captions"], manifest["measured"]["human_questions"]) == (COUNT, COUNT // 2)
     card = (photos / result["path"] / "README.md").read_text()
-    assert "were written by people" in card and "machine-generated" not in card
+    assert "were written by humans" in card and "machine-generated" not in card
     assert "- visual-question-answering" in card and "- image-to-text" in card
     again = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
     assert (again["is_new"], again["digest"]) == (False, result["digest"])
@@ -142,7 +142,7 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
     before = rows_of(photos, imported)
     assert {name: rows[name] for name in before} == before  # what people wrote is as it was
     card = (photos / result["path"] / "README.md").read_text()
-    assert f"**{COUNT} captions and {COUNT // 2} questions were written by people**" in card
+    assert f"**{COUNT} captions and {COUNT // 2} questions were written by humans**" in card
     assert "All others are machine-generated" in card
     made(photos, "generate", *options, "--only-missing")
     assert model.asked.total() == COUNT  # nothing is asked twice
