@@ -25,7 +25,7 @@ from pipeline.cli.options import (
     read_existing,
     require_split,
 )
-from pipeline.cli.output import echo, last_dataset, note_other_data, print_run_result, say, show
+from pipeline.cli.output import echo, last_dataset, note_training_data, print_run_result, say, show
 from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote, parse_dataset_path
 
@@ -223,7 +223,7 @@ def report(
     version = open_or_download(data or last_dataset())
     folder = version.dataset_dir
     if checkpoint is not None:
-        note_other_data(checkpoint, version)
+        note_training_data(checkpoint, version)
     with translate_disk_errors(folder):
         echo(write_report(version, folder, checkpoint or newest_checkpoint(folder), rows))
 

@@ -39,16 +39,8 @@ def find_checkpoint(captioner: str) -> Path:
     return folder
 
 
-def note_other_data(captioner: Path, version: "Version") -> None:
-    """Print a note if a captioner was trained on other data than a version."""
-    from trainer.runtime.checkpoint_folder import read_data_digest
-
-    if read_data_digest(captioner) not in (None, version.manifest["digest"]):
-        say(f"note: {captioner} was trained on other data than {version.path}", WARNING)
-
-
-def note_seen(captioner: Path, version: "Version", split: str) -> None:
-    """Print a note if a captioner was trained on the images of a split, or may have been."""
+def note_training_data(captioner: Path, version: "Version", split: str = "test") -> None:
+    """Print a note if a captioner was trained on the images of a split, or on other data than a version."""
     from trainer.runtime.checkpoint_folder import read_data_digest
 
     if read_data_digest(captioner) != version.manifest["digest"]:
@@ -161,16 +153,12 @@ def print_run_result(
     """
     from pipeline.config import NO_MODEL
     from pipeline.dataset.integrity import missing_files
-    from pipeline.run import STEPS
     from pipeline.sources.base import first_names
 
-    choices = {step.name for step in STEPS if step.is_choice}
     for summary in result.funnel:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejected.items())
         rejected = f" (rejected: {reasons})" if reasons else ""
-        is_loss = 2 * summary.kept < summary.input and summary.step not in choices
-        text = f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{rejected}"
-        say(text, LOSS if is_loss else "")
+        say(f"{summary.step}: {summary.kept} of {summary.input} {summary.unit} kept{rejected}")
     version, folder = result.version, result.version.dataset_dir
     if version.manifest["model"]["name"] != NO_MODEL:
         _print_requests(result.stats, server)
@@ -215,11 +203,6 @@ def _print_requests(stats: "RequestStats", server: "ServerConfig | None") -> Non
         cost = stats.cost(server) if server else None
         paid = f"; cost: {cost:,.4g}" if cost is not None else ""
         say(f"tokens: {stats.shown_about}{stats.prompt_tokens:,} read, {stats.reply_tokens:,} written{paid}")
-    if set(stats.attempts) - {1}:
-        attempts = ", ".join(
-            f"{count} at attempt {attempt}" for attempt, count in sorted(stats.attempts.items())
-        )
-        say(f"usable replies: {attempts}")
     if stats.flaws:
         say("unusable replies: " + ", ".join(f"{count} {flaw}" for flaw, count in stats.flaws.most_common()))
 

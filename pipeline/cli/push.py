@@ -62,6 +62,7 @@ def push(
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
+    from pipeline.formats.formats import OF_FEW_FILES
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import DamagedPushError, check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -82,7 +83,8 @@ def push(
     if space:
         raise BadParameter("a Space needs a captioner: pass its folder", param_hint="--space")
     formats = read_names(also) or []
-    _require_hub_formats(formats)
+    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
+        raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data or only_made(), version, previews=False)
     if version is None:
@@ -116,18 +118,6 @@ def push(
         say(f"warning: the push is not recorded in the folder: {error}")
     say("load it with:\n  from datasets import load_dataset")
     say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
-
-
-def _require_hub_formats(formats: Sequence[str]) -> None:
-    """Raise BadParameter for a format with more files than a repository of the Hub can hold."""
-    from pipeline.formats.formats import OF_FEW_FILES
-
-    for name in formats:
-        if name not in OF_FEW_FILES:
-            problem = (
-                "is in every version" if name == "messages" else f"is not one of {', '.join(OF_FEW_FILES)}"
-            )
-            raise BadParameter(f"{name} {problem}", param_hint="--also")
 
 
 def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:

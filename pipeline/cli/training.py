@@ -17,7 +17,7 @@ from pipeline.cli.options import (
     path_option,
     require_split,
 )
-from pipeline.cli.output import find_checkpoint, note_seen, print_scores, say, show
+from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, say, show
 from pipeline.errors import TrainError
 from pipeline.progress import show_progress
 
@@ -123,7 +123,7 @@ def evaluate(
     from trainer.model.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)
-    note_seen(checkpoint, version, split)
+    note_training_data(checkpoint, version, split)
     if captions:
         # Fail before minutes of scoring, and keep the captions of the last evaluation.
         with translate_disk_errors(captions):
