@@ -24,7 +24,9 @@ def read(folder: Path, side_px: int) -> dict[str, int]:
     strategy_base.TokenizeStrategy.set_strategy(Words())
     sanitizer = config_util.ConfigSanitizer(True, False, False, True)
     subset = {"image_dir": str(folder), "caption_extension": ".txt", "num_repeats": 1}
-    written = {"datasets": [{"resolution": side_px, "batch_size": 8, "enable_bucket": True, "subsets": [subset]}]}
+    written = {
+        "datasets": [{"resolution": side_px, "batch_size": 8, "enable_bucket": True, "subsets": [subset]}]
+    }
     unset = SimpleNamespace(prior_loss_weight=1.0, debug_dataset=False)
     blueprint = config_util.BlueprintGenerator(sanitizer).generate(written, unset)
     group, _ = config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)

@@ -1,7 +1,9 @@
-"""Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer does.
+"""Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer
+does.
 
-Its tokenizer is Llama's, whose weights are not here: a SentencePiece model is trained on the texts of the export. The template
-is that of Vicuna, by which LLaVA 1.5 was tuned; an answer that its rules cannot find is not learned, and would be missing here.
+Its tokenizer is Llama's, whose weights are not here: a SentencePiece model is trained on the texts of the
+export. The template is that of Vicuna, by which LLaVA 1.5 was tuned; an answer that its rules cannot find is
+not learned, and would be missing here.
 """
 
 import argparse
@@ -21,12 +23,24 @@ def read(texts: Path, images: Path, out: Path) -> dict[str, int]:
     answers = [turn["value"] for entry in entries for turn in entry["conversations"] if turn["from"] == "gpt"]
     words = out / "words.txt"
     words.write_text("\n".join(turn["value"] for entry in entries for turn in entry["conversations"]))
-    options = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "pad_id": -1, "minloglevel": 2}
+    options = {
+        "vocab_size": 400,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "pad_id": -1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(input=str(words), model_prefix=str(out / "words"), **options)
-    tokenizer = LlamaTokenizer(str(out / "words.model"), model_max_length=2048, padding_side="right", legacy=True)
+    tokenizer = LlamaTokenizer(
+        str(out / "words.model"), model_max_length=2048, padding_side="right", legacy=True
+    )
     tokenizer.pad_token = tokenizer.unk_token
     conversation.default_conversation = conversation.conv_templates["v1"]
-    about = {"image_folder": str(images), "image_processor": CLIPImageProcessor(), "image_aspect_ratio": "pad"}
+    about = {
+        "image_folder": str(images),
+        "image_processor": CLIPImageProcessor(),
+        "image_aspect_ratio": "pad",
+    }
     about |= {"data_path": str(texts), "is_multimodal": True, "mm_use_im_start_end": False}
     module = train.make_supervised_data_module(tokenizer, SimpleNamespace(**about))
     dataset, collate = module["train_dataset"], module["data_collator"]
