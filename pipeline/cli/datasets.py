@@ -212,7 +212,7 @@ def report(
     checkpoint: Annotated[Path | None, path_option("Training to show.", "the last of the dataset")] = None,
     rows: Annotated[int, option("Number of images, drawn at random.", min=1)] = 10_000,
 ) -> None:
-    """Write an HTML report of a dataset and its captioner; above 500 images it is a folder.
+    """Write an HTML report of a dataset and its captioner: one file, which opens without a server.
 
     The page can review texts as good, bad or edited. `synth review apply` applies the reviews.
     """

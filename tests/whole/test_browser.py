@@ -13,10 +13,9 @@ from playwright.sync_api import Page, expect
 from pipeline.dataset.directory import DatasetDir, open_dataset
 from pipeline.dataset.reviews import read_reviews
 from pipeline.dataset.version import Version
-from pipeline.report import build
 from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
-from tests.browser import PHONE, WIDE, Open, violations, wait_until
+from tests.browser import PHONE, WIDE, Open, violations
 from tests.hostile import LONG
 from tests.pipeline.report.test_figures import DEDUPE_ROW, caption, write_step
 from tests.scene_data import make_version, scene_samples, true_captions
@@ -226,18 +225,6 @@ def test_two_tabs_that_review_the_same_report_lose_nothing(page: Page) -> None:
     page.reload()
     expect(page.locator("#reviewed")).to_have_text("42 good, 1 bad, 0 edited")
     assert page.get_by_label("Note").input_value() == "no ring"
-
-
-def test_a_folder_opens_from_the_disk_and_loads_its_parts(
-    opened: Open, dataset: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    monkeypatch.setattr(build, "PART_ROWS", 30)
-    monkeypatch.setattr(build, "AT_ONCE", 10)
-    page = opened(write_report(dataset, tmp_path))
-    assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
-    assert page.locator("script[src]").count() == 4
-    wait_until(page, "[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
 
 
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]

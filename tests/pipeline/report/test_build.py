@@ -3,10 +3,10 @@
 import html
 import json
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import DECKS
@@ -15,7 +15,7 @@ from pipeline.report import build
 from pipeline.report.build import THUMBNAIL_BYTES, newest_checkpoint, write_report
 from pipeline.report.html import script_hash
 from pipeline.sources.scenes import draw_sample
-from tests.scene_data import make_version, pulled, scene_samples, true_captions
+from tests.scene_data import make_version, scene_samples, true_captions
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="a()"></script>\u202e{{ 7*7 }} & "quoted"'
 
@@ -40,78 +40,29 @@ def test_page_escapes_model_text_and_allows_only_its_own_scripts(tmp_path: Path)
     assert page.count("data:image/webp;base64,") == 12
 
 
-def test_large_version_report_is_a_folder_of_small_files(
+def test_rows_of_a_large_report_are_in_several_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    monkeypatch.setattr(build, "PART_ROWS", 16)
-    monkeypatch.setattr(build, "BATCH_ROWS", 8)
+    monkeypatch.setattr(build, "SMALL_REPORT_IMAGES", 10)
+    monkeypatch.setattr(build, "SCRIPT_ROWS", 16)
     version, _ = make_version(tmp_path, scene_samples(40))
-    index = write_report(version, tmp_path)
-    assert index == tmp_path / "report" / "index.html"
-    parts = re.findall(r'<script src="([^"]+)"></script>', index.read_text())
-    shown = [
-        json.loads((index.parent / part).read_text().removeprefix('add("images", ').removesuffix(");\n"))
-        for part in parts
+    page = write_report(version, tmp_path).read_text()
+    parts = [json.loads(part) for part in re.findall(r'add\("images", (.*)\);', page)]
+    assert [len(rows) for rows in parts] == [16, 16, 8]
+    thumbnails = [
+        b64decode(image.partition(",")[2]) for rows in parts for row in rows for image in row["images"]
     ]
-    assert sum(map(len, shown)) == 40
-    assert all(len(rows) <= 24 for rows in shown)
-    pictures = sorted(index.parent.glob("thumbnails/*/*.webp"))
-    assert {image for rows in shown for row in rows for image in row["images"]} == {
-        path.relative_to(index.parent).as_posix() for path in pictures
-    }
-    assert all(path.stat().st_size <= THUMBNAIL_BYTES for path in pictures)
+    assert len(thumbnails) == 40 and max(map(len, thumbnails)) <= THUMBNAIL_BYTES
 
 
-def test_later_report_removes_files_of_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    first, _ = make_version(tmp_path, scene_samples(40))
-    write_report(first, tmp_path)
-    second, _ = make_version(tmp_path, scene_samples(20))
-    index = write_report(second, tmp_path)
-    assert len(list(index.parent.glob("thumbnails/*/*.webp"))) == 20
-    assert sorted(path.name for path in index.parent.glob("*.js")) == re.findall(
-        r'<script src="([^"]+)"', index.read_text()
-    )
-
-
-def test_files_that_synth_did_not_write_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    notes = tmp_path / "report" / "notes.js"
-    notes.parent.mkdir()
-    notes.write_text("let mine;")
-    version, _ = make_version(tmp_path, scene_samples(20))
-    write_report(version, tmp_path)
-    write_report(version, tmp_path, max_rows=5)
-    assert notes.read_text() == "let mine;"
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["notes.js"]
-    (tmp_path / "report.html").write_text("<h1>my report</h1>")
+def test_file_that_synth_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    version, _ = make_version(tmp_path, scene_samples(4))
+    page = write_report(version, tmp_path)
+    assert write_report(version, tmp_path) == page
+    page.write_text("<h1>my report</h1>")
     with pytest.raises(ConfigError, match=r"report\.html is not a report of synth"):
         write_report(version, tmp_path)
-
-
-def test_sample_id_with_a_path_writes_no_file_outside_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 1)
-    made, _ = make_version(tmp_path / "d", scene_samples(4))
-    version = pulled(made, tmp_path / "home" / "x")
-    (shard,) = version.shards("train")
-    table = pq.read_table(shard)
-    names = [f"../../../../{'x' * n}/\u202e" for n in range(table.num_rows)]
-    pq.write_table(
-        table.set_column(table.column_names.index("sample_id"), "sample_id", pa.array(names)), shard
-    )
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    index = write_report(version, tmp_path)
-    assert all(
-        path.is_relative_to(index.parent)
-        for path in tmp_path.rglob("*")
-        if path.is_file() and path not in before
-    )
-    assert len(list(index.parent.glob("thumbnails/*/*.webp"))) == 4
+    assert page.read_text() == "<h1>my report</h1>"
 
 
 def test_folder_without_a_training_is_an_error(tmp_path: Path) -> None:
