@@ -141,7 +141,7 @@ def synth(
 
 
 def main() -> None:
-    """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
+    """Run the command line. Print a SynthError as one line with a hint, and let unknown errors raise."""
     try:
         with sigterm_as_ctrl_c() as terminated:
             _run(terminated)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _run(terminated: list[float]) -> None:
-    """Run the command; exit with 130 after Ctrl-C, or 143 if it was `terminated`."""
+    """Run the command. Exit with 130 after Ctrl-C, or 143 if it was `terminated`."""
     try:
         app()
     except SynthError as error:
@@ -180,7 +180,7 @@ def _exit_with(problem: str, hint: str) -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM; yield the list of the times at which it arrived.
+    """Raise KeyboardInterrupt on SIGTERM. Yield the list of its arrival times.
 
     During an import it waits: some importers swallow exceptions, and the command would run on.
     """

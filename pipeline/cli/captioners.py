@@ -85,7 +85,7 @@ def caption(
 
 
 def _images_from_stdin() -> Iterator[Path]:
-    """Yield the images that stdin names, by lines or as `find -print0`; warn about names without an image."""
+    """Yield the images that stdin names, by lines or as `find -print0`. Warn about names without an image."""
     from trainer.caption_files import find_images
 
     names = sys.stdin.read()

@@ -168,7 +168,7 @@ def export(
     int8: Annotated[bool, Option("--int8", help="Also write 8-bit ONNX: smaller, less exact.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a version to another format, or a captioner to ONNX; or write captions next to your images."""
+    """Convert a version to another format, or a captioner to ONNX, or write captions next to your images."""
     from pipeline.cli.captioners import export_captioner
     from pipeline.formats.export import export_version, write_beside
     from pipeline.formats.formats import FORMATS, PARQUET

@@ -22,7 +22,7 @@ BY_STYLE = "brief, else plain"
 
 
 def option(text: str, default: str | bool = True, **more: Any) -> Any:
-    """Return a Typer option with its help; `default` describes a default that is not a value."""
+    """Return a Typer option with its help. `default` describes a default that is not a value."""
     return Option(help=text, show_default=default, **more)
 
 
@@ -67,12 +67,12 @@ def vllm_flags(context: Context, option: str) -> list[str]:
 
 
 def read_names(text: str | None) -> list[str] | None:
-    """Parse NAME,NAME into a list; return None for no text."""
+    """Parse NAME,NAME into a list, or return None for no text."""
     return [name.strip() for name in text.split(",")] if text else None
 
 
 def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Parse NAME=VALUE,NAME=VALUE into a dictionary; in NAME=VALUE,VALUE the value contains the comma."""
+    """Parse NAME=VALUE,NAME=VALUE into a dictionary. In NAME=VALUE,VALUE the value contains the comma."""
     parts = re.sub(r",(?=[^,=]+(?:,|$))", "\0", text).split(",")
     pairs = [part.replace("\0", ",").partition("=") for part in parts]
     if not all(name and equals and value for name, equals, value in pairs):

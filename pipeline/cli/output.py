@@ -30,7 +30,7 @@ def last_dataset() -> Path:
 
 
 def find_checkpoint(captioner: str) -> Path:
-    """Return the folder of a captioner, local or of the Hub; print a note if its training was interrupted."""
+    """Return the folder of a captioner, local or of the Hub. Print a note if its training was interrupted."""
     from trainer.runtime.checkpoint_folder import find_captioner
 
     folder = find_captioner(captioner)

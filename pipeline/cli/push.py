@@ -178,9 +178,9 @@ def push_captioner(
 def send(
     package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
 ) -> "PushResult | None":
-    """Push a package, and print its files and its address; with `dry_run` send nothing.
+    """Push a package, and print its files and its address. With `dry_run` send nothing.
 
-    The result goes to stdout; to stderr if `as_json` is None, since stdout has the result of another package.
+    The result goes to stdout, or to stderr if `as_json` is None, since stdout has the result of another package.
     """
     from pipeline.hub.push import push_package
 

@@ -231,7 +231,7 @@ HELP_ALL = Option("--help-all", is_eager=True, callback=_show_all_options, help=
 
 
 def with_run_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the options of a run; it receives the merged settings as `settings`."""
+    """Return a command with the options of a run. It receives the merged settings as `settings`."""
     parameters = inspect.signature(command).parameters
     own = [parameter for name, parameter in parameters.items() if name != "settings"]
 

@@ -84,7 +84,7 @@ def versions_tag(
     delete: Annotated[bool, Option("--delete", help="Remove the tag, and keep the version.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tag a version: the tag stands for it in other commands, and protects it from removal."""
+    """Tag a version. Other commands accept the tag, and the version cannot be removed."""
     from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
@@ -119,7 +119,7 @@ def versions_rm(
     data: OnlyMade = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove versions from this machine; replies stay in the journal, and pushed versions stay on the Hub."""
+    """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors

@@ -89,7 +89,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_tasks(cls, values: Any) -> Any:
-        """Add the custom tasks to `tasks`; read `tasks: none` as no tasks, with human texts."""
+        """Add the custom tasks to `tasks`. Read `tasks: none` as no tasks, with human texts."""
         if not isinstance(values, dict):
             return values
         if values.get("tasks") in (NO_TASKS, [NO_TASKS], (NO_TASKS,)):
@@ -163,7 +163,7 @@ class Config(Section):
 
     @property
     def judge_url(self) -> str:
-        """The address of the judge's server; empty if there is none."""
+        """The address of the judge's server, or an empty text."""
         return judge_address(self.verify.judge)
 
     @property
@@ -189,7 +189,7 @@ class Config(Section):
 
     @property
     def splits_claims(self) -> bool:
-        """Whether the model splits captions into claims; rules split those of drawn scenes."""
+        """Whether the model splits captions into claims. Rules split those of drawn scenes."""
         return "claims" in self.verify.checks and not self.has_scene_prompts
 
     @property

@@ -103,7 +103,7 @@ def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> d
 
 
 def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
-    """Return custom tasks of a file and of options; those of options replace tasks of the same name."""
+    """Return custom tasks of a file and of options. Those of options replace tasks of the same name."""
     if not isinstance(option_tasks, list | tuple):
         return option_tasks  # validation reports it
     added = [_complete_task(task) for task in option_tasks]
@@ -175,7 +175,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
 def describe_settings(
     config: Config, file: Path | None, options: Mapping[str, str]
 ) -> list[tuple[str, Any, str]]:
-    """Return (key, value, origin) of every setting; an origin is an option, the file, or `default`."""
+    """Return (key, value, origin) of every setting. An origin is an option, the file, or `default`."""
     values = config.model_dump(mode="json")
     in_file = _read_settings(file)[0] if file else {}
     rows = []

@@ -117,7 +117,7 @@ def address_of(url: str) -> str:
 
 
 def judge_address(judge: str | None) -> str:
-    """Return the address in MODEL@URL; empty if there is none."""
+    """Return the address in MODEL@URL, or an empty text."""
     _, at, rest = (judge or "").partition(AT_SERVER)
     return at.removeprefix("@") + rest
 
@@ -189,7 +189,7 @@ def _require_order(min_name: str, least: int | None, max_name: str, most: int | 
 
 
 def task_names(entries: Any) -> Any:
-    """Return the names of custom tasks; None for a task without one."""
+    """Return the names of custom tasks, or None for a task without one."""
     return [
         entry.get("name") if isinstance(entry, dict) else getattr(entry, "name", None)
         for entry in entries or ()
@@ -309,7 +309,7 @@ class ServerConfig(Section):
     def price(
         self, read: float, written: float, judge_read: float = 0, judge_written: float = 0
     ) -> float | None:
-        """Return the cost of all tokens, those of the judge among them; None if no price is known."""
+        """Return the cost of all tokens, those of the judge among them, or None if no price is known."""
         if not self._has_prices:
             return None
         price_in, price_out = self.price_in or 0, self.price_out or 0
@@ -320,7 +320,7 @@ class ServerConfig(Section):
 
 
 class FilterConfig(Section):
-    """Bounds on texts; words are counted without openings such as "The image shows"."""
+    """Bounds on texts. Words are counted without openings such as "The image shows"."""
 
     min_caption_words: Annotated[int, Field(ge=1)] | None = None
     max_caption_words: int = Field(default=150, ge=1)
@@ -350,7 +350,7 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 
 class VerifyConfig(Section):
-    """Checks that ask the model about annotations again; a threshold of None only measures."""
+    """Checks that ask the model about annotations again. A threshold of None only measures."""
 
     checks: Distinct[Check] = ()
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)

@@ -41,7 +41,7 @@ PROVENANCE = '<meta name="generator" content="synth report">'  # only pages with
 def write_report(
     version: Version, folder: Path, checkpoint: Path | None = None, max_rows: int = 10_000
 ) -> Path:
-    """Write `report.html` into the dataset folder; return its path.
+    """Write `report.html` into the dataset folder, and return its path.
 
     Of more than `max_rows` images, those with the lowest ids are shown: ids are digests, so this is a random
     sample. Raise ConfigError if the checkpoint has no finished training, or another file is at the path of

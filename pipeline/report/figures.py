@@ -36,7 +36,7 @@ _CLUSTER_COLUMNS = [
 
 
 def funnel_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the funnel of a manifest; `adds_up`: no row was lost in the step or just before it."""
+    """Return the funnel of a manifest. `adds_up`: no row was lost in the step or just before it."""
     kept_before: dict[str, int] = {}
     steps = []
     for step in manifest.get("funnel", []):
@@ -141,7 +141,7 @@ def clusters_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def images_of(folder: Path, ids: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample id, first image) of samples, in a version or not; skip missing images."""
+    """Yield (sample id, first image) of samples, in a version or not. Skip missing images."""
     store = ImageStore(folder)
     for sample_id in store.in_order(ids) if ids else ():
         with suppress(StoreError):

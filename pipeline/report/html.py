@@ -89,7 +89,7 @@ def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
 
 
 def chart(title: str, series: Mapping[str, Points]) -> dict[str, Any]:
-    """Scale curves into the box of an SVG; x is the step, and y starts at 0 and points up."""
+    """Scale curves into the box of an SVG: x is the step, and y starts at 0 and points up."""
     xs = [x for curve in series.values() for x, _ in curve] or [1.0]
     top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
 

@@ -31,7 +31,7 @@ _TEXT_FIELDS = ("text", "question", "answer", "record")
 def read_rows(
     version: Version, splits: Sequence[str], chosen_ids: set[str] | None, batch_rows: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of rows for the page, in the order of `splits`; all rows if `chosen_ids` is None."""
+    """Yield batches of rows for the page, in the order of `splits`, all rows if `chosen_ids` is None."""
     columns, own_columns = version.manifest["columns"], version.manifest.get("own_columns", {})
     if chosen_ids is None:
         batches = version.batches(columns, batch_rows, splits)
@@ -43,9 +43,9 @@ def read_rows(
 
 
 def read_rejected(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield rejections: `step`, `reason`, `id`, `where` and `what`; the first MAX_REJECTED of each reason.
+    """Yield rejections: `step`, `reason`, `id`, `where` and `what`, the first MAX_REJECTED of each reason.
 
-    `where` is the row of the source, such as a file name; `id` is empty if that row never became a sample.
+    `where` is the row of the source, such as a file name. `id` is empty if that row never became a sample.
     """
     rows = list(_first_rejected(folder))
     source_rows = _source_rows(folder, {row["id"] for row in rows if not row["where"]})
