@@ -1,10 +1,10 @@
 """Drives CaptionFlow: its orchestrator over a folder of images, and one worker that asks an OpenAI-compatible
 endpoint.
 
-Measured with 0.5.7 on Python 3.12, which its newer releases need. Every image of a batch is decoded, encoded
-again and asked about before the next batch begins; the reply is stored as it came, without a schema. Captions
-lie in Lance below `--out`; a second run asks about what is missing there. It finds out how many requests at
-once an endpoint bears, and here begins with all of them.
+Measured with 0.5.7 on Python 3.12, which its newer releases need. All images of a batch are decoded,
+re-encoded and captioned before the next batch. Replies are stored without a schema, in Lance below `--out`. A
+second run requests the missing captions. CaptionFlow adapts its concurrency to the endpoint, and here starts
+with all requests.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def configure(url: str, images: Path, out: Path) -> int:
 
 
 def stored(out: Path) -> int:
-    """Return how many captions lie on the disk."""
+    """Return the number of captions on the disk."""
     try:
         return int(json.loads((out / "data" / "storage_stats.json").read_text())["disk_rows"])
     except (OSError, ValueError, KeyError):
@@ -121,7 +121,7 @@ def main() -> None:
     out = arguments.out.resolve()
     folder = out.with_name(
         f"{out.name}-images-{arguments.rows}"
-    )  # it takes all images of a folder, which are not its own
+    )  # CaptionFlow reads all images of this folder
     folder.mkdir(exist_ok=True)
     for path in sorted(arguments.images.glob("*.jpg"))[: arguments.rows]:
         if not (folder / path.name).exists():

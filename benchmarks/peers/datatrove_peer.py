@@ -1,9 +1,9 @@
 """Drives datatrove: its `InferenceRunner` against a running endpoint (`server_type="endpoint"`), in its local
 executor.
 
-A document is an image, named by its path; the rollout function, which is the user's to write, reads it and
-posts a chat payload with it and with the schema as `response_format`. Checkpoints and its cache of requests
-lie under `--out`; a second run goes on from them.
+A document is an image with its path as its id. The rollout function, which users write, reads the image and
+posts it with the schema as `response_format`. Checkpoints and the cache of requests are in `--out`, from
+which a second run resumes.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
     config = InferenceConfig(
         server_type="endpoint",
-        endpoint_url=url.removesuffix("/v1"),  # it adds the whole path itself
+        endpoint_url=url.removesuffix("/v1"),  # datatrove adds the path
         model_name_or_path="model",
         max_concurrent_generations=CONCURRENCY,
         default_generation_params={"temperature": 0, "max_tokens": 256},

@@ -1,9 +1,8 @@
 """Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer
 does.
 
-Its tokenizer is Llama's, whose weights are not here: a SentencePiece model is trained on the texts of the
-export. The template is that of Vicuna, by which LLaVA 1.5 was tuned; an answer that its rules cannot find is
-not learned, and would be missing here.
+A SentencePiece model that is trained on the texts of the export replaces the tokenizer of Llama. The template
+is that of Vicuna, as in LLaVA 1.5. The count lacks answers that the rules of the template do not find.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 
 def read(texts: Path, images: Path, out: Path) -> dict[str, int]:
-    """Return how many images came out, and how many of the answers are learned."""
+    """Return the number of images, and the number of answers that are learned."""
     import sentencepiece
     from llava import conversation
     from llava.train import train

@@ -180,7 +180,7 @@ def send(
 ) -> "PushResult | None":
     """Push a package, and print its files and its address. With `dry_run` send nothing.
 
-    The result goes to stdout, or to stderr if `as_json` is None, since stdout has the result of another package.
+    The result goes to stdout. If `as_json` is None, it goes to stderr, since stdout has another result.
     """
     from pipeline.hub.push import push_package
 
