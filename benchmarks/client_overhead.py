@@ -1,10 +1,12 @@
-"""Measure the client's cost per row: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON ...]`.
+"""Measure the client's cost per row: `python benchmarks/client_overhead.py [--rows 2000] [--peer NAME=PYTHON
+...]`.
 
-A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct JPEGs of 85 kB, 256
-requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal and its validation, the same with a
-prompt of its own for each image (`context`), and peers, each in an environment of its own (benchmarks/peers). CPU per row is
-the slope between a short and a long run, so that imports and start-up do not count. Then each client is killed half-way and
-restarted: the endpoint counts repeated requests.
+A mock endpoint answers every request after 200 ms. Each client asks for one caption of each of N distinct
+JPEGs of 85 kB, 256 requests at once: a bare aiohttp loop that discards the replies, `synth` with its journal
+and its validation, the same with a separate prompt for each image (`context`), and peers, each in its own
+environment (benchmarks/peers). CPU per row is the slope between a short and a long run, so that imports and
+start-up do not count. Then each client is killed half-way and restarted: the endpoint counts repeated
+requests.
 """
 
 import argparse
@@ -30,9 +32,9 @@ HERE = Path(__file__).parent
 CONCURRENCY = 256
 LATENCY_SECONDS = 0.2
 IMAGE_BYTES = 85_000
-KEPT_FILES = 2000  # above this, images differ in their last bytes only
+KEPT_FILES = 2000  # further images differ only in their last bytes
 WITH_CONTEXT = "synth-context"
-HANGS_SECONDS = 180  # limit of the run after a kill; half of the rows take seconds
+HANGS_SECONDS = 180  # seconds; half of the rows take a few
 PROMPT = "Write one sentence that names the main things in view."
 
 
@@ -50,7 +52,7 @@ class Run:
 
 def make_images(folder: Path) -> None:
     """Write distinct noisy JPEGs of about 85 kB."""
-    from photos import noise_jpeg  # not imported by the clients, whose memory is measured
+    from photos import noise_jpeg  # the clients, whose memory is measured, do not import it
 
     folder.mkdir(parents=True)
     for number in range(KEPT_FILES):
@@ -63,7 +65,7 @@ def read_image(folder: Path, number: int) -> bytes:
     return data if number < KEPT_FILES else data + number.to_bytes(8, "big")
 
 
-# --- our two clients, each run as a process of its own
+# --- our two clients, each run in its own process
 
 
 def run_raw(url: str, images: Path, rows: int) -> None:
@@ -77,7 +79,12 @@ def run_raw(url: str, images: Path, rows: int) -> None:
                 {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
                 {"type": "text", "text": PROMPT},
             ]
-            body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 256, "temperature": 0}
+            body = {
+                "model": "model",
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": 256,
+                "temperature": 0,
+            }
             async with session.post(f"{url}/chat/completions", json=body) as answer:
                 json.loads((await answer.json())["choices"][0]["message"]["content"])["caption"]
 
@@ -90,7 +97,8 @@ def run_raw(url: str, images: Path, rows: int) -> None:
 
 
 def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: bool = False) -> None:
-    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of annotations.
+    """Run the pass of `synth generate` over the images: hashing, journal, validation and the table of
+    annotations.
 
     With a context, each prompt is rendered with a title and tags of its own image.
     """
@@ -128,7 +136,9 @@ def run_synth(url: str, images: Path, rows: int, out: Path, *, with_context: boo
     with Journal(out / "journal.sqlite") as journal, ExitStack() as stack:
         client = Client("model", "m", config.server, config.generate.max_tokens, None, urls=config.base_url)
         engine = lambda: stack.enter_context(client)  # noqa: E731
-        for _ in ask_about(chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts):
+        for _ in ask_about(
+            chunks(), request_plan(config, "m"), config.server, engine, journal, RequestStats(), texts
+        ):
             pass
         samples = ([SampleInfo(name, 1) for name in ids[start : start + 64]] for start in range(0, rows, 64))
         kept = 0
@@ -145,7 +155,9 @@ def measure(command: list[str], out: Path) -> Run:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with (out.parent / f"{out.name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(HERE.parent)}
+        )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} failed: {(out.parent / f'{out.name}.log').read_text()[-2000:]}")
@@ -190,13 +202,20 @@ def stats(root: str) -> dict[str, int]:
 def commands(url: str, images: Path, peers: dict[str, str]) -> dict[str, list[str]]:
     """Return the command line of each client, without rows and output."""
     options = ["--url", url, "--images", str(images)]
-    own_clients = {name: [sys.executable, __file__, "--worker", name, *options] for name in ("raw", "synth", WITH_CONTEXT)}
-    return own_clients | {name: [python, str(HERE / "peers" / f"{name}.py"), *options] for name, python in peers.items()}
+    own_clients = {
+        name: [sys.executable, __file__, "--worker", name, *options]
+        for name in ("raw", "synth", WITH_CONTEXT)
+    }
+    return own_clients | {
+        name: [python, str(HERE / "peers" / f"{name}.py"), *options] for name, python in peers.items()
+    }
 
 
 def main() -> None:
     """Measure all clients, and print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--long-rows", type=int, default=20_000, help="of synth alone, for its memory")
     parser.add_argument("--peer", action="append", default=[], help="NAME=PYTHON, see benchmarks/peers")
@@ -210,8 +229,10 @@ def main() -> None:
         return run_raw(arguments.url, arguments.images, arguments.rows)
     if arguments.worker:
         with_context = arguments.worker == WITH_CONTEXT
-        return run_synth(arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context)
-    from mock_chat import running_mock  # not imported by the clients either
+        return run_synth(
+            arguments.url, arguments.images, arguments.rows, arguments.out, with_context=with_context
+        )
+    from mock_chat import running_mock  # the clients do not import it
 
     with running_mock(LATENCY_SECONDS, various=False) as root, tempfile.TemporaryDirectory() as temporary:
         compare(arguments, root, Path(temporary))
@@ -223,7 +244,10 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
     images = scratch / "images"
     make_images(images)
     sizes = [path.stat().st_size for path in images.iterdir()]
-    print(f"{arguments.rows} rows, images of {sum(sizes) / len(sizes) / 1000:.0f} kB, {len(os.sched_getaffinity(0))} cores")
+    print(
+        f"{arguments.rows} rows, images of {sum(sizes) / len(sizes) / 1000:.0f} kB, "
+        f"{len(os.sched_getaffinity(0))} cores"
+    )
     print(f"{'client':<16} {'CPU ms/row':>10} {'of raw':>7} {'peak MB':>8} {'disk B/row':>10} {'redone':>7}")
     peers = dict(pair.split("=", 1) for pair in arguments.peer)
     short = max(arguments.rows // 8, 64)
@@ -235,7 +259,9 @@ def compare(arguments: argparse.Namespace, root: str, scratch: Path) -> None:
             out = scratch / name
             few = measure([*command, "--rows", str(short), "--out", str(out)], out)
             runs[name] = many = measure([*command, "--rows", str(arguments.rows), "--out", str(out)], out)
-            slopes.setdefault(name, []).append((many.cpu_seconds - few.cpu_seconds) / (arguments.rows - short) * 1000)
+            slopes.setdefault(name, []).append(
+                (many.cpu_seconds - few.cpu_seconds) / (arguments.rows - short) * 1000
+            )
     middle = {name: sorted(values)[len(values) // 2] for name, values in slopes.items()}
     for name, command in clients.items():
         again = ""

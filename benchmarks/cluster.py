@@ -1,11 +1,13 @@
-"""Measure the overhead of a cluster: CPU time per image of `--executor ray` and `--executor local`, on one machine.
+"""Measure the overhead of a cluster: CPU time per image of `--executor ray` and `--executor local`, on one
+machine.
 
     python benchmarks/cluster.py [--images 4000 80000] [--shards 8] [--latency 0.05]
 
-Both caption the same scenes in two styles through a mock endpoint of fixed latency, from source to version. CPU covers the
-whole process tree, Ray's own processes included, as counted by a control group (Linux, as root). Each executor runs at two
-sizes; the difference is the cost of images without start-up. Ray itself uses part of a core all the time, so the ratio depends
-on the number of images per second. Runs are sequential: on a shared machine, repeat them.
+Both caption the same scenes in two styles through a mock endpoint of fixed latency, from source to version.
+CPU covers the whole process tree, Ray's own processes included, as counted by a control group (Linux, as
+root). Each executor runs at two sizes; the difference is the cost of images without start-up. Ray itself uses
+part of a core all the time, so the ratio depends on the number of images per second. Runs are sequential: on
+a shared machine, repeat them.
 """
 
 import argparse
@@ -22,12 +24,17 @@ from mock_chat import running_mock
 
 SYNTH = Path(sys.executable).with_name("synth")
 GROUPS = next(
-    (home for home in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (home / "cgroup.procs").exists()), None
+    (
+        home
+        for home in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+        if (home / "cgroup.procs").exists()
+    ),
+    None,
 )
 
 
 def run(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a command in a control group of its own; return its seconds, and the CPU seconds of its process tree."""
+    """Run a command in its own control group; return its seconds, and the CPU seconds of its process tree."""
     if GROUPS is None:
         raise SystemExit("there are no control groups (version 2) here to count CPU seconds with")
     group = GROUPS / f"synth-benchmark-{os.getpid()}"
@@ -44,14 +51,20 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
         raise SystemExit((folder / "log").read_text()[-2000:])
     while (group / "cgroup.procs").read_text().strip():  # processes of a cluster take a moment to end
         time.sleep(0.2)
-    (used,) = [line.split()[1] for line in (group / "cpu.stat").read_text().splitlines() if line.startswith("usage_usec")]
+    (used,) = [
+        line.split()[1]
+        for line in (group / "cpu.stat").read_text().splitlines()
+        if line.startswith("usage_usec")
+    ]
     group.rmdir()
     return {"seconds": round(seconds, 1), "cpu_seconds": round(int(used) / 1e6, 1)}
 
 
 def main() -> None:
     """Measure both executors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, nargs=2, default=[4000, 80000])
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
@@ -65,7 +78,9 @@ def main() -> None:
                 dataset = ["--source", "scenes", "--limit", str(images), "--tasks", "caption", "--out", out]
                 command = [str(SYNTH), "generate", *dataset, "--base-url", f"{url}/v1", *more]
                 runs.append(run(command, Path(folder)) | {"images": images})
-                manifest = json.loads((Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text())
+                manifest = json.loads(
+                    (Path(folder) / out / "versions" / "v1.0.0" / "manifest.json").read_text()
+                )
                 runs[-1]["digest"] = manifest["digest"][:12]
                 print(name, runs[-1], flush=True)
             small, large = runs

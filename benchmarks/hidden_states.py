@@ -1,8 +1,9 @@
-"""Compare which hidden states a captioner reads, and how: `python benchmarks/hidden_states.py OUT [--steps 250] [--seeds 0 1]`.
+"""Compare which hidden states a captioner reads, and how: `python benchmarks/hidden_states.py OUT [--steps
+250] [--seeds 0 1]`.
 
 Trains on the facts of 1,100 drawn scenes, with the shipped CLIP frozen: other layers, fewer states, and a
-decoder of the same size that reads them as a prefix of the text in place of cross-attention. Prints CIDEr-D of held-out scenes,
-and that of the captions of other scenes. Cells that are done are skipped.
+decoder of the same size that reads them as a prefix of the text instead of by cross-attention. Prints CIDEr-D
+of held-out scenes, and that of the captions of other scenes. Finished cells are skipped.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pipeline.run import generate_dataset
 from trainer.config import resolve
 from trainer.training import train_captioner
 
-TIMES = 3  # as many steps take about the time of those with a prefix
+TIMES = 3  # this width takes about the time of a prefix
 CELLS: dict[str, dict[str, Any]] = {
     "last layer, all 37": {},
     "layer -2": {"encoder_layer": -2},
@@ -32,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 def scenes(folder: Path) -> Version:
-    """Make a version of drawn scenes, whose captions say what is there."""
+    """Make a version of drawn scenes, with true captions."""
     if not (folder / "versions").exists():
         generate_dataset(resolve_dataset(source="scenes", limit=1100, tasks=[], human_texts="keep"), folder)
     return open_dataset(folder)
@@ -40,13 +41,20 @@ def scenes(folder: Path) -> Version:
 
 def main() -> None:
     """Train what is missing, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     version = scenes(arguments.out / "scenes")
-    shared: dict[str, Any] = {"encoder": "tiny-clip", "text_source": "human", "questions": False, "steps": arguments.steps}
+    shared: dict[str, Any] = {
+        "encoder": "tiny-clip",
+        "text_source": "human",
+        "questions": False,
+        "steps": arguments.steps,
+    }
     shared |= {"connector_lr": 1e-3, "decoder_lr": 1e-3}
     print(f"{arguments.steps} steps, seeds {arguments.seeds}")
     print(f"{'states':<28} {'CIDEr-D':>8} {'shuffled':>9}   of seeds")
@@ -58,9 +66,14 @@ def main() -> None:
                 chosen = settings | ({"steps": TIMES * arguments.steps} if "steps" in settings else {})
                 train_captioner(version, resolve(**shared | chosen, seed=seed), folder)
             results.append(json.loads((folder / "metrics.json").read_text()))
-        own, shuffled = ([result[kind]["cider_d"] for result in results] for kind in ("scores", "shuffled_scores"))
+        own, shuffled = (
+            [result[kind]["cider_d"] for result in results] for kind in ("scores", "shuffled_scores")
+        )
         of_seeds = ", ".join(f"{score:.2f}" for score in own)
-        print(f"{name:<28} {statistics.fmean(own):8.2f} {statistics.fmean(shuffled):9.2f}   {of_seeds}", flush=True)
+        print(
+            f"{name:<28} {statistics.fmean(own):8.2f} {statistics.fmean(shuffled):9.2f}   {of_seeds}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000] [--out DIR]`.
+"""Make a version of very many images without a model: `python benchmarks/million_images.py [--images 1000000]
+[--out DIR]`.
 
-A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with a caption of its own, goes through `synth generate` without a
-task: reading in workers, the search for near-duplicates, all steps, and the version. Prints seconds, the peak memory of the
-command and of its workers, and bytes, and the same of a second run with nothing changed; memory by the second is written to
-DIR/memory.csv. A million take half an hour and 8 GB of disk.
+A Parquet file of distinct JPEGs of 72 x 56 px (1.7 kB), each with its own caption, goes through `synth
+generate` without a task: reading in workers, the search for near-duplicates, all steps, and the version.
+Prints seconds, the peak memory of the command and of its workers, and bytes, and the same for a second run
+without changes; memory by the second is written to DIR/memory.csv. A million take half an hour and 8 GB of
+disk.
 
-With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at once
-(benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With `--ray`, the same is
-made once more by a Ray cluster on this machine in two halves, and the digests of both versions are printed.
+With `--ask`, `synth generate` asks for a caption of each image instead, at a mock endpoint that answers at
+once (benchmarks/mock_chat.py, which shares the machine), and prints when a run sent its first request. With
+`--ray`, the same is made once more by a Ray cluster on this machine in two halves, and the digests of both
+versions are printed.
 """
 
 import argparse
@@ -36,11 +39,11 @@ NOUNS = (
 )
 KINDS = ("red", "blue", "old", "small", "wooden", "striped", "broken", "shiny", "pale", "narrow")
 BATCH = 5000
-MAX_PROBES = 20  # requests with which a run finds out what a server can do
+MAX_PROBES = 20  # requests that probe the server
 
 
 def caption_of(number: int) -> str:
-    """Return a caption that no other of the first three million numbers has."""
+    """Return a caption that is unique among the first three million numbers."""
     a, b, c, d, e = (NOUNS[number // len(NOUNS) ** place % len(NOUNS)] for place in range(5))
     kind, other = KINDS[number % len(KINDS)], KINDS[number // 7 % len(KINDS)]
     return f"A {kind} {a} stands near the {b} while a {other} {c} leans on the {d} beside {number % 97} {e}s."
@@ -55,7 +58,9 @@ def make(path: Path, count: int) -> None:
             images = []
             for colors in pixels:
                 buffer = io.BytesIO()
-                Image.fromarray(colors).resize((72, 56), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=80)
+                Image.fromarray(colors).resize((72, 56), Image.Resampling.BICUBIC).save(
+                    buffer, "JPEG", quality=80
+                )
                 images.append(buffer.getvalue())
             captions = [caption_of(start + n) for n in range(len(images))]
             writer.write_table(pa.table([images, captions], schema=SCHEMA))
@@ -78,15 +83,21 @@ def digest_of(dataset: Path) -> str:
 
 
 def asked(mock: str) -> int:
-    """Return how many requests a mock endpoint has had; 0 if there is none."""
+    """Return the number of requests to a mock endpoint; 0 if there is none."""
     if not mock:
         return 0
     with urllib.request.urlopen(f"{mock}/stats") as response:
         return int(json.load(response)["came"])
 
 
-def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float = float("inf"), name: str = "dataset") -> None:
-    """Run a command, kill it after so many seconds, and print what it took."""
+def watch(
+    command: list[str],
+    folder: Path,
+    mock: str = "",
+    kill_after_s: float = float("inf"),
+    name: str = "dataset",
+) -> None:
+    """Run a command, kill it after some seconds, and print its time and memory."""
     start, peak = time.monotonic(), (0.0, 0.0)
     before, first_s = asked(mock), float("nan")
     with (folder / "memory.csv").open("w") as log, (folder / "log.txt").open("ab") as printed:
@@ -97,7 +108,7 @@ def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float 
                 process.kill()
             try:
                 now = memory_mb(process.pid)
-            except OSError:  # one of them has ended
+            except OSError:  # a process has ended
                 continue
             peak = max(peak[0], now[0]), max(peak[1], now[1])
             if math.isnan(first_s) and asked(mock) > before + MAX_PROBES:
@@ -108,16 +119,26 @@ def watch(command: list[str], folder: Path, mock: str = "", kill_after_s: float 
     memory = f"{peak[0]:,.0f} MB, workers {peak[1]:,.0f} MB"
     requests = f"; {asked(mock) - before:,} requests, the first after {first_s:.0f} s" if mock else ""
     seconds = time.monotonic() - start
-    print(f"exit code {process.returncode}: {seconds:,.0f} s; {memory}; dataset {size / 1e9:.2f} GB{requests}", flush=True)
+    print(
+        f"exit code {process.returncode}: {seconds:,.0f} s; {memory}; dataset {size / 1e9:.2f} GB{requests}",
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Run the import, killed once if asked, and then again with nothing changed; print what each took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the import, killed once if asked, and then again with nothing changed; print the time and memory of
+    each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--kill-after-s", type=float, help="kill -9 the first run after so many seconds, and start it again")
-    parser.add_argument("--ask", action="store_true", help="have a mock model write the captions")
-    parser.add_argument("--ray", action="store_true", help="make the same on a Ray cluster in two halves, and compare")
+    parser.add_argument(
+        "--kill-after-s", type=float, help="seconds after which to kill -9 and restart the first run"
+    )
+    parser.add_argument("--ask", action="store_true", help="ask a mock model for the captions")
+    parser.add_argument(
+        "--ray", action="store_true", help="repeat it on a Ray cluster in two halves, and compare"
+    )
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "million-images")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Mock chat endpoint: answers any request with a caption after a fixed time, so that only the client is measured.
+"""Mock chat endpoint: answers any request with a caption after a fixed time, so that only the client is
+measured.
 
-`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, captions depend on the request, and
-requests for questions get some. GET
-/stats counts requests that came (also by client), were answered, and were different; POST /reset clears the counts. The
-endpoint enforces no schema, but answers the schema probe as expected. Like vLLM it keeps the last images that have a uuid,
-takes that alone for one which it has, and refuses any other.
+`python benchmarks/mock_chat.py PORT [SECONDS [various [ADDRESS]]]`; with `various`, captions depend on the
+request, and requests for questions get some. GET /stats returns the number of requests (also by client),
+answers and distinct requests; POST /reset clears the counts. The endpoint enforces no schema, but answers the
+schema probe as expected. Like vLLM, it caches the last images with a uuid, accepts the uuid alone for a
+cached image, and refuses it for any other.
 """
 
 import asyncio
@@ -27,37 +28,65 @@ COLORS = ("red", "blue", "green", "yellow", "brown", "black", "white", "gray")
 THINGS = ("jacket", "coat", "shirt", "dress", "hat", "scarf", "sweater", "vest")
 PLACES = ("beach", "street", "field", "river", "wall", "track", "lake", "bridge")
 UUID = re.compile(rb'(?P<named>"image_url":null,)?"uuid":"(?P<uuid>[^"]+)"')
-KEPT_IMAGES = 1000  # vLLM keeps 4 GB of them
-CAPTION = json.dumps({"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."})
+KEPT_IMAGES = 1000  # vLLM caches 4 GB
+CAPTION = json.dumps(
+    {"caption": "A man in a red jacket walks a brown dog along a wet beach under a gray sky."}
+)
 
 
 def answer(text: str, finish_reason: str = "stop") -> bytes:
     """Return the body of a chat completion."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     usage = {"prompt_tokens": 300, "completion_tokens": 24, "total_tokens": 324}
-    made = {"id": "c", "object": "chat.completion", "created": 0, "model": "model", "choices": [choice], "usage": usage}
+    made = {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "model",
+        "choices": [choice],
+        "usage": usage,
+    }
     return json.dumps(made).encode()
 
 
 def caption(key: bytes) -> str:
     """Return one of half a million captions."""
-    words = [options[byte % 8] for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
+    words = [
+        options[byte % 8]
+        for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
+    ]
     number = 2 + key[5] % 16
-    return f"A man in a {words[0]} {words[1]} walks {number} {words[2]} dogs along a wet {words[3]} under a {words[4]} sky."
+    dogs = f"{number} {words[2]} dogs along a wet {words[3]}"
+    return f"A man in a {words[0]} {words[1]} walks {dogs} under a {words[4]} sky."
 
 
 def pairs(key: bytes) -> list[dict[str, str]]:
     """Return four questions with answers, one answered by yes or no and one by a number."""
-    words = [options[byte % 8] for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)]
+    words = [
+        options[byte % 8]
+        for options, byte in zip((COLORS, THINGS, COLORS, PLACES, COLORS), key, strict=False)
+    ]
     return [
-        {"answer_type": "yes/no", "question": f"Is the {words[1]} {words[0]}?", "answer": ("yes", "no")[key[5] % 2]},
+        {
+            "answer_type": "yes/no",
+            "question": f"Is the {words[1]} {words[0]}?",
+            "answer": ("yes", "no")[key[5] % 2],
+        },
         {
             "answer_type": "number",
             "question": f"How many {words[2]} dogs are at the {words[3]}?",
             "answer": str(2 + key[6] % 16),
         },
-        {"answer_type": "other", "question": f"What color is the sky over the {words[3]}?", "answer": words[4]},
-        {"answer_type": "other", "question": f"Where is the man in the {words[0]} {words[1]}?", "answer": f"at the {words[3]}"},
+        {
+            "answer_type": "other",
+            "question": f"What color is the sky over the {words[3]}?",
+            "answer": words[4],
+        },
+        {
+            "answer_type": "other",
+            "question": f"Where is the man in the {words[0]} {words[1]}?",
+            "answer": f"at the {words[3]}",
+        },
     ]
 
 
@@ -74,7 +103,7 @@ class Mock:
         self.kept: dict[bytes, None] = {}
 
     def lacks_images(self, raw: bytes) -> bool:
-        """Keep the images of a request; return whether it names one that is not kept."""
+        """Cache the images of a request; return whether it names one that is not cached."""
         for image in UUID.finditer(raw):
             if image["named"] and image["uuid"] not in self.kept:
                 return True
@@ -90,16 +119,19 @@ class Mock:
         if b'"probe"' in raw:
             schema = json.loads(raw)["response_format"]["json_schema"]["schema"]
             return web.Response(
-                body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})), content_type="application/json"
+                body=answer(json.dumps({"word": schema["properties"]["word"]["enum"][0]})),
+                content_type="application/json",
             )
         if self.lacks_images(raw):
             error = {"message": "Cache miss for image at index 0 but data is not provided.", "code": 400}
             return web.json_response({"error": error}, status=400)
         self.came += 1
         self.clients[str(request.remote)] += 1
-        # Image and text identify a request, whatever other fields a client sends; an image with a uuid may be named alone.
+        # Image and text identify a request; other fields vary by client. A uuid may replace its image.
         start = raw.rfind(b'"uuid":"')
-        key = hashlib.sha1(raw[start if start >= 0 else raw.find(b'"messages"') :], usedforsecurity=False).digest()
+        key = hashlib.sha1(
+            raw[start if start >= 0 else raw.find(b'"messages"') :], usedforsecurity=False
+        ).digest()
         await asyncio.sleep(self.seconds)
         self.answered[key] += 1
         body = self.body
@@ -111,7 +143,12 @@ class Mock:
     async def stats(self, _request: web.Request) -> web.Response:
         """Return the counts."""
         total = sum(self.answered.values())
-        counts = {"came": self.came, "answered": total, "different": len(self.answered), "clients": self.clients}
+        counts = {
+            "came": self.came,
+            "answered": total,
+            "different": len(self.answered),
+            "clients": self.clients,
+        }
         return web.json_response(counts)
 
     async def reset(self, _request: web.Request) -> web.Response:
@@ -127,7 +164,9 @@ async def models(_request: web.Request) -> web.Response:
     return web.json_response(
         {
             "object": "list",
-            "data": [{"id": "model", "object": "model", "created": 0, "owned_by": "vllm", "max_model_len": 8192}],
+            "data": [
+                {"id": "model", "object": "model", "created": 0, "owned_by": "vllm", "max_model_len": 8192}
+            ],
         }
     )
 
@@ -139,7 +178,7 @@ async def health(_request: web.Request) -> web.Response:
 
 @contextmanager
 def running_mock(seconds: float = 0, *, various: bool = True) -> Iterator[str]:
-    """Run a mock in a process of its own; yield its address (without /v1) when it answers."""
+    """Run a mock in its own process; yield its address (without /v1) when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -169,7 +208,9 @@ def main() -> None:
     app.router.add_get("/health", health)
     app.router.add_get("/stats", mock.stats)
     app.router.add_post("/reset", mock.reset)
-    web.run_app(app, host=sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1", port=int(sys.argv[1]), print=None)
+    web.run_app(
+        app, host=sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1", port=int(sys.argv[1]), print=None
+    )
 
 
 if __name__ == "__main__":

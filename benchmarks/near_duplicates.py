@@ -1,10 +1,12 @@
 """Measure the search for near-duplicate photos: `python benchmarks/near_duplicates.py [--hashes 100000 ...]`.
 
-Random hashes of 256 bits, to a fiftieth of which belong copies that are 8, 20, 48, 56, 64 or 70 bits apart, a half of them
-mirrored. For each number of hashes: CPU seconds and peak memory of `find_near_pairs`, its recall of the planted pairs by bits,
-and the CPU seconds of comparing each with each (measured on 20,000 hashes, and scaled by the number of pairs).
+Random hashes of 256 bits. One in fifty has a copy at a distance of 8, 20, 48, 56, 64 or 70 bits, half of them
+mirrored. For each number of hashes: CPU seconds and peak memory of `find_near_pairs`, its recall of the
+planted pairs by bits, and the CPU seconds of comparing all pairs (measured on 20,000 hashes, and scaled by
+the number of pairs).
 
-With --rounds N, only N rounds of the search are run, and their time is scaled to all rounds; recall is not measured then.
+With --rounds N, only N rounds of the search run, and their time is scaled to all rounds. Recall is not
+measured.
 """
 
 import argparse
@@ -32,7 +34,7 @@ BITS = (8, 20, 48, 56, 64, 70)
 
 
 def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
-    """Return hashes, and the pairs among them that are near, with their bits."""
+    """Return hashes, and the near pairs among them with their distances in bits."""
     rng = np.random.default_rng(count)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
     planted = {}
@@ -46,7 +48,7 @@ def plant(count: int) -> tuple[Hashes, dict[tuple[int, int], int]]:
 
 
 def describe_recall(pairs: set[tuple[int, int]], planted: dict[tuple[int, int], int]) -> str:
-    """Return the share of planted pairs that were found, by bits."""
+    """Return the recall of planted pairs by distance."""
     all_of = Counter(planted.values())
     near_of = Counter(bits for pair, bits in planted.items() if pair in pairs)
     return ", ".join(f"{bits}: {near_of[bits] / all_of[bits]:.4f}" for bits in BITS)
@@ -54,7 +56,9 @@ def describe_recall(pairs: set[tuple[int, int]], planted: dict[tuple[int, int], 
 
 def main() -> None:
     """Print one line for each number of hashes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hashes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--rounds", type=int, help="run only this number of rounds")
     options = parser.parse_args()
@@ -74,11 +78,14 @@ def main() -> None:
         else:
             pairs = find_near_pairs(hashes, MAX_NEAR_BITS["photos"], SURE_BITS["photos"], mirrored=True)
             seconds = time.process_time() - start
-            recall = describe_recall(set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)), planted)
+            recall = describe_recall(
+                set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)), planted
+            )
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         each = pair_s * count**2 / 2
         print(
-            f"{count:,} hashes: {seconds:,.1f} CPU s, {memory:.2f} GB; each with each {each:,.1f} CPU s; recall {recall}",
+            f"{count:,} hashes: {seconds:,.1f} CPU s, {memory:.2f} GB; each with each {each:,.1f} CPU s; "
+            f"recall {recall}",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""Distinct JPEGs of smooth noise, which cost as much to decode as photographs of their size."""
+"""Distinct JPEGs of smooth noise, which take as long to decode as photographs of the same size."""
 
 import io
 
@@ -8,8 +8,11 @@ from PIL import Image
 SIZE_PX = (500, 375)
 
 
-def noise_jpeg(seed: int, size_px: tuple[int, int] = SIZE_PX, *, grain_px: int = 8, quality: int = 88) -> bytes:
-    """Return a JPEG of random colors every `grain_px` pixels, smoothly enlarged; another seed gives another image."""
+def noise_jpeg(
+    seed: int, size_px: tuple[int, int] = SIZE_PX, *, grain_px: int = 8, quality: int = 88
+) -> bytes:
+    """Return a JPEG of random colors every `grain_px` pixels, smoothly enlarged; another seed gives another
+    image."""
     width, height = (-(-side // grain_px) for side in size_px)
     colors = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()

@@ -1,11 +1,13 @@
-"""Measure a push of a dataset of images: time, memory, and bytes for a child version, beside `Dataset.push_to_hub`.
+"""Measure a push of a dataset of images: time, memory, and bytes for a child version, compared with
+`Dataset.push_to_hub`.
 
-    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90] [--mode xet|lfs] [--shard-megabytes 2]
+    PYTHONPATH=. python benchmarks/push.py [--megabytes 2000] [--image-kilobytes 90] [--mode xet|lfs]
+        [--shard-megabytes 2]
 
-Both push the same rows (random bytes stand for JPEGs, which do not compress either) to the same Hub-protocol server on
-loopback, each in a process of its own, one after the other. Peak memory is VmHWM of the process minus its memory after the
-imports. Then 1 % of the rows change, spread over the dataset, and both push again. Small shards show what very many
-of them take.
+Both push the same rows (random bytes stand for JPEGs, which do not compress either) to the same Hub-protocol
+server on loopback, each in its own process, one after the other. Peak memory is VmHWM of the process minus
+its memory after the imports. Then 1 % of the rows change, spread over the dataset, and both push again. Small
+shards show the cost of very many shards.
 """
 
 import argparse
@@ -60,7 +62,7 @@ def pixels(number: int, size_bytes: int) -> bytes:
 
 
 def row(number: int, image: int, image_bytes: int, text: str) -> dict[str, Any]:
-    """Return one row of a version; the same image and text are the same row."""
+    """Return one row of a version for an image and a text."""
     data = pixels(image, image_bytes)
     caption = {"text": text, "style": "brief", "prompt_id": "caption/v1@test"}
     return {
@@ -79,9 +81,14 @@ def row(number: int, image: int, image_bytes: int, text: str) -> dict[str, Any]:
 
 
 def make(
-    folder: Path, count: int, image_bytes: int, *, new_texts: Set[int] = frozenset(), new_images: Set[int] = frozenset()
+    folder: Path,
+    count: int,
+    image_bytes: int,
+    *,
+    new_texts: Set[int] = frozenset(),
+    new_images: Set[int] = frozenset(),
 ) -> Version:
-    """Write the next version of a dataset; some rows have another text or another image than in the first."""
+    """Write the next version of a dataset; some rows have another text or image."""
     rows = Rows()
     words = " ".join(f"word{n}" for n in range(20))
 
@@ -104,8 +111,11 @@ def make(
     return version
 
 
-def push(hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str, *, xet: bool) -> dict[str, float]:
-    """Push in a process of its own; return its seconds, its peak memory, and the megabytes that the server received."""
+def push(
+    hub: RunningHub, home: Path, code: dict[str, str], version: Version, repo: str, *, xet: bool
+) -> dict[str, float]:
+    """Push in a new process; return its seconds, its peak memory, and the megabytes that the server
+    received."""
     before = hub.hub.received_bytes
     command = [sys.executable, "-c", MEASURE.format(**code), str(version.path), repo]
     done = subprocess.run(command, env=hub.env(home, xet=xet), capture_output=True, text=True)

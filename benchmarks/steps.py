@@ -1,14 +1,15 @@
-"""Measure the cost per annotation of the steps from filter to version, beside another checkout of this project.
+"""Measure the cost per annotation of the steps from filter to version, also for another checkout of this
+project.
 
     PYTHONPATH=. python benchmarks/steps.py [--images 10000] [--peer FOLDER] [--rounds 3]
     PYTHONPATH=. python benchmarks/steps.py --comparing 25000000
 
-Each checkout makes a dataset folder from a Parquet file of small images, with captions and questions in the place of those that
-people wrote: drawn scenes have them in two styles, with three questions each, true by construction. Then `synth generate` runs
-in that folder again and again, as a process of its own, in this checkout and the peer in turn. Each run has another value of
-`filter.max_caption_words`, so that filter and all steps behind it run again, and no other. Reports CPU time and peak memory of
-the process, including file input and output; the cost of start-up (a run over eight images) is subtracted. With --comparing,
-makes rows of few columns, and runs only the steps that compare rows.
+Each checkout makes a dataset folder from a Parquet file of small images, with the captions of two styles and
+three questions of drawn scenes in the place of human ones. Then `synth generate` runs in that folder
+repeatedly, each time in a new process, in this checkout and the peer in turn. Each run has another value of
+`filter.max_caption_words`, so that only filter and the steps after it run again. Reports CPU time and peak
+memory of the process, including file input and output; the cost of start-up (a run over eight images) is
+subtracted. With --comparing, makes rows of few columns, and runs only the steps that compare rows.
 """
 
 import argparse
@@ -42,12 +43,12 @@ from pipeline.storage.files import write_json
 
 TEXTS = len(STYLES) + 3  # per image
 START_IMAGES = 8
-MAX_WORDS = 200  # of a caption: no caption has so many
+MAX_WORDS = 200  # more than any caption has
 CODE = "from pipeline.cli import main; main()"
 
 
 def plain_png(number: int) -> bytes:
-    """Return an image of one color, which has the number in its three channels."""
+    """Return an image of one color, which encodes the number."""
     buffer = io.BytesIO()
     Image.new("RGB", (84, 84), tuple(number.to_bytes(3, "big"))).save(buffer, "PNG")
     return buffer.getvalue()
@@ -66,7 +67,8 @@ def make_source(path: Path, count: int) -> None:
 
 
 def run(checkout: Path, folder: Path, out: str, max_words: int) -> tuple[float, float]:
-    """Run all steps that have to run in the folder `out`, OF/SOURCE, with a checkout; return CPU seconds and peak megabytes."""
+    """Run the steps that are out of date in the folder `out`, with a checkout; return CPU seconds and peak
+    megabytes."""
     config = folder / "config.yaml"
     write_json(config, {"dedupe": {"images": "none"}, "filter": {"max_caption_words": max_words}})
     arguments = [
@@ -78,7 +80,9 @@ def run(checkout: Path, folder: Path, out: str, max_words: int) -> tuple[float, 
     arguments += [f"--config={config}", f"--out={folder / out}", "--license=cc0-1.0"]
     command = [sys.executable, "-c", CODE, "generate", *arguments]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
+    )
     assert process.stderr
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -102,7 +106,10 @@ def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
                 idle, _ = run(checkout, folder, f"{name}/start", MAX_WORDS + number)
                 seconds, megabytes = run(checkout, folder, f"{name}/whole", MAX_WORDS + number)
                 costs[name].append(1e6 * (seconds - idle) / (TEXTS * (count - START_IMAGES)))
-                print(f"{name:<6} {costs[name][-1]:8.1f} us of CPU an annotation, peak {megabytes:,.0f} MB", flush=True)
+                print(
+                    f"{name:<6} {costs[name][-1]:8.1f} us of CPU an annotation, peak {megabytes:,.0f} MB",
+                    flush=True,
+                )
         for name, values in costs.items():
             print(f"{name:<6} median {statistics.median(values):.1f} us of CPU an annotation")
         if len(costs) == 2:
@@ -111,9 +118,11 @@ def compare(count: int, checkouts: dict[str, Path], rounds: int) -> None:
 
 
 def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
-    """Yield rows as verify leaves them, with the columns that later steps read: one caption and four questions per image."""
+    """Yield rows as verify leaves them, with the columns that later steps read: one caption and four
+    questions per image."""
     query = f"""
-    WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp','street'] AS w,
+    WITH words AS (SELECT ['dog','cat','bus','tree','man','woman','kite','boat','horse','table','lamp',
+                          'street'] AS w,
                           ['red','blue','old','small','wooden','bright','dark','round'] AS a),
     drawn AS (SELECT range AS n, range // 5 AS image, range % 5 AS position, (hash(range) >> 1)::BIGINT AS h
               FROM range({count}))
@@ -121,16 +130,22 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
            CASE WHEN position = 0 THEN 'caption' ELSE 'qa' END AS task,
            CASE WHEN position = 0 THEN 'brief' ELSE '' END AS style,
            CASE WHEN position = 0 THEN 'A ' || a[1 + h % 8] || ' ' || w[1 + h // 8 % 12] || ' stands near a '
-               || a[1 + h // 96 % 8] || ' ' || w[1 + h // 768 % 12] || ' at place ' || (h // 9216 % 100000) END AS clean_text,
-           CASE WHEN position = 1 THEN 'Is there a ' || w[1 + h % 12] || ' at place ' || (h // 8 % 20000) || '?'
-                WHEN position = 2 THEN 'How many ' || w[1 + h % 12] || 's are near place ' || (h // 8 % 20000) || '?'
-                WHEN position > 2 THEN 'What is ' || a[1 + h % 8] || ' beside the ' || w[1 + h // 8 % 12] || ' of place '
+               || a[1 + h // 96 % 8] || ' ' || w[1 + h // 768 % 12] || ' at place '
+                || (h // 9216 % 100000) END AS clean_text,
+           CASE WHEN position = 1 THEN 'Is there a ' || w[1 + h % 12] || ' at place '
+                || (h // 8 % 20000) || '?'
+                WHEN position = 2 THEN 'How many ' || w[1 + h % 12] || 's are near place '
+                || (h // 8 % 20000) || '?'
+                WHEN position > 2 THEN 'What is ' || a[1 + h % 8] || ' beside the '
+                || w[1 + h // 8 % 12] || ' of place '
                || (h // 96 % 20000) || '?' END AS clean_question,
            CASE WHEN position = 1 THEN CASE WHEN h % 10 < 7 THEN 'yes' ELSE 'no' END
-                WHEN position = 2 THEN (h // 96 % 5)::VARCHAR WHEN position > 2 THEN w[1 + h // 3 % 12] END AS clean_answer,
+                WHEN position = 2 THEN (h // 96 % 5)::VARCHAR
+                WHEN position > 2 THEN w[1 + h // 3 % 12] END AS clean_answer,
            CASE position WHEN 1 THEN 'yes/no' WHEN 2 THEN 'number' ELSE 'other' END AS answer_type,
            NULL::VARCHAR AS clean_record,
-           NULL::VARCHAR AS source_split, 'p' AS prompt_id, '' AS expression, NULL::INTEGER[] AS evidence_pages, 1 AS pages,
+           NULL::VARCHAR AS source_split, 'p' AS prompt_id, '' AS expression,
+           NULL::INTEGER[] AS evidence_pages, 1 AS pages,
            0 AS hedge_count, NULL::DOUBLE AS agreement, NULL::DOUBLE AS alignment
     FROM drawn, words ORDER BY n
     """
@@ -138,7 +153,8 @@ def make_rows(db: Any, count: int) -> Iterator[pa.Table]:
 
 
 def compare_only(count: int) -> None:
-    """Run the steps that compare rows in a child process; print the seconds of each, and the peak memory of all."""
+    """Run the steps that compare rows in a child process; print the seconds of each, and the peak memory of
+    all."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = DatasetDir(Path(folder))
         with open_database(dataset.path) as db:
@@ -164,18 +180,24 @@ def compare_only(count: int) -> None:
                 us, judged = (1e6 * s / count for s in (middle - cpu, time.process_time() - middle))
                 seconds = time.monotonic() - wall
                 print(
-                    f"{step.name:<8} {seconds:6.0f} s, {us:5.2f} us CPU a row, {judged:.2f} to write, {kept:,} kept",
+                    f"{step.name:<8} {seconds:6.0f} s, {us:5.2f} us CPU a row, {judged:.2f} to write, "
+                    f"{kept:,} kept",
                     flush=True,
                 )
                 before = step.name
             os._exit(0)
         _, status, usage = os.wait4(pid, 0)
-        print(f"exit {status}, peak {usage.ru_maxrss / 1000:,.0f} MB, CPU {usage.ru_utime + usage.ru_stime:.0f} s")
+        print(
+            f"exit {status}, peak {usage.ru_maxrss / 1000:,.0f} MB, CPU "
+            f"{usage.ru_utime + usage.ru_stime:.0f} s"
+        )
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--peer", type=Path, help="another checkout")
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,7 +1,8 @@
-"""Measure accuracy and speed of the tiny teacher: `PYTHONPATH=. python benchmarks/teacher.py [--scenes 1000] [--seed 7001]`.
+"""Measure accuracy and speed of the tiny teacher: `PYTHONPATH=. python benchmarks/teacher.py [--scenes 1000]
+[--seed 7001]`.
 
-Draws scenes that are in no training data, runs all default tasks in process, and scores the replies against the facts; then
-repeats it with every sentence of the prompts but the task line reworded.
+Draws scenes that are not training data, runs all default tasks in this process, and scores the replies
+against the facts; then repeats it with every sentence of the prompts but the task line reworded.
 """
 
 import argparse
@@ -24,9 +25,12 @@ from tests.plans import request_plan
 from tests.scene_data import scenes_by_id, score_annotations, score_decks
 
 REWORDED_SYSTEM = (
-    "Someone who has lost their sight relies on you. Tell them plainly what this shows, as JSON, and be brief about it."
+    "Someone who has lost their sight relies on you. "
+    "Tell them plainly what this shows, as JSON, and be brief about it."
 )
-REWORDED_TASK = "Below stands your assignment. Kindly complete it with honesty, because others build upon the outcome!"
+REWORDED_TASK = (
+    "Below stands your assignment. Kindly complete it with honesty, because others build upon the outcome!"
+)
 
 
 def reword(request: Request) -> Request:
@@ -51,7 +55,7 @@ class Rounds:
         """Do nothing: there is no journal."""
 
     def withdraw(self, requests: Sequence[Request]) -> None:
-        """Do nothing either."""
+        """Do nothing."""
 
     def answered(self) -> bool:
         """Return False: there are no earlier replies."""
@@ -63,14 +67,18 @@ def annotate(samples: list[Sample], config: Config, *, reworded: bool) -> tuple[
     choice = choose_engine(config)
 
     def requests(chunk: list[Sample]) -> list[Request]:
-        built = [r for sample in chunk for r in build_requests(sample.id, request_plan(config, choice.revision))]
+        built = [
+            r for sample in chunk for r in build_requests(sample.id, request_plan(config, choice.revision))
+        ]
         built = with_images(built, SampleBatch.of((sample.id, sample.images) for sample in chunk))
         return [reword(request) if reworded else request for request in built]
 
     engine = choice.make()
     list(engine.ask(Rounds(iter([requests(samples[:1])]))))
     rows: list[dict[str, Any]] = []
-    work = Rounds(requests(samples[start : start + BATCH_SAMPLES]) for start in range(0, len(samples), BATCH_SAMPLES))
+    work = Rounds(
+        requests(samples[start : start + BATCH_SAMPLES]) for start in range(0, len(samples), BATCH_SAMPLES)
+    )
     started = time.perf_counter()
     for replies in engine.ask(work):
         rows += [row for reply in replies for row in parse_reply(work.asked[reply.request_id], reply)]
@@ -81,11 +89,14 @@ def main() -> None:
     """Print the scores as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--decks", type=int, default=0, help="500 for a model that knows them")
+    parser.add_argument("--decks", type=int, default=0, help="500 for a model that was trained on decks")
     parser.add_argument("--seed", type=int, default=7001)
-    parser.add_argument("--model", default="tiny", help="another folder of weights, such as one that is being trained")
+    parser.add_argument("--model", default="tiny", help="folder of other weights")
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, seed {arguments.seed}, {arguments.model}")
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, seed {arguments.seed}, "
+        f"{arguments.model}"
+    )
     scenes = [draw_sample(arguments.seed, index) for index in range(arguments.scenes)]
     decks = [draw_sample(arguments.seed, index, DECKS) for index in range(arguments.decks)]
     for reworded in (False, True):
@@ -94,18 +105,24 @@ def main() -> None:
             config = resolve(source="scenes", model=arguments.model)
             rows, seconds = annotate(scenes, config, reworded=reworded)
             print(
-                f"\nprompts {words}: {len(scenes)} scenes, {len(scenes) / seconds:.1f} scenes/s, {unread(rows)} rows unreadable"
+                f"\nprompts {words}: {len(scenes)} scenes, {len(scenes) / seconds:.1f} scenes/s, "
+                f"{unread(rows)} rows unreadable"
             )
             show_scenes(rows, scenes)
         if decks:
-            config = resolve(source="scenes-deck", tasks=["deck_qa"], model=arguments.model, engine="embedded")
+            config = resolve(
+                source="scenes-deck", tasks=["deck_qa"], model=arguments.model, engine="embedded"
+            )
             rows, seconds = annotate(decks, config, reworded=reworded)
-            print(f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, {unread(rows)} rows unreadable")
+            print(
+                f"\nprompts {words}: {len(decks)} decks, {len(decks) / seconds:.1f} decks/s, "
+                f"{unread(rows)} rows unreadable"
+            )
             show_decks(rows, decks)
 
 
 def unread(rows: list[dict[str, Any]]) -> int:
-    """Return the number of rows whose reply could not be read."""
+    """Return the number of rows with an unreadable reply."""
     return sum(row["reply_error"] is not None for row in rows)
 
 
@@ -114,20 +131,28 @@ def show_scenes(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
     captions, answers = score_annotations(rows, scenes_by_id(samples))
     for style, c in sorted(captions.items()):
         right = c.backgrounds_right / c.captions
-        print(f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background {right:.4f}")
+        print(
+            f"  caption {style:<10} precision {c.precision:.4f}  recall {c.recall:.4f}  background "
+            f"{right:.4f}"
+        )
     for kind, a in sorted(answers.items()):
-        scores = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  unanswerable {a.unanswerable} of {a.asked}"
+        scores = f"accuracy {a.accuracy:.4f}  majority {a.majority:.4f}"
+        scores += f"  unanswerable {a.unanswerable} of {a.asked}"
         print(f"  answer  {kind:<10} {scores}")
 
 
 def show_decks(rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """Print the accuracy of answers, evidence pages and expressions; differences are also listed separately."""
+    """Print the accuracy of answers, evidence pages and expressions; differences are also listed
+    separately."""
     scenes = scenes_by_id(samples, DECKS)
-    differences = [row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")]
+    differences = [
+        row | {"answer_type": "differences"} for row in rows if " more " in (row["question"] or "")
+    ]
     for kind, a in sorted((score_decks(rows, scenes) | score_decks(differences, scenes)).items()):
         expressions = a.expressions_right / max(1, a.asked)
         print(
-            f"  answer  {kind:<11} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence {a.evidence:.4f}  "
+            f"  answer  {kind:<11} accuracy {a.accuracy:.4f}  majority {a.majority:.4f}  evidence "
+            f"{a.evidence:.4f}  "
             f"expression {expressions:.4f}  unanswerable {a.unanswerable} of {a.asked}"
         )
 

@@ -1,15 +1,17 @@
-"""Measure a training step, captions and the cache of states on the device at hand: a GPU, or with `--cpu` two small cells.
+"""Measure a training step, captioning and the cache of states on the available device: a GPU, or with `--cpu`
+two small cells.
 
     python benchmarks/train_gpu.py [--cpu] [--states 50] [--nanovlm CHECKOUT] [--rounds 20] [--json FILE]
 
-Needs no network and no weights: models have random weights of true shape. A step is forward, backward, clipping and AdamW on 64
-images with 5 captions each, states as of CLIP ViT-B/32 (`--states 197`: as of ViT-B/16). `packed`: all captions of an image in
-one row, as training does; `apart`: each caption with its image in a row of its own. `of the floor`: seconds of the step by
-those that its products of matrices would take, packed, at the speed of one large product, measured here: 1.0 could not be
-better, and its inverse is the share of the FLOP/s of this machine that are used (MFU). Launches and syncs are counted on a GPU
-only. The store of states is filled from JPEGs of 500 x 375 px as a training does it, beside the bare encoder, and read as for
-a step.
-With `--nanovlm` (see train_throughput.py) its real step runs in turn with one at its sizes, in bfloat16 on a GPU.
+Needs no network and no weights: models have random weights of true shape. A step is forward, backward,
+clipping and AdamW on 64 images with 5 captions each, states as of CLIP ViT-B/32 (`--states 197`: as of
+ViT-B/16). `packed`: all captions of an image in one row, as training does; `apart`: each caption with its
+image in a separate row. `of the floor`: the time of the step, divided by the time of its matrix products
+(packed) at the speed of one large product on this machine. 1.0 is optimal, and its inverse is the share of
+the FLOP/s that are used (MFU). Launches and syncs are counted on a GPU only. The store of states is filled
+from JPEGs of 500 x 375 px as in training, compared with the bare encoder, and read as for a step. With
+`--nanovlm` (see train_throughput.py) its step runs in turn with one of ours at its sizes, in bfloat16 on a
+GPU.
 """
 
 import argparse
@@ -40,8 +42,8 @@ from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.devices import autocast, multiplies_bfloat16, products_in
 from trainer.tokenizer import TextBatch
 
-CAPTIONS, TOKENS = 5, (10, 22)  # of an image; shortest and longest
-STATES, WIDTH = 50, 768  # of CLIP ViT-B/32, unless --states says another number
+CAPTIONS, TOKENS = 5, (10, 22)  # per image; shortest and longest
+STATES, WIDTH = 50, 768  # of CLIP ViT-B/32; --states overrides it
 VOCABULARY = 8_192
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 SCRATCH: dict[str, dict[str, Any]] = {
@@ -64,10 +66,12 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
     """Return a captioner with random weights; a language model learns adapters, as its preset has it."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": 20}
     decoder = SCRATCH.get(name) or {"language_model": QWEN3}
-    # Where states are given, the encoder only takes memory on a GPU, and seconds for random weights on a CPU.
+    # Given states need no encoder: it would take GPU memory, and seconds for its random weights on a CPU.
     tower = TOWER if runs_encoder or device.type == "cuda" else TOWER | {"num_hidden_layers": 1}
     with torch.device(device):
-        captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields))
+        captioner = CaptionerModel(
+            CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
+        )
     if isinstance(captioner.decoder, PretrainedDecoder):
         captioner.decoder.adapt(32, 0.05)
         captioner.decoder.keep_no_states()
@@ -77,7 +81,7 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
 def step_of(
     captioner: CaptionerModel, images: int, precision: str, *, packed: bool, states: int = STATES
 ) -> Callable[[], float]:
-    """Return one training step; it returns the seconds for which the device was waited for at its end."""
+    """Return a function that runs a training step and returns the seconds of the final synchronization."""
     device = next(captioner.connector.parameters()).device
     texts, states_BNV = text_batch(images), torch.randn(images, states, WIDTH)
     if not packed:
@@ -86,7 +90,10 @@ def step_of(
         texts = TextBatch(numbers, texts.ids_CT, texts.prompt_C, texts.length_C, texts.caption_C)
     tokens = int(texts.learned_CT.sum())
     learned = [
-        weights for part in (captioner.connector, captioner.decoder) for weights in part.parameters() if weights.requires_grad
+        weights
+        for part in (captioner.connector, captioner.decoder)
+        for weights in part.parameters()
+        if weights.requires_grad
     ]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)
     products = precision_of(precision)
@@ -125,7 +132,7 @@ def gemm_flops(device: torch.device, precision: str) -> float:
                 one @ one
             _wait(device)
             seconds.append((time.monotonic() - started) / 5)
-    return 2 * side**3 / statistics.median(seconds[1:])  # without the first, for which kernels are made
+    return 2 * side**3 / statistics.median(seconds[1:])  # without the first step, which compiles kernels
 
 
 @cache
@@ -165,7 +172,8 @@ def cell(
         "steps_per_s": 1 / median,
         "captions_per_s": images * CAPTIONS / median,
         "of_the_floor": median / floor,
-        "waited_frac": statistics.median(waited) / median,  # for the device; near 0 where Python is what takes long
+        "waited_frac": statistics.median(waited)
+        / median,  # of waiting for the device; near 0 if Python is the bottleneck
     }
     if device.type == "cuda":
         row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, **_launches_and_syncs(step)}
@@ -188,13 +196,15 @@ def _launches_and_syncs(step: Callable[[], float]) -> dict[str, int]:
 def captions_per_s(
     name: str, images: int, states: int, rounds: int, decoding: DecodingConfig, device: torch.device
 ) -> tuple[float, float]:
-    """Return captions of 20 tokens a second, and how many times the floor they take."""
+    """Return captions of 20 tokens a second, and their time as a multiple of the floor."""
     captioner = build(name, device).eval()
     memory_BND = captioner.connector(torch.randn(images, states, WIDTH, device=device))
     prompt_BT = torch.full((images, 2), 2, device=device)
 
     def write() -> None:
-        captioner.decoder.generate(memory_BND, prompt_BT, decoding, 20, VOCABULARY * 2 if name in SCRATCH else 1)
+        captioner.decoder.generate(
+            memory_BND, prompt_BT, decoding, 20, VOCABULARY * 2 if name in SCRATCH else 1
+        )
         _wait(device)
 
     seconds = []
@@ -209,7 +219,7 @@ def captions_per_s(
 
 @torch.inference_mode()
 def encoder_images_per_s(images: int, device: torch.device) -> float:
-    """Return the images a second that the bare encoder reads."""
+    """Return the images per second of the bare encoder."""
     captioner = build("192 x 3", device, runs_encoder=True).eval()
     pixels: Tensor = torch.randn(images, 3, 224, 224, device=device)
     seconds = []
@@ -222,7 +232,7 @@ def encoder_images_per_s(images: int, device: torch.device) -> float:
 
 
 def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float]:
-    """Return the images a second from JPEGs to stored states, and of states that are read for a step."""
+    """Return the images per second from JPEGs to stored states, and from stored states to a step."""
     encoder = build("192 x 3", device, runs_encoder=True).encoder
     encoder.config.made_from["name"] = "random"
     examples = [Example(str(number), noise_jpeg(number), (), ()) for number in range(images)]
@@ -239,7 +249,7 @@ def stored_images_per_s(images: int, device: torch.device) -> tuple[float, float
 
 
 def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float:
-    """Return the seconds of a step of nanoVLM by those of one here at its sizes, in turn: medians."""
+    """Return the median seconds of a step of nanoVLM, divided by those of one of ours at its sizes."""
     options: dict[str, Any] = {"precision": "fp32" if device.type == "cpu" else "bf16", "device": device}
     builders = {
         "nanoVLM": partial(nanovlm_step, checkout, **options),
@@ -248,12 +258,14 @@ def ratio_to_nanovlm(checkout: Path, rounds: int, device: torch.device) -> float
     if device.type == "cpu":
         seconds = measure(builders, rounds)
         return seconds["nanoVLM"] / seconds["synth"]
-    steps = {name: build() for name, build in builders.items()}  # a GPU is not forked, and what waits for it takes no CPU
+    steps = {
+        name: build() for name, build in builders.items()
+    }  # a GPU cannot be forked, and waiting for it takes no CPU
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():
             started = time.monotonic()
-            step()  # which reads its loss, and so waits for the device
+            step()  # reads the loss, and so waits for the device
             taken[name].append(time.monotonic() - started)
     return statistics.median(taken["nanoVLM"][2:]) / statistics.median(taken["synth"][2:])
 
@@ -266,12 +278,14 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="A training step, captions and states on this device.")
-    parser.add_argument("--cpu", action="store_true", help="Two small cells on the CPU, where there is no GPU.")
+    parser.add_argument("--cpu", action="store_true", help="Measure two small cells on the CPU.")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--images", type=int, help="In a step: 64 on a GPU, 8 on a CPU.")
-    parser.add_argument("--states", type=int, default=STATES, help="Of an image: 50 as of CLIP ViT-B/32, 197 as of ViT-B/16.")
-    parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM, whose step is measured beside ours.")
-    parser.add_argument("--json", type=Path, help="Write the figures to this file, too.")
+    parser.add_argument("--images", type=int, help="Images per step; default: 64 on a GPU, 8 on a CPU.")
+    parser.add_argument(
+        "--states", type=int, default=STATES, help="States per image: 50 for CLIP ViT-B/32, 197 for ViT-B/16."
+    )
+    parser.add_argument("--nanovlm", type=Path, help="Checkout of nanoVLM to compare with.")
+    parser.add_argument("--json", type=Path, help="Also write the figures to this file.")
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here: --cpu measures a little on the CPU")
@@ -280,14 +294,19 @@ def main() -> None:
     names = list(SCRATCH) if arguments.cpu else [*SCRATCH, "Qwen3-0.6B, LoRA 32"]
     on_cpu = ("fp32", "bf16") if multiplies_bfloat16(device) else ("fp32",)
     precisions = on_cpu if arguments.cpu else ("fp32", "tf32", "bf16", "bf16+compile")
-    print(f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} images a step")
+    print(
+        f"{'CPU' if arguments.cpu else torch.cuda.get_device_name()}, torch {torch.__version__}, {images} "
+        "images a step"
+    )
     rows = []
     for name in names:
         for precision in precisions:
             for packed in (True, False):
                 row = cell(name, precision, images, arguments.states, arguments.rounds, device, packed=packed)
                 rows.append(row)
-                figures = "  ".join(f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str))
+                figures = "  ".join(
+                    f"{key} {value:,.3g}" for key, value in row.items() if not isinstance(value, str)
+                )
                 print(f"{name:<20} {precision:<13} {row['texts']:<7} {figures}", flush=True)
     written = {
         f"{name}, {decoding.num_beams} beams": captions_per_s(
@@ -300,7 +319,10 @@ def main() -> None:
         print(f"captions/s, {name}: {value:,.1f}, {of_the_floor:.1f} times the floor")
     encoded = encoder_images_per_s(images, device)
     stored, read = stored_images_per_s(images, device)
-    print(f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}; from JPEGs to stored states: {stored:,.1f}")
+    print(
+        f"images/s of the bare encoder (CLIP ViT-B/32): {encoded:,.1f}; from JPEGs to stored states: "
+        f"{stored:,.1f}"
+    )
     print(f"images/s of stored states that are read: {read:,.1f}")
     measured = {
         "steps": rows,

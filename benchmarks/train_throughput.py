@@ -1,13 +1,14 @@
-"""Measure captions per second of one training step, beside nanoVLM's, and the gain of a feature cache.
+"""Measure captions per second of a training step, also of nanoVLM, and the gain of a feature cache.
 
     python benchmarks/train_throughput.py [--nanovlm CHECKOUT] [--patch-px 32] [--precision bf16] [--rounds 5]
 
-With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same towers, 20 tokens a
-caption behind 49 image tokens (ours: 50), or 196 (197) with patches of 16 px, encoder frozen, AdamW, one thread, rounds in
-turn, medians of CPU time. Each has a process of its own.
-It trains each caption behind an image prefix of its own; ours trains the five captions of an image behind one shared prefix,
-from cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a CPU too; a
-CPU without instructions for it is no faster then. Without `--nanovlm` only our own variants are compared.
+With `--nanovlm`, the model and the step of that checkout (which needs `einops`) run at our sizes: the same
+towers, 20 tokens a caption behind 49 image tokens (ours: 50), or 196 (197) with patches of 16 px, encoder
+frozen, AdamW, one thread, rounds in turn, medians of CPU time. Each has its own process. nanoVLM trains each
+caption after its own image prefix; ours trains the five captions of an image after one shared prefix, from
+cached states. `--precision bf16` multiplies in bfloat16 on both sides, as nanoVLM's own `train.py` does on a
+CPU too; a CPU without instructions for it is not faster. Without `--nanovlm` only our own variants are
+compared.
 """
 
 import argparse
@@ -34,9 +35,14 @@ from trainer.runtime.devices import autocast, products_in
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
-SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # patches of a tower that says nothing else
+SIDE_PX, PATCH_PX, WIDTH = 224, 32, 384  # default size of patches
 VOCAB = 16_384
-TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6, "num_attention_heads": 6}
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+}
 LANGUAGE = {
     "model_type": "llama",
     "vocab_size": VOCAB,
@@ -86,9 +92,11 @@ def our_step(
 ) -> Step:
     """Return one training step of ours; with `cached`, hidden states are precomputed."""
     fields: dict[str, Any] = {"prompts": [("human", "brief")], "eos_id": 1, "max_caption_tokens": TOKENS}
-    captioner = CaptionerModel(CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)).to(device)
+    captioner = CaptionerModel(
+        CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
+    ).to(device)
     learned = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)  # as trainer.optimizer has it
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)  # as in trainer.optimizer
     pixels_BCHW = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, device=device)
     with torch.no_grad():
         states_BNV: Tensor = captioner.encoder(pixels_BCHW)
@@ -114,14 +122,18 @@ def vars_of(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model", "processor", "layer", "frozen", "made_from")}
 
 
-def nanovlm_step(checkout: Path, patch_px: int = PATCH_PX, precision: Precision = "fp32", device: torch.device = CPU) -> Step:
+def nanovlm_step(
+    checkout: Path, patch_px: int = PATCH_PX, precision: Precision = "fp32", device: torch.device = CPU
+) -> Step:
     """Return one training step of a real checkout: its model, its loss, its optimiser."""
     sys.path.insert(0, str(checkout))
     import models.vision_language_model as theirs  # type: ignore[import-not-found]
     from models.config import VLMConfig  # type: ignore[import-not-found]
 
     image_id, states = VOCAB - 1, (SIDE_PX // patch_px) ** 2
-    theirs.get_tokenizer = lambda *_: SimpleNamespace(image_token_id=image_id)  # its own would be downloaded
+    theirs.get_tokenizer = lambda *_: SimpleNamespace(
+        image_token_id=image_id
+    )  # nanoVLM would download its own
     model = theirs.VisionLanguageModel(
         VLMConfig(
             vit_hidden_dim=WIDTH,
@@ -143,7 +155,10 @@ def nanovlm_step(checkout: Path, patch_px: int = PATCH_PX, precision: Precision 
     ).to(device)
     for parameter in model.vision_encoder.parameters():
         parameter.requires_grad = False
-    groups = [{"params": model.MP.parameters(), "lr": 1e-4}, {"params": model.decoder.parameters(), "lr": 1e-4}]
+    groups = [
+        {"params": model.MP.parameters(), "lr": 1e-4},
+        {"params": model.decoder.parameters(), "lr": 1e-4},
+    ]
     optimizer = torch.optim.AdamW(groups)
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pixels = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, device=device).repeat_interleave(CAPTIONS, 0)
@@ -154,7 +169,7 @@ def nanovlm_step(checkout: Path, patch_px: int = PATCH_PX, precision: Precision 
         ids = torch.cat([torch.full((rows, states), image_id, device=device), caption_ids], 1)
         targets = torch.cat([torch.full((rows, states), -100, device=device), caption_ids], 1).roll(-1, 1)
         targets[:, -1] = -100
-        targets[:, states - 1] = -100  # the first token of a caption is its prompt, as with ours
+        targets[:, states - 1] = -100  # the first token of a caption is its prompt, as in ours
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):  # as in its train.py
             _, loss = model(ids, list(pixels.split(1)), attention_mask=torch.ones_like(ids), targets=targets)
@@ -173,7 +188,7 @@ def measure(builders: Mapping[str, Callable[[], Step]], rounds: int) -> dict[str
         sides[name], theirs = forked.Pipe()
         forked.Process(target=_take_steps, args=(build, theirs), daemon=True).start()
     for side in sides.values():
-        side.recv()  # it is built, and warm
+        side.recv()  # built and warmed up
     timings: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -188,7 +203,7 @@ def _take_steps(build: Callable[[], Step], pipe: Connection) -> None:
     torch.manual_seed(0)
     step = build()
     for _ in range(2):
-        step()  # the second is the first one for which memory was kept
+        step()  # the first step that reuses memory
     pipe.send(None)
     while True:
         pipe.recv()
@@ -200,11 +215,25 @@ def _take_steps(build: Callable[[], Step], pipe: Connection) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="One training step of ours, beside nanoVLM's.")
-    parser.add_argument("--nanovlm", type=Path, help="A checkout of nanoVLM; only then is anything said about it.")
-    parser.add_argument("--patch-px", type=int, default=PATCH_PX, help="Of the towers: 32 gives 49 image tokens, 16 gives 196.")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="Of products of matrices, on both sides.")
+    parser.add_argument("--nanovlm", type=Path, help="Checkout of nanoVLM to compare with.")
+    parser.add_argument(
+        "--patch-px",
+        type=int,
+        default=PATCH_PX,
+        help="Size of patches: 32 gives 49 image tokens, 16 gives 196.",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="Precision of matrix products on both sides.",
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--qwen3", action="store_true", help="One step of Qwen3-0.6B at full size (random weights), no more.")
+    parser.add_argument(
+        "--qwen3",
+        action="store_true",
+        help="Measure only one step of Qwen3-0.6B at full size (random weights).",
+    )
     arguments = parser.parse_args()
     if arguments.qwen3:
         torch.set_num_threads(1)
@@ -213,11 +242,14 @@ def main() -> None:
         loss = step()
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"Qwen3-0.6B, all of it trained: loss {loss:.2f}, {time.process_time() - started:.1f} CPU s, peak {peak_gb:.1f} GB"
+            f"Qwen3-0.6B, all of it trained: loss {loss:.2f}, {time.process_time() - started:.1f} CPU s, "
+            f"peak {peak_gb:.1f} GB"
         )
         return
     patch_px, precision = arguments.patch_px, arguments.precision
-    ours = partial(our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px}, precision=precision)
+    ours = partial(
+        our_step, {"language_model": LANGUAGE}, tower=TOWER | {"patch_size": patch_px}, precision=precision
+    )
     steps: dict[str, Callable[[], Step]] = {
         "synth, cached": partial(ours, cached=True),
         "synth, encoder in the step": partial(ours, cached=False),
@@ -225,13 +257,21 @@ def main() -> None:
     if arguments.nanovlm:
         steps["nanoVLM"] = partial(nanovlm_step, arguments.nanovlm, patch_px, precision)
     seconds = measure(steps, arguments.rounds)
-    sizes = f"{IMAGES} images of {(SIDE_PX // patch_px) ** 2} patches x {CAPTIONS} captions of {TOKENS} tokens"
+    sizes = (
+        f"{IMAGES} images of {(SIDE_PX // patch_px) ** 2} patches x {CAPTIONS} captions of {TOKENS} tokens"
+    )
     print(f"{sizes}, {precision}, 1 thread, CPU seconds a step:")
     for name, value in seconds.items():
         print(f"  {name:<28} {value:7.3f}   {IMAGES * CAPTIONS / value:7.1f} captions/s")
     if arguments.nanovlm:
         print(f"  ratio to nanoVLM: {seconds['nanoVLM'] / seconds['synth, cached']:.2f}")
-    full = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
+    full = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    }
     scratch = {"vocab_size": 4096, "width": 192, "depth": 3, "heads": 6, "dropout": 0.1}
     both = {str(cached): partial(our_step, scratch, cached=cached, tower=full) for cached in (True, False)}
     seconds = measure(both, arguments.rounds)

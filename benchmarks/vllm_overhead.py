@@ -1,9 +1,11 @@
-"""Overhead of `synth` in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py [--pairs 10]`.
+"""Overhead of `synth` in front of a real server: `SYNTH_VLLM_PYTHON=... python benchmarks/vllm_overhead.py
+[--pairs 10]`.
 
-One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the same kinds of
-requests, about new scenes each time, in interleaved pairs; the result is synth's requests per second over the bare client's.
-Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses, and photos
-of 1024 px, which it scales to that, how much faster a server is that gets each of them once.
+One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the
+same kinds of requests, about new scenes each time, in interleaved pairs; the result is synth's requests per
+second over the bare client's. Then a model of random weights with images photos of 448 px (256 tokens) shows
+how many image tokens the second task reuses. Photos of 1024 px, scaled to that, show how much faster a server
+is that receives each photo once.
 """
 
 import argparse
@@ -42,7 +44,7 @@ IMAGE_TOKENS = 256
 SIDE_PX, PHOTO_PX = 448, 1024
 REVISION = "benchmark"
 
-# Random weights write nothing that can be used.
+# Random weights write no usable replies.
 UNUSABLE: dict[str, Any] = {
     "generate": {"max_tokens": 16, "attempts": 1},
     "server": {"flags": ["--block-size", "32"], "max_failure_frac": 1.0},
@@ -84,14 +86,23 @@ def ask_synth(client: Client, images: Images, config: Config, folder: Path) -> N
     with Journal(folder / f"{random.getrandbits(64):x}.sqlite") as journal:
         chunks = (SampleBatch.of(images[start : start + 64]) for start in range(0, len(images), 64))
         for _ in ask_about(
-            chunks, request_plan(config, client.revision), config.server, lambda: client, journal, RequestStats()
+            chunks,
+            request_plan(config, client.revision),
+            config.server,
+            lambda: client,
+            journal,
+            RequestStats(),
         ):
             pass
-        list(read_annotations([[SampleInfo(name, 1) for name, _ in images]], request_plan(config, client.revision), journal))
+        list(
+            read_annotations(
+                [[SampleInfo(name, 1) for name, _ in images]], request_plan(config, client.revision), journal
+            )
+        )
 
 
 def scenes(seed: int, count: int) -> Images:
-    """Return `count` scenes; no other seed draws the same ones."""
+    """Return `count` scenes; other seeds draw other ones."""
     return [(sample.id, sample.images) for sample in (draw_sample(seed, index) for index in range(count))]
 
 
@@ -118,22 +129,32 @@ def open_client(config: Config, revision: str) -> Client:
 def measure_throughput(pairs: int, count: int, concurrency: int, scratch: Path) -> None:
     """Print the ratio of both clients over interleaved pairs."""
     with serving(str(TINY_WEIGHTS), resolve(source="scenes"), scratch / "vllm.log") as (root, name):
-        config = resolve(source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency})
+        config = resolve(
+            source="scenes", base_url=[f"{root}/v1"], model=name, server={"concurrency": concurrency}
+        )
         with open_client(config, name) as client:
             ratios = list(compare(pairs, count, concurrency, root, client, config, scratch))
     low, high = bootstrap(ratios)
-    print(f"synth / bare client: median {np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, {pairs} pairs")
+    print(
+        f"synth / bare client: median {np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}, "
+        f"{pairs} pairs"
+    )
 
 
 def compare(
     pairs: int, count: int, concurrency: int, root: str, client: Client, config: Config, scratch: Path
 ) -> Iterator[float]:
-    """Yield one ratio per pair, with the clients in alternating order. The first pair is a warm-up and does not count."""
+    """Yield one ratio per pair, with the clients in alternating order. The first pair is a warm-up and does
+    not count."""
     for pair in range(pairs + 1):
         rates = {}
         for client_name in ("bare", "synth") if pair % 2 else ("synth", "bare"):
             images = scenes(9000 + 2 * pair + (client_name == "synth"), count)
-            requests = [r for sample_id, _ in images for r in build_requests(sample_id, request_plan(config, client.revision))]
+            requests = [
+                r
+                for sample_id, _ in images
+                for r in build_requests(sample_id, request_plan(config, client.revision))
+            ]
             requests = with_images(requests, SampleBatch.of(images))
             started = time.perf_counter()
             if client_name == "bare":
@@ -154,17 +175,22 @@ def bootstrap(ratios: list[float]) -> tuple[float, float]:
 
 
 def measure_prefix(count: int, scratch: Path) -> None:
-    """Print how many tokens of an image the second task about it finds in the prefix cache."""
+    """Print how many image tokens the second task finds in the prefix cache."""
     folder = make_large_model(scratch / "model")
-    hits = {styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))}
+    hits = {
+        styles: prefix_hits(folder, styles, count, scratch) for styles in (("brief",), ("brief", "detailed"))
+    }
     one_task, two_tasks = hits["brief",] / count, hits["brief", "detailed"] / count
-    # With one task per image, only the start of the system text is reused; each of two tasks reuses that as well.
+    # One task per image reuses only the start of the system text, as does each of two tasks.
     gain = two_tasks - 2 * one_task
-    print(f"the second task of an image found {gain:.0f} tokens more in the cache than the first; an image has {IMAGE_TOKENS}")
+    print(
+        f"the second task of an image found {gain:.0f} tokens more in the cache than the first; an image "
+        f"has {IMAGE_TOKENS}"
+    )
 
 
 def make_large_model(folder: Path) -> Path:
-    """Write a teacher of random weights whose processor lets an image have 448 px a side."""
+    """Write a teacher with random weights and images photos of 448 px a side."""
     from transformers import PreTrainedTokenizerFast
 
     from examples.scenes.tiny_vlm import build_model, build_processor
@@ -178,7 +204,7 @@ def make_large_model(folder: Path) -> Path:
 
 
 def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path) -> float:
-    """Return how many tokens a run on `count` images found in the prefix cache of a new server."""
+    """Return the number of tokens that a run on `count` images finds in the prefix cache of a new server."""
     options = {**UNUSABLE, "generate": UNUSABLE["generate"] | {"caption_styles": styles}}
     config = resolve(source="scenes", engine="vllm", tasks=["caption"], **options)
     images = photos(0, count, SIDE_PX)
@@ -187,20 +213,24 @@ def prefix_hits(model: Path, styles: tuple[str, ...], count: int, scratch: Path)
         with open_client(config, f"r{len(styles)}") as client:
             ask_synth(client, images, config, scratch)
         with urllib.request.urlopen(f"{root}/metrics", timeout=10) as response:
-            lines = [line for line in response.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+            lines = [
+                line
+                for line in response.read().decode().splitlines()
+                if line.startswith("vllm:prefix_cache_hits_total")
+            ]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def photos(seed: int, count: int, side_px: int) -> Images:
-    """Return `count` JPEGs of noise; no other seed draws the same ones."""
+    """Return `count` JPEGs of noise; other seeds draw other ones."""
     jpegs = [noise_jpeg(seed * count + number, (side_px, side_px), quality=75) for number in range(count)]
     return [(hashlib.sha256(jpeg).hexdigest(), (jpeg,)) for jpeg in jpegs]
 
 
 def measure_names(pairs: int, count: int, scratch: Path) -> None:
-    """Print requests per second with images that are named, over those with images that are sent each time, in turn.
+    """Print requests per second with cached images, divided by those with images in each request, in turn.
 
-    Beside them, CPU of the process that takes requests and decodes images: a server has one, however fast its GPU is.
+    Also print the CPU time of the process that decodes images: each server has only one.
     """
     folder, ratios = make_large_model(scratch / "named"), []
     api_ms: dict[bool, list[float]] = {True: [], False: []}
@@ -218,14 +248,21 @@ def measure_names(pairs: int, count: int, scratch: Path) -> None:
                     ask_synth(client, images, config, scratch)
                     rates[is_named] = 3 * count / (time.perf_counter() - started)
                     api_ms[is_named].append((cpu_seconds(str(folder)) - used) / (3 * count) * 1e3)
-            each = [f"{rates[kind]:.1f} requests/s, {api_ms[kind][-1]:.1f} ms of CPU a request" for kind in (False, True)]
+            each = [
+                f"{rates[kind]:.1f} requests/s, {api_ms[kind][-1]:.1f} ms of CPU a request"
+                for kind in (False, True)
+            ]
             print(f"pair {pair}: sent {each[0]}; named {each[1]}", flush=True)
             ratios += [rates[True] / rates[False]] if pair else []  # the first is a warm-up
     low, high = bootstrap(ratios)
-    print(f"photos of {PHOTO_PX} px, named / sent: median {np.median(ratios):.2f}, 95 % interval {low:.2f} to {high:.2f}")
+    print(
+        f"photos of {PHOTO_PX} px, named / sent: median {np.median(ratios):.2f}, 95 % interval {low:.2f} "
+        f"to {high:.2f}"
+    )
     sent_ms, named_ms = (np.median(api_ms[kind][1:]) for kind in (False, True))
     print(
-        f"the process that takes requests: {sent_ms:.1f} ms of CPU a request where images are sent, {named_ms:.1f} where named"
+        f"the process that takes requests: {sent_ms:.1f} ms of CPU a request where images are sent, "
+        f"{named_ms:.1f} where named"
     )
 
 
@@ -241,11 +278,13 @@ def cpu_seconds(argument: str) -> float:
 
 def main() -> None:
     """Measure all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--scenes", type=int, default=96, help="in each run; three requests each")
+    parser.add_argument("--scenes", type=int, default=96, help="images per run; three requests each")
     parser.add_argument("--concurrency", type=int, default=48)
-    parser.add_argument("--images", type=int, default=64, help="of 448 px")
+    parser.add_argument("--images", type=int, default=64, help="photos of 448 px")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         measure_throughput(arguments.pairs, arguments.scenes, arguments.concurrency, Path(scratch))

@@ -1,11 +1,13 @@
-"""Measure what an image costs from its file to the version: `python benchmarks/whole_client.py [--peer DIR]`.
+"""Measure the cost of an image from its file to the version: `python benchmarks/whole_client.py [--peer
+DIR]`.
 
-`synth generate` reads a folder of distinct JPEGs of 500 x 375 px (56 kB), asks a mock endpoint that answers at once for two
-captions and one set of four questions about each (benchmarks/mock_chat.py), and writes a version: three requests and six
-texts an image. CPU seconds are those of the command and of its workers, not of the endpoint; those of an image are the slope
-between a small and a large folder, so that imports and start-up do not count.
+`synth generate` reads a folder of distinct JPEGs of 500 x 375 px (56 kB), asks a mock endpoint that answers
+at once for two captions and one set of four questions about each (benchmarks/mock_chat.py), and writes a
+version: three requests and six texts an image. CPU seconds are those of the command and of its workers, not
+of the endpoint; the cost per image is the slope between a small and a large folder, so that imports and
+start-up do not count.
 
-With --peer, the root of another checkout of `synth` runs in turn with this one, in the same environment.
+With --peer, root of another checkout of `synth` runs in turn with this one, in the same environment.
 """
 
 import argparse
@@ -37,12 +39,18 @@ def run(checkout: Path, images: Path, url: str, out: Path) -> float:
 
 def main() -> None:
     """Print CPU milliseconds an image of each round, and their median."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs=2, default=[500, 2500], help="of the small and of the large folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=int, nargs=2, default=[500, 2500], help="images of the small and of the large folder"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", type=Path, help="the root of another checkout")
+    parser.add_argument("--peer", type=Path, help="root of another checkout")
     options = parser.parse_args()
-    checkouts = {"this checkout": HERE.parent} | ({str(options.peer): options.peer.resolve()} if options.peer else {})
+    checkouts = {"this checkout": HERE.parent} | (
+        {str(options.peer): options.peer.resolve()} if options.peer else {}
+    )
     costs_ms: dict[str, list[float]] = {name: [] for name in checkouts}
     with running_mock() as url, tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / f"images-{count}" for count in options.images]
@@ -52,9 +60,14 @@ def main() -> None:
         for number in range(options.rounds):
             for place, (name, checkout) in enumerate(checkouts.items()):
                 outs = [Path(temporary) / f"{number}-{place}-{folder.name}" for folder in folders]
-                small, large = (run(checkout, folder, url, out) for folder, out in zip(folders, outs, strict=True))
+                small, large = (
+                    run(checkout, folder, url, out) for folder, out in zip(folders, outs, strict=True)
+                )
                 costs_ms[name].append((large - small) / (options.images[1] - options.images[0]) * 1e3)
-                print(f"{name}: {costs_ms[name][-1]:.2f} CPU ms an image ({small:.1f} and {large:.1f} s)", flush=True)
+                print(
+                    f"{name}: {costs_ms[name][-1]:.2f} CPU ms an image ({small:.1f} and {large:.1f} s)",
+                    flush=True,
+                )
     for name, costs in costs_ms.items():
         print(f"{name}: median {statistics.median(costs):.2f} CPU ms an image")
 

@@ -1,6 +1,8 @@
-"""Rebuild the lists of `pipeline/text/wordnet` from WordNet's files: `python -m benchmarks.wordnet_lists FOLDER`.
+"""Rebuild the lists of `pipeline/text/wordnet` from WordNet's files: `python -m benchmarks.wordnet_lists
+FOLDER`.
 
-FOLDER holds data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` of Debian's package wordnet-base.
+FOLDER contains data.noun, index.noun, noun.exc and so on, such as `usr/share/wordnet` of Debian's package
+wordnet-base.
 """
 
 import gzip
@@ -17,10 +19,19 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
     words: set[str] = set()
     for part in PARTS:
         # A line of data: offset, file number, type, number of words (hexadecimal), first word, ...
-        first = (line.split(" ", 5)[4].partition("(")[0] for line in _lines(folder / f"data.{part}"))  # adjectives: "afraid(p)"
+        first = (
+            line.split(" ", 5)[4].partition("(")[0] for line in _lines(folder / f"data.{part}")
+        )  # adjectives: "afraid(p)"
         names |= {name.lower().partition(".")[0].replace("_", " ") for name in first}
-        words |= {line.split(" ", 1)[0] for name in (f"index.{part}", f"{part}.exc") for line in _lines(folder / name)}
-    lists = {"names": sorted(names - {""}), "words": sorted({word.lower() for word in words if word.isalpha()})}
+        words |= {
+            line.split(" ", 1)[0]
+            for name in (f"index.{part}", f"{part}.exc")
+            for line in _lines(folder / name)
+        }
+    lists = {
+        "names": sorted(names - {""}),
+        "words": sorted({word.lower() for word in words if word.isalpha()}),
+    }
     for name, lines in lists.items():
         (out / f"{name}.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     return {name: len(lines) for name, lines in lists.items()}
@@ -28,7 +39,9 @@ def build(folder: Path, out: Path = LISTS) -> dict[str, int]:
 
 def _lines(path: Path) -> list[str]:
     """Return the lines of a file without its license, which is indented."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith(" ")]
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith(" ")
+    ]
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Templates of the cards, as package data, and the cards of the datasets we publish."""
+"""Templates of dataset and model cards, as package data."""

@@ -4,9 +4,10 @@
 # ///
 """Caption images of the Hub on a GPU of Hugging Face Jobs, and push the dataset.
 
-    hf jobs uv run --flavor a10g-large --secrets HF_TOKEN --timeout 6h deploy/hf_job.py hub:ORG/IMAGES ORG/CAPTIONS --limit 1000
+    hf jobs uv run --flavor a10g-large --secrets HF_TOKEN --timeout 6h
+        deploy/hf_job.py hub:ORG/IMAGES ORG/CAPTIONS --limit 1000
 
-What follows the two names goes to `synth generate`. A job that ends early keeps nothing: first try a small --limit.
+Further options go to `synth generate`. A job that ends early loses its results: try a small --limit first.
 """
 
 import subprocess

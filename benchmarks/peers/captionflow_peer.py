@@ -1,9 +1,10 @@
-"""Drives CaptionFlow: its orchestrator over a folder of images, and one worker that asks an OpenAI-compatible endpoint.
+"""Drives CaptionFlow: its orchestrator over a folder of images, and one worker that asks an OpenAI-compatible
+endpoint.
 
-Measured with 0.5.7 on Python 3.12, which its newer releases need. Every image of a batch is decoded, encoded again and asked
-about before the next batch begins; the reply is stored as it came, without a schema. Captions lie in Lance below `--out`; a
-second run asks about what is missing there. It finds out how many requests at once an endpoint bears, and here begins with all
-of them.
+Measured with 0.5.7 on Python 3.12, which its newer releases need. All images of a batch are decoded,
+re-encoded and captioned before the next batch. Replies are stored without a schema, in Lance below `--out`. A
+second run requests the missing captions. CaptionFlow adapts its concurrency to the endpoint, and here starts
+with all requests.
 """
 
 import argparse
@@ -50,9 +51,19 @@ def configure(url: str, images: Path, out: Path) -> int:
             "checkpoint_interval": 1,
         },
         "auth": {"worker_tokens": [{"name": "worker", "token": TOKEN}]},
-        "vllm": {"model": "model", "batch_size": CONCURRENCY, "inference_prompts": [PROMPT], "sampling": {"max_tokens": 256}},
+        "vllm": {
+            "model": "model",
+            "batch_size": CONCURRENCY,
+            "inference_prompts": [PROMPT],
+            "sampling": {"max_tokens": 256},
+        },
     }
-    endpoint = {"base_url": url, "model": "model", "initial_concurrency": CONCURRENCY, "max_concurrency": CONCURRENCY}
+    endpoint = {
+        "base_url": url,
+        "model": "model",
+        "initial_concurrency": CONCURRENCY,
+        "max_concurrency": CONCURRENCY,
+    }
     worker = {"server": f"ws://127.0.0.1:{port}", "token": TOKEN, "openai_compatible": endpoint}
     (out / "orchestrator.yaml").write_text(json.dumps({"orchestrator": orchestrator}))
     (out / "worker.yaml").write_text(json.dumps({"worker": worker}))
@@ -60,7 +71,7 @@ def configure(url: str, images: Path, out: Path) -> int:
 
 
 def stored(out: Path) -> int:
-    """Return how many captions lie on the disk."""
+    """Return the number of captions on the disk."""
     try:
         return int(json.loads((out / "data" / "storage_stats.json").read_text())["disk_rows"])
     except (OSError, ValueError, KeyError):
@@ -71,14 +82,23 @@ def caption(url: str, images: Path, rows: int, out: Path) -> None:
     """Ask for one caption of each image."""
     port = configure(url, images, out)
     command = str(Path(sys.executable).with_name("caption-flow"))
-    env = os.environ | {"HOME": str(out), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "CAPTIONFLOW_LOG_LEVEL": "WARNING"}
-    orchestrator = subprocess.Popen([command, "orchestrator", "--config", "orchestrator.yaml", "--no-ssl"], cwd=out, env=env)
+    env = os.environ | {
+        "HOME": str(out),
+        "HF_HUB_OFFLINE": "1",
+        "OPENAI_API_KEY": "none",
+        "CAPTIONFLOW_LOG_LEVEL": "WARNING",
+    }
+    orchestrator = subprocess.Popen(
+        [command, "orchestrator", "--config", "orchestrator.yaml", "--no-ssl"], cwd=out, env=env
+    )
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", port)):
             if orchestrator.poll() is not None:
                 raise SystemExit("the orchestrator has ended")
             time.sleep(0.1)
-    worker = subprocess.Popen([command, "worker", "--config", "worker.yaml", "--openai-compatible"], cwd=out, env=env)
+    worker = subprocess.Popen(
+        [command, "worker", "--config", "worker.yaml", "--openai-compatible"], cwd=out, env=env
+    )
     while stored(out) < rows:
         if worker.poll() is not None or orchestrator.poll() is not None:
             raise SystemExit("one of both has ended")
@@ -90,14 +110,18 @@ def caption(url: str, images: Path, rows: int, out: Path) -> None:
 
 def main() -> None:
     """Read the arguments, and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    folder = out.with_name(f"{out.name}-images-{arguments.rows}")  # it takes all images of a folder, which are not its own
+    folder = out.with_name(
+        f"{out.name}-images-{arguments.rows}"
+    )  # CaptionFlow reads all images of this folder
     folder.mkdir(exist_ok=True)
     for path in sorted(arguments.images.glob("*.jpg"))[: arguments.rows]:
         if not (folder / path.name).exists():

@@ -1,8 +1,9 @@
-"""Drives NeMo Data Designer: a structured LLM column with an image context over a seed dataset, as in its vision tutorial.
+"""Drives NeMo Data Designer: a structured LLM column with an image context over a seed dataset, as in its
+vision tutorial.
 
-The seed holds paths, which it reads itself for each request (its tutorial puts base64 into the seed, which costs more). The
-schema is the column's output format, which it writes into the prompt and checks in the reply. Artifacts lie under `--out`; a
-second run resumes there (`ResumeMode.IF_POSSIBLE`), by whole row groups.
+The seed contains paths, and each request reads its image (base64 in the seed, as in the tutorial, costs
+more). The schema is the column's output format, which is in the prompt and checked in the reply. Artifacts
+are in `--out`. A second run resumes there (`ResumeMode.IF_POSSIBLE`), by whole row groups.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
         inference_parameters=dd.ChatCompletionInferenceParams(
             temperature=0, max_tokens=256, max_parallel_requests=CONCURRENCY, timeout=600
         ),
-        skip_health_check=True,  # it is one more request, which the endpoint would count as a row
+        skip_health_check=True,  # the endpoint would count this request as a row
     )
     builder = dd.DataDesignerConfigBuilder(model_configs=[model])
     builder.with_seed_dataset(dd.LocalFileSeedSource(path=str(seed)))
@@ -55,14 +56,18 @@ def caption(url: str, paths: list[str], out: Path) -> None:
     provider = dd.ModelProvider(name="endpoint", endpoint=url, api_key="none")
     designer = DataDesigner(artifact_path=out / "artifacts", model_providers=[provider])
     designer.set_run_config(dd.RunConfig(otel_metrics_port=None))
-    results = designer.create(builder, num_records=len(paths), dataset_name="captions", resume=dd.ResumeMode.IF_POSSIBLE)
+    results = designer.create(
+        builder, num_records=len(paths), dataset_name="captions", resume=dd.ResumeMode.IF_POSSIBLE
+    )
     rows = len(results.load_dataset())
     assert rows == len(paths), f"{rows} of {len(paths)} rows came back"
 
 
 def main() -> None:
     """Read the arguments, and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--rows", type=int, required=True)

@@ -1,8 +1,9 @@
-"""Drives datatrove: its `InferenceRunner` against a running endpoint (`server_type="endpoint"`), in its local executor.
+"""Drives datatrove: its `InferenceRunner` against a running endpoint (`server_type="endpoint"`), in its local
+executor.
 
-A document is an image, named by its path; the rollout function, which is the user's to write, reads it and posts a chat
-payload with it and with the schema as `response_format`. Checkpoints and its cache of requests lie under `--out`; a second run
-goes on from them.
+A document is an image with its path as its id. The rollout function, which users write, reads the image and
+posts it with the schema as `response_format`. Checkpoints and the cache of requests are in `--out`, from
+which a second run resumes.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
     config = InferenceConfig(
         server_type="endpoint",
-        endpoint_url=url.removesuffix("/v1"),  # it adds the whole path itself
+        endpoint_url=url.removesuffix("/v1"),  # datatrove adds the path
         model_name_or_path="model",
         max_concurrent_generations=CONCURRENCY,
         default_generation_params={"temperature": 0, "max_tokens": 256},
@@ -52,7 +53,9 @@ def caption(url: str, paths: list[str], out: Path) -> None:
     runner = InferenceRunner(
         rollout_fn=ask,
         config=config,
-        output_writer=JsonlWriter(str(out / "captions"), "${rank}_chunk_${chunk_index}.jsonl", compression=None),
+        output_writer=JsonlWriter(
+            str(out / "captions"), "${rank}_chunk_${chunk_index}.jsonl", compression=None
+        ),
         checkpoints_local_dir=str(out / "checkpoints"),
     )
     documents = [Document(text=path, id=Path(path).stem) for path in paths]
@@ -63,7 +66,9 @@ def caption(url: str, paths: list[str], out: Path) -> None:
 
 def main() -> None:
     """Read the arguments, and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--rows", type=int, required=True)

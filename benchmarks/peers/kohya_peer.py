@@ -1,6 +1,6 @@
 """Reads an export with the datasets of kohya's sd-scripts, as its LoRA trainers do.
 
-Their TOML file names folders of images and the suffix of the texts beside them.
+Their TOML file names folders of images and the suffix of the text files.
 """
 
 import argparse
@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 
 def read(folder: Path, side_px: int) -> dict[str, int]:
-    """Return how many images came out, and how many with the caption that lies beside them."""
+    """Return the number of images, and the number with the caption of their text file."""
     import torch
     from library import config_util, strategy_base
 
     class Words(strategy_base.TokenizeStrategy):
-        """Captions are read, not tokenized: the tokenizers of its models are not here."""
+        """Replaces the tokenizers of its models: captions are read and not tokenized."""
 
         def tokenize(self, text: str | list[str]) -> list[torch.Tensor]:
             texts = [text] if isinstance(text, str) else text
@@ -24,7 +24,9 @@ def read(folder: Path, side_px: int) -> dict[str, int]:
     strategy_base.TokenizeStrategy.set_strategy(Words())
     sanitizer = config_util.ConfigSanitizer(True, False, False, True)
     subset = {"image_dir": str(folder), "caption_extension": ".txt", "num_repeats": 1}
-    written = {"datasets": [{"resolution": side_px, "batch_size": 8, "enable_bucket": True, "subsets": [subset]}]}
+    written = {
+        "datasets": [{"resolution": side_px, "batch_size": 8, "enable_bucket": True, "subsets": [subset]}]
+    }
     unset = SimpleNamespace(prior_loss_weight=1.0, debug_dataset=False)
     blueprint = config_util.BlueprintGenerator(sanitizer).generate(written, unset)
     group, _ = config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)

@@ -1,7 +1,8 @@
-"""Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer does.
+"""Reads an export with LLaVA's own dataset and collator, those of `llava/train/train.py`, as its trainer
+does.
 
-Its tokenizer is Llama's, whose weights are not here: a SentencePiece model is trained on the texts of the export. The template
-is that of Vicuna, by which LLaVA 1.5 was tuned; an answer that its rules cannot find is not learned, and would be missing here.
+A SentencePiece model that is trained on the texts of the export replaces the tokenizer of Llama. The template
+is that of Vicuna, as in LLaVA 1.5. The count lacks answers that the rules of the template do not find.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 
 def read(texts: Path, images: Path, out: Path) -> dict[str, int]:
-    """Return how many images came out, and how many of the answers are learned."""
+    """Return the number of images, and the number of answers that are learned."""
     import sentencepiece
     from llava import conversation
     from llava.train import train
@@ -21,12 +22,24 @@ def read(texts: Path, images: Path, out: Path) -> dict[str, int]:
     answers = [turn["value"] for entry in entries for turn in entry["conversations"] if turn["from"] == "gpt"]
     words = out / "words.txt"
     words.write_text("\n".join(turn["value"] for entry in entries for turn in entry["conversations"]))
-    options = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "pad_id": -1, "minloglevel": 2}
+    options = {
+        "vocab_size": 400,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "pad_id": -1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(input=str(words), model_prefix=str(out / "words"), **options)
-    tokenizer = LlamaTokenizer(str(out / "words.model"), model_max_length=2048, padding_side="right", legacy=True)
+    tokenizer = LlamaTokenizer(
+        str(out / "words.model"), model_max_length=2048, padding_side="right", legacy=True
+    )
     tokenizer.pad_token = tokenizer.unk_token
     conversation.default_conversation = conversation.conv_templates["v1"]
-    about = {"image_folder": str(images), "image_processor": CLIPImageProcessor(), "image_aspect_ratio": "pad"}
+    about = {
+        "image_folder": str(images),
+        "image_processor": CLIPImageProcessor(),
+        "image_aspect_ratio": "pad",
+    }
     about |= {"data_path": str(texts), "is_multimodal": True, "mm_use_im_start_end": False}
     module = train.make_supervised_data_module(tokenizer, SimpleNamespace(**about))
     dataset, collate = module["train_dataset"], module["data_collator"]

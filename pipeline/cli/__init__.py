@@ -1,7 +1,7 @@
-"""The `synth` command: the application, its commands in the order of `synth --help`, and how errors and signals end it.
+"""The `synth` command: its commands in the order of `synth --help`, and how errors and signals end it.
 
-Commands parse their options, call one function and print its result; decisions live elsewhere. Heavy imports are made within
-commands: `synth --help` must not load torch, transformers or datasets.
+Commands parse their options, call one function and print its result. Heavy imports are made within commands:
+`synth --help` must not load torch, transformers or datasets.
 """
 
 import gc
@@ -31,14 +31,14 @@ from pipeline.logs import show_log
 from pipeline.progress import LOSS
 from pipeline.text.escape import printable
 
-INTERRUPTED = 130  # Typer's exit code on Ctrl-C
-TERMINATED = 143  # and that of a command which SIGTERM ends
-POSTPONED_SECONDS = 0.02
-MAX_IMPORT_SECONDS = 10.0  # then a module is not waited for any longer
-_IMPORT_SYSTEM = "<frozen importlib"  # how the names of its files begin
-COLLECTED_OBJECTS = 500_000  # new objects before the garbage collector runs: importing torch takes 7 % less CPU
-MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"  # groups of commands
-EXAMPLES = {  # by command, shown below its options
+EXIT_CODE_INTERRUPTED = 130  # Typer's, after Ctrl-C
+EXIT_CODE_TERMINATED = 143
+SIGTERM_RETRY_S = 0.02
+MAX_IMPORT_S = 10.0
+# Groups of commands in --help.
+MAKE, USE, TRAIN = "Make a dataset", "Review and publish it", "Train a captioner"
+# Shown below the options of a command.
+EXAMPLES = {
     "generate": (
         "synth generate --source folder:photos --base-url http://localhost:8000/v1",
         "synth generate --source folder:photos --captions captions_val2017.json --no-model",
@@ -57,13 +57,16 @@ EXAMPLES = {  # by command, shown below its options
         "synth caption data/folder-photos/checkpoints/v1.0.0-clip-scratch photos --out captions.jsonl",
         "synth caption ORG/NAME photos --out txt --skip-existing",
     ),
-    "serve-captioner": ("synth serve-captioner ORG/NAME --port 8200", "synth serve-captioner ORG/NAME --demo"),
+    "serve-captioner": (
+        "synth serve-captioner ORG/NAME --port 8200",
+        "synth serve-captioner ORG/NAME --demo",
+    ),
     "init": ("synth init my-captions",),
 }
 
 
 class Group(TyperGroup):
-    """The group of all commands. Its errors may quote names of files, which may hold what a terminal obeys."""
+    """The group of all commands. Escapes control characters in click's errors, which may quote file names."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """See click.Command."""
@@ -81,7 +84,7 @@ def _printable_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(message := getattr(error, "message", None), str):  # click's, which newer releases of Typer bring along
+        if isinstance(message := getattr(error, "message", None), str):
             vars(error)["message"] = printable(message)
         raise
 
@@ -92,24 +95,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-versions = typer.Typer(no_args_is_help=True, help="List, tag and remove the versions of a dataset; free disk space.")
-review = typer.Typer(no_args_is_help=True, help="Review texts in a report, then apply the reviews.")
+versions = typer.Typer(no_args_is_help=True, help="List, tag and remove versions; free disk space.")
+review = typer.Typer(no_args_is_help=True, help="Apply the reviews of a report.")
 
 
-def add(command: Callable[..., None], group: str, **more: Any) -> None:
-    """Add a command to the application, in a group of its help, with its examples."""
-    name = command.__name__.replace("_", "-")
-    examples = EXAMPLES.get(name, ())
-    epilog = "\n\n".join([f"Example: {example}" for example in examples]) or None
-    app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
+def add(group: str, *commands: Callable[..., None], **more: Any) -> None:
+    """Add commands with their examples to a group of the help."""
+    for command in commands:
+        name = command.__name__.replace("_", "-")
+        epilog = "\n\n".join(f"Example: {example}" for example in EXAMPLES.get(name, ())) or None
+        app.command(name, rich_help_panel=group, epilog=epilog, **more)(command)
 
 
-add(generate.init, MAKE)
-add(generate.doctor, MAKE)
-add(generate.preview, MAKE, context_settings=VLLM_FLAGS)
-add(generate.generate, MAKE, context_settings=VLLM_FLAGS)
-add(generate.serve, MAKE, context_settings=VLLM_FLAGS)
-add(report, USE)
+add(MAKE, generate.init, generate.doctor)
+add(MAKE, generate.preview, generate.generate, generate.serve, context_settings=VLLM_FLAGS)
+add(USE, report)
 app.add_typer(review, name="review", rich_help_panel=USE)
 review.command("apply")(review_apply)
 app.add_typer(versions, name="versions", rich_help_panel=USE)
@@ -117,15 +117,8 @@ versions.command("list")(versions_list)
 versions.command("tag")(versions_tag)
 versions.command("rm")(versions_rm)
 versions.command("gc")(versions_gc)
-add(diff, USE)
-add(check, USE)
-add(push, USE)
-add(export, USE)
-add(train, TRAIN)
-add(evaluate, TRAIN)
-add(caption, TRAIN)
-add(serve_captioner, TRAIN)
-add(experiment, TRAIN)
+add(USE, diff, check, push, export)
+add(TRAIN, train, evaluate, caption, serve_captioner, experiment)
 
 
 def print_version(value: bool) -> None:
@@ -137,11 +130,9 @@ def print_version(value: bool) -> None:
 
 @app.callback()
 def synth(
-    is_verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also print the log: what happens in the background, and why.")
-    ] = False,
+    is_verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the log.")] = False,
     _: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and exit.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Make a vision-language dataset, publish it, and train a captioner on it."""
@@ -150,64 +141,64 @@ def synth(
 
 
 def main() -> None:
-    """Run the command line; print a SynthError as one line with a hint, and let unknown errors raise."""
-    gc.set_threshold(COLLECTED_OBJECTS, 20, 20)
+    """Run the command line. Print a SynthError as one line with a hint, and let unknown errors raise."""
     try:
         with sigterm_as_ctrl_c() as terminated:
             _run(terminated)
     finally:
         if isolation := sys.modules.get("pipeline.images.isolation"):
             isolation.end_workers()
-        gc.freeze()  # the collector would walk over all that torch has made once more: a second, for nothing
+        gc.freeze()  # without it, the exit takes a second longer once torch is loaded
 
 
 def _run(terminated: list[float]) -> None:
-    """Run the command; it exits with 130 if Ctrl-C ends it, or 143 if it was `terminated`."""
+    """Run the command. Exit with 130 after Ctrl-C, or 143 if it was `terminated`."""
     try:
         app()
     except SynthError as error:
-        say(f"synth: {error}", LOSS)
-        if error.hint:
-            say(f"  hint: {error.hint}")
-        raise SystemExit(1) from None
+        _exit_with(str(error), error.hint)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in PACKAGES:
             raise
-        say(f"synth: this command needs the package {package}", LOSS)
-        say(f"  hint: {extra_of(package)}")
-        raise SystemExit(1) from None
+        _exit_with(f"this command needs the package {package}", extra_of(package))
     except SystemExit as exit_:
-        if exit_.code == INTERRUPTED:
-            how = "train: with --resume; caption --out txt: with --skip-existing"
-            say(f"interrupted: what was done is kept; run the same command to go on ({how})")
+        if exit_.code == EXIT_CODE_INTERRUPTED:
+            options = "train: with --resume; caption --out txt: with --skip-existing"
+            say(f"interrupted: the results so far are kept; run the same command to resume ({options})")
             if terminated:
-                raise SystemExit(TERMINATED) from None
+                raise SystemExit(EXIT_CODE_TERMINATED) from None
         raise
+
+
+def _exit_with(problem: str, hint: str) -> None:
+    say(f"synth: {problem}", LOSS)
+    if hint:
+        say(f"  hint: {hint}")
+    raise SystemExit(1) from None
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[list[float]]:
-    """Raise KeyboardInterrupt on SIGTERM; yield a list of the times when it came, empty until then.
+    """Raise KeyboardInterrupt on SIGTERM. Yield the list of its arrival times.
 
-    It waits for the end of an import: modules in C make another error of the exception, importers pass over some errors, and
-    the interpreter passes over all in callbacks of its own; the command would go on, or end with a traceback.
+    During an import it waits: some importers swallow exceptions, and the command would run on.
     """
     arrived: list[float] = []
-    if threading.current_thread() is not threading.main_thread():  # others can set no handler
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield arrived
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         arrived.append(monotonic())
-        if _is_importing(frame) and arrived[-1] - arrived[0] < MAX_IMPORT_SECONDS:
-            again = threading.Timer(POSTPONED_SECONDS, signal.raise_signal, (number,))
-            again.daemon = True
-            again.start()
+        if _is_importing(frame) and arrived[-1] - arrived[0] < MAX_IMPORT_S:
+            timer = threading.Timer(SIGTERM_RETRY_S, signal.raise_signal, (number,))
+            timer.daemon = True
+            timer.start()
             return
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background process of a shell
             raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # calls the handler of asyncio, if there is one
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -218,7 +209,7 @@ def sigterm_as_ctrl_c() -> Iterator[list[float]]:
 
 def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename.startswith(_IMPORT_SYSTEM):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
-from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, vllm_flags
+from pipeline.cli.options import DATASET_PATH, LOCAL_PATH, AsJson, option, path_option, vllm_flags
 from pipeline.cli.output import echo, print_prediction, print_preview, print_run_result, say, show
 from pipeline.cli.run_options import CLUSTER, DATASET, NO_MODEL, RunSettings, with_run_settings
 from pipeline.errors import ConfigError
@@ -15,47 +15,44 @@ from pipeline.progress import show_progress
 from pipeline.storage.object_store import is_remote
 
 
-def _dataset_option(*names: str, **more: Any) -> Any:
-    return Option(*names, rich_help_panel=DATASET, **more)
+def _cluster_option(text: str, default: str | bool = True, **more: Any) -> Any:
+    return option(text, default, rich_help_panel=CLUSTER, hidden=True, **more)
 
 
-def _cluster_option(**more: Any) -> Any:
-    return Option(rich_help_panel=CLUSTER, hidden=True, **more)
+OUT = option(
+    "Dataset folder; run again to continue it. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
+    "data/SOURCE",
+    **DATASET_PATH,
+    rich_help_panel=DATASET,
+)
+DRY_RUN = Option(
+    "--dry-run", help="Ask about 32 images, and predict time, cost and yield.", rich_help_panel=DATASET
+)
+PRINT_CONFIG = Option("--print-config", help="Print all settings and their origins.", hidden=True)
+JSON = Option("--json", help="Print JSON to stdout.", hidden=True)
 
 
 @with_run_settings
 def generate(
     settings: RunSettings,
-    out: Annotated[
-        Path | None,
-        _dataset_option(
-            **DATASET_PATH,
-            help="Dataset folder; run again to continue it. With --executor ray also s3://BUCKET/NAME or gs://BUCKET/NAME.",
-            show_default="data/SOURCE",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, _dataset_option("--dry-run", help="Ask about 32 images, and predict hours, tokens, money and kept rows of all.")
-    ] = False,
-    print_config: Annotated[
-        bool, _dataset_option("--print-config", help="Print all settings and their origins, and exit.", hidden=True)
-    ] = False,
-    as_json: Annotated[bool, _dataset_option("--json", help="Print JSON to stdout.", hidden=True)] = False,
+    out: Annotated[Path | None, OUT] = None,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    print_config: Annotated[bool, PRINT_CONFIG] = False,
+    as_json: Annotated[bool, JSON] = False,
     executor: Annotated[
-        Literal["local", "ray"], _cluster_option(help="local: in this process; ray: on a Ray cluster, in shards.")
+        Literal["local", "ray"], _cluster_option("local: this process; ray: a Ray cluster, in shards.")
     ] = "local",
     ray_address: Annotated[
-        str | None, _cluster_option(help="Address of the Ray cluster.", show_default="a cluster on this machine for this run")
+        str | None, _cluster_option("Address of the Ray cluster.", "a new cluster on this machine")
     ] = None,
-    shards: Annotated[int | None, _cluster_option(min=1, help="Number of shards.", show_default="16")] = None,
+    shards: Annotated[int | None, _cluster_option("Number of shards.", "16", min=1)] = None,
     workers: Annotated[
-        int | None,
-        _cluster_option(min=1, help="Number of shards asked at once.", show_default="one per GPU, else per CPU but one"),
+        int | None, _cluster_option("Shards asked at once.", "one per GPU, else one per CPU but one", min=1)
     ] = None,
 ) -> None:
     """Turn images into a checked, deduplicated and versioned dataset.
 
-    Arguments after -- are passed to the vLLM server that synth starts: synth generate --engine vllm -- --max-num-seqs 64
+    Arguments after -- go to the vLLM server: synth generate --engine vllm -- --max-num-seqs 64
     """
     if print_config:
         _print_settings(settings, as_json=as_json)
@@ -66,57 +63,57 @@ def generate(
     from pipeline.executors.messages import describe_warnings
     from pipeline.run import STEPS, generate_dataset
 
+    config = settings.config
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):
-        raise BadParameter("--ray-address, --shards and --workers go with --executor ray", param_hint="--executor")
+        raise BadParameter(
+            "--ray-address, --shards and --workers need --executor ray", param_hint="--executor"
+        )
     if executor == "ray" and dry_run:
-        raise BadParameter("--dry-run goes with --executor local", param_hint="--executor")
+        raise BadParameter("--dry-run needs --executor local", param_hint="--executor")
     if executor == "local" and out and is_remote(out):
-        raise BadParameter(f"{out} goes with --executor ray, and without --dry-run", param_hint="--out")
-    if NO_MODEL in settings.options.values() and settings.config.asks_model:
-        asked = ", ".join((*settings.config.tasks, *settings.config.verify.checks))
-        raise ConfigError(f"{NO_MODEL} asks no model, and the settings ask for {asked}", hint="remove one of them")
+        raise BadParameter(f"{out} needs --executor ray, without --dry-run", param_hint="--out")
+    if NO_MODEL in settings.options.values() and config.asks_model:
+        asked = ", ".join((*config.tasks, *config.verify.checks))
+        raise ConfigError(
+            f"{NO_MODEL} excludes a model, and the settings ask it for {asked}", hint="remove one"
+        )
     if dry_run:
         with show_progress() as progress:
-            prediction = predict_run(settings.config, out, progress)
+            prediction = predict_run(config, out, progress)
         print_prediction(prediction)
         show(prediction, as_json, "hours")
         return
     cluster = ClusterOptions(ray_address, shards, workers) if executor == "ray" else None
     with show_progress() as progress:
-        result = generate_dataset(settings.config, out, progress, cluster)
+        result = generate_dataset(config, out, progress, cluster)
     remember_dataset(out)
     warnings = describe_warnings(STEPS, result.plan, result.version, result.funnel)
-    print_run_result(result, warnings, settings.config.server, shown=progress.warnings, as_json=as_json)
+    print_run_result(result, warnings, config.server, shown=progress.warnings, as_json=as_json)
 
 
 def _print_settings(settings: RunSettings, *, as_json: bool) -> None:
     from pipeline.config.files import as_yaml, describe_settings
     from pipeline.sources import with_source_defaults
 
-    lines = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
+    rows = describe_settings(with_source_defaults(settings.config), settings.file, settings.options)
     if as_json:
-        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in lines}))
+        echo(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}))
         return
-    for key, value, origin in lines:
+    for key, value, origin in rows:
         echo(f"{key}: {as_yaml(value)}  # {origin}")
 
 
 @with_run_settings
 def preview(
     settings: RunSettings,
-    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Ask about this many images.")] = 4,
-    page: Annotated[
-        Path | None, Option(**LOCAL_PATH, help="Where the page goes.", show_default="preview.html in data/SOURCE")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        Option(**LOCAL_PATH, help="Dataset folder that keeps the replies for `synth generate`.", show_default="data/SOURCE"),
-    ] = None,
+    number: Annotated[int, Option("-n", "--number", min=1, max=100, help="Number of images.")] = 4,
+    page: Annotated[Path | None, path_option("File of the page.", "preview.html in data/SOURCE")] = None,
+    out: Annotated[Path | None, path_option("Dataset folder, as of `generate`.", "data/SOURCE")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask about a few images, print their texts, and write a small page with both. The replies are kept.
+    """Caption a few images, and show their texts and prompts on a small page.
 
-    Arguments after -- are passed to the vLLM server that synth starts.
+    A later run reuses the replies. Arguments after -- go to the vLLM server.
     """
     from pipeline.preview import preview_run, write_preview
 
@@ -131,9 +128,9 @@ def preview(
 
 
 def init(
-    folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Folder to write to.", show_default="this one")] = None,
+    folder: Annotated[Path | None, Argument(**LOCAL_PATH, help="Target folder.", show_default=".")] = None,
 ) -> None:
-    """Write a commented synth.yaml, a folder of prompts to change, and one of examples for tasks of your own."""
+    """Write a commented synth.yaml, the built-in prompts and examples of custom tasks."""
     from pipeline.project import write_project
 
     settings, *folders = write_project(folder or Path())
@@ -144,28 +141,28 @@ def init(
 
 def serve(
     context: Context,
-    model: Annotated[str, Option(help="A folder, a Hub id, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
-    port: Annotated[int | None, Option(min=1, max=65535, help="Listen here.", show_default="any free one")] = None,
-    log: Annotated[Path, Option(help="Where the server's own output goes.")] = Path("vllm.log"),
+    model: Annotated[str, option("Folder or Hub id of a model, or tiny.")] = "Qwen/Qwen2.5-VL-3B-Instruct",
+    port: Annotated[int | None, option("Port.", "any free one", min=1, max=65535)] = None,
+    log: Annotated[Path, option("File for the output of vLLM.")] = Path("vllm.log"),
 ) -> None:
-    """Run a vLLM server on this machine until Ctrl-C, for `synth generate --base-url`.
+    """Run a vLLM server on this machine, for `synth generate --base-url`, until Ctrl-C.
 
-    It listens on loopback and requires the key in SYNTH_API_KEY, or a random one. Arguments after -- are passed to vLLM.
+    It listens on loopback. The key is SYNTH_API_KEY, or a random one. Arguments after -- go to vLLM.
     """
     from pipeline.config.sections import ServerConfig
     from pipeline.inference.engines import serve_model
 
-    server = ServerConfig(**(vllm_flags(context) or {}))
+    server = ServerConfig(flags=tuple(vllm_flags(context, "--model")))
     with show_progress() as progress:
         serve_model(model, server, port, log, progress, lambda values: show(values, False, "url"))
 
 
 def doctor(
-    model: Annotated[str | None, Option(metavar="MODEL", help="A folder or a Hub id: does it fit here?")] = None,
-    list_sources: Annotated[bool, Option("--sources", help="List the sources that `synth generate` reads.")] = False,
+    model: Annotated[str | None, option("Folder or Hub id of a model to check.", metavar="MODEL")] = None,
+    list_sources: Annotated[bool, Option("--sources", help="List the sources of `synth generate`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: installed packages, the engine that would be used, memory, disk and access."""
+    """Check packages, engines, memory, disk and network of this machine."""
     if list_sources:
         _print_sources(as_json=as_json)
         return

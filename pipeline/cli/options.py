@@ -1,9 +1,9 @@
-"""Option types and parsers that several commands share."""
+"""Options and arguments that several commands share, and their parsers."""
 
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, BadParameter, Context, Option
 
@@ -12,42 +12,67 @@ from pipeline.storage.object_store import parse_dataset_path, parse_local_path
 
 if TYPE_CHECKING:
     from pipeline.dataset.version import Version
+    from pipeline.storage.sidecars import Existing
 
 DATASET_PATH: dict[str, Any] = {"parser": parse_dataset_path, "metavar": "PATH"}
 LOCAL_PATH: dict[str, Any] = {"parser": parse_local_path, "metavar": "PATH"}
-LAST_MADE = "the last one made"
-DataDir = Annotated[Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)]
 VLLM_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": False}  # collects the arguments after --
-DataName = Annotated[
-    str | None, Option(help="Dataset folder, DIR@VERSION, or ORG/NAME@VERSION on the Hub.", show_default=LAST_MADE)
+LAST_MADE, ONLY_MADE = "the last one made", "the only one made here"
+BY_STYLE = "brief, else plain"
+
+
+def option(text: str, default: str | bool = True, **more: Any) -> Any:
+    """Return a Typer option with its help. `default` describes a default that is not a value."""
+    return Option(help=text, show_default=default, **more)
+
+
+def path_option(text: str, default: str | bool = True) -> Any:
+    """Return an option for a path on this machine."""
+    return option(text, default, **LOCAL_PATH)
+
+
+DataDir = Annotated[
+    Path | None, Argument(**DATASET_PATH, help="Dataset folder, or DIR@VERSION.", show_default=LAST_MADE)
 ]
-Images = Annotated[
-    str | None,
-    Option(help="Where the images are, for a version without pixels: a folder of files, a dataset folder, or a source."),
+DataName = Annotated[str | None, option("Dataset: a folder, DIR@VERSION, or ORG/NAME@VERSION.", LAST_MADE)]
+Images = Annotated[str | None, option("Folder, dataset or source of the images, if the version lacks them.")]
+CaptionerName = Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME on the Hub.")]
+NumBeams = Annotated[
+    int | None, option("Beams of the search; 1 is greedy.", "as in the final test", min=1, max=64)
 ]
-Style = Annotated[str | None, Option(help="Which style to write.", show_default="brief, else plain")]
-BeamsAsTrained = Annotated[
-    int | None, Option(min=1, max=64, help="Candidates of the search; 1 is greedy.", show_default="as after its training")
-]
+BatchSize = Annotated[int, option("Images per batch.", min=1)]
+SkipExisting = Annotated[bool, Option("--skip-existing", help="Keep existing texts.")]
+Append = Annotated[bool, Option("--append", help="Add to existing texts.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing texts.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON to stdout.")]
 
 
-def vllm_flags(context: Context) -> dict[str, Any] | None:
-    """Return the arguments after `--` as settings. Raises BadParameter for any other argument that is left over."""
-    if not context.args:
-        return None
-    if "--" not in sys.argv:
-        raise BadParameter(f"unexpected argument: {context.args[0]}; flags for vLLM come after --")
-    return {"flags": context.args}
+def read_existing(target: str, is_given: bool, **choices: bool) -> "Existing":
+    """Return how to treat existing texts. Raise BadParameter for several choices, or one without `target`."""
+    chosen = [name for name, is_set in choices.items() if is_set]
+    if len(chosen) > 1 or (chosen and not is_given):
+        raise BadParameter(
+            f"pass one of --skip-existing, --append and --overwrite, together with {target}",
+            param_hint=target,
+        )
+    return cast("Existing", chosen[0] if chosen else "refuse")
+
+
+def vllm_flags(context: Context, option: str) -> list[str]:
+    """Return the arguments after `--`. Raise BadParameter for any other, which may lack its `option`."""
+    if context.args and "--" not in sys.argv:
+        name = context.args[0]
+        raise BadParameter(f"unexpected argument: {name} ({option} {name}?); flags for vLLM come after --")
+    return list(context.args)
 
 
 def read_names(text: str | None) -> list[str] | None:
-    """Parse NAME,NAME into a list; None for no text."""
+    """Parse NAME,NAME into a list, or return None for no text."""
     return [name.strip() for name in text.split(",")] if text else None
 
 
 def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Parse NAME=VALUE,NAME=VALUE into a dictionary; NAME=VALUE,VALUE is one value with a comma. Raises BadParameter."""
+    """Parse NAME=VALUE,NAME=VALUE into a dictionary. In NAME=VALUE,VALUE the value contains the comma."""
     parts = re.sub(r",(?=[^,=]+(?:,|$))", "\0", text).split(",")
     pairs = [part.replace("\0", ",").partition("=") for part in parts]
     if not all(name and equals and value for name, equals, value in pairs):
@@ -55,8 +80,16 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def require_split(split: str | None) -> None:
+    """Raise BadParameter if there is no such split."""
+    from pipeline.tables import SPLITS
+
+    if split is not None and split not in SPLITS:
+        raise BadParameter(f"{split} is not one of {', '.join(SPLITS)}", param_hint="--split")
+
+
 def open_data(name: str | None, images: str | None) -> "Version":
-    """Open the version that `--data` names, local or on the Hub; if it has no pixels, join them from `--images`."""
+    """Open the version that `--data` names, local or on the Hub, with its pixels or those of `--images`."""
     from pipeline.hub.pull import is_hub_name, open_or_download, pull_version
     from pipeline.sources.join import with_pixels
 

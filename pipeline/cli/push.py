@@ -1,4 +1,4 @@
-"""The command that sends a version, a captioner or a page for one to the Hub."""
+"""The command `push`: send a version, a captioner or a page for a captioner to the Hub."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import DATASET_PATH, AsJson, read_names
+from pipeline.cli.options import DATASET_PATH, ONLY_MADE, AsJson, option, read_names
 from pipeline.cli.output import note_previews, say, show
 from pipeline.errors import SynthError
 from pipeline.progress import WARNING, show_progress
@@ -20,60 +20,49 @@ if TYPE_CHECKING:
     from pipeline.hub.package import Package
     from pipeline.hub.push import PushResult
 
+PRIVATE = Option(
+    "--private/--public",
+    help="Visibility of the repository.",
+    show_default="private if the license of the images is unknown, else public",
+)
+WITH_IMAGES = Option(
+    "--with-images/--no-images",
+    help="Push pixels, or only ids and texts.",
+    show_default="as the license of the images allows",
+)
+
 
 def push(
     data: Annotated[
         Path | None,
-        Argument(
-            **DATASET_PATH,
-            help="Dataset folder, one of its versions, or a checkpoint.",
-            show_default="the only one that was made here",
-        ),
+        Argument(**DATASET_PATH, help="Dataset folder, version or checkpoint.", show_default=ONLY_MADE),
     ] = None,
-    repo: Annotated[str, Option(help="Where to: ORG/NAME.")] = ...,  # type: ignore[assignment]
-    version: Annotated[str | None, Option(help="Which version, or tag.", show_default="the newest")] = None,
-    private: Annotated[
-        bool | None,
-        Option(
-            "--private/--public",
-            help="Who may see the repository.",
-            show_default="private with images of unknown license, else public",
-        ),
-    ] = None,
-    images: Annotated[
-        bool | None,
-        Option("--with-images/--no-images", help="Push pixels, or ids and texts only.", show_default="what may be passed on"),
-    ] = None,
+    repo: Annotated[str, option("Repository to push to.", metavar="ORG/NAME")] = ...,  # type: ignore[assignment]
+    version: Annotated[str | None, option("Version or tag.", "the newest complete version")] = None,
+    private: Annotated[bool | None, PRIVATE] = None,
+    images: Annotated[bool | None, WITH_IMAGES] = None,
     acknowledge: Annotated[
-        list[str] | None, Option(help="A license under which you hold the right to pass pixels on; the card states it.")
+        list[str] | None, option("License that lets you pass pixels on.", metavar="LICENSE")
     ] = None,
     license_: Annotated[
-        str | None, Option("--license", help="The license of images whose license is unknown, such as cc-by-4.0, for the card.")
+        str | None, Option("--license", help="License of the images, if unknown, such as cc-by-4.0.")
     ] = None,
-    license_link: Annotated[
-        str | None, Option(help="Address of the terms of a license that the Hub has no name for: https://...")
-    ] = None,
-    title: Annotated[str | None, Option(help="The title of the card.", show_default="named after the source")] = None,
-    language: Annotated[
-        str | None, Option(help="The language of the texts, for the card: en, de, ...", show_default="that of the run")
-    ] = None,
-    space: Annotated[
-        str | None, Option(help="Also push a page for this captioner, where anyone may try it, as a Space: ORG/NAME.")
-    ] = None,
+    license_link: Annotated[str | None, option("URL of a license that the Hub does not list.")] = None,
+    title: Annotated[str | None, option("Title of the card.", "named after the source")] = None,
+    language: Annotated[str | None, option("Language of the texts: en, de, ...", "that of the run")] = None,
+    space: Annotated[str | None, option("Space with a page for the captioner.", metavar="ORG/NAME")] = None,
     also: Annotated[
-        str | None,
-        Option(metavar="FORMAT,...", help="Push the same rows in these formats, too: webdataset, cauldron, dpo, lance."),
+        str | None, option("More formats: webdataset, cauldron, dpo, lance.", metavar="FORMAT,...")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Show the files to send, and send nothing.")] = False,
-    repair: Annotated[
-        bool, Option("--repair", help="If this version is damaged on the Hub, push its rows as the next patch.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and send nothing.")] = False,
+    repair: Annotated[bool, Option("--repair", help="Push a damaged version again as a patch.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a version of a dataset, or a trained captioner, to the Hugging Face Hub: one commit, one tag that never moves."""
+    """Push a version or a captioner to the Hugging Face Hub: one commit, with a tag that never moves."""
     from pipeline.dataset.directory import DatasetDir, only_made
     from pipeline.dataset.integrity import make_repaired_version
     from pipeline.dataset.manifest import describe_data
+    from pipeline.formats.formats import OF_FEW_FILES
     from pipeline.hub.pull import open_or_download
     from pipeline.hub.push import DamagedPushError, check_repo_name
     from pipeline.storage.files import translate_disk_errors
@@ -82,18 +71,20 @@ def push(
     if space:
         check_repo_name(space)
     if data and not is_remote(data) and (data / "train.json").exists():
-        if license_ or license_link or title or language:
-            raise BadParameter("--license, --license-link, --title and --language go with datasets", param_hint="PATH")
-        if version or images is not None or acknowledge or also or repair:
-            text = "--version, --with-images, --no-images, --acknowledge, --also and --repair go with datasets"
-            raise BadParameter(text, param_hint="PATH")
+        if images is not None or any(
+            (license_, license_link, title, language, version, acknowledge, also, repair)
+        ):
+            raise BadParameter(
+                f"{data} is a captioner; only --space, --private, --public, --dry-run and --json apply"
+            )
         say(f"captioner: {data}")
         push_captioner(data, repo, space, private=private, dry_run=dry_run, as_json=as_json)
         return
     if space:
-        raise BadParameter("goes with a captioner: name its folder", param_hint="--space")
+        raise BadParameter("a Space needs a captioner: pass its folder", param_hint="--space")
     formats = read_names(also) or []
-    _require_small_formats(formats)
+    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
+        raise BadParameter(f"{unknown[0]} is not one of {', '.join(OF_FEW_FILES)}", param_hint="--also")
     _require_card_values(license_, license_link, language)
     chosen_version = open_or_download(data or only_made(), version, previews=False)
     if version is None:
@@ -114,68 +105,67 @@ def push(
         if not repair:
             raise
         chosen_version = make_repaired_version(chosen_version, damage.files)
-        say(f"{damage}; {chosen_version.name} has the same rows, and names the damage")
+        say(f"{damage}; {chosen_version.name} has the same rows, and its card names the damage")
         pushed = send_version(chosen_version)
-    if pushed:
-        record_dir = data if data and is_remote(data) and data.parent.name != "versions" else chosen_version.dataset_dir
-        try:
-            with translate_disk_errors(record_dir):
-                DatasetDir(record_dir).record_push(chosen_version.name, pushed.repo, pushed.commit)
-        except SynthError as error:  # it is there all the same
-            say(f"warning: the push is not recorded in the folder: {error}")
-        say("load it with:\n  from datasets import load_dataset")
-        say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
-
-
-def _require_small_formats(formats: Sequence[str]) -> None:
-    """Raise BadParameter for a format of which a repository of the Hub cannot hold all files."""
-    from pipeline.formats.formats import OF_FEW_FILES
-
-    if unknown := [name for name in formats if name not in OF_FEW_FILES]:
-        where = " is a config of every version" if unknown[0] == "messages" else f" is none of {', '.join(OF_FEW_FILES)}"
-        raise BadParameter(f"{unknown[0]}{where}", param_hint="--also")
+    if not pushed:
+        return
+    is_dataset_in_store = data and is_remote(data) and data.parent.name != "versions"
+    folder = data if data and is_dataset_in_store else chosen_version.dataset_dir
+    try:
+        with translate_disk_errors(folder):
+            DatasetDir(folder).record_push(chosen_version.name, pushed.repo, pushed.commit)
+    except SynthError as error:  # the push itself succeeded
+        say(f"warning: the push is not recorded in the folder: {error}")
+    say("load it with:\n  from datasets import load_dataset")
+    say(f'  dataset = load_dataset("{pushed.repo}", revision="{pushed.tag}")')
 
 
 def _require_card_values(license_: str | None, license_link: str | None, language: str | None) -> None:
-    """Raise BadParameter for what cannot stand in a card."""
+    """Raise BadParameter for a value that a card cannot hold."""
     from pipeline.config.sections import LANGUAGE, LICENSE, PATTERNS
 
-    if license_link is not None and not re.fullmatch(r"https?://[^\s\"'<>]{1,500}", license_link):
-        raise BadParameter(f"{license_link!r} is not an address such as https://example.org/terms", param_hint="--license-link")
-    for option, value, pattern in (("--license", license_, LICENSE), ("--language", language, LANGUAGE)):
+    link = r"https?://[^\s\"'<>]{1,500}"
+    wanted = PATTERNS | {link: "an address such as https://example.org/terms"}
+    values = ((license_link, link), (license_, LICENSE), (language, LANGUAGE))
+    for name, (value, pattern) in zip(("--license-link", "--license", "--language"), values, strict=True):
         if value is not None and not re.fullmatch(pattern, value):
-            raise BadParameter(f"{value!r} is not {PATTERNS[pattern]}", param_hint=option)
+            raise BadParameter(f"{value!r} is not {wanted[pattern]}", param_hint=name)
 
 
 @contextmanager
-def _packed(version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]) -> Iterator["Package"]:
-    """Yield what to push of a version, with its exports in other formats; say what it is, and what becomes of its pixels."""
+def _packed(
+    version: "Version", repo: str, formats: Sequence[str], choices: dict[str, Any]
+) -> Iterator["Package"]:
+    """Yield the package of a version with its exports in other formats, and print its rows and licenses."""
     from pipeline.dataset.card import card_licenses
     from pipeline.formats.export import export_version
     from pipeline.hub.package import build_package
     from pipeline.types import non_redistributable
 
-    restricted = non_redistributable(version.manifest["licenses"])
+    restricted = ", ".join(non_redistributable(version.manifest["licenses"]))
     with ExitStack() as stack:
         exports = {}
         if formats:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             progress = stack.enter_context(show_progress())
-            exports = {name: export_version(version, name, folder / name, progress=progress).folder for name in formats}
+            for name in formats:
+                exports[name] = export_version(version, name, folder / name, progress=progress).folder
         package = stack.enter_context(build_package(version, repo, exports=exports, **choices))
         rows = ", ".join(f"{count:,} {split}" for split, count in package.manifest["rows"].items() if count)
         say(f"dataset: {version.dataset_dir}")
         say(f"version: {version.name}, {rows}")
         say(f"license of the images: {', '.join(card_licenses(package.manifest))}")
         if package.manifest.get("acknowledged"):
-            say(f"note: pixels under {', '.join(restricted)} are pushed; the card states that you acknowledged their terms")
+            say(f"note: pixels under {restricted} are pushed; the card says that you acknowledged the terms")
         elif restricted and choices["images"] is None:
-            say(f"note: pixels under {', '.join(restricted)} may not be passed on; ids and texts are pushed without them")
+            say(f"note: pixels under {restricted} may not be passed on; only ids and texts are pushed")
         yield package
 
 
-def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool) -> None:
-    """Push a captioner and, if it is named, a Space for it, which loads the very commit that was pushed."""
+def push_captioner(
+    folder: Path, repo: str, space: str | None, *, private: bool | None, dry_run: bool, as_json: bool
+) -> None:
+    """Push a captioner and, if `space` is named, a Space that loads exactly the pushed commit."""
     from trainer.publish.captioner_package import package_captioner, package_space
 
     package = package_captioner(folder, repo)
@@ -188,22 +178,22 @@ def push_captioner(folder: Path, repo: str, space: str | None, *, private: bool 
 def send(
     package: "Package", repo: str, *, private: bool | None, dry_run: bool, as_json: bool | None = None
 ) -> "PushResult | None":
-    """Print what is sent where, push it, and print where it is; with `dry_run` nothing is sent.
+    """Push a package, and print its files and its address. With `dry_run` send nothing.
 
-    The result goes to stdout; to stderr if `as_json` is None, beside the result of something else.
+    The result goes to stdout. If `as_json` is None, it goes to stderr, since stdout has another result.
     """
     from pipeline.hub.push import push_package
 
     sizes, is_unknown = package.bytes(), package.has_unknown_license
-    option = "--license" if package.kind == "dataset" else "--public"
-    reason = (
-        f", as the license of the images is not known, or not to the Hub ({option})" if private is None and is_unknown else ""
-    )
+    reason = ""
+    if private is None and is_unknown:
+        remedy = "--license" if package.kind == "dataset" else "--public"
+        reason = f": the license of the images is unknown, or the Hub does not list it ({remedy})"
     private = is_unknown if private is None else private
     say(f"files: {len(sizes)}, {sum(sizes.values()):,} bytes")
     say(f"repository: {repo}, {'private' if private else 'public'}{reason}")
     if dry_run:
-        say("nothing is sent: this is a dry run")
+        say("dry run: nothing is sent")
         if as_json is not None:
             show({"files": sizes, "repo": repo, "version": package.name}, as_json, "repo")
         return None
@@ -213,9 +203,14 @@ def send(
         say("note: the existing repository is private, and stays private", WARNING)
     if pushed.warning:
         say(f"warning: {pushed.warning}", WARNING)
-    say(f"pushed {pushed.tag} as {pushed.commit}" if pushed.is_new else f"nothing to do: {pushed.tag} is there already")
+    say(
+        f"pushed {pushed.tag} as {pushed.commit}"
+        if pushed.is_new
+        else f"nothing to do: {pushed.tag} exists already"
+    )
     if as_json is None:
         say(f"the page: {pushed.url}")
     else:
-        show({"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}, as_json, "url")
+        result = {"url": pushed.url, "repo": pushed.repo, "tag": pushed.tag, "commit": pushed.commit}
+        show(result, as_json, "url")
     return pushed

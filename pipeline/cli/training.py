@@ -1,123 +1,132 @@
-"""The commands that make captioners and score them: train, evaluate, experiment."""
+"""Commands that train captioners and score them: train, evaluate, experiment."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
-from pipeline.cli.options import LOCAL_PATH, AsJson, BeamsAsTrained, DataName, Images, Style, open_data
-from pipeline.cli.output import find_checkpoint, note_seen, print_scores, say, show
+from pipeline.cli.options import (
+    BY_STYLE,
+    AsJson,
+    CaptionerName,
+    DataName,
+    Images,
+    NumBeams,
+    open_data,
+    option,
+    path_option,
+    require_split,
+)
+from pipeline.cli.output import find_checkpoint, note_training_data, print_scores, say, show
 from pipeline.errors import TrainError
 from pipeline.progress import show_progress
+
+ENCODERS = "auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id"
+DECODERS = "auto, scratch, prefix, qwen3, smollm2, a folder or a Hub id"
+
+
+def _preset_option(text: str, **limits: Any) -> Any:
+    return option(text, "by preset", **limits)
 
 
 def train(
     data: DataName = None,
     images: Images = None,
-    encoder: Annotated[
-        str, Option(help="auto, vit, clip, siglip2, dinov2, clip-large, metaclip, tiny-clip, tiny-vit, a folder or a Hub id.")
-    ] = "auto",
-    encoder_layer: Annotated[
-        int | None, Option(help="Whose hidden states: -1 the last, -2 the one before.", show_default="-1")
-    ] = None,
-    encoder_states: Annotated[
-        str | None, Option(help="Of the layer: all, or patches averaged 2x2.", show_default="all")
-    ] = None,
-    decoder: Annotated[str, Option(help="auto, scratch, prefix, qwen3, smollm2, a folder, or an id of the Hub.")] = "auto",
+    encoder: Annotated[str, option(f"Image encoder: {ENCODERS}.")] = "auto",
+    encoder_layer: Annotated[int | None, option("Layer of the hidden states; -1: the last.", "-1")] = None,
+    encoder_states: Annotated[str | None, option("States of the layer: all or 2x2 averages.", "all")] = None,
+    decoder: Annotated[str, option(f"Text decoder: {DECODERS}.")] = "auto",
     text_source: Annotated[
-        str | None, Option(help="Whose texts to learn: synthetic, human or mixed.", show_default="those in the version")
+        str | None, option("Texts: synthetic, human or mixed.", "all in the version")
     ] = None,
     preset: Annotated[
         str | None,
-        Option(
-            help="Settings that go together: auto, scenes, photos-few, photos or photos-lm.",
-            show_default="auto; with --config, what stands there",
+        option(
+            "Preset of settings: auto, scenes, photos-few, photos or photos-lm.",
+            "auto; with --config: that of the file",
         ),
     ] = None,
-    epochs: Annotated[int | None, Option(min=1, help="How often each image is seen.", show_default="by the preset")] = None,
-    steps: Annotated[int | None, Option(min=1, help="How many steps, instead of epochs.", show_default="by epochs")] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="Images in a step.", show_default="by the preset")] = None,
-    lr: Annotated[
-        float | None, Option(min=0, help="Learning rate of decoder and connector.", show_default="by the preset")
-    ] = None,
+    epochs: Annotated[int | None, _preset_option("Passes over the training images.", min=1)] = None,
+    steps: Annotated[int | None, option("Optimizer steps, instead of epochs.", "by --epochs", min=1)] = None,
+    batch_size: Annotated[int | None, _preset_option("Images per step.", min=1)] = None,
+    lr: Annotated[float | None, _preset_option("Learning rate of decoder and connector.", min=0)] = None,
     lora_rank: Annotated[
-        int | None,
-        Option(min=0, help="Of the adapters that a language model learns; 0: all of it.", show_default="by the preset"),
+        int | None, _preset_option("Rank of the adapters of a language model; 0: train all weights.", min=0)
     ] = None,
     precision: Annotated[
-        str | None, Option(help="Of products: fp32, tf32 or bf16.", show_default="fp32; on a GPU by the preset")
+        str | None, option("Precision of matrix products: fp32, tf32 or bf16.", "fp32; on a GPU by preset")
     ] = None,
-    align_steps: Annotated[
-        int | None, Option(min=0, help="First train the connector alone, so many steps.", show_default="by the preset")
-    ] = None,
-    seed: Annotated[int | None, Option(help="Decides weights, dropout and the order of the data.", show_default="0")] = None,
-    config: Annotated[
-        Path | None, Option(help="YAML or train.json with the same settings and more; flags win over it.")
-    ] = None,
+    align_steps: Annotated[int | None, _preset_option("Steps that train only the connector.", min=0)] = None,
+    seed: Annotated[int | None, option("Seed of weights, dropout and data order.", "0")] = None,
+    config: Annotated[Path | None, option("YAML file or train.json; options override it.", False)] = None,
     out: Annotated[
-        Path | None, Option(**LOCAL_PATH, help="Checkpoint folder.", show_default="DATASET/checkpoints/VERSION-ENCODER-DECODER")
+        Path | None, path_option("Checkpoint folder.", "DATASET/checkpoints/VERSION-ENCODER-DECODER")
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    tensorboard: Annotated[
-        bool, Option("--tensorboard", help="Write the curves for TensorBoard, too, into the checkpoint folder.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume an interrupted training.")] = False,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard curves.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a captioner on a version, and score it on the test split.
 
-    Prints first how many weights learn, and how long and how much memory it will take.
+    Before the first step, it prints the number of trained weights, the time and the memory that it needs.
     """
     from trainer.config import resolve
 
     options: dict[str, Any] = {"encoder": encoder, "encoder_states": encoder_states, "decoder": decoder}
     options |= {"encoder_layer": encoder_layer, "text_source": text_source}
-    options |= {"epochs": epochs, "steps": steps, "batch_size": batch_size, "connector_lr": lr, "decoder_lr": lr}
-    options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed, "preset": preset}
+    options |= {
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "connector_lr": lr,
+        "decoder_lr": lr,
+    }
+    options |= {"lora_rank": lora_rank, "precision": precision, "align_steps": align_steps, "seed": seed}
+    options |= {"preset": preset}
     if not resume:
-        resolve(config, **options)  # a mistake is an error before data is fetched
+        resolve(config, **options)  # report mistakes before data is downloaded
     version = open_data(data, images)
 
-    from trainer.launch import train as train_captioner
+    from trainer.launch import train as train_captioner  # imports torch, which takes seconds
 
     with show_progress() as progress:
-        result = train_captioner(version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options)
-    if result.metrics:  # only the first of several processes has them
+        result = train_captioner(
+            version, config, out=out, resume=resume, tensorboard=tensorboard, progress=progress, **options
+        )
+    if result.metrics:  # only in the first of several processes
         print_scores(result.metrics)
         show(result.metrics | {"path": str(result.path)}, as_json, "path")
 
 
 def evaluate(
-    captioner: Annotated[str, Argument(help="Checkpoint folder, or ORG/NAME of the Hub.")],
+    captioner: CaptionerName,
     data: DataName = None,
     images: Images = None,
-    split: Annotated[str, Option(help="train, validation or test.")] = "test",
-    style: Style = None,
-    num_beams: BeamsAsTrained = None,
+    split: Annotated[str, option("Split: train, validation or test.")] = "test",
+    style: Annotated[str | None, option("Caption style.", BY_STYLE)] = None,
+    num_beams: NumBeams = None,
     clip_score: Annotated[
-        str | None, Option(help="Score the fit too, by this CLIP: clip, metaclip, tiny-clip, a folder, or an id.")
+        str | None, option("CLIP for the CLIP score: clip, metaclip, tiny-clip, a folder or a Hub id.")
     ] = None,
-    captions: Annotated[
-        Path | None, Option(help="Write what it says of each image, with the scores, to this file as JSON lines.")
-    ] = None,
+    captions: Annotated[Path | None, option("File (.jsonl) for captions with their scores.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a captioner, on its images and on shuffled ones."""
+    """Score a captioner on a split, and again with shuffled images."""
     from pipeline.storage.files import translate_disk_errors
-    from pipeline.tables import SPLITS
 
-    if split not in SPLITS:
-        raise BadParameter(f"{split} is none of {', '.join(SPLITS)}", param_hint="--split")
+    require_split(split)
     checkpoint = find_checkpoint(captioner)
     version = open_data(data, images)
 
-    from trainer.caption_files import write_captions  # imports torch, which takes seconds
-    from trainer.evaluate import evaluate_version
+    from trainer.caption_files import write_captions
+    from trainer.evaluate import evaluate_version  # imports torch, which takes seconds
     from trainer.model.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)
-    note_seen(checkpoint, version, split)
+    note_training_data(checkpoint, version, split)
     if captions:
-        with translate_disk_errors(captions):  # before minutes of scoring, and without a change to what is there
+        # Fail before minutes of scoring, and keep the captions of the last evaluation.
+        with translate_disk_errors(captions):
             captions.parent.mkdir(parents=True, exist_ok=True)
             captions.open("a").close()
     metrics = evaluate_version(loaded, version, split, style, num_beams, clip_score)
@@ -130,14 +139,12 @@ def evaluate(
 
 
 def experiment(
-    file: Annotated[Path, Argument(help="A YAML file; docs/experiment.yaml is one.")],
-    out: Annotated[
-        Path | None, Option(**LOCAL_PATH, help="Folder of the experiment.", show_default="experiments/NAME OF THE FILE")
-    ] = None,
-    jobs: Annotated[int | None, Option(min=1, help="Cells at once.", show_default="GPUs, or cores")] = None,
+    file: Annotated[Path, Argument(help="YAML file, such as docs/experiment.yaml.")],
+    out: Annotated[Path | None, path_option("Folder of the experiment.", "experiments/FILE")] = None,
+    jobs: Annotated[int | None, option("Trainings at once.", "GPUs, or cores", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a grid of captioners, and say which data, encoder, decoder or alignment makes the better one."""
+    """Train a grid of captioners, and compare data, encoders, decoders and alignment."""
     from pipeline.dataset.directory import DatasetDir
     from pipeline.storage.files import translate_disk_errors
     from trainer.experiment.grid import cells_of, read_experiment
@@ -150,17 +157,17 @@ def experiment(
     folder = out or Path("experiments") / file.stem
     with translate_disk_errors(folder), DatasetDir(folder).lock():
         runs = plan(spec, cells_of(spec), open_data, folder)
-        say(f"{len(runs)} cells, of which {sum(run.is_done for run in runs)} are done; in {folder}")
+        say(f"{len(runs)} cells in {folder}, {sum(run.is_done for run in runs)} done before")
         require_models(runs)
         with show_progress() as progress:
-            failed = run_cells(runs, jobs or default_jobs(), progress)
+            failures = run_cells(runs, jobs or default_jobs(), progress)
         finished = [run for run in runs if run.is_done]
         result = write_result(finished, folder) if finished else None
     if result:
         say(markdown(result))
         show(result | {"path": str(folder / "experiment.html")}, as_json, "path")
-    if failed:
-        for failure in failed:
+    if failures:
+        for failure in failures:
             say(f"failed: {failure}")
-        hint = "the others are in the result; mend it, and the same command trains what is missing"
-        raise TrainError(f"{len(failed)} of {len(runs)} cells failed", hint=hint)
+        hint = "fix them, and run the same command: it trains only the missing cells"
+        raise TrainError(f"{len(failures)} of {len(runs)} cells failed", hint=hint)

@@ -1,4 +1,4 @@
-"""Commands about the versions of a dataset: versions list, tag, rm, gc."""
+"""Commands for the versions of a dataset: versions list, tag, rm, gc."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
-from pipeline.cli.options import DATASET_PATH, LAST_MADE, AsJson, DataDir
+from pipeline.cli.options import DATASET_PATH, LAST_MADE, ONLY_MADE, AsJson, DataDir
 from pipeline.cli.output import echo, last_dataset, note_previews, say
 from pipeline.storage.object_store import is_remote
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
     from pipeline.dataset.directory import DatasetDir
 
 OnlyMade = Annotated[
-    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default="the only one made here")
+    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=ONLY_MADE)
+]
+LastMade = Annotated[
+    Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)
 ]
 
 
-def _dataset(path: Path) -> "DatasetDir":
-    """Return a dataset folder, of which a version may have been named. Raise StoreError if there is none: none is made."""
+def _open_dataset(path: Path, *, is_local: bool = False) -> "DatasetDir":
+    """Return the dataset folder at a path. Raise StoreError if there is none, or it is not local."""
     from pipeline.dataset.directory import RUN_FILE, DatasetDir, find_dataset, split_version
     from pipeline.errors import StoreError
 
+    if is_local and is_remote(path):
+        raise StoreError(
+            f"{path} is in an object store", hint="remove its objects with the tools of the store"
+        )
     folder = find_dataset(path)
     if not is_remote(folder) and not (folder / "versions").is_dir():
         if (folder / RUN_FILE).is_file():
             raise StoreError(
-                f"{folder} has no version yet", hint="run the same `synth generate` again: it goes on where it was"
+                f"{folder} has no version yet", hint="run the same `synth generate` again: it resumes"
             )
         raise StoreError(f"no dataset at {folder}", hint="`synth generate --source scenes` makes one")
     if split_version(path)[1]:
@@ -35,27 +42,25 @@ def _dataset(path: Path) -> "DatasetDir":
     return DatasetDir(folder)
 
 
-def _local_dataset(path: Path) -> "DatasetDir":
-    """Return a dataset folder on a disk. Raise StoreError for one in an object store, which has its own tools."""
-    from pipeline.errors import StoreError
-
-    if is_remote(path):
-        raise StoreError(f"{path} is in an object store", hint="remove its objects with the tools of the store")
-    return _dataset(path)
-
-
 def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
-    """List the versions of a dataset, oldest first: rows, size, parent, date, digest, tags, and where each was pushed."""
+    """List the versions of a dataset, oldest first, with rows, size, parent, digest, tags and pushes."""
     from pipeline.dataset.directory import read_tags
     from pipeline.storage.files import translate_disk_errors
 
-    folder = _dataset(data or last_dataset())
-    with translate_disk_errors(folder.path):
-        listed = folder.versions() or [folder.version()]  # raises the error that says what is missing
-        rows, pushed, tags = [version.summary() for version in listed], folder.pushed(), read_tags(folder.path)
-    for row, version in zip(rows, listed, strict=True):
-        row["pushed"] = [f"{push['repo']}@{push['commit']}" for push in pushed if push["version"] == row["version"]]
-        row["tags"] = [tag for tag, tagged in tags.items() if tagged == row["version"]]
+    dataset = _open_dataset(data or last_dataset())
+    with translate_disk_errors(dataset.path):
+        # Without any version, `version` raises the error that names the reason.
+        versions = dataset.versions() or [dataset.version()]
+        rows, pushes, tags = (
+            [version.summary() for version in versions],
+            dataset.pushed(),
+            read_tags(dataset.path),
+        )
+    for row, version in zip(rows, versions, strict=True):
+        row["pushed"] = [
+            f"{push['repo']}@{push['commit']}" for push in pushes if push["version"] == version.name
+        ]
+        row["tags"] = [tag for tag, tagged in tags.items() if tagged == version.name]
         row["preview"] = version.is_preview
     if as_json:
         echo(json.dumps(rows))
@@ -63,7 +68,8 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
     for row in rows:
         counts = ", ".join(f"{count} {split}" for split, count in row["rows"].items())
         counts += f"  (from {row['parent'] or 'nothing'}{', a preview' if row['preview'] else ''})"
-        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {row['bytes'] / 1e6:>8.1f} MB  {counts}")
+        size = f"{row['bytes'] / 1e6:>8.1f} MB"
+        echo(f"{row['version']:<9} {row['date']}  {row['digest'][:12]}  {size}  {counts}")
         if row["tags"]:
             echo(f"          tagged {', '.join(row['tags'])}")
         for repo in row["pushed"]:
@@ -71,38 +77,41 @@ def versions_list(data: DataDir = None, as_json: AsJson = False) -> None:
 
 
 def versions_tag(
-    tag: Annotated[str, Argument(help="A name, such as paper.")],
-    version: Annotated[str | None, Argument(help="Which version.", show_default="the newest that is not a preview")] = None,
-    data: Annotated[Path | None, Option("--data", **DATASET_PATH, help="Dataset folder.", show_default=LAST_MADE)] = None,
-    move: Annotated[bool, Option("--move", help="Let an existing tag name this version.")] = False,
-    delete: Annotated[bool, Option("--delete", help="Remove the tag; the version stays.")] = False,
+    tag: Annotated[str, Argument(help="Name of the tag, such as paper.")],
+    version: Annotated[str | None, Argument(help="Version.", show_default="the newest complete one")] = None,
+    data: LastMade = None,
+    move: Annotated[bool, Option("--move", help="Move an existing tag to this version.")] = False,
+    delete: Annotated[bool, Option("--delete", help="Remove the tag, and keep the version.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give a version a name, which `--version` accepts and which protects the version from removal."""
+    """Tag a version. Other commands accept the tag, and the version cannot be removed."""
     from pipeline.dataset.directory import read_tags, require_tag_name, write_tags
     from pipeline.errors import StoreError
     from pipeline.storage.files import translate_disk_errors
 
     if delete and (version or move):
-        raise BadParameter("--delete takes a tag alone", param_hint="--delete")
+        raise BadParameter("--delete accepts only a tag", param_hint="--delete")
     require_tag_name(tag)
-    dataset = _dataset(data or last_dataset())
+    dataset = _open_dataset(data or last_dataset())
     with translate_disk_errors(dataset.path), dataset.lock():
         tags = read_tags(dataset.path)
         if delete:
             if tag not in tags:
-                raise StoreError(f"{dataset.path} has no tag {tag}", hint=f"tags here: {', '.join(tags) or 'none'}")
+                raise StoreError(
+                    f"{dataset.path} has no tag {tag}", hint=f"existing tags: {', '.join(tags) or 'none'}"
+                )
             write_tags(dataset.path, {name: tagged for name, tagged in tags.items() if name != tag})
-            echo(json.dumps({"tag": tag, "version": None}) if as_json else f"{tag} no longer names {tags[tag]}")
+            echo(
+                json.dumps({"tag": tag, "version": None}) if as_json else f"{tag} no longer names {tags[tag]}"
+            )
             return
         chosen = dataset.version(version, previews=False)
-        named = chosen.name
         if version is None:
             note_previews(chosen)
-        if tags.get(tag, named) != named and not move:
-            raise StoreError(f"{tag} names {tags[tag]}", hint="--move lets it name another version")
-        write_tags(dataset.path, tags | {tag: named})
-    echo(json.dumps({"tag": tag, "version": named}) if as_json else f"{tag} names {named}")
+        if tags.get(tag, chosen.name) != chosen.name and not move:
+            raise StoreError(f"{tag} names {tags[tag]}", hint="pass --move to move the tag")
+        write_tags(dataset.path, tags | {tag: chosen.name})
+    echo(json.dumps({"tag": tag, "version": chosen.name}) if as_json else f"{tag} names {chosen.name}")
 
 
 def versions_rm(
@@ -110,38 +119,37 @@ def versions_rm(
     data: OnlyMade = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove versions from this machine. Replies stay in the journal, and what was pushed stays on the Hub."""
+    """Remove versions from this machine. Replies stay in the journal, and pushed versions stay on the Hub."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import remove_versions
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _local_dataset(data or only_made())
+    dataset = _open_dataset(data or only_made(), is_local=True)
     with translate_disk_errors(dataset.path), dataset.lock():
-        pushed = dataset.pushed()
+        pushes = dataset.pushed()
         removed = remove_versions(dataset, names)
     if as_json:
-        freed = sum(one.num_bytes for one in removed)
-        echo(json.dumps({"removed": [one.path.name for one in removed], "bytes": freed}))
+        freed_bytes = sum(version.num_bytes for version in removed)
+        echo(json.dumps({"removed": [version.path.name for version in removed], "bytes": freed_bytes}))
         return
-    for one in removed:
-        repos = dict.fromkeys(push["repo"] for push in pushed if push["version"] == one.path.name)
-        echo(f"removed {one.path.name}, which frees {one.num_bytes / 1e6:.1f} MB")
-        for repo in repos:
+    for version in removed:
+        echo(f"removed {version.path.name}, which frees {version.num_bytes / 1e6:.1f} MB")
+        for repo in dict.fromkeys(push["repo"] for push in pushes if push["version"] == version.path.name):
             echo(f"          was pushed to {repo}")
-    say(f"images stay until `synth versions gc --data {dataset.path}` removes those that nothing needs")
+    say(f"images stay until `synth versions gc --data {dataset.path}` removes the unused ones")
 
 
 def versions_gc(
     data: OnlyMade = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Show the files to remove, and remove nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and remove nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove leftovers of killed commands, images that nothing needs, and hidden states, which a training computes again."""
+    """Remove unused images, leftovers of killed commands, and hidden states, which `train` computes again."""
     from pipeline.dataset.directory import only_made
     from pipeline.dataset.removal import find_leftovers, remove_images, remove_leftovers, remove_remade
     from pipeline.storage.files import translate_disk_errors
 
-    dataset = _local_dataset(data or only_made())
+    dataset = _open_dataset(data or only_made(), is_local=True)
     with translate_disk_errors(dataset.path), dataset.lock():
         leftovers = list(find_leftovers(dataset))
         if not dry_run:

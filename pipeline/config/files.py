@@ -1,6 +1,6 @@
-"""Read settings from files, join them with those of options, and report the first invalid key or value.
+"""Read settings from files, merge them with options, and report the first invalid key or value.
 
-The manifest of a version may be a stranger's: it decides which rows a version has, and nothing of where or how.
+A manifest is untrusted: it decides which rows a version has, and not places, servers or permissions.
 """
 
 import json
@@ -25,26 +25,28 @@ from pipeline.config.sections import (
 )
 from pipeline.errors import ConfigError, did_you_mean, one_line
 
-# Of a manifest: what decides which rows a version has, and nothing of where or how. Sources and models by public names.
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+# The keys that a manifest decides.
 MANIFEST_KEYS = frozenset(
-    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds", "seed",
-     "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter", "verify", "select", "dedupe",
-     "balance", "split")
+    ("source", "source_split", "allow_partial", "columns", "drop_context", "limit", "images", "frame_seconds",
+     "seed", "exclude", "human_texts", "tasks", "own_tasks", "engine", "model", "generate", "filter",
+     "verify", "select", "dedupe", "balance", "split")
 )  # fmt: skip
-# Settings that no manifest decides: they name places and servers of a user, or say what the user may pass on.
-OWN_KEYS = frozenset(("license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server"))
-# Sources that name a place of a user's own behind a colon.
+# The keys that only the user decides.
+OWN_KEYS = frozenset(
+    ("license", "title", "allow_urls", "follow_links", "split_list", "captions", "base_url", "server")
+)
 LOCAL_SOURCES = ("folder", "archive", "list", "parquet", "pdf", "pdf-pages", "video")
 PUBLIC_SOURCE = re.compile(
     rf"(?!(?:{'|'.join(LOCAL_SOURCES)})(?::|$))[a-z0-9-]+(:[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?)?"
 )
 PUBLIC_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 MAX_SHOWN_CHARACTERS = 80
-SECRET_KEYS = frozenset(("key_env", "headers"))  # their values are not shown: by mistake they may be keys of servers
-WANTED = {  # by the kind of pydantic's errors; the other kinds have its messages
+SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
+# Descriptions of a valid value by the type of pydantic's error; other types have the message of pydantic.
+WANTED = {
     "bool_for_number": "a number",
     "dict": "keys and values",
     "float": "a number",
@@ -60,63 +62,68 @@ WANTED = {  # by the kind of pydantic's errors; the other kinds have its message
 # --- files of settings
 
 
-def resolve(config_file: Path | None = None, **flags: Any) -> Config:
-    """Merge defaults, the file and the flags that are not None, in this order. Raises ConfigError for a bad key or value."""
-    values, is_manifest = _settings_of_file(config_file) if config_file else ({}, False)
+def resolve(config_file: Path | None = None, **options: Any) -> Config:
+    """Merge defaults, the file and the options that are not None, in this order. Raises ConfigError."""
+    values, is_manifest = _read_settings(config_file) if config_file else ({}, False)
     if config_file and is_manifest:
-        refuse_foreign_files(config_file, values, flags)
+        refuse_foreign_files(config_file, values, options)
         values = public_settings(values)
-    elif isinstance(values.get("own_tasks"), list):  # a manifest holds its tasks in full, and names no files
-        values["own_tasks"] = [_whole_task(task) for task in values["own_tasks"]]
-    if flags.get("base_url") is not None and isinstance(values.get("server"), dict):
-        judge = [section.get("judge") for section in (flags.get("verify"), values.get("verify")) if isinstance(section, dict)]
-        values["server"] = _of_servers(values["server"], flags["base_url"], str(next(filter(None, judge), "")))
-    if (given := flags.pop("own_tasks", None)) is not None:
-        values["own_tasks"] = _with_others(given, values.get("own_tasks"))
-    for name, value in flags.items():
+    elif isinstance(values.get("own_tasks"), list):  # the tasks of a manifest are complete, and name no files
+        values["own_tasks"] = [_complete_task(task) for task in values["own_tasks"]]
+    if options.get("base_url") is not None and isinstance(values.get("server"), dict):
+        sections = (options.get("verify"), values.get("verify"))
+        judges = [section.get("judge") for section in sections if isinstance(section, dict)]
+        values["server"] = _keep_used_endpoints(
+            values["server"], options["base_url"], str(next(filter(None, judges), ""))
+        )
+    if (own_tasks := options.pop("own_tasks", None)) is not None:
+        values["own_tasks"] = _merge_tasks(own_tasks, values.get("own_tasks"))
+    for name, value in options.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
-            values[name] |= value  # a section: keys that it does not name stay as in the file
+            values[name] |= value
         elif value is not None:
             values[name] = value
     if "source" not in values and values.keys() <= {*Config.model_fields}:
-        raise ConfigError("no source given", hint="pass --source folder:PATH; `synth doctor --sources` lists all sources")
+        raise ConfigError(
+            "no source given", hint="pass --source folder:PATH; `synth doctor --sources` lists all sources"
+        )
     return validate(Config, values)
 
 
-def _of_servers(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
-    """Return the section `server` of a file without what it says of servers that --base-url has left out."""
+def _keep_used_endpoints(server: dict[str, Any], base_url: Any, judge: str) -> dict[str, Any]:
+    """Return the section `server` of a file without endpoints that --base-url and the judge do not use."""
     endpoints = server.get("endpoints")
     used = [*map(str, base_url), *filter(None, [judge_address(judge)])]
-    if not isinstance(endpoints, dict) or not all(re.match(BASE_URL, str(url)) for url in (*endpoints, *used)):
-        return server  # an error of its own
-    kept = {url: of for url, of in endpoints.items() if address_of(url) in map(address_of, used)}
+    if not isinstance(endpoints, dict) or not all(
+        re.match(BASE_URL, str(url)) for url in (*endpoints, *used)
+    ):
+        return server  # validation reports it
+    kept = {url: value for url, value in endpoints.items() if address_of(url) in map(address_of, used)}
     return server | {"endpoints": kept}
 
 
-def _with_others(given: Any, of_file: Any) -> Any:
-    """Return own tasks of a file of settings with those of options, which replace others of the same name."""
-    if not isinstance(given, list | tuple):
-        return given  # an error of its own
-    added = [_whole_task(task) for task in given]
-    names = task_names(added)
-    known = of_file if isinstance(of_file, list) else []
-    return [*(task for task in known if not (isinstance(task, dict) and task.get("name") in names)), *added]
+def _merge_tasks(option_tasks: Any, file_tasks: Any) -> Any:
+    """Return custom tasks of a file and of options. Those of options replace tasks of the same name."""
+    if not isinstance(option_tasks, list | tuple):
+        return option_tasks  # validation reports it
+    added = [_complete_task(task) for task in option_tasks]
+    names, others = task_names(added), file_tasks if isinstance(file_tasks, list) else []
+    return [*(task for task in others if not (isinstance(task, dict) and task.get("name") in names)), *added]
 
 
-def _whole_task(task: Any) -> Any:
-    """Return a task in full, with the texts of the files that it names, from its file if it is a path."""
+def _complete_task(task: Any) -> Any:
+    """Return a task from its file, or from keys and values, with the texts of the files that it names."""
     return read_task(Path(task)) if isinstance(task, str | Path) else _with_texts(task, Path())
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read a task of one's own from its file. Raises ConfigError if the file, or one that it names, cannot be read."""
-    return validate(
-        TaskConfig, _with_texts(read_yaml(path, "a line such as `kind: caption`"), path.parent), f"{path}: "
-    ).model_dump(exclude_unset=True)
+    """Read a custom task from its file. Raise ConfigError if a file cannot be read, or a value is invalid."""
+    values = _with_texts(read_yaml(path, "a line such as `kind: caption`"), path.parent)
+    return validate(TaskConfig, values, f"{path}: ").model_dump(exclude_unset=True)
 
 
 def _with_texts(task: Any, folder: Path) -> Any:
-    """Return a task with the texts of the template and the schema that it names as files."""
+    """Return a task with the texts of the template and of the schema that it names as files."""
     if not isinstance(task, dict):
         return task
     texts = {}
@@ -127,58 +134,56 @@ def _with_texts(task: Any, folder: Path) -> Any:
                 text = (folder / name).read_text(encoding="utf-8")
                 texts[key] = json.loads(text) if suffix == ".json" else text
             except (OSError, ValueError) as error:
-                raise ConfigError(f"cannot read {folder / name}: {error}", hint=f"the {key} of a task names it") from None
+                problem = f"cannot read {folder / name}: {error}"
+                raise ConfigError(problem, hint=f"the {key} of a task names this file") from None
     return task | texts
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
+        """Refuse a key that appears twice: YAML would use the last one."""
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                place = f"{key.start_mark.name}, line {key.start_mark.line + 1}"
+                raise ConfigError(f"{place}: the key {key.value} appears twice", hint="remove one of them")
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Read a file of settings; the only reader of YAML. Raises ConfigError if it does not hold keys and values."""
+    """Read a YAML file of settings. Raise ConfigError if it does not contain keys and values."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-        values = None if node is None else yaml.constructor.SafeConstructor().construct_document(_without_twice(path, node))
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _UniqueKeyLoader) or {}  # noqa: S506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(
-            f"cannot read config file {path}: {problem}", hint=f"pass a YAML file; it may hold {example}"
-        ) from None
+        hint = f"pass a YAML file; it may contain {example}"
+        raise ConfigError(f"cannot read config file {path}: {problem}", hint=hint) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {one_line(error, 1000)}", hint=f"it may hold {example}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"config file {path} must hold keys and values", hint=f"it may hold {example}")
-    return values or {}
+        problem = f"config file {path} is not YAML: {one_line(error, 1000)}"
+        raise ConfigError(problem, hint=f"it may contain {example}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"config file {path} must contain keys and values", hint=f"it may contain {example}"
+        )
+    return values
 
 
-def _without_twice(path: Path, node: yaml.Node) -> yaml.Node:
-    """Return the node of a file. Raises ConfigError if a key stands twice in it: YAML would take the last, without a word."""
-    waiting, seen = [node], set[int]()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen or not isinstance(one, yaml.CollectionNode):  # an anchor may be named many times
-            continue
-        seen.add(id(one))
-        keys = set[tuple[str, str]]()
-        for item in one.value:
-            key, *values = item if isinstance(item, tuple) else (None, item)
-            waiting += values
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in keys:
-                    problem = f"{path}, line {key.start_mark.line + 1}: the key {key.value} stands twice"
-                    raise ConfigError(problem, hint="remove one of them")
-                keys.add((key.tag, key.value))
-    return node
-
-
-def describe_settings(config: Config, file: Path | None, options: Mapping[str, str]) -> list[tuple[str, Any, str]]:
-    """Return (key, value, origin) of every setting; an origin is an option, the file, or `default`."""
+def describe_settings(
+    config: Config, file: Path | None, options: Mapping[str, str]
+) -> list[tuple[str, Any, str]]:
+    """Return (key, value, origin) of every setting. An origin is an option, the file, or `default`."""
     values = config.model_dump(mode="json")
-    in_file = _settings_of_file(file)[0] if file else {}
+    in_file = _read_settings(file)[0] if file else {}
     rows = []
     for key in keys_of(Config):
         section, _, name = key.partition(".")
         value = values[section][name] if name else values[section]
         is_in_file = name in (in_file.get(section) or {}) if name else section in in_file
-        origin = options.get(key) or (str(file) if is_in_file else "default")
-        rows.append((key, value, origin))
+        rows.append((key, value, options.get(key) or (str(file) if is_in_file else "default")))
     return rows
 
 
@@ -188,49 +193,53 @@ def as_yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _settings_of_file(file: Path) -> tuple[dict[str, Any], bool]:
+def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a file, and whether it is the manifest of a version."""
     values = read_yaml(file, "a line such as `limit: 100`")
     if isinstance(values.get("config"), dict) and "version" in values:
         return values["config"], True
-    if file.name == "manifest.json":  # cards print a command that names it: it must not be any other file of settings
-        raise ConfigError(
-            f"{file} is not a manifest of a version", hint="a file of settings has another name, such as synth.yaml"
-        )
+    # Cards show a command with this name: it must not run untrusted settings in another form.
+    if file.name == "manifest.json":
+        problem = f"{file} is not a manifest of a version"
+        raise ConfigError(problem, hint="give your file of settings another name, such as synth.yaml")
     return values, False
 
 
-# --- manifests of strangers
+# --- untrusted manifests
 
 
-def refuse_foreign_files(file: Path, settings: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what a manifest must not decide, or cannot bring along: servers, and files that its rows need."""
-    hint = "copy the settings that you want to a file of your own, and name your files and servers there"
-    if foreign := [key for key in ("base_url", "server") if settings.get(key)]:
-        raise ConfigError(f"the manifest {file} names {foreign[0]}, which would get your images and your key", hint=hint)
-    used = [key for key in ("split_list", "captions") if settings.get(key) and not flags.get(key)]
-    for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
-        values = settings.get(section)
-        used += [f"{section}.{key}"] if isinstance(values, dict) and values.get(key) else []
+def refuse_foreign_files(file: Path, settings: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a manifest names servers or code, or if its rows need files of its maker."""
+    hint = "copy the settings that you want into your own file, and name your files and servers there"
+    for key in ("base_url", "server"):
+        if settings.get(key):
+            problem = f"the manifest {file} names {key}, which would get your images and your key"
+            raise ConfigError(problem, hint=hint)
     own_tasks = settings.get("own_tasks")
     for task in own_tasks if isinstance(own_tasks, list) else ():
         if not isinstance(task, dict) or isinstance(task.get("output"), str):
             raise ConfigError(f"the manifest {file} names Python code as the output of a task", hint=hint)
-    verify = settings.get("verify")
-    if isinstance(verify, dict) and AT_SERVER in str(verify.get("judge")):
-        raise ConfigError(f"the manifest {file} names a judge's server, which would get your images and your key", hint=hint)
-    if used:
-        raise ConfigError(f"the version of {file} was made with a file of its maker: {used[0]}", hint=hint)
+    sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    if AT_SERVER in str(sections.get("verify", {}).get("judge")):
+        problem = f"the manifest {file} names a judge's server, which would get your images and your key"
+        raise ConfigError(problem, hint=hint)
+    missing = [key for key in ("split_list", "captions") if settings.get(key) and not options.get(key)]
+    for section, key in (("generate", "prompt_dir"), ("balance", "entries")):
+        missing += [f"{section}.{key}"] if sections.get(section, {}).get(key) else []
+    if missing:
+        raise ConfigError(f"the version of {file} needs a file that you do not have: {missing[0]}", hint=hint)
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a manifest that decide which rows its version has: a manifest may be a stranger's.
+    """Return the settings of an untrusted manifest that decide which rows its version has.
 
-    What says where or how is left out, and has to be given anew: places, permissions, names that are a path here.
+    Places, permissions and names that are local paths are left out: the user passes them again.
     """
     kept = {key: value for key, value in settings.items() if key in MANIFEST_KEYS and value is not None}
     if isinstance(kept.get("exclude"), list):
-        kept["exclude"] = [name for name in kept["exclude"] if PUBLIC_SOURCE.fullmatch(str(name).partition("#")[0])]
+        kept["exclude"] = [
+            name for name in kept["exclude"] if PUBLIC_SOURCE.fullmatch(str(name).partition("#")[0])
+        ]
     verify = kept.get("verify")
     if isinstance(verify, dict) and not _is_public_model(verify.get("clip_model", "auto")):
         kept["verify"] = {key: value for key, value in verify.items() if key != "clip_model"}
@@ -242,7 +251,7 @@ def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_public_model(name: Any) -> bool:
-    """Return whether a name is a model of the Hub or a keyword (tiny, auto), and no path that exists here."""
+    """Return whether a name is a Hub id or a keyword (tiny, auto), and not an existing local path."""
     text = str(name)
     return bool(PUBLIC_MODEL.fullmatch(text)) and not ("/" in text and Path(text).exists())
 
@@ -251,41 +260,44 @@ def _is_public_model(name: Any) -> bool:
 
 
 def validate(section: type[AnySection], values: dict[str, Any], where: str = "") -> AnySection:
-    """Return settings from keys and values. Raises ConfigError that names the first invalid key or value, after `where`."""
+    """Return settings from keys and values. Raise ConfigError with the first invalid one, after `where`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        # A missing key may be an unknown one that lost a letter: the unknown one is reported.
-        first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
-        key, known = ".".join(str(part) for part in first["loc"]), keys_of(section)
-        page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
-        if first["type"] == "extra_forbidden":
+        # Report an unknown key before a missing one, which may be the same key in another spelling.
+        flaw = next((flaw for flaw in error.errors() if flaw["type"] == "extra_forbidden"), error.errors()[0])
+        key, known = ".".join(str(part) for part in flaw["loc"]), keys_of(section)
+        if flaw["type"] == "extra_forbidden":
             near = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = did_you_mean(key, known) or f"known keys: {', '.join(near or known)}"
             raise ConfigError(f"{where}unknown config key: {key}", hint=hint) from None
-        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # of an item of a list, or one of several types
+        key = re.sub(r"(\.(\d+|int|float|str))+$", "", key)  # an item of a list, or one type of several
         if not key:
-            problem = first["msg"].removeprefix("Value error, ")
+            problem = flaw["msg"].removeprefix("Value error, ")
+        elif flaw["type"] == "missing":
+            problem = f"{key} is missing"
         else:
-            problem = f"{key} is missing" if first["type"] == "missing" else f"bad value for {key}: {_flaw(first)}"
-        all_shown = "`synth generate --print-config` shows all settings; " if section is Config else ""
-        raise ConfigError(where + problem, hint=f"{all_shown}{page} explains {key or 'each setting'}") from None
+            problem = f"bad value for {key}: {_describe_flaw(flaw)}"
+        page = "docs/own-tasks.md" if section is TaskConfig else "docs/settings.md"
+        listing = "`synth generate --print-config` shows all settings; " if section is Config else ""
+        raise ConfigError(where + problem, hint=f"{listing}{page} explains {key or 'each setting'}") from None
 
 
-def _flaw(error: "ErrorDetails") -> str:
-    """Return what is wrong with a value; it is shown unless it may hold keys of servers, as a section may."""
-    value, context, kind = error["input"], error.get("ctx", {}), error["type"]
-    is_secret = not SECRET_KEYS.isdisjoint(error["loc"]) or isinstance(value, dict | BaseModel)
-    # A password of an address is left out, whatever is in it.
+def _describe_flaw(flaw: "ErrorDetails") -> str:
+    """Return the problem of a value, with the value unless it may contain keys of servers."""
+    value, context = flaw["input"], flaw.get("ctx", {})
+    is_secret = not SECRET_KEYS.isdisjoint(flaw["loc"]) or isinstance(value, dict | BaseModel)
     shown = "it" if is_secret else re.sub(r"://.*@", "://***@", repr(value))[:MAX_SHOWN_CHARACTERS]
-    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", kind))
-    if kind == "string_pattern_mismatch":
-        wanted = PATTERNS.get(str(context["pattern"]), f"a text that matches {context['pattern']}")
+    if flaw["type"] == "string_pattern_mismatch":
+        pattern = str(context["pattern"])
+        return f"{shown} is not {PATTERNS.get(pattern, f'a text that matches {pattern}')}"
+    wanted = WANTED.get(re.sub("_(type|parsing|attributes_type)$", "", flaw["type"]))
     if wanted is None:
-        message = error["msg"].removeprefix("Value error, ")
+        message = flaw["msg"].removeprefix("Value error, ")
         return message if is_secret else f"{message} ({shown})"
-    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if isinstance(value, bool) else ""
-    return f"{shown} is not {wanted if kind == 'string_pattern_mismatch' else wanted.format(**context)}{quotes}"
+    is_bool = isinstance(value, bool)
+    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_bool else ""
+    return f"{shown} is not {wanted.format(**context)}{quotes}"
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:

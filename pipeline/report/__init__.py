@@ -1,1 +1,1 @@
-"""The report: pages that show a dataset to the people who decide about it."""
+"""The report: an HTML page that shows a dataset and its captioner."""

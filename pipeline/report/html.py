@@ -17,11 +17,10 @@ from PIL import Image
 from pipeline.errors import StoreError
 from pipeline.images.decode import prepare_image
 
-SHARED = ("page.css", "charts.html.j2")  # of all pages
-
+SHARED_TEMPLATES = ("page.css", "charts.html.j2")
 THUMBNAIL_PIXELS = 320 * 320
-SHARP_PIXELS = 128 * 128  # images up to this size are stored losslessly, if that fits
-PIXELS_A_BYTE = 12  # upper bound for a photograph as WebP, from which the first size follows
+LOSSLESS_PIXELS = 128 * 128  # drawings up to this size are stored losslessly, if the result is small enough
+PIXELS_PER_BYTE = 12  # upper bound for a photograph as WebP, for the first size that is tried
 QUALITY = 70
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 160
 CURVE_POINTS = 600
@@ -30,30 +29,40 @@ Points = list[tuple[float, float]]
 
 
 def render_page(package: str, template: str, **values: Any) -> str:
-    """Render a template of a package, which may include the templates in SHARED."""
+    """Render a template of a package, which may include SHARED_TEMPLATES."""
 
     def read(name: str) -> str:
-        return (files("pipeline.report" if name in SHARED else package) / name).read_text(encoding="utf-8")
+        folder = files("pipeline.report" if name in SHARED_TEMPLATES else package)
+        return (folder / name).read_text(encoding="utf-8")
 
     environment = Environment(
-        loader=FunctionLoader(read), undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(read),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     try:
         return environment.get_template(template).render(**values)
-    except (TypeError, AttributeError, LookupError, TemplateError) as error:  # a manifest may be a stranger's
-        raise StoreError(f"no page can be made of the manifest: {error}", hint="do not use this version") from None
+    except (TypeError, AttributeError, LookupError, TemplateError) as error:  # the manifest is untrusted
+        raise StoreError(
+            f"no page can be made from the manifest: {error}", hint="do not use this version"
+        ) from None
 
 
 def thumbnail(data: bytes, max_bytes: int) -> bytes:
     """Return a WebP of at most `max_bytes`, without the camera's metadata. Raises ImageError."""
-    image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_A_BYTE * max_bytes))
-    if image.width * image.height <= SHARP_PIXELS and len(sharp := _webp(image, lossless=True)) <= max_bytes:
-        return sharp  # a drawing
-    while len(small := _webp(image)) > max_bytes and min(image.size) > 1:
-        # Bytes shrink somewhat more slowly than pixels.
-        scale = min(0.9, (0.9 * max_bytes / len(small)) ** 0.5)
+    image = prepare_image(data, max_pixels=min(THUMBNAIL_PIXELS, PIXELS_PER_BYTE * max_bytes))
+    if (
+        image.width * image.height <= LOSSLESS_PIXELS
+        and len(webp := _webp(image, lossless=True)) <= max_bytes
+    ):
+        return webp
+    while len(webp := _webp(image)) > max_bytes and min(image.size) > 1:
+        # The number of bytes shrinks more slowly than the number of pixels.
+        scale = min(0.9, (0.9 * max_bytes / len(webp)) ** 0.5)
         image = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    return small
+    return webp
 
 
 def data_uri(webp: bytes) -> str:
@@ -62,24 +71,25 @@ def data_uri(webp: bytes) -> str:
 
 
 def script_hash(script: str) -> str:
-    """Return the hash of a script for a content security policy, which allows only listed scripts."""
+    """Return the hash of a script, for a content security policy that allows only listed scripts."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _webp(image: Image.Image, *, lossless: bool = False) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY, method=2)  # of 0 to 6: 4 takes twice as long for 8 % less
+    image.save(buffer, "WEBP", lossless=lossless, quality=QUALITY, method=2)
     return buffer.getvalue()
 
 
 def points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """Return (step, value) of the log lines that have this value, thinned out to about CURVE_POINTS."""
-    all_points = [(line["step"], line[name]) for line in lines if line.get(name) is not None and math.isfinite(line[name])]
-    return [*all_points[:-1][:: max(1, len(all_points) // CURVE_POINTS)], *all_points[-1:]]
+    """Return (step, value) of the log lines with this value, thinned out to about CURVE_POINTS."""
+    values = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    finite = [(step, value) for step, value in values if math.isfinite(value)]
+    return [*finite[:-1][:: max(1, len(finite) // CURVE_POINTS)], *finite[-1:]]
 
 
 def chart(title: str, series: Mapping[str, Points]) -> dict[str, Any]:
-    """Scale curves into the box of an SVG, over steps, whose y axis starts at 0 and points up."""
+    """Scale curves into the box of an SVG: x is the step, and y starts at 0 and points up."""
     xs = [x for curve in series.values() for x, _ in curve] or [1.0]
     top = max((y for curve in series.values() for _, y in curve), default=1.0) or 1.0
 

@@ -1,24 +1,24 @@
 "use strict";
-// Shows what `add` brings, a page at a time, and remembers reviews in this browser until they are exported.
-// Text of a model only ever goes into textContent and value.
+// Shows the rows that `add` receives, page by page, and stores reviews in this browser until they are exported.
+// Untrusted text is only assigned to textContent and value.
 
 const PER_PAGE = {images: 48, rejected: 100};
-// Each review has a key of its own: tabs are processes, and what one of them reads may be a moment old. With all reviews under one
-// key, a tab would write back what it has not seen yet.
-const OF_ONE = `synth-reviews-${report.digest} `;
-const REASONS = {not_true: "not true of the image", unclear: "unclear or badly worded", trivial: "says nothing of worth",
+// Each review has its own key: with one key for all reviews, two tabs would overwrite each other's reviews.
+const KEY_PREFIX = `synth-reviews-${report.digest} `;
+const REASONS = {not_true: "not true of the image", unclear: "unclear or badly worded", trivial: "trivial",
   private: "private or offensive", other: "another reason"};
 const FIELDS = ["text", "question", "answer", "evidence_pages", "expression"];
 const lists = {};
-const reviews = new Map(), pictures = new Map(); // by the name of a text; of images, by their id
-let kept = true; // whether this browser remembers reviews
+const reviews = new Map(); // name of a text -> review
+const pictures = new Map(); // sample id -> URL of the first image
+let isStored = true; // whether this browser stores reviews
 
 function add(kind, items) {
   if (kind === "images") for (const item of items) pictures.set(item.id, item.images[0]);
   lists[kind].take(items);
 }
 
-/** A list with a search, filters, an order and pages, of which one page is in the document. */
+/** A list with a search, filters, an order and pages. Only one page is in the document. */
 class List {
   constructor(kind, filters, draw, words, rank) {
     Object.assign(this, {kind, filters, draw, words, rank, items: [], found: [], page: 0});
@@ -49,7 +49,7 @@ class List {
   }
 
   filter(fromStart = true) {
-    if (!fromStart && this.order?.value && this.body.querySelector("form")) return; // an open edit stays where it is
+    if (!fromStart && this.order?.value && this.body.querySelector("form")) return; // keep an open edit in place
     const wanted = this.search.value.toLowerCase();
     const chosen = Object.entries(this.filters).map(([name, values]) => [this.select(name).value, values]).filter(([value]) => value);
     this.found = this.items.filter(item => item.searched.includes(wanted) && chosen.every(([value, values]) => values(item).includes(value)));
@@ -74,7 +74,7 @@ class List {
     const first = this.page * PER_PAGE[this.kind];
     const shown = this.found.slice(first, first + PER_PAGE[this.kind]);
     if (!this.shown || shown.length !== this.shown.length || shown.some((item, at) => item !== this.shown[at])) {
-      this.body.replaceChildren(...shown.map(this.draw)); // a part that arrives later must not tear down what somebody reads
+      this.body.replaceChildren(...shown.map(this.draw)); // only if the page changes: the user may be reading it
       this.shown = shown;
     }
     const range = shown.length ? `${first + 1} to ${first + shown.length} of ` : "";
@@ -97,19 +97,19 @@ function drawImage(row) {
     ? picture(source, `${said ? said.text : row.id}${row.images.length > 1 ? `, page ${page + 1}` : ""}`, page ? [] : boxes, row.size)
     : element("p", {className: "soft", textContent: "no picture"}));
   const about = element("div", {}, element("code", {textContent: row.id.slice(0, 12)}), element("span", {className: "tag", textContent: row.split}));
-  const references = folded("captions of the source", row.references), context = folded("context", row.context);
+  const references = folded("reference captions", row.references), context = folded("context", row.context);
   const texts = element("ul", {className: "texts"}, ...row.texts.map(text => drawText(row, text)));
   return element("article", {className: `box card${row.small ? " small" : ""}`}, ...pictures, about, texts, context, references);
 }
 
-/** Texts that a click unfolds; null if there are none. */
+/** Return a section of texts that a click opens; null for no texts. */
 function folded(title, texts) {
   return texts.length
     ? element("details", {}, element("summary", {textContent: title}), ...texts.map(text => element("p", {textContent: text})))
     : null;
 }
 
-/** A picture that a click shows as large as the window. */
+/** Return a picture that a click enlarges to the size of the window. */
 function picture(source, alt, boxes = [], size = []) {
   const image = element("img", {loading: "lazy", src: source, alt});
   const button = element("button", {type: "button", className: "picture"}, image, boxes.length ? drawBoxes(boxes, size) : null);
@@ -118,10 +118,10 @@ function picture(source, alt, boxes = [], size = []) {
   return button;
 }
 
-/** Boxes over a picture, in its own pixels. */
+/** Return boxes to draw over a picture, in pixels of the picture. */
 function drawBoxes(boxes, [width, height]) {
   const svg = shape("svg", {class: "boxes", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true"});
-  const letters = Math.max(width, height) / 22; // their height, in pixels of the picture
+  const letters = Math.max(width, height) / 22; // height in pixels of the picture
   for (const {box: [left, top, right, bottom], label} of boxes) {
     svg.append(shape("rect", {x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top)}));
     svg.append(shape("text", {x: left + letters / 4, y: top + letters, "font-size": letters}, label));
@@ -151,7 +151,7 @@ function drawText(row, text) {
   return fill(item, row, text);
 }
 
-/** Put a text and what was said of it into its list item. */
+/** Fill a list item with a text and its review. */
 function fill(item, row, text) {
   const made = reviews.get(nameOf(row, text));
   const now = made && made.verdict === "edited" ? {...text, ...made} : text;
@@ -173,20 +173,20 @@ function fill(item, row, text) {
   return item;
 }
 
-/** Whether a text cannot be edited here: it is shown in part, or is a value that has a form of its own. */
+/** Return whether a text cannot be edited here: it is cut, or it is a value of a custom task. */
 function isFixed(text) { return Boolean(text.cut) || text.value !== undefined; }
 
 function scoresOf(text) {
   return Object.entries(text.scores).map(([name, score]) => `${name.replace("_", " ")} ${score}`).join("; ");
 }
 
-/** The lowest score of the texts of a row that are shown; those without one come last. */
+/** Return the lowest score of the shown texts of a row; rows without a score sort last. */
 function lowest(row, name) {
   const kind = lists.images.select("kind").value;
   return Math.min(...row.texts.filter(text => !kind || text.kind === kind).map(text => text.scores?.[name] ?? 1e9), 1e9);
 }
 
-/** The reason of a bad text, and a note. */
+/** Return the fields for the reason of a bad text, and a note. */
 function why(name) {
   const made = reviews.get(name);
   const select = element("select", {}, ...report.reasons.map(reason => new Option(REASONS[reason] || reason, reason)));
@@ -199,19 +199,19 @@ function why(name) {
   return [select, note];
 }
 
-/** Review a text, or take the same review back. */
+/** Review a text; the same review again removes it. */
 function review(row, text, kind, item) {
   const name = nameOf(row, text), about = {sample_id: row.id, content: text.content, verdict: kind};
   if (kind === "edited") return isFixed(text) ? undefined : edit(row, text, item, about);
   const made = kind === "bad" ? {...about, reason: report.reasons[0]} : about;
-  if (reviews.get(name)?.verdict === "edited" && !confirm("This takes back the words that you gave to this text. Go on?")) return undefined;
+  if (reviews.get(name)?.verdict === "edited" && !confirm("This discards your edit of this text. Continue?")) return undefined;
   change(name, now => now?.verdict === kind ? null : made);
   fill(item, row, text);
   item.focus();
   return undefined;
 }
 
-/** Put fields for the new words in place of a text; saving the words as they were takes an edit back. */
+/** Replace a text by fields to edit it; saving the original words removes the edit. */
 function edit(row, text, item, about) {
   const name = nameOf(row, text), words = {...text, ...text.raw}, now = {...words, ...reviews.get(name)};
   const names = FIELDS.filter(name => words[name] !== undefined);
@@ -220,7 +220,7 @@ function edit(row, text, item, about) {
     field.setAttribute("aria-label", name.replace("_", " "));
     return field;
   });
-  const tidy = said => String(said).trim().replace(/\s+/g, " ");
+  const tidy = text => String(text).trim().replace(/\s+/g, " ");
   const done = () => { fill(item, row, text); item.focus(); };
   const save = element("button", {type: "submit", textContent: "Save"});
   const cancel = element("button", {type: "button", textContent: "Cancel"});
@@ -231,7 +231,7 @@ function edit(row, text, item, about) {
   form.addEventListener("keydown", event => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
     if (event.key !== "Escape") return;
-    if (isChanged()) note.textContent = "changed: Ctrl+Enter saves it, Cancel gives it up";
+    if (isChanged()) note.textContent = "changed: Ctrl+Enter saves it, Cancel discards it";
     else done();
   });
   form.addEventListener("submit", event => {
@@ -252,38 +252,38 @@ function nameOf(row, text) { return `${row.id} ${text.content}`; }
 
 function verdictsOf(row) { return row.texts.map(text => reviews.get(nameOf(row, text))?.verdict || "not reviewed"); }
 
-/** Take what this browser remembers: another tab may have reviewed something since. */
-function recall() {
-  if (!kept) return;
-  const known = new Map();
+/** Read the reviews of this browser: another tab may have added some. */
+function readReviews() {
+  if (!isStored) return;
+  const stored = new Map();
   try {
-    for (const key of keysOfReviews()) known.set(key.slice(OF_ONE.length), JSON.parse(localStorage.getItem(key)));
-  } catch { kept = false; return; }
+    for (const key of keysOfReviews()) stored.set(key.slice(KEY_PREFIX.length), JSON.parse(localStorage.getItem(key)));
+  } catch { isStored = false; return; }
   reviews.clear();
-  for (const [name, made] of known) if (made) reviews.set(name, made);
+  for (const [name, made] of stored) if (made) reviews.set(name, made);
 }
 
 function keysOfReviews() {
-  return Array.from({length: localStorage.length}, (_, at) => localStorage.key(at)).filter(key => key.startsWith(OF_ONE));
+  return Array.from({length: localStorage.length}, (_, at) => localStorage.key(at)).filter(key => key.startsWith(KEY_PREFIX));
 }
 
-/** Put what `become` makes of a review in its place; null takes it away. */
+/** Replace a review by `become(review)`; null removes it. */
 function change(name, become) {
-  recall();
+  readReviews();
   const made = become(reviews.get(name));
   if (made) reviews.set(name, made);
   else reviews.delete(name);
   store(name);
 }
 
-/** Write one review, or that it is gone, to what this browser remembers. */
+/** Store a review in this browser, or its removal. */
 function store(name) {
   const made = reviews.get(name);
   try {
-    if (made) localStorage.setItem(OF_ONE + name, JSON.stringify(made));
-    else localStorage.removeItem(OF_ONE + name);
-  } catch { kept = false; }
-  if (!kept) window.onbeforeunload = () => reviews.size ? "" : undefined;
+    if (made) localStorage.setItem(KEY_PREFIX + name, JSON.stringify(made));
+    else localStorage.removeItem(KEY_PREFIX + name);
+  } catch { isStored = false; }
+  if (!isStored) window.onbeforeunload = () => reviews.size ? "" : undefined;
   count();
 }
 
@@ -295,6 +295,7 @@ function count() {
 }
 
 function exportReviews() {
+  for (const form of document.querySelectorAll("#images form.edit")) form.requestSubmit(); // save open edits
   const lines = [...reviews.values()].map(made => JSON.stringify(made) + "\n");
   const link = element("a", {href: URL.createObjectURL(new Blob(lines, {type: "application/jsonl"})), download: `reviews-${report.version}.jsonl`});
   link.click();
@@ -310,14 +311,14 @@ function drawRejected(row) {
     element("td", {className: "thumb"}, ...shown, name), element("td", {className: "text", textContent: row.what}));
 }
 
-/** The end of a path says more than its beginning. */
+/** Return the end of a long path. */
 function shortened(where) {
   return where.length > 40 ? `\u2026${where.slice(-39)}` : where;
 }
 
 function folderOf(where) { return where.slice(0, Math.max(0, where.lastIndexOf("/"))) || "/"; }
 
-/** Go to another text on this page. */
+/** Focus another text on this page. */
 function step(by) {
   const items = [...document.querySelectorAll("#images .texts > li")];
   const at = items.indexOf(document.activeElement.closest?.(".texts > li"));
@@ -341,8 +342,8 @@ document.addEventListener("keydown", event => {
 });
 document.getElementById("export").addEventListener("click", exportReviews);
 document.getElementById("forget").addEventListener("click", () => {
-  if (!confirm("Forget all reviews that were made here?")) return;
-  try { for (const key of keysOfReviews()) localStorage.removeItem(key); } catch { kept = false; }
+  if (!confirm("Delete all reviews in this browser?")) return;
+  try { for (const key of keysOfReviews()) localStorage.removeItem(key); } catch { isStored = false; }
   reviews.clear();
   count();
   lists.images.shown = null;
@@ -350,22 +351,22 @@ document.getElementById("forget").addEventListener("click", () => {
 });
 document.getElementById("large").addEventListener("click", event => event.currentTarget.close());
 document.getElementById("help").addEventListener("click", () => KEYS["?"]());
-/** Show what was reviewed in other tabs. */
+/** Show the reviews of other tabs. */
 function refresh() {
   count();
   for (const item of document.querySelectorAll("#images .texts > li")) item.update();
 }
 
-window.addEventListener("focus", () => { // a tab that has just opened may miss an event
+window.addEventListener("focus", () => { // a new tab may miss a storage event
   const before = JSON.stringify([...reviews]);
-  recall();
-  if (JSON.stringify([...reviews]) !== before) refresh(); // else a click that brings the tab to the front would lose its button
+  readReviews();
+  if (JSON.stringify([...reviews]) !== before) refresh(); // only on a change: it would replace a button that is being clicked
 });
 window.addEventListener("storage", event => {
-  if (event.key !== null && !event.key.startsWith(OF_ONE)) return;
-  recall();
-  if (event.key !== null) { // what the event says is newer than what may be read here
-    const name = event.key.slice(OF_ONE.length);
+  if (event.key !== null && !event.key.startsWith(KEY_PREFIX)) return;
+  readReviews();
+  if (event.key !== null) { // the event is newer than the storage that this tab reads
+    const name = event.key.slice(KEY_PREFIX.length);
     if (event.newValue) reviews.set(name, JSON.parse(event.newValue));
     else reviews.delete(name);
   }
@@ -376,5 +377,5 @@ lists.images = new List("images",
   {split: row => [row.split], folder: row => [folderOf(row.from)], kind: row => row.texts.map(text => text.kind), review: verdictsOf}, drawImage,
   row => [row.id, row.from, ...row.references, ...row.context, ...row.texts.flatMap(text => [...FIELDS, "value"].map(name => text[name] ?? ""))], lowest);
 lists.rejected = new List("rejected", {step: row => [row.step], reason: row => [row.reason]}, drawRejected, Object.values);
-recall();
+readReviews();
 count();

@@ -51,8 +51,8 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text}", "prompt is missing"),
         ("{name: t, kind: poem, prompt: a}", "bad value for kind: 'poem' is not one of"),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
-        ("{name: T, kind: text, prompt: a}", "bad value for name: 'T' is not the name of a task, in small letters"),
-        ("[1]", "must hold keys and values"),
+        ("{name: T, kind: text, prompt: a}", "bad value for name: 'T' is not the name of a task, in lower case"),
+        ("[1]", "must contain keys and values"),
         ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
         ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
         ("{name: t, kind: text, prompt: '{{ results.ocr }}'}", "uses results.ocr, which its task does not need"),
@@ -79,7 +79,7 @@ def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: P
 
 
 def test_two_tasks_of_one_name_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="two own tasks have the name t"):
+    with pytest.raises(ConfigError, match="two custom tasks have the name t"):
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
 
 

@@ -13,12 +13,11 @@ from playwright.sync_api import Page, expect
 from pipeline.dataset.directory import DatasetDir, open_dataset
 from pipeline.dataset.reviews import read_reviews
 from pipeline.dataset.version import Version
-from pipeline.report import build
 from pipeline.report.build import write_report
 from pipeline.tables import SPLITS, Extras
-from tests.browser import PHONE, WIDE, Open, violations, wait_until
+from tests.browser import PHONE, WIDE, Open, violations
 from tests.hostile import LONG
-from tests.pipeline.report.test_figures import OF_DEDUPE, caption, write_step
+from tests.pipeline.report.test_figures import DEDUPE_ROW, caption, write_step
 from tests.scene_data import make_version, scene_samples, true_captions
 from tests.whole.conftest import Run
 
@@ -39,10 +38,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Version:
     kept = [caption(1, a, "A red ring."), caption(2, b, "A blue ring.", image_group=a)]
     lost = [caption(3, a, "a red ring", "A red ring.", duplicate_of="1", reason="duplicate")]
     lost += [caption(4, b, "A dot.", image_group=a, image_reason="near_duplicate_image", reason="near_duplicate_image")]
-    write_step(folder, "dedupe", "kept", kept, OF_DEDUPE)
-    write_step(folder, "dedupe", "rejected", lost, OF_DEDUPE)
+    write_step(folder, "dedupe", "kept", kept, DEDUPE_ROW)
+    write_step(folder, "dedupe", "rejected", lost, DEDUPE_ROW)
     for which in ("kept", "rejected"):
-        write_step(folder, "balance", which, kept if which == "kept" else [], OF_DEDUPE | {"question_type": None})
+        write_step(folder, "balance", which, kept if which == "kept" else [], DEDUPE_ROW | {"question_type": None})
     return version
 
 
@@ -101,7 +100,7 @@ def test_the_worst_texts_come_first_with_their_scores(opened: Open, tmp_path: Pa
     page.get_by_label("Search texts").fill("lamp 17<")
     page.get_by_text("context", exact=True).click()
     expect(page.get_by_text("title: <b>Lamp 17</b>")).to_be_visible()
-    page.get_by_text("What the scores say").click()
+    page.get_by_text("Meaning of the scores").click()
     expect(page.get_by_text("are answered right from the caption alone")).to_be_visible()
 
 
@@ -228,18 +227,6 @@ def test_two_tabs_that_review_the_same_report_lose_nothing(page: Page) -> None:
     assert page.get_by_label("Note").input_value() == "no ring"
 
 
-def test_a_folder_opens_from_the_disk_and_loads_its_parts(
-    opened: Open, dataset: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "ONE_FILE_ROWS", 10)
-    monkeypatch.setattr(build, "PART_ROWS", 30)
-    monkeypatch.setattr(build, "AT_ONCE", 10)
-    page = opened(write_report(dataset, tmp_path))
-    assert result_count(page) == "1 to 48 of 120 found, 120 in this report"
-    assert page.locator("script[src]").count() == 4
-    wait_until(page, "[...document.querySelectorAll('#images img')].slice(0, 4).every(image => image.naturalWidth > 0)")
-
-
 LOOKS = [(viewport, scheme) for viewport in (WIDE, PHONE) for scheme in ("light", "dark")]
 
 
@@ -249,7 +236,7 @@ def test_nothing_is_in_the_way_of_anybody(opened: Open, dataset: Version, viewpo
     text_of(page).get_by_role("button", name="Bad").click()
     text_of(page, 1).get_by_role("button", name="Edit").click()
     assert violations(page) == []
-    expect(page.get_by_role("heading", name="Images that look alike: 1")).to_be_visible()
+    expect(page.get_by_role("heading", name="Similar images: 1")).to_be_visible()
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= viewport["width"]
 
@@ -274,7 +261,7 @@ def test_exported_reviews_make_the_next_version(opened: Open, synth: Run, tmp_pa
     done = synth("review", "apply", "reviews.jsonl", "--json")
     assert json.loads(done.stdout)["version"] == "v1.0.1", done.stderr
     assert "review: 3 reviews apply" in done.stderr
-    assert "asked the model 0 times" in done.stderr
+    assert "sent 0 requests" in done.stderr
     old, new = (open_dataset(tmp_path / "data" / "scenes", name) for name in ("v1.0.0", "v1.0.1"))
     before, after = (read_texts(version) for version in (old, new))
     assert new.manifest["review"] == {"good": 1, "bad": 1, "edited": 1}

@@ -118,14 +118,14 @@ def test_names_on_stdin_are_captioned_and_those_of_nothing_are_told(
     printed = capsys.readouterr()
     assert [json.loads(line)["image"] for line in printed.out.splitlines()] == [str(image)]
     assert f"cannot read: {tmp_path}/gone.png does not exist" in printed.err.replace("\n", " ")
-    assert "has not ended" not in printed.err
+    assert "is not finished" not in printed.err
     (tmp_path / "c" / "resume.pt").write_bytes(b"state")
     caption(captioner, [str(image)], as_json=True)
-    assert "has not ended; `synth train --resume` goes on with it" in capsys.readouterr().err.replace("\n", " ")
+    assert "is not finished; `synth train --resume` resumes it" in capsys.readouterr().err.replace("\n", " ")
     monkeypatch.setattr("sys.stdin", StringIO(f"{tmp_path}/gone.png\n"))
     with pytest.raises(BadParameter, match="no image was named"):
         caption(captioner, ["-"])
-    with pytest.raises(BadParameter, match="ask something"):
+    with pytest.raises(BadParameter, match="the question is empty"):
         caption(captioner, [str(image)], question=" ")
 
 

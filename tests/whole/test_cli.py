@@ -49,8 +49,8 @@ def test_help_shows_common_options_and_names_what_there_is_and_help_all_shows_al
     assert {"--source", "--out", "--config", "--limit", "--model", "--base-url", "--help-all"} <= shown[0] < shown[1]
     assert len(shown[0]) <= 16 and "--price-in" in shown[1] - shown[0]
     every, exported = " ".join(every.split()), " ".join(synth("export", "--help", env=wide).stdout.split())
-    assert f"What to ask: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in every
-    assert f"What to check: {', '.join(get_args(Check))}." in every
+    assert f"Tasks: {', '.join(name for name, task in TASKS.items() if task not in CHECKING)}." in every
+    assert f"Checks: {', '.join(get_args(Check))}." in every
     assert f"{', '.join([PARQUET, *FORMATS][:-1])} or {[*FORMATS][-1]};" in exported
 
 
@@ -88,7 +88,7 @@ def test_dry_run_predicts_and_keeps_what_it_paid_for(synth: Run, tmp_path: Path)
     assert estimate["reply_tokens"] > 40 * 2 * 10
     assert not list(tmp_path.rglob("v1*"))
     done = synth(*command)
-    assert "asked the model 16 times for 80 replies" in done.stderr
+    assert "sent 16 requests for 80 replies" in done.stderr
     written_bytes = sum(path.stat().st_size for path in (tmp_path / done.stdout.strip()).glob("*.parquet"))
     assert 0.3 < estimate["bytes"] / written_bytes < 3
 

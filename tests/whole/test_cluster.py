@@ -169,8 +169,8 @@ def test_cluster_makes_reports_and_reviews_the_version_that_one_machine_makes(ma
     for out in ("one", "many"):
         assert run_synth("report", out, cwd=folder).returncode == 0
         page = (folder / out / "report.html").read_text()
-        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Texts that say the same: \d+|"step":"\w+"', page)))
-        assert "lies in no folder here" not in page
+        parts.append(sorted(re.findall(r'<span class="bad">\d+</span> \w+|Duplicate texts of one image: \d+|"step":"\w+"', page)))
+        assert "belong to another run" not in page
         done = run_synth("review", "apply", "reviews.jsonl", "--data", out, cwd=folder)
         assert "review: 1 reviews apply" in done.stderr, done.stderr
     assert parts[0] == parts[1]

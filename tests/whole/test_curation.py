@@ -45,7 +45,7 @@ def test_annotations_are_checked_and_other_thresholds_are_applied_without_a_ques
     config.write_text("verify: {min_claims_supported: 0.1, lowest_alignment_frac: 0.0}\nfilter: {max_caption_words: 12}\n")
     common = ("generate", "--source", "scenes", "--limit", str(SCENES), "--out", "d", "--verify", CHECKS)
     done = run(*common, "--config", str(config), cwd=verified.parent)
-    assert "asked the model 0 times" in done.stderr
+    assert "sent 0 requests" in done.stderr
     assert "too_long" in done.stderr
     assert len(read_kept(verified, "verify")) < len(rows)  # long captions are gone
     funnel = json.loads((verified / "versions" / "v1.0.1" / "manifest.json").read_text())["funnel"]

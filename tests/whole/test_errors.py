@@ -44,7 +44,7 @@ def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(s
     (tmp_path / odd / "a.png").write_bytes(photo(1))
     tiny = ("--engine", "embedded", "--model", "tiny")
     error, _ = read_failure(synth("generate", "--source", f"folder:{odd}", *tiny))
-    assert "a path that is no UTF-8 cannot be kept: rename it" in error
+    assert "the path is not UTF-8: rename it" in error
     error, _ = read_failure(synth("generate", "--source", "scenes", "--limit", "1", "--out", odd, *tiny))
     assert r"the name of the folder caf\xe9 is no UTF-8" in error
     error, _ = read_failure(synth("report", odd))

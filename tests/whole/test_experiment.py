@@ -50,7 +50,7 @@ def test_a_grid_that_was_killed_ends_with_the_same_table(folder: Path) -> None:
     assert not (folder / "cut" / "experiment.json").exists()
     resumed = experiment(folder, "which.yaml", "--jobs", "1", "--out", "cut")
     assert resumed.returncode == 0, resumed.stderr
-    assert "2 cells, of which 1 are done" in resumed.stderr
+    assert "1 done before" in resumed.stderr
     for name in ("experiment.json", "experiment.md", "experiment.html"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert resumed.stdout.strip() == "cut/experiment.html"

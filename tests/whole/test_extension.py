@@ -120,7 +120,7 @@ def extend(package: Path, files: dict[str, Any]) -> None:
 
 def test_step_and_a_source_take_two_files_each(package: Path, chat: ChatServer, tmp_path: Path) -> None:
     extend(package, STEP | SOURCE)
-    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
+    command = [sys.executable, "-m", "pipeline", "generate", "--source", "stripes", "--limit", "20", "--out", "data"]
     command += ["--tasks", "caption", "--base-url", chat.url]
     env = os.environ | {"PYTHONPATH": str(package)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)

@@ -59,7 +59,7 @@ def test_run_counts_every_row_and_again_asks_nothing_and_writes_nothing(whole: t
     assert min(cost["prompt_tokens"], cost["reply_tokens"]) > SCENES * 3
     before = state(folder)
     done = subprocess.run([SYNTH, *GENERATE, "--out", folder], capture_output=True, text=True, check=True)
-    assert "asked the model 0 times" in done.stderr
+    assert "sent 0 requests" in done.stderr
     assert "nothing new: v1.0.0" in done.stderr
     assert json.loads(done.stdout)["digest"] == printed["digest"]
     assert state(folder) == before
@@ -74,16 +74,16 @@ def test_damaged_version_is_a_warning_where_a_run_finds_nothing_new(whole: tuple
     lost.unlink()
     done = run_synth(*GENERATE, "--out", folder, cwd=tmp_path)
     names = ", ".join(str(path.relative_to(version.path)) for path in (short, lost))
-    text = f"v1.0.0 is damaged: {names} is gone or of another size; `synth check {folder}` says what can be rebuilt"
+    text = f"v1.0.0 is damaged: {names} is missing or has another size; `synth check {folder}` shows how to repair it"
     assert text in json.loads(done.stdout)["warnings"]
-    assert f"warning: {text}" in done.stderr and "asked the model 0 times" in done.stderr
+    assert f"warning: {text}" in done.stderr and "sent 0 requests" in done.stderr
 
 
 def test_more_scenes_are_a_minor_version_and_only_they_are_asked(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
     before = DatasetDir(folder).version("v1.0.0")
     done = run_synth("generate", "--source", "scenes", "--limit", str(SCENES + 8), "--out", folder, cwd=folder)
-    assert f"asked the model {8 * 3} times for {(SCENES + 8) * 3} replies" in done.stderr, done.stderr
+    assert f"sent {8 * 3} requests for {(SCENES + 8) * 3} replies" in done.stderr, done.stderr
     after = DatasetDir(folder).version()
     assert (after.name, after.manifest["parent"]) == ("v1.1.0", "v1.0.0")
     held_out, held_out_later = ({*version.read("test", ["sample_id"])["sample_id"].to_pylist()} for version in (before, after))
@@ -128,7 +128,7 @@ def test_a_signal_ends_a_run_which_says_how_to_go_on(
     process.send_signal(number)
     _, progress = process.communicate(timeout=600)
     assert process.returncode == code, progress
-    assert "run the same command to go on" in progress
+    assert "run the same command to resume" in progress
     assert "Traceback" not in progress
 
 
@@ -144,7 +144,7 @@ def test_a_training_that_is_ended_by_sigterm_says_so_by_its_exit_code(tmp_path: 
     process.send_signal(signal.SIGTERM)
     _, progress = process.communicate(timeout=600)
     assert (process.returncode, (tmp_path / "captioner" / "resume.pt").exists()) == (143, True), progress
-    assert "run the same command to go on (train: with --resume" in progress.replace("\n", " ")
+    assert "run the same command to resume (train: with --resume" in progress.replace("\n", " ")
 
 
 def test_a_folder_of_a_users_own_goes_through_the_same_door(synth: Run, tmp_path: Path) -> None:

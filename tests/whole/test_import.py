@@ -110,13 +110,13 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
     assert manifest["model"] == {"name": "none", "revision": "none"} and not manifest["prompts"]
     assert (manifest["measured"]["human_captions"], manifest["measured"]["human_questions"]) == (COUNT, COUNT // 2)
     card = (photos / result["path"] / "README.md").read_text()
-    assert "were written by people" in card and "machine-generated" not in card
+    assert "were written by humans" in card and "machine-generated" not in card
     assert "- visual-question-answering" in card and "- image-to-text" in card
     again = made(photos, "generate", "--tasks", "none", "--captions", "vqa.jsonl")
     assert (again["is_new"], again["digest"]) == (False, result["digest"])
     config = ("--config", f"{result['path']}/manifest.json", "--out", "e", "--source", "folder:photos", "--json")
     refused = synth(photos, "generate", *config, code=1)
-    assert "was made with a file of its maker: captions" in refused.stderr
+    assert "needs a file that you do not have: captions" in refused.stderr
     repeated = synth(photos, "generate", *config, "--captions", "coco.json", "--captions", "vqa.jsonl")
     assert json.loads(repeated.stdout)["digest"] == result["digest"]
     trained = synth(photos, "train", "--data", "d", "--encoder", "tiny-vit", "--steps", "2", "--out", "captioner")
@@ -124,7 +124,7 @@ def test_captions_and_questions_of_people_become_a_version_and_a_captioner_witho
     metrics = json.loads((photos / "captioner/metrics.json").read_text())
     assert metrics["data"]["texts"] == "human" and metrics["against"] == "references of the source"
     said = synth(photos, "push", "captioner", "--repo", "me/captioner", "--dry-run").stderr
-    assert "me/captioner, private, as the license of the images is not known, or not to the Hub (--public)" in said
+    assert "me/captioner, private: the license of the images is unknown, or the Hub does not list it (--public)" in said
 
 
 def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path, server: ChatServer, model: Model) -> None:
@@ -142,7 +142,7 @@ def test_a_model_is_asked_about_exactly_the_images_without_captions(photos: Path
     before = rows_of(photos, imported)
     assert {name: rows[name] for name in before} == before  # what people wrote is as it was
     card = (photos / result["path"] / "README.md").read_text()
-    assert f"**{COUNT} captions and {COUNT // 2} questions were written by people**" in card
+    assert f"**{COUNT} captions and {COUNT // 2} questions were written by humans**" in card
     assert "All others are machine-generated" in card
     made(photos, "generate", *options, "--only-missing")
     assert model.asked.total() == COUNT  # nothing is asked twice
@@ -185,10 +185,10 @@ def test_captions_that_are_missing_or_contradict_the_settings_are_one_clear_erro
     done = synth(photos, "generate", *folder, "--captions", "gone.json", "--tasks", "none", code=1)
     assert "cannot read gone.json" in done.stderr and "Traceback" not in done.stderr
     for option, text, problem in (
-        ("--no-model", "captions: [coco.json]\nverify: {checks: [claims]}", "--no-model asks no model, and the"),
-        ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for what is missing"),
-        ("--json", "tasks: [none, caption]\n", "tasks: none stands alone"),
-        ("--json", "generate: {style_prompts: {human: Say it.}}\n", "human is the style of captions that people wrote"),
+        ("--no-model", "captions: [coco.json]\nverify: {checks: [claims]}", "--no-model excludes a model, and the"),
+        ("--json", "tasks: none\nhuman_texts: fill\n", "human_texts: fill asks for missing texts"),
+        ("--json", "tasks: [none, caption]\n", "tasks: none excludes other tasks"),
+        ("--json", "generate: {style_prompts: {human: Say it.}}\n", "human is the style of human captions"),
     ):
         (photos / "s.yaml").write_text(text)
         assert problem in synth(photos, "generate", option, "--config", "s.yaml", *folder, code=1).stderr

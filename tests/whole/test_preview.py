@@ -60,7 +60,7 @@ def test_a_preview_shows_texts_prompts_and_what_would_be_rejected(photos: Path, 
     done = run(photos, *command)
     assert len(server.bodies) == asked  # the replies were kept
     assert "would be rejected: too short" in done.stderr
-    assert "kept from before" in done.stderr
+    assert "stored reply" in done.stderr
     assert done.stdout.strip() == "data/folder-photos/preview.html"
     made = json.loads(run(photos, "generate", *command[1:-2], "--json").stdout)
     assert made["requests"]["total"] == 24
@@ -123,7 +123,7 @@ def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Pat
     assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
     assert "read: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics" in done.stderr
     assert result["requests"]["total"] == 12
-    assert "Images that look alike" in (photos / run(photos, "report").stdout.strip()).read_text()
+    assert "Similar images" in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}
     source = photos / "data/folder-photos/steps/read"
     assert similar <= {path.name for path in source.iterdir()}

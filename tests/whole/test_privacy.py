@@ -94,7 +94,7 @@ def test_the_model_gets_pixels_alone(home: Path, server: ChatServer) -> None:
 
 def test_what_is_pushed_and_loaded_has_no_metadata_and_stands_upright(home: Path, hub: RunningHub) -> None:
     message = run(hub, home, "push", "--repo", "me/photos").stderr
-    assert "repository: me/photos, private, as the license of the images is not known, or not to the Hub (--license)" in message
+    assert "repository: me/photos, private: the license of the images is unknown, or the Hub does not list it (--license)" in message
     assert "dataset: data/folder-photos\n" in message
     assert "license of the images: unknown" in message
     repo = hub.hub.storage.repos["dataset", "me/photos"]

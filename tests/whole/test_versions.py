@@ -33,11 +33,11 @@ def test_a_preview_is_not_taken_for_the_dataset(synth: Run, photos: Path, tmp_pa
     listed = json.loads(synth("versions", "list", "--json").stdout)
     assert [(row["version"], row["preview"]) for row in listed] == [("v1.0.0", True), ("v1.1.0", False), ("v1.1.1", True)]
     exported = synth("export", "--format", "csv", "--json")
-    assert "v1.1.1 is newer, and a preview; v1.1.0 is taken" in exported.stderr
+    assert "uses v1.1.0; v1.1.1 is newer, but a preview" in exported.stderr
     assert json.loads(exported.stdout)["images"] == COUNT
     pushed = synth("push", "--repo", "ORG/NAME", "--dry-run", "--json")
     assert json.loads(pushed.stdout)["version"] == "v1.1.0"
-    assert "v1.1.1 is newer, and a preview" in pushed.stderr
+    assert "v1.1.1 is newer, but a preview" in pushed.stderr
     named = synth("export", "--data", f"{tmp_path / 'elsewhere'}@v1.1.1", "--format", "csv", "--json")
     assert json.loads(named.stdout)["images"] == 3
     assert "v1.1.1 is a preview" in named.stderr

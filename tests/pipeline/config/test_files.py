@@ -1,60 +1,135 @@
-"""Files of settings: what overrides what, and one clear error."""
+"""Files of settings: precedence of options and files, and errors with a hint."""
 
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Config
-from pipeline.config.files import resolve
+from pipeline.config.files import read_task, resolve
 from pipeline.errors import ConfigError
 
+SOURCE = "source: scenes\n"
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("source: scenes\nlimit: 7\nseed: 3\ngenerate: {qa_temperature: 0.2}\n")
-    config = resolve(file, limit=9, seed=None)
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "synth.yaml"
+
+
+def test_options_override_the_file_and_the_file_overrides_defaults(file: Path) -> None:
+    file.write_text(
+        "source: scenes\nlimit: 7\nseed: 3\ngenerate: {qa_temperature: 0.2}\nserver: {concurrency: 8}\n"
+    )
+    config = resolve(file, limit=9, seed=None, server={"flags": ["--x"]})
     assert (config.limit, config.seed) == (9, 3)
     assert (config.generate.qa_temperature, config.generate.caption_temperature) == (0.2, 0.0)
+    assert (config.server.concurrency, config.server.flags) == (8, ("--x",))
+
+
+def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
+    file.write_text("source: scenes\nfilter:\n#  language: de\n")
+    assert resolve(file) == Config(source="scenes")
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "problem", "hint"),
     [
-        ("source: scenes\nlimits: 7\n", "unknown config key: limits"),
-        ("source: scenes\ngenerate: {temprature: 1}\n", "unknown config key: generate.temprature"),
-        ("source: scenes\nlimit: 0\n", "bad value for limit"),
-        ("source: scenes\ngenerate: {caption_styles: [A poem]}\n", "bad value for generate.caption_styles"),
-        ("source: scenes\ntasks: []\n", "no task is asked and no text of people is kept"),
-        ("source: scenes\ntasks: [caption, caption]\n", "named twice"),
-        ("- a\n", "must hold keys and values"),
-        ("a: [\n", "is not YAML"),
-        ("limit: 3\n", "no source given"),
+        ("source: scenes\nlimits: 7\n", "unknown config key: limits", "did you mean limit"),
+        (
+            "source: scenes\ngenerate: {temprature: 1}\n",
+            "unknown config key: generate.temprature",
+            "temperature",
+        ),
+        (
+            "source: scenes\nfilter: {shortest: 3}\n",
+            "unknown config key: filter.shortest",
+            "known keys: filter.",
+        ),
+        ("sources: scenes\n", "unknown config key: sources", "did you mean source"),
+        ("config: foo\nversion: 1\n", "unknown config key: config", "known keys"),
+        (
+            "source: scenes\nlimit: 0\n",
+            "bad value for limit: 0 is not 1 or more",
+            "docs/settings.md explains limit",
+        ),
+        (
+            "source: scenes\nlimit: yes\n",
+            "limit: True is not a number; YAML reads yes, no, on and off as true and false: put a text",
+            "docs/settings.md explains limit",
+        ),
+        ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", "docs"),
+        (
+            "source: scenes\ngenerate: {caption_styles: [A b]}\n",
+            "bad value for generate.caption_styles",
+            "docs",
+        ),
+        (
+            "source: scenes\nfilter: [a]\n",
+            "keys and values, indented below it",
+            "docs/settings.md explains filter",
+        ),
+        (
+            "source: scenes\nsplit: {validation_frac: 0.9, test_frac: 0.9}\n",
+            "bad value for split",
+            "explains split",
+        ),
+        ("source: scenes\ntasks: []\n", "no texts would be made", "docs/settings.md"),
+        ("source: scenes\ntasks: [caption, caption]\n", "named twice", "docs/settings.md explains tasks"),
+        ("source: scenes\nlimit: 3\nlimit: 4\n", "line 3: the key limit appears twice", "remove one"),
+        (
+            "source: scenes\nserver: {headers: {a: b, c: d, a: e}}\n",
+            "line 2: the key a appears twice",
+            "remove one",
+        ),
+        ("- a\n", "must contain keys and values", "limit: 100"),
+        ("a: [\n", "is not YAML", "limit: 100"),
+        ("limit: 3\n", "no source given", "--source folder:PATH"),
+        (None, "cannot read config file", "pass a YAML file"),
     ],
 )
-def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, what: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=what) as caught:
+def test_bad_file_error_names_the_problem_and_a_hint(
+    text: str | None, problem: str, hint: str, file: Path
+) -> None:
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
         resolve(file)
-    assert caught.value.hint
+    assert problem in str(caught.value)
+    assert hint in caught.value.hint
+    assert len(caught.value.hint) < 1000
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read config file"):
-        resolve(tmp_path / "none.yaml")
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"key_env": "sk-SECRET-123456"},
+        {"key_env": "hf_SECRET123456"},
+        {"headers": {"X-Key": "SECRET\nX-Other: b"}},
+        {"endpoints": {"http://a/v1": {"key_env": "sk-SECRET-1"}}},
+    ],
+)
+def test_error_does_not_show_a_key_that_was_pasted_into_the_settings(server: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"key_env|headers") as caught:
+        resolve(source="scenes", base_url=["http://a/v1"], server=server)
+    assert "SECRET" not in f"{caught.value} {caught.value.hint}"
 
 
-def test_a_flag_of_a_section_leaves_the_rest_of_it_as_the_file_has_it(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("source: scenes\nserver: {concurrency: 8}\n")
-    server = resolve(file, server={"flags": ["--x"]}).server
-    assert (server.concurrency, server.flags) == (8, ("--x",))
-
-
-def test_a_section_without_a_line_is_that_of_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("source: scenes\nfilter:\n#  language: de\n")
-    assert resolve(file) == Config(source="scenes")
-    file.write_text("config: foo\nversion: 1\n")
-    with pytest.raises(ConfigError, match="unknown config key: config"):
+def test_error_about_a_section_does_not_show_its_keys(file: Path) -> None:
+    headers = "{Authorization: Bearer sk-secret-01}"
+    file.write_text(f"{SOURCE}server: {{headers: {headers}, concurrency: yes, endpoints: {{x: {{}}}}}}\n")
+    with pytest.raises(ConfigError) as caught:
         resolve(file)
+    assert "sk-secret" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_error_about_an_address_does_not_show_its_password() -> None:
+    with pytest.raises(ConfigError, match="base_url") as caught:
+        resolve(source="scenes", base_url=["http://me:SEC RET@h/v1"])
+    assert "RET" not in str(caught.value)
+
+
+def test_unquoted_yes_and_no_in_a_task_file_ask_for_quotes(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("name: shown\nkind: labels\nlabels: [yes, no]\nprompt: Is it?\n")
+    with pytest.raises(ConfigError, match="put a text in quotes") as caught:
+        read_task(tmp_path / "task.yaml")
+    assert "docs/own-tasks.md" in caught.value.hint

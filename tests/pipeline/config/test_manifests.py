@@ -1,4 +1,4 @@
-"""A manifest of a stranger decides its rows, and nothing about where and how."""
+"""An untrusted manifest decides which rows a version has, and not places, servers or permissions."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,6 @@ from pipeline.config.files import MANIFEST_KEYS, OWN_KEYS, PUBLIC_SOURCE, resolv
 from pipeline.errors import ConfigError
 
 
-def test_a_manifest_of_a_stranger_cannot_name_a_server(tmp_path: Path) -> None:
-    file = tmp_path / "manifest.json"
-    for key, value in (("base_url", ["http://evil.example/v1"]), ("server", {"flags": ["--trust-remote-code"]})):
-        file.write_text(json.dumps({"version": "v1.0.0", "config": {"source": "scenes", key: value}}))
-        with pytest.raises(ConfigError, match=f"names {key}"):
-            resolve(file)
-    file.write_text(json.dumps({"version": "v1.0.0", "config": {"source": "scenes", "limit": 3}}))
-    assert resolve(file).limit == 3
-
-
 def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     file = tmp_path / "manifest.json"
     values = {"source": "scenes", "limit": 2, "tasks": ["caption"]} | settings
@@ -28,22 +18,33 @@ def manifest_with(tmp_path: Path, **settings: Any) -> Path:
     return file
 
 
-def test_a_manifest_of_a_stranger_cannot_name_the_server_of_a_judge(tmp_path: Path) -> None:
-    for judge, accepted in (("x@http://evil.example/v1", False), ("org/x@https://evil.example/v1", False), ("org/x", True)):
-        file = tmp_path / "manifest.json"
-        settings = {"source": "scenes", "verify": {"judge": judge}}
-        file.write_text(json.dumps({"version": "v1.0.0", "config": settings}))
-        if accepted:
-            assert resolve(file).verify.judge == judge  # whose server has to be named here
-        else:
-            with pytest.raises(ConfigError, match="judge's server"):
-                resolve(file)
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"base_url": ["http://evil.example/v1"]}, "names base_url"),
+        ({"server": {"flags": ["--trust-remote-code"]}}, "names server"),
+        ({"verify": {"judge": "x@http://evil.example/v1"}}, "judge's server"),
+        ({"verify": {"judge": "org/x@https://evil.example/v1"}}, "judge's server"),
+        ({"generate": {"prompt_dir": "prompts"}}, "a file that you do not have: generate.prompt_dir"),
+        ({"balance": {"entries": "d" * 64}}, "a file that you do not have: balance.entries"),
+        ({"split_list": "d" * 64}, "a file that you do not have: split_list"),
+        ({"generate": [1]}, "bad value for generate"),
+        ({"generate": "x"}, "bad value for generate"),
+        ({"generate": 3}, "bad value for generate"),
+    ],
+)
+def test_manifest_with_servers_or_files_of_its_maker_is_refused(
+    settings: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        resolve(manifest_with(tmp_path, **settings))
 
 
-def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> None:
-    given = {"seed": 7, "exclude": ["flickr30k#test"], "generate": {"max_attempts": 2}, "engine": "embedded"}
-    config = resolve(manifest_with(tmp_path, **given))
-    assert (config.seed, config.exclude, config.generate.max_attempts, config.engine) == (7, ("flickr30k#test",), 2, "embedded")
+def test_manifest_decides_rows_and_the_name_of_the_judge(tmp_path: Path) -> None:
+    settings = {"seed": 7, "exclude": ["flickr30k#test"], "engine": "embedded", "verify": {"judge": "org/x"}}
+    config = resolve(manifest_with(tmp_path, generate={"max_attempts": 2}, **settings))
+    assert (config.seed, config.exclude, config.generate.max_attempts) == (7, ("flickr30k#test",), 2)
+    assert (config.engine, config.verify.judge, config.limit) == ("embedded", "org/x", 2)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +57,15 @@ def test_a_manifest_gives_the_settings_that_decide_its_rows(tmp_path: Path) -> N
         ("model", "../evil"),
         ("model", "/tmp/evil"),
         ("model", "https://evil.example/model"),
-        ("exclude", ["folder:/etc", "archive:a/b", "list:a/b", "parquet:https://evil.example/x", "hub:../../etc"]),
+        (
+            "exclude",
+            ["folder:/etc", "archive:a/b", "list:a/b", "parquet:https://evil.example/x", "hub:../../etc"],
+        ),
         ("verify", {"checks": ["alignment"], "clip_model": "/tmp/evil"}),
         ("evil", {"deep": 1}),
     ],
 )
-def test_a_manifest_of_a_stranger_decides_nothing_about_where_and_how(key: str, value: Any, tmp_path: Path) -> None:
+def test_permission_or_local_path_of_a_manifest_is_ignored(key: str, value: Any, tmp_path: Path) -> None:
     config = resolve(manifest_with(tmp_path, **{key: value}))
     plain = resolve(manifest_with(tmp_path))
     assert config.model_dump(exclude={"verify"}) == plain.model_dump(exclude={"verify"})
@@ -69,67 +73,52 @@ def test_a_manifest_of_a_stranger_decides_nothing_about_where_and_how(key: str, 
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "is_public"),
     [
-        "folder:/etc",
-        "folder",
-        "archive:a/b",
-        "list:a/b",
-        "parquet:https://evil.example/x.parquet",
-        "hub:../../etc",
-        "file:///etc",
-        "hub:s3://b/c",
+        *(
+            (name, True)
+            for name in ("scenes", "flickr30k", "hub:me/photos", "hub:me/photos@main", "flickr30k:me/copy")
+        ),
+        *(
+            (name, False)
+            for name in ("folder", "folder:/etc", "archive:a/b", "list:a/b", "file:///etc", "hub:s3://b/c")
+        ),
+        *((name, False) for name in ("parquet:https://evil.example/x.parquet", "hub:../../etc")),
     ],
 )
-def test_a_manifest_of_a_stranger_names_no_place(source: str, tmp_path: Path) -> None:
+def test_manifest_names_only_public_sources(source: str, *, is_public: bool, tmp_path: Path) -> None:
+    file = manifest_with(tmp_path, source=source)
+    if is_public:
+        assert resolve(file).source == source
+        return
     with pytest.raises(ConfigError, match="no source given"):
-        resolve(manifest_with(tmp_path, source=source))
-    assert resolve(manifest_with(tmp_path, source=source), source="folder:photos").source == "folder:photos"
+        resolve(file)
+    assert resolve(file, source="folder:photos").source == "folder:photos"
 
 
-@pytest.mark.parametrize("source", ["scenes", "flickr30k", "hub:me/photos", "hub:me/photos@main", "flickr30k:me/copy"])
-def test_public_sources_of_a_manifest_are_taken(source: str, tmp_path: Path) -> None:
-    assert resolve(manifest_with(tmp_path, source=source)).source == source
+@pytest.mark.parametrize(
+    ("name", "is_public"), [("folder:x", False), ("list", False), ("listing", True), ("folders", True)]
+)
+def test_source_is_local_only_by_its_whole_name(name: str, *, is_public: bool) -> None:
+    assert bool(PUBLIC_SOURCE.fullmatch(name)) == is_public
 
 
-def test_a_model_of_a_manifest_that_is_a_path_here_is_given_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_of_a_manifest_that_is_a_local_path_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "me" / "model").mkdir(parents=True)
     assert resolve(manifest_with(tmp_path, model="me/model")).model == "me/model"
     monkeypatch.chdir(tmp_path)
     assert resolve(manifest_with(tmp_path, model="me/model")).model == resolve(manifest_with(tmp_path)).model
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"generate": {"prompt_dir": "prompts"}}, "generate.prompt_dir"),
-        ({"balance": {"entries": "d" * 64}}, "balance.entries"),
-        ({"split_list": "d" * 64}, "split_list"),
-    ],
-)
-def test_files_that_rows_depended_on_are_asked_for(settings: dict[str, Any], key: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"a file of its maker: {key}"):
-        resolve(manifest_with(tmp_path, **settings))
-
-
-@pytest.mark.parametrize("odd", [[1], "x", 3])
-def test_a_section_of_a_manifest_that_is_none_is_one_error(odd: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="bad value for generate"):
-        resolve(manifest_with(tmp_path, generate=odd))
-
-
-def test_settings_that_only_look_like_a_manifest_are_not_obeyed(tmp_path: Path) -> None:
+def test_manifest_file_of_another_form_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps({"source": "scenes", "base_url": ["http://evil.example/v1"]}))
     with pytest.raises(ConfigError, match="is not a manifest of a version"):
         resolve(file)
 
 
-def test_each_setting_is_taken_from_a_manifest_or_is_the_users_own() -> None:
+def test_each_setting_is_decided_either_by_manifests_or_by_the_user() -> None:
     assert not MANIFEST_KEYS & OWN_KEYS
     assert {*Config.model_fields} == MANIFEST_KEYS | OWN_KEYS
-
-
-@pytest.mark.parametrize(("name", "is_public"), [("folder:x", False), ("list", False), ("listing", True), ("folders", True)])
-def test_only_whole_names_of_local_sources_are_local(name: str, *, is_public: bool) -> None:
-    assert bool(PUBLIC_SOURCE.fullmatch(name)) == is_public

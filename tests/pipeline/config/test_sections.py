@@ -1,4 +1,4 @@
-"""Values of settings: languages, judges, and what goes together."""
+"""Values of settings, contradictions between them, and their documentation."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from trainer.config import TrainConfig
 
 
-def test_page_of_settings_lists_the_settings_and_options_that_exist() -> None:
+def test_settings_page_lists_all_keys_and_options() -> None:
     page = (Path(__file__).parents[3] / "docs/settings.md").read_text(encoding="utf-8")
     generate, _, train = page.partition("## `synth train`")
     for part, section in ((generate, Config), (train.partition("| preset |")[0], TrainConfig)):
@@ -23,22 +23,25 @@ def test_page_of_settings_lists_the_settings_and_options_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "read"), [("de", "de"), ("any", None), ("null", None), ("no", "no"), ("gsw", ""), ("xx", "")]
+    ("yaml_value", "language"),
+    [("de", "de"), ("any", None), ("null", None), ("no", "no"), ("gsw", ""), ("xx", "")],
 )
-def test_a_language_is_one_that_can_be_recognised_or_any(written: str, read: str | None, tmp_path: Path) -> None:
+def test_language_is_a_detectable_one_or_any(yaml_value: str, language: str | None, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(f"source: scenes\nfilter:\n  language: {written}\n")
-    if read == "":
-        with pytest.raises(ConfigError, match=f"filter.language: no language in which .* with `any`.*'{written}'"):
+    file.write_text(f"source: scenes\nfilter:\n  language: {yaml_value}\n")
+    if language == "":
+        with pytest.raises(
+            ConfigError, match=f"filter.language: this language cannot .* `any`.*'{yaml_value}'"
+        ):
             resolve(file)
     else:
-        assert resolve(file).filter.language == read
+        assert resolve(file).filter.language == language
 
 
-def test_a_task_in_a_language_that_is_not_recognised_is_one_error() -> None:
+def test_undetectable_language_of_a_task_is_reported_once() -> None:
     task = {"name": "notes", "kind": "text", "prompt": "Take notes."}
     assert resolve(source="scenes", own_tasks=[task | {"language": "any"}]).own_tasks[0].language == "any"
-    with pytest.raises(ConfigError, match="no language in which a text can be recognised") as caught:
+    with pytest.raises(ConfigError, match="this language cannot be detected") as caught:
         resolve(source="scenes", own_tasks=[task | {"language": "xx"}])
     assert str(caught.value).count("language:") == 1
 
@@ -47,41 +50,45 @@ def test_a_task_in_a_language_that_is_not_recognised_is_one_error() -> None:
     "judge",
     [
         "org/model@http://host:8000/v1",
-        "model@0123abcd@https://host/api/v1/",
+        "model@0123abcd@https://host/api/v1/",  # with a revision, as `synth serve` names a model
         "model",
         "llava:7b",
         "/models/Qwen2.5-VL@http://host:8000/v1",
-    ],  # the second as `synth serve` names it
+    ],
 )
-def test_a_judge_is_a_model_and_the_address_of_its_server(judge: str) -> None:
+def test_judge_is_a_model_with_an_optional_server_address(judge: str) -> None:
     assert resolve(source="scenes", verify={"judge": judge}).verify.judge == judge
 
 
-@pytest.mark.parametrize("judge", ["http://host/v1", "model@host:8000/v1", "a model@http://host/v1", "@http://host/v1", ""])
-def test_an_address_without_a_model_is_no_judge(judge: str) -> None:
+@pytest.mark.parametrize(
+    "judge", ["http://host/v1", "model@host:8000/v1", "a model@http://host/v1", "@http://host/v1", ""]
+)
+def test_judge_without_a_model_or_with_a_bad_address_is_refused(judge: str) -> None:
     with pytest.raises(ConfigError, match=r"verify\.judge: .* is not a model and the address of its server"):
         resolve(source="scenes", verify={"judge": judge})
-
-
-def test_only_what_is_checked_can_be_repaired() -> None:
-    with pytest.raises(ConfigError, match="claims"):
-        resolve(source="scenes", verify={"repair": True})
-    assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"filter": {"min_caption_words": 20, "max_caption_words": 10}}, "min_caption_words is 20, and max_caption_words 10"),
+        ({"verify": {"repair": True}}, "repair needs the check claims"),
+        (
+            {"filter": {"min_caption_words": 20, "max_caption_words": 10}},
+            "min_caption_words is 20, and max_caption_words 10",
+        ),
         (
             {"own_tasks": [{"name": "x", "kind": "text", "prompt": "p", "min_words": 9, "max_words": 2}]},
-            "min_words is 9, and max_words 2: no text is so long",
+            "min_words is 9, and max_words 2: no text has such a length",
         ),
-        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so that none is better: --samples 3"),
+        ({"generate": {"samples": 2}, "select": {"pairs": True}}, "so neither is better: --samples 3"),
         ({"base_url": ["http://h:1/v1", "http://H:1/v1/"]}, "twice, in two spellings"),
     ],
 )
-def test_settings_that_contradict_each_other_are_one_error(settings: dict[str, Any], problem: str) -> None:
+def test_contradicting_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)):
         resolve(source="scenes", **settings)
+
+
+def test_settings_that_need_each_other_are_accepted_together() -> None:
+    assert resolve(source="scenes", verify={"repair": True, "checks": ["claims"]}).verify.repair
     assert resolve(source="scenes", generate={"samples": 3}, select={"pairs": True}).select.pairs

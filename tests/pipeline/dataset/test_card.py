@@ -56,11 +56,11 @@ def test_the_header_says_what_the_hub_asks_for() -> None:
 
 
 def test_a_card_says_whether_people_looked_at_the_texts() -> None:
-    assert "checked by machine only" in render_card(MANIFEST, [])
+    assert "checked automatically only" in render_card(MANIFEST, [])
     card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])
     assert "**All but 1 captions" in card and "- expert-generated" in card
-    assert "by machine only" not in card
-    assert "Of 8 texts that a person looked at, 5 were found good, 2 were taken out and 1 were written anew" in card
+    assert "automatically only" not in card
+    assert "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited" in card
 
 
 def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard() -> None:
@@ -81,10 +81,10 @@ def test_a_measurement_is_shown_with_its_baseline() -> None:
         "words_shared_with_references": {"brief": 0.7, "references": 0.6},
     }
     card = render_card(MANIFEST | {"measured": measured}, [])
-    assert "| objects named in captions, brief | 0.99 | of the objects that are there, 0.98 are named |" in card
-    assert "| answers, number | 0.9 | always giving the most frequent answer: 0.4 |" in card
-    assert "| one of the source's captions, by the others | 0.6 |" in card
-    assert "| answers, yes/no | 9 | yes: 0.6 of them |" in card
+    assert "| objects in captions, brief | 0.99 | 0.98 of the drawn objects are named |" in card
+    assert "| answers, number | 0.9 | the most frequent answer: 0.4 |" in card
+    assert "| one reference against the others | 0.6 |" in card
+    assert "| answers, yes/no | 9 | yes: 0.6 of all |" in card
 
 
 @pytest.mark.parametrize("text", ["a\n---\nlicense: mit", "```\n# Big", "<script>alert(1)</script>", "\x1b[31m\u202e"])
@@ -108,8 +108,8 @@ def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
     card = render_card(MANIFEST | {"leakage": leakage | {"near_bits": 70}}, [])
     assert "7 groups" in card and "3 annotations" in card
     assert "flickr30k\\#test, revision `abc`: 1000 images, 5000 texts" in card
-    assert "2 were left out" in card and "4 texts here" in card
-    assert "its middle square, mirrored or not (within 70 of 256 bits). An image" in card
+    assert "2 images of the datasets below were removed" in card and "4 texts equal" in card
+    assert "its middle square, mirrored or not (within 70 of 256 bits). Images" in card
 
 
 def test_an_unknown_license_is_called_other_and_may_have_a_link() -> None:

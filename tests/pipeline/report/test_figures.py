@@ -1,4 +1,4 @@
-"""Report figures: funnel sums, distributions before and after balance, duplicate clusters."""
+"""Report figures: funnel, distributions before and after balance, duplicate clusters."""
 
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from pipeline.report.figures import (
 from pipeline.tables import SAMPLE_IMAGES
 
 
-def write_step(folder: Path, step: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]) -> None:
+def write_step(
+    folder: Path, step: str, which: str, rows: list[dict[str, Any]], blank: dict[str, Any]
+) -> None:
     path = folder / "steps" / step / f"{which}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([pa.field(name, pa.string()) for name in blank])
     pq.write_table(pa.Table.from_pylist([blank | row for row in rows], schema=schema), path)
 
 
-def test_a_funnel_that_loses_something_does_not_add_up() -> None:
+def test_funnel_step_that_loses_rows_does_not_add_up() -> None:
     def step(**numbers: Any) -> dict[str, Any]:
         return {"step": "x", "unit": "annotations", "rejected": {}} | numbers
 
@@ -36,12 +38,13 @@ def test_a_funnel_that_loses_something_does_not_add_up() -> None:
     lost_between = [step(input=9, kept=9), step(input=8, kept=8)]
     other_units = [step(input=9, kept=9, unit="images"), step(input=30, kept=30)]
     sums = [
-        [row["adds_up"] for row in funnel_of({"funnel": steps})] for steps in (good, lost_within, lost_between, other_units)
+        [row["adds_up"] for row in funnel_of({"funnel": steps})]
+        for steps in (good, lost_within, lost_between, other_units)
     ]
     assert sums == [[True, True], [False], [True, False], [True, True]]
 
 
-def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None:
+def test_rows_rejected_by_balance_count_before_and_not_after(tmp_path: Path) -> None:
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     yes = {"clean_question": "Is it?", "clean_answer": "Yes", "question_type": "is it"}
     kept = [{"clean_text": "a red cat"}, yes, yes | {"clean_answer": "no"}]
@@ -49,11 +52,17 @@ def test_what_balance_took_is_there_before_and_not_after(tmp_path: Path) -> None
     write_step(tmp_path, "balance", "rejected", [yes, {"clean_text": "two red dogs on the red grass"}], blank)
     lengths, answers, words = distributions_of(tmp_path)
     assert lengths["rows"] == [("1-5", 1, 1), ("6-10", 1, 0)]
-    assert (answers["title"], answers["rows"], answers["top"]) == ("Answers to is it …", [("yes", 2, 1), ("no", 1, 1)], 2)
+    assert (answers["title"], answers["rows"], answers["top"]) == (
+        "Answers to is it …",
+        [("yes", 2, 1), ("no", 1, 1)],
+        2,
+    )
     assert words["rows"][0] == ("red", 2, 1)  # a word counts once per caption
 
 
-def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_of_very_many_texts_is_counted_and_its_share_is_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.report.figures.MAX_COUNTED_TEXTS", 1000)
     blank = dict.fromkeys(("clean_text", "clean_question", "clean_answer", "clean_record", "question_type"))
     captions = [{"clean_text": "a red cat" if number % 3 == 0 else "two dogs"} for number in range(2400)]
@@ -62,15 +71,15 @@ def test_of_very_many_texts_a_share_is_counted_and_the_page_says_so(tmp_path: Pa
     lengths, words = distributions_of(tmp_path)
     ((_, before, after),) = lengths["rows"]
     assert 900 < before < 1100 and 720 < after < 880  # one in three of 3,000, and of 2,400
-    assert (lengths["are"], words["are"]) == ("captions, one in 3", "captions, one in 3")
+    assert (lengths["unit"], words["unit"]) == ("captions, one in 3", "captions, one in 3")
     (_, of_dogs, _) = next(row for row in words["rows"] if row[0] == "2")
     assert 600 < of_dogs < 740  # rows that alternate are drawn alike
 
 
-OF_DEDUPE: dict[str, Any] = dict.fromkeys(
+DEDUPE_ROW: dict[str, Any] = dict.fromkeys(
     ("clean_text", "clean_question", "clean_answer", "clean_record", "duplicate_of", "image_reason", "reason")
 )
-OF_DEDUPE |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
+DEDUPE_ROW |= {"annotation_id": "", "sample_id": "", "task": "caption", "cluster": "", "image_group": ""}
 
 
 def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any) -> dict[str, Any]:
@@ -78,42 +87,50 @@ def caption(number: int, sample: str, text: str, cluster: str = "", **more: Any)
     return {"annotation_id": str(number), **fields} | more
 
 
-def test_each_kind_of_duplicate_is_a_cluster_with_what_was_kept_first(tmp_path: Path) -> None:
+def test_cluster_of_each_kind_lists_the_kept_member_first(tmp_path: Path) -> None:
     kept = [caption(1, "a", "a cat"), caption(2, "b", "a dog", image_group="b"), caption(3, "c", "a street")]
     rejected = [
         caption(4, "a", "A cat.", "a cat", duplicate_of="1", reason="duplicate"),
         caption(
-            5, "b2", "a dog!", "a dog", image_group="b", image_reason="near_duplicate_image", reason="near_duplicate_image"
+            5,
+            "b2",
+            "a dog!",
+            "a dog",
+            image_group="b",
+            image_reason="near_duplicate_image",
+            reason="near_duplicate_image",
         ),
         caption(6, "d", "a street", reason="caption_of_many_images"),
     ]
-    write_step(tmp_path, "dedupe", "kept", kept, OF_DEDUPE)
-    write_step(tmp_path, "dedupe", "rejected", rejected, OF_DEDUPE)
+    write_step(tmp_path, "dedupe", "kept", kept, DEDUPE_ROW)
+    write_step(tmp_path, "dedupe", "rejected", rejected, DEDUPE_ROW)
     members = {
         title: [[(m["id"], m["kept"]) for m in cluster["members"]] for cluster in clusters["shown"]]
         for title, clusters in clusters_of(tmp_path).items()
     }
     assert members == {
-        "Images that look alike": [[("b", True), ("b2", False)]],
-        "Texts that say the same": [[("a", True), ("a", False)]],
+        "Similar images": [[("b", True), ("b2", False)]],
+        "Duplicate texts of one image": [[("a", True), ("a", False)]],
         "Captions of too many images": [[("c", True), ("d", False)]],
     }
 
 
-def test_steps_of_another_run_are_recognized_by_their_row_counts(tmp_path: Path) -> None:
+def test_step_files_of_another_run_differ_in_row_counts(tmp_path: Path) -> None:
     def manifest(**kept: int) -> dict[str, Any]:
-        return {"funnel": [{"step": step, "unit": "annotations", "kept": count} for step, count in kept.items()]}
+        return {
+            "funnel": [{"step": step, "unit": "annotations", "kept": count} for step, count in kept.items()]
+        }
 
-    write_step(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], OF_DEDUPE)
+    write_step(tmp_path, "dedupe", "kept", [caption(1, "a", "a cat")], DEDUPE_ROW)
     assert steps_match(tmp_path, manifest(dedupe=1))
     assert not steps_match(tmp_path, manifest(dedupe=2))
     assert not steps_match(tmp_path, manifest(dedupe=1, balance=1))
     assert not steps_match(tmp_path, {})
 
 
-def test_a_step_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) -> None:
+def test_damaged_step_file_or_one_without_a_column_is_an_error(tmp_path: Path) -> None:
     write_step(tmp_path, "dedupe", "kept", [], {"sample_id": ""})
-    write_step(tmp_path, "dedupe", "rejected", [], OF_DEDUPE)
+    write_step(tmp_path, "dedupe", "rejected", [], DEDUPE_ROW)
     with pytest.raises(StoreError, match=r"dedupe/kept\.parquet has no column"):
         clusters_of(tmp_path)
     (tmp_path / "steps" / "dedupe" / "rejected.parquet").write_bytes(b"PAR1")
@@ -121,13 +138,13 @@ def test_a_step_that_is_damaged_or_of_another_synth_is_one_line(tmp_path: Path) 
         clusters_of(tmp_path)
 
 
-def test_images_of_samples_that_are_in_no_version_are_found_in_the_store(tmp_path: Path) -> None:
+def test_images_of_samples_without_a_version_are_read_from_the_store(tmp_path: Path) -> None:
     rows = [{"sample_id": f"s{n}", "images": [bytes([n])]} for n in range(9)]
     ImageStore(tmp_path).add([pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)])
     assert dict(images_of(tmp_path, {"s3", "s8", "none"})) == {"s3": b"\x03", "s8": b"\x08"}
 
 
-def test_the_share_of_errors_is_an_interval_that_narrows_with_what_was_looked_at() -> None:
+def test_interval_of_the_error_share_narrows_with_more_reviews() -> None:
     assert wilson_interval(7, 93) == pytest.approx((0.037, 0.147), abs=0.001)
     assert wilson_interval(70, 930) == pytest.approx((0.060, 0.094), abs=0.001)
     assert wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=0.001)

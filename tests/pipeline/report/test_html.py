@@ -1,4 +1,4 @@
-"""Parts of report pages: thumbnails within their byte limit, and curves within their box."""
+"""Parts of report pages: thumbnails and curves."""
 
 import io
 import math
@@ -23,7 +23,7 @@ def noise(width_px: int, height_px: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(640, 480), (3000, 40), (40, 3000), (9, 9)])
 @pytest.mark.parametrize("max_bytes", [4096, 16_384, 200])
-def test_a_thumbnail_keeps_to_its_bytes_whatever_the_image(size: tuple[int, int], max_bytes: int) -> None:
+def test_thumbnail_of_any_image_is_within_the_byte_limit(size: tuple[int, int], max_bytes: int) -> None:
     small = thumbnail(noise(*size), max_bytes)
     assert len(small) <= max_bytes
     with Image.open(io.BytesIO(small)) as image:
@@ -32,32 +32,32 @@ def test_a_thumbnail_keeps_to_its_bytes_whatever_the_image(size: tuple[int, int]
         assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.5)
 
 
-def test_a_drawing_is_shown_pixel_for_pixel() -> None:
+def test_thumbnail_of_a_drawing_is_lossless() -> None:
     (drawn,) = draw_sample(0, 0).images
     with Image.open(io.BytesIO(thumbnail(drawn, 4096))) as small, Image.open(io.BytesIO(drawn)) as image:
         assert np.array_equal(np.asarray(small.convert("RGB")), np.asarray(image.convert("RGB")))
 
 
-def test_what_is_no_image_has_no_thumbnail() -> None:
+def test_thumbnail_of_a_non_image_is_an_error() -> None:
     with pytest.raises(ImageError):
         thumbnail(b"<svg onload=alert(1)>", 4096)
 
 
-def test_of_a_long_log_a_curve_shows_some_points_and_the_last() -> None:
+def test_curve_of_a_long_log_has_few_points_and_the_last_one() -> None:
     lines = [{"step": step, "loss": 1.0} for step in range(10_000)] + [{"step": 10_000, "other": 2.0}]
     curve = points(lines, "loss")
     assert len(curve) <= CURVE_POINTS + 60
     assert curve[-1] == (9999, 1.0)
 
 
-def test_steps_whose_loss_is_no_number_are_left_out_of_a_curve() -> None:
+def test_curve_skips_steps_without_a_finite_loss() -> None:
     values = [3.0, None, math.nan, math.inf, 1.0]
     curve = points([{"step": number, "loss": value} for number, value in enumerate(values, 1)], "loss")
     assert curve == [(1, 3.0), (5, 1.0)]
     assert chart("Loss", {"training": curve})["top"] == 3.0
 
 
-def test_the_loss_of_drawn_texts_is_no_part_of_the_curve_of_learned_ones() -> None:
+def test_loss_curve_excludes_self_critical_training() -> None:
     lines: list[dict[str, Any]] = [
         {"step": 1, "stage": "train", "loss": 2.0},
         {"step": 2, "stage": "scst", "loss": -0.1, "reward": 0.5},

@@ -1,4 +1,4 @@
-"""Report rows: any content of a dataset can be shown."""
+"""Report rows: texts with their names in reviews, and rejections."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pipeline.tables import SPLITS
 from tests.scene_data import make_version, scene_samples
 
 
-def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
+def test_texts_of_a_row_have_the_names_that_reviews_use(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(12))
     rows = [row for chunk in read_rows(version, SPLITS, None, 4) for row in chunk]
     assert len(rows) == 12
@@ -23,34 +23,45 @@ def test_a_row_names_its_texts_as_a_mark_does(tmp_path: Path) -> None:
             assert text["kind"] in ("brief", "detailed")
 
 
-def test_rows_can_be_chosen_and_come_by_split(tmp_path: Path) -> None:
+def test_chosen_rows_are_read_in_the_order_of_splits(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(40))
     all_rows = [row for chunk in read_rows(version, SPLITS[::-1], None, 7) for row in chunk]
-    assert [row["split"] for row in all_rows] == sorted((row["split"] for row in all_rows), key=SPLITS[::-1].index)
+    assert [row["split"] for row in all_rows] == sorted(
+        (row["split"] for row in all_rows), key=SPLITS[::-1].index
+    )
     chosen = {row["id"] for row in all_rows[::3]}
     assert {row["id"] for chunk in read_rows(version, SPLITS, chosen, 7) for row in chunk} == chosen
 
 
-def test_of_each_reason_the_first_are_shown(tmp_path: Path) -> None:
+def test_first_rejections_of_each_reason_are_shown(tmp_path: Path) -> None:
     rows = [
-        {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"} for n in range(MAX_REJECTED + 9)
+        {"sample_id": "s", "text": f"text {n}", "reason": "too_long" if n else "too_short"}
+        for n in range(MAX_REJECTED + 9)
     ]
     path = tmp_path / "steps" / "filter" / "rejected.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
     rejected = list(read_rejected(tmp_path))
     assert len(rejected) == MAX_REJECTED + 1
-    assert rejected[0] == {"step": "filter", "reason": "too few words", "id": "s", "where": "s", "what": "text 0"}
+    assert rejected[0] == {
+        "step": "filter",
+        "reason": "too few words",
+        "id": "s",
+        "where": "s",
+        "what": "text 0",
+    }
 
 
-def test_what_is_shown_of_rejected_replies_holds_no_personal_data(tmp_path: Path) -> None:
+def test_personal_data_in_rejected_replies_is_redacted(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "validate" / "rejected.parquet"
     path.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}), path)
+    pq.write_table(
+        pa.table({"sample_id": ["s"], "reply_text": ["{mail@example.org"], "reason": ["off_schema"]}), path
+    )
     assert [row["what"] for row in read_rejected(tmp_path)] == ["{[email]"]
 
 
-def test_text_that_is_not_utf_8_is_one_error() -> None:
+def test_text_that_is_not_utf8_is_an_error() -> None:
     broken = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
     with pytest.raises(StoreError, match="not UTF-8"):
         to_pylist(pa.record_batch([broken], ["a"]))

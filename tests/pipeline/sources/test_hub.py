@@ -267,7 +267,7 @@ def test_what_the_hub_has_converted_in_part_is_refused_and_told(hub: RunningHub,
     config = resolve(source="hub:me/large", columns=columns, allow_partial=True, tasks="none")
     version = generate_dataset(config, tmp_path / "d").version
     assert version.manifest["source"]["partial"] is True
-    assert "**a first part of it only**" in (version.path / "README.md").read_text()
+    assert "**only the first part of it**" in (version.path / "README.md").read_text()
     with pytest.raises(ConfigError, match="is read as a whole, but --allow-partial was given"):
         open_source(resolve(source="scenes", allow_partial=True))
 

@@ -236,7 +236,7 @@ def test_a_captioner_teaches_synth_generate(captioner: Captioner, tmp_path: Path
     (tmp_path / "photos").mkdir()
     for number in range(6):
         (tmp_path / f"photos/{number}.png").write_bytes(png(number))
-    command = [sys.executable, "-m", "pipeline.cli", "generate", "--source", "folder:photos", "--tasks", "caption"]
+    command = [sys.executable, "-m", "pipeline", "generate", "--source", "folder:photos", "--tasks", "caption"]
     server = CaptionServer(captioner, NAME)
     with running(server) as url:
         options = ["--styles", "brief", "--base-url", url, "--model", NAME, "--out", "ds"]
