@@ -1,4 +1,4 @@
-"""Adapters: they alone learn, say nothing at first, and are merged where a captioner is saved."""
+"""LoRA adapters: only they learn, they start without effect, and merge into the saved weights."""
 
 import sys
 
@@ -13,7 +13,7 @@ FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_alone_learn_and_change_nothing_at_first(family: str) -> None:
+def test_only_adapters_learn_and_start_without_effect(family: str) -> None:
     plain, decoder = decoder_of(family).eval(), decoder_of(family).eval()
     decoder.adapt(4, 0.0)
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
@@ -29,7 +29,7 @@ def test_adapters_alone_learn_and_change_nothing_at_first(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
+def test_merged_weights_have_the_loss_of_the_adapters(family: str) -> None:
     decoder, plain = decoder_of(family).eval(), decoder_of(family).eval()
     decoder.adapt(4, 0.1)
     torch.manual_seed(1)
@@ -43,14 +43,14 @@ def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
     assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
 
 
-def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_peft_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(TrainError, match="peft is not installed") as refused:
+    with pytest.raises(TrainError, match="lora_rank needs peft") as refused:
         decoder_of("llama").adapt(4, 0.0)
     assert refused.value.hint and "lora" in refused.value.hint
 
 
-def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
+def test_gradient_checkpointing_has_the_same_gradients() -> None:
     decoder, other = decoder_of("qwen3").train(), decoder_of("qwen3").train()
     other.keep_no_states()
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
