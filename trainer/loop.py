@@ -30,7 +30,13 @@ from trainer.model.checkpoint import Checkpoint
 from trainer.model.encoder import weights_digest
 from trainer.model.language_model import PretrainedDecoder
 from trainer.optimizer import SpikeFilter, WeightAverage, build_optimizer, set_stage
-from trainer.runtime.devices import all_reduce_gradients, autocast, max_over_processes, memory_mb, products_in
+from trainer.runtime.devices import (
+    all_reduce_gradients,
+    autocast,
+    matmul_precision,
+    max_over_processes,
+    memory_mb,
+)
 from trainer.runtime.training_state import Log, delay_signals, save_resume
 from trainer.self_critical import SelfCritic
 from trainer.tokenizer import CaptionTokenizer, EncodedText, TextBatch, collate, scored_prompt
@@ -225,7 +231,7 @@ class Trainer:
         """Accumulate gradients, and return the mean loss per token over all micro-batches and processes."""
         captioner, total = self.checkpoint.captioner, torch.zeros((), device=self.device)
         for loaded, texts, _ in batch.micro_batches:
-            with products_in(self.config.precision, self.device):
+            with matmul_precision(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.loader.features.states(loaded, self.device)
                     loss = captioner.loss(states_BNV, texts, self.config.label_smoothing) / batch.num_tokens
@@ -242,7 +248,7 @@ class Trainer:
         captioner, total = self.checkpoint.captioner, 0.0
         self.rewards = []
         for loaded, _, examples in batch.micro_batches:
-            with products_in(self.config.precision, self.device):
+            with matmul_precision(self.config.precision, self.device):
                 with autocast(self.config.precision, self.device):
                     states_BNV = self.loader.features.states(loaded, self.device)
                     sampled = self.critic.sample(states_BNV.detach(), examples)
@@ -291,7 +297,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the captioner has its averaged weights, if an average is kept."""
-        return self.average.instead(self.checkpoint.captioner) if self.average else nullcontext()
+        return self.average.swapped_into(self.checkpoint.captioner) if self.average else nullcontext()
 
     def frozen_names(self) -> frozenset[str]:
         """Return the names of pretrained weights that never change. A saved state leaves them out."""
@@ -355,30 +361,6 @@ def build_trainer(
     return trainer
 
 
-@dataclass(slots=True)
-class Pace:
-    """Measures the speed of this process."""
-
-    earlier_s: float = 0.0  # training time before the resumed state
-    started: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    images: int = 0
-    tokens: int = 0
-
-    def update(self, batch: Batch, steps_left: int) -> dict[str, float]:
-        """Count a batch, and return the values to log."""
-        self.steps += 1
-        self.images += batch.num_images
-        self.tokens += batch.num_tokens
-        seconds = time.monotonic() - self.started
-        return {
-            "seconds": self.earlier_s + seconds,
-            "seconds_left": seconds / self.steps * steps_left,
-            "images_per_s": self.images / seconds,
-            "tokens_per_s": self.tokens / seconds,
-        }
-
-
 def run_steps(
     trainer: Trainer, out: Path, run: str, log: Log | None, progress: Progress, state: dict[str, Any]
 ) -> None:
@@ -394,7 +376,8 @@ def run_steps(
     if config.compile:
         for part in captioner.decoder.repeated_parts():
             part.compile(dynamic=True)
-    pace, saved_at, is_interrupted = Pace(log.seconds if log else 0.0), time.monotonic(), False
+    started, saved_at, is_interrupted = time.monotonic(), time.monotonic(), False
+    earlier_s = log.seconds if log else 0.0
     stage_ends = (config.align_steps, config.first_rewarded_step, config.total_steps)
     with delay_signals() as signals:
         for step, batch in trainer.steps(done, progress):
@@ -402,8 +385,9 @@ def run_steps(
             done = step + 1
             trainer.is_scored = done % config.evaluate_every == 0 or done in stage_ends
             if log:
-                speed = pace.update(batch, config.total_steps - done)
-                log.write(step=done, **values, **speed, memory_mb=memory_mb())
+                values |= {"images": batch.num_images, "tokens": batch.num_tokens}
+                seconds = earlier_s + time.monotonic() - started
+                log.write(step=done, **values, seconds=seconds, memory_mb=memory_mb())
                 if trainer.is_scored:
                     with trainer.averaged():
                         trainer.validation.score(out, log, done)

@@ -27,7 +27,7 @@ def parameter_groups(captioner: CaptionerModel, config: TrainConfig) -> list[dic
         rates["contrast"] = config.connector_lr
     parameters = {part: list(getattr(captioner, part).parameters()) for part in rates}
     if isinstance(captioner.decoder, PretrainedDecoder):
-        parameters["decoder"] = captioner.decoder.learning()
+        parameters["decoder"] = captioner.decoder.trainable_weights()
     groups = []
     for part, rate in rates.items():
         for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
@@ -106,7 +106,7 @@ class WeightAverage:
         self.weights_by_name, self.steps = {}, 0
 
     @contextmanager
-    def instead(self, model: nn.Module) -> Iterator[None]:
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Swap the weights of a model with their average within the context."""
         self._swap(model)
         try:

@@ -39,14 +39,10 @@ class SelfCritic:
         self.checkpoint, self.num_samples = checkpoint, num_samples
         source, style = scored_prompt(checkpoint.captioner.config.prompts)
         self.prompt = checkpoint.tokenizer.prompt(TargetText(source, "", style=style))
-        self.references = {
-            example.sample_id: [
-                [*tokenize(text.text), EOS]
-                for text in example.texts
-                if (text.source, text.style) == (source, style)
-            ]
-            for example in train_set
-        }
+        self.references: dict[str, list[Tokens]] = {}
+        for example in train_set:
+            scored = [text for text in example.texts if (text.source, text.style) == (source, style)]
+            self.references[example.sample_id] = [[*tokenize(text.text), EOS] for text in scored]
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
     def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:

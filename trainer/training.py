@@ -27,7 +27,7 @@ from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoi
 from trainer.model.decoding import DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
 from trainer.runtime.checkpoint_folder import READ_ERRORS
-from trainer.runtime.devices import best_device, join_processes, products_in
+from trainer.runtime.devices import best_device, join_processes, matmul_precision
 from trainer.runtime.forecast import Forecast, fit_and_forecast
 from trainer.runtime.training_state import Log, load_resume, require_tensorboard
 from trainer.tokenizer import TargetText, prompt_parts, scored_prompt
@@ -96,7 +96,7 @@ def train_captioner(
     loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
     trainer = build_trainer(checkpoint, config, loader, sets["validation"], device)
     # Steps set their own precision. Captions that are scored use TF32 or better, stored states float32.
-    with products_in("fp32" if config.precision == "fp32" else "tf32", device):
+    with matmul_precision("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())
         log = None
         if rank == 0:
@@ -109,7 +109,7 @@ def train_captioner(
         if processes > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-        return _test(trainer, out, sets["test"], run_digest(1)) if rank == 0 else {}
+        return _score_test_split(trainer, out, sets["test"], run_digest(1)) if rank == 0 else {}
 
 
 def _run_digest(version: Version, config: TrainConfig, train_set: list[Example], processes: int) -> str:
@@ -168,7 +168,7 @@ def _begin_log(out: Path, config: TrainConfig, forecast: Forecast, done: int, *,
     return log
 
 
-def _test(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
+def _score_test_split(trainer: Trainer, out: Path, examples: list[Example], run: str) -> dict[str, Any]:
     """Score the saved captioner on the test split; write and return its metrics."""
     trainer.checkpoint.captioner.decoder.to("meta")  # frees memory for the loaded captioner
     checkpoint, features = load_checkpoint(out, trainer.device), trainer.loader.features

@@ -69,7 +69,7 @@ def test_average_follows_learning_weights_and_soon_forgets_the_first() -> None:
 def test_average_is_swapped_back_after_an_error() -> None:
     model = nn.Linear(2, 2)
     own, average = model.weight.detach().clone(), WeightAverage(0.5, {"weight": torch.zeros(2, 2)})
-    with pytest.raises(RuntimeError, match="an evaluation"), average.instead(model):
+    with pytest.raises(RuntimeError, match="an evaluation"), average.swapped_into(model):
         assert model.weight.eq(0).all()
         raise RuntimeError("an evaluation failed")
     assert torch.equal(model.weight, own)

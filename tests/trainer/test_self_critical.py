@@ -48,7 +48,7 @@ def evaluate_as(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
         return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
 
     monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
 
 
 def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -34,7 +34,7 @@ def test_training_ends_when_the_score_stops_improving(
 
     config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
     monkeypatch.setattr(trainer.loop, "evaluate", scored)
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {"tested": True})
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
     assert train_captioner(version, config, tmp_path) == {"tested": True}
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["step"] == 8
@@ -54,7 +54,7 @@ def test_lower_loss_decides_between_equal_scores(
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
     train_captioner(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
     # Three improvements, and `last`.

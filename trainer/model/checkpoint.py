@@ -181,9 +181,9 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
     else:
         decoder, tokenizer = load_decoder(config.decoder)
         if config.lora_rank:
-            decoder.adapt(config.lora_rank, config.lora_dropout)
+            decoder.add_adapters(config.lora_rank, config.lora_dropout)
         if config.checkpoint_blocks:
-            decoder.keep_no_states()
+            decoder.enable_checkpointing()
         if config.num_beams > 1:
             decoder.require_beams(config.num_beams)
     captioner = build_captioner(

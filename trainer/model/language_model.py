@@ -73,21 +73,42 @@ class PretrainedDecoder(nn.Module):
         """The input embedding."""
         return self.model.get_input_embeddings()
 
-    def adapt(self, rank: int, dropout: float) -> None:
-        """Add LoRA adapters and freeze all other weights."""
-        add_adapters(self.model, rank, dropout)
+    def add_adapters(self, rank: int, dropout: float) -> None:
+        """Add adapters, scaled by 2, to linear layers but the head and experts. Freeze all other weights.
+
+        Raises TrainError if peft is not installed or supports no layer of the model.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise TrainError("lora_rank needs the package peft", hint=install_command("lora")) from None
+        head = self.model.get_output_embeddings()
+        layers = [(name, layer) for name, layer in self.model.named_modules() if "expert" not in name]
+        linear = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)]
+        names = [name for name, layer in linear if layer is not head]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
+        try:
+            if not names:
+                raise ValueError("it has no linear layers")
+            with warnings.catch_warnings():
+                # peft handles GPT-2's transposed layers, but warns about them.
+                warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+                inject_adapter_in_model(config, self.model, ADAPTER)
+        except ValueError as error:
+            hint = "train the whole model: --lora-rank 0"
+            raise TrainError(f"this language model does not support adapters: {error}", hint=hint) from None
 
     def frozen_names(self) -> set[str]:
         """Return the names of the weights that adapters freeze."""
         names = set(self.state_dict())
         return {name for name in names if not is_adapter(name)} if any(map(is_adapter, names)) else set()
 
-    def learning(self) -> list[nn.Parameter]:
+    def trainable_weights(self) -> list[nn.Parameter]:
         """Return the weights that may learn: the adapters, or all weights without adapters."""
         frozen = self.frozen_names()
         return [weights for name, weights in self.named_parameters() if name not in frozen]
 
-    def keep_no_states(self) -> None:
+    def enable_checkpointing(self) -> None:
         """Enable gradient checkpointing: less memory, a third more time."""
         if not self.model.supports_gradient_checkpointing:
             kind = self.model.config.model_type
@@ -293,36 +314,6 @@ def load_decoder(name: str) -> tuple[PretrainedDecoder, CaptionTokenizer]:
         hint = "pass scratch, qwen3, smollm2, a folder, or an id of the Hub"
         raise TrainError(f"cannot load decoder {name}: {pretrained.reason_of(error)}", hint=hint) from None
     return decoder, CaptionTokenizer(backend, "pretrained", int(tokenizer.eos_token_id))
-
-
-def add_adapters(model: PreTrainedModel, rank: int, dropout: float) -> None:
-    """Add an adapter, scaled by 2, to every linear layer but the head and experts, and freeze all other
-    weights.
-
-    Raises TrainError if peft is not installed or supports no layer of the model.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise TrainError("lora_rank needs the package peft", hint=install_command("lora")) from None
-    head = model.get_output_embeddings()
-    linear = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    }
-    names = [name for name in linear if "expert" not in name]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names)
-    try:
-        if not names:
-            raise ValueError("it has no linear layers")
-        with warnings.catch_warnings():
-            # peft handles GPT-2's transposed layers, but warns about them.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
-            inject_adapter_in_model(config, model, ADAPTER)
-    except ValueError as error:
-        hint = "train the whole model: --lora-rank 0"
-        raise TrainError(f"this language model does not support adapters: {error}", hint=hint) from None
 
 
 def is_adapter(name: str) -> bool:

@@ -95,7 +95,7 @@ def max_over_processes(number: int, device: torch.device, processes: int) -> int
 
 
 @contextmanager
-def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
+def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices of this process in a precision.
 
     On a CPU, `bf16` rounds the factors of a product to bfloat16 and adds in float32. Tensors stay float32,

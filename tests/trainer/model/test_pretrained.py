@@ -138,7 +138,7 @@ def test_unsupported_gradient_checkpointing_is_an_error() -> None:
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
     decoder = PretrainedDecoder({"model_type": "openai-gpt", **sizes}, model)
     with pytest.raises(TrainError, match="does not support gradient checkpointing") as refused:
-        decoder.keep_no_states()
+        decoder.enable_checkpointing()
     assert "checkpoint_blocks: false" in refused.value.hint
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.errors import TrainError
 from trainer.config import Precision
-from trainer.runtime.devices import all_reduce_gradients, products_in, translate_peer_errors
+from trainer.runtime.devices import all_reduce_gradients, matmul_precision, translate_peer_errors
 
 
 def test_weights_without_gradient_have_none_after_all_reduce(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_matrix_precision_is_set_within_the_context(
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     before = torch.backends.cudnn.allow_tf32
-    with products_in(precision, device):
+    with matmul_precision(precision, device):
         assert torch.get_float32_matmul_precision() == setting
         assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
     assert torch.get_float32_matmul_precision() == "highest"
