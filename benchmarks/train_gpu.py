@@ -39,7 +39,7 @@ from trainer.features import store_features
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.model.language_model import PretrainedDecoder
-from trainer.runtime.devices import autocast, multiplies_bfloat16, products_in
+from trainer.runtime.devices import autocast, matmul_precision, multiplies_bfloat16
 from trainer.tokenizer import TextBatch
 
 CAPTIONS, TOKENS = 5, (10, 22)  # per image; shortest and longest
@@ -73,8 +73,8 @@ def build(name: str, device: torch.device, *, runs_encoder: bool = False) -> Cap
             CaptionerConfig(encoder=vars_of(encoder_config(**tower)), decoder=decoder, **fields)
         )
     if isinstance(captioner.decoder, PretrainedDecoder):
-        captioner.decoder.adapt(32, 0.05)
-        captioner.decoder.keep_no_states()
+        captioner.decoder.add_adapters(32, 0.05)
+        captioner.decoder.enable_checkpointing()
     return captioner.to(device).train()
 
 
@@ -100,7 +100,7 @@ def step_of(
 
     def step() -> float:
         optimizer.zero_grad()
-        with products_in(products, device):
+        with matmul_precision(products, device):
             with autocast(products, device):
                 loss = captioner.loss(states_BNV.to(device, non_blocking=True), texts) / tokens
             loss.backward()
@@ -125,7 +125,7 @@ def gemm_flops(device: torch.device, precision: str) -> float:
     is_cast = products == "bf16" and device.type != "cpu"
     one = torch.randn(side, side, device=device, dtype=torch.bfloat16 if is_cast else torch.float32)
     seconds = []
-    with products_in(products, device):
+    with matmul_precision(products, device):
         for _ in range(6):
             started = time.monotonic()
             for _ in range(5):

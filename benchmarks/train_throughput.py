@@ -31,7 +31,7 @@ from transformers import CLIPImageProcessor
 from trainer.config import Precision
 from trainer.model.caption_model import CaptionerConfig, CaptionerModel
 from trainer.model.encoder import EncoderConfig
-from trainer.runtime.devices import autocast, products_in
+from trainer.runtime.devices import autocast, matmul_precision
 from trainer.tokenizer import TextBatch
 
 IMAGES, CAPTIONS, TOKENS = 4, 5, 20
@@ -104,7 +104,7 @@ def our_step(
     def step() -> float:
         optimizer.zero_grad()
         batch = texts(decoder.get("vocab_size", VOCAB))
-        with products_in(precision, device):
+        with matmul_precision(precision, device):
             with torch.no_grad(), autocast(precision, device):
                 batch_BNV = states_BNV if cached else captioner.encoder(pixels_BCHW)
             with autocast(precision, device):

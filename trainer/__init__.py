@@ -1,6 +1,6 @@
-"""From a dataset version to a trained and scored captioner.
+"""Train a captioner on a version of a dataset with `train`, and use it with `Captioner`.
 
-`train` trains a captioner on a version, and `Captioner` uses it. Each is imported when it is first used.
+Names are imported when they are first used.
 """
 
 from importlib import import_module
@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from trainer.launch import TrainResult, train
 
 __all__ = ["Captioner", "TrainConfig", "TrainResult", "train"]
-_MODULES = {
-    "Captioner": "trainer.captioner",
-    "TrainConfig": "trainer.config",
-    "TrainResult": "trainer.launch",
-    "train": "trainer.launch",
-}
+_MODULES = {"Captioner": "captioner", "TrainConfig": "config", "TrainResult": "launch", "train": "launch"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`Captioner`: captions of images, and answers to questions about them, in a few lines of Python.
+"""`Captioner`: captions of images, and answers to questions about them.
 
 from trainer import Captioner
 
@@ -28,9 +28,9 @@ from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.runtime.checkpoint_folder import find_captioner
 from trainer.tokenizer import TargetText, answering_prompt, scored_prompt
 
-BATCH_SIZE = 32  # images
-PREPARED_BATCHES = 2  # ahead of the one that is captioned
-READERS = 2  # threads, each of which holds one image at its full size
+BATCH_SIZE = 32
+PREPARED_BATCHES = 2  # batches that are prepared ahead
+READERS = 2  # threads, each holding one image at its full size
 Picture = Image.Image | str | PathLike[str] | bytes
 
 
@@ -42,25 +42,26 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | None = None) -> "Captioner":
-        """Load a captioner from its folder, or from the Hub (ORG/NAME, ORG/NAME@REVISION). Raises TrainError if there is none.
+        """Load a captioner from a folder or from the Hub (ORG/NAME, ORG/NAME@REVISION).
 
-        `device` is that of torch; by default a GPU if there is one.
+        `device` is a name of torch, by default a GPU if there is one. Raises TrainError if there is no
+        captioner.
         """
         return cls(load_checkpoint(find_captioner(name), torch.device(device) if device else None))
 
     @property
     def styles(self) -> list[str]:
-        """The styles of captions that it has learned."""
+        """The caption styles that it has learned."""
         return list(dict.fromkeys(style for _, style in self.checkpoint.captioner.config.prompts if style))
 
     @property
     def usual_style(self) -> str:
-        """The style that is written where none is asked for."""
+        """The default style."""
         return scored_prompt(self.checkpoint.captioner.config.prompts)[1]
 
     @property
     def usual_beams(self) -> int:
-        """The candidates of the search with which it was scored after its training; 1 if it does not say."""
+        """The default beam width: that of the final test of its training."""
         return self.checkpoint.captioner.config.num_beams
 
     @property
@@ -76,19 +77,18 @@ class Captioner:
         batch_size: int = BATCH_SIZE,
         num_beams: int | None = None,
     ) -> list[str]:
-        """Return a caption of each image, or with a `question` an answer about each.
+        """Return a caption of each image or, with a `question`, an answer about each image.
 
-        Without `num_beams`, the search has as many candidates as when it was scored (`usual_beams`); 1 is greedy, and faster.
-        An image is a PIL image, or the path or the bytes of a file. Raises TrainError for a style or image that cannot be used.
+        An image is a PIL image, or the path or the content of a file. `num_beams` is `usual_beams` by
+        default, and 1 is greedy and faster. Raises TrainError for an unknown style or an unreadable image.
         """
-        several = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
-        pairs = enumerate(several)
-        texts = []
-        for number, answer in self.stream(pairs, (style,), question, batch_size, num_beams):
-            if isinstance(answer, ImageError):
-                raise TrainError(f"cannot read image {number}: {answer}", hint="pass image files, or images")
-            texts += answer
-        return texts
+        pictures = [images] if isinstance(images, Image.Image | str | PathLike | bytes) else images
+        captions = []
+        for number, texts in self.stream(enumerate(pictures), (style,), question, batch_size, num_beams):
+            if isinstance(texts, ImageError):
+                raise TrainError(f"cannot read image {number}: {texts}", hint="pass images or image files")
+            captions += texts
+        return captions
 
     def stream(
         self,
@@ -98,25 +98,26 @@ class Captioner:
         batch_size: int = BATCH_SIZE,
         num_beams: int | None = None,
     ) -> Iterator[tuple[Any, list[str] | ImageError]]:
-        """Yield the key of each image with its text in each style, or with the error for which it cannot be read, in order.
+        """Yield the key of each image with its text in each style, or with the reason why it is unreadable,
+        in order.
 
-        Images are read and resized by other threads, a few batches ahead; an image is encoded once for all styles.
+        Threads read and resize images a few batches ahead. An image is encoded once for all styles.
         """
         num_beams = self.usual_beams if num_beams is None else num_beams
         if batch_size < 1 or num_beams < 1:
-            raise TrainError("batch_size and num_beams are 1 or more", hint="leave them out")
+            raise TrainError("batch_size and num_beams must be 1 or more", hint="leave them out")
         prompts = [self.prompt(style, question) for style in styles]
         decoding = DecodingConfig(num_beams=num_beams)
         with ThreadPoolExecutor(READERS) as pool:
-            for batch in self._ahead(pool, images, batch_size):
-                read = [(key, pixels.result()) for key, pixels in batch]
-                usable = [pixels for _, pixels in read if not isinstance(pixels, ImageError)]
+            for batch in self._prepare_ahead(pool, images, batch_size):
+                prepared = [(key, pixels.result()) for key, pixels in batch]
+                usable = [pixels for _, pixels in prepared if not isinstance(pixels, ImageError)]
                 texts = iter(self._describe(torch.stack(usable), prompts, decoding) if usable else ())
-                for key, pixels in read:
+                for key, pixels in prepared:
                     yield key, pixels if isinstance(pixels, ImageError) else next(texts)
 
     def prompt(self, style: str | None = None, question: str = "") -> list[int]:
-        """Return the tokens of the prompt of a caption, or of an answer. Raises TrainError if it has not learned such."""
+        """Return the prompt tokens of a caption or an answer. Raises TrainError if it was not learned."""
         prompts = self.checkpoint.captioner.config.prompts
         source, chosen = answering_prompt(prompts) if question else scored_prompt(prompts, style)
         return self.checkpoint.tokenizer.prompt(TargetText(source, "", style=chosen, question=question))
@@ -124,68 +125,64 @@ class Captioner:
     def write(
         self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig = GREEDY
     ) -> list[list[int]]:
-        """Return the tokens of a text about each prepared image, after prompts of one length."""
-        captioner = self.checkpoint.captioner
-        return captioner.generate(self._states(pixels_BCHW), torch.tensor(prompts), decoding)
+        """Return the tokens of a text about each preprocessed image, after prompts of the same length."""
+        return self.checkpoint.captioner.generate(self._encode(pixels_BCHW), torch.tensor(prompts), decoding)
 
-    def _states(self, pixels_BCHW: Tensor) -> Tensor:
+    def _encode(self, pixels_BCHW: Tensor) -> Tensor:
         encoder = self.checkpoint.captioner.encoder
         with torch.inference_mode():
             states_BNV: Tensor = encoder(pixels_BCHW.to(next(encoder.parameters()).device))
         return states_BNV
 
-    def _describe(self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig) -> list[list[str]]:
-        captioner, tokenizer, states_BNV = self.checkpoint.captioner, self.checkpoint.tokenizer, self._states(pixels_BCHW)
-        B = len(pixels_BCHW)
-        by_style = [captioner.generate(states_BNV, torch.tensor(prompt).expand(B, -1), decoding) for prompt in prompts]
-        return [[tokenizer.decode(ids) for ids in of_image] for of_image in zip(*by_style, strict=True)]
+    def _describe(
+        self, pixels_BCHW: Tensor, prompts: Sequence[Sequence[int]], decoding: DecodingConfig
+    ) -> list[list[str]]:
+        """Return the texts of each image, one per prompt."""
+        captioner, tokenizer, B = self.checkpoint.captioner, self.checkpoint.tokenizer, len(pixels_BCHW)
+        states_BNV = self._encode(pixels_BCHW)
+        prompts_BT = [torch.tensor(ids).expand(B, -1) for ids in prompts]
+        by_prompt = [captioner.generate(states_BNV, prompt_BT, decoding) for prompt_BT in prompts_BT]
+        return [[tokenizer.decode(ids) for ids in texts] for texts in zip(*by_prompt, strict=True)]
 
-    def _ahead(
+    def _prepare_ahead(
         self, pool: ThreadPoolExecutor, images: Iterable[tuple[Any, Picture]], batch_size: int
     ) -> Iterator[list[tuple[Any, Future[Tensor | ImageError]]]]:
-        """Yield batches of images that are being prepared, while later ones are prepared already."""
-        left = iter(images)
+        """Yield batches of images, while threads prepare the next ones."""
+        remaining = iter(images)
 
         def prepare(picture: Picture) -> Future[Tensor | ImageError]:
             if not isinstance(picture, Image.Image):
                 return pool.submit(self.prepare, picture)
-            done: Future[Tensor | ImageError] = Future()  # here: two threads must not load one image, which may come twice
+            # Two threads must not load the same PIL image, which may occur twice.
+            done: Future[Tensor | ImageError] = Future()
             done.set_result(self.prepare(picture))
             return done
 
         def next_batch() -> list[tuple[Any, Future[Tensor | ImageError]]]:
-            return [(key, prepare(picture)) for key, picture in islice(left, batch_size)]
+            return [(key, prepare(picture)) for key, picture in islice(remaining, batch_size)]
 
-        waiting = deque(next_batch() for _ in range(PREPARED_BATCHES))
-        while batch := waiting.popleft():
-            waiting.append(next_batch())
+        pending = deque(next_batch() for _ in range(PREPARED_BATCHES))
+        while batch := pending.popleft():
+            pending.append(next_batch())
             yield batch
 
     def prepare(self, picture: Picture) -> Tensor | ImageError:
-        """Return an image as the encoder wants it (3, H, W), or why it cannot be read."""
-        image = _read(picture)
-        if isinstance(image, ImageError):
-            return image
+        """Return the preprocessed image (3, H, W), or the reason why it is unreadable."""
+        try:
+            if isinstance(picture, str | PathLike):
+                picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
+            image = upright_rgb(picture) if isinstance(picture, Image.Image) else prepare_image(picture)
+        except UnsafeFileError as error:
+            return ImageError(error.reason, str(error))
+        except OSError as error:
+            return ImageError("unreadable_file", error.strerror or str(error))
+        except ImageError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # Pillow raises any exception for a damaged file
+            return ImageError("unreadable_image", one_line(error))
         try:
             return self.checkpoint.captioner.encoder.pixels([image])[0]
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # of settings in a stranger's file
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             problem = f"the captioner cannot prepare images: {one_line(error)}"
-            raise TrainError(problem, hint="its config.json has odd settings of the image processor") from None
-
-
-def _read(picture: Picture) -> Image.Image | ImageError:
-    """Return an image upright in RGB, or why it cannot be read."""
-    try:
-        if isinstance(picture, Image.Image):
-            return upright_rgb(picture)
-        if isinstance(picture, str | PathLike):
-            picture = read_regular(Path(picture).expanduser(), max_bytes=MAX_IMAGE_BYTES)
-        return prepare_image(picture)
-    except UnsafeFileError as error:
-        return ImageError(error.reason, str(error))
-    except OSError as error:
-        return ImageError("unreadable_file", error.strerror or str(error))
-    except ImageError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise any exception on damaged files
-        return ImageError("unreadable_image", one_line(error))
+            hint = "its config.json has invalid settings of the image processor, so do not use it"
+            raise TrainError(problem, hint=hint) from None

@@ -27,30 +27,29 @@ from pipeline.progress import NullProgress, Progress
 from pipeline.sources.join import with_pixels
 from pipeline.storage.files import translate_disk_errors
 from pipeline.storage.object_store import parse_dataset_path
-from trainer.config import TrainConfig, choose_preset, resolve, usual_precision, usual_texts
+from trainer.config import TrainConfig, choose_preset, default_precision, default_texts, resolve
 from trainer.runtime.checkpoint_folder import find_interrupted, require_free
 
 CLIP = CLIP_MODELS["clip"]
-CHOSEN = {"encoder": "auto", "decoder": "auto"}  # where nothing else is named
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """A training that has ended."""
 
-    path: Path  # the checkpoint folder, for Captioner.from_pretrained
-    version: Version  # the data, with pixels
-    config: TrainConfig  # with all that followed from the data and this machine
-    metrics: dict[str, Any]  # the content of metrics.json; empty in all but the first of several processes
+    path: Path  # checkpoint folder, for Captioner.from_pretrained
+    version: Version  # data with pixels
+    config: TrainConfig
+    metrics: dict[str, Any]  # content of metrics.json, empty in all but the first of several processes
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`; larger is better."""
+        """The scores on the test split: `bleu_1` to `bleu_4`, `rouge_l` and `cider_d`. Larger is better."""
         return dict(self.metrics["scores"])
 
     @property
     def shuffled_scores(self) -> dict[str, float]:
-        """The same scores with the images shuffled: a captioner that ignores its image scores as well."""
+        """The scores with shuffled images, which are as good if a captioner ignores its image."""
         return dict(self.metrics["shuffled_scores"])
 
 
@@ -68,52 +67,51 @@ def train(
     """Train a captioner on a version of a dataset, and score it on the test split.
 
     Args:
-        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version; None: the
-            dataset made last.
+        data: a dataset folder, DIR@VERSION, ORG/NAME@VERSION on the Hub, or an open version. None: the
+            last dataset.
         config: settings, or the path of a YAML file or a train.json with settings.
-        out: the checkpoint folder; None: DATASET/checkpoints/VERSION-ENCODER-DECODER.
-        images: where the images of a version without pixels are: a folder of files, a dataset folder, or a
-            source.
-        resume: whether an interrupted training resumes; it keeps the settings with which it began.
-        tensorboard: whether the curves are also written for TensorBoard.
-        progress: receives progress and messages, such as that of `pipeline.progress.show_progress()`; None:
-            nothing is shown.
-        **settings: fields of TrainConfig, which win over `config`. If no setting names them, the preset, the
-            encoder, the precision and the texts follow from the data and this machine, as in `synth train`.
+        out: the checkpoint folder. None: DATASET/checkpoints/VERSION-ENCODER-DECODER.
+        images: the images of a version without pixels: a folder of files, a dataset folder, or a source.
+        resume: resume an interrupted training with its settings.
+        tensorboard: write the curves for TensorBoard, too.
+        progress: receives progress and messages, such as `pipeline.progress.show_progress()`. None: show
+            nothing.
+        **settings: fields of TrainConfig, which override `config`. By default, preset, encoder, precision
+            and texts depend on the data and this machine, as in `synth train`.
 
-    A training that is finished in `out` is not repeated: its result is returned.
+    A training that has finished in `out` is not repeated: its result is returned.
 
-    Raises ConfigError for an invalid setting or a folder that holds another captioner, StoreError if the data
-    does not exist or is damaged, and TrainError if there is nothing to learn from or to resume, a model is
-    missing, or the loss diverges. All of them are SynthErrors, whose `hint` states the next step.
+    Raises ConfigError for an invalid setting or a folder with another captioner, StoreError if the data does
+    not exist or is damaged, and TrainError if there is nothing to learn or to resume, a model is missing, or
+    the loss diverges. All are a SynthError, whose `hint` states the next step.
     """
-    is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
+    is_first = os.environ.get("RANK", "0") == "0"
     progress = progress or NullProgress()
     file = None if isinstance(config, TrainConfig) else Path(config) if config else None
     given = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else {}
-    options = {**CHOSEN, **given, **settings}
+    options = {"encoder": "auto", "decoder": "auto", **given, **settings}
     if not resume:
-        resolve(file, **options)  # a mistake is an error before data is fetched
+        resolve(file, **options)  # raises errors before data is downloaded
     version = open_version(data, images)
     message = progress.message if is_first else NullProgress().message
     planned = plan_training(version, options, file, Path(out) if out else None, message, resume=resume)
 
-    from trainer.training import train_captioner  # torch takes seconds: only for correct paths and settings
+    from trainer.training import train_captioner  # imports torch, which takes seconds
 
-    chosen, folder = planned.config, planned.folder
-    texts = {"synthetic": "", "human": ", texts of people", "mixed": ", texts of people and of the model"}
-    parts = f"encoder {chosen.encoder}, decoder {chosen.decoder}{texts[chosen.text_source]}"
-    message(f"training on {version.path}: {parts}")
+    config, folder = planned.config, planned.folder
+    texts = "" if config.text_source == "synthetic" else f", {config.text_source} texts"
+    message(f"training on {version.path}: encoder {config.encoder}, decoder {config.decoder}{texts}")
     with translate_disk_errors(folder), DatasetDir(folder).lock() if is_first else nullcontext():
-        metrics = train_captioner(version, chosen, folder, resume=resume, tensorboard=tensorboard, progress=progress)
-    return TrainResult(folder, version, chosen, metrics)
+        options = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
+        metrics = train_captioner(version, config, folder, **options)
+    return TrainResult(folder, version, config, metrics)
 
 
 def open_version(data: str | Path | Version | None, images: str | None = None) -> Version:
-    """Open a version to learn from: local, in an object store or on the Hub.
+    """Open a local version, or one in an object store or on the Hub; join pixels from `images` if it has
+    none.
 
-    A version without pixels gets those of `images`. Raises StoreError if it does not exist or is damaged, and
-    ConfigError if pixels are missing.
+    Raises StoreError if it does not exist or is damaged, and ConfigError if pixels are missing.
     """
     if isinstance(data, str) and is_hub_name(data):
         data = pull_version(data)
@@ -139,13 +137,10 @@ def plan_training(
     *,
     resume: bool,
 ) -> PlannedTraining:
-    """Return what a training on a version will be.
+    """Return the settings and the folder of a training. `options` override the file.
 
-    `options` are settings that win over the file; settings without a value follow from the version and this
-    machine. A training that resumes has the settings with which it began.
-
-    Raises ConfigError if the folder holds another captioner or an interrupted training, or if several could
-    resume.
+    A resumed training has the settings with which it began. Raises ConfigError if the folder holds another
+    captioner or an interrupted training, or if several trainings could be resumed.
     """
     if resume and out is None and options.get("encoder") == options.get("decoder") == "auto":
         out = find_interrupted(version)
@@ -164,7 +159,7 @@ def plan_training(
 def choose_settings(
     version: Version, options: dict[str, Any], config_file: Path | None, message: Callable[[str], None]
 ) -> TrainConfig:
-    """Return the settings of options and file, with preset, encoder, precision and texts that follow."""
+    """Return the settings, with a preset, encoder, precision and texts for the data and the machine."""
     config = resolve(config_file, **options)
     is_drawn = version.manifest["source"]["name"] in (SCENES, DECKS)
     if config.preset == "auto" or (config.preset is None and config_file is None):
@@ -179,24 +174,25 @@ def choose_settings(
         chosen["encoder"] = choose_encoder(message, is_drawn=is_drawn)
     if config.preset and "precision" not in config.model_fields_set:
         device = best_device()
-        has_bfloat16 = multiplies_bfloat16(device)
-        chosen["precision"] = usual_precision(config.preset, on_gpu=device.type == "cuda", has_bfloat16=has_bfloat16)
+        on_gpu, has_bfloat16 = device.type == "cuda", multiplies_bfloat16(device)
+        chosen["precision"] = default_precision(config.preset, on_gpu=on_gpu, has_bfloat16=has_bfloat16)
     if "text_source" not in config.model_fields_set:
-        chosen["text_source"] = usual_texts(version.manifest)
+        chosen["text_source"] = default_texts(version.manifest)
     return config.model_copy(update=chosen)
 
 
 def choose_encoder(message: Callable[[str], None], *, is_drawn: bool) -> str:
-    """Return CLIP if its config is cached or can be downloaded, else the shipped encoder of drawn scenes.
+    """Return CLIP if it is cached or on the Hub, else for drawn scenes the encoder of this package.
 
-    Raises TrainError for other images: this encoder would train for hours and learn nothing.
+    Raises TrainError for other images, from which that encoder would learn nothing.
     """
     try:
         snapshot_download(CLIP, allow_patterns=["config.json"], etag_timeout=3)
     except (OSError, HfHubHTTPError, httpx2.TransportError):
+        problem = f"{CLIP} is not in the cache and cannot be downloaded"
         if not is_drawn:
-            hint = f"name a folder that holds one: --encoder FOLDER; {TINY_CLIP} knows drawn scenes only"
-            raise TrainError(f"{CLIP} cannot be had here, and these images need an encoder of photographs", hint=hint) from None
-        message(f"{CLIP} cannot be had here: the encoder is {TINY_CLIP}, which knows drawn scenes only")
+            hint = f"pass an encoder of photographs: --encoder FOLDER. {TINY_CLIP} only encodes drawn scenes"
+            raise TrainError(problem, hint=hint) from None
+        message(f"{problem}: using {TINY_CLIP}, which only encodes drawn scenes")
         return TINY_CLIP
     return "clip"

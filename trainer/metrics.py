@@ -1,6 +1,7 @@
-"""Scores of captions against references: BLEU, ROUGE-L and CIDEr-D, equal to pycocoevalcap's on the same tokens.
+"""Scores of captions against references: BLEU, ROUGE-L and CIDEr-D, equal to pycocoevalcap on the same
+tokens.
 
-A corpus is a list of images; each has one hypothesis and one or more references, all of them lists of tokens.
+A corpus is a list of images, each with one hypothesis and one or more references, all lists of tokens.
 """
 
 import math
@@ -16,7 +17,7 @@ from pipeline.text.normalize import combining_marks, has_marks
 Tokens = Sequence[str]
 NgramCounts = Counter[tuple[str, ...]]
 MAX_N = 4
-_APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")  # models and people write dog's in several ways
+_APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['-][^\W_]+)*")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -26,10 +27,10 @@ _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 def tokenize(text: str) -> list[str]:
     """Return lower-case words and numbers without punctuation, as captions are scored on COCO.
 
-    Of scripts without spaces between words each character is a token, as sacreBLEU (Post, 2018) cuts Chinese; marks such as
-    vowel signs belong to their letter.
+    In scripts without spaces each character is a token, as for Chinese in sacreBLEU (Post, 2018), together
+    with its combining marks.
     """
-    lower = text.lower().translate(_APOSTROPHES)  # which may make marks
+    lower = text.lower().translate(_APOSTROPHES)
     is_plain = lower.isascii() or not (has_marks(lower) or _HAS_UNSPACED.search(lower))
     return (_WORD if is_plain else _any_word()).findall(lower)
 
@@ -41,21 +42,25 @@ def _any_word() -> re.Pattern[str]:
     return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
 
 
-def score_each(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, list[float]]:
+def score_each(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> dict[str, list[float]]:
     """Return ROUGE-L and CIDEr-D of each image."""
     rouges = [rouge_l(hypothesis, refs) for hypothesis, refs in zip(hypotheses, references, strict=True)]
     return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references)}
 
 
 def score(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], per_image: Mapping[str, Sequence[float]] | None = None
+    hypotheses: Sequence[Tokens],
+    references: Sequence[Sequence[Tokens]],
+    per_image: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return all scores of a corpus; `per_image` is the result of `score_each`, if already computed.
+    """Return all scores of a corpus. `per_image` is the result of `score_each`, if it was computed before.
 
-    Raises ValueError if the two lengths differ, there is no image, or an image has no reference.
+    Raises ValueError if the lengths differ, there is no image, or an image has no reference.
     """
     if len(hypotheses) != len(references) or not hypotheses or not all(references):
-        raise ValueError("a corpus needs one hypothesis and at least one reference for each of at least one image")
+        raise ValueError("a corpus needs images with one hypothesis and at least one reference each")
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references), 1)}
     per_image = per_image or score_each(hypotheses, references)
     return scores | {name: sum(values) / len(values) for name, values in per_image.items()}
@@ -67,18 +72,18 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
 
 
 def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference length, as COCO does."""
-    tiny, small = 1e-15, 1e-9  # pycocoevalcap's guards against division by zero, kept for equal scores
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference length."""
+    tiny, small = 1e-15, 1e-9  # guards against division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
     for hypothesis, refs in zip(hypotheses, references, strict=True):
         length += len(hypothesis)
         reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in refs)[1]
         for n in range(1, MAX_N + 1):
-            best: NgramCounts = Counter()
+            max_counts: NgramCounts = Counter()
             for reference in refs:
-                best |= ngrams(reference, n)
-            matched[n - 1] += (ngrams(hypothesis, n) & best).total()
+                max_counts |= ngrams(reference, n)
+            matched[n - 1] += (ngrams(hypothesis, n) & max_counts).total()
             possible[n - 1] += max(0, len(hypothesis) - n + 1)
     ratio = (length + tiny) / (reference_length + small)
     penalty = 1.0 if ratio >= 1 else math.exp(1 - 1 / ratio)
@@ -90,9 +95,9 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def rouge_l(hypothesis: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
-    """Return ROUGE-L (Lin, 2004): F-measure of the longest common subsequence, with best precision and recall of references."""
+    """Return ROUGE-L (Lin, 2004): F-measure of the longest common subsequence with any reference."""
     common = [_longest_common(hypothesis, reference) for reference in references]
-    # pycocoevalcap treats an empty text as one empty word, hence the guard.
+    # pycocoevalcap counts an empty text as one word, hence max(1, ...).
     precision = max(c / max(1, len(hypothesis)) for c in common)
     recall = max(c / max(1, len(r)) for c, r in zip(common, references, strict=True))
     if not precision or not recall:
@@ -105,38 +110,43 @@ def _longest_common(a: Tokens, b: Tokens) -> int:
     for a_word in a:
         diagonal = 0
         for column, b_word in enumerate(b, 1):
-            diagonal, row[column] = row[column], diagonal + 1 if a_word == b_word else max(row[column], row[column - 1])
+            length = diagonal + 1 if a_word == b_word else max(row[column], row[column - 1])
+            diagonal, row[column] = row[column], length
     return row[-1]
 
 
 class Rarity:
-    """How rare each n-gram is among the images of a corpus: CIDEr-D weighs it by the logarithm."""
+    """Inverse document frequencies of n-grams, where a document is the references of an image."""
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
-        self._images: NgramCounts = Counter()
+        self._num_images: NgramCounts = Counter()
         for refs in references:
-            self._images.update({gram for reference in refs for n in range(1, MAX_N + 1) for gram in ngrams(reference, n)})
+            grams = (ngrams(ref, n) for ref in refs for n in range(1, MAX_N + 1))
+            self._num_images.update(set().union(*grams))
         self._log_images = math.log(max(1, len(references)))
 
     def weigh(self, tokens: Tokens) -> list[dict[tuple[str, ...], float]]:
         """Return the weights of the n-grams of a text, for each n."""
-        return [
-            {
-                gram: count * (self._log_images - math.log(max(1, self._images[gram])))
-                for gram, count in ngrams(tokens, n).items()
-            }
-            for n in range(1, MAX_N + 1)
-        ]
+
+        def weight(gram: tuple[str, ...], count: int) -> float:
+            return count * (self._log_images - math.log(max(1, self._num_images[gram])))
+
+        counts = [ngrams(tokens, n) for n in range(1, MAX_N + 1)]
+        return [{gram: weight(gram, count) for gram, count in of_n.items()} for of_n in counts]
 
 
 def cider_d(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0, rarity: Rarity | None = None
+    hypotheses: Sequence[Tokens],
+    references: Sequence[Sequence[Tokens]],
+    sigma: float = 6.0,
+    rarity: Rarity | None = None,
 ) -> list[float]:
-    """Return CIDEr-D of each image (Vedantam et al., 2015), times 10, as COCO reports it; 0 for one without references.
+    """Return CIDEr-D of each image (Vedantam et al., 2015), times 10 as COCO reports it; 0 without
+    references.
 
-    The weight of an n-gram falls with the number of images whose references contain it, so scores on different test sets
-    are not comparable; `rarity` is that of another corpus. Repetition is clipped; a difference in length is penalized by a
-    Gaussian of width `sigma`.
+    N-grams are weighted by their rarity among the images, so scores of different test sets are not
+    comparable; `rarity` may come from another corpus. Repetitions are clipped, and a Gaussian of width
+    `sigma` penalizes a difference in length.
     """
     weigh = (rarity or Rarity(references)).weigh
     scores = []
@@ -144,37 +154,39 @@ def cider_d(
         hypothesis_weights = weigh(hypothesis)
         total = 0.0
         for reference in refs:
-            reference_weights = weigh(reference)
+            pairs = zip(hypothesis_weights, weigh(reference), strict=True)
+            similarity = sum(_clipped_cosine(a, b) for a, b in pairs) / MAX_N
             # pycocoevalcap measures length in bigrams.
             gap = max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)
-            similar = sum(_clipped_cosine(a, b) for a, b in zip(hypothesis_weights, reference_weights, strict=True)) / MAX_N
-            total += similar * math.exp(-(gap**2) / (2 * sigma**2))
+            total += similarity * math.exp(-(gap**2) / (2 * sigma**2))
         scores.append(10 * total / max(1, len(refs)))
     return scores
 
 
-def _clipped_cosine(hypothesis: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]) -> float:
-    dot = sum(min(weight, reference[gram]) * reference[gram] for gram, weight in hypothesis.items() if gram in reference)
-    norm = math.sqrt(sum(w * w for w in hypothesis.values())) * math.sqrt(sum(w * w for w in reference.values()))
+def _clipped_cosine(
+    hypothesis: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]
+) -> float:
+    shared = [gram for gram in hypothesis if gram in reference]
+    dot = sum(min(hypothesis[gram], reference[gram]) * reference[gram] for gram in shared)
+    norms = [math.sqrt(sum(w * w for w in weights.values())) for weights in (hypothesis, reference)]
+    norm = norms[0] * norms[1]
     return dot / norm if norm else 0.0
 
 
 def bootstrap(per_image: Mapping[str, Sequence[float]], draws: int = 1000) -> dict[str, tuple[float, float]]:
-    """Return 95 % bootstrap intervals of the mean scores of `score_each`; images are drawn with replacement.
-
-    CIDEr-D weights stay those of the whole corpus, as is usual; the seed is fixed.
-    """
-    rng, images = random.Random(0), len(next(iter(per_image.values())))
+    """Return 95 % bootstrap intervals of mean scores, over images drawn with a fixed seed."""
+    rng, num_images = random.Random(0), len(next(iter(per_image.values())))
     means: dict[str, list[float]] = {name: [] for name in per_image}
     for _ in range(draws):
-        drawn = rng.choices(range(images), k=images)
+        drawn = rng.choices(range(num_images), k=num_images)
         for name, values in per_image.items():
             means[name].append(sum(values[index] for index in drawn) / len(drawn))
-    return {name: (sorted(scores)[int(0.025 * draws)], sorted(scores)[int(0.975 * draws)]) for name, scores in means.items()}
+    low, high = int(0.025 * draws), int(0.975 * draws)
+    return {name: (sorted(values)[low], sorted(values)[high]) for name, values in means.items()}
 
 
 def derangement(names: Sequence[str]) -> list[int]:
-    """Return the position of another name for each of several distinct ones: the same one in whatever order they come."""
+    """Return the position of another name for each name, independent of the order of the names."""
     order = sorted(range(len(names)), key=lambda index: (digest(names[index]), index))
-    after = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [after[index] for index in range(len(names))]
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[index] for index in range(len(names))]

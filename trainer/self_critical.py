@@ -1,9 +1,10 @@
-"""Self-critical training (Rennie et al., 2017): captions that score above others of their image become likelier.
+"""Self-critical sequence training (Rennie et al., 2017): raise the likelihood of captions with a high reward.
 
-Some captions of each image are drawn; the reward of each is its CIDEr-D against the texts that are learned, and its baseline
-the mean reward of the others (Luo, 2020). EOS counts as a word: else captions end in "with a", which no reference does.
+Several captions are sampled per image. The reward of a caption is its CIDEr-D against the training captions
+of the image, and its baseline the mean reward of the other samples (Luo, 2020). EOS counts as a word:
+otherwise captions learn to end in "with a", which no reference does.
 
-Shapes: B images, V encoder width, C drawn captions, B times `samples`.
+Shapes: B images, N hidden states, V encoder width, C sampled captions, C = B * num_samples.
 """
 
 import statistics
@@ -17,14 +18,14 @@ from trainer.data import Example
 from trainer.metrics import Rarity, Tokens, cider_d, tokenize
 from trainer.model.checkpoint import Checkpoint
 from trainer.model.decoding import DecodingConfig
-from trainer.tokenizer import EOS, EncodedText, TextBatch, collate, scored_prompt
+from trainer.tokenizer import EOS, EncodedText, TargetText, TextBatch, collate, scored_prompt
 
-DRAWN = DecodingConfig(temperature=1.0)
+SAMPLING = DecodingConfig(temperature=1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledCaptions:
-    """Captions that were drawn: as texts to learn, with what each is worth above the others of its image, and all rewards."""
+    """Sampled captions as texts to learn, with their advantages and rewards."""
 
     texts: TextBatch
     advantage_C: Tensor
@@ -32,41 +33,44 @@ class SampledCaptions:
 
 
 class SelfCritic:
-    """Draws captions of the style that is scored, and rewards them."""
+    """Samples and rewards captions of the style that is scored."""
 
-    def __init__(self, checkpoint: Checkpoint, train: Sequence[Example], samples: int) -> None:
-        self.checkpoint, self.samples = checkpoint, samples
-        scored = scored_prompt(checkpoint.captioner.config.prompts)
-        self.prompt = checkpoint.scored_prompt()
-        self.references = {
-            example.sample_id: [[*tokenize(text.text), EOS] for text in example.texts if (text.source, text.style) == scored]
-            for example in train
-        }
+    def __init__(self, checkpoint: Checkpoint, train_set: Sequence[Example], num_samples: int) -> None:
+        self.checkpoint, self.num_samples = checkpoint, num_samples
+        source, style = scored_prompt(checkpoint.captioner.config.prompts)
+        self.prompt = checkpoint.tokenizer.prompt(TargetText(source, "", style=style))
+        self.references: dict[str, list[Tokens]] = {}
+        for example in train_set:
+            scored = [text for text in example.texts if (text.source, text.style) == (source, style)]
+            self.references[example.sample_id] = [[*tokenize(text.text), EOS] for text in scored]
         self.rarity = Rarity([texts for texts in self.references.values() if texts])
 
-    def draw(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:
-        """Draw captions of each image; those of an image without a text of this style are worth nothing."""
+    def sample(self, states_BNV: Tensor, examples: Sequence[Example]) -> SampledCaptions:
+        """Sample captions in evaluation mode. Captions of an image without references have a reward of 0."""
         captioner, tokenizer = self.checkpoint.captioner.eval(), self.checkpoint.tokenizer
-        prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.samples, -1)
-        ids = captioner.generate(states_BNV.repeat_interleave(self.samples, 0), prompt_CT, DRAWN)
-        most, eos_id = captioner.most_tokens(states_BNV.shape[1], len(self.prompt)), captioner.config.eos_id
-        has_ended = [len(one) < most for one in ids]
-        hypotheses: list[Tokens] = [
-            [*tokenize(tokenizer.decode(one)), *([EOS] if ended else [])] for one, ended in zip(ids, has_ended, strict=True)
-        ]
-        references = [self.references[example.sample_id] for example in examples for _ in range(self.samples)]
+        prompt_CT = torch.tensor(self.prompt).expand(len(examples) * self.num_samples, -1)
+        captions = captioner.generate(states_BNV.repeat_interleave(self.num_samples, 0), prompt_CT, SAMPLING)
+        max_tokens = captioner.most_tokens(states_BNV.shape[1], len(self.prompt))
+        hypotheses: list[Tokens] = []
+        texts: list[EncodedText] = []
+        for ids in captions:
+            has_ended = len(ids) < max_tokens
+            hypotheses.append([*tokenize(tokenizer.decode(ids)), *([EOS] if has_ended else [])])
+            target = [*ids, captioner.config.eos_id] if has_ended else ids
+            texts.append(EncodedText.of(self.prompt, target, is_caption=True))
+        references = [self.references[e.sample_id] for e in examples for _ in range(self.num_samples)]
         rewards = cider_d(hypotheses, references, rarity=self.rarity)
-        targets = [[*one, eos_id] if ended else one for one, ended in zip(ids, has_ended, strict=True)]
-        texts = [EncodedText.of(self.prompt, target, is_caption=True) for target in targets]
-        by_image = [texts[first : first + self.samples] for first in range(0, len(texts), self.samples)]
-        return SampledCaptions(collate(by_image), torch.tensor(_advantages(rewards, self.samples)), rewards)
+        starts = range(0, len(texts), self.num_samples)
+        by_image = [texts[start : start + self.num_samples] for start in starts]
+        advantage_C = torch.tensor(_advantages(rewards, self.num_samples))
+        return SampledCaptions(collate(by_image), advantage_C, rewards)
 
 
-def _advantages(rewards: Sequence[float], samples: int) -> list[float]:
-    """Return each reward less the mean of the others of its image."""
+def _advantages(rewards: Sequence[float], num_samples: int) -> list[float]:
+    """Return each reward minus the mean reward of the other samples of its image."""
     advantages: list[float] = []
-    for first in range(0, len(rewards), samples):
-        own = rewards[first : first + samples]
+    for first in range(0, len(rewards), num_samples):
+        own = rewards[first : first + num_samples]
         mean = statistics.fmean(own)
-        advantages += [(reward - mean) * samples / (samples - 1) for reward in own]
+        advantages += [(reward - mean) * num_samples / (num_samples - 1) for reward in own]
     return advantages

@@ -1,8 +1,8 @@
 """Convert texts to token ids and back: the prompt of a decoder, and the target that it learns to write.
 
-A prompt names a source, human or synthetic, and either a style of captions or a question. `prompts` are the pairs of source and
-style that a captioner has learned; the style of answers is "". A published captioner has a copy of the functions that choose
-and write a prompt (trainer/publish/captioner_package.py): they need no package.
+A prompt names a source (human or synthetic), and a caption style or a question. `prompts` are the pairs of
+source and style that a captioner has learned; the style of answers is "". Published captioners have a copy of
+the functions that choose and write a prompt (trainer/publish/captioner_package.py).
 """
 
 from array import array
@@ -18,8 +18,8 @@ from torch import Tensor
 from pipeline.errors import TrainError
 
 PAD, EOS = "<pad>", "<eos>"
-COUNTED_TEXTS = 10_000  # encoded at once
-PAD_ID, EOS_ID = 0, 1  # fixed in every tokenizer that is trained here
+PAD_ID, EOS_ID = 0, 1  # in every tokenizer that is trained here
+ENCODED_TEXTS = 10_000  # per batch of `count_cut`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +37,28 @@ class EncodedText:
     """The token ids of one text about an image."""
 
     prompt: "array[int]"
-    target: "array[int]"  # with EOS at its end, unless it was cut
+    target: "array[int]"  # ends with EOS, unless it was cut
     is_caption: bool
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int], *, is_caption: bool) -> "EncodedText":
-        """Return the text of these tokens."""
+        """Store token ids compactly."""
         return cls(array("i", prompt), array("i", target), is_caption)
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """A batch of C texts of at most T tokens, padded on the right; texts of one image are adjacent."""
+    """A batch of C texts of at most T tokens, padded on the right. Texts of one image are adjacent."""
 
     image_of_C: Tensor
     ids_CT: Tensor  # prompt, target, EOS
-    prompt_C: Tensor  # tokens of the prompt
-    length_C: Tensor  # tokens of prompt, target and EOS
-    caption_C: Tensor  # True for a caption, False for an answer
+    prompt_C: Tensor  # prompt tokens
+    length_C: Tensor  # all tokens
+    caption_C: Tensor  # True for captions, False for answers
 
     @property
     def learned_CT(self) -> Tensor:
-        """Return the loss mask of `ids_CT[:, 1:]`, which excludes prompt and padding: (C, T - 1)."""
+        """The loss mask of `ids_CT[:, 1:]`, without prompt and padding: (C, T - 1)."""
         after_T = torch.arange(1, self.ids_CT.shape[1], device=self.ids_CT.device)
         return (after_T >= self.prompt_C[:, None]) & (after_T < self.length_C[:, None])
 
@@ -77,7 +77,7 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTokenizer:
-    """Tokenizer of a decoder: our own with special tokens for sources and styles, or that of a language model."""
+    """The tokenizer of a decoder: that of a language model, or one with tokens for sources and styles."""
 
     backend: Tokenizer
     kind: Literal["scratch", "pretrained"]
@@ -85,47 +85,53 @@ class CaptionTokenizer:
 
     def prompt(self, text: TargetText) -> list[int]:
         """Return the token ids of the prompt."""
-        return prompt_ids(prompt_parts(self.kind, text.source, text.style, text.question), self._special, self._ids)
+        parts = prompt_parts(self.kind, text.source, text.style, text.question)
+        return prompt_ids(parts, self._special_id, self._ids)
 
     def target(self, text: TargetText) -> list[int]:
         """Return the token ids of the text, and EOS."""
-        return [*self._ids(f" {text.text}" if self.kind == "pretrained" else text.text), self.eos_id]
+        return [*self._ids(self._target_text(text)), self.eos_id]
 
     def encode(self, text: TargetText, max_tokens: int) -> EncodedText:
-        """Return the token ids of a text; a target longer than `max_tokens` is cut and has no EOS."""
+        """Return the token ids of a text. A target longer than `max_tokens` is cut and has no EOS."""
         return EncodedText.of(self.prompt(text), self.target(text)[:max_tokens], is_caption=not text.question)
 
     def count_cut(self, texts: Sequence[TargetText], max_tokens: int) -> int:
-        """Return how many targets are longer than `max_tokens`, EOS included."""
-        space, cut = " " if self.kind == "pretrained" else "", 0
-        for start in range(0, len(texts), COUNTED_TEXTS):
-            part = [f"{space}{text.text}" for text in texts[start : start + COUNTED_TEXTS]]
-            cut += sum(len(one.ids) + 1 > max_tokens for one in self.backend.encode_batch(part, add_special_tokens=False))
-        return cut
+        """Return the number of targets longer than `max_tokens`, with EOS."""
+        num_cut = 0
+        for start in range(0, len(texts), ENCODED_TEXTS):
+            part = [self._target_text(text) for text in texts[start : start + ENCODED_TEXTS]]
+            encodings = self.backend.encode_batch(part, add_special_tokens=False)
+            num_cut += sum(len(encoding.ids) + 1 > max_tokens for encoding in encodings)
+        return num_cut
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return str(self.backend.decode(list(ids))).strip()
 
+    def _target_text(self, text: TargetText) -> str:
+        return f" {text.text}" if self.kind == "pretrained" else text.text
+
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _special(self, token: str) -> int:
+    def _special_id(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
         assert token_id is not None, f"the tokenizer was not trained on {token}"
         return int(token_id)
 
 
 def require_known_tokens(backend: Tokenizer, vocab_size: int) -> None:
-    """Raise ValueError if a text may have tokens that a decoder has not.
+    """Raise ValueError if a text can have tokens that a decoder lacks.
 
-    Special tokens may, since no text has them (encode_special_tokens): Gemma has one for images behind the last word.
+    Special tokens may be missing, since `encode_special_tokens` keeps them out of texts: Gemma has one for
+    images.
     """
     special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     largest = max((number for number in backend.get_vocab().values() if number not in special), default=-1)
     if largest >= vocab_size:
-        raise ValueError(f"the tokenizer has {largest + 1:,} tokens, and the decoder {vocab_size:,}")
+        raise ValueError(f"the tokenizer has {largest + 1:,} tokens, but the decoder has {vocab_size:,}")
 
 
 def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
@@ -145,59 +151,67 @@ def collate(texts: Sequence[Sequence[EncodedText]]) -> TextBatch:
 
 
 def train_tokenizer(texts: Iterable[TargetText], vocab_size: int) -> CaptionTokenizer:
-    """Train a byte-level BPE on the texts of the training split only."""
+    """Train a byte-level BPE on the texts of the training split."""
     texts = list(texts)
     names = [*sorted({text.source for text in texts}), *sorted({text.style for text in texts if text.style})]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = [PAD, EOS, ANSWER, *(f"<{name}>" for name in names)], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((part for text in texts for part in (text.question, text.text) if part), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, ANSWER, *(f"<{name}>" for name in names)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    parts = (part for text in texts for part in (text.question, text.text) if part)
+    tokenizer.train_from_iterator(parts, trainer)
     tokenizer.encode_special_tokens = True  # the text "<eos>" in a caption is not the EOS token
     assert (tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)) == (PAD_ID, EOS_ID)
     return CaptionTokenizer(tokenizer, "scratch", EOS_ID)
 
 
-ANSWER = "<answer>"  # the token behind a question
-STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # usual ones, whose names are no questions
+ANSWER = "<answer>"  # ends the prompt of a question
+STYLES = ("plain", "detailed", "brief", "alt", "tags", "ocr", "human")  # never taken for questions
 Prompts = list[tuple[str, str]]
 
 
 def preferred_style(prompts: list[tuple[str, str]]) -> str | None:
-    """Return the usual style of captions: brief, else plain, else the first; None if only answers were learned."""
+    """Return the default style: brief, else plain, else the first, or None without captions."""
     styles = [style for _, style in prompts if style]
-    return next((usual for usual in ("brief", "plain") if usual in styles), next(iter(styles), None))
+    return next((style for style in ("brief", "plain") if style in styles), next(iter(styles), None))
 
 
 def preferred_source(prompts: list[tuple[str, str]], style: str) -> str | None:
-    """Return the source to name with a style: human if it was learned with it; None if the style was not learned."""
+    """Return the source to name with a style, human if possible, or None if the style was not learned."""
     sources = [source for source, learned in prompts if learned == style]
     return "human" if "human" in sources else next(iter(sources), None)
 
 
 def choose_prompt(prompts: list[tuple[str, str]], text: str = "") -> tuple[str, str, str]:
-    """Return the source, style and question of a prompt for nothing (the usual style), the name of a style, or a question.
+    """Return source, style and question of a prompt. `text` is a style or a question; "" is the default
+    style.
 
-    Raises ValueError for what was not learned.
+    Raises ValueError if the style or answers were not learned.
     """
     styles = list(dict.fromkeys(style for _, style in prompts if style))
     if text in STYLES and text not in styles:
-        raise ValueError(f"this captioner knows no style {text}; it was trained on {', '.join(styles) or 'answers alone'}")
+        learned = ", ".join(styles) or "answers only"
+        raise ValueError(f"this captioner has not learned the style {text}. It was trained on {learned}")
     question = text if text and text not in styles else ""
     style = "" if question else text or preferred_style(prompts)
-    source = None if style is None else preferred_source(prompts, style)
     if style is None:
-        raise ValueError("this captioner has learned answers alone: ask it a question")
+        raise ValueError("this captioner has learned answers only. Ask it a question")
+    source = preferred_source(prompts, style)
     if source is None:
-        raise ValueError(f"this captioner answers no questions; it knows the styles {', '.join(styles)}")
+        raise ValueError(f"this captioner has not learned answers. Its styles are {', '.join(styles)}")
     return source, style, question
 
 
 def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tuple[str, bool]]:
-    """Return the parts of a prompt in order, each with whether it is the name of a token, and not a text.
+    """Return the parts of a prompt, each with True if it is the name of a token and False if it is a text.
 
-    `kind` is "pretrained" for a language model, which reads words, and "scratch" for a decoder with tokens of its own.
+    `kind` is "pretrained" for a language model and "scratch" for a decoder with tokens for sources and
+    styles.
     """
     if kind == "pretrained":
         return [(f" Question: {question} Answer:" if question else f" A {style} caption ({source}):", False)]
@@ -206,28 +220,32 @@ def prompt_parts(kind: str, source: str, style: str, question: str) -> list[tupl
     return [(f"<{source}>", True), (f"<{style}>", True)]
 
 
-def prompt_ids(parts: list[tuple[str, bool]], token_id: Callable[[str], int], ids_of: Callable[[str], list[int]]) -> list[int]:
-    """Return the token ids of the parts of a prompt, by the id of a token's name and the ids of a text."""
+def prompt_ids(
+    parts: list[tuple[str, bool]], token_id: Callable[[str], int], ids_of: Callable[[str], list[int]]
+) -> list[int]:
+    """Return the token ids of the parts of a prompt. `token_id` maps token names, `ids_of` texts."""
     return [token for part, is_token in parts for token in ([token_id(part)] if is_token else ids_of(part))]
 
 
 def scored_prompt(prompts: Prompts, style: str | None = None) -> tuple[str, str]:
-    """Return the (source, style) to prompt with: `style` or the usual one, human if learned.
+    """Return the source and the style (default: the preferred one) of a caption prompt.
 
-    Raises TrainError if it is not learned.
+    Raises TrainError if the style was not learned.
     """
     chosen = style or preferred_style(prompts)
     source = preferred_source(prompts, chosen) if chosen else None
     if chosen is None or source is None:
         styles = dict.fromkeys(learned for _, learned in prompts if learned)
-        problem = f"the captioner knows no style {chosen}" if styles else "the captioner has learned answers alone"
-        raise TrainError(problem, hint=f"it was trained on: {', '.join(styles)}" if styles else "ask it something: --question")
+        if not styles:
+            raise TrainError("the captioner has learned answers only", hint="ask a question: --question")
+        problem = f"the captioner has not learned the style {chosen}"
+        raise TrainError(problem, hint=f"choose one of {', '.join(styles)}")
     return source, chosen
 
 
 def answering_prompt(prompts: Prompts) -> tuple[str, str]:
-    """Return the source of answers, with an empty style. Raises TrainError if no answers were learned."""
+    """Return the source of answers and an empty style. Raises TrainError if no answers were learned."""
     source = preferred_source(prompts, "")
     if source is None:
-        raise TrainError("the captioner has learned no answers", hint="train on a version with questions")
+        raise TrainError("the captioner has not learned answers", hint="train on a version with questions")
     return source, ""

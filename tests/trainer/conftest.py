@@ -1,4 +1,4 @@
-"""A small version, a small CLIP and a small language model, made once a module."""
+"""A small version, CLIP and language model, made once per module."""
 
 import pytest
 

@@ -1,5 +1,6 @@
-"""Small trainings: their settings, and what they leave."""
+"""Small trainings: their settings and results."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from trainer.runtime.training_state import read_log, save_resume
 from trainer.training import train_captioner
 
 SMALL = TrainConfig(
-    decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, steps=1, evaluate_every=3
-)
+    decoder_width=64, decoder_depth=1, decoder_heads=2,
+    batch_size=8, steps=1, evaluate_every=3, evaluate_images=4,
+)  # fmt: skip
 CPU = torch.device("cpu")
-LORA: dict[str, Any] = {"lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12}
+LORA: dict[str, Any] = {
+    "lora_rank": 2, "checkpoint_blocks": True, "average_decay": 0.9, "steps": 4, "max_caption_tokens": 12,
+}  # fmt: skip
 
 
 def replace(**changes: Any) -> TrainConfig:
@@ -31,8 +35,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
-def train_until_saved(version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a training at its first state to resume from."""
+def train_until_saved(
+    version: Version, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupt a training after its first saved state."""
     interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, config, folder)
@@ -47,7 +53,8 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
-PROCESS = """
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+IMPORTS = """
 import sys
 from pathlib import Path
 import torch
@@ -55,5 +62,7 @@ from pipeline.dataset.version import read_version
 from trainer.config import resolve
 from trainer.training import train_captioner
 torch.set_num_threads(1)
+"""
+PROCESS = f"""{IMPORTS}
 train_captioner(read_version(Path(sys.argv[1])), resolve(Path(sys.argv[2])), Path(sys.argv[3]))
 """

@@ -1,4 +1,4 @@
-"""`Captioner`: any kind of image gives the same caption, in order, with a few batches in memory."""
+"""`Captioner`: every kind of image has the same caption, in order, with few batches in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +25,20 @@ from trainer.tokenizer import STYLES, TargetText, choose_prompt, train_tokenizer
 PROMPTS = [("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
 
-def save_captioner(folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed: int = 4, **encoder_options: Any) -> Path:
-    """Save a captioner with random weights, strong enough for its texts to differ from image to image."""
-    texts = [TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in prompts if style]
+def save_captioner(
+    folder: Path, prompts: list[tuple[str, str]] = PROMPTS, seed: int = 4, **encoder_options: Any
+) -> Path:
+    """Save a captioner with large random weights, so that captions differ between images."""
+    learned = [(source, style) for source, style in prompts if style]
+    sentences = [f"A dog, number {n}." for n in range(30)]
+    texts = [TargetText(source, text, style=style) for text in sentences for source, style in learned]
     tokenizer = train_tokenizer([*texts, TargetText("synthetic", "two", question="How many?")], 400)
     decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=2, heads=4)
     encoder = load_encoder(save_vit(folder.with_name(f"{folder.name}-vit")), **encoder_options)
-    torch.manual_seed(seed)  # saving the encoder has set another
-    captioner = build_captioner(encoder, decoder, prompts=prompts, eos_id=tokenizer.eos_id, max_caption_tokens=8, data={})
+    # Saving the encoder has changed the random state.
+    torch.manual_seed(seed)
+    settings = {"prompts": prompts, "eos_id": tokenizer.eos_id, "max_caption_tokens": 8}
+    captioner = build_captioner(encoder, decoder, **settings)
     strengthen(captioner, 6)
     folder.mkdir()
     Checkpoint(captioner, tokenizer).save(folder)
@@ -44,34 +50,38 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     return Captioner.from_pretrained(save_captioner(tmp_path_factory.mktemp("models") / "c"), device="cpu")
 
 
-def test_every_kind_of_image_gives_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
+def test_pil_image_path_and_bytes_give_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
     image = photo(3).convert("RGB")
-    image.save(tmp_path / "a.png")
-    texts = captioner.caption([image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()])
+    path = tmp_path / "a.png"
+    image.save(path)
+    texts = captioner.caption([image, path, str(path), path.read_bytes()])
     assert len({*texts}) == 1 and texts[0]
     assert captioner.caption(image) == texts[:1]
-    assert image.size == photo(3).size  # what was given is as it was
+    assert image.size == photo(3).size
 
 
-def test_styles_questions_and_beams_are_those_that_it_has_learned(captioner: Captioner) -> None:
+def test_styles_questions_and_beams_change_the_text(captioner: Captioner) -> None:
     images = [photo(number) for number in range(6)]
-    assert (captioner.styles, captioner.usual_style, captioner.answers) == (["brief", "detailed"], "brief", True)
+    assert captioner.styles == ["brief", "detailed"]
+    assert captioner.usual_style == "brief" and captioner.answers
     texts = [captioner.caption(images, style=style) for style in (None, "brief", "detailed")]
     assert texts[0] == texts[1] != texts[2]
     assert captioner.caption(images, question="How many?") != texts[0]
     assert captioner.caption(images, num_beams=3) != texts[0]
-    with pytest.raises(TrainError, match="knows no style poem"):
+    with pytest.raises(TrainError, match="has not learned the style poem"):
         captioner.caption(images, style="poem")
 
 
-def test_a_photo_that_lies_on_its_side_is_captioned_upright(captioner: Captioner, tmp_path: Path) -> None:
+def test_rotated_photo_is_captioned_upright(captioner: Captioner, tmp_path: Path) -> None:
     upright, exif = photo(5).convert("RGB").crop((0, 0, 96, 64)), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    # EXIF orientation 6: rotate by 90 degrees clockwise.
+    exif[0x0112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    assert captioner.caption([tmp_path / "a.png", Image.open(tmp_path / "a.png")]) == captioner.caption(upright) * 2
+    texts = captioner.caption([tmp_path / "a.png", Image.open(tmp_path / "a.png")])
+    assert texts == captioner.caption(upright) * 2
 
 
-def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Captioner) -> None:
+def test_batch_size_does_not_change_captions_and_few_images_are_read_ahead(captioner: Captioner) -> None:
     read: list[int] = []
 
     def images() -> Iterator[tuple[int, Image.Image]]:
@@ -82,54 +92,52 @@ def test_batches_make_no_difference_and_few_images_are_read_ahead(captioner: Cap
     stream = captioner.stream(images(), batch_size=4)
     first = next(stream)
     assert len(read) <= 4 * (PREPARED_BATCHES + 1)
-    told = dict([first, *stream])
-    assert [*told] == [*range(40)] == read
-    assert [text for texts in told.values() if isinstance(texts, list) for text in texts] == captioner.caption(
-        [photo(number) for number in range(40)], batch_size=32
-    )
+    texts_of = dict([first, *stream])
+    assert [*texts_of] == [*range(40)] == read
+    captions = captioner.caption([photo(number) for number in range(40)], batch_size=32)
+    assert [text for texts in texts_of.values() if isinstance(texts, list) for text in texts] == captions
 
 
 @pytest.mark.parametrize("bad", [b"no image", "gone.png"])
-def test_what_is_no_image_is_named_and_stops_no_other(captioner: Captioner, bad: Any) -> None:
-    told = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
-    assert isinstance(told[1], ImageError) and isinstance(told[0], list) and isinstance(told[2], list)
-    assert told[0] + told[2] == captioner.caption([photo(0), photo(1)])
+def test_unreadable_image_is_an_error_for_itself_only(captioner: Captioner, bad: Any) -> None:
+    texts = dict(captioner.stream([(0, photo(0)), (1, bad), (2, photo(1))]))
+    assert isinstance(texts[1], ImageError) and isinstance(texts[0], list) and isinstance(texts[2], list)
+    assert texts[0] + texts[2] == captioner.caption([photo(0), photo(1)])
     with pytest.raises(TrainError, match="cannot read image 1"):
         captioner.caption([photo(0), bad])
 
 
-def test_one_opened_image_may_come_several_times(captioner: Captioner, tmp_path: Path) -> None:
-    """Pillow reads an image when its pixels are wanted, and two threads must not do that at once."""
+def test_same_pil_image_can_occur_several_times(captioner: Captioner, tmp_path: Path) -> None:
+    """Pillow loads pixels lazily, which two threads must not do at once."""
     photo(2).convert("RGB").resize((900, 900)).save(tmp_path / "a.jpg")
     texts = captioner.caption([Image.open(tmp_path / "a.jpg")] * 8, batch_size=3)
     opened = Image.open(tmp_path / "a.jpg")
     assert captioner.caption([opened] * 8, batch_size=3) == texts == captioner.caption(tmp_path / "a.jpg") * 8
 
 
-def test_a_captioner_of_answers_alone_and_odd_numbers_are_one_error(captioner: Captioner, tmp_path: Path) -> None:
+def test_unlearned_captions_and_invalid_numbers_are_errors(captioner: Captioner, tmp_path: Path) -> None:
     asked = Captioner.from_pretrained(save_captioner(tmp_path / "c", [("synthetic", "")]), device="cpu")
-    with pytest.raises(TrainError, match="has learned answers alone"):
+    with pytest.raises(TrainError, match="has learned answers only"):
         asked.caption(photo(1))
     assert len(asked.caption(photo(1), question="How many?")) == 1
     for options in ({"batch_size": 0}, {"num_beams": 0}):
-        with pytest.raises(TrainError, match="are 1 or more"):
+        with pytest.raises(TrainError, match="must be 1 or more"):
             captioner.caption(photo(1), **options)  # type: ignore[arg-type]
 
 
-def test_a_captioner_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_captioner_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainError, match="it lacks config"):
         Captioner.from_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        TrainError, match=r"me/nope is not a folder here; the Hub .* does not answer, and me/nope is not in the cache"
-    ):
+    problem = r"me/nope is not a folder here; the Hub .* does not answer, and me/nope is not in the cache"
+    with pytest.raises(TrainError, match=problem):
         Captioner.from_pretrained("me/nope")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = trainer.Nothing
 
 
-def test_texts_are_searched_as_they_were_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_beams_are_those_of_the_final_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = Captioner.from_pretrained(save_captioner(tmp_path / "c"), device="cpu")
     images = [photo(number) for number in range(6)]
     greedy, searched = captioner.caption(images), captioner.caption(images, num_beams=3)
@@ -140,12 +148,12 @@ def test_texts_are_searched_as_they_were_scored(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [("human", "brief")], [("synthetic", "")]])
-def test_the_name_of_a_style_that_was_not_learned_is_no_question(prompts: list[tuple[str, str]]) -> None:
-    with pytest.raises(ValueError, match="knows no style tags"):
+def test_unlearned_style_is_not_taken_for_a_question(prompts: list[tuple[str, str]]) -> None:
+    with pytest.raises(ValueError, match="has not learned the style tags"):
         choose_prompt(prompts, "tags")
     if ("synthetic", "") in prompts:
         assert choose_prompt(prompts, "tags?") == ("synthetic", "", "tags?")
 
 
-def test_the_usual_styles_are_those_of_the_built_in_prompts() -> None:
+def test_known_styles_are_those_of_the_built_in_prompts() -> None:
     assert {*STYLES} == {HUMAN, *built_in.STYLES}

@@ -1,4 +1,4 @@
-"""Training settings: defaults, a file, flags, and whether a folder holds a run with other settings."""
+"""Training settings: defaults, files, flags, and the comparison with a finished training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,21 @@ from trainer.config import TrainConfig, resolve
 from trainer.runtime.checkpoint_folder import other_settings
 
 
-def test_flags_win_over_the_file_and_auto_says_nothing(tmp_path: Path) -> None:
+def test_flags_override_the_file_unless_they_are_auto(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("steps: 7\ndecoder: auto\nencoder: vit\n")
     config = resolve(tmp_path / "c.yaml", steps=9, encoder="auto", seed=None)
     assert (config.steps, config.decoder, config.encoder, config.seed) == (9, "scratch", "vit", 0)
 
 
 @pytest.mark.parametrize("text", ["nonsense: 1", "steps: many", "- a list", "decoder_width: 250", ": :"])
-def test_a_mistake_is_one_error_with_a_hint(tmp_path: Path, text: str) -> None:
+def test_invalid_file_is_an_error_with_a_hint(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError) as refused:
         resolve(tmp_path / "c.yaml")
     assert refused.value.hint
 
 
-def test_rates_follow_encoder_and_decoder() -> None:
+def test_default_rates_depend_on_encoder_and_decoder() -> None:
     frozen, along, pretrained = (
         TrainConfig(**flags).with_defaults(100)  # type: ignore[arg-type]
         for flags in ({"encoder": "clip"}, {"encoder": "tiny-vit"}, {"encoder": "clip", "decoder": "qwen3"})
@@ -34,14 +34,21 @@ def test_rates_follow_encoder_and_decoder() -> None:
     assert TrainConfig(encoder="clip", encoder_lr=1e-5).with_defaults(100).encoder_lr == 1e-5
 
 
-def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> None:
+def test_finished_run_lists_its_different_settings(tmp_path: Path) -> None:
     config = TrainConfig(encoder="clip", steps=50)
     assert not other_settings(tmp_path, config)
     (tmp_path / "train.json").write_text(config.with_defaults(100).model_dump_json())
-    assert not other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))  # the run is not finished
+    # Without metrics.json, the run has not finished.
+    assert not other_settings(tmp_path, TrainConfig(encoder="clip", text_source="mixed"))
     (tmp_path / "metrics.json").write_text("{}")
     assert not other_settings(tmp_path, config)
-    for changes in ({"text_source": "mixed"}, {"seed": 1}, {"encoder_layer": -2}, {"steps": 60}, {"decoder_lr": 0.5}):
+    for changes in (
+        {"text_source": "mixed"},
+        {"seed": 1},
+        {"encoder_layer": -2},
+        {"steps": 60},
+        {"decoder_lr": 0.5},
+    ):
         assert other_settings(tmp_path, TrainConfig(encoder="clip", **({"steps": 50} | changes)))
     changed = TrainConfig(encoder="clip", steps=60, decoder_lr=0.5)
     assert other_settings(tmp_path, changed) == ["decoder_lr 0.001, now 0.5", "steps 50, now 60"]
@@ -49,7 +56,7 @@ def test_a_finished_run_with_other_settings_is_recognized(tmp_path: Path) -> Non
     assert other_settings(tmp_path, config)
 
 
-def test_what_a_checkpoint_derived_for_another_model_is_derived_anew(tmp_path: Path) -> None:
+def test_rates_of_a_checkpoint_are_derived_again_for_another_model(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
 
     def rates(trained: TrainConfig, **flags: Any) -> tuple[float | None, float | None, float | None]:
@@ -66,7 +73,7 @@ def test_what_a_checkpoint_derived_for_another_model_is_derived_anew(tmp_path: P
     assert rates(frozen, encoder="tiny-vit", encoder_lr=0.5) == (0.5, 1e-3, 5e-4)
 
 
-def test_a_longer_training_is_evaluated_at_its_own_steps(tmp_path: Path) -> None:
+def test_evaluation_interval_of_a_checkpoint_is_derived_again_for_other_steps(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     file.write_text(TrainConfig(steps=260).with_defaults(500).model_dump_json())
     assert resolve(file).with_defaults(500).evaluate_every == 65
@@ -86,7 +93,7 @@ def test_a_longer_training_is_evaluated_at_its_own_steps(tmp_path: Path) -> None
         ("preset: photos-lm\ndecoder: qwen3\n", {"align_epochs": 1.0}),
     ],
 )
-def test_a_preset_does_not_undo_what_a_file_says(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+def test_file_overrides_preset(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
     (tmp_path / "c.yaml").write_text(text)
     config = resolve(tmp_path / "c.yaml")
     assert {name: getattr(config, name) for name in expected} == expected

@@ -1,4 +1,4 @@
-"""Examples: rows of a version as texts to learn, their views, and the order of batches."""
+"""Examples: the texts to learn, limits on images and captions, and the order of batches."""
 
 from dataclasses import replace
 from itertools import islice
@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import TrainError
-from trainer.config import usual_texts
-from trainer.data import batches, count_words, limit_captions, limit_images, read_examples
+from trainer.config import default_texts
+from trainer.data import Question, batches, count_words, limit_captions, limit_images, read_examples
 from trainer.tokenizer import TargetText
 
 ROW: dict[str, Any] = {
@@ -21,6 +21,10 @@ ROW: dict[str, Any] = {
 }
 
 
+SYNTHETIC = {
+    TargetText("synthetic", "A ring.", style="brief"),
+    TargetText("synthetic", "1", question="How many?"),
+}
 IMAGES = {**{str(n): b"x" for n in range(50)}, "a": b"x"}
 
 
@@ -28,38 +32,36 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([ROW | row for row in rows])
 
 
-def test_the_texts_of_the_model_those_of_people_or_both() -> None:
-    synthetic = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
+def test_mixture_selects_synthetic_human_or_both_texts() -> None:
     human = {
         TargetText("human", "One ring.", style="brief"),
         TargetText("human", "A circle.", style="brief"),
         TargetText("human", "ring", question="What?"),
     }
-    for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
+    for mixture, expected in (("synthetic", SYNTHETIC), ("human", human), ("mixed", SYNTHETIC | human)):
         (example,) = read_examples(table({}), IMAGES, mixture)  # type: ignore[arg-type]
         assert set(example.texts) == expected
 
 
-def test_texts_of_people_that_went_through_all_stages_are_learned_in_place_of_the_references() -> None:
+def test_kept_human_texts_replace_the_references() -> None:
     kept = {"text": "One ring.", "style": "human", "prompt_id": "human"}
     asked = {"question": "What?", "answer": "ring", "answer_type": "other", "prompt_id": "human"}
     row = {"captions": [*ROW["captions"], kept], "qa": [{**ROW["qa"][0], "prompt_id": "p"}, asked]}
     rejected = {"sample_id": "b", "captions": [], "qa": [], "references": ["x"]}
     human = {TargetText("human", "One ring.", style="brief"), TargetText("human", "ring", question="What?")}
-    synthetic = {TargetText("synthetic", "A ring.", style="brief"), TargetText("synthetic", "1", question="How many?")}
-    for mixture, expected in (("synthetic", synthetic), ("human", human), ("mixed", synthetic | human)):
+    for mixture, expected in (("synthetic", SYNTHETIC), ("human", human), ("mixed", SYNTHETIC | human)):
         examples = read_examples(table(row, rejected), IMAGES | {"b": b"x"}, mixture, keeps_human=True)  # type: ignore[arg-type]
         assert [set(example.texts) for example in examples] == [expected]
 
 
-def test_a_persons_text_that_a_review_has_changed_is_still_a_persons() -> None:
+def test_human_text_that_a_review_edited_stays_human() -> None:
     edited = {"text": "Two rings.", "style": "human", "prompt_id": "review"}
     asked = {"question": "What?", "answer": "rings", "answer_type": "other", "prompt_id": "review"}
     row = {"captions": [edited], "qa": [asked]}
     (example,) = read_examples(table(row), IMAGES, "human", keeps_human=True)
     human = {TargetText("human", "Two rings.", style="brief"), TargetText("human", "rings", question="What?")}
     assert set(example.texts) == human
-    row["captions"] = [{**edited, "style": "plain"}]  # of a model, before
+    row["captions"] = [{**edited, "style": "plain"}]
     (example,) = read_examples(table(row), IMAGES, "synthetic", keeps_human=True)
     assert set(example.texts) == {TargetText("synthetic", "Two rings.", style="plain")}
 
@@ -73,37 +75,36 @@ def test_a_persons_text_that_a_review_has_changed_is_still_a_persons() -> None:
         ({"human_questions": 3}, "m", "mixed"),
     ],
 )
-def test_a_version_says_whose_texts_are_learned_unless_the_user_does(
-    measured: dict[str, int], model: str, expected: str
-) -> None:
-    assert usual_texts({"measured": measured, "model": {"name": model}}) == expected
+def test_default_mixture_depends_on_the_version(measured: dict[str, int], model: str, expected: str) -> None:
+    assert default_texts({"measured": measured, "model": {"name": model}}) == expected
 
 
-def test_questions_can_be_left_out_of_learning_and_are_still_there_to_score() -> None:
+def test_questions_that_are_not_learned_are_still_scored() -> None:
     (example,) = read_examples(table({}), IMAGES, questions=False)
     assert [text.style for text in example.texts] == ["brief"]
     assert [(q.question, q.answers) for q in example.questions] == [("What?", ("ring", "hoop", "ring"))]
 
 
-def test_without_questions_of_people_those_of_the_model_are_scored() -> None:
+def test_synthetic_questions_are_scored_without_human_ones() -> None:
     (example,) = read_examples(table({"reference_qa": None}), IMAGES)
-    assert [(q.question, q.answers, q.answer_type) for q in example.questions] == [("How many?", ("1",), "number")]
+    assert example.questions == (Question("How many?", ("1",), "number"),)
 
 
-def test_styles_can_be_chosen_and_the_source_can_be_left_out_of_the_prompt() -> None:
+def test_styles_limit_captions_and_the_source_can_be_left_out() -> None:
     two = [*ROW["captions"], {"text": "A red ring.", "style": "detailed", "prompt_id": "p"}]
-    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", styles=("brief",), source_in_prompt=False)
+    options: dict[str, Any] = {"styles": ("brief",), "source_in_prompt": False}
+    (example,) = read_examples(table({"captions": two}), IMAGES, "mixed", **options)
     captions = {(text.source, text.text) for text in example.texts if text.style}
     assert captions == {("any", "A ring."), ("any", "One ring."), ("any", "A circle.")}
     assert {text.source for text in example.texts} == {"any"} and len(example.texts) == 5
-    (scored,) = read_examples(table({"captions": two}), IMAGES, styles=("alt",), to_score=True)  # by its references
+    (scored,) = read_examples(table({"captions": two}), IMAGES, styles=("alt",), to_score=True)
     assert scored.references and not any(text.style for text in scored.texts)
-    with pytest.raises(TrainError, match="no caption of the styles alt") as caught:
+    with pytest.raises(TrainError, match="no captions of the styles alt") as caught:
         read_examples(table({}), IMAGES, styles=("alt",))
-    assert caught.value.hint.endswith("those that there are: brief")
+    assert caught.value.hint.endswith("set styles to some of brief")
 
 
-def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> None:
+def test_smaller_choice_of_images_is_part_of_a_larger_one() -> None:
     examples = read_examples(table(*({"sample_id": str(n)} for n in range(50))), IMAGES)
     few, more = limit_images(examples, 10), limit_images(examples, 20)
     assert len(few) == 10 and len(more) == 20 and set(few) < set(more)
@@ -111,8 +112,9 @@ def test_fewer_images_are_some_of_those_of_a_larger_choice_in_any_order() -> Non
     assert limit_images(examples, 0) == limit_images(examples, 60) == examples
 
 
-def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
-    captions = [{"text": f"A ring of {'very ' * n}gold.", "style": "brief", "prompt_id": "p"} for n in range(4)]
+def test_word_budget_keeps_one_caption_per_image() -> None:
+    caption = {"style": "brief", "prompt_id": "p"}
+    captions = [caption | {"text": f"A ring of {'very ' * n}gold."} for n in range(4)]
     examples = read_examples(table(*({"sample_id": str(n), "captions": captions} for n in range(30))), IMAGES)
 
     def words(chosen: list[Any]) -> int:
@@ -121,24 +123,27 @@ def test_captions_fit_a_number_of_words_and_each_image_keeps_one() -> None:
     assert words(examples) == 30 * (4 + 5 + 6 + 7)
     limited = limit_captions(examples, 400)
     assert 394 <= words(limited) <= 400 and all(any(t.style for t in example.texts) for example in limited)
-    assert all(sum(not text.style for text in example.texts) == 1 for example in limited)  # answers are not counted
+    # Answers do not count.
+    assert all(sum(not text.style for text in example.texts) == 1 for example in limited)
     assert [e.sample_id for e in limit_captions(examples, 1)] == [e.sample_id for e in examples]
-    assert all(sum(bool(text.style) for text in example.texts) == 1 for example in limit_captions(examples, 1))
+    for example in limit_captions(examples, 1):
+        assert sum(bool(text.style) for text in example.texts) == 1
     assert limit_captions(examples, 0) == examples
-    shortest = limit_captions(examples, 121)  # captions chosen at random would be longer
+    # A small budget takes the shortest captions.
+    shortest = limit_captions(examples, 121)
     assert words(shortest) == 30 * 4
     repeated = replace(examples[0], texts=(examples[0].texts[0],) * 2)
     assert len(limit_captions([repeated], 4)[0].texts) == 1
 
 
-def test_nothing_of_that_kind_to_learn_is_an_error() -> None:
+def test_missing_texts_and_decks_are_errors() -> None:
     with pytest.raises(TrainError, match="no human captions"):
         read_examples(table({"references": []}), IMAGES, "human")
     with pytest.raises(TrainError, match="are decks"):
         read_examples(table({}), None)
 
 
-def test_every_example_comes_once_an_epoch_in_another_order_each_time() -> None:
+def test_each_epoch_has_every_example_once_in_a_new_order() -> None:
     steps = list(islice(batches(count=10, size=5, seed=0, first_step=0), 4))
     first, second = steps[0] + steps[1], steps[2] + steps[3]
     assert sorted(first) == sorted(second) == [*range(10)] and first != second
@@ -146,12 +151,12 @@ def test_every_example_comes_once_an_epoch_in_another_order_each_time() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])
-def test_starting_late_gives_the_rest_of_the_same_order(size: int) -> None:
+def test_order_does_not_depend_on_the_first_step(size: int) -> None:
     whole = list(islice(batches(count=10, size=size, seed=1, first_step=0), 8))
     assert list(islice(batches(count=10, size=size, seed=1, first_step=5), 3)) == whole[5:]
 
 
-def test_images_with_references_alone_can_be_scored_and_not_learned_from() -> None:
+def test_image_with_only_references_is_scored_but_not_learned() -> None:
     row: dict[str, Any] = {"captions": [], "qa": []}
     with pytest.raises(TrainError, match="no synthetic captions to learn from"):
         read_examples(table(row), IMAGES)

@@ -1,4 +1,4 @@
-"""Evaluation: references of the source take precedence, shuffled images expose a blind captioner, and CLIPScore."""
+"""Evaluation: the choice of references, shuffled images, VQA accuracy and CLIPScore."""
 
 import random
 from pathlib import Path
@@ -21,14 +21,15 @@ from trainer.tokenizer import TargetText, scored_prompt
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 101])
-def test_shuffling_leaves_no_image_at_its_place(count: int) -> None:
+def test_derangement_moves_every_image(count: int) -> None:
     names = [f"image {number}" for number in range(count)]
     order = derangement(names)
     assert sorted(order) == list(range(count))
     assert all(image != index for index, image in enumerate(order))
-    backwards = names[::-1]
-    partner = {name: names[other] for name, other in zip(names, order, strict=True)}
-    assert {name: backwards[other] for name, other in zip(backwards, derangement(backwards), strict=True)} == partner
+    reversed_names = names[::-1]
+    reversed_order = derangement(reversed_names)
+    partners = {name: names[other] for name, other in zip(names, order, strict=True)}
+    assert partners == {reversed_names[n]: reversed_names[other] for n, other in enumerate(reversed_order)}
 
 
 def example(references: tuple[str, ...], style: str = "brief") -> Example:
@@ -36,35 +37,35 @@ def example(references: tuple[str, ...], style: str = "brief") -> Example:
     return Example(sample_id="x", image=b"", texts=texts, references=references)
 
 
-def test_scores_are_against_the_references_or_else_the_captions_of_the_teacher() -> None:
+def test_teacher_captions_are_references_only_without_human_ones() -> None:
     examples = [example(("A circle.", "One circle.")), example(())]
-    assert choose_references(examples, "brief") == (
-        "references of the source", examples[:1], [["A circle.", "One circle."]],
-    )  # fmt: skip
+    human = ("references of the source", examples[:1], [["A circle.", "One circle."]])
+    assert choose_references(examples, "brief") == human
     bare = [example(()), example((), style="detailed"), example(())]
-    assert choose_references(bare, "brief") == ("captions of the teacher", [bare[0], bare[2]], [["A ring."], ["A ring."]])
+    teacher = ("captions of the teacher", [bare[0], bare[2]], [["A ring."], ["A ring."]])
+    assert choose_references(bare, "brief") == teacher
     with pytest.raises(TrainError, match="no held-out image has a reference or a brief caption"):
         choose_references(bare[1:2], "brief")
 
 
-def test_brief_captions_of_people_are_asked_for_where_there_are_some() -> None:
+def test_human_brief_captions_are_scored_if_they_were_learned() -> None:
     both = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed")]
     assert scored_prompt(both) == ("human", "brief")
-    assert scored_prompt(both, "detailed") == ("synthetic", "detailed")  # no human caption has this style
+    assert scored_prompt(both, "detailed") == ("synthetic", "detailed")
     assert scored_prompt([("synthetic", "detailed")]) == ("synthetic", "detailed")
     assert scored_prompt([("synthetic", "detailed"), ("synthetic", "plain")]) == ("synthetic", "plain")
-    with pytest.raises(TrainError, match="knows no style poem"):
+    with pytest.raises(TrainError, match="has not learned the style poem"):
         scored_prompt(both, "poem")
 
 
 @pytest.mark.parametrize(("agree", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
-def test_vqa_accuracy_is_that_of_the_official_rule(agree: int, score: float) -> None:
-    """Each of ten people is left out in turn: 3 who agree give (7 x 1 + 3 x 2/3) / 10."""
+def test_vqa_accuracy_follows_the_official_rule(agree: int, score: float) -> None:
+    """Each of ten annotators is left out in turn: 3 that agree give (7 x 1 + 3 x 2/3) / 10."""
     truth = Question("?", ("a red cat",) * agree + ("dog",) * (10 - agree), "other")
     assert vqa_accuracy("Red cat.", truth) == pytest.approx(score)
 
 
-def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
+def test_bootstrap_interval_narrows_with_more_images() -> None:
     texts = [["a", "ring", str(n % 7)] for n in range(400)]
     references = [[["a", "ring", str(n % 5)]] for n in range(400)]
     few, many = (bootstrap(score_each(texts[:n], references[:n]))["rouge_l"] for n in (20, 400))
@@ -73,7 +74,7 @@ def test_an_interval_holds_the_score_and_narrows_with_more_images() -> None:
 
 
 @pytest.mark.parametrize(("differs", "is_told"), [(True, False), (False, True)])
-def test_a_captioner_that_ignores_its_images_is_told(
+def test_captioner_that_ignores_its_images_is_reported(
     *, differs: bool, is_told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"thing{n} stands near wall{n}".split() for n in range(40)]
@@ -82,9 +83,8 @@ def test_a_captioner_that_ignores_its_images_is_told(
     references = [[text] for text in words]
     own, other = score_each(captions, references), score_each(shuffled, references)
     gain = bootstrap(_gains(own, other))
-    metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "scores": {}, "intervals": {}}
-    metrics["num_beams"] = 1
-    print_scores(metrics | {"shuffled_scores": {}, "gain": gain})
+    metrics = {"split": "test", "images": 40, "style": "brief", "against": "references", "num_beams": 1}
+    print_scores(metrics | {"scores": {}, "intervals": {}, "shuffled_scores": {}, "gain": gain})
     assert ("this captioner ignores its images" in capsys.readouterr().err) == is_told
     assert (gain["cider_d"][0] > 0) == differs
 
@@ -102,32 +102,32 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_score_is_two_and_a_half_times_the_cosine_clipped_at_zero(clip: str) -> None:
+def test_clip_score_is_the_clipped_cosine_times_2_5(clip: str) -> None:
     images = [draw(scene, random.Random(0)) for scene in SCENES]
     backwards = [4, 3, 2, 1, 0]
     scores, shuffled = clip_scores(clip, iter(images), TEXTS, range(5), backwards)
     model = CLIPModel.from_pretrained(clip).eval()
     from transformers import CLIPProcessor
 
-    inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    inputs = CLIPProcessor.from_pretrained(clip)(text=TEXTS, images=images, **options)
     with torch.inference_mode():
-        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"])
-    expected, expected_shuffled = (
-        2.5 * (out.image_embeds * texts).sum(-1) for texts in (out.text_embeds, out.text_embeds[backwards])
-    )
+        out = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+    texts = (out.text_embeds, out.text_embeds[backwards])
+    expected, expected_shuffled = (2.5 * (out.image_embeds * text).sum(-1) for text in texts)
     assert scores == pytest.approx(expected.clamp(min=0).tolist(), abs=1e-5)
     assert shuffled == pytest.approx(expected_shuffled.clamp(min=0).tolist(), abs=1e-5) and shuffled != scores
     assert min(scores) >= 0
 
 
-def test_an_encoder_does_not_judge_its_own_captions(clip: str) -> None:
+def test_own_encoder_is_recognized_by_name_id_and_folder(clip: str) -> None:
     assert is_own_encoder("clip", {"name": "clip"})
     assert is_own_encoder("openai/clip-vit-base-patch32", {"name": "openai/clip-vit-base-patch32"})
     assert is_own_encoder(clip, {"name": Path(clip).name})
     assert not is_own_encoder("metaclip", {"name": "clip"})
 
 
-def test_a_clip_without_its_tokenizer_is_refused_and_texts_are_cut_to_its_context(clip: str, tmp_path: Path) -> None:
+def test_clip_needs_its_tokenizer_and_cuts_long_texts(clip: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="it lacks its tokenizer"):
         ClipScorer(save_clip(tmp_path / "clip"))
     assert len(ClipScorer(clip).text_states(["word " * 500])) == 1

@@ -1,4 +1,4 @@
-"""Features: stored states are those that would be computed, a build that was cut off goes on, and one store serves all runs."""
+"""Features: stored states equal computed ones, builds resume, and processes share a store."""
 
 import itertools
 import os
@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ QUIET = NullProgress()
 
 
 class Counted(NullProgress):
-    """Notes how many images were encoded, and what was said; dies before batch `dies_at`."""
+    """Records progress and messages, and interrupts the build before batch `dies_at`."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.done: list[tuple[int, int | None]] = []
         self.said: list[str] = []
         self._calls, self._dies_at = itertools.count(), dies_at
 
-    def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
         if next(self._calls) == self._dies_at:
             raise KeyboardInterrupt
         self.done.append((done, total))
@@ -52,26 +52,26 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return load_encoder(save_clip(tmp_path_factory.mktemp("clip")))
 
 
-def test_stored_states_are_those_that_would_be_computed(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+def test_stored_states_equal_computed_ones(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
     stored = store_features(encoder, examples, tmp_path, CPU, QUIET)
     chosen = [examples[3], examples[0], examples[3]]
     assert torch.equal(stored(chosen), OnlineFeatures(encoder, CPU)(chosen))
     assert torch.equal(stored.states(stored.load(chosen), CPU), stored(chosen))
 
 
-def test_more_images_cost_their_own_pass_and_fewer_cost_none(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
+def test_only_missing_images_are_encoded(encoder: Encoder, examples: list[Example], tmp_path: Path) -> None:
     few = store_features(encoder, examples[5:9], tmp_path, CPU, QUIET)
     added, read = Counted(), Counted()
     everything = store_features(encoder, examples, tmp_path, CPU, added)
     assert added.done == [(len(examples) - 4, len(examples) - 4)]
-    assert torch.equal(few(examples[5:9]), everything(examples[5:9]))  # which was opened before the store grew
+    assert torch.equal(few(examples[5:9]), everything(examples[5:9]))
     assert torch.equal(everything(examples), OnlineFeatures(encoder, CPU)(examples))
     store_features(encoder, examples[::-2], tmp_path, CPU, read)
     assert read.done == []
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_build_that_was_cut_off_goes_on(
+def test_interrupted_build_resumes(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
@@ -79,16 +79,18 @@ def test_a_build_that_was_cut_off_goes_on(
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=1))
     (ids,) = tmp_path.glob("*/ids.bin")
     assert ids.stat().st_size == 16 * 32
-    ids.write_bytes(ids.read_bytes()[:-5])  # the last id was cut off as well
+    # Cut off the last id, too.
+    ids.write_bytes(ids.read_bytes()[:-5])
     left = Counted()
     stored = store_features(encoder, examples, tmp_path, CPU, left)
     assert left.done[0] == (8, len(examples) - 15)
     assert torch.equal(stored(examples), OnlineFeatures(encoder, CPU)(examples))
 
 
-def test_other_weights_layers_or_states_are_another_store(examples: list[Example], tmp_path: Path) -> None:
+def test_other_weights_layers_or_states_have_another_store(examples: list[Example], tmp_path: Path) -> None:
     folder = save_clip(tmp_path / "clip")
-    loaded = [load_encoder(folder), load_encoder(folder, layer=-2), load_encoder(folder, states="mean"), load_encoder(folder)]
+    options: list[dict[str, Any]] = [{}, {"layer": -2}, {"states": "mean"}, {}]
+    loaded = [load_encoder(folder, **option) for option in options]
     with torch.no_grad():
         next(loaded[3].tower.parameters()).flatten()[0] += 1e-3
     for one in loaded:
@@ -96,12 +98,13 @@ def test_other_weights_layers_or_states_are_another_store(examples: list[Example
     assert len(list((tmp_path / "features").iterdir())) == 4
 
 
-def test_a_disk_without_room_is_an_error_before_anything_is_encoded(
+def test_full_disk_is_an_error_before_images_are_encoded(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 500))
-    store_features(encoder, examples[:2], tmp_path, CPU, QUIET)  # so little is always tried
+    # Small builds do not check the disk.
+    store_features(encoder, examples[:2], tmp_path, CPU, QUIET)
     monkeypatch.setattr(features, "REPORTED_BYTES", 0)
     progress = Counted()
     with pytest.raises(TrainError, match=r"hidden states of 22 images take .* are free") as refused:
@@ -133,18 +136,17 @@ print(len(looked))
 """
 
 
-def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None:
+def test_second_process_waits_for_the_first_build(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(30))
     arguments = [str(version.path), save_clip(tmp_path / "clip"), str(tmp_path / "features")]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", BUILD, *arguments], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    command = [sys.executable, "-c", BUILD, *arguments]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     built = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     assert built == ["0", "1"]
 
 
 @pytest.mark.parametrize("name", ["lock", "ids.bin", "states.bin"])
-def test_a_link_in_a_store_is_refused_and_its_target_stays(
+def test_link_in_a_store_is_refused(
     encoder: Encoder, examples: list[Example], tmp_path: Path, name: str
 ) -> None:
     store_features(encoder, examples, tmp_path / "features", CPU, QUIET)
@@ -157,7 +159,7 @@ def test_a_link_in_a_store_is_refused_and_its_target_stays(
     assert (tmp_path / "precious").read_text() == "of the user"
 
 
-def test_records_that_are_lost_or_damaged_are_computed_again(
+def test_lost_or_damaged_records_are_computed_again(
     encoder: Encoder, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "BATCH_IMAGES", 8)
@@ -170,9 +172,11 @@ def test_records_that_are_lost_or_damaged_are_computed_again(
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, again)(examples), expected)
     assert again.done[-1] == (count - count // 2, count - count // 2)
     ids = (path / "ids.bin").read_bytes()
-    (path / "ids.bin").write_bytes(ids[:64] + ids[32:64] + ids[96:])  # one comes twice
+    # Repeat one id.
+    (path / "ids.bin").write_bytes(ids[:64] + ids[32:64] + ids[96:])
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)
     (path / "states.bin").unlink()
-    with pytest.raises(KeyboardInterrupt):  # ids whose records were lost must not name the records of the first batch
+    # Ids without records must not name the records of the first batch.
+    with pytest.raises(KeyboardInterrupt):
         store_features(encoder, examples, tmp_path, CPU, Counted(dies_at=0))
     assert torch.equal(store_features(encoder, examples, tmp_path, CPU, QUIET)(examples), expected)

@@ -1,4 +1,4 @@
-"""The image index: images as slices of the mapped files of a version."""
+"""Memory-mapped images: located in the files of a version, also if they are compressed or damaged."""
 
 import mmap
 from pathlib import Path
@@ -18,7 +18,7 @@ from trainer.image_index import StoredImage, map_images
 
 @pytest.fixture(params=[True, False], ids=["stored", "pulled"])
 def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
-    """A version of several files of images with several row groups each: in the store, or in the shards."""
+    """A version with several image files of several row groups, in the image store or in shards."""
     monkeypatch.setattr(pipeline.dataset.shards, "GROUP_ROWS", 4)
     monkeypatch.setattr(pipeline.dataset.shards, "MIN_SHARD_BYTES", 1)
     monkeypatch.setattr(pipeline.dataset.images, "GROUP_ROWS", 4)
@@ -29,7 +29,7 @@ def version(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def files(version: Version, split: str) -> list[Path]:
-    """Return the files that hold the images of a split."""
+    """Return the files with the images of a split."""
     return version.shards(split) if version.holds_pixels else version.store.paths()
 
 
@@ -42,7 +42,7 @@ def read(mapped: dict[str, StoredImage]) -> dict[str, bytes]:
     return {sample_id: bytes(image.read()) for sample_id, image in mapped.items()}
 
 
-def test_every_image_is_found_where_it_stands(version: Version) -> None:
+def test_images_are_slices_of_the_mapped_file(version: Version) -> None:
     assert len(files(version, "train")) > 1
     assert sum(pq.read_metadata(path).num_row_groups for path in files(version, "train")) > 20
     for split in ("train", "validation", "test"):
@@ -51,7 +51,7 @@ def test_every_image_is_found_where_it_stands(version: Version) -> None:
         assert all(isinstance(image.read().obj, mmap.mmap) for image in mapped.values())
 
 
-def test_an_image_that_is_not_there_as_it_is_is_held(version: Version) -> None:
+def test_compressed_images_are_held_in_memory(version: Version) -> None:
     expected = images(version, "test")
     for shard in files(version, "test"):
         pq.write_table(pq.read_table(shard), shard, compression="zstd")
@@ -59,11 +59,14 @@ def test_an_image_that_is_not_there_as_it_is_is_held(version: Version) -> None:
     assert read(mapped) == expected
 
 
-def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
+def test_equal_and_empty_images_are_located(tmp_path: Path) -> None:
     rows = [
-        {"sample_id": str(n), "image": {"bytes": data, "path": None}} for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
+        {"sample_id": str(n), "image": {"bytes": data, "path": None}}
+        for n, data in enumerate((b"abc", b"abc", b"", b"xabc"))
     ]
-    schema = pa.schema({"sample_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+    schema = pa.schema(
+        {"sample_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
+    )
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, tmp_path / "test-00000.parquet", compression="none", use_dictionary=False)
     manifest = {"version": "v1.0.0", "columns": ["sample_id", "image"], "files": {"test-00000.parquet": {}}}
@@ -72,21 +75,21 @@ def test_two_images_of_the_same_bytes_are_both_found(tmp_path: Path) -> None:
 
 
 def flip_images(shard: Path) -> None:
-    """Damage a byte of the first image of a shard."""
+    """Change a byte of the first image of a shard."""
     content = bytearray(shard.read_bytes())
     at = content.find(b"\x89PNG") + 40
     content[at] ^= 1
     shard.write_bytes(content)
 
 
-def test_a_damaged_image_is_one_line_when_it_is_read(version: Version) -> None:
+def test_damaged_image_is_an_error_when_it_is_read(version: Version) -> None:
     flip_images(files(version, "train")[0])
     mapped = map_images(version, "train")
     with pytest.raises(StoreError, match="is damaged"):
         read(mapped)
 
 
-def test_image_that_is_not_stored_is_an_error_before_the_training(tmp_path: Path) -> None:
+def test_missing_image_is_an_error_before_training(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(20))
     (path,) = version.store.paths()
     path.unlink()

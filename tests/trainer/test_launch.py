@@ -1,4 +1,4 @@
-"""A training is planned before it begins: what nobody names follows from the data, and nothing is written over."""
+"""Planning a training: defaults depend on the data, and no other file is overwritten."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from trainer.runtime.checkpoint_folder import find_interrupted
 OPTIONS = {"encoder": "tiny-vit", "decoder": "scratch", "preset": None}
 
 
-def plan(version: Version, out: Path | None = None, *, resume: bool = False, **options: object) -> PlannedTraining:
+def plan(
+    version: Version, out: Path | None = None, *, resume: bool = False, **options: object
+) -> PlannedTraining:
     return plan_training(version, OPTIONS | options, None, out, NullProgress().message, resume=resume)
 
 
@@ -27,40 +29,40 @@ def interrupt(folder: Path, config: TrainConfig) -> None:
     (folder / "resume.pt").write_bytes(b"state")
 
 
-def test_what_nobody_names_follows_from_the_data(version: Version) -> None:
+def test_default_settings_and_folder_depend_on_the_data(version: Version) -> None:
     planned = plan(version)
     assert (planned.config.preset, planned.config.text_source) == ("scenes", "synthetic")
     assert planned.folder == version.dataset_dir / "checkpoints" / "v1.0.0-tiny-vit-scratch"
     assert plan(version, text_source="human").config.text_source == "human"
 
 
-def test_a_folder_that_holds_another_captioner_is_not_written_over(version: Version, tmp_path: Path) -> None:
+def test_captioner_of_other_settings_is_not_overwritten(version: Version, tmp_path: Path) -> None:
     config = plan(version).config
     write_json(tmp_path / "train.json", config.model_copy(update={"seed": 7}).model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
     with pytest.raises(ConfigError, match="holds a captioner of other settings"):
         plan(version, tmp_path)
-    assert plan(version, tmp_path, seed=7).folder == tmp_path  # it is trained already
+    assert plan(version, tmp_path, seed=7).folder == tmp_path
 
 
-def test_files_of_others_are_not_written_over(version: Version, tmp_path: Path) -> None:
-    """Such as those of the encoder, or of a dataset."""
+def test_files_of_other_programs_are_not_overwritten(version: Version, tmp_path: Path) -> None:
+    """Such as the files of an encoder or a dataset."""
     for name in ("config.json", "photo.jpg", "last/model.safetensors"):
         folder = tmp_path / name.partition(".")[0].replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
         with pytest.raises(ConfigError, match="holds other files"):
             plan(version, folder)
-    (tmp_path / "config" / "train.json").write_text('{"lr": 1}')  # of another program
+    (tmp_path / "config" / "train.json").write_text('{"lr": 1}')
     for folder in (tmp_path / "config", version.dataset_dir, version.path):
         with pytest.raises(ConfigError, match="holds other files"):
             plan(version, folder)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / ".lock").touch()  # of a training that was refused
+    (tmp_path / "empty" / ".lock").touch()
     assert plan(version, tmp_path / "empty").folder == tmp_path / "empty"
 
 
-def test_a_captioner_of_other_data_is_not_written_over(version: Version, tmp_path: Path) -> None:
+def test_captioner_of_other_data_is_not_overwritten(version: Version, tmp_path: Path) -> None:
     write_json(tmp_path / "train.json", plan(version).config.model_dump(mode="json"))
     write_json(tmp_path / "metrics.json", {})
     write_json(tmp_path / "config.json", {"data": {"digest": version.manifest["digest"]}})
@@ -70,20 +72,21 @@ def test_a_captioner_of_other_data_is_not_written_over(version: Version, tmp_pat
         plan(version, tmp_path)
 
 
-def test_an_interrupted_training_goes_on_with_its_own_settings_and_only_if_that_is_said(
+def test_interrupted_training_resumes_with_its_settings_only_on_request(
     version: Version, tmp_path: Path
 ) -> None:
     interrupt(tmp_path, resolve(None, **OPTIONS, seed=9, steps=3))
-    with pytest.raises(ConfigError, match="holds a training that was interrupted") as refused:
+    with pytest.raises(ConfigError, match="holds an interrupted training") as refused:
         plan(version, tmp_path)
     assert "--resume" in refused.value.hint
     with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process is writing to"):
-        plan(version, tmp_path)  # which is no interrupted training, and must not be removed
+        # A running training is not an interrupted one.
+        plan(version, tmp_path)
     assert plan(version, tmp_path, resume=True).config.seed == 9
     assert plan(version, tmp_path, resume=True, steps=5).config.steps == 5
 
 
-def test_the_only_interrupted_training_is_found_and_several_are_an_error(tmp_path: Path) -> None:
+def test_only_interrupted_training_is_found_and_several_are_an_error(tmp_path: Path) -> None:
     samples = scene_samples(30)
     version, _ = make_version(tmp_path, samples, true_captions(samples))
     assert find_interrupted(version) is None
@@ -98,7 +101,9 @@ def test_the_only_interrupted_training_is_found_and_several_are_an_error(tmp_pat
         plan(version, resume=True, encoder="auto", decoder="auto")
 
 
-def test_data_is_opened_by_folder_and_version_or_from_the_hub(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_opened_by_folder_version_or_hub_name(
+    version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert open_version(version) is version
     assert open_version(version.dataset_dir) == open_version(f"{version.dataset_dir}@v1.0.0") == version
     monkeypatch.setattr(trainer.launch, "pull_version", {"me/scenes@v1.0.0": version}.__getitem__)

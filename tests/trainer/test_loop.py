@@ -1,8 +1,7 @@
-"""Steps: they overfit four images, are the same in parts and in several processes, and leave spikes out."""
+"""Training steps: they overfit, and do not depend on micro-batches or processes."""
 
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import trainer.data
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
-from tests.trainer.small_trainings import CPU, PROCESS, losses, replace
+from tests.trainer.small_trainings import CPU, PROCESS, TWO_PROCESSES, losses, replace
 from trainer.data import examples_in
 from trainer.evaluate import EvalOptions, evaluate
 from trainer.features import OnlineFeatures
@@ -24,47 +23,49 @@ from trainer.tokenizer import collate
 from trainer.training import train_captioner
 
 
-def test_four_images_are_learned_by_heart(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes some seconds: only overfitting shows that images, texts and gradients are connected."""
+def test_four_images_are_memorized(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overfitting shows that images, texts and gradients are connected."""
     four = examples_in(version, "train")[:4]
     monkeypatch.setattr(trainer.data, "examples_in", lambda version, split, mixture, **how: four)
     rates = {"connector_lr": 2e-3, "decoder_lr": 2e-3, "encoder_lr": 2e-3}
     metrics = train_captioner(version, replace(steps=150, evaluate_every=150, dropout=0.0, **rates), tmp_path)
     loaded = load_checkpoint(tmp_path)
-    evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), OnlineFeatures(loaded.captioner.encoder, CPU))
+    features = OnlineFeatures(loaded.captioner.encoder, CPU)
+    evaluation = evaluate(loaded, four, EvalOptions(("synthetic", "brief")), features)
     expected = {e.sample_id: next(t.text for t in e.texts if t.style == "brief") for e in four}
     assert {entry["sample_id"]: entry["caption"] for entry in evaluation["shown"]} == expected
     assert metrics["scores"]["cider_d"] > 2 * metrics["shuffled_scores"]["cider_d"]
     assert evaluation["scores"] == metrics["scores"]
 
 
-def test_a_step_in_parts_is_the_step_as_a_whole(version: Version, tmp_path: Path, clip: str) -> None:
-    """The loss is averaged over all tokens of the step, so parts with more words weigh more."""
+def test_micro_batches_do_not_change_the_loss(version: Version, tmp_path: Path, clip: str) -> None:
+    """The loss is the mean over all tokens, so parts with more tokens have a larger weight."""
     for parts in (1, 3):
-        train_captioner(
-            version, replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts), tmp_path / str(parts)
-        )
+        config = replace(encoder=clip, steps=4, dropout=0.0, gradient_accumulation_steps=parts)
+        train_captioner(version, config, tmp_path / str(parts))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-4)
 
 
-def test_a_loss_that_explodes_stops_the_run(version: Version, tmp_path: Path) -> None:
+def test_diverging_loss_ends_the_training(version: Version, tmp_path: Path) -> None:
     rates = {"connector_lr": 1e18, "decoder_lr": 1e18, "encoder_lr": 1e18}
     with pytest.raises(TrainError, match="the loss "):
         train_captioner(version, replace(steps=40, max_grad_norm=1e18, **rates), tmp_path)
 
 
-def test_with_a_contrast_images_and_captions_find_each_other_better(version: Version, tmp_path: Path, clip: str) -> None:
+def test_contrastive_training_beats_guessing(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=40, contrastive_weight=1.0, dropout=0.0, evaluate_every=40)
     train_captioner(version, config, tmp_path)
     checkpoint, examples = load_checkpoint(tmp_path), examples_in(version, "train")[:8]
-    texts = collate([[checkpoint.tokenizer.encode(text, 64) for text in example.texts] for example in examples])
+    encode = checkpoint.tokenizer.encode
+    texts = collate([[encode(text, 64) for text in example.texts] for example in examples])
     states = OnlineFeatures(checkpoint.captioner.encoder, CPU)(examples)
     with torch.inference_mode():
         learned = checkpoint.captioner.contrast_loss(states, texts).item()
-    assert learned < math.log(8) * 0.95  # log 8 is the loss of guessing
+    # Guessing among 8 images has the loss log 8.
+    assert learned < math.log(8) * 0.95
 
 
-def test_half_precision_is_for_the_steps_alone(
+def test_bfloat16_is_used_in_steps_only(
     version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[tuple[str, bool]]] = {"loss": set(), "generate": set()}
@@ -80,30 +81,32 @@ def test_half_precision_is_for_the_steps_alone(
 
     for name in seen:
         monkeypatch.setattr(CaptionerModel, name, noting(name))
-    train_captioner(version, replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30), tmp_path)
+    config = replace(encoder=clip, steps=30, precision="bf16", dropout=0.0, evaluate_every=30)
+    train_captioner(version, config, tmp_path)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] * 0.8
-    assert seen["loss"] == {("medium", True), ("high", False)}  # of steps, and of the validation split
+    # Steps use bfloat16 factors, the validation loss does not.
+    assert seen["loss"] == {("medium", True), ("high", False)}
     assert {setting for setting, _ in seen["generate"]} == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_two_processes_learn_what_one_learns(version: Version, tmp_path: Path, clip: str) -> None:
+def test_two_processes_have_the_losses_of_one(version: Version, tmp_path: Path, clip: str) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0, evaluate_every=9)
     train_captioner(version, config, tmp_path / "one")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "process.py").write_text(PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
-    arguments = [str(version.path), "config.json", "two"]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [*TWO_PROCESSES, "process.py", str(version.path), "config.json", "two"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_batches_are_loaded_ahead_in_their_order(version: Version, clip: str) -> None:
+def test_batches_are_loaded_ahead_in_order(version: Version, clip: str) -> None:
     config = replace(encoder=clip).with_defaults(40)
     examples = examples_in(version, "train")
     checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
     order = [[0, 1], [5, 2], [7]]
     ahead = list(loader.load_ahead(order))
     for indices, batch in zip(order, ahead, strict=True):

@@ -1,15 +1,24 @@
-"""Presets: chosen by images and decoder, each valid, overridden by whatever is said; digests do not know them."""
+"""Presets: chosen by images and decoder, valid, and overridden by files and flags."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import ConfigError
-from trainer.config import EVALUATIONS, FEW_IMAGES, PRESETS, TrainConfig, choose_preset, resolve, usual_precision
+from trainer.config import (
+    FEW_IMAGES,
+    MAX_EVALUATIONS,
+    PRESETS,
+    TrainConfig,
+    choose_preset,
+    default_precision,
+    resolve,
+)
 from trainer.runtime.checkpoint_folder import other_settings
 
 
-def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:
+def test_preset_depends_on_images_and_decoder() -> None:
     assert choose_preset(is_drawn=True, images=9, decoder="qwen3") == "scenes"
     assert choose_preset(is_drawn=False, images=9, decoder="qwen3") == "photos-lm"
     assert choose_preset(is_drawn=False, images=FEW_IMAGES - 1, decoder="scratch") == "photos-few"
@@ -17,24 +26,29 @@ def test_a_preset_is_chosen_by_the_images_and_the_decoder() -> None:
     assert choose_preset(is_drawn=False, images=FEW_IMAGES, decoder="prefix") == "photos"
 
 
-def test_products_are_fast_on_a_gpu_only() -> None:
-    assert [usual_precision(name, on_gpu=True, has_bfloat16=True) for name in ("scenes", "photos")] == ["tf32", "bf16"]
-    assert [usual_precision(name, on_gpu=False, has_bfloat16=True) for name in ("scenes", "photos")] == ["fp32", "bf16"]
-    assert usual_precision("photos", on_gpu=False, has_bfloat16=False) == "fp32"
+def test_default_precision_depends_on_preset_and_device() -> None:
+    for preset, on_gpu, has_bfloat16, precision in (
+        ("scenes", True, True, "tf32"),
+        ("scenes", False, True, "fp32"),
+        ("photos", True, True, "bf16"),
+        ("photos", False, True, "bf16"),
+        ("photos", False, False, "fp32"),
+    ):
+        assert default_precision(preset, on_gpu=on_gpu, has_bfloat16=has_bfloat16) == precision
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid_with_its_decoder_and_for_any_number_of_images(name: str) -> None:
+def test_preset_is_valid_for_any_number_of_images(name: str) -> None:
     config = resolve(preset=name, decoder="qwen3" if name == "photos-lm" else "scratch")
     for images in (1, 20, 2_000, 1_000_000):
         filled = config.with_defaults(images)
         assert filled.steps >= filled.min_steps
         total = filled.steps + filled.align_steps
-        assert total / filled.evaluate_every <= EVALUATIONS
+        assert total / filled.evaluate_every <= MAX_EVALUATIONS
         assert filled.with_defaults(images) == filled
 
 
-def test_what_is_said_wins_over_a_preset(tmp_path: Path) -> None:
+def test_file_and_flags_override_preset(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\nbatch_size: 7\n")
     config = resolve(tmp_path / "c.yaml", decoder_lr=0.25)
     assert (config.preset, config.batch_size, config.decoder_lr) == ("photos", 7, 0.25)
@@ -43,15 +57,16 @@ def test_what_is_said_wins_over_a_preset(tmp_path: Path) -> None:
     assert resolve(tmp_path / "c.yaml", preset="photos").batch_size == 7
 
 
-def test_epochs_that_are_asked_for_win_over_numbers_of_steps(tmp_path: Path) -> None:
+def test_epochs_flag_overrides_steps(tmp_path: Path) -> None:
     assert resolve(preset="photos-few", epochs=1).with_defaults(32).steps == 2
     (tmp_path / "train.json").write_text(TrainConfig(encoder="clip", steps=50).model_dump_json())
     assert resolve(tmp_path / "train.json", epochs=2).with_defaults(64).steps == 4
     assert resolve(tmp_path / "train.json", epochs=2, steps=9).with_defaults(64).steps == 9
 
 
-def test_epochs_of_a_stage_and_between_evaluations_become_steps() -> None:
-    config = TrainConfig(decoder="qwen3", batch_size=10, align_epochs=0.5, epochs=2, evaluate_epochs=0.5, lora_rank=4)
+def test_epochs_are_converted_to_steps() -> None:
+    epochs: dict[str, Any] = {"align_epochs": 0.5, "epochs": 2, "evaluate_epochs": 0.5}
+    config = TrainConfig(decoder="qwen3", batch_size=10, lora_rank=4, **epochs)
     filled = config.with_defaults(200)
     assert (filled.align_steps, filled.steps, filled.evaluate_every) == (10, 40, 10)
     assert filled.decoder_lr == 2e-4
@@ -59,25 +74,27 @@ def test_epochs_of_a_stage_and_between_evaluations_become_steps() -> None:
     assert resolve(preset="photos-lm", decoder="qwen3", align_steps=0).with_defaults(200).align_steps == 0
 
 
-def test_two_presets_are_one_too_many(tmp_path: Path) -> None:
+def test_different_presets_in_file_and_flag_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("preset: photos\n")
     assert resolve(tmp_path / "c.yaml", preset="photos").decoder_width == 512
-    with pytest.raises(ConfigError, match="has the preset photos, and the command another"):
+    with pytest.raises(ConfigError, match="has the preset photos, and the command photos-few"):
         resolve(tmp_path / "c.yaml", preset="photos-few")
 
 
-def test_a_decoder_from_scratch_takes_no_adapters() -> None:
-    with pytest.raises(ConfigError, match="lora_rank is of a pretrained language model"):
+def test_adapters_of_a_scratch_decoder_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="lora_rank needs a pretrained language model"):
         resolve(lora_rank=8)
 
 
-@pytest.mark.parametrize(("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")])
-def test_a_preset_of_the_other_kind_of_decoder_is_refused(preset: str, decoder: str | None) -> None:
-    with pytest.raises(ConfigError, match=f"the preset {preset} is for .*, and the decoder is"):
+@pytest.mark.parametrize(
+    ("preset", "decoder"), [("photos-lm", "scratch"), ("photos-lm", None), ("photos", "qwen3")]
+)
+def test_preset_for_another_kind_of_decoder_is_an_error(preset: str, decoder: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"the preset {preset} needs .*, but the decoder is"):
         resolve(preset=preset, decoder=decoder)
 
 
-def test_a_captioner_of_the_same_preset_has_the_same_settings(tmp_path: Path) -> None:
+def test_preset_values_are_compared_but_not_its_name(tmp_path: Path) -> None:
     config = resolve(preset="photos-lm", decoder="qwen3", encoder="clip")
     (tmp_path / "train.json").write_text(config.with_defaults(1000).model_dump_json())
     (tmp_path / "metrics.json").write_text("{}")

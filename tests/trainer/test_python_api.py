@@ -1,4 +1,4 @@
-"""The Python interface: `import trainer` is cheap, and `trainer.train` returns a result, as in the README."""
+"""The Python API: importing `trainer` is cheap, and `trainer.train` works as in the README."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ class Messages(NullProgress):
         self.texts.append(text)
 
 
-def test_import_loads_no_package() -> None:
+def test_import_loads_no_other_package() -> None:
     code = "import sys; before = {*sys.modules}; import trainer; print(*({*sys.modules} - before), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
@@ -48,7 +48,7 @@ except Exception as error:
     assert done.stdout.split() == ["ConfigError", "False"]
 
 
-def test_example_of_the_readme_trains_a_captioner(
+def test_readme_example_trains_a_captioner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = (text for text in PYTHON_BLOCK.findall(README) if "trainer.train(" in text)
@@ -56,7 +56,7 @@ def test_example_of_the_readme_trains_a_captioner(
         context.chdir(tmp_path)
         make_version(Path("data/scenes"), scene_samples(60))
         names: dict[str, Any] = {}
-        exec(block, names)  # the text of the README
+        exec(block, names)
         result = names["result"]
         assert result.path == Path("data/scenes/checkpoints/v1.0.0-tiny-clip-scratch")
         assert result.metrics == read_json(result.path / "metrics.json")
@@ -64,7 +64,7 @@ def test_example_of_the_readme_trains_a_captioner(
     assert {"bleu_4", "rouge_l", "cider_d"} <= result.scores.keys() == result.shuffled_scores.keys()
 
 
-def test_settings_win_over_config_and_result_states_all_of_them(version: Version, tmp_path: Path) -> None:
+def test_settings_override_config_and_the_result_has_all_settings(version: Version, tmp_path: Path) -> None:
     progress = Messages()
     config = replace(encoder="tiny-vit", seed=3)
     result = trainer.train(version, config, out=str(tmp_path), progress=progress, steps=2, seed=4)

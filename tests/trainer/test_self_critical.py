@@ -1,4 +1,4 @@
-"""Self-critical training: rewards are CIDEr-D with the end as a word, and what scores above the others becomes likelier."""
+"""Self-critical training: CIDEr-D rewards with EOS as a word, and likelier captions after a step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 import trainer.loop
 import trainer.training
 from pipeline.dataset.version import Version
+from tests.trainer import small_trainings
 from tests.trainer.tiny_models import save_clip, save_language_model
-from trainer.config import TrainConfig
 from trainer.data import examples_in
 from trainer.metrics import Rarity, cider_d, tokenize
 from trainer.model.checkpoint import Checkpoint, build_checkpoint, load_checkpoint
@@ -20,17 +20,19 @@ from trainer.self_critical import SelfCritic, _advantages
 from trainer.tokenizer import EOS, TextBatch
 from trainer.training import train_captioner
 
-SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, evaluate_images=4, max_caption_tokens=12)
+SMALL = small_trainings.replace(steps=0, evaluate_every=0, max_caption_tokens=12)
 SAMPLES = 4
 
 
 @pytest.fixture(scope="module", params=["scratch", "llama"])
-def checkpoint(request: pytest.FixtureRequest, version: Version, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(
+    request: pytest.FixtureRequest, version: Version, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
     root = tmp_path_factory.mktemp("models")
     decoder = request.param if request.param == "scratch" else save_language_model(root / "lm", request.param)
     torch.manual_seed(0)
-    config = SMALL.model_copy(update={"encoder": save_clip(root / "clip"), "decoder": decoder}).with_defaults(40)
-    return build_checkpoint(version, config, examples_in(version, "train"))
+    config = SMALL.model_copy(update={"encoder": save_clip(root / "clip"), "decoder": decoder})
+    return build_checkpoint(version, config.with_defaults(40), examples_in(version, "train"))
 
 
 def alone(texts: TextBatch, number: int) -> TextBatch:
@@ -39,18 +41,18 @@ def alone(texts: TextBatch, number: int) -> TextBatch:
 
 
 def evaluate_as(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
-    """Have the evaluations of a training find these scores, one after the other."""
-    left = iter(scores)
-    monkeypatch.setattr(
-        trainer.loop,
-        "evaluate",
-        lambda *_: {"images": 2, "scores": {"cider_d": next(left)}, "shuffled_scores": {"cider_d": 0.0}},
-    )
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
+    """Make the evaluations of a training return these scores in order."""
+    remaining = iter(scores)
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        return {"images": 2, "scores": {"cider_d": next(remaining)}, "shuffled_scores": {"cider_d": 0.0}}
+
+    monkeypatch.setattr(trainer.loop, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
 
 
 def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Interrupt a training when its state of a step is saved."""
+    """Interrupt a training after the state of a step is saved."""
 
     def save_and_die(folder: Path, state: dict[str, Any]) -> None:
         save_resume(folder, state)
@@ -60,23 +62,24 @@ def die_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(trainer.loop, "save_resume", save_and_die)
 
 
-def test_a_reward_is_less_the_mean_of_the_others() -> None:
+def test_advantage_is_the_reward_minus_the_mean_of_the_others() -> None:
     assert _advantages([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], 3) == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
 
 
-def test_the_end_is_a_word_of_the_reward(checkpoint: Checkpoint, version: Version) -> None:
+def test_eos_counts_as_a_word_of_the_reward(checkpoint: Checkpoint, version: Version) -> None:
     examples = examples_in(version, "train")[:5]
     critic = SelfCritic(checkpoint, examples, SAMPLES)
     captions = [[text.text for text in example.texts if text.style == "brief"] for example in examples]
     expected = [[[*tokenize(text), EOS] for text in texts] for texts in captions]
     assert [critic.references[example.sample_id] for example in examples] == expected
     whole, cut = tokenize(captions[0][0]), tokenize(captions[0][0])[:-1]
-    scores = [cider_d([one], [expected[0]], rarity=critic.rarity)[0] for one in ([*whole, EOS], [*whole], [*cut, EOS])]
+    candidates = ([*whole, EOS], whole, [*cut, EOS])
+    scores = [cider_d([text], [expected[0]], rarity=critic.rarity)[0] for text in candidates]
     assert scores[0] == max(scores) and scores[0] == pytest.approx(10.0)
 
 
-def test_drawn_captions_are_learned_by_their_rewards(checkpoint: Checkpoint, version: Version) -> None:
-    """A step along the gradient makes the captions with the larger rewards likelier than those with the smaller."""
+def test_step_raises_the_likelihood_of_rewarded_captions(checkpoint: Checkpoint, version: Version) -> None:
+    """A gradient step lowers the weighted loss, which is the sum over single captions."""
     examples = examples_in(version, "train")[:6]
     critic = SelfCritic(checkpoint, examples, SAMPLES)
     captioner = checkpoint.captioner
@@ -84,51 +87,55 @@ def test_drawn_captions_are_learned_by_their_rewards(checkpoint: Checkpoint, ver
     with torch.inference_mode():
         states = captioner.encoder(pixels).clone()
     torch.manual_seed(3)
-    drawn = critic.draw(states, examples)
-    assert len(drawn.rewards) == len(drawn.advantage_C) == len(examples) * SAMPLES
-    assert drawn.texts.image_of_C.tolist() == [image for image in range(len(examples)) for _ in range(SAMPLES)]
-    advantage_C = torch.randn(len(drawn.rewards), generator=torch.Generator().manual_seed(1))  # random weights earn nothing
+    sampled = critic.sample(states, examples)
+    owners = sampled.texts.image_of_C.tolist()
+    assert len(sampled.rewards) == len(sampled.advantage_C) == len(examples) * SAMPLES
+    assert owners == [image for image in range(len(examples)) for _ in range(SAMPLES)]
+    # Random weights earn no rewards.
+    advantage_C = torch.randn(len(sampled.rewards), generator=torch.Generator().manual_seed(1))
     captioner.zero_grad()
-    before = captioner.loss(states.clone(), drawn.texts, weight_C=advantage_C)
+    before = captioner.loss(states.clone(), sampled.texts, weight_C=advantage_C)
     before.backward()
     single = torch.zeros(())
-    for number, (advantage, image) in enumerate(zip(advantage_C, drawn.texts.image_of_C.tolist(), strict=True)):
-        single = single + advantage * captioner.loss(states[[image]].clone(), alone(drawn.texts, number))
+    for number, (advantage, image) in enumerate(zip(advantage_C, owners, strict=True)):
+        single = single + advantage * captioner.loss(states[[image]].clone(), alone(sampled.texts, number))
     torch.testing.assert_close(before, single, rtol=1e-4, atol=1e-3)
     with torch.no_grad():
         for weights in captioner.parameters():
             if weights.grad is not None:
                 weights.sub_(1e-4 * weights.grad)
-        assert captioner.loss(states.clone(), drawn.texts, weight_C=advantage_C) < before
+        assert captioner.loss(states.clone(), sampled.texts, weight_C=advantage_C) < before
     captioner.zero_grad()
 
 
-def test_rarity_is_that_of_the_corpus_that_it_was_given() -> None:
+def test_cider_d_uses_the_rarity_of_another_corpus() -> None:
     corpus = [[["a", "red", "dog", "runs"]], [["a", "blue", "cat", "sits"]]]
     hypotheses = [["a", "red", "dog", "runs"]]
-    assert cider_d(hypotheses, corpus[:1]) == [0.0]  # of a single image no word is rare
+    # No word is rare in a corpus of one image.
+    assert cider_d(hypotheses, corpus[:1]) == [0.0]
     assert cider_d(hypotheses, corpus[:1], rarity=Rarity(corpus)) == pytest.approx([10.0])
 
 
-def test_rewards_begin_where_the_likelihood_no_longer_helps(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rewards_begin_early_when_the_score_stops_improving(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    """The evaluations without a better score before them do not end them; those after their begin do."""
+    """Evaluations without gain are counted again from the first rewarded step on."""
     evaluate_as(monkeypatch, [0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4])
     lengths = {"steps": 40, "scst_steps": 20, "scst_samples": 2, "evaluate_every": 2, "patience": 2}
-    train_captioner(version, SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip"), **lengths}), tmp_path / "c")
+    config = SMALL.model_copy(update={"encoder": clip, **lengths})
+    train_captioner(version, config, tmp_path / "c")
     steps = [(line["step"], line["stage"]) for line in read_log(tmp_path / "c/log.jsonl") if "stage" in line]
     assert steps == [*((step, "train") for step in range(1, 7)), *((step, "scst") for step in range(41, 49))]
 
 
-def test_a_training_with_rewards_goes_on_to_the_same_bits(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_training_with_rewards_resumes_to_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    config = SMALL.model_copy(
-        update={"encoder": save_clip(tmp_path / "clip"), "steps": 2, "scst_steps": 3, "scst_samples": 2, "evaluate_every": 3}
-    )
+    lengths = {"steps": 2, "scst_steps": 3, "scst_samples": 2, "evaluate_every": 3}
+    config = SMALL.model_copy(update={"encoder": clip, **lengths})
     whole = train_captioner(version, config, tmp_path / "whole")
-    stages = [(line["stage"], "reward" in line) for line in read_log(tmp_path / "whole/log.jsonl") if "stage" in line]
+    log = read_log(tmp_path / "whole/log.jsonl")
+    stages = [(line["stage"], "reward" in line) for line in log if "stage" in line]
     assert stages == [("train", False)] * 2 + [("scst", True)] * 3
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         die_after_saving(context, step=3)

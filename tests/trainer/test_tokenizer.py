@@ -1,4 +1,4 @@
-"""Tokenizer: a prompt names source and style, a target ends with EOS, and only targets are learned."""
+"""Tokenizer: prompts name source and style, targets end with EOS, and only targets are learned."""
 
 from pathlib import Path
 
@@ -8,7 +8,15 @@ from transformers import AutoTokenizer
 from pipeline.errors import TrainError
 from tests.trainer.tiny_models import save_language_model
 from trainer.model.language_model import load_decoder
-from trainer.tokenizer import EOS_ID, PAD_ID, CaptionTokenizer, TargetText, TextBatch, collate, train_tokenizer
+from trainer.tokenizer import (
+    EOS_ID,
+    PAD_ID,
+    CaptionTokenizer,
+    TargetText,
+    TextBatch,
+    collate,
+    train_tokenizer,
+)
 
 TEXTS = [
     TargetText("synthetic", "A red circle.", style="brief"),
@@ -26,7 +34,7 @@ def batch_of(tokenizer: CaptionTokenizer, texts: list[list[TargetText]], max_tok
     return collate([[tokenizer.encode(text, max_tokens) for text in of_image] for of_image in texts])
 
 
-def test_a_prompt_names_whose_words_are_wanted_and_what_for(tokenizer: CaptionTokenizer) -> None:
+def test_prompt_names_source_and_style_or_question(tokenizer: CaptionTokenizer) -> None:
     token = tokenizer.backend.token_to_id
     assert tokenizer.prompt(TEXTS[0]) == [token("<synthetic>"), token("<brief>")]
     assert tokenizer.prompt(TEXTS[1]) == [token("<human>"), token("<brief>")]
@@ -35,14 +43,14 @@ def test_a_prompt_names_whose_words_are_wanted_and_what_for(tokenizer: CaptionTo
     assert tokenizer.decode(prompt[1:-1]) == "Is there a red circle?"
 
 
-def test_a_target_survives_its_tokens_and_ends_with_eos(tokenizer: CaptionTokenizer) -> None:
+def test_target_ends_with_eos_and_decodes_to_its_text(tokenizer: CaptionTokenizer) -> None:
     ids = tokenizer.target(TargetText("human", 'A "red" <eos> Kreis é.', style="brief"))
     assert ids[-1] == EOS_ID
     assert EOS_ID not in ids[:-1]
     assert tokenizer.decode(ids[:-1]) == 'A "red" <eos> Kreis é.'
 
 
-def test_only_targets_are_learned_and_texts_know_their_image(tokenizer: CaptionTokenizer) -> None:
+def test_batch_learns_targets_only_and_maps_texts_to_images(tokenizer: CaptionTokenizer) -> None:
     batch = batch_of(tokenizer, [[TEXTS[0], TEXTS[2]], [], [TEXTS[1]]], max_tokens=64)
     assert batch.image_of_C.tolist() == [0, 0, 2]
     for c, text in enumerate((TEXTS[0], TEXTS[2], TEXTS[1])):
@@ -52,29 +60,30 @@ def test_only_targets_are_learned_and_texts_know_their_image(tokenizer: CaptionT
     assert all(batch.ids_CT[c, end:].eq(PAD_ID).all() for c, end in enumerate(ends))
 
 
-def test_a_target_that_is_too_long_is_cut_and_does_not_claim_to_end(tokenizer: CaptionTokenizer) -> None:
+def test_long_target_is_cut_and_has_no_eos(tokenizer: CaptionTokenizer) -> None:
     batch = batch_of(tokenizer, [[TEXTS[0]]], max_tokens=3)
     learned = batch.ids_CT[0, 1:][batch.learned_CT[0]].tolist()
     assert learned == tokenizer.target(TEXTS[0])[:3]
     assert EOS_ID not in learned
 
 
-def test_the_name_of_a_token_in_a_text_is_not_the_token_of_a_language_model(tmp_path: Path) -> None:
+def test_special_tokens_in_a_text_are_plain_text(tmp_path: Path) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path, "qwen3"))
     ids = tokenizer.target(TargetText("human", "A sign that says <end> and <pad>.", style="brief"))
     assert (ids.count(tokenizer.eos_id), ids[-1]) == (1, tokenizer.eos_id)
     assert tokenizer.decode(ids[:-1]) == "A sign that says <end> and <pad>."
 
 
-def test_a_special_token_behind_the_last_word_is_no_hindrance_and_another_one_is(tmp_path: Path) -> None:
+def test_only_special_tokens_may_exceed_the_vocabulary_of_the_decoder(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "qwen3")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
     decoder, loaded = load_decoder(folder)
     assert max(loaded.backend.get_vocab().values()) == decoder.settings["vocab_size"]
-    assert max(loaded.target(TargetText("human", "an <image> here", style="brief"))) < decoder.settings["vocab_size"]
+    target = loaded.target(TargetText("human", "an <image> here", style="brief"))
+    assert max(target) < decoder.settings["vocab_size"]
     tokenizer.add_tokens(["kite"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(TrainError, match="the tokenizer has 260 tokens, and the decoder 258"):
+    with pytest.raises(TrainError, match="the tokenizer has 260 tokens, but the decoder has 258"):
         load_decoder(folder)

@@ -1,4 +1,4 @@
-"""The validation split while a captioner is trained: which one is kept, and when a training ends."""
+"""Validation during training: the best captioner is kept, and training ends early."""
 
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ def score_nothing(*_: Any) -> dict[str, Any]:
     return {"images": 2, "scores": {"cider_d": 0.0}, "shuffled_scores": {"cider_d": 0.0}}
 
 
-def test_training_ends_where_the_score_no_longer_improves(
+def test_training_ends_when_the_score_stops_improving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    """The best is kept, and beside it the captioner of the last step; a run that is over stays over when it is resumed."""
+    """The best and the last captioner are saved. Resuming a finished run adds no step."""
     scores = iter([0.1, 0.5, 0.4, 0.45, 0.3])
 
     def scored(*_: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_training_ends_where_the_score_no_longer_improves(
 
     config = replace(encoder=clip, steps=60, evaluate_every=2, patience=2)
     monkeypatch.setattr(trainer.loop, "evaluate", scored)
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {"tested": True})
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {"tested": True})
     assert train_captioner(version, config, tmp_path) == {"tested": True}
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["step"] == 8
@@ -45,34 +45,36 @@ def test_training_ends_where_the_score_no_longer_improves(
     assert len(read_log(tmp_path / "log.jsonl")) == len(log)
 
 
-def test_of_equal_scores_the_one_with_the_smaller_loss_is_better(
+def test_lower_loss_decides_between_equal_scores(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
-    """At first no caption has a word in common with others: that is no reason to end, or to keep the first weights."""
+    """Early captions all score 0, which must not end the training or keep the first weights."""
     monkeypatch.setattr(trainer.loop, "evaluate", score_nothing)
     values = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6])
     monkeypatch.setattr(Validation, "loss", lambda _: next(values))
     saved: list[int] = []
     monkeypatch.setattr(trainer.model.checkpoint.Checkpoint, "save", lambda *_: saved.append(1))
-    monkeypatch.setattr(trainer.training, "_test", lambda *_: {})
+    monkeypatch.setattr(trainer.training, "_score_test_split", lambda *_: {})
     train_captioner(version, replace(encoder=clip, steps=60, evaluate_every=2, patience=2), tmp_path)
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 12
-    assert len(saved) == 3 + 1  # and `last`
+    # Three improvements, and `last`.
+    assert len(saved) == 3 + 1
 
 
-def test_the_average_is_what_is_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
-    plain, averaged = (replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay) for decay in (0.0, 0.99))
-    train_captioner(version, plain, tmp_path / "plain")
-    train_captioner(version, averaged, tmp_path / "averaged")
-    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")  # it changes nothing in the training
+def test_averaged_weights_are_scored_and_saved(version: Version, tmp_path: Path, clip: str) -> None:
+    for name, decay in (("plain", 0.0), ("averaged", 0.99)):
+        config = replace(encoder=clip, steps=9, evaluate_every=9, average_decay=decay)
+        train_captioner(version, config, tmp_path / name)
+    assert losses(tmp_path / "plain") == losses(tmp_path / "averaged")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "averaged"))
     assert not torch.equal(one["connector.1.weight"], other["connector.1.weight"])
     assert torch.equal(
-        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"], other["encoder.tower.encoder.layers.0.mlp.fc1.weight"]
+        one["encoder.tower.encoder.layers.0.mlp.fc1.weight"],
+        other["encoder.tower.encoder.layers.0.mlp.fc1.weight"],
     )
 
 
-def test_a_loss_that_is_no_number_ends_the_training_before_it_is_saved(
+def test_nan_validation_loss_ends_the_training_before_saving(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Validation, "loss", lambda _: float("nan"))

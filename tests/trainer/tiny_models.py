@@ -1,4 +1,4 @@
-"""Tiny transformers models with random weights, saved in folders that `from_pretrained` reads."""
+"""Tiny transformers models with random weights, saved in folders for `from_pretrained`."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from transformers import (
 from trainer.model.caption_model import CaptionerModel
 
 SIDE_PX = 28
-TOWER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TOWER: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+}  # fmt: skip
 IMAGE: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 14}
 
 
@@ -35,23 +37,28 @@ def save_vit(folder: Path) -> str:
 
 def save_clip(folder: Path) -> str:
     torch.manual_seed(2)
-    text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=TOWER | IMAGE, projection_dim=16)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(folder)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = TOWER | ids | {"vocab_size": 99, "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config=TOWER | IMAGE, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": SIDE_PX, "width": SIDE_PX}
+    CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=size).save_pretrained(folder)
     return str(folder)
 
 
 def save_language_model(folder: Path, kind: str) -> str:
-    """Save a causal language model over bytes, of the class of Qwen3 or of SmolLM2; return its folder."""
+    """Save a causal language model over bytes, of the class of Qwen3 or SmolLM2; return its folder."""
     torch.manual_seed(3)
-    sizes: Any = {**TOWER, "vocab_size": 258, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+    sizes: Any = TOWER | {"num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"vocab_size": 258, "max_position_embeddings": 256}
     ids: Any = {"bos_token_id": None, "eos_token_id": 257, "pad_token_id": 256, "tie_word_embeddings": True}
     if kind == "qwen3":
         Qwen3ForCausalLM(Qwen3Config(**sizes, **ids)).save_pretrained(folder)
     else:
         LlamaForCausalLM(LlamaConfig(**sizes, **ids)).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    vocab = {letter: index for index, letter in enumerate(alphabet)}
+    bytes_tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bytes_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_tokenizer.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer)
@@ -61,7 +68,7 @@ def save_language_model(folder: Path, kind: str) -> str:
 
 
 def strengthen(captioner: CaptionerModel, factor: float) -> None:
-    """Multiply random weights, so that texts differ from image to image."""
+    """Multiply random weights, so that texts differ between images."""
     with torch.no_grad():
         for weight in [*captioner.connector.parameters(), *captioner.decoder.parameters()]:
             weight.mul_(factor if weight.dim() > 1 else 1)

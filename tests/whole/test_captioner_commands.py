@@ -63,12 +63,12 @@ def test_flags_become_settings_and_drawn_scenes_keep_their_preset(
     }
     assert {name: trained[name] for name in expected} == expected
     printed = capsys.readouterr().err
-    assert "preset scenes: " in printed and f"at most {trained['steps']} steps of 16 images (1." in printed
+    assert "preset scenes: " in printed and f"At most {trained['steps']} steps of 16 images (1." in printed
     before = (tmp_path / "c/model.safetensors").stat().st_mtime_ns
     again = {"data": str(version.path), "encoder": models["encoder"], "epochs": 1, "batch_size": 16, "lr": 0.002, "seed": 3}
     train(**again, out=tmp_path / "c", as_json=True)  # type: ignore[arg-type]
     shown = capsys.readouterr()
-    assert "holds this captioner, trained before" in shown.err
+    assert "already has this captioner" in shown.err
     assert json.loads(shown.out)["scores"] == json.loads((tmp_path / "c/metrics.json").read_text())["scores"]
     assert (tmp_path / "c/model.safetensors").stat().st_mtime_ns == before
 

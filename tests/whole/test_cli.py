@@ -121,7 +121,7 @@ def test_a_training_that_was_interrupted_is_not_begun_anew_without_a_word(synth:
     version, _ = make_version(tmp_path / "data", scene_samples(4))
     flags = ("train", "--data", str(version.path), "--encoder", "tiny-clip", "--out", "c")
     problem, hint = read_failure(synth(*flags))
-    assert "holds a training that was interrupted" in problem and "--resume" in hint and "resume.pt" in hint
+    assert "holds an interrupted training" in problem and "--resume" in hint and "resume.pt" in hint
     checked = synth("check", "c")
     assert checked.returncode == 1 and checked.stdout.startswith("BAD c: c/resume.pt is damaged")
     assert (tmp_path / "c/resume.pt").exists()

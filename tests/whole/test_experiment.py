@@ -69,7 +69,7 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
     spec["also"] = [{"data": ["facts"], "encoder": ["./nowhere"]}]
     (folder / "more.yaml").write_text(yaml.safe_dump(spec))
     refused = experiment(folder, "more.yaml", "--jobs", "1", "--out", "whole")
-    assert refused.returncode == 1 and "no encoder ./nowhere: there is no such folder" in refused.stderr
+    assert refused.returncode == 1 and "no encoder ./nowhere: the folder does not exist" in refused.stderr
     shutil.copytree(CLIP_MODELS[TINY_CLIP], folder / "damaged")
     (folder / "damaged/model.safetensors").write_bytes(b"cut off")
     spec["also"] = [{"data": ["facts"], "encoder": ["./damaged"]}]
@@ -83,4 +83,4 @@ def test_a_failed_cell_is_reported_and_the_others_are_in_the_result(folder: Path
 def test_a_style_that_no_data_has_is_one_error(folder: Path) -> None:
     (folder / "bad.yaml").write_text("data: {a: {data: scenes}}\nsettings: {steps: 4, styles: [poem]}")
     done = experiment(folder, "bad.yaml")
-    assert done.returncode == 1 and "no caption of the styles poem" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "no captions of the styles poem" in done.stderr and "Traceback" not in done.stderr

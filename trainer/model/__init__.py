@@ -1,1 +1,1 @@
-"""The captioner: an encoder of images, a connector, and a decoder of text."""
+"""The captioner: an image encoder, a connector, and a text decoder."""

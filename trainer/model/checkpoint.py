@@ -1,8 +1,7 @@
-"""A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, and load that again.
+"""A captioner with its tokenizer: build it for a training, save it as a checkpoint folder, load it again.
 
-A checkpoint may be untrusted, and is checked before it is loaded: config.json holds known keys only, weights are safetensors,
-and no memory is allocated before their shapes fit the config. Its folder also holds `log.jsonl` and `resume.pt`
-(trainer/runtime/training_state.py), and `captions.jsonl`, the caption and scores of each test image.
+A checkpoint may be untrusted and is checked while it is loaded: config.json has known keys only, weights are
+safetensors, and no memory is allocated before their shapes match the config.
 """
 
 import json
@@ -33,38 +32,38 @@ from trainer.model.decoder import DecoderConfig
 from trainer.model.encoder import load_encoder
 from trainer.model.language_model import load_decoder, new_decoder
 from trainer.model.pretrained import require_few_layers
-from trainer.runtime.checkpoint_folder import CAPTIONER_FILES, PUBLISHED_TYPE, no_captioner, require_checkpoint
+from trainer.runtime.checkpoint_folder import (
+    CAPTIONER_FILES,
+    PUBLISHED_TYPE,
+    no_captioner,
+    require_checkpoint,
+)
 from trainer.runtime.devices import best_device
-from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, scored_prompt, train_tokenizer
+from trainer.tokenizer import CaptionTokenizer, TargetText, require_known_tokens, train_tokenizer
 
 MAX_CONFIG_BYTES = 10_000_000
-MAX_BEAMS = 64  # with which a captioner may say that it was scored: a search with more may have no end
 MAX_TOKENIZER_BYTES = 100_000_000
-MAX_SHARED = 2  # times the stored weights that a model may have: some decoders use their embedding as head, too
+MAX_BEAMS = 64  # larger searches of an untrusted checkpoint could take forever
+MAX_SHARED = 2  # ratio of model weights to stored weights: some decoders share embedding and head
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A trained captioner with its tokenizer."""
+    """A captioner with its tokenizer."""
 
     captioner: CaptionerModel
     tokenizer: CaptionTokenizer
 
-    def scored_prompt(self) -> list[int]:
-        """Return the tokens of the prompt that captions are scored with. Raises TrainError if it has learned answers alone."""
-        source, style = scored_prompt(self.captioner.config.prompts)
-        return self.tokenizer.prompt(TargetText(source, "", style=style))
-
     def save(self, folder: Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json, each file atomically."""
+        """Write config.json, model.safetensors and tokenizer.json, each atomically."""
         with scratch_folder(folder) as draft:
             try:
                 self.captioner.without_adapters().save_pretrained(draft)
-            except SafetensorError as error:  # as it says that the disk is full, too
-                raise TrainError(
-                    f"cannot write the weights to {folder}: {error}", hint="free some space, and go on: --resume"
-                ) from None
-            (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)  # others may read the other files
+            except SafetensorError as error:
+                hint = "free disk space, then continue with --resume"
+                raise TrainError(f"cannot write the weights to {folder}: {error}", hint=hint) from None
+            # safetensors makes the weights readable for the owner only.
+            (draft / "model.safetensors").chmod((draft / "config.json").stat().st_mode)
             self.tokenizer.backend.save(str(draft / "tokenizer.json"))
             for name in CAPTIONER_FILES:
                 flush_file(draft / name)
@@ -73,29 +72,25 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | None = None) -> Checkpoint:
-    """Load a checkpoint folder in evaluation mode. Raises TrainError if the folder holds no valid captioner."""
+    """Load a checkpoint folder in evaluation mode. Raises TrainError if it is not a valid captioner."""
     folder = Path(folder)
     require_checkpoint(folder)
     try:
         with without_network():
             checkpoint = _load(folder, device)
-        _require_numbers(checkpoint.captioner, folder)
-        return checkpoint
     except TrainError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever transformers raises for a config that is odd
+    except Exception as error:  # noqa: BLE001  # transformers raises any exception for an unusual config
         raise no_captioner(folder, one_line(error)) from None
-
-
-def _require_numbers(captioner: CaptionerModel, folder: Path) -> None:
-    """Raise TrainError for weights that are no numbers, which a damaged file may have: its captions would be empty."""
-    if odd := [name for name, weights in captioner.named_parameters() if not torch.isfinite(weights.sum())]:
-        raise no_captioner(folder, f"{odd[0]} has weights that are not numbers")
+    for name, weights in checkpoint.captioner.named_parameters():
+        if not torch.isfinite(weights.sum()):
+            raise no_captioner(folder, f"{name} has weights that are not numbers")
+    return checkpoint
 
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Keep huggingface_hub from asking the Hub: the configs of some models fetch others."""
+    """Block downloads of huggingface_hub: the configs of some models would fetch others."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -108,23 +103,23 @@ def _load(folder: Path, device: torch.device | None) -> Checkpoint:
     config = read_config(folder)
     require_shapes(config, folder / "model.safetensors")
     tokenizer = read_tokenizer(folder / "tokenizer.json", config)
-    # huggingface_hub prints to stdout, which is for data. Every weight is in the file: none needs a random value before.
+    # huggingface_hub prints to stdout, which is reserved for data.
     with redirect_stdout(StringIO()), no_init_weights():
-        captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval().to(device or best_device())
-    return Checkpoint(captioner, tokenizer)
+        captioner = CaptionerModel.from_pretrained(str(folder), strict=True).eval()
+    return Checkpoint(captioner.to(device or best_device()), tokenizer)
 
 
 def read_config(folder: Path) -> CaptionerConfig:
-    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is not one."""
+    """Return the config of a checkpoint. Raises ValueError or UnsafeFileError if it is invalid."""
     values = json.loads(read_regular(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     known = {field.name for field in fields(CaptionerConfig)}
-    if values.get("model_type") == PUBLISHED_TYPE:  # pushed, or saved by transformers: other keys are left out
+    if values.get("model_type") == PUBLISHED_TYPE:  # transformers adds other keys
         values = {name: value for name, value in values.items() if name in known}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"config.json has an unknown key {unknown[0]}")
     config = TypeAdapter(CaptionerConfig).validate_python(values)
     if not config.prompts:
-        raise ValueError("it has learned no prompt")
+        raise ValueError("config.json has no prompts")
     if not 0 < config.max_caption_tokens <= MAX_CAPTION_TOKENS:
         raise ValueError(f"max_caption_tokens is {config.max_caption_tokens}")
     if type(config.num_beams) is not int or not 0 < config.num_beams <= MAX_BEAMS:
@@ -134,9 +129,9 @@ def read_config(folder: Path) -> CaptionerConfig:
 
 
 def require_shapes(config: CaptionerConfig, weights: Path) -> None:
-    """Raise ValueError unless a file of weights has the tensors that a config asks for. No tensor is allocated."""
+    """Raise ValueError unless a weights file has the tensors of a config. Allocates no tensor."""
     with safe_open(weights, "pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     with torch.device("meta"):
         captioner = CaptionerModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in captioner.state_dict().items()}
@@ -145,32 +140,33 @@ def require_shapes(config: CaptionerConfig, weights: Path) -> None:
         raise ValueError(f"the encoder has no layer {encoder.config.layer!r}"[:100])
     if encoder.config.states not in get_args(EncoderStates):
         raise ValueError(f"the encoder has no states {encoder.config.states!r}")
-    # Of tensors that share their memory, such as the embedding and the head, the file holds one.
+    # Tensors that share memory, such as embedding and head, are stored once, so `stored` may lack names.
     if wrong := [name for name, shape in stored.items() if expected.get(name) != shape]:
-        raise ValueError(f"the weights do not fit the config: {wrong[0]}")
-    allocated, held = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
-    if allocated > MAX_SHARED * held + 1:
-        raise ValueError(f"the config asks for {allocated:,} weights, and there are {held:,}")
+        raise ValueError(f"the weights do not match the config: {wrong[0]}")
+    num_expected, num_stored = sum(map(math.prod, expected.values())), sum(map(math.prod, stored.values()))
+    if num_expected > MAX_SHARED * num_stored + 1:
+        raise ValueError(f"the config has {num_expected:,} weights, but the file has {num_stored:,}")
 
 
 def read_tokenizer(path: Path, config: CaptionerConfig) -> CaptionTokenizer:
-    """Return the tokenizer of a checkpoint. Raises ValueError if it has tokens that the decoder has not."""
+    """Return the tokenizer of a checkpoint. Raises ValueError if the decoder lacks one of its tokens."""
     backend = Tokenizer.from_str(read_regular(path, max_bytes=MAX_TOKENIZER_BYTES).decode("utf-8"))
     vocab_size = config.decoder.get("language_model", config.decoder)["vocab_size"]
     if not 0 <= config.eos_id < vocab_size:
-        raise ValueError(f"the token that ends a text is {config.eos_id}, and the decoder has {vocab_size:,} tokens")
+        raise ValueError(f"the end-of-text token is {config.eos_id} of {vocab_size:,} tokens")
     require_known_tokens(backend, vocab_size)
-    tokenizer = CaptionTokenizer(backend, "pretrained" if "language_model" in config.decoder else "scratch", config.eos_id)
-    backend.encode_special_tokens = True  # the name of a token in a text is not the token
+    backend.encode_special_tokens = True  # special tokens in a text are plain text
+    is_pretrained = "language_model" in config.decoder
+    tokenizer = CaptionTokenizer(backend, "pretrained" if is_pretrained else "scratch", config.eos_id)
     for source, style in config.prompts:
         ids = tokenizer.prompt(TargetText(source, "", style=style, question="" if style else "?"))
         if max(ids) >= vocab_size:
-            raise ValueError(f"the prompt of the style {style or 'of answers'} has tokens that the decoder has not")
+            raise ValueError(f"the decoder lacks tokens of the prompt for {style or 'answers'}")
     return tokenizer
 
 
 def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Example]) -> Checkpoint:
-    """Return an untrained captioner and its tokenizer. Raises TrainError if a model is missing, or cannot do what is set."""
+    """Return an untrained captioner. Raises TrainError if a model is missing or lacks a setting."""
     chosen: dict[str, Any] = {"layer": config.encoder_layer, "states": config.encoder_states}
     encoder = load_encoder(config.encoder, frozen=config.encoder_lr == 0, **chosen)
     texts = texts_of(train_set)
@@ -185,9 +181,9 @@ def build_checkpoint(version: Version, config: TrainConfig, train_set: list[Exam
     else:
         decoder, tokenizer = load_decoder(config.decoder)
         if config.lora_rank:
-            decoder.adapt(config.lora_rank, config.lora_dropout)
+            decoder.add_adapters(config.lora_rank, config.lora_dropout)
         if config.checkpoint_blocks:
-            decoder.keep_no_states()
+            decoder.enable_checkpointing()
         if config.num_beams > 1:
             decoder.require_beams(config.num_beams)
     captioner = build_captioner(

@@ -1,11 +1,11 @@
-"""Decoder from scratch: a pre-norm transformer with cross-attention to the hidden states of an image.
+"""Text decoder trained from scratch: a pre-norm transformer that attends to the hidden states of an image.
 
-Each block has self-attention (rotary positions), cross-attention to the image, and an MLP. While training, all texts about an
-image are one row (trainer/model/text_loss.py), so that its keys and values are computed once; and during generation, where
-beams share them and those of the tokens are cached. There each text attends to itself apart, without a mask.
+Each block has self-attention with rotary positions, cross-attention to the image, and an MLP. In training,
+all texts about an image are packed into one row (text_loss.py), so the keys and values of the image are
+computed once. In generation they are cached and shared by all beams of the image.
 
-Shapes: B images, C rows of tokens (C / B adjacent ones for each image), T new tokens, S tokens so far, N hidden states of an
-image, D width, H heads, K = D / H, V vocabulary.
+Shapes: B images, C rows of tokens (C / B adjacent rows per image), T new tokens, S tokens so far, N hidden
+states of an image, D width, H heads, K = D / H, V vocabulary.
 """
 
 import math
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.model.decoding import DecodingConfig, Step, beam_search, decode
+from trainer.model.decoding import DecodingConfig, beam_search, decode
 from trainer.model.text_loss import pack, token_loss
 from trainer.tokenizer import TextBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Sizes are numbers of features, tokens, or layers."""
+    """Sizes of a decoder: numbers of tokens, features, blocks and heads."""
 
     vocab_size: int
     width: int
@@ -35,22 +35,23 @@ class DecoderConfig:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even width")
 
 
-# What tokens attend to. A mask, (T, S) of all rows or (C, 1, T, S) of each: where it is True. None: to all tokens.
-# A place of each token and an origin of each place (see PackedTexts): to what stands before it in its own text.
-Seen = Tensor | tuple[Tensor, Tensor] | None
+TensorPair = tuple[Tensor, Tensor]
+# Which tokens a token attends to: a mask that is True for visible tokens, (T, S) or (C, 1, T, S); `place_CT`
+# and `origin_BS` of PackedTexts, for earlier tokens of the same packed text, or None for all tokens.
+Seen = Tensor | TensorPair | None
 
 
 @dataclass(slots=True)
 class BlockCache:
-    """Keys and values of one block: fixed for the images (B, H, N, K), growing for the tokens (C, H, S, K)."""
+    """Keys and values of one block: fixed for the images (B, H, N, K), growing for tokens (C, H, S, K)."""
 
-    image: tuple[Tensor, Tensor] | None = None
-    words: tuple[Tensor, Tensor] | None = None
+    image: TensorPair | None = None
+    words: TensorPair | None = None
 
 
 @dataclass(slots=True)
 class Cache:
-    """Key-value cache of a generation. Pass an empty cache to the first call, then the same cache again."""
+    """Key-value cache of one generation. Pass an empty cache to the first call, then the same cache again."""
 
     blocks: list[BlockCache] = field(default_factory=list)
     length: int = 0
@@ -61,22 +62,22 @@ class Cache:
             assert block.words is not None
             block.words = block.words[0][rows_C], block.words[1][rows_C]
 
-    def keep(self, rows_C: Tensor) -> None:
-        """Go on with these rows alone, where each row has an image of its own."""
-        self.reorder(rows_C)
-        self.keep_images(rows_C)
-
     def keep_images(self, images_B: Tensor) -> None:
-        """Go on with these images alone; the rows are those about them."""
+        """Drop the keys and values of all other images."""
         for block in self.blocks:
             assert block.image is not None
             block.image = block.image[0][images_B], block.image[1][images_B]
 
+    def keep(self, rows_C: Tensor) -> None:
+        """Drop all other rows and their images, when there is one row per image."""
+        self.reorder(rows_C)
+        self.keep_images(rows_C)
+
 
 class ScratchDecoder(nn.Module):
-    """Maps token ids and image states to next-token states; `head` maps states to logits, with the embedding's weights."""
+    """Map token ids and image states to next-token states. The head shares the embedding's weights."""
 
-    max_positions = math.inf  # of a text with its image
+    max_positions = math.inf
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -86,78 +87,81 @@ class ScratchDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_initialise)
-        # Each block adds three branches to the residual stream: initialise them small, as GPT-2 does.
+        self.apply(_init_weights)
+        # Each block adds three branches to the residual stream: their last layers start small, as in GPT-2.
         for block in blocks:
             for layer in (block.attend_words.out, block.attend_image.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (3 * config.depth) ** 0.5)
 
-    def loss(
-        self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0.0, weight_C: Tensor | None = None
-    ) -> Tensor:
-        """Return the sum of negative log-likelihoods of the target tokens of `texts`; see CaptionerModel.loss."""
-        packed = pack(texts, len(memory_BND)).to(memory_BND.device)
-        table = rope_table(packed.positions_BS[:, None], self.head_width)
-        states_BSD = self._states(packed.ids_BS, memory_BND, table, (packed.place_CT, packed.origin_BS))
-        weight_K = None if weight_C is None else weight_C.to(states_BSD.device)[packed.text_K]
-        return token_loss(packed.learned(states_BSD), self.embedding, packed.labels_K, label_smoothing, weight_K)
-
-    def read(self, texts: TextBatch) -> Tensor:
-        """Return the state of the last token of each text, without any image: (C, D)."""
-        return texts.last_token(self(texts.ids_CT, None))
-
-    def repeated_parts(self) -> list[nn.Module]:
-        """Return the parts that are worth compiling."""
-        return list(self.blocks)
-
-    def generate(
-        self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
-    ) -> list[list[int]]:
-        """Generate one text per image; see CaptionerModel.generate."""
-        step, cache = self._next_scores(memory_BND)
-        if decoding.num_beams > 1:
-            return beam_search(step, cache.reorder, cache.keep_images, prompt_BT, decoding, max_tokens, eos_id)
-        return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
-
-    def _next_scores(self, memory_BND: Tensor) -> tuple[Step, Cache]:
-        """Return a function from new tokens to the logits of the next, and the cache that it keeps."""
-        cache = Cache()
-
-        def step(new_CT: Tensor) -> Tensor:
-            return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
-
-        return step, cache
-
     def forward(self, ids_CT: Tensor, memory_BND: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """Return states (C, T, D) that predict the token after each of `ids_CT`; with a cache, only of new tokens.
+        """Return the states (C, T, D) that predict the token after each of `ids_CT`.
 
-        `memory_BND` are the states of the images; None: there is no image, or the cache holds its keys and values.
+        With a cache, `ids_CT` are new tokens only. `memory_BND` is None if there is no image, or if its keys
+        and values are cached.
         """
         start, T = cache.length if cache else 0, ids_CT.shape[1]
         if cache is not None:
             cache.blocks = cache.blocks or [BlockCache() for _ in self.blocks]
             cache.length += T
-        # New token t has position start + t, and sees itself and all tokens before it: a single one sees all that there are.
-        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start) if T > 1 else None
-        table = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
-        return self._states(ids_CT, memory_BND, table, seen_TS, cache)
+        # New token t has position start + t and sees all tokens up to itself.
+        rope = rope_table(torch.arange(start, start + T, device=ids_CT.device), self.head_width)
+        seen_TS = torch.ones(T, start + T, dtype=torch.bool, device=ids_CT.device).tril(start)
+        return self._states(ids_CT, memory_BND, rope, seen_TS if T > 1 else None, cache)
 
     def _states(
-        self, ids_CT: Tensor, memory_BND: Tensor | None, table: tuple[Tensor, Tensor], seen: Seen, cache: Cache | None = None
+        self, ids_CT: Tensor, memory_BND: Tensor | None, rope: TensorPair, seen: Seen, cache: Cache | None
     ) -> Tensor:
         x_CTD = self.dropout(self.embedding(ids_CT))
         for index, block in enumerate(self.blocks):
-            x_CTD = block(x_CTD, memory_BND, table, seen, cache.blocks[index] if cache else None)
+            x_CTD = block(x_CTD, memory_BND, rope, seen, cache.blocks[index] if cache else None)
         normed_CTD: Tensor = self.norm(x_CTD)
         return normed_CTD
 
     def head(self, states_ND: Tensor) -> Tensor:
-        """Return the logits of the vocabulary: (N, D) -> (N, V)."""
+        """Return logits over the vocabulary: (N, D) -> (N, V)."""
         return functional.linear(states_ND, self.embedding.weight)
+
+    def loss(
+        self, memory_BND: Tensor, texts: TextBatch, label_smoothing: float = 0, weight_C: Tensor | None = None
+    ) -> Tensor:
+        """Return the summed negative log-likelihood of the target tokens (see CaptionerModel.loss)."""
+        packed = pack(texts, len(memory_BND)).to(memory_BND.device)
+        rope = rope_table(packed.positions_BS[:, None], self.head_width)
+        states_BSD = self._states(packed.ids_BS, memory_BND, rope, (packed.place_CT, packed.origin_BS), None)
+        weight_K = None if weight_C is None else weight_C.to(states_BSD.device)[packed.text_K]
+        states_KD = packed.learned(states_BSD)
+        return token_loss(states_KD, self.embedding, packed.labels_K, label_smoothing, weight_K)
+
+    def read(self, texts: TextBatch) -> Tensor:
+        """Return the state of the last token of each text, without an image: (C, D)."""
+        return texts.last_token(self(texts.ids_CT, None))
+
+    def generate(
+        self, memory_BND: Tensor, prompt_BT: Tensor, decoding: DecodingConfig, max_tokens: int, eos_id: int
+    ) -> list[list[int]]:
+        """Generate one text per image (see CaptionerModel.generate)."""
+        cache = Cache()
+
+        def step(new_CT: Tensor) -> Tensor:
+            return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
+
+        if decoding.num_beams > 1:
+            reorder, keep = cache.reorder, cache.keep_images
+            return beam_search(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
+        return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """Return the modules to compile."""
+        return list(self.blocks)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP; pre-norm, residual."""
+    """Self-attention, cross-attention and MLP, each pre-norm and residual."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -168,38 +172,41 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_CTD: Tensor, memory_BND: Tensor | None, table: tuple[Tensor, Tensor], seen: Seen, cache: BlockCache | None
+        self, x_CTD: Tensor, memory_BND: Tensor | None, rope: TensorPair, seen: Seen, cache: BlockCache | None
     ) -> Tensor:
-        """Return the updated stream (C, T, D). `table` is that of the positions of the tokens."""
-        x_CTD = x_CTD + self.dropout(self._words(self.norm_words(x_CTD), table, seen, cache))
+        """Update the residual stream (C, T, D). `rope` is the `rope_table` of the positions."""
+        x_CTD = x_CTD + self.dropout(self._self_attention(self.norm_words(x_CTD), rope, seen, cache))
         if memory_BND is not None or (cache is not None and cache.image is not None):
-            x_CTD = x_CTD + self.dropout(self._image(self.norm_image(x_CTD), memory_BND, cache))
+            x_CTD = x_CTD + self.dropout(self._cross_attention(self.norm_image(x_CTD), memory_BND, cache))
         out_CTD: Tensor = x_CTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_CTD)))))
         return out_CTD
 
-    def _words(self, x_CTD: Tensor, table: tuple[Tensor, Tensor], seen: Seen, cache: BlockCache | None) -> Tensor:
-        attend = self.attend_words
-        q_CHTK = apply_rope(attend.heads(attend.query(x_CTD)), table)
-        k_CHSK, v_CHSK = attend.keys_values(x_CTD)
-        k_CHSK = apply_rope(k_CHSK, table)
+    def _self_attention(
+        self, x_CTD: Tensor, rope: TensorPair, seen: Seen, cache: BlockCache | None
+    ) -> Tensor:
+        attention = self.attend_words
+        q_CHTK = apply_rope(attention.heads(attention.query(x_CTD)), rope)
+        k_CHSK, v_CHSK = attention.keys_values(x_CTD)
+        k_CHSK = apply_rope(k_CHSK, rope)
         if cache is not None:
             if cache.words is not None:
-                k_CHSK, v_CHSK = (torch.cat(pair, 2) for pair in zip(cache.words, (k_CHSK, v_CHSK), strict=True))
+                k_CHSK = torch.cat([cache.words[0], k_CHSK], 2)
+                v_CHSK = torch.cat([cache.words[1], v_CHSK], 2)
             cache.words = k_CHSK, v_CHSK
-        return attend.attend(q_CHTK, k_CHSK, v_CHSK, seen)
+        return attention.attend(q_CHTK, k_CHSK, v_CHSK, seen)
 
-    def _image(self, x_CTD: Tensor, memory_BND: Tensor | None, cache: BlockCache | None) -> Tensor:
-        attend = self.attend_image
+    def _cross_attention(self, x_CTD: Tensor, memory_BND: Tensor | None, cache: BlockCache | None) -> Tensor:
+        attention = self.attend_image
         if cache is not None and cache.image is not None:
             k_BHNK, v_BHNK = cache.image
         else:
             assert memory_BND is not None
-            k_BHNK, v_BHNK = attend.keys_values(memory_BND)
+            k_BHNK, v_BHNK = attention.keys_values(memory_BND)
         if cache is not None:
             cache.image = k_BHNK, v_BHNK
-        # Rows about one image are adjacent: to its keys and values they are one row.
+        # Rows about one image are adjacent, so they can share its keys and values as one long row.
         joined_BXD = x_CTD.reshape(len(k_BHNK), -1, x_CTD.shape[-1])
-        out_BXD = attend.attend(attend.heads(attend.query(joined_BXD)), k_BHNK, v_BHNK, None)
+        out_BXD = attention.attend(attention.heads(attention.query(joined_BXD)), k_BHNK, v_BHNK, None)
         return out_BXD.view_as(x_CTD)
 
 
@@ -208,7 +215,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.head_count = config.heads
+        self.num_heads = config.heads
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
@@ -216,9 +223,9 @@ class Attention(nn.Module):
     def heads(self, x_CTD: Tensor) -> Tensor:
         """Split features into heads: (C, T, D) -> (C, H, T, K)."""
         C, T, D = x_CTD.shape
-        return x_CTD.view(C, T, self.head_count, D // self.head_count).transpose(1, 2)
+        return x_CTD.view(C, T, self.num_heads, D // self.num_heads).transpose(1, 2)
 
-    def keys_values(self, x_BND: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BND: Tensor) -> TensorPair:
         """Project to keys and values: (B, N, D) -> two of (B, H, N, K)."""
         k_BND, v_BND = self.key_value(x_BND).chunk(2, -1)
         return self.heads(k_BND), self.heads(v_BND)
@@ -233,10 +240,13 @@ class Attention(nn.Module):
         return out_CTD
 
 
-def attend_apart(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, place_CT: Tensor, origin_BS: Tensor) -> Tensor:
-    """Attend within each of the texts that are packed into rows: -> (B, H, S, K).
+def attend_apart(
+    q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, place_CT: Tensor, origin_BS: Tensor
+) -> Tensor:
+    """Attend within each packed text only: -> (B, H, S, K).
 
-    Each text gets a row of its own for it. Causal attention needs no mask, so that the kernels that take none can be chosen.
+    Each text is moved to a row of its own and back. Causal attention then needs no mask, which allows fast
+    kernels.
     """
 
     def moved(x_BHSK: Tensor, place_CT: Tensor) -> Tensor:
@@ -248,24 +258,21 @@ def attend_apart(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, place_CT: Tenso
     return moved(functional.scaled_dot_product_attention(q_CHTK, k_CHTK, v_CHTK, is_causal=True), origin_BS)
 
 
-def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of rotary position embeddings (RoPE, Su et al., 2021): (..., T) -> two of (..., T, K / 2).
+def rope_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> TensorPair:
+    """Return cosines and sines of rotary embeddings (Su et al., 2021): (..., T) -> two of (..., T, K / 2).
 
-    Pair i of K features at position p is rotated by p * base^(-2i / K): attention depends only on differences of positions.
+    Features i and i + K / 2 at position p are rotated by p * base^(-2i / K): attention sees only relative
+    positions.
     """
-    frequencies_P = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    even_P = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
+    frequencies_P = base ** (-even_P / head_width)
     angles = positions[..., None].float() * frequencies_P
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_CHTK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys by the angles of their positions."""
-    cos, sin = table
+def apply_rope(x_CHTK: Tensor, rope: TensorPair) -> Tensor:
+    """Rotate queries or keys by the angles of their positions. The result has the dtype of the input."""
+    cos, sin = rope
     first, second = x_CHTK.chunk(2, -1)
     turned_CHTK = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned_CHTK.to(x_CHTK.dtype)  # angles are float32 also where the model is not
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+    return turned_CHTK.to(x_CHTK.dtype)

@@ -1,7 +1,7 @@
-"""Encoder: images to hidden states, one vector per patch (and the class token), not pooled.
+"""Encoder: images to hidden states, one vector per patch (and for the class token), without pooling.
 
-Shapes: B images, N hidden states, M those that a decoder reads, V encoder width. ViT-B/16 at 224 px: N = 197; CLIP ViT-B/32:
-N = 50; V = 768 both.
+Shapes: B images, N hidden states, M of them that a decoder reads, V encoder width.
+ViT-B/16 at 224 px has N = 197, CLIP ViT-B/32 has N = 50, both have V = 768.
 """
 
 import hashlib
@@ -22,79 +22,68 @@ from transformers.image_processing_utils import BaseImageProcessor
 from pipeline.digests import canonical
 from pipeline.errors import TrainError, one_line
 from trainer.config import ENCODERS, TINY_VIT
-from trainer.model.pretrained import (
-    LOAD_ERRORS,
-    config_of,
-    load_config,
-    load_weights,
-    processor_settings,
-    reason_of,
-    settings_of,
-)
+from trainer.model import pretrained
 
-# Patches of 14 px, as in the larger CLIP and DINO towers, in images of 84 px: 36 of them.
+# 36 patches of 14 px, the patch size of larger CLIP and DINO towers.
 TINY_VIT_CONFIG: dict[str, Any] = {
     "model_type": "vit", "image_size": 84, "patch_size": 14,
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 576,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 _TEST_IMAGE = Image.linear_gradient("L").convert("RGB")
+PATCH_ENCODERS = "vit, clip, siglip2 or dinov2"
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
     """Everything needed to rebuild an encoder.
 
-    `layer` indexes hidden states as transformers does: -1 is the output of the last layer, -2 that of the one before.
-    `states` are those that a decoder reads. States of a `frozen` encoder are rounded to bfloat16, as in a
-    feature store.
+    `layer` counts hidden states as transformers does: -1 is the output of the last layer. `states` selects
+    those that a decoder reads, see `choose_states`. States of a `frozen` encoder are rounded to bfloat16, as
+    in a feature store. `made_from` has the name and the revision of the model.
     """
 
     model: dict[str, Any]
     processor: dict[str, Any]
     layer: int = -1
     frozen: bool = False
-    made_from: dict[str, str] = field(default_factory=dict)  # name and revision
+    made_from: dict[str, str] = field(default_factory=dict)
     states: str = "all"
 
 
 class Encoder(nn.Module):
-    """The vision tower of a ViT, a CLIP or any other vision model of transformers."""
+    """The vision tower of a ViT, a CLIP or another vision model of transformers."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        model_config = config_of(config.model)
+        model_config = pretrained.config_of(config.model)
         self.tower: nn.Module = AutoModel.from_config(model_config, **_tower_options(model_config))
         self.width: int = model_config.hidden_size
         self.depth: int = model_config.num_hidden_layers
         kind = _image_processor(config.processor)
-        self.processor = kind(**processor_settings(kind, config.processor))
+        self.processor = kind(**pretrained.processor_settings(kind, config.processor))
         if config.frozen:
             self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "Encoder":  # noqa: FBT001  # as torch has it
-        """Set the mode of training. A frozen encoder stays as it is used: no dropout, no random positions."""
+    def train(self, mode: bool = True) -> "Encoder":  # noqa: FBT001
+        """Set training mode. A frozen encoder stays in evaluation mode."""
         super().train(mode and not self.config.frozen)
         return self
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map prepared pixels to the hidden states that a decoder reads: (B, 3, H, W) -> (B, N, V).
-
-        Raises TrainError if the encoder has no such states.
-        """
-        states_BNV = self.exact_states(pixels_BCHW)
-        return states_BNV.bfloat16().float() if self.config.frozen else states_BNV
+        """Return the hidden states that a decoder reads: (B, 3, H, W) -> (B, M, V)."""
+        states_BMV = self.exact_states(pixels_BCHW)
+        return states_BMV.bfloat16().float() if self.config.frozen else states_BMV
 
     def exact_states(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the states before those of a frozen encoder are rounded; see forward."""
+        """Return the states before rounding. Raises TrainError if the encoder lacks the configured states."""
         states_BNV = layer_states(self.tower, pixels_BCHW, self.config.layer)
         try:
-            states_BNV = choose_states(states_BNV, self.config.states)
+            return choose_states(states_BNV, self.config.states)
         except ValueError as error:
-            hint = "choose all states, or an encoder like ViT and CLIP"
-            raise TrainError(f"{error}: it has no states {self.config.states!r}", hint=hint) from None
-        return states_BNV
+            hint = "use all states, or an encoder such as vit or clip"
+            raise TrainError(f"no states {self.config.states!r}: {error}", hint=hint) from None
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Preprocess RGB images as in the encoder's training: -> (B, 3, H, W)."""
@@ -103,19 +92,19 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def count_states(self) -> int:
-        """Return how many hidden states of an image a decoder reads."""
+        """Return M, the number of hidden states per image that a decoder reads."""
         device = next(self.parameters()).device
         return int(self(self.pixels([_TEST_IMAGE]).to(device)).shape[1])
 
     def key(self) -> str:
-        """Return a digest of the encoder's settings and of every weight."""
-        about = [self.config.model, self.config.processor, self.config.layer, self.config.states]
-        return weights_digest(canonical(about), self.tower.state_dict())
+        """Return a digest of settings and weights."""
+        settings = [self.config.model, self.config.processor, self.config.layer, self.config.states]
+        return weights_digest(canonical(settings), self.tower.state_dict())
 
 
-def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
-    """Return a digest of what weights are about, and of their names and every value."""
-    sha256 = hashlib.sha256(about)
+def weights_digest(prefix: bytes, weights: Mapping[str, Tensor]) -> str:
+    """Return a digest of a prefix and of the names and values of weights."""
+    sha256 = hashlib.sha256(prefix)
     for name, tensor in sorted(weights.items()):
         sha256.update(name.encode())
         sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -123,46 +112,54 @@ def weights_digest(about: bytes, weights: Mapping[str, Tensor]) -> str:
 
 
 def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: bool | None = None) -> Encoder:
-    """Load an encoder by name: one of ENCODERS, tiny-vit (untrained), a folder, or an id of the Hub.
+    """Load an encoder: a name in ENCODERS, tiny-vit (untrained), a folder, or a Hub id.
 
-    Every encoder but tiny-vit is frozen by default. Raises TrainError if there is no such vision model, it needs more than
-    pixels, or it lacks the layer or the states.
+    Every encoder but tiny-vit is frozen by default. Raises TrainError if the model cannot be loaded, needs
+    more than pixels, or lacks the layer or the states.
     """
     if name == TINY_VIT:
         side = {"height": TINY_VIT_CONFIG["image_size"], "width": TINY_VIT_CONFIG["image_size"]}
         processor = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).to_dict()
-        made_from = {"name": TINY_VIT}
-        return _require_states(Encoder(EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), made_from, states)))
+        config = EncoderConfig(TINY_VIT_CONFIG, processor, layer, bool(frozen), {"name": TINY_VIT}, states)
+        return _require_states(Encoder(config))
     model_id = ENCODERS.get(name, name)
     try:
-        model_config = load_config(model_id)
+        model_config = pretrained.load_config(model_id)
         revision = getattr(model_config, "_commit_hash", None)
-        model_config = getattr(model_config, "vision_config", model_config)  # there may be a text model as well
-        settings = settings_of(model_config)
-        config_of(settings)  # which refuses what cannot be rebuilt, such as models of timm
-        tower_class: Any = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}.get(model_config.model_type, AutoModel)
+        model_config = getattr(model_config, "vision_config", model_config)
+        settings = pretrained.settings_of(model_config)
+        pretrained.config_of(settings)  # raises for models that cannot be rebuilt, such as those of timm
+        towers: dict[str, Any] = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}
+        tower_class = towers.get(model_config.model_type, AutoModel)
         saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()
-        # What JSON can hold, and no path of this machine.
-        processor = {name: value for name, value in saved.items() if isinstance(value, str | int | float | bool | list | dict)}
-        tower, missing = load_weights(tower_class, model_id, config=model_config, **_tower_options(model_config))
-        shown = name if name in ENCODERS else folder_name(Path(model_id)) if Path(model_id).exists() else model_id
+        # Only JSON values, and no local path.
+        json_types = str | int | float | list | dict
+        processor = {key: value for key, value in saved.items() if isinstance(value, json_types)}
+        options = {"config": model_config, **_tower_options(model_config)}
+        tower, missing = pretrained.load_weights(tower_class, model_id, **options)
+        shown = folder_name(Path(model_id)) if name not in ENCODERS and Path(model_id).exists() else name
         made_from = {"name": shown, **({"revision": revision} if revision else {})}
         encoder = Encoder(EncoderConfig(settings, processor, layer, frozen is not False, made_from, states))
         encoder.tower.load_state_dict(tower.state_dict())
         _require_unused(encoder, missing)
-    except LOAD_ERRORS as error:
-        reason, hint = reason_of(error), f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder"
+    except pretrained.LOAD_ERRORS as error:
+        reason, hint = pretrained.reason_of(error), f"pass {', '.join(ENCODERS)}, {TINY_VIT}, or a folder"
         if Path(model_id).is_dir() and not (Path(model_id) / "preprocessor_config.json").exists():
-            reason = "its folder has no preprocessor_config.json, which says how images are prepared"
-            hint = "save the image processor of the model there, by its save_pretrained"
+            reason = "its folder has no preprocessor_config.json, the settings of the image processor"
+            hint = "save the image processor of the model in that folder with save_pretrained"
         elif isinstance(error, AttributeError):
-            reason = f"it is no vision transformer: {reason}"
-        raise TrainError(f"no encoder {name}: {reason}", hint=hint) from None
+            reason = f"it is not a vision transformer: {reason}"
+        raise TrainError(f"cannot load encoder {name}: {reason}", hint=hint) from None
     return _require_states(encoder)
 
 
+def folder_name(folder: Path) -> str:
+    """Return the name of an encoder in a folder. A slash distinguishes it from a name in ENCODERS."""
+    return f"{folder.name}/" if folder.name in ENCODERS else folder.name
+
+
 def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
-    """Set weights that are in no file to zero. Raises ValueError if a state depends on them, as none does on a pooler."""
+    """Set missing weights to zero. Raises ValueError if a state depends on them."""
     if not missing:
         return
     weights = encoder.tower.state_dict()
@@ -170,51 +167,44 @@ def _require_unused(encoder: Encoder, missing: Sequence[str]) -> None:
         weights[name].fill_(math.nan if weights[name].is_floating_point() else 0)
     with torch.inference_mode():
         if encoder(encoder.pixels([_TEST_IMAGE])).isnan().any():
-            what = f"its files lack {len(missing):,} weights of a vision model that can be read alone, such as {missing[0]}"
-            raise ValueError(f"{what}: a model of images and texts may name them otherwise")
+            raise ValueError(f"its files lack {len(missing)} weights of a vision model, such as {missing[0]}")
         for name in missing:
             weights[name].zero_()
 
 
-def folder_name(folder: Path) -> str:
-    """Return the name of an encoder that lies in a folder, which is not the one that is known by that name."""
-    return f"{folder.name}/" if folder.name in ENCODERS else folder.name
-
-
 def _require_states(encoder: Encoder) -> Encoder:
-    """Return an encoder that gives the states which its config names, of an image. Raises TrainError if it does not."""
+    """Return the encoder. Raises TrainError if it lacks its layer, or does not give one state per patch."""
     config, name = encoder.config, encoder.config.made_from["name"]
     if not -encoder.depth - 1 <= config.layer <= encoder.depth:
-        hint = f"layers are 0 (the embeddings) to {encoder.depth}, or -1 for the last"
+        hint = f"pass a layer from 0 (the embeddings) to {encoder.depth}, or -1 for the last"
         raise TrainError(f"{name} has no layer {config.layer}", hint=hint)
+    was_training = encoder.training
     try:
         with torch.inference_mode():
+            # A second image of another shape fails here if the processor does not give all images one size.
             wide = _TEST_IMAGE.resize((_TEST_IMAGE.width * 2, _TEST_IMAGE.height))
-            pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]  # in a batch: of one size
-            is_training = encoder.training
-            states_1NV, again_1NV = encoder.eval()(pixels), encoder(pixels)
-            encoder.train(is_training)
-            shape = states_1NV.shape
+            pixels = encoder.pixels([_TEST_IMAGE, wide])[:1]
+            states_1MV, again_1MV = encoder.eval()(pixels), encoder(pixels)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        hint = "choose one of plain pixels and of one size, such as vit, clip, dinov2 or google/siglip2-base-patch16-224"
-        raise TrainError(f"{name} cannot be an encoder here: {one_line(error)}", hint=hint) from None
-    if shape != again_1NV.shape or not torch.allclose(states_1NV, again_1NV, atol=1e-3, rtol=1e-3):
-        hint = "choose one that sees all of an image each time, such as vit, clip, siglip2 or dinov2"
-        raise TrainError(f"{name} gives other states of the same image each time", hint=hint)
+        hint = "choose an encoder of pixels at one size, such as vit, clip or google/siglip2-base-patch16-224"
+        raise TrainError(f"{name} cannot be used as an encoder: {one_line(error)}", hint=hint) from None
+    encoder.train(was_training)
+    shape = states_1MV.shape
+    hint = f"choose an encoder that gives one state per patch, such as {PATCH_ENCODERS}"
+    if shape != again_1MV.shape or not torch.allclose(states_1MV, again_1MV, atol=1e-3, rtol=1e-3):
+        raise TrainError(f"{name} gives different states for the same image", hint=hint)
     if len(shape) != 3 or shape[2] != encoder.width:
-        hint = "choose one that gives a state for each patch, such as vit, clip, siglip2 or dinov2"
-        raise TrainError(f"{name} gives states of the shape {[*shape]}, and not (1, states, {encoder.width})", hint=hint)
+        raise TrainError(f"{name} gives states of shape {[*shape]}, not (1, N, {encoder.width})", hint=hint)
     return encoder
 
 
 def _image_processor(settings: dict[str, Any]) -> type[BaseImageProcessor]:
-    """Return the class that settings name. Raises TrainError if it is not an image processor: it may be a stranger's."""
+    """Return the class that untrusted settings name. Raises TrainError if it is not an image processor."""
     name = settings.get("image_processor_type")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, BaseImageProcessor)):
-        raise TrainError(
-            f"the checkpoint names {name!r} as its image processor, which is none", hint="do not use this checkpoint"
-        )
+        problem = f"the image processor of the checkpoint, {name!r}, is not one of transformers"
+        raise TrainError(problem, hint="do not use this checkpoint")
     return kind
 
 
@@ -222,14 +212,16 @@ def _tower_options(model_config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if model_config.model_type == "vit" else {}
 
 
-# A published captioner has a copy of all that follows (trainer/publish/captioner_package.py): it needs torch alone.
+# The definitions below are copied into published captioners (trainer/publish/captioner_package.py): they need
+# only torch.
 
-# Tokens before the patches: none, a class token, that and one of distillation, that and the registers of DINO.
+# Tokens before the patches: none, a class token, class and distillation tokens, class token and DINO's
+# registers.
 BEFORE_PATCHES = (0, 1, 2, 5)
 
 
 def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
-    """Return the hidden states of a layer: (B, N, V). -1 is the output of the tower, with its last norm."""
+    """Return the hidden states of a layer: (B, N, V). Layer -1 is the output after the last norm."""
     states_BNV: Tensor
     if layer == -1:
         states_BNV = tower(pixels_BCHW).last_hidden_state
@@ -239,22 +231,22 @@ def layer_states(tower: nn.Module, pixels_BCHW: Tensor, layer: int) -> Tensor:
 
 
 def choose_states(states_BNV: Tensor, which: str) -> Tensor:
-    """Return the states that a decoder reads, (B, M, V): all, or patches averaged 2 x 2 behind the tokens before them.
+    """Return the states that a decoder reads (B, M, V): all of them, or with patches averaged 2 x 2.
 
-    Raises ValueError if the patches are no square.
+    Raises ValueError if the patches do not form a square.
     """
     if which == "all":
         return states_BNV
     before, side = patch_grid(states_BNV.shape[1])
     grid_BVRC = states_BNV[:, before:].transpose(1, 2).unflatten(2, (side, side))
-    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # of an odd side, the last row is averaged alone
+    pooled_BVRC = functional.avg_pool2d(grid_BVRC, 2, ceil_mode=True)  # an odd last row is averaged alone
     return torch.cat([states_BNV[:, :before], pooled_BVRC.flatten(2).transpose(1, 2)], 1)
 
 
 def patch_grid(count: int) -> tuple[int, int]:
-    """Return how many of `count` states come before the patches, and the side of their square. Raises ValueError for none."""
+    """Return the number of states before the patches, and the side of their square, or raise ValueError."""
     for before in BEFORE_PATCHES:
         side = math.isqrt(max(0, count - before))
         if side > 1 and side * side == count - before:
             return before, side
-    raise ValueError(f"the encoder's {count} states are no square of patches")
+    raise ValueError(f"{count} states do not form a square of patches")

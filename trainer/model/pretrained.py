@@ -1,7 +1,7 @@
-"""Pretrained models of transformers: load them whole or report why not, and store their configs as plain JSON.
+"""Load models of transformers completely or report why not, and store their configs as plain JSON.
 
-Nothing in a model is run, and no weight is made up. A checkpoint may be untrusted: none of its settings names code or another
-repository, or takes the place of a method, and numbers that repeat a layer are bounded.
+A checkpoint may be untrusted. No setting of it can name code or another repository or replace a method, and
+numbers that repeat a layer are limited. No missing weight is replaced by random values.
 """
 
 import json
@@ -18,103 +18,111 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-NOT_OF_THE_MODEL = ("architectures", "dtype", "id2label", "label2id", "transformers_version")
-NAMES_CODE = frozenset(  # settings by which transformers would fetch or run something
-    ("attn_implementation", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "custom_pipelines",
-     "quantization_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone", "use_timm_backbone")
+UNUSED_SETTINGS = {"architectures", "dtype", "id2label", "label2id", "transformers_version"}
+# Settings that let transformers download or run something.
+CODE_SETTINGS = frozenset(
+    ("attn_implementation", "auto_map", "backbone", "backbone_config", "backbone_kwargs",
+     "custom_pipelines", "quantization_config", "trust_remote_code", "use_kernels",
+     "use_pretrained_backbone", "use_timm_backbone")
 )  # fmt: skip
-REPEATED = re.compile(r"layers|depth|blocks|stages|experts")
-MAX_REPEATS = 1024  # of a layer
-FETCHES = re.compile("timm|edgetam")  # models whose configs ask the Hub for others
-# As models call it, and the layers that have it.
-WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
-LIMITED = re.compile(r"sliding|local|chunk|window")
-MAX_PATCH = 64
-MAX_SHOWN = 100
+# Model types whose configs ask the Hub for other configs.
+FETCHING_MODELS = re.compile("timm|edgetam")
+LAYER_COUNTS = re.compile(r"layers|depth|blocks|stages|experts")
+MAX_LAYERS = 1024
+# Names of the attention window in different models, and of the layer types that have one.
+WINDOWS = (
+    "sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention",
+)  # fmt: skip
+WINDOWED_LAYERS = re.compile(r"sliding|local|chunk|window")
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
-MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 4096, 20_000_000  # of an image for an encoder
+MAX_PATCH, MAX_SIDE_PX, MAX_PROCESSED_PIXELS = 64, 4096, 20_000_000
+# Errors of transformers for missing or damaged files and for unsupported models.
+LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
+)  # fmt: skip
+MAX_REASON_CHARACTERS = 200
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the settings that `AutoConfig.for_model` needs to rebuild a config, without paths and classifier labels."""
+    """Return the settings from which `config_of` rebuilds a config, without paths and class labels."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in values.items() if not name.startswith("_") and name not in NOT_OF_THE_MODEL}
+    used = {name for name in values if not name.startswith("_")} - UNUSED_SETTINGS
+    return {name: value for name, value in values.items() if name in used}
 
 
 def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of these settings, without those that name code. Raises ValueError for an unknown or a giant model."""
+    """Return the config of settings without those that name code. Raises ValueError if unknown."""
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or FETCHES.search(model_type):
+    if (
+        not isinstance(model_type, str)
+        or model_type not in CONFIG_MAPPING
+        or FETCHING_MODELS.search(model_type)
+    ):
         raise ValueError(f"{model_type!r} is not a model of transformers")
-    methods = {name for name in dir(CONFIG_MAPPING[model_type]) if callable(getattr(CONFIG_MAPPING[model_type], name, None))}
-    config: PreTrainedConfig = AutoConfig.for_model(**_harmless({n: v for n, v in settings.items() if n not in methods}))
+    kind = CONFIG_MAPPING[model_type]
+    methods = {name for name in dir(kind) if callable(getattr(kind, name, None))}
+    safe = _remove_code({name: value for name, value in settings.items() if name not in methods})
+    config: PreTrainedConfig = AutoConfig.for_model(**safe)
     return config
 
 
 def attention_window(config: PreTrainedConfig) -> float:
-    """Return how many tokens a token sees in the layers that limit it, by any of the names of this setting; else infinite."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if kinds and not any(LIMITED.search(str(kind)) for kind in kinds):
+    """Return the smallest attention window of any layer in tokens, or infinity."""
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if layer_types and not any(WINDOWED_LAYERS.search(str(kind)) for kind in layer_types):
         return math.inf
     sizes = (getattr(config, name, None) for name in WINDOWS)
     return min((size for size in sizes if isinstance(size, int) and size > 1), default=math.inf)
 
 
 def processor_settings(kind: type[BaseImageProcessor], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that an image processor knows. Raises ValueError for a size that no encoder has."""
+    """Return the settings that an image processor supports. Raises ValueError for an impossible size."""
     known = kind().to_dict().keys() | getattr(kind.valid_kwargs, "__annotations__", {}).keys()
     known -= {name for name in known if name.endswith("_type") or name.startswith("_")}
-    chosen: dict[str, Any] = _harmless({name: value for name, value in settings.items() if name in known})
+    chosen: dict[str, Any] = _remove_code({name: value for name, value in settings.items() if name in known})
     for name, number in _numbers(chosen):
-        most = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
-        most = MAX_PATCH if "patch" in name or "frames" in name else most
-        if number > most or (number < 1 and name in SIDES):
+        maximum = MAX_PROCESSED_PIXELS if "pixels" in name or "edge" in name else MAX_SIDE_PX
+        maximum = MAX_PATCH if "patch" in name or "frames" in name else maximum
+        if number > maximum or (number < 1 and name in SIDES):
             raise ValueError(f"{name} is {number}")
     return chosen
 
 
 def require_few_layers(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a layer is repeated more than MAX_REPEATS times."""
+    """Raise ValueError if settings repeat a layer more than MAX_LAYERS times."""
     for name, value in settings.items():
-        numbers = value if isinstance(value, list) else [value]
-        if len(numbers) > MAX_REPEATS and all(isinstance(number, int | float) for number in numbers):
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if isinstance(number, int | float)]
+        if isinstance(value, list) and MAX_LAYERS < len(value) == len(numbers):
             raise ValueError(f"{name} has {len(numbers)} values")
-        if REPEATED.search(name) and sum(number for number in numbers if isinstance(number, int | float)) > MAX_REPEATS:
-            raise ValueError(f"{name} is {value}"[:MAX_SHOWN])
+        if LAYER_COUNTS.search(name) and sum(numbers) > MAX_LAYERS:
+            raise ValueError(f"{name} is {value}"[:100])
 
 
-def _harmless(value: Any) -> Any:
-    """Return settings without those that name code or remove the names of outputs, at any depth.
-
-    Raises ValueError for too many layers.
-    """
+def _remove_code(value: Any) -> Any:
+    """Remove settings that name code or hide the names of outputs, at any depth."""
     if isinstance(value, list):
-        return [_harmless(inner) for inner in value]
+        return [_remove_code(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     require_few_layers(value)
-    return {
-        name: _harmless(inner)
-        for name, inner in value.items()
-        if name not in NAMES_CODE and name != "return_dict" and not name.startswith("_") and not name.startswith("base_model_")
-    }
+    hidden = {name for name in value if name.startswith(("_", "base_model_"))}
+    removed = hidden | CODE_SETTINGS | {"return_dict"}
+    return {name: _remove_code(inner) for name, inner in value.items() if name not in removed}
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number of settings with the key that it stands under."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _numbers(inner, str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _numbers(inner, name)
-    elif isinstance(value, int | float):
+    """Yield every number in settings with its innermost key."""
+    if isinstance(value, int | float):
         yield name, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else ((name, inner) for inner in value):
+            yield from _numbers(inner, str(key))
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Silence progress bars and reports while loading, such as those about an unused pooling layer."""
+    """Hide progress bars and load reports, such as those about an unused pooling layer."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -125,36 +133,24 @@ def silence_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-# Of files that are missing, damaged or of another kind; ImportError where a model wants a package of its own.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-MAX_REASON_CHARACTERS = 200
-
-
 def load_config(model_id: str) -> PreTrainedConfig:
-    """Return the config in a folder or on the Hub. Raises ValueError for quantized weights, and any of LOAD_ERRORS."""
-    if _is_path(model_id) and not Path(model_id).is_dir():
-        raise ValueError("there is no such folder")
+    """Return the config of a folder or Hub id. Raises LOAD_ERRORS, also for quantized weights."""
+    path = Path(model_id)
+    # A name that can only be a path must not be looked up on the Hub, which may take minutes.
+    is_path = path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise ValueError("the folder does not exist")
     config: PreTrainedConfig = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise ValueError("its weights are quantized, and would not learn: pass the model that they were made from")
-    parts: list[Any] = [config, getattr(config, "vision_config", None), getattr(config, "text_config", None)]
-    for part in parts:
-        if getattr(part, "return_dict", True) is False:  # a model that was traced: its outputs would have no names
-            part.return_dict = True
+        raise ValueError("its weights are quantized and cannot be trained. Pass the original model")
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        if getattr(part, "return_dict", True) is False:  # set by tracing, which removes the names of outputs
+            part.return_dict = True  # type: ignore[union-attr]
     return config
 
 
-def _is_path(model_id: str) -> bool:
-    """Return whether a name can only be meant for a folder of this machine: the Hub would be asked for long in vain."""
-    path = Path(model_id)
-    return path.is_absolute() or model_id.startswith((".", "~")) or len(path.parts) > 2
-
-
 def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Return a model in float32, and the names of the weights that its files lack: those have random values.
-
-    Raises any of LOAD_ERRORS.
-    """
+    """Return a float32 model and the names of missing weights, which are random. Raises LOAD_ERRORS."""
     with silence_transformers():
         model, info = model_class.from_pretrained(
             model_id, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
@@ -163,12 +159,12 @@ def load_weights(model_class: Any, model_id: str, **options: Any) -> tuple[PreTr
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what a person should know of one of LOAD_ERRORS, on a line."""
+    """Return one of LOAD_ERRORS as one line for the user."""
     text = str(error).strip()
     if "trust_remote_code" in text:
-        return "it brings code of its own, which is not run here"
+        return "it needs code from its repository, which is never run"
     if "ignore_mismatched_sizes" in text:
-        return "its weights have other shapes than its config says"
+        return "the shapes of its weights do not match its config"
     if "backend tokenizer" in text:
-        return "it has no tokenizer that can be read"
+        return "its tokenizer cannot be read"
     return text.partition("\n")[0][:MAX_REASON_CHARACTERS]

@@ -1,13 +1,14 @@
-"""The loss of the texts about images: texts of an image are packed into one sequence, and scores are computed in parts.
+"""The loss of texts about images: pack the texts of each image into one row, and compute logits in parts.
 
-A decoder reads the image of packed texts once. Positions begin anew with each text, and a token sees its own text only: the
-loss is that of the texts apart.
+Packing: a decoder reads the image of a row once. Positions start again with each text, and a token attends to
+its own text only, so the loss equals that of separate texts.
 
-A vocabulary may have 150,000 words. `cross_entropy` keeps the probabilities of all of them for each token, and their gradient
-takes as much again. Here the gradient of a part is computed as soon as its scores are, which are then let go.
+Parts: the vocabulary may have 150,000 tokens, and `cross_entropy` would hold logits, probabilities and
+gradients of all tokens at once. Here, the gradient of a part is computed with its logits, which are freed
+afterwards.
 
-Shapes: B images, C texts, T tokens of a text, S tokens of all texts of an image, K tokens that are learned, D width,
-V vocabulary.
+Shapes: B images, C texts, T tokens of a text, S tokens of all texts of an image, K learned tokens, D width, V
+vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -22,43 +23,49 @@ from trainer.tokenizer import TextBatch
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """The texts of a batch of images, one row an image, padded on the right. The last token of a text is no input."""
+    """The texts of a batch, one row per image, padded on the right. The last token of a text is never an
+    input.
+
+    A place is an index into the flattened rows: b * S + s.
+    """
 
     ids_BS: Tensor
     positions_BS: Tensor  # within the text
-    segments_BS: Tensor  # number of the text within its image; -1: padding
-    place_CT: Tensor  # b * S + s of token t of text c; 0 behind its end
-    origin_BS: Tensor  # c * T + t of the token at a place; 0: padding
-    learned_K: Tensor  # places b * S + s after which the token is learned
-    labels_K: Tensor  # those tokens
-    text_K: Tensor  # the number of the text that each belongs to
+    segments_BS: Tensor  # number of the text within its image, -1 for padding
+    place_CT: Tensor  # place of token t of text c, 0 for padding
+    origin_BS: Tensor  # c * T + t of the token at each place, 0 for padding
+    learned_K: Tensor  # places whose next token is learned
+    labels_K: Tensor  # the learned tokens
+    text_K: Tensor  # the text c of each learned token
 
     def to(self, device: torch.device) -> "PackedTexts":
         """Move all tensors to a device."""
-        return PackedTexts(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return PackedTexts(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def learned(self, states_BSD: Tensor) -> Tensor:
         """Return the states that predict a learned token: (B, S, D) -> (K, D)."""
         return states_BSD.flatten(0, 1).index_select(0, self.learned_K)
 
 
-def pack(texts: TextBatch, images: int) -> PackedTexts:
-    """Concatenate the texts of each of `images` images, whose numbers in `texts.image_of_C` ascend."""
+def pack(texts: TextBatch, num_images: int) -> PackedTexts:
+    """Concatenate the texts of each image. `texts.image_of_C` must ascend."""
     image_of_C, tokens_C = texts.image_of_C, texts.length_C - 1
-    zeros_B = torch.zeros(images, dtype=torch.long, device=image_of_C.device)
+    device = image_of_C.device
+    zeros_B = torch.zeros(num_images, dtype=torch.long, device=device)
     tokens_B = zeros_B.index_add(0, image_of_C, tokens_C)
     texts_B = zeros_B.index_add(0, image_of_C, torch.ones_like(image_of_C))
     S = max(1, int(tokens_B.max()))
-    # Where each text begins in its row, and its number there: sums before it, less those before its image.
-    begins_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
-    number_C = torch.arange(len(image_of_C), device=image_of_C.device) - _sums_before(texts_B)[image_of_C]
-    position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=image_of_C.device)
+    # Start and number of each text in its row: the sum over earlier texts, minus that of earlier images.
+    start_C = _sums_before(tokens_C) - _sums_before(tokens_B)[image_of_C]
+    number_C = torch.arange(len(image_of_C), device=device) - _sums_before(texts_B)[image_of_C]
+    position_T = torch.arange(texts.ids_CT.shape[1] - 1, device=device)
     is_real_CT = position_T < tokens_C[:, None]
-    place_CT = (image_of_C * S + begins_C)[:, None] + position_T
+    place_CT = (image_of_C * S + start_C)[:, None] + position_T
 
     def rows(values_CT: Tensor, padding: int) -> Tensor:
-        flat = torch.full((images * S,), padding, dtype=torch.long, device=values_CT.device)
-        return flat.index_put((place_CT[is_real_CT],), values_CT[is_real_CT]).view(images, S)
+        flat = torch.full((num_images * S,), padding, dtype=torch.long, device=device)
+        return flat.index_put((place_CT[is_real_CT],), values_CT[is_real_CT]).view(num_images, S)
 
     learned_CT = texts.learned_CT
     return PackedTexts(
@@ -66,65 +73,74 @@ def pack(texts: TextBatch, images: int) -> PackedTexts:
         positions_BS=rows(position_T.expand_as(place_CT), 0),
         segments_BS=rows(number_C[:, None].expand_as(place_CT), -1),
         place_CT=place_CT.where(is_real_CT, 0),
-        origin_BS=rows(torch.arange(place_CT.numel(), device=image_of_C.device).view_as(place_CT), 0),
+        origin_BS=rows(torch.arange(place_CT.numel(), device=device).view_as(place_CT), 0),
         learned_K=place_CT[learned_CT],
         labels_K=texts.ids_CT[:, 1:][learned_CT],
-        text_K=torch.arange(len(image_of_C), device=image_of_C.device)[:, None].expand_as(place_CT)[learned_CT],
+        text_K=text_of_learned(learned_CT),
     )
 
 
-def visible(segments_BS: Tensor, prefix: int = 0) -> Tensor:
-    """Return the attention mask (B, L, L), L = prefix + S: True where a token sees another, of its text or the prefix."""
-    order_BL = functional.pad(segments_BS, (prefix, 0), value=-2)  # -2: the prefix, which every text sees
-    is_same_BLL = order_BL[:, :, None] == order_BL[:, None, :]
+def text_of_learned(learned_CT: Tensor) -> Tensor:
+    """Return the index of the text of each learned token: (C, T) -> (K,)."""
+    return torch.arange(len(learned_CT), device=learned_CT.device)[:, None].expand_as(learned_CT)[learned_CT]
+
+
+def packed_mask(segments_BS: Tensor, prefix_length: int = 0) -> Tensor:
+    """Return a mask (B, L, L), L = prefix_length + S: True for the prefix and earlier tokens of a text."""
+    prefix = -2
+    segments_BL = functional.pad(segments_BS, (prefix_length, 0), value=prefix)
+    is_same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
     is_causal_LL = torch.ones(is_same_BLL.shape[1:], dtype=torch.bool, device=segments_BS.device).tril()
-    return (is_same_BLL | (order_BL == -2)[:, None, :]) & is_causal_LL
+    return (is_same_BLL | (segments_BL == prefix)[:, None, :]) & is_causal_LL
 
 
 def _sums_before(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-# In a part, whose products read all words once: so many scores (float32), but of no fewer tokens.
-SCORES_AT_ONCE, MIN_TOKENS = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
+# A part has at most this many float32 logits, but no fewer tokens than the minimum: each part reads the whole
+# head.
+MAX_LOGITS_PER_PART, MIN_TOKENS_PER_PART = {"cpu": 1 << 23, "cuda": 1 << 27}, 256
 
 
-class ScoreForm(NamedTuple):
-    """What a model makes of the scores that its head gives: a multiple of them, and at most `cap` (cap * tanh(score / cap))."""
+class LogitTransform(NamedTuple):
+    """How a model changes the logits of its head: scaled, then capped by cap * tanh(logits / cap)."""
 
-    factor: float = 1.0
+    scale: float = 1.0
     cap: float | None = None
 
-    def apply(self, scores_KV: Tensor) -> Tensor:
-        """Return the scores of the model."""
-        scores_KV = scores_KV if self.factor == 1 else scores_KV * self.factor
-        return scores_KV if self.cap is None else self.cap * torch.tanh(scores_KV / self.cap)
+    def apply(self, logits_KV: Tensor) -> Tensor:
+        """Return the logits of the model."""
+        logits_KV = logits_KV if self.scale == 1 else logits_KV * self.scale
+        return logits_KV if self.cap is None else self.cap * torch.tanh(logits_KV / self.cap)
 
-    def gradient(self, error_KV: Tensor, scores_KV: Tensor) -> Tensor:
-        """Return the gradient of the head's scores, from that of the model's scores and these."""
-        error_KV = error_KV if self.cap is None else error_KV * (1 - (scores_KV / self.cap) ** 2)
-        return error_KV if self.factor == 1 else error_KV * self.factor
+    def gradient(self, error_KV: Tensor, logits_KV: Tensor) -> Tensor:
+        """Return the gradient of the head's logits, given gradient and values of the model's logits."""
+        error_KV = error_KV if self.cap is None else error_KV * (1 - (logits_KV / self.cap) ** 2)
+        return error_KV if self.scale == 1 else error_KV * self.scale
 
 
-AS_GIVEN = ScoreForm()
+IDENTITY = LogitTransform()
 
 
 def token_loss(
     states_KD: Tensor,
-    words: nn.Embedding | nn.Linear,
+    head: nn.Embedding | nn.Linear,
     labels_K: Tensor,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
     weight_K: Tensor | None = None,
-    form: ScoreForm = AS_GIVEN,
+    transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Return the sum of the negative log-likelihoods of tokens, each times its weight.
+    """Return the weighted sum of the negative log-likelihoods of tokens. Its gradient can be computed once.
 
-    `words` maps states to scores: an embedding of words (V, D), or a linear layer. With label smoothing e (Szegedy et al.,
-    2016), a target is 1 - e for the token and e / V for each word. Its gradient can be taken once, and not differentiated.
+    With label smoothing e (Szegedy et al., 2016), the target is 1 - e for the token plus e / V for each
+    token.
     """
-    bias_V = words.bias if isinstance(words, nn.Linear) else None
-    arguments = (states_KD, words.weight, bias_V, labels_K, label_smoothing, weight_K, form, torch.is_grad_enabled())
-    loss: Tensor = _TokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    bias_V = head.bias if isinstance(head, nn.Linear) else None
+    needs_gradient = torch.is_grad_enabled()
+    loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        states_KD, head.weight, bias_V, labels_K, label_smoothing, weight_K, transform, needs_gradient
+    )
     return loss
 
 
@@ -133,45 +149,46 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         states_KD: Tensor,
-        table_VD: Tensor,
+        weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_K: Tensor,
         label_smoothing: float,
         weight_K: Tensor | None,
-        form: ScoreForm,
-        needs_gradient: bool,  # noqa: FBT001  # `apply` takes no names
+        transform: LogitTransform,
+        needs_gradient: bool,  # noqa: FBT001
     ) -> Tensor:
-        device, V = states_KD.device.type, len(table_VD)
-        # Here autocast would cast all words anew for each part.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
-        cast_KD, cast_VD = states_KD.to(dtype), table_VD.to(dtype)
+        device, V = states_KD.device.type, len(weight_VD)
+        # Cast once: autocast would cast the whole head again for each part.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        cast_KD, cast_VD = states_KD.to(dtype), weight_VD.to(dtype)
         cast_V = None if bias_V is None else bias_V.to(dtype)
-        of_states, of_table, of_bias = (needed and needs_gradient for needed in ctx.needs_input_grad[:3])
-        grad_KD = torch.empty_like(states_KD) if of_states else None
-        grad_VD = torch.zeros_like(table_VD) if of_table else None
-        grad_V = torch.zeros_like(bias_V) if of_bias and bias_V is not None else None
+        states_need, weight_needs, bias_needs = (n and needs_gradient for n in ctx.needs_input_grad[:3])
+        grad_KD = torch.empty_like(states_KD) if states_need else None
+        grad_VD = torch.zeros_like(weight_VD) if weight_needs else None
+        grad_V = torch.zeros_like(bias_V) if bias_needs and bias_V is not None else None
         total = torch.zeros((), device=states_KD.device)
-        size = max(MIN_TOKENS, SCORES_AT_ONCE.get(device, SCORES_AT_ONCE["cpu"]) // V)
+        size = max(MIN_TOKENS_PER_PART, MAX_LOGITS_PER_PART.get(device, MAX_LOGITS_PER_PART["cpu"]) // V)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels_K), size):
                 part = slice(start, start + size)
                 label_K1 = labels_K[part, None]
-                scores_KV = form.apply(nn.functional.linear(cast_KD[part], cast_VD, cast_V))
-                logs_KV = torch.log_softmax(scores_KV, -1, dtype=torch.float32)
-                losses_K = (label_smoothing - 1) * logs_KV.gather(1, label_K1)[:, 0]
+                logits_KV = transform.apply(nn.functional.linear(cast_KD[part], cast_VD, cast_V))
+                log_probs_KV = torch.log_softmax(logits_KV, -1, dtype=torch.float32)
+                losses_K = (label_smoothing - 1) * log_probs_KV.gather(1, label_K1)[:, 0]
                 if label_smoothing:
-                    losses_K -= label_smoothing * logs_KV.mean(-1)
+                    losses_K -= label_smoothing * log_probs_KV.mean(-1)
                 total += (losses_K if weight_K is None else losses_K * weight_K[part]).sum()
-                if not (of_states or of_table or of_bias):
+                if not (states_need or weight_needs or bias_needs):
                     continue
-                # The gradient of the scores is softmax - target.
-                error_KV = logs_KV.exp_()
+                # The gradient of the logits is softmax - target.
+                error_KV = log_probs_KV.exp_()
                 if label_smoothing:
                     error_KV -= label_smoothing / V
-                error_KV.scatter_add_(1, label_K1, torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32))
+                minus_target = torch.full_like(label_K1, label_smoothing - 1, dtype=torch.float32)
+                error_KV.scatter_add_(1, label_K1, minus_target)
                 if weight_K is not None:
                     error_KV *= weight_K[part, None]
-                error_KV = form.gradient(error_KV, scores_KV).to(dtype)
+                error_KV = transform.gradient(error_KV, logits_KV).to(dtype)
                 if grad_KD is not None:
                     grad_KD[part] = error_KV @ cast_VD
                 if grad_VD is not None and grad_VD.dtype == dtype:
@@ -186,6 +203,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since that of the words may be large: a second time is an error of autograd.
+        # Scale in place, since the gradient of the head may be large. Autograd raises if this is called
+        # twice.
         scaled = (None if gradient is None else gradient.mul_(grads[0]) for gradient in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None)

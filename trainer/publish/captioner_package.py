@@ -19,7 +19,7 @@ MODULE = "modeling_synth_captioner"
 DEFINITIONS = {  # by module of this project: what replaces an import from it in a published file
     "pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white"),
     "trainer.model.decoder": (
-        "DecoderConfig", "Seen", "BlockCache", "Block", "Attention", "attend_apart", "rope_table", "apply_rope",
+        "DecoderConfig", "TensorPair", "Seen", "BlockCache", "Block", "Attention", "attend_apart", "rope_table", "apply_rope",
     ),
     "trainer.model.encoder": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid"),
     "trainer.tokenizer": (

@@ -1,1 +1,1 @@
-"""What a training needs of its machine: devices and processes, memory, and the files of its folder."""
+"""Devices and processes, memory, and the files of a training."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders, without loading any weights: find one, and tell which training it belongs to."""
+"""Checkpoint folders, without loading weights: find one, and compare it with a training."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,16 @@ from pipeline.storage.files import read_json
 from pipeline.storage.untrusted import UnsafeFileError
 from trainer.config import DERIVED_KEYS, TrainConfig
 
-PUBLISHED_TYPE = "synth_captioner"  # the model type of a captioner for transformers
+PUBLISHED_TYPE = "synth_captioner"  # model type of a captioner in transformers
 CAPTIONER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, UnsafeFileError)
 
 
 def find_captioner(name: str | Path) -> Path:
-    """Return the folder of a captioner: the one that is named, or that of a download from the Hub.
+    """Return the folder of a captioner, or download it from the Hub: settings, tokenizer and weights, but no
+    code.
 
-    Only the settings, the tokenizer and the weights are fetched, and no code. Raises TrainError if there is no such
-    repository, it or the folder holds no captioner, or the Hub does not answer and nothing is cached.
+    Raises TrainError if there is no captioner, or if the Hub does not answer and none is cached.
     """
     match = HUB_NAME.fullmatch(str(name))
     if not match or Path(name).exists():
@@ -30,97 +31,107 @@ def find_captioner(name: str | Path) -> Path:
         require_checkpoint(folder)
         return folder
     repo, revision = match[1], match[2]
-    with translate_hub_errors(str(name), "model", TrainError, "check the name and the network, then try again", or_folder=True):
+    hint = "check the name and the network, then try again"
+    with translate_hub_errors(str(name), "model", TrainError, hint, or_folder=True):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CAPTIONER_FILES)))
     if missing := [file for file in CAPTIONER_FILES if not (folder / file).is_file()]:
-        raise TrainError(f"{repo} is not a captioner of synth: it lacks {missing[0]}", hint="name another repository")
+        problem = f"{repo} is not a captioner of synth: it lacks {missing[0]}"
+        raise TrainError(problem, hint="pass another repository")
     return folder
 
 
-def no_captioner(folder: Path, reason: str = "") -> TrainError:
+def no_captioner(folder: Path, reason: str) -> TrainError:
     """Return the error that a folder holds no captioner."""
-    return TrainError(
-        f"no captioner in {folder}{f': {reason}' if reason else ''}", hint="pass the folder that `synth train` printed"
-    )
+    return TrainError(f"no captioner in {folder}: {reason}", hint="pass a folder of `synth train`")
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Raise TrainError if a folder lacks a file of a captioner. Nothing is loaded: the import of torch alone takes a second."""
+    """Raise TrainError if a folder lacks a file of a captioner."""
     if missing := [name for name in CAPTIONER_FILES if not (folder / name).is_file()]:
         raise no_captioner(folder, f"it lacks {missing[0]}")
 
 
 def read_settings(folder: Path) -> TrainConfig:
-    """Return the settings of the training in a folder. Raise OSError, ValueError or UnsafeFileError if it has none."""
+    """Return the settings of the training in a folder. Raises one of READ_ERRORS."""
     return TrainConfig.model_validate(read_json(folder / "train.json"))
 
 
 def other_settings(folder: Path, config: TrainConfig) -> list[str]:
-    """Return which settings the finished captioner in a folder was trained with otherwise, such as `batch_size 64, now 32`."""
+    """Return how settings differ from those of a finished training, such as "batch_size 64, now 32"."""
     if not (folder / "metrics.json").exists():
         return []
     try:
         trained = read_settings(folder)
-    except (OSError, ValueError, UnsafeFileError):
+    except READ_ERRORS:
         return ["train.json cannot be read"]
-    given = config.model_dump(exclude_unset=True)
-    derived = {"preset", *DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
-    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived} | given
+    derived = {*DERIVED_KEYS, *(["align_steps"] if config.align_epochs else [])}
+    compared = {name: value for name, value in TrainConfig().model_dump().items() if name not in derived}
+    compared |= config.model_dump(exclude_unset=True)
     return describe_changes(trained, {name: value for name, value in compared.items() if name != "preset"})
 
 
 def describe_changes(trained: TrainConfig, values: dict[str, Any]) -> list[str]:
-    """Return which of these values of settings are others than those of a training, with both."""
+    """Return how values differ from the settings of a training."""
+
+    def shown(value: Any) -> str:
+        return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+
     before = {name: getattr(trained, name) for name in values}
     changed = [name for name, value in values.items() if before[name] != value]
-    return [f"{name} {_shown(before[name])}, now {_shown(values[name])}" for name in changed]
+    return [f"{name} {shown(before[name])}, now {shown(values[name])}" for name in changed]
 
 
-def _shown(value: Any) -> str:
-    return "unset" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+def describe_difference(folder: Path, config: TrainConfig) -> str:
+    """Return how another training in a folder differs from these settings."""
+    try:
+        changes = describe_changes(read_settings(folder), config.model_dump())
+    except READ_ERRORS:
+        return "other settings or data"
+    return f"other settings ({', '.join(changes)})" if changes else "other data"
 
 
 def read_data_digest(folder: Path) -> str | None:
-    """Return the digest of the data of the captioner in a folder; None if its config does not state it."""
+    """Return the digest of the data that the captioner in a folder was trained on, or None."""
     try:
         return str(read_json(folder / "config.json")["data"]["digest"])
-    except (OSError, ValueError, LookupError, TypeError, UnsafeFileError):
+    except READ_ERRORS:
         return None
 
 
 def find_interrupted(version: Version) -> Path | None:
-    """Return the folder of the only training of a dataset that was interrupted. Raises ConfigError if there are several."""
+    """Return the folder of an interrupted training of a dataset. Raises ConfigError for several."""
     folders = sorted(state.parent for state in (version.dataset_dir / "checkpoints").glob("*/resume.pt"))
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
-        raise ConfigError(f"several trainings were interrupted: {names}", hint=f"name one: --out {folders[0]}")
+        hint = f"choose one: --out {folders[0]}"
+        raise ConfigError(f"several trainings were interrupted: {names}", hint=hint)
     return folders[0] if folders else None
 
 
 def is_training_folder(folder: Path) -> bool:
-    """Return whether a folder is empty, or one that a training has made."""
+    """Return whether a folder is empty, or was written by a training."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if names <= {LOCK_FILE}:
         return True
     try:
         read_settings(folder)
-    except (OSError, ValueError, UnsafeFileError):
+    except READ_ERRORS:
         return False
     return True
 
 
 def require_free(folder: Path, config: TrainConfig, version: Version) -> None:
-    """Raise ConfigError if a folder holds a captioner of other settings or data, an interrupted training, or other things."""
+    """Raise ConfigError if a training would overwrite files or a captioner of other settings or data."""
+    hint = "choose a new folder: --out DIR"
     if others := other_settings(folder, config):
-        problem = f"{folder} holds a captioner of other settings ({'; '.join(others)})"
-        raise ConfigError(problem, hint="say where this one goes: --out DIR")
-    if (folder / "metrics.json").exists() and read_data_digest(folder) not in (None, version.manifest["digest"]):
-        raise ConfigError(f"{folder} holds a captioner of other data", hint="say where this one goes: --out DIR")
+        raise ConfigError(f"{folder} holds a captioner of other settings ({', '.join(others)})", hint=hint)
+    trained_on = read_data_digest(folder) if (folder / "metrics.json").exists() else None
+    if trained_on not in (None, version.manifest["digest"]):
+        raise ConfigError(f"{folder} holds a captioner of other data", hint=hint)
     if (folder / "resume.pt").exists():
-        with DatasetDir(folder).lock():  # a training that goes on holds it, and says so
+        with DatasetDir(folder).lock():  # raises an error if the training is still running
             pass
-        hint = f"go on with it: --resume; to start anew, remove {folder / 'resume.pt'}"
-        raise ConfigError(f"{folder} holds a training that was interrupted", hint=hint)
+        resume_hint = f"continue it with --resume, or remove {folder / 'resume.pt'} to start again"
+        raise ConfigError(f"{folder} holds an interrupted training", hint=resume_hint)
     if folder.exists() and not is_training_folder(folder):
-        hint = "say where the captioner goes: --out DIR, which is not there yet"
-        raise ConfigError(f"{folder} holds other files, which a training would write over", hint=hint)
+        raise ConfigError(f"{folder} holds other files, which a training would overwrite", hint=hint)

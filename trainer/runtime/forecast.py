@@ -1,4 +1,4 @@
-"""Try a step before a training begins: find micro-batches that fit a GPU, and say what the training will take."""
+"""Try steps before a training: find micro-batches that fit a GPU, and estimate time and memory."""
 
 import math
 import time
@@ -14,106 +14,102 @@ from trainer.loop import Trainer
 from trainer.optimizer import build_optimizer, parameter_groups
 from trainer.runtime.devices import max_over_processes, memory_mb
 
-MINUTES_FROM_S = 90.0
-FEW_STEPS = 10  # of a training to which trying three would add a third and more
+MINUTES_FROM_S = 90.0  # longer times are shown in minutes
+FEW_STEPS = 10  # shorter trainings on a CPU try one step instead of three
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What the steps of a training take at most: it may end sooner where the score no longer improves."""
+    """The size of a training without early stopping."""
 
     weights: int
     learning: int
     steps: int
     seconds: float
-    memory_mb: float  # at the peak
+    memory_mb: float
 
 
 def fit_and_forecast(trainer: Trainer, progress: Progress) -> Forecast:
-    """Set the micro-batches of a trainer so that a step fits its GPU; return and show what the training will take.
+    """Set the number of micro-batches so that a step fits the GPU, and return and show the forecast.
 
-    Raises TrainError if not even a step of single images fits.
+    Raises TrainError if a step of single images does not fit.
     """
     config, captioner = trainer.config, trainer.checkpoint.captioner
     groups = parameter_groups(captioner, config)
     learning = sum(weights.numel() for group in groups if group["rate"] for weights in group["params"])
     steps, size = config.total_steps, min(config.batch_size, len(trainer.loader.examples))
     seconds = steps * _fit(trainer, size, progress)
-    weights = sum(one.numel() for one in captioner.parameters())
+    weights = sum(parameter.numel() for parameter in captioner.parameters())
     forecast = Forecast(weights, learning, steps, round(seconds, 1), memory_mb())
-    progress.message(_describe(forecast, trainer, size))
+    preset = f"preset {config.preset}: " if config.preset else ""
+    duration = f"{seconds / 60:.0f} min" if seconds > MINUTES_FROM_S else f"{seconds:.0f} s"
+    epochs = steps * size / len(trainer.loader.examples)
+    progress.message(
+        f"{preset}{_format_count(weights)} weights, {_format_count(learning)} of them learn. "
+        f"At most {steps:,} steps of {size} images ({epochs:.1f} epochs), "
+        f"about {duration} and {forecast.memory_mb / 1e3:.1f} GB, without evaluations"
+    )
     return forecast
 
 
-def _describe(forecast: Forecast, trainer: Trainer, size: int) -> str:
-    preset = f"preset {trainer.config.preset}: " if trainer.config.preset else ""
-    is_long = forecast.seconds > MINUTES_FROM_S
-    taken = f"{forecast.seconds / 60:.0f} min" if is_long else f"{forecast.seconds:.0f} s"
-    return (
-        f"{preset}{_shown(forecast.weights)} weights, {_shown(forecast.learning)} of them learn; at most "
-        f"{forecast.steps:,} steps of {size} images ({forecast.steps * size / len(trainer.loader.examples):.1f} epochs), "
-        f"about {taken} and {forecast.memory_mb / 1e3:.1f} GB, without evaluations"
-    )
-
-
-def _shown(weights: int) -> str:
+def _format_count(weights: int) -> str:
     return f"{weights / 1e6:.1f} million" if weights >= 100_000 else f"{weights:,}"
 
 
 def _fit(trainer: Trainer, size: int, progress: Progress) -> float:
-    """Try steps of so many images, in more micro-batches as long as they do not fit; return the seconds of one.
-
-    All processes take the same number of micro-batches.
-    """
+    """Double the micro-batches until a step of `size` images fits, and return its seconds."""
     while True:
         seconds = None
         try:
             seconds = _try_steps(trainer, size)
         except torch.OutOfMemoryError:
             trainer.checkpoint.captioner.zero_grad()
-        if max_over_processes(int(seconds is None), trainer.device, trainer.processes) == 0 and seconds is not None:
+        num_failed = max_over_processes(int(seconds is None), trainer.device, trainer.processes)
+        if seconds is not None and not num_failed:
             return seconds
         if trainer.loader.micro_batches * trainer.processes >= size:
             hint = "set lora_rank and checkpoint_blocks, a smaller max_caption_tokens, or a smaller decoder"
             raise TrainError("a step of one image does not fit the memory of the GPU", hint=hint)
         torch.cuda.empty_cache()
         trainer.loader.micro_batches *= 2
-        progress.message(f"a step does not fit the memory of the GPU: it is computed in {trainer.loader.micro_batches} parts")
+        parts = trainer.loader.micro_batches
+        progress.message(f"a step does not fit the memory of the GPU: it is computed in {parts} parts")
         if trainer.config.contrastive_weight:
-            progress.warn("the contrastive loss compares the images of a part alone: it has fewer negatives so")
+            progress.warn("the contrastive loss compares only images of the same part")
 
 
 def _try_steps(trainer: Trainer, size: int) -> float:
-    """Compute this process's share of three steps at a learning rate of 0; return the seconds of the last.
+    """Compute steps of this process at a learning rate of 0, and return the seconds of the last.
 
-    The first two have the longest texts, and the second all that a training holds: moments, and the average of the weights.
-    Before a training of few steps on a CPU, where nothing is made to fit, it is the first alone. A step of rewards comes last.
+    The first two steps have the longest texts; the second has all memory of a training: moments and the
+    average of the weights. Rewards need the most memory and are tried last on a GPU.
     """
     captioner = trainer.checkpoint.captioner.train()
     if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(trainer.device)  # of earlier tries, and of the encoder
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     optimizer = build_optimizer(captioner, trainer.config)
     for group in optimizer.param_groups:
         for weights in group["params"]:
-            weights.requires_grad_(group["rate"] > 0)  # as `set_stage` has it: what does not learn has no gradient
+            weights.requires_grad_(group["rate"] > 0)
     alone = replace(trainer, loader=replace(trainer.loader, rank=0, processes=1), average=None)
-    average = [weights.detach().clone() for weights in captioner.parameters() if trainer.average and weights.requires_grad]
-    longest = sorted(trainer.loader.examples, key=_characters, reverse=True)[:size]
+    learning = [weights for weights in captioner.parameters() if trainer.average and weights.requires_grad]
+    average = [weights.detach().clone() for weights in learning]
+    longest = sorted(trainer.loader.examples, key=_count_characters, reverse=True)[:size]
     tried = [longest, longest, trainer.loader.examples[:size]]
     if trainer.device.type == "cpu" and trainer.config.total_steps < FEW_STEPS:
         tried = tried[:1]
     started = time.monotonic()
     for examples in tried:
-        _wait(trainer.device)
+        _synchronize(trainer.device)
         started = time.monotonic()
         alone.forward_backward(alone.loader.load(examples[:: trainer.processes]))
         norm = nn.utils.clip_grad_norm_(captioner.parameters(), trainer.config.max_grad_norm)
-        if math.isfinite(float(norm)):  # 0 times infinity would change the weights
+        if math.isfinite(float(norm)):  # a rate of 0 times infinity would change the weights
             optimizer.step()
         captioner.zero_grad()
-    _wait(trainer.device)
+    _synchronize(trainer.device)
     seconds = time.monotonic() - started
-    if _tries_rewards(trainer):  # of several texts an image, which at first have no end
+    if _tries_rewards(trainer):
         alone.reward_backward(alone.loader.load(longest[:: trainer.processes]))
         captioner.zero_grad()
     del average
@@ -121,14 +117,13 @@ def _try_steps(trainer: Trainer, size: int) -> float:
 
 
 def _tries_rewards(trainer: Trainer) -> bool:
-    """Return whether a step of rewards is tried: on a CPU nothing is made to fit."""
     return trainer.critic is not None and trainer.device.type == "cuda"
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _characters(example: Example) -> int:
+def _count_characters(example: Example) -> int:
     return sum(len(text.text) + len(text.question) for text in example.texts)

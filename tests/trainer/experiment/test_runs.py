@@ -129,6 +129,6 @@ def test_a_model_that_is_not_there_is_refused_before_any_cell_is_trained(
 ) -> None:
     require_models(planned(versions, clip, tmp_path, decoder=["scratch", "prefix"]))
     for factor, name in (("encoder", "/nowhere/vit"), ("decoder", "./nowhere")):
-        with pytest.raises(TrainError, match=f"no {factor} {name}: there is no such folder") as raised:
+        with pytest.raises(TrainError, match=f"no {factor} {name}: the folder does not exist") as raised:
             require_models(planned(versions, clip, tmp_path, **{factor: [clip if factor == "encoder" else "scratch", name]}))
         assert f"`{factor}` of the experiment file" in raised.value.hint

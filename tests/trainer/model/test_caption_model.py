@@ -1,4 +1,4 @@
-"""CaptionerModel: both decoders learn real tokens only, texts share an image without mixing, and decoding stops at EOS."""
+"""CaptionerModel with both decoders: loss, packing of texts that share an image, and generation."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +50,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
+    is_caption = torch.ones(len(rows), dtype=torch.bool)
+    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, is_caption)
 
 
 ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
@@ -58,16 +59,15 @@ PROMPTS, IMAGES = [2, 2, 4], [0, 0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_that_share_an_image_cost_what_they_cost_apart_and_teach_the_same(build: Build, kind: str) -> None:
+def test_loss_and_gradients_of_shared_images_equal_those_of_separate_texts(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     together = captioner.loss(states, texts(ROWS, PROMPTS, IMAGES))
     together.backward()
     gradients = {name: p.grad.clone() for name, p in captioner.named_parameters() if p.grad is not None}
     captioner.zero_grad()
-    apart = sum(
-        (captioner.loss(states[[i]], texts([row], [p], [0])) for row, p, i in zip(ROWS, PROMPTS, IMAGES, strict=True)),
-        start=torch.zeros(()),
-    )
+    apart = torch.zeros(())
+    for row, prompt, image in zip(ROWS, PROMPTS, IMAGES, strict=True):
+        apart = apart + captioner.loss(states[[image]], texts([row], [prompt], [0]))
     apart.backward()
     torch.testing.assert_close(together, apart)
     assert gradients.keys() >= {"connector.1.weight"}
@@ -78,8 +78,8 @@ def test_texts_that_share_an_image_cost_what_they_cost_apart_and_teach_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens(build: Build, kind: str) -> None:
-    """Catches labels that are shifted twice: scores each token from the tokens before it, one after another."""
+def test_loss_is_the_negative_log_likelihood_of_next_tokens(build: Build, kind: str) -> None:
+    """Computes each token from the tokens before it, which catches labels that are shifted twice."""
     captioner, states, row = build(kind), torch.randn(1, N, V), [2, 3, 7, 8, 9, EOS]
     memory = captioner.connector(states)
     expected = torch.zeros(())
@@ -95,17 +95,18 @@ def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens(build: Build
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_prompts_cost_nothing(build: Build, kind: str) -> None:
+def test_padding_and_prompts_have_no_loss(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(1, N, V)
     plain = captioner.loss(states, texts([ROWS[0]], [2], [0]))
     padded = texts([ROWS[0] + [0, 0, 0]], [2], [0])
     padded = replace(padded, length_C=torch.tensor([5]))
     torch.testing.assert_close(captioner.loss(states, padded), plain)
-    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0  # every token belongs to the prompt
+    # If every token belongs to the prompt, there is no loss.
+    assert captioner.loss(states, texts([ROWS[0]], [5], [0])).item() == 0.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Build, kind: str) -> None:
+def test_greedy_tokens_have_the_lowest_loss_without_a_cache(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     prompt = torch.tensor([[2, 3]] * 2)
     written = captioner.generate(states, prompt, GREEDY)
@@ -122,10 +123,11 @@ def test_greedy_writing_equals_recomputing_everything_for_each_token(build: Buil
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
+def test_beam_search_is_at_least_as_likely_as_greedy(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     prompt = torch.tensor([[2, 3]] * 2)
-    greedy, beams = (captioner.generate(states, prompt, decoding) for decoding in (GREEDY, DecodingConfig(num_beams=3)))
+    greedy = captioner.generate(states, prompt, GREEDY)
+    beams = captioner.generate(states, prompt, DecodingConfig(num_beams=3))
 
     def mean_nll(row: int, ids: list[int]) -> float:
         whole = [2, 3, *ids, *([captioner.config.eos_id] if len(ids) < 8 else [])]
@@ -136,7 +138,7 @@ def test_beams_find_a_text_at_least_as_likely(build: Build, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str, tmp_path: Path) -> None:
+def test_loaded_captioner_equals_the_saved_one(build: Build, kind: str, tmp_path: Path) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     captioner.save_pretrained(tmp_path)
     loaded = CaptionerModel.from_pretrained(str(tmp_path)).eval()
@@ -145,7 +147,7 @@ def test_a_saved_captioner_is_the_same_when_it_is_loaded(build: Build, kind: str
     assert torch.equal(loaded.loss(states, batch), captioner.loss(states, batch))
 
 
-def test_images_that_do_not_fit_the_memory_of_a_gpu_are_written_about_in_parts(
+def test_generation_halves_its_batch_when_memory_is_full(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner, tried = build("scratch"), list[int]()
@@ -162,13 +164,14 @@ def test_images_that_do_not_fit_the_memory_of_a_gpu_are_written_about_in_parts(
     assert captioner.generate(states, prompts, GREEDY) == whole
     assert tried == [7, 3, *[1] * 7]
     tried.clear()
-    assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]  # it is known by now
+    # The smaller batch size is kept.
+    assert captioner.generate(states[:2], prompts[:2], GREEDY) == whole[:2] and tried == [1, 1]
     fitting = 0
     with pytest.raises(TrainError, match="the text about one image does not fit the memory of the GPU"):
         captioner.generate(states, prompts, GREEDY)
 
 
-def test_a_language_model_with_few_positions_has_fewer_tokens_for_a_text(build: Build) -> None:
+def test_few_positions_limit_the_tokens_of_a_text(build: Build) -> None:
     assert build("scratch").most_tokens(10_000, 2) == 8
     captioner = build("qwen3")
     assert captioner.decoder.max_positions == 256
@@ -176,7 +179,7 @@ def test_a_language_model_with_few_positions_has_fewer_tokens_for_a_text(build: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_is_read_without_any_image_and_padding(build: Build, kind: str) -> None:
+def test_reading_a_text_ignores_padding(build: Build, kind: str) -> None:
     captioner = build(kind)
     together = captioner.decoder.read(texts(ROWS, PROMPTS, IMAGES))
     apart = torch.cat([captioner.decoder.read(texts([row], [2], [0])) for row in ROWS])
@@ -184,23 +187,26 @@ def test_a_text_is_read_without_any_image_and_padding(build: Build, kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_contrastive_loss_trains_connector_and_decoder_on_captions_only(build: Build, kind: str) -> None:
+def test_contrastive_loss_trains_connector_and_decoder_on_captions_only(build: Build, kind: str) -> None:
     captioner, states = build(kind), torch.randn(2, N, V)
     captions = replace(texts(ROWS, PROMPTS, IMAGES), caption_C=torch.tensor([True, False, True]))
     loss = captioner.contrast_loss(states, captions)
-    torch.testing.assert_close(loss, captioner.contrast_loss(states, texts([ROWS[0], ROWS[2]], [2, 4], [0, 1])))
+    without_answer = texts([ROWS[0], ROWS[2]], [2, 4], [0, 1])
+    torch.testing.assert_close(loss, captioner.contrast_loss(states, without_answer))
     loss.backward()
     for part in (captioner.connector, captioner.decoder, captioner.contrast):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     single = texts(ROWS[:1], [2], [0])
-    assert captioner.contrast_loss(states[:1], single).item() == 0.0  # one pair has no negatives
+    # One pair has no negatives.
+    assert captioner.contrast_loss(states[:1], single).item() == 0.0
 
 
-def test_the_contrast_is_low_where_texts_lie_at_their_images() -> None:
+def test_contrastive_loss_is_low_for_matching_pairs() -> None:
     contrast = ContrastiveHead(8, 8)
     with torch.no_grad():
         for layer in (contrast.image, contrast.text):
             layer.weight.copy_(torch.eye(8))
     images, owners = torch.eye(8)[:3], torch.tensor([0, 0, 1, 2])
-    matched, mismatched = contrast(images, images[owners], owners), contrast(images, images[owners.flip(0)], owners)
+    matched = contrast(images, images[owners], owners)
+    mismatched = contrast(images, images[owners.flip(0)], owners)
     assert matched < 0.5 < mismatched

@@ -1,6 +1,7 @@
-"""Checkpoints: what they say of themselves, and how they are written."""
+"""Checkpoints: the data they record, how they are written, and their descriptions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,23 @@ from safetensors.torch import load_file, save_file
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.trainer.small_trainings import SMALL, replace
+from trainer.runtime.checkpoint_folder import CAPTIONER_FILES
 from trainer.runtime.training_state import describe_checkpoint, save_resume
 from trainer.training import train_captioner
 
 
-def test_a_checkpoint_names_the_data_it_comes_from(version: Version, tmp_path: Path) -> None:
+def test_checkpoint_records_its_data(version: Version, tmp_path: Path) -> None:
     train_captioner(version, SMALL, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["data"]["digest"] == version.manifest["digest"]
     assert not (tmp_path / "resume.pt").exists()
 
 
-def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_one_error(
+def test_files_have_the_same_mode_and_a_full_disk_is_an_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "a")
-    modes = {name: (tmp_path / "a" / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    modes = {name: (tmp_path / "a" / name).stat().st_mode for name in CAPTIONER_FILES}
     assert len(set(modes.values())) == 1, modes
 
     def fill_disk(*_: object, **__: object) -> None:
@@ -37,18 +39,18 @@ def test_weights_may_be_read_by_those_who_may_read_the_rest_and_a_full_disk_is_o
         train_captioner(version, replace(steps=1, evaluate_every=1), tmp_path / "b")
 
 
-def test_a_checkpoint_folder_is_described_after_all_of_it_was_read(version: Version, clip: str, tmp_path: Path) -> None:
+def test_description_reads_every_file(version: Version, clip: str, tmp_path: Path) -> None:
     out = tmp_path / "c"
     train_captioner(version, replace(encoder=clip, steps=2), out)
-    assert "2 steps logged, scored" in describe_checkpoint(out) and "a captioner of " in describe_checkpoint(out)
+    assert re.fullmatch("a captioner with .* weights, 2 steps logged, scored", describe_checkpoint(out))
     (out / "metrics.json").unlink()
-    assert "not scored yet" in describe_checkpoint(out)
+    assert "not scored" in describe_checkpoint(out)
     (out / "resume.pt").write_bytes(b"half")
     with pytest.raises(TrainError, match=r"resume\.pt is damaged"):
         describe_checkpoint(out)
     (out / "resume.pt").unlink()
     weights = load_file(out / "model.safetensors")
-    name = next(name for name, tensor in weights.items() if name.startswith("connector") and tensor.is_floating_point())
+    name = next(name for name in weights if name.startswith("connector"))
     save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, out / "model.safetensors")
     with pytest.raises(TrainError, match="weights that are not numbers"):
         describe_checkpoint(out)
@@ -57,7 +59,7 @@ def test_a_checkpoint_folder_is_described_after_all_of_it_was_read(version: Vers
         describe_checkpoint(out)
 
 
-def test_a_training_without_a_captioner_is_described(tmp_path: Path) -> None:
-    assert describe_checkpoint(tmp_path) == "a training that has saved nothing so far"
+def test_description_of_a_training_without_captioner(tmp_path: Path) -> None:
+    assert describe_checkpoint(tmp_path) == "a training without files"
     save_resume(tmp_path, {"run": "r", "step": 1200})
-    assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner so far"
+    assert describe_checkpoint(tmp_path) == "an unfinished training at step 1,200, without a captioner"

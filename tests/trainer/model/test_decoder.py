@@ -1,4 +1,4 @@
-"""Decoder: tokens attend to earlier tokens and to the image, not to later tokens; a cache changes only the speed."""
+"""Decoder: attention to earlier tokens and to the image, with and without a cache."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def decoder() -> ScratchDecoder:
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [9]])
-def test_with_a_cache_the_states_are_the_same(decoder: ScratchDecoder, pieces: list[int]) -> None:
+def test_cache_does_not_change_states(decoder: ScratchDecoder, pieces: list[int]) -> None:
     ids, memory = torch.randint(WORDS, (4, 9)), torch.randn(2, 5, WIDTH)
     cache, start, states = Cache(), 0, []
     for length in pieces:
@@ -24,13 +24,13 @@ def test_with_a_cache_the_states_are_the_same(decoder: ScratchDecoder, pieces: l
     torch.testing.assert_close(torch.cat(states, 1), decoder(ids, memory), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_about_one_image_see_what_they_would_see_apart(decoder: ScratchDecoder) -> None:
+def test_rows_about_one_image_have_the_states_of_separate_rows(decoder: ScratchDecoder) -> None:
     ids, memory = torch.randint(WORDS, (4, 6)), torch.randn(2, 5, WIDTH)
     apart = torch.cat([decoder(ids[[row]], memory[[row // 2]]) for row in range(4)])
     torch.testing.assert_close(decoder(ids, memory), apart, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_are_kept_go_on_as_if_alone(decoder: ScratchDecoder) -> None:
+def test_kept_rows_continue_like_separate_rows(decoder: ScratchDecoder) -> None:
     ids, memory, cache = torch.randint(WORDS, (3, 6)), torch.randn(3, 5, WIDTH), Cache()
     decoder(ids[:, :5], memory, cache)
     cache.keep(torch.tensor([2, 0]))

@@ -36,8 +36,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vit(tmp_path_factory.mktemp("vit"))
 
 
-def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
-    for folder, reference in ((clip, CLIPVisionModel.from_pretrained(clip)), (vit, ViTModel.from_pretrained(vit))):
+def test_states_equal_those_of_transformers(clip: str, vit: str) -> None:
+    for folder, model_class in ((clip, CLIPVisionModel), (vit, ViTModel)):
+        reference = model_class.from_pretrained(folder)
         encoder = load_encoder(folder, frozen=False)
         pixels = encoder.pixels([picture(1), picture(2)])
         assert pixels.shape == (2, 3, SIDE_PX, SIDE_PX)
@@ -48,21 +49,21 @@ def test_states_are_those_of_transformers(clip: str, vit: str) -> None:
         torch.testing.assert_close(below, expected.hidden_states[-2])
 
 
-def test_no_path_of_this_machine_is_kept(clip: str) -> None:
+def test_config_has_no_local_path(clip: str) -> None:
     config = load_encoder(clip).config
     assert str(Path(clip).parent) not in str(asdict(config))
     assert config.made_from["name"] == Path(clip).name
 
 
-def test_a_folder_without_an_encoder_and_a_missing_layer_are_errors(tmp_path: Path, clip: str) -> None:
-    with pytest.raises(TrainError, match="no encoder"):
+def test_empty_folder_and_missing_layer_are_errors(tmp_path: Path, clip: str) -> None:
+    with pytest.raises(TrainError, match="cannot load encoder"):
         load_encoder(str(tmp_path))
     with pytest.raises(TrainError, match="has no layer 9") as refused:
         load_encoder(clip, layer=9)
-    assert "layers are 0 (the embeddings) to 2" in refused.value.hint
+    assert "from 0 (the embeddings) to 2" in refused.value.hint
 
 
-def test_a_frozen_encoder_with_dropout_gives_the_same_states_whatever_the_mode(tmp_path: Path) -> None:
+def test_frozen_encoder_has_no_dropout_in_training_mode(tmp_path: Path) -> None:
     settings = ViTConfig(**TOWER, **IMAGE, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     ViTModel(settings).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
@@ -74,7 +75,7 @@ def test_a_frozen_encoder_with_dropout_gives_the_same_states_whatever_the_mode(t
         assert not torch.equal(learning.train()(pixels), learning(pixels))
 
 
-def test_the_tower_of_a_siglip_is_loaded_with_its_weights(tmp_path: Path) -> None:
+def test_siglip_tower_has_its_weights(tmp_path: Path) -> None:
     text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
     torch.manual_seed(4)
     whole = SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE))
@@ -86,22 +87,24 @@ def test_the_tower_of_a_siglip_is_loaded_with_its_weights(tmp_path: Path) -> Non
         assert torch.equal(encoder(pixels), whole.eval().vision_model(pixels).last_hidden_state)
 
 
-def test_an_encoder_that_hides_patches_at_random_is_refused(tmp_path: Path) -> None:
-    ViTMAEModel(ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)).save_pretrained(tmp_path)
+def test_encoder_that_masks_patches_is_an_error(tmp_path: Path) -> None:
+    config = ViTMAEConfig(**TOWER, image_size=112, patch_size=14, mask_ratio=0.5)
+    ViTMAEModel(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
-    with pytest.raises(TrainError, match="gives other states of the same image each time"):
+    with pytest.raises(TrainError, match="gives different states for the same image"):
         load_encoder(str(tmp_path))
 
 
-def test_a_folder_with_the_name_of_a_known_model_is_not_that_model(tmp_path: Path) -> None:
+def test_folder_with_the_name_of_a_known_encoder_has_another_name(tmp_path: Path) -> None:
     assert load_encoder(save_clip(tmp_path / "clip")).config.made_from["name"] == "clip/"
     assert load_encoder(save_clip(tmp_path / "mine")).config.made_from["name"] == "mine"
 
 
-def test_what_is_no_encoder_is_refused_with_its_reason(tmp_path: Path) -> None:
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "resnet")
+def test_error_of_an_unsupported_model_has_the_reason(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(TrainError, match=r"no encoder .*resnet: it is no vision transformer"):
+    with pytest.raises(TrainError, match=r"cannot load encoder .*resnet: it is not a vision transformer"):
         load_encoder(str(tmp_path / "resnet"))
     save_vit(tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
@@ -109,9 +112,9 @@ def test_what_is_no_encoder_is_refused_with_its_reason(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "vit"))
 
 
-def test_an_encoder_that_keeps_the_form_of_an_image_is_one_error(tmp_path: Path) -> None:
-    """It would fail at the first photo that is not square, when states are stored."""
+def test_encoder_of_varying_image_sizes_is_an_error(tmp_path: Path) -> None:
+    """Otherwise, storing states would fail at the first photo that is not square."""
     folder = save_clip(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, do_center_crop=False).save_pretrained(folder)
-    with pytest.raises(TrainError, match="cannot be an encoder here"):
+    with pytest.raises(TrainError, match="cannot be used as an encoder"):
         load_encoder(folder)

@@ -1,4 +1,4 @@
-"""Pretrained decoders: each family learns from texts that do not see each other, packed where that is right."""
+"""Pretrained decoders: texts do not see each other, and are packed if the model allows it."""
 
 from typing import Any
 
@@ -13,13 +13,14 @@ from trainer.model.pretrained import config_of
 from trainer.tokenizer import TextBatch
 
 BASE: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LINEAR: dict[str, Any] = {
-    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3,
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
 GPT2 = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
@@ -27,13 +28,15 @@ GPT_NEO = {
     "vocab_size": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 128,
     "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {  # with whether texts are packed
+# Settings, and whether texts can be packed. The embeddings of opt are narrower than its layers, and the cap
+# of gemma2 is near its logits.
+FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": (BASE, True),
     "qwen3": (BASE, True),
     "gpt2": (GPT2, True),
-    "opt": ({**BASE, "ffn_dim": 48, "word_embed_proj_dim": 16}, True),  # narrower than the layers
+    "opt": ({**BASE, "ffn_dim": 48, "word_embed_proj_dim": 16}, True),
     "cohere": ({**BASE, "logit_scale": 4.0}, True),
-    "gemma2": ({**BASE, "final_logit_softcapping": 0.2}, True),  # the scores of random weights are small
+    "gemma2": ({**BASE, "final_logit_softcapping": 0.2}, True),
     "gpt_neo": (GPT_NEO, False),
     "gemma3_text": (BASE, True),
     "gpt_oss": ({**BASE, **EXPERTS}, False),
@@ -53,16 +56,17 @@ def batch(lengths: tuple[int, ...], image_of: tuple[int, ...]) -> TextBatch:
     draw = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 128, (len(lengths), max(lengths)), generator=draw)
     prompts = torch.full((len(lengths),), 2)
-    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), torch.ones(len(lengths), dtype=torch.bool))
+    is_caption = torch.ones(len(lengths), dtype=torch.bool)
+    return TextBatch(torch.tensor(image_of), ids, prompts, torch.tensor(lengths), is_caption)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str) -> None:
+def test_loss_of_texts_is_the_sum_of_their_separate_losses(family: str) -> None:
     decoder = decoder_of(family).eval()
     texts = batch((9, 6, 8), (0, 0, 1))
     prefix = torch.randn(2, 4, decoder.width, generator=torch.Generator().manual_seed(6))
     together = decoder.loss(prefix, texts)
-    assert decoder.probed.packs == FAMILIES[family][1]
+    assert decoder.probed.can_pack == FAMILIES[family][1]
     alone = 0.0
     for n, (length, image) in enumerate(zip((9, 6, 8), (0, 0, 1), strict=True)):
         words = decoder.model.get_input_embeddings()(texts.ids_CT[n : n + 1, :length])
@@ -74,17 +78,19 @@ def test_the_loss_of_texts_together_is_the_sum_of_their_losses_alone(family: str
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
 
 
-def test_texts_that_together_are_longer_than_a_window_go_apart() -> None:
-    """Packed, the last text would see the others in place of its image."""
+def test_texts_longer_than_the_attention_window_are_not_packed() -> None:
+    """If packed, the window of the last text would have other texts instead of the image."""
     torch.manual_seed(0)
     decoder = PretrainedDecoder({"model_type": "gemma3_text", **BASE, "sliding_window": 14}).eval()
-    texts, prefix = batch((9, 6, 8), (0, 0, 0)), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
-    assert decoder.probed.packs  # texts that are shorter are packed
-    alone = sum(decoder.loss(prefix, batch((9, 6, 8), (0, 0, 0)).only(torch.tensor([n]))).item() for n in range(3))
+    texts = batch((9, 6, 8), (0, 0, 0))
+    prefix = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(6))
+    # Shorter texts are packed.
+    assert decoder.probed.can_pack
+    alone = sum(decoder.loss(prefix, texts.only(torch.tensor([n]))).item() for n in range(3))
     assert decoder.loss(prefix, texts).item() == pytest.approx(alone, rel=1e-4)
 
 
-def test_a_model_that_makes_something_else_of_its_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_change_of_logits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("llama")
     forward = decoder.model.forward
 
@@ -94,49 +100,53 @@ def test_a_model_that_makes_something_else_of_its_scores_is_refused(monkeypatch:
         return output
 
     monkeypatch.setattr(decoder.model, "forward", squared)
-    with pytest.raises(TrainError, match="it would learn a wrong loss"):
+    with pytest.raises(TrainError, match="so it would learn a wrong loss"):
         _ = decoder.probed
 
 
-def test_a_model_that_takes_no_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_input_embeddings_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("llama")
 
     def refuse(**_: Any) -> Any:
         raise ValueError("this model takes ids")
 
     monkeypatch.setattr(decoder.model, "get_decoder", lambda: refuse)
-    with pytest.raises(TrainError, match="cannot write behind an image: this model takes ids"):
+    with pytest.raises(TrainError, match="the decoder cannot read an image: this model takes ids"):
         _ = decoder.probed
 
 
-def test_a_model_with_too_few_positions_for_an_image_and_a_text_is_one_error() -> None:
+def test_too_few_positions_are_an_error() -> None:
     decoder = PretrainedDecoder(
         {"model_type": "gpt2", "vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
     )
     prefix = torch.zeros(1, 4, 32)
     assert decoder.loss(prefix, batch((8,), (0,)))
-    with pytest.raises(TrainError, match="an image of 4 states and a text of 9 tokens need 13 positions") as refused:
+    problem = "an image of 4 states and a text of 9 tokens need 13 positions"
+    with pytest.raises(TrainError, match=problem) as refused:
         decoder.loss(prefix, batch((9,), (0,)))
     assert "--encoder-states" in refused.value.hint
     (written,) = decoder.generate(prefix, torch.zeros(1, 2, dtype=torch.long), GREEDY, 64, 127)
-    assert len(written) <= 6  # as many tokens as there are positions
+    # The positions limit the text.
+    assert len(written) <= 6
     with pytest.raises(TrainError, match="need 13 positions, and the language model has 12"):
         decoder.generate(prefix, torch.zeros(1, 8, dtype=torch.long), GREEDY, 7, 127)
 
 
-def test_penalties_of_a_checkpoint_end_with_the_training() -> None:
-    """A captioner keeps none: its scores while it learns are to be those of what is saved."""
+def test_generation_config_of_a_model_is_ignored() -> None:
+    """A checkpoint does not store it, so validation scores must not depend on it."""
     model = AutoModelForCausalLM.from_config(config_of({"model_type": "llama", **BASE}))
     model.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3)
     given = PretrainedDecoder({"model_type": "llama", **BASE}, model)
     saved = PretrainedDecoder({"model_type": "llama", **BASE})
     saved.load_state_dict(given.state_dict())
-    prefix, prompt = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6)), torch.tensor([[5, 6], [5, 6]])
-    assert given.eval().generate(prefix, prompt, GREEDY, 12, 2) == saved.eval().generate(prefix, prompt, GREEDY, 12, 2)
+    prefix = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(6))
+    prompt = torch.tensor([[5, 6]] * 2)
+    first, second = (model.eval().generate(prefix, prompt, GREEDY, 12, 2) for model in (given, saved))
+    assert first == second
 
 
 @pytest.mark.parametrize(("family", "can_search"), [("qwen3", True), ("lfm2", True), ("rwkv", False)])
-def test_a_model_that_cannot_search_is_refused_before_it_learns(family: str, *, can_search: bool) -> None:
+def test_model_without_beam_search_is_an_error(family: str, *, can_search: bool) -> None:
     rwkv = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
     decoder = PretrainedDecoder({"model_type": "rwkv", **rwkv}) if family == "rwkv" else decoder_of(family)
     if can_search:

@@ -1,4 +1,4 @@
-"""Adapters: they alone learn, say nothing at first, and are merged where a captioner is saved."""
+"""LoRA adapters: only they learn, they start without effect, and merge into the saved weights."""
 
 import sys
 
@@ -13,28 +13,28 @@ FAMILIES = ("llama", "gpt2", "lfm2", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_alone_learn_and_change_nothing_at_first(family: str) -> None:
+def test_only_adapters_learn_and_start_without_effect(family: str) -> None:
     plain, decoder = decoder_of(family).eval(), decoder_of(family).eval()
-    decoder.adapt(4, 0.0)
+    decoder.add_adapters(4, 0.0)
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
     loss = decoder.loss(prefix, texts)
     torch.testing.assert_close(loss, plain.loss(prefix, texts))
     loss.backward()
     with_gradient = {name for name, weights in decoder.named_parameters() if weights.grad is not None}
     assert with_gradient and all(map(is_adapter, with_gradient))
-    assert {id(weights) for weights in decoder.learning()} >= {
+    assert {id(weights) for weights in decoder.trainable_weights()} >= {
         id(weights) for name, weights in decoder.named_parameters() if name in with_gradient
     }
     assert decoder.frozen_names() == {name for name in decoder.state_dict() if not is_adapter(name)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
+def test_merged_weights_have_the_loss_of_the_adapters(family: str) -> None:
     decoder, plain = decoder_of(family).eval(), decoder_of(family).eval()
-    decoder.adapt(4, 0.1)
+    decoder.add_adapters(4, 0.1)
     torch.manual_seed(1)
     with torch.no_grad():
-        for weights in decoder.learning():
+        for weights in decoder.trainable_weights():
             weights.normal_(std=0.1)
     plain.load_state_dict(merged_state(decoder))
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
@@ -43,16 +43,16 @@ def test_merged_weights_say_what_the_adapters_say(family: str) -> None:
     assert abs(decoder_of(family).eval().loss(prefix, texts).item() - expected.item()) > 0.01
 
 
-def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_peft_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(TrainError, match="peft is not installed") as refused:
-        decoder_of("llama").adapt(4, 0.0)
+    with pytest.raises(TrainError, match="lora_rank needs the package peft") as refused:
+        decoder_of("llama").add_adapters(4, 0.0)
     assert refused.value.hint and "lora" in refused.value.hint
 
 
-def test_blocks_that_keep_no_states_have_the_same_gradients() -> None:
+def test_gradient_checkpointing_has_the_same_gradients() -> None:
     decoder, other = decoder_of("qwen3").train(), decoder_of("qwen3").train()
-    other.keep_no_states()
+    other.enable_checkpointing()
     texts, prefix = batch((9, 6, 8), (0, 0, 1)), torch.randn(2, 4, 32)
     for each in (decoder, other):
         each.loss(prefix, texts).backward()

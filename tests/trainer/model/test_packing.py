@@ -1,24 +1,18 @@
-"""Texts of an image in one row: each begins anew, sees itself and the prefix alone, and is learned behind its prompt."""
+"""Packing texts of an image into one row: positions, attention mask and learned tokens."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model.text_loss import pack, visible
-from trainer.tokenizer import TextBatch
+from tests.trainer.model.test_caption_model import IMAGES, PROMPTS, ROWS, texts
+from trainer.model.text_loss import pack, packed_mask
 
 EOS = 1
-ROWS = [[2, 3, 7, 8, EOS], [2, 3, 9, EOS], [2, 5, 6, 4, 11, 12, EOS]]
+LENGTHS = st.tuples(st.integers(2, 9), st.integers(1, 9))  # of text and prompt
 
 
-def texts(rows: list[list[int]], prompts: list[int], images: list[int]) -> TextBatch:
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return TextBatch(torch.tensor(images), ids, torch.tensor(prompts), lengths, torch.ones(len(rows), dtype=torch.bool))
-
-
-def test_packed_texts_start_again_behind_the_prefix() -> None:
-    packed = pack(texts(ROWS, [2, 2, 4], [0, 0, 1]), images=2)
+def test_positions_start_again_with_each_text() -> None:
+    packed = pack(texts(ROWS, PROMPTS, IMAGES), num_images=2)
     assert packed.positions_BS[0].tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert packed.segments_BS[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert packed.ids_BS.tolist() == [[2, 3, 7, 8, 2, 3, 9], [2, 5, 6, 4, 11, 12, 0]]
@@ -27,8 +21,8 @@ def test_packed_texts_start_again_behind_the_prefix() -> None:
     assert packed.labels_K.tolist() == [7, 8, EOS, 9, EOS, 11, 12, EOS]
 
 
-def test_a_token_sees_the_prefix_and_what_stands_before_it_in_its_text() -> None:
-    mask = visible(torch.tensor([[0, 0, 1, 1, -1]]), prefix=1)[0].int().tolist()
+def test_mask_shows_prefix_and_earlier_tokens_of_the_text() -> None:
+    mask = packed_mask(torch.tensor([[0, 0, 1, 1, -1]]), prefix_length=1)[0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -40,10 +34,11 @@ def test_a_token_sees_the_prefix_and_what_stands_before_it_in_its_text() -> None
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), max_size=4), min_size=1, max_size=5))
-def test_packing_keeps_every_text_whatever_their_lengths(lengths: list[list[tuple[int, int]]]) -> None:
-    """Compares with a loop over the tokens."""
-    pairs = [(image, length, min(prompt, length)) for image, row in enumerate(lengths) for length, prompt in row]
+@given(st.lists(st.lists(LENGTHS, max_size=4), min_size=1, max_size=5))
+def test_packing_equals_a_loop_over_tokens(lengths: list[list[tuple[int, int]]]) -> None:
+    pairs = [
+        (image, length, min(prompt, length)) for image, row in enumerate(lengths) for length, prompt in row
+    ]
     if not pairs:
         return
     draw = torch.Generator().manual_seed(len(pairs))

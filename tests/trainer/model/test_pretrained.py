@@ -1,4 +1,4 @@
-"""Pretrained models are loaded whole, or refused: no weight is made up, and nothing in them is run."""
+"""Pretrained models are loaded completely or refused, and no code in them is run."""
 
 import json
 from pathlib import Path
@@ -34,14 +34,14 @@ def change(folder: str | Path, name: str, **values: Any) -> None:
 
 
 def without(folder: str | Path, *lost: str) -> None:
-    """Write the weights of a model again, but for those whose names have one of these beginnings."""
+    """Remove the weights of a model whose names have one of these prefixes."""
     path = Path(folder, "model.safetensors")
     kept = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(lost)}
     save_file(kept, path, {"format": "pt"})
 
 
-def test_a_tower_within_a_model_of_images_and_texts_that_names_its_weights_otherwise_is_refused(tmp_path: Path) -> None:
-    """Its weights would be random, without a word."""
+def test_vision_tower_with_other_weight_names_is_an_error(tmp_path: Path) -> None:
+    """Otherwise its weights would be random without an error."""
     vision: Any = {"model_type": "clip_vision_model", **TOWER, **IMAGE}
     sizes: Any = {**TOWER, "vocab_size": 99, "num_key_value_heads": 1}
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes), image_token_index=98)
@@ -51,8 +51,8 @@ def test_a_tower_within_a_model_of_images_and_texts_that_names_its_weights_other
         load_encoder(str(tmp_path))
 
 
-def test_weights_that_no_state_depends_on_may_be_missing_and_are_the_same_each_time(tmp_path: Path) -> None:
-    """Stored states are found by a digest of all weights."""
+def test_missing_weights_are_an_error_only_if_a_state_depends_on_them(tmp_path: Path) -> None:
+    """Stored states are found by a digest of all weights, so missing weights need fixed values."""
     text = TOWER | {"vocab_size": 99, "max_position_embeddings": 16}
     SiglipModel(SiglipConfig(text_config=text, vision_config=TOWER | IMAGE)).save_pretrained(tmp_path)
     SiglipImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX}).save_pretrained(tmp_path)
@@ -61,30 +61,31 @@ def test_weights_that_no_state_depends_on_may_be_missing_and_are_the_same_each_t
     without(tmp_path, "vision_model.encoder.layers.1.")
     with pytest.raises(TrainError, match="its files lack"):
         load_encoder(str(tmp_path))
-    assert load_encoder(str(tmp_path), layer=1).width == TOWER["hidden_size"]  # the output of the layer before
+    # Layer 1 does not depend on the missing layer.
+    assert load_encoder(str(tmp_path), layer=1).width == TOWER["hidden_size"]
 
 
-def test_a_language_model_without_its_last_layer_is_refused(tmp_path: Path) -> None:
+def test_language_model_without_head_is_an_error(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     change(folder, "config.json", tie_word_embeddings=False)
-    with pytest.raises(TrainError, match=r"its files lack weights of a language model, such as lm_head\.weight"):
+    with pytest.raises(TrainError, match=r"lack weights of a language model, such as lm_head\.weight"):
         load_decoder(folder)
 
 
-def test_a_clip_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+def test_clip_with_missing_weights_is_an_error(tmp_path: Path) -> None:
     folder = save_clip(tmp_path)
     without(folder, "text_projection")
-    with pytest.raises(EngineError, match=r"its files lack weights of a CLIP, such as text_projection\.weight"):
+    with pytest.raises(EngineError, match=r"lack weights of a CLIP, such as text_projection\.weight"):
         ClipScorer(folder)
 
 
 @pytest.mark.parametrize(
     ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
 )
-def test_code_in_a_model_is_neither_run_nor_asked_about(
+def test_code_in_a_model_is_never_run(
     tmp_path: Path, save: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers would ask on the terminal whether to run it."""
+    """transformers would ask on the terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = save(tmp_path / "model")
     (tmp_path / "model/code.py").write_text(
@@ -92,7 +93,7 @@ def test_code_in_a_model_is_neither_run_nor_asked_about(
         "class Odd(PreTrainedConfig):\n    model_type = 'odd'\n"
     )
     change(folder, "config.json", model_type="odd", auto_map={"AutoConfig": "code.Odd"})
-    with pytest.raises(TrainError, match="it brings code of its own, which is not run here"):
+    with pytest.raises(TrainError, match="it needs code from its repository, which is never run"):
         load(folder)
     assert not (tmp_path / "run").exists()
 
@@ -100,65 +101,66 @@ def test_code_in_a_model_is_neither_run_nor_asked_about(
 @pytest.mark.parametrize(
     ("save", "load"), [(save_vit, load_encoder), (lambda f: save_language_model(f, "qwen3"), load_decoder)]
 )
-def test_files_that_are_damaged_or_do_not_fit_are_one_error(tmp_path: Path, save: Any, load: Any) -> None:
+def test_damaged_or_mismatching_files_are_an_error(tmp_path: Path, save: Any, load: Any) -> None:
     weights = tmp_path / "model.safetensors"
     folder = save(tmp_path)
     whole = weights.read_bytes()
-    for data in (whole[: len(whole) // 2], b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"):
+    lfs_pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for data in (whole[: len(whole) // 2], lfs_pointer):
         weights.write_bytes(data)
-        with pytest.raises(TrainError, match=r"no (encoder|decoder) "):
+        with pytest.raises(TrainError, match=r"cannot load (encoder|decoder) "):
             load(folder)
     weights.write_bytes(whole)
     change(folder, "config.json", intermediate_size=48)
-    with pytest.raises(TrainError, match="its weights have other shapes than its config says"):
+    with pytest.raises(TrainError, match="the shapes of its weights do not match its config"):
         load(folder)
 
 
-def test_quantized_weights_are_refused_whatever_reads_them(tmp_path: Path) -> None:
+def test_quantized_weights_are_an_error(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     change(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(TrainError, match="its weights are quantized, and would not learn"):
+    with pytest.raises(TrainError, match="its weights are quantized and cannot be trained"):
         load_decoder(folder)
 
 
-def test_a_token_that_ends_texts_and_has_no_embedding_is_refused(tmp_path: Path) -> None:
+def test_end_of_text_token_without_embedding_is_an_error(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path, "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<stop>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(TrainError, match="'<stop>' ends a text, and the decoder has 258 tokens without it"):
+    with pytest.raises(TrainError, match="its end-of-text token '<stop>' has no embedding"):
         load_decoder(folder)
 
 
-def test_a_model_that_cannot_compute_its_blocks_again_says_so() -> None:
+def test_unsupported_gradient_checkpointing_is_an_error() -> None:
     sizes: Any = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 32}
     torch.manual_seed(0)
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
     decoder = PretrainedDecoder({"model_type": "openai-gpt", **sizes}, model)
-    with pytest.raises(TrainError, match="keeps its states") as refused:
-        decoder.keep_no_states()
+    with pytest.raises(TrainError, match="does not support gradient checkpointing") as refused:
+        decoder.enable_checkpointing()
     assert "checkpoint_blocks: false" in refused.value.hint
 
 
 @pytest.mark.parametrize("name", ["/nowhere/vit", "./vit", "a/b/c", "~/vit"])
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
+def test_missing_folder_is_not_looked_up_on_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "AutoConfig", lambda *_, **__: pytest.fail("the Hub is asked"))
     for load in (load_encoder, load_decoder):
-        with pytest.raises(TrainError, match="there is no such folder"):
+        with pytest.raises(TrainError, match="the folder does not exist"):
             load(name)
 
 
-def test_a_model_whose_outputs_have_no_names_is_loaded_with_names(tmp_path: Path) -> None:
-    """`return_dict` may be off in the config of a model that was traced."""
+def test_traced_model_is_loaded_with_named_outputs(tmp_path: Path) -> None:
+    """Tracing sets `return_dict` to False in the config."""
     decoder = save_language_model(tmp_path / "lm", "llama")
     change(decoder, "config.json", return_dict=False)
     load_decoder(decoder)
     encoder = save_clip(tmp_path / "clip")
     settings = json.loads(Path(encoder, "config.json").read_text())
-    inner = {name: part | {"return_dict": False} for name, part in settings.items() if name == "vision_config"}
-    change(encoder, "config.json", return_dict=False, **inner)
+    vision = {"vision_config": settings["vision_config"] | {"return_dict": False}}
+    change(encoder, "config.json", return_dict=False, **vision)
     with torch.inference_mode():
         assert load_encoder(encoder)(torch.zeros(1, 3, SIDE_PX, SIDE_PX)).ndim == 3

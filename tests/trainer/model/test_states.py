@@ -1,4 +1,4 @@
-"""Which states a decoder reads: those of a layer, and fewer than all."""
+"""The states that a decoder reads: of a layer, and all or pooled ones."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from trainer.model.encoder import choose_states, layer_states, patch_grid
 
 
 class Tower(nn.Module):
-    """A tower whose layers are known."""
+    """A tower that returns given layers."""
 
     def __init__(self, *layers: Tensor) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Tower(nn.Module):
         return SimpleNamespace(last_hidden_state=self.layers[-1], hidden_states=below)
 
 
-def test_the_last_layer_is_the_output_of_the_tower_and_others_are_those_before_it() -> None:
+def test_layer_minus_1_is_the_output_of_the_tower() -> None:
     below, last = torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)
     tower, pixels = Tower(torch.zeros(2, 5, 8), below, last), torch.zeros(2, 3, 4, 4)
     assert layer_states(tower, pixels, -1) is last and layer_states(tower, pixels, 1) is below
@@ -29,7 +29,7 @@ def test_the_last_layer_is_the_output_of_the_tower_and_others_are_those_before_i
 
 @pytest.mark.parametrize("before", [0, 1, 5])
 @pytest.mark.parametrize("side", [4, 7])
-def test_patches_are_averaged_two_by_two_and_tokens_before_them_stay(before: int, side: int) -> None:
+def test_patches_are_averaged_2x2_and_other_tokens_stay(before: int, side: int) -> None:
     patches = torch.arange(side * side, dtype=torch.float32).view(1, -1, 1)
     tokens = torch.full((1, before, 1), -1.0)
     pooled = choose_states(torch.cat([tokens, patches], 1), "2x2")
@@ -41,16 +41,16 @@ def test_patches_are_averaged_two_by_two_and_tokens_before_them_stay(before: int
     torch.testing.assert_close(pooled[0, before:, 0], torch.stack(expected))
 
 
-def test_all_states_are_as_they_are_and_no_square_is_refused() -> None:
+def test_all_states_are_unchanged_and_2x2_needs_a_square() -> None:
     states = torch.randn(2, 17, 3)
     assert choose_states(states, "all") is states
-    with pytest.raises(ValueError, match="12 states are no square"):
+    with pytest.raises(ValueError, match="12 states do not form a square"):
         choose_states(states[:, :12], "2x2")
 
 
-@pytest.mark.parametrize(
-    ("count", "grid"),
-    [(197, (1, 14)), (50, (1, 7)), (576, (0, 24)), (577, (1, 24)), (261, (5, 16)), (256, (0, 16)), (198, (2, 14))],
-)
-def test_the_grids_of_known_encoders_are_found(count: int, grid: tuple[int, int]) -> None:
+GRIDS = {197: (1, 14), 50: (1, 7), 576: (0, 24), 577: (1, 24), 261: (5, 16), 256: (0, 16), 198: (2, 14)}
+
+
+@pytest.mark.parametrize(("count", "grid"), GRIDS.items())
+def test_patch_grids_of_known_encoders(count: int, grid: tuple[int, int]) -> None:
     assert patch_grid(count) == grid

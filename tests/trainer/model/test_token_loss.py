@@ -1,4 +1,4 @@
-"""The loss of tokens is that of `cross_entropy`, and so are its gradients, with the scores of a part in memory at once."""
+"""The loss computed in parts has the value and the gradients of `cross_entropy`."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ Words = nn.Embedding | nn.Linear
 
 def words(kind: str) -> Words:
     torch.manual_seed(0)
-    return nn.Embedding(VOCABULARY, WIDTH) if kind == "embedding" else nn.Linear(WIDTH, VOCABULARY, bias=kind == "with a bias")
+    if kind == "embedding":
+        return nn.Embedding(VOCABULARY, WIDTH)
+    return nn.Linear(WIDTH, VOCABULARY, bias=kind == "with a bias")
 
 
 def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -24,31 +26,33 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["embedding", "with a bias"])
-@pytest.mark.parametrize("form", [text_loss.AS_GIVEN, text_loss.ScoreForm(2.0, cap=0.5)])
-def test_loss_and_gradients_are_those_of_cross_entropy(
-    form: text_loss.ScoreForm,
+@pytest.mark.parametrize("form", [text_loss.IDENTITY, text_loss.LogitTransform(2.0, cap=0.5)])
+def test_loss_and_gradients_equal_cross_entropy(
+    form: text_loss.LogitTransform,
     kind: str,
     label_smoothing: float,
     weights: Tensor | None,
     scores_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(text_loss.SCORES_AT_ONCE, "cpu", scores_at_once)
-    monkeypatch.setattr(text_loss, "MIN_TOKENS", 1)
+    monkeypatch.setitem(text_loss.MAX_LOGITS_PER_PART, "cpu", scores_at_once)
+    monkeypatch.setattr(text_loss, "MIN_TOKENS_PER_PART", 1)
     of, states = words(kind), torch.randn(TOKENS, WIDTH, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))
     bias = getattr(of, "bias", None)
-    scores = form.factor * functional.linear(states, of.weight, bias)
+    scores = form.scale * functional.linear(states, of.weight, bias)
     scores = scores if form.cap is None else form.cap * torch.tanh(scores / form.cap)
     losses = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
     expected = (losses if weights is None else losses * weights).sum()
     loss = text_loss.token_loss(states, of, labels, label_smoothing, weights, form)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(loss, states, of.weight, bias), gradients(expected, states, of.weight, bias))
+    tensors = (states, of.weight, bias)
+    torch.testing.assert_close(gradients(loss, *tensors), gradients(expected, *tensors))
 
 
-def test_within_autocast_products_are_rounded_and_the_loss_is_not() -> None:
-    of, states, labels = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
+def test_autocast_rounds_products_but_not_the_loss() -> None:
+    of, states = words("linear"), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    labels = torch.zeros(TOKENS, dtype=torch.long)
     exact = text_loss.token_loss(states, of, labels)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = text_loss.token_loss(states, of, labels)

@@ -1,4 +1,4 @@
-"""Devices: the precision of products, and gradients that several processes sum."""
+"""Devices: matrix precision, and gradients summed over processes."""
 
 from pathlib import Path
 
@@ -8,14 +8,16 @@ from torch import nn
 
 from pipeline.errors import TrainError
 from trainer.config import Precision
-from trainer.runtime.devices import all_reduce_gradients, products_in, translate_peer_errors
+from trainer.runtime.devices import all_reduce_gradients, matmul_precision, translate_peer_errors
 
 
-def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_path: Path) -> None:
-    """The optimizer would change them by their decay, as it does not in one process."""
+def test_weights_without_gradient_have_none_after_all_reduce(tmp_path: Path) -> None:
+    """With a zero gradient, weight decay would change them, unlike in one process."""
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     model["used"](torch.ones(1, 2)).sum().backward()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         assert all_reduce_gradients(model, 1.5, torch.device("cpu")) == 1.5
     finally:
@@ -23,8 +25,8 @@ def test_weights_without_a_gradient_in_any_process_have_none_after_the_sum(tmp_p
     assert [weights.grad is None for weights in model.parameters()] == [False, False, True, True]
 
 
-def test_a_process_whose_peer_has_ended_says_so() -> None:
-    with pytest.raises(TrainError, match="the processes of this training cannot go on"), translate_peer_errors():
+def test_failed_communication_is_an_error_with_a_hint() -> None:
+    with pytest.raises(TrainError, match="lost contact to the others"), translate_peer_errors():
         raise RuntimeError("Connection closed")
     with pytest.raises(RuntimeError, match="CUDA error"), translate_peer_errors():
         raise RuntimeError("CUDA error: of this one's GPU")
@@ -40,13 +42,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("fp32", GPU, "highest"), ("tf32", GPU, "high"), ("bf16", GPU, "high"),
     ],
 )  # fmt: skip
-def test_products_are_rounded_as_the_device_does_it_and_only_within_the_context(
+def test_matrix_precision_is_set_within_the_context(
     precision: Precision, device: torch.device, setting: str
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     before = torch.backends.cudnn.allow_tf32
-    with products_in(precision, device):
+    with matmul_precision(precision, device):
         assert torch.get_float32_matmul_precision() == setting
-        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")  # of the convolution that cuts an image into patches
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cudnn.allow_tf32 == before

@@ -1,4 +1,4 @@
-"""The forecast: what learns, what it takes, and parts that fit a GPU; trying a step changes nothing."""
+"""The forecast: weights, time, memory and micro-batches. Trying steps changes nothing."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from pipeline.progress import NullProgress
+from tests.trainer.small_trainings import CPU, replace
 from tests.trainer.tiny_models import save_clip
-from trainer.config import TrainConfig
 from trainer.data import examples_in
 from trainer.features import OnlineFeatures
 from trainer.loop import Batch, BatchLoader, Trainer, build_trainer
@@ -18,9 +18,6 @@ from trainer.runtime import forecast
 from trainer.runtime.devices import memory_mb
 from trainer.runtime.forecast import fit_and_forecast
 from trainer.self_critical import SelfCritic
-
-SMALL = TrainConfig(decoder_width=64, decoder_depth=1, decoder_heads=2, batch_size=8, steps=10, evaluate_every=5)
-CPU = torch.device("cpu")
 
 
 class Messages(NullProgress):
@@ -33,28 +30,34 @@ class Messages(NullProgress):
 
 @pytest.fixture
 def trainer(version: Version, tmp_path: Path) -> Trainer:
-    config = SMALL.model_copy(update={"encoder": save_clip(tmp_path / "clip")}).with_defaults(40)
+    config = replace(encoder=save_clip(tmp_path / "clip"), steps=10).with_defaults(40)
     examples = examples_in(version, "train")
     checkpoint = build_checkpoint(version, config, examples)
-    loader = BatchLoader(config, checkpoint.tokenizer, examples, OnlineFeatures(checkpoint.captioner.encoder, CPU))
+    features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
+    loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
     return build_trainer(checkpoint, config, loader, examples[:3], CPU)
 
 
-def test_forecast_states_what_learns_and_what_it_takes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_has_weights_steps_time_and_memory(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forecast, "_try_steps", lambda *_: 14.0)
     shown = Messages()
     took = fit_and_forecast(trainer, shown)
     captioner = trainer.checkpoint.captioner
-    assert took.learning == sum(w.numel() for part in (captioner.connector, captioner.decoder) for w in part.parameters())
+    learning = [*captioner.connector.parameters(), *captioner.decoder.parameters()]
+    assert took.learning == sum(weights.numel() for weights in learning)
     assert took.weights == took.learning + sum(weights.numel() for weights in captioner.encoder.parameters())
     assert (took.steps, trainer.loader.micro_batches) == (10, 1)
     assert took.seconds == 10 * 14
     assert took.memory_mb == pytest.approx(memory_mb(), rel=0.2)
     epochs = 10 * 8 / len(trainer.loader.examples)
-    assert f"at most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min and" in shown.messages[0]
+    assert f"At most 10 steps of 8 images ({epochs:.1f} epochs), about 2 min and" in shown.messages[0]
 
 
-def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longest_texts_are_tried_twice_before_others(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[int] = []
     judged = Trainer.forward_backward
 
@@ -63,14 +66,16 @@ def test_the_longest_texts_are_tried_twice_and_then_others(trainer: Trainer, mon
         return judged(self, batch)
 
     monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
-    trainer.loader.examples = sorted(trainer.loader.examples, key=lambda example: sum(len(text.text) for text in example.texts))
+    trainer.loader.examples.sort(key=lambda example: sum(len(text.text) for text in example.texts))
     fit_and_forecast(trainer, NullProgress())
     assert tried[0] == tried[1] > tried[2]
 
 
 @pytest.mark.parametrize("is_spoiled", [False, True])
-def test_trying_a_step_changes_nothing(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, is_spoiled: bool) -> None:
-    """Also where gradients are without bound."""
+def test_trying_steps_changes_no_weights(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, is_spoiled: bool
+) -> None:
+    """Infinite gradients must not change weights either."""
 
     def spoil(self: Trainer, batch: Batch) -> float:
         for weights in self.checkpoint.captioner.parameters():
@@ -79,15 +84,16 @@ def test_trying_a_step_changes_nothing(trainer: Trainer, monkeypatch: pytest.Mon
 
     if is_spoiled:
         monkeypatch.setattr(Trainer, "forward_backward", spoil)
-    before = {name: weights.clone() for name, weights in trainer.checkpoint.captioner.state_dict().items()}
+    captioner = trainer.checkpoint.captioner
+    before = {name: weights.clone() for name, weights in captioner.state_dict().items()}
     fit_and_forecast(trainer, NullProgress())
-    assert all(torch.equal(weights, before[name]) for name, weights in trainer.checkpoint.captioner.state_dict().items())
-    assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
+    assert all(torch.equal(weights, before[name]) for name, weights in captioner.state_dict().items())
+    assert all(weights.grad is None for weights in captioner.parameters())
     assert (trainer.spikes.norms, trainer.loader.rank, trainer.processes) == ([], 0, 1)
 
 
 def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
-    """Let a step run out of memory where a part has more than `most` images; return the images of the parts of each try."""
+    """Let parts with more than `most` images run out of memory; return the part sizes of each try."""
     tried: list[list[int]] = []
 
     def forward_backward(self: Trainer, batch: Batch) -> float:
@@ -100,7 +106,9 @@ def limit_images(monkeypatch: pytest.MonkeyPatch, most: int) -> list[list[int]]:
     return tried
 
 
-def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_does_not_fit_is_computed_in_parts(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried, shown = limit_images(monkeypatch, most=2), Messages()
     fit_and_forecast(trainer, shown)
     assert tried == [[8], [4, 4], *[[2, 2, 2, 2]] * 3]
@@ -108,8 +116,8 @@ def test_a_step_that_does_not_fit_is_computed_in_parts(trainer: Trainer, monkeyp
     assert shown.messages[1] == "a step does not fit the memory of the GPU: it is computed in 4 parts"
 
 
-def test_rewards_are_tried_as_well(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take more memory than a step of likelihood, and come after hours."""
+def test_rewards_are_tried_on_a_gpu(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need more memory than other steps, and start hours later."""
     drawn: list[int] = []
     usual = Trainer.reward_backward
 
@@ -120,14 +128,14 @@ def test_rewards_are_tried_as_well(trainer: Trainer, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Trainer, "reward_backward", reward_backward)
     trainer.critic = SelfCritic(trainer.checkpoint, trainer.loader.examples, 2)
     fit_and_forecast(trainer, NullProgress())
-    assert drawn == []  # on a CPU nothing is made to fit
+    assert drawn == []
     monkeypatch.setattr(forecast, "_tries_rewards", lambda _: True)
     fit_and_forecast(trainer, NullProgress())
     assert drawn == [8]
     assert all(weights.grad is None for weights in trainer.checkpoint.captioner.parameters())
 
 
-def test_an_image_that_does_not_fit_is_one_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_does_not_fit_is_an_error(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_images(monkeypatch, most=0)
     with pytest.raises(TrainError, match="a step of one image does not fit") as refused:
         fit_and_forecast(trainer, NullProgress())

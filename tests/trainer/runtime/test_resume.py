@@ -1,8 +1,7 @@
-"""Trainings that were interrupted: they go on to the same bits, and only with what they began with."""
+"""Interrupted trainings resume to the same bits, and only with the same settings, data and weights."""
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,30 @@ from pipeline.dataset.version import Version
 from pipeline.errors import TrainError
 from tests.hostile import LONG
 from tests.scene_data import make_version, scene_samples
-from tests.trainer.small_trainings import LORA, PROCESS, SMALL, interrupt, losses, replace, train_until_saved, weights
+from tests.trainer import small_trainings as small
+from tests.trainer.small_trainings import LORA, SMALL, losses, replace, train_until_saved, weights
 from trainer.runtime.training_state import save_resume
 from trainer.training import train_captioner
 
 
-@pytest.mark.parametrize(("align_steps", "storage"), [(0, "none"), (3, "bf16")])
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(
-    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, align_steps: int, storage: Any
+@pytest.mark.parametrize("settings", [{"feature_storage": "none"}, {"align_steps": 3}])
+def test_interrupted_training_resumes_to_the_same_bits(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, settings: dict[str, Any]
 ) -> None:
-    config = replace(encoder=clip, steps=6, align_steps=align_steps, dropout=0.2, feature_storage=storage)
+    config = replace(encoder=clip, steps=6, dropout=0.2, **settings)
     whole = train_captioner(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    torch.manual_seed(99)  # a new process has another random state
+    # A new process has another random state.
+    torch.manual_seed(99)
     assert train_captioner(version, config, tmp_path / "cut", resume=True) == whole
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch)
+def test_resuming_with_other_settings_is_an_error(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, replace(steps=2), tmp_path)
     with pytest.raises(TrainError, match=r"was trained with other settings \(steps 2, now 3\)"):
@@ -48,7 +51,7 @@ def test_resuming_with_other_settings_is_an_error(version: Version, tmp_path: Pa
         train_captioner(version, replace(steps=3), tmp_path, resume=True)
 
 
-def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version: Version, tmp_path: Path) -> None:
+def test_resuming_nothing_is_an_error_and_changes_no_file(version: Version, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to resume"):
         train_captioner(version, SMALL, tmp_path / "new", resume=True)
     train_captioner(version, SMALL, tmp_path / "done")
@@ -58,39 +61,38 @@ def test_resuming_nothing_is_an_error_and_a_finished_run_stays_as_it_is(version:
     assert {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"] if LONG else ["SIGTERM"])  # test_devices.py has the error of the second
-def test_a_signal_to_one_of_several_processes_ends_all_and_what_can_be_is_saved(
+# test_devices.py tests the error of SIGKILL.
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"] if LONG else ["SIGTERM"])
+def test_signal_to_one_process_ends_all_after_saving(
     version: Version, tmp_path: Path, clip: str, name: str
 ) -> None:
     config = replace(encoder=clip, steps=60, evaluate_every=100)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "process.py").write_text(
-        PROCESS.replace("train_captioner(read_version", "0 and train_captioner(read_version") + SIGNALLED
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "process.py"]
-    arguments = [str(version.path), "config.json", "cut", name]
-    subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    (tmp_path / "process.py").write_text(small.IMPORTS + SIGNALLED)
+    command = [*small.TWO_PROCESSES, "process.py", str(version.path), "config.json", "cut", name]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     if name == "SIGTERM":
         assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["KeyboardInterrupt: "] * 2
         assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 3
     else:
-        assert (tmp_path / "ended-0").read_text().startswith("TrainError: the processes of this training cannot go on")
+        assert (tmp_path / "ended-0").read_text().startswith("TrainError: this process lost contact")
 
 
-def test_the_state_is_saved_from_time_to_time(
+def test_state_is_saved_periodically(
     version: Version, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(trainer.loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(trainer.loop, "save_resume", lambda folder, state: saved.append(state["step"]))
-    train_captioner(version, SMALL.model_copy(update={"encoder": clip, "steps": 3, "evaluate_every": 100}), tmp_path)
+    train_captioner(version, replace(encoder=clip, steps=3, evaluate_every=100), tmp_path)
     assert saved == [1, 2, 3]
 
 
-def test_adapters_and_averages_go_on_to_the_same_bits(
+def test_training_with_adapters_and_average_resumes_to_the_same_bits(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
 ) -> None:
-    config = replace(encoder=clip, decoder=language_model, dropout=0.2, align_steps=2, label_smoothing=0.1, **LORA)
+    settings = {**LORA, "dropout": 0.2, "align_steps": 2, "label_smoothing": 0.1}
+    config = replace(encoder=clip, decoder=language_model, **settings)
     whole = train_captioner(version, config, tmp_path / "whole")
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
     saved = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
@@ -99,19 +101,19 @@ def test_adapters_and_averages_go_on_to_the_same_bits(
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 
-def test_a_run_goes_on_with_its_own_pretrained_weights_only(
+def test_resuming_with_other_pretrained_weights_is_an_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str, language_model: str
 ) -> None:
     folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
     config = replace(encoder=clip, decoder=str(folder), **LORA)
     train_until_saved(version, config, tmp_path / "cut", monkeypatch)
-    changed = load_file(folder / "model.safetensors")
-    save_file({name: weights * 1.01 for name, weights in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file({name: weights * 1.01 for name, weights in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(TrainError, match="cut began with other pretrained weights"):
         train_captioner(version, config, tmp_path / "cut", resume=True)
 
 
-def test_a_run_of_two_processes_goes_on_in_one(
+def test_training_of_two_processes_resumes_in_one(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     config = replace(encoder=clip, steps=6, dropout=0.0)
@@ -122,13 +124,14 @@ def test_a_run_of_two_processes_goes_on_in_one(
         return f"run of {values[2]}"
 
     monkeypatch.setattr(trainer.training, "digest", digest_of)
-    interrupt(monkeypatch)
+    small.interrupt(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_captioner(version, config, tmp_path / "cut")
     state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
     torch.save(state | {"processes": 2, "run": "run of 2"}, tmp_path / "cut/resume.pt")
     monkeypatch.setattr(trainer.loop, "save_resume", save_resume)
-    assert train_captioner(version, config, tmp_path / "cut", resume=True)["best_validation"] >= state["best"]
+    metrics = train_captioner(version, config, tmp_path / "cut", resume=True)
+    assert metrics["best_validation"] >= state["validation"]["best_score"]
     assert 2 in asked
 
 

@@ -1,4 +1,4 @@
-"""The log of a training, and its curves for TensorBoard."""
+"""The log of a training, and its TensorBoard curves."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from trainer.runtime.training_state import Log, read_log
 from trainer.training import train_captioner
 
 
-def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
+def test_tensorboard_has_the_curves_of_the_log_after_resuming(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     config, out = replace(encoder=clip, steps=4, align_steps=2), tmp_path / "out"
@@ -24,7 +24,9 @@ def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
     monkeypatch.undo()
     train_captioner(version, config, out, tensorboard=True, resume=True)
     curves = EventAccumulator(str(out / "tensorboard")).Reload()
-    points = [(point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")]
+    points = [
+        (point.step, point.value) for stage in ("align", "train") for point in curves.Scalars(f"{stage}/loss")
+    ]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
     assert [value for _, value in points] == pytest.approx(losses(out))
     evaluated = [line for line in read_log(out / "log.jsonl") if "validation_cider_d" in line]
@@ -32,16 +34,16 @@ def test_tensorboard_shows_the_curves_of_the_log_also_after_an_interruption(
     assert [point.step for point in recorded] == [line["step"] for line in evaluated]
 
 
-def test_curves_for_tensorboard_without_it_are_one_error(
+def test_missing_tensorboard_is_an_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainError, match="TensorBoard is not installed"):
         train_captioner(version, replace(encoder=clip), tmp_path / "out", tensorboard=True)
-    assert not (tmp_path / "out").exists()  # nothing was written or removed
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_step_whose_loss_is_no_number_is_a_line_of_json(tmp_path: Path) -> None:
+def test_nan_is_logged_as_null(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl", 0)
     log.write(step=1, loss=float("nan"), norm=float("inf"), rate=0.5)
 
