@@ -22,7 +22,7 @@ from pipeline.images.near_duplicates import (
     ALL_PAIRS_HASHES,
     MAX_NEAR_BITS,
     MIRRORED_BITS,
-    SURE_BITS,
+    RECALL_BITS,
     Hashes,
     find_in_round,
     find_near_pairs,
@@ -69,14 +69,14 @@ def main() -> None:
     pair_s = (time.process_time() - start) / (len(few) ** 2 / 2)
     for count in options.hashes:
         hashes, planted = plant(count)
-        plan, start = plan_search(count, SURE_BITS["photos"]), time.process_time()
+        (rounds, num_bits), start = plan_search(count, RECALL_BITS["photos"]), time.process_time()
         recall = "not measured"
         if options.rounds:
             for number in range(options.rounds):
-                find_in_round(hashes, plan, MAX_NEAR_BITS["photos"], number, mirrored=True)
-            seconds = (time.process_time() - start) * plan.rounds / options.rounds
+                find_in_round(hashes, num_bits, MAX_NEAR_BITS["photos"], number, mirrored=True)
+            seconds = (time.process_time() - start) * rounds / options.rounds
         else:
-            pairs = find_near_pairs(hashes, MAX_NEAR_BITS["photos"], SURE_BITS["photos"], mirrored=True)
+            pairs = find_near_pairs(hashes, MAX_NEAR_BITS["photos"], RECALL_BITS["photos"], mirrored=True)
             seconds = time.process_time() - start
             recall = describe_recall(
                 set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)), planted

@@ -14,7 +14,7 @@ from pipeline.errors import ImageError
 from pipeline.images import metadata
 from pipeline.images.decode import ORIENTATION, check_image, has_heif, open_image, prepare_image
 from pipeline.images.metadata import strip_metadata
-from pipeline.images.near_duplicates import as_hashes, hamming_distances
+from pipeline.images.near_duplicates import as_hashes, image_distances
 from tests.pipeline.images.test_similarity import photo
 
 GPS = 0x8825
@@ -93,7 +93,7 @@ def leaked(data: bytes) -> list[bytes]:
 
 def bits_apart(data: bytes, other: bytes) -> int:
     hashes = [as_hashes([check_image(image).pdq_hash]) for image in (data, other)]
-    return int(hamming_distances(*hashes)[0, 0])
+    return int(image_distances(*hashes, mirrored=False)[0, 0])
 
 
 @pytest.mark.parametrize("make", [jpeg, png, webp, gif, tiff, avif])

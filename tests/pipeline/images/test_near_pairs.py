@@ -43,8 +43,7 @@ def as_list(pairs: NearPairs) -> list[tuple[int, int, int]]:
 
 @pytest.fixture(autouse=True)
 def parts_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "PART_ROWS", 1024)  # so that several rounds and parts are at work
-    monkeypatch.setattr(near_duplicates, "ALL_PAIRS_ROWS", 16)
+    monkeypatch.setattr(near_duplicates, "PART_ROWS", 1024)
 
 
 @pytest.mark.parametrize(("bits", "least"), [(0, 1.0), (8, 1.0), (20, 1.0), (48, 0.999), (64, 0.99)])
@@ -81,7 +80,7 @@ def test_mirrored_images_are_not_near_where_mirroring_matters() -> None:
 
 
 def test_a_hash_that_thousands_have_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "MAX_MEETINGS", 8)
+    monkeypatch.setattr(near_duplicates, "MAX_NEIGHBORS", 8)
     one = random_hashes(1, 7)
     hashes = np.concatenate([np.repeat(one, 3000, axis=0), random_hashes(2000), changed(random_hashes(300), 30)])
     near = find_near_pairs(hashes, 70, 64, mirrored=True)

@@ -20,7 +20,6 @@ from pipeline.images.near_duplicates import (
     ImageKind,
     as_hashes,
     compare_samples,
-    hamming_distances,
     image_distances,
     near_hashes,
 )
@@ -76,7 +75,8 @@ def photos() -> list[Image.Image]:
 
 
 def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarray[Any, Any]:
-    return hamming_distances(as_hashes([pdq_hash(image) for image in images]), as_hashes([pdq_hash(image) for image in others]))
+    hashes, other_hashes = (as_hashes([pdq_hash(image) for image in group]) for group in (images, others))
+    return image_distances(hashes, other_hashes, mirrored=False)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 def test_no_image_of_a_crowd_is_near_a_held_out_one_and_kept(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", 100)
-    monkeypatch.setattr("pipeline.images.near_duplicates.MAX_MEETINGS", 16)
+    monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 16)
     rng = np.random.default_rng(2)
     hashes = np.repeat(rng.integers(0, 2**64, (1, 4), dtype=np.uint64), 1500, axis=0)
     for row in hashes[1:]:
