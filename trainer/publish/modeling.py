@@ -276,7 +276,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss, logits, past_key_values)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,

@@ -23,7 +23,7 @@ from tests.trainer.test_captioner import save_captioner
 from trainer import Captioner
 from trainer.model.decoding import GREEDY, DecodingConfig
 from trainer.serving import server as serving
-from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, address_of, listen, make_server
+from trainer.serving.server import Batcher, CaptionServer, GenerationRequest, listen, make_server, url_of
 from trainer.tokenizer import CaptionTokenizer
 
 NAME = "student"
@@ -37,7 +37,7 @@ def running(server: CaptionServer) -> Iterator[str]:
         thread = threading.Thread(target=http.run, args=([listener],))
         thread.start()
         try:
-            yield address_of(server.host, listener)
+            yield url_of(server.host, listener)
         finally:
             http.should_exit = True
             thread.join(30)
