@@ -1,16 +1,15 @@
-"""What all executors share: the options of a cluster, and files of steps that a run does not have."""
+"""Options of a cluster, and the removal of files that an earlier run has left."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import is_remote
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterOptions:
-    """Options of a run on a cluster: its address (None: a cluster on this machine), and the numbers of shards and workers."""
+class ClusterOptions(NamedTuple):
+    """The address of a cluster (None: start one on this machine), and the numbers of shards and workers."""
 
     address: str | None = None
     shards: int | None = None
@@ -18,7 +17,7 @@ class ClusterOptions:
 
 
 def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
-    """Remove the files of steps that a run does not have, and an earlier one had: the report would show them."""
+    """Remove the files of steps that only an earlier run had: the report would show them."""
     folder = shard.step_file(names[0]).parent.parent
     if not is_remote(folder) and folder.exists():
         for path in folder.iterdir():

@@ -1,7 +1,4 @@
-"""Reasons for rejections, scores of rows and values of custom tasks in plain words, for reports, previews and cards.
-
-Steps, manifests and tables use the codes.
-"""
+"""Plain words for reason codes, scores and values of custom tasks, for reports, previews and cards."""
 
 from typing import Any
 
@@ -66,7 +63,7 @@ IN_WORDS = {
 }
 
 
-# What the scores of a version say (tables.ADDED).
+# Scores of the rows of a version (tables.ADDED).
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
     "coverage": "share of the questions about the image that are answered right from the caption alone",
@@ -79,16 +76,17 @@ SCORES_IN_WORDS = {
 
 
 def in_words(reason: str) -> str:
-    """Return a reason in plain words; one that is not listed, with spaces."""
+    """Return a reason in plain words; an unknown code with spaces."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
 
 
 def in_short(value: Any) -> str:
-    """Return a value of JSON in words: `view: frontal; findings: (name: opacity; side: left)`."""
+    """Return a JSON value in words: `view: frontal; findings: (name: opacity; side: left)`."""
     if isinstance(value, dict):
         return "; ".join(f"{name}: {in_short(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, list):
-        return ", ".join(f"({in_short(one)})" if isinstance(one, dict) else in_short(one) for one in value) or "none"
+        items = (f"({in_short(item)})" if isinstance(item, dict) else in_short(item) for item in value)
+        return ", ".join(items) or "none"
     if value is None or isinstance(value, bool):
         return {True: "yes", False: "no", None: "unknown"}[value]
     return str(value)

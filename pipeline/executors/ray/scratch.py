@@ -1,4 +1,4 @@
-"""Fill a shard of an object store on a disk of the node, and copy its journal to the store periodically."""
+"""Fill a shard of an object store on a disk of the node, and save its journal to the store periodically."""
 
 import logging
 import shutil
@@ -17,70 +17,72 @@ from pipeline.inference.journal import Journal
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import download, local_copy, upload, upload_folder
 
-SAVE_SECONDS = 30.0  # between copies of a journal: a lost node loses the replies since the last one
+# A lost node loses the replies since the last save.
+SAVE_INTERVAL_S = 30.0
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
-    """Yield a folder of this node to fill a shard in, with the replies that the store has; at the end, upload all replies.
+    """Yield a folder of this node to fill a shard in, with all stored replies; upload its replies at the end.
 
-    A lock keeps other workers of this node out, and the files of a killed worker are reused. An abandoned worker may still
-    run on another node: both upload under names of their own.
+    A lock keeps other workers of this node out, and the files of a killed worker are reused. An abandoned
+    worker may still run on another node: each uploads its journal under a new name.
     """
     stored = run.shard(index).journal.parent
-    shard, saved = DatasetDir(run.scratch / "shards" / f"{index:05d}"), stored / f"{uuid4().hex[:8]}.sqlite"
+    shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
     with shard.lock(wait=True):
         journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
         for path in journals:
             _fetch_journal(path, shard)
         with Journal(shard.journal):
-            pass  # creates it if missing
+            pass
         ended = threading.Event()
-        saving = threading.Thread(target=_keep_saving, args=(shard, saved, ended), daemon=True)
+        saving = threading.Thread(target=_save_periodically, args=(shard, saved, ended), daemon=True)
         saving.start()
         try:
             yield shard
         except BaseException:
             ended.set()
             saving.join()
-            _try_to_save(shard, saved)  # the error that is being raised matters more
+            _try_to_save(shard, saved)
             raise
         ended.set()
         saving.join()
         save_journal(shard, saved)
-        for path in journals:  # the saved journal has their replies
+        # The saved journal has the replies of the fetched ones.
+        for path in journals:
             path.unlink(missing_ok=True)
             _cost_file(path).unlink(missing_ok=True)
         forget_scratch(shard)
 
 
 def forget_scratch(shard: DatasetDir) -> None:
-    """Remove the files of a filled shard from this node, except the lock, which other processes may wait for."""
+    """Remove the files of a filled shard from this node, except the lock, which may have waiters."""
     for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
         remove(folder)
 
 
 def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
-    """Upload the step files and new images of a shard, and return the name of the folder of its steps in
-    the store.
+    """Upload the new images and the step files of a shard, and return the folder of the steps below `shards`.
 
-    The name is new: an abandoned worker that still runs cannot write into the folder.
+    The folder has a new name, which no abandoned worker can write to.
     """
     name = f"{index:05d}/{uuid4().hex[:8]}"
     ids = (name for batch in read_samples(shard, ["sample_id"]) for name in batch["sample_id"].to_pylist())
-    ImageStore(run.root / "shards" / f"{index:05d}").add_from(ImageStore(shard.path), ids)
+    ImageStore(run.images_folder(index)).add_from(ImageStore(shard.path), ids)
     upload_folder(shard.path / "steps", run.root / "shards" / name / "steps")
     return name
 
 
 def save_journal(shard: DatasetDir, path: Path) -> None:
-    """Upload a snapshot of a shard's journal, which may have a writer meanwhile, and the cost of its requests."""
+    """Upload the cost of a shard, and a snapshot of its journal, which may have a writer meanwhile."""
     with TemporaryDirectory() as temporary:
         copy = Path(temporary) / path.name
-        with closing(sqlite3.connect(shard.journal.absolute())) as db, closing(sqlite3.connect(copy.absolute())) as copy_db:
-            db.backup(copy_db)
+        source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
+        with closing(source), closing(target):
+            source.backup(target)
         upload(copy, path)
     if shard.cost.exists():
         upload(shard.cost, _cost_file(path))
@@ -103,20 +105,13 @@ def _cost_file(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _keep_saving(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
-    with closing(sqlite3.connect(shard.journal.absolute())) as db:
-        saved_version = None
-        while not ended.wait(SAVE_SECONDS):
-            (version,) = db.execute("PRAGMA data_version").fetchone()  # changes when another connection has written
-            if version != saved_version and _try_to_save(shard, path):
-                saved_version = version
+def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
+    while not ended.wait(SAVE_INTERVAL_S):
+        _try_to_save(shard, path)
 
 
-def _try_to_save(shard: DatasetDir, path: Path) -> bool:
-    """Save the journal if the store takes it; the replies are on this node in any case, and the next copy may succeed."""
+def _try_to_save(shard: DatasetDir, path: Path) -> None:
     try:
         save_journal(shard, path)
-    except Exception as error:  # noqa: BLE001  # stores raise many types of errors
-        log.warning("the journal of %s was not copied to the store: %s", shard.path, error)
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001
+        log.warning("the journal of %s was not saved to the store: %s", shard.path, error)

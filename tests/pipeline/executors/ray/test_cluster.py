@@ -5,7 +5,7 @@ import ray
 
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import cluster
-from pipeline.executors.ray.cluster import MIN_CPUS, WorkerPlan, plan_workers
+from pipeline.executors.ray.cluster import MIN_WORKER_CPUS, WorkerPlan, plan_workers
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
     planned = plan_workers(wanted, loads_model=own_server, own_server=own_server)
     assert planned == plan
     assert planned.workers * planned.cpus <= cpus - 1
-    assert planned.cpus >= MIN_CPUS
+    assert planned.cpus >= MIN_WORKER_CPUS
 
 
 @pytest.mark.parametrize(

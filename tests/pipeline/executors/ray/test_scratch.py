@@ -32,7 +32,7 @@ REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes")))
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]:
-    monkeypatch.setattr(scratch, "SAVE_SECONDS", 0.05)
+    monkeypatch.setattr(scratch, "SAVE_INTERVAL_S", 0.05)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.dataset.records import write_record
-from pipeline.executors.ray.executor import _had_more
+from pipeline.executors.ray.executor import source_has_more
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import ShardWorker, is_read, read_slice
 from pipeline.progress import NullProgress
@@ -70,8 +70,8 @@ def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     run = ShardedRun(plan, tmp_path, 2, 1, "embedded", open_source(config).revision, "files", "inputs")
     write_exclusions(plan.dataset, config, [], NullProgress())
     read_slice(run, 0)
-    assert _had_more(run) == has_more
-    assert not _had_more(replace(run, inputs="others"))
+    assert source_has_more(run) == has_more
+    assert not source_has_more(replace(run, inputs="others"))
 
 
 def test_shard_is_read_again_if_its_images_are_gone(tmp_path: Path, photos: Path) -> None:
