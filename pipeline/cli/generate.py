@@ -62,8 +62,8 @@ def generate(
         return
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
-    from pipeline.executors.base import ClusterOptions
     from pipeline.executors.messages import describe_warnings
+    from pipeline.executors.ray.cluster import ClusterOptions
     from pipeline.run import STEPS, generate_dataset
 
     if executor == "local" and (ray_address, shards, workers) != (None, None, None):

@@ -1,6 +1,6 @@
 """Run in one process: the dataset folder is the only shard, and every function is applied at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,8 @@ from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.sources.read import SourceReader
 from pipeline.steps.base import Services
+from pipeline.storage.files import remove
+from pipeline.storage.object_store import is_remote
 
 T = TypeVar("T")
 ShardWork = Callable[[DatasetDir, Services], None]
@@ -91,3 +93,12 @@ def import_shard_replies(dataset: DatasetDir) -> None:
                 with Journal(path):
                     pass
                 journal.import_replies(path, "", "g")
+
+
+def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
+    """Remove the files of steps that only an earlier run had: the report would show them."""
+    folder = shard.step_file(names[0]).parent.parent
+    if not is_remote(folder) and folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path.name not in names:
+                remove(path)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from pipeline.storage.files import read_json
 from trainer.experiment.grid import FACTORS
 from trainer.experiment.runs import Run
-from trainer.metrics import cider_d, tokenize
 from trainer.runtime.training_state import read_log
 
 # The 97.5 % quantile of Student's t distribution by degrees of freedom.
@@ -36,7 +35,7 @@ class Arm:
     """All seeds of one grid point, with images in the order of their ids.
 
     `key` has the values of FACTORS, and the settings that differ from the first grid. `captions` has a tuple
-    for each seed. `matched_SI` are scores of captions cut to the length of the references.
+    for each seed.
     """
 
     key: tuple[str, ...]
@@ -46,7 +45,6 @@ class Arm:
     captions: tuple[tuple[str, ...], ...]
     cider_d_SI: Scores
     shuffled_SI: Scores
-    matched_SI: Scores
     metrics: tuple[dict[str, Any], ...]
     curves: tuple[list[dict[str, Any]], ...]
 
@@ -81,19 +79,14 @@ def _read_captions(run: Run) -> list[dict[str, Any]]:
 
 def _read_arm(key: tuple[str, ...], runs: list[Run]) -> Arm:
     rows = [_read_captions(run) for run in runs]
-    references = tuple(tuple(row["references"]) for row in rows[0])
-    tokens = [[reference.split(" ") for reference in group] for group in references]
-    lengths = [round(float(np.mean([len(reference) for reference in group]))) for group in tokens]
-    cut = [[tokenize(row["caption"])[:n] for row, n in zip(group, lengths, strict=True)] for group in rows]
     return Arm(
         key=key,
         seeds=tuple(run.cell.seed for run in runs),
         sample_ids=tuple(row["sample_id"] for row in rows[0]),
-        references=references,
-        captions=tuple(tuple(row["caption"] for row in group) for group in rows),
-        cider_d_SI=np.array([[row["cider_d"] for row in group] for group in rows]),
-        shuffled_SI=np.array([[row["shuffled_cider_d"] for row in group] for group in rows]),
-        matched_SI=np.array([cider_d(captions, tokens) for captions in cut]),
+        references=tuple(tuple(row["references"]) for row in rows[0]),
+        captions=tuple(tuple(row["caption"] for row in seed_rows) for seed_rows in rows),
+        cider_d_SI=np.array([[row["cider_d"] for row in seed_rows] for seed_rows in rows]),
+        shuffled_SI=np.array([[row["shuffled_cider_d"] for row in seed_rows] for seed_rows in rows]),
         metrics=tuple(read_json(run.folder / "metrics.json") for run in runs),
         curves=tuple(read_log(run.folder / "log.jsonl") for run in runs),
     )
@@ -157,7 +150,6 @@ def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 continue
             seeds = [len(arm.seeds), len(base.seeds)]
             low, high = interval(arm.cider_d_SI, base.cider_d_SI)
-            matched_interval = interval(arm.matched_SI, base.matched_SI)
             differences.append(
                 {
                     "factor": factor,
@@ -166,8 +158,6 @@ def compare(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     "difference": float(arm.cider_d_SI.mean() - base.cider_d_SI.mean()),
                     "interval": [low, high],
                     "verdict": verdict(low, high, min(seeds)),
-                    "length_matched_difference": float(arm.matched_SI.mean() - base.matched_SI.mean()),
-                    "length_matched_verdict": verdict(*matched_interval, min(seeds)),
                     "seeds": seeds,
                 }
             )
@@ -194,7 +184,6 @@ def summarize(arm: Arm, images: int, words: int) -> dict[str, Any]:
         "interval": list(interval(arm.cider_d_SI)),
         "of_seeds": [round(float(value), 4) for value in arm.cider_d_SI.mean(1)],
         "shuffled_cider_d": float(arm.shuffled_SI.mean()),
-        "length_matched_cider_d": float(arm.matched_SI.mean()),
         "bleu_4": float(np.mean([m["scores"]["bleu_4"] for m in arm.metrics])),
         "rouge_l": float(np.mean([m["scores"]["rouge_l"] for m in arm.metrics])),
         "mean_words": float(np.mean([m["words"]["mean"] for m in arm.metrics])),
@@ -214,7 +203,7 @@ def examples(arms: Sequence[Arm], count: int) -> list[dict[str, Any]]:
         {
             "sample_id": arms[0].sample_ids[n],
             "references": list(arms[0].references[n]),
-            "said": [
+            "captions": [
                 {"arm": arm.name, "caption": arm.captions[0][n], "cider_d": float(arm.cider_d_SI[0, n])}
                 for arm in arms
             ],

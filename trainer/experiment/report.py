@@ -51,15 +51,14 @@ def write_result(runs: list[Run], out: Path) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """Return the tables of a result as Markdown."""
     lines = [
-        "| arm | seeds | CIDEr-D [95 %] | shuffled | length-matched | words | words learned |",
-        "|---" * 7 + "|",
+        "| arm | seeds | CIDEr-D [95 %] | shuffled | words | words learned |",
+        "|---" * 6 + "|",
     ]
     for arm in result["arms"]:
         low, high = arm["interval"]
         lines.append(
             f"| {_cell(arm['name'])} | {len(arm['seeds'])} | {arm['cider_d']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {arm['shuffled_cider_d']:.3f} | {arm['length_matched_cider_d']:.3f} "
-            f"| {arm['mean_words']:.1f} | {arm['caption_words_learned']:,} |"
+            f"| {arm['shuffled_cider_d']:.3f} | {arm['mean_words']:.1f} | {arm['caption_words_learned']:,} |"
         )
     if result["words_differ"]:
         lines += [
@@ -67,13 +66,12 @@ def markdown(result: dict[str, Any]) -> str:
             "The kinds of data have different numbers of words although each image keeps one caption.",
         ]
     if result["differences"]:
-        lines += ["", "| arm | than | difference [95 %] | verdict | length-matched |", "|---" * 5 + "|"]
+        lines += ["", "| arm | than | difference [95 %] | verdict |", "|---" * 4 + "|"]
     for row in result["differences"]:
         low, high = row["interval"]
         lines.append(
             f"| {_cell(row['arm'])} | {_cell(row['than'])} | {row['difference']:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}] | {row['verdict']} "
-            f"| {row['length_matched_difference']:+.3f}, {row['length_matched_verdict']} |"
+            f"[{low:+.3f}, {high:+.3f}] | {row['verdict']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -27,6 +27,14 @@ MIN_WORKER_CPUS = 0.1
 OUTCOMES = pa.schema([("id", pa.int64()), ("outcome", pa.binary())])
 
 
+class ClusterOptions(NamedTuple):
+    """The address of a cluster (None: start one on this machine), and the numbers of shards and workers."""
+
+    address: str | None = None
+    shards: int | None = None
+    workers: int | None = None
+
+
 class WorkerPlan(NamedTuple):
     """The number of workers that send requests, and the CPUs and GPUs of each one."""
 

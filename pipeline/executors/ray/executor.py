@@ -6,7 +6,7 @@ resumes after any failure. Answered requests are in the journals of the shards, 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,14 @@ from pipeline.dataset.directory import OUTPUTS, DatasetDir
 from pipeline.dataset.records import code_digest, write_record
 from pipeline.digests import digest, file_digest
 from pipeline.errors import ClusterError, ConfigError
-from pipeline.executors.base import ClusterOptions, forget_other_steps
-from pipeline.executors.ray.cluster import WorkerPlan, map_on_cluster, open_cluster, plan_workers
+from pipeline.executors.local import forget_other_steps
+from pipeline.executors.ray.cluster import (
+    ClusterOptions,
+    WorkerPlan,
+    map_on_cluster,
+    open_cluster,
+    plan_workers,
+)
 from pipeline.executors.ray.shards import ShardedRun, named_files, run_exclusively, scratch_root
 from pipeline.executors.ray.workers import (
     ShardWorker,
@@ -47,6 +53,7 @@ T = TypeVar("T")
 ShardWork = Callable[[DatasetDir, Services], None]
 
 
+@dataclass(slots=True)
 class RayExecutor:
     """Apply functions to shards on the workers of a cluster; see steps.base.Executor.
 
@@ -55,20 +62,14 @@ class RayExecutor:
     process.
     """
 
-    def __init__(
-        self,
-        run: ShardedRun,
-        workers: WorkerPlan | None,
-        stats: RequestStats,
-        progress: Progress,
-        check: Callable[[], None],
-        source: dict[str, Any],
-    ) -> None:
-        self.run, self.check = run, check
-        self._workers, self._stats, self._progress = workers, stats, progress
-        self._source = source
-        self._pending: list[ShardWork] = []
-        self._is_filled = workers is None
+    run: ShardedRun
+    workers: WorkerPlan | None
+    stats: RequestStats
+    progress: Progress
+    check: Callable[[], None]
+    source: dict[str, Any] = field(default_factory=dict)
+    is_filled: bool = False
+    _pending: list[ShardWork] = field(default_factory=list)
 
     @property
     def shards(self) -> Sequence[DatasetDir]:
@@ -77,32 +78,29 @@ class RayExecutor:
 
     def read(self, limit: int | None) -> bool:  # noqa: ARG002
         """See Executor. Readers shuffle the source to shards; samples are stored when shards are filled."""
-        run = self.run
+        run, progress = self.run, self.progress
         for path in (run.root / "exchange").glob("*"):
             if path != run.shuffle_root:
                 remove(path)
         if not all(is_read(run, index) for index in range(run.shard_count)):
-            map_on_cluster(
-                run.readers,
-                partial(_read_slice, run),
-                report=lambda done: self._progress("read", done, run.readers),
-            )
+            read = partial(_read_slice, run)
+            map_on_cluster(run.readers, read, report=lambda done: progress("read", done, run.readers))
         has_more = source_has_more(run)
-        source = self._source | ({"preview": True} if has_more else {})
+        source = self.source | ({"preview": True} if has_more else {})
         write_record(run.plan.dataset, "read", run.inputs, source=source)
         return has_more
 
     def each(self, work: ShardWork, *, asks: bool = False) -> None:
         """See Executor."""
-        assert not (asks and self._is_filled), "no step may ask a model after the first that compares rows"
+        assert not (asks and self.is_filled), "no step may ask a model after the first that compares rows"
         self._pending.append(work)
 
     def wait(self) -> None:
         """See Executor."""
         works, self._pending = self._pending, []
-        if works and not self._is_filled:
+        if works and not self.is_filled:
             self._fill(works)
-            self._is_filled = True
+            self.is_filled = True
             self.check()
         elif works:
             self._map(partial(_work_on_shard, self.run, partial(_apply_all, works)))
@@ -119,17 +117,17 @@ class RayExecutor:
 
     def _map(self, work: Callable[[int], T]) -> list[T]:
         count = self.run.shard_count
-        return map_on_cluster(count, work) if self._workers else [work(index) for index in range(count)]
+        return map_on_cluster(count, work) if self.workers else [work(index) for index in range(count)]
 
     def _fill(self, works: Sequence[ShardWork]) -> None:
-        run, progress = self.run, self._progress
+        run, progress = self.run, self.progress
         results = map_on_cluster(
             run.shard_count,
             ShardWorker(run, works),
-            self._workers,
+            self.workers,
             lambda done: progress("ask", done, run.shard_count, {"unit": "shards"}),
         )
-        if cost := add_fill_results(results, self._stats):
+        if cost := add_fill_results(results, self.stats):
             write_json(run.plan.dataset.cost, cost)
         if is_remote(run.root):
             filled = tuple(result.folder for result in results)
@@ -193,7 +191,8 @@ def open_finished(plan: Plan, progress: Progress, check: Callable[[], None]) -> 
     shard_count = _count_shards(plan.dataset, None)
     run = ShardedRun(plan, Path.cwd(), shard_count, 1, "", "", digest(named_files(plan)), "review")
     remove(run.attempts)
-    return RayExecutor(replace(run, filled=_filled_folders(run)), None, RequestStats(), progress, check, {})
+    run = replace(run, filled=_filled_folders(run))
+    return RayExecutor(run, None, RequestStats(), progress, check, is_filled=True)
 
 
 def _filled_folders(run: ShardedRun) -> tuple[str, ...]:

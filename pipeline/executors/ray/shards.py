@@ -1,30 +1,35 @@
-"""A run over shards: the state that all workers share, the paths of shards, and exclusive work on a shard."""
+"""A run over shards: the state that all workers share, the shuffle of rows, and exclusive work on a shard."""
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import asked_tasks
 from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
-from pipeline.executors.ray.shuffle import Indices, Shuffle
 from pipeline.logs import keep_log_in
 from pipeline.plan import Plan
 from pipeline.sources import files_of_source
-from pipeline.storage.files import read_json, translate_disk_errors, write_json
-from pipeline.storage.object_store import is_remote
+from pipeline.storage.files import atomic_write, read_json, translate_disk_errors, write_json
+from pipeline.storage.object_store import is_remote, open_object
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
+Indices = npt.NDArray[np.int64]
+READ_AHEAD_BYTES = 1 << 16
 # Deaths of workers at one shard after which it is abandoned.
 MAX_DEATHS = 3
 # Leading digits of a sample id that select its shard.
@@ -33,17 +38,63 @@ _CHECKED_FILES = set[str]()
 
 
 @dataclass(frozen=True, slots=True)
+class Shuffle:
+    """File-based shuffle: each reader writes one file with batches of rows for every shard.
+
+    Files appear whole or not at all, and equal input gives equal files: a dead reader can be replaced.
+    """
+
+    path: Path
+    shards: int
+
+    def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
+        """Write the rows of a reader: from every table one batch for each shard. Memory holds one table."""
+        with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
+            writer = None
+            for table in tables:
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                writer = writer or pa.ipc.new_file(sink, table.schema, options=options)
+                shard = shard_of(table)
+                order = np.argsort(shard, kind="stable")
+                bounds = np.searchsorted(shard[order], np.arange(self.shards + 1)).tolist()
+                ordered = table.take(pa.array(order)).combine_chunks()
+                empty = pa.RecordBatch.from_pylist([], table.schema)
+                for start, end in pairwise(bounds):
+                    (batch,) = ordered.slice(start, end - start).to_batches() or [empty]
+                    writer.write_batch(batch)
+            if writer:
+                writer.close()
+
+    def read(self, shard: int, readers: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one shard, reader after reader."""
+        for reader in range(readers):
+            path = self.file(reader)
+            opened = open_object(path, READ_AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path))
+            with opened as source:
+                file = pa.ipc.open_file(source)
+                for number in range(shard, file.num_record_batches, self.shards):
+                    yield file.get_batch(number)
+
+    def file(self, reader: int) -> Path:
+        """Return the file of a reader's rows, which exists only when it is complete."""
+        return self.path / f"{reader:05d}.arrow"
+
+    def by_hash(self, names: Iterable[str]) -> Indices:
+        """Return the shard index of each name by its CRC-32."""
+        return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
+
+
+@dataclass(frozen=True, slots=True)
 class ShardedRun:
     """A run over shards. Each shard is a dataset folder with its own samples, journal and step files.
 
     The first digits of a sample id select its shard: ids are digests, so shards have similar sizes, and
     shards in order hold ids in order. All workers see the dataset folder, on a shared file system or in an
-    object store.
+    object store. Paths in the settings are relative to `working_dir`.
 
-    Paths in the settings are relative to `working_dir`. `files` is a digest of the files that the settings
-    name. `inputs` is a digest of everything that decides which samples the shards hold. In an object store,
-    `fill_key` is the key of filled shards, and `filled` has their folders. `retries_all`: temporary failures
-    may succeed now.
+    `files` is a digest of the files that the settings name, `inputs` one of everything that decides which
+    samples the shards hold. In an object store, `fill_key` is the key of filled shards, and `filled` has
+    their folders. `retries_all`: temporary failures may succeed now.
     """
 
     plan: Plan

@@ -4,22 +4,28 @@ A shard is filled when it has its samples, its requests are answered, and all st
 are done.
 """
 
+import logging
 import os
+import shutil
 import socket
+import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir, read_exclusions, read_samples
-from pipeline.dataset.images import ImageStore
+from pipeline.dataset.images import FOLDER, ImageStore
 from pipeline.dataset.records import count_rows, is_done, read_record, write_record
 from pipeline.errors import EngineError, SourceError, SynthError
-from pipeline.executors.ray.scratch import forget_scratch, scratch_shard, upload_steps
 from pipeline.executors.ray.shards import ShardedRun, run_exclusively
 from pipeline.images.isolation import limit_workers
 from pipeline.inference.engines import EngineChoice, choose_engine, open_engine
@@ -31,17 +37,20 @@ from pipeline.sources.duplicates import BATCH_BYTES
 from pipeline.sources.exclusions import ExclusionIndex
 from pipeline.sources.read import count_passing, is_worth_another_try, write_source
 from pipeline.steps.base import Services
-from pipeline.storage.files import read_json, write_json
-from pipeline.storage.object_store import is_remote, local_copy
+from pipeline.storage.files import read_json, remove, write_json
+from pipeline.storage.object_store import download, is_remote, local_copy, upload, upload_folder
 from pipeline.tables import SAMPLE, SOURCE_REJECTED
 from pipeline.types import UNANSWERED, Engine, Rejected, Sample, SourceSlice
 
 FILLED = "filled.json"
+# A lost node loses the replies since the last save of its journal to the object store.
+SAVE_INTERVAL_S = 30.0
 BATCH_SAMPLES = 256
 ADDED_STATS = (
     "asked", "attempts", "flaws", "prompt_tokens", "reply_tokens", "judge_prompt_tokens",
     "judge_reply_tokens", "uncounted",
 )  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +127,19 @@ def is_read(run: ShardedRun, index: int) -> bool:
     """Return whether a shard has the samples of these inputs, and their images."""
     if run.retries_all or not is_done(run.shard(index), "read", run.inputs):
         return False
-    ids = (
-        name
-        for batch in read_samples(run.shard(index), ["sample_id"])
-        for name in batch["sample_id"].to_pylist()
-    )
-    return not ImageStore(run.images_folder(index)).find_missing(ids)
+    return not ImageStore(run.images_folder(index)).find_missing(_sample_ids(run.shard(index)))
+
+
+def _sample_ids(shard: DatasetDir) -> Iterator[str]:
+    for batch in read_samples(shard, ["sample_id"]):
+        yield from batch["sample_id"].to_pylist()
 
 
 def has_retryable_rows(run: ShardedRun) -> bool:
     """Return whether a shard was read from the same inputs with temporary failures that are worth a retry."""
-    records = [read_record(shard, "read") for shard in run.shards]
-    return any(
-        is_worth_another_try(record["may_pass"], record["may_pass_before"])
-        for record in records
-        if record.get("key") == run.inputs
-    )
+    records = (read_record(shard, "read") for shard in run.shards)
+    same = [record for record in records if record.get("key") == run.inputs]
+    return any(is_worth_another_try(record["may_pass"], record["may_pass_before"]) for record in same)
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
@@ -229,6 +235,100 @@ class ShardWorker(AbstractContextManager["ShardWorker"]):
             problem = f"a worker has {choice.model} {choice.revision[:12]}, the command {revision[:12]}"
             raise EngineError(problem, hint="use one model on all nodes, or one list of --base-url")
         return choice
+
+
+@contextmanager
+def scratch_shard(run: ShardedRun, index: int) -> Iterator[DatasetDir]:
+    """Yield a folder of this node to fill a shard in, with all stored replies; upload its replies at the end.
+
+    A lock keeps other workers of this node out, and the files of a killed worker are reused. An abandoned
+    worker may still run on another node: each uploads its journal under a new name.
+    """
+    stored = run.shard(index).journal.parent
+    shard, saved = run.scratch_shard(index), stored / f"{uuid4().hex[:8]}.sqlite"
+    with shard.lock(wait=True):
+        journals = sorted(stored.glob("*.sqlite"), key=lambda path: (-path.stat().st_size, path.name))
+        for path in journals:
+            _fetch_journal(path, shard)
+        with Journal(shard.journal):
+            pass
+        ended = threading.Event()
+        saving = threading.Thread(target=_save_periodically, args=(shard, saved, ended), daemon=True)
+        saving.start()
+        try:
+            yield shard
+        except BaseException:
+            ended.set()
+            saving.join()
+            _try_to_save(shard, saved)
+            raise
+        ended.set()
+        saving.join()
+        save_journal(shard, saved)
+        # The saved journal has the replies of the fetched ones.
+        for path in journals:
+            path.unlink(missing_ok=True)
+            _cost_file(path).unlink(missing_ok=True)
+        forget_scratch(shard)
+
+
+def forget_scratch(shard: DatasetDir) -> None:
+    """Remove the files of a filled shard from this node, except the lock, which may have waiters."""
+    for folder in (shard.journal.parent, shard.path / "steps", shard.path / FOLDER):
+        remove(folder)
+
+
+def upload_steps(run: ShardedRun, index: int, shard: DatasetDir) -> str:
+    """Upload the new images and the step files of a shard, and return the folder of the steps below `shards`.
+
+    The folder has a new name, which no abandoned worker can write to.
+    """
+    name = f"{index:05d}/{uuid4().hex[:8]}"
+    images = ImageStore(run.images_folder(index))
+    images.add_from(ImageStore(shard.path), _sample_ids(shard))
+    upload_folder(shard.path / "steps", run.root / "shards" / name / "steps")
+    return name
+
+
+def save_journal(shard: DatasetDir, path: Path) -> None:
+    """Upload the cost of a shard, and a snapshot of its journal, which may have a writer meanwhile."""
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / path.name
+        source, target = sqlite3.connect(shard.journal.absolute()), sqlite3.connect(copy.absolute())
+        with closing(source), closing(target):
+            source.backup(target)
+        upload(copy, path)
+    if shard.cost.exists():
+        upload(shard.cost, _cost_file(path))
+
+
+def _fetch_journal(path: Path, shard: DatasetDir) -> None:
+    """Add the replies of a journal in the store to the journal of a shard."""
+    with local_copy(path) as copy:
+        if shard.journal.exists():
+            with Journal(shard.journal) as journal:
+                journal.import_replies(copy, "", "g")
+        else:
+            shard.journal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(copy, shard.journal)
+    if _cost_file(path).exists() and not shard.cost.exists():
+        download(_cost_file(path), shard.cost)
+
+
+def _cost_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _save_periodically(shard: DatasetDir, path: Path, ended: threading.Event) -> None:
+    while not ended.wait(SAVE_INTERVAL_S):
+        _try_to_save(shard, path)
+
+
+def _try_to_save(shard: DatasetDir, path: Path) -> None:
+    try:
+        save_journal(shard, path)
+    except Exception as error:  # noqa: BLE001
+        log.warning("the journal of %s was not saved to the store: %s", shard.path, error)
 
 
 def add_fill_results(results: Sequence[FillResult], stats: RequestStats) -> Counter[str]:

@@ -21,7 +21,6 @@ def arm(
         captions=((f"a {data} ring",) * images,) * seeds,
         cider_d_SI=scores_SI,
         shuffled_SI=scores_SI / 2,
-        matched_SI=scores_SI,
         metrics=(metrics,) * seeds,
         curves=([],) * seeds,
     )
@@ -98,5 +97,5 @@ def test_examples_begin_with_the_largest_difference() -> None:
     assert chosen[0]["sample_id"] == "i13" and len(chosen) == 6 == len(
         {example["sample_id"] for example in chosen}
     )
-    assert [entry["caption"] for entry in chosen[0]["said"]] == ["a facts ring", "a model ring"]
+    assert [entry["caption"] for entry in chosen[0]["captions"]] == ["a facts ring", "a model ring"]
     assert len(examples([arm("facts", np.ones((1, 3)))], 6)) == 3

@@ -64,7 +64,7 @@ def test_cells_with_different_settings_or_data_have_different_folders() -> None:
     [
         ({"settings": {}}, "settings.steps must be the number of steps"),
         ({"settings": {"steps": 9, "seed": 3}}, "settings.seed is set by the grid"),
-        ({"settings": {"stepz": 9}}, "unknown config key: stepz"),
+        ({"settings": {"steps": 9, "stepz": 9}}, "unknown config key: stepz"),
         ({"encoders": ["clip"]}, "unknown config key: encoders"),
         ({"seeds": []}, "seeds"),
         ({"settings": {"steps": 3}}, "at least 4"),

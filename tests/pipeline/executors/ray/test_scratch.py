@@ -15,9 +15,9 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
-from pipeline.executors.ray import scratch
-from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_steps
+from pipeline.executors.ray import workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
+from pipeline.executors.ray.workers import save_journal, scratch_shard, upload_steps
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
@@ -33,7 +33,7 @@ REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes")))
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]:
-    monkeypatch.setattr(scratch, "SAVE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(workers, "SAVE_INTERVAL_S", 0.05)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
@@ -128,7 +128,7 @@ def test_failed_upload_is_retried(run: ShardedRun, tmp_path: Path, monkeypatch: 
             raise OSError("away")
         upload(file, path)
 
-    monkeypatch.setattr(scratch, "upload", fail_twice)
+    monkeypatch.setattr(workers, "upload", fail_twice)
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
         wait_for(lambda: len(attempts) >= 3)

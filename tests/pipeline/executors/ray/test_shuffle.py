@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.executors.ray.shuffle import Indices, Shuffle
+from pipeline.executors.ray.shards import Indices, Shuffle
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 
