@@ -1,4 +1,4 @@
-"""Detect refusals: texts in which a model, or a paid human, declines to describe the image."""
+"""Detect refusals: a model, or a paid human, declines to describe the image."""
 
 import re
 from collections.abc import Collection

@@ -26,6 +26,7 @@ from trainer.training import train_captioner
 
 MIN_TEST_IMAGES = 2
 CONTEXT = get_context("spawn")
+ERROR_FILE = "error.txt"
 Examples = dict[str, list[Example]]
 OpenData = Callable[[str | None, str | None], Version]
 
@@ -49,11 +50,6 @@ class Run:
     def is_done(self) -> bool:
         """Whether the cell has been trained and scored."""
         return (self.folder / "metrics.json").exists() and (self.folder / "captions.jsonl").exists()
-
-    @property
-    def error_file(self) -> Path:
-        """The file with the error message of the last training."""
-        return self.folder / "error.txt"
 
 
 def plan(experiment: Experiment, cells: list[Cell], open_data: OpenData, out: Path) -> list[Run]:
@@ -143,10 +139,8 @@ def _count_cores() -> int:
 
 def require_models(runs: list[Run]) -> None:
     """Raise TrainError for an encoder or a decoder that cannot be loaded."""
-    for factor, known, built_in in (
-        ("encoder", ENCODERS, (TINY_VIT,)),
-        ("decoder", DECODERS, SCRATCH_DECODERS),
-    ):
+    models = (("encoder", ENCODERS, (TINY_VIT,)), ("decoder", DECODERS, SCRATCH_DECODERS))
+    for factor, known, built_in in models:
         for name in dict.fromkeys(getattr(run.config, factor) for run in runs if not run.is_done):
             try:
                 if name not in built_in:
@@ -173,20 +167,14 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
             while waiting and slots:
                 run, slot = waiting.pop(0), slots.pop(0)
                 process = CONTEXT.Process(target=_train, args=(run, threads, _visible_gpu(slot), os.getpid()))
-                run.error_file.unlink(missing_ok=True)
+                (run.folder / ERROR_FILE).unlink(missing_ok=True)
                 process.start()
                 running[process] = run, slot
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
                 run, slot = running.pop(process)
-                if code := process.exitcode:
-                    has_message = run.error_file.exists()
-                    message = (
-                        run.error_file.read_text()
-                        if has_message
-                        else f"its process ended with exit code {code}"
-                    )
-                    failed.append(f"{run.folder.name}: {message}")
+                if process.exitcode:
+                    failed.append(_describe_failure(run, process.exitcode))
                 slots.append(slot)
                 done += 1
                 progress("cells", done, len(runs))
@@ -195,6 +183,12 @@ def run_cells(runs: list[Run], jobs: int, progress: Progress) -> list[str]:
             process.terminate()
             process.join()
     return failed
+
+
+def _describe_failure(run: Run, exit_code: int) -> str:
+    file = run.folder / ERROR_FILE
+    message = file.read_text("utf-8") if file.exists() else f"its process ended with exit code {exit_code}"
+    return f"{run.folder.name}: {message}"
 
 
 def _visible_gpu(slot: int) -> str | None:
@@ -212,23 +206,19 @@ def _train(run: Run, threads: int, gpu: str | None, parent: int) -> None:
     torch.set_num_threads(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    cell, version = run.cell, run.version
-    factors = {name: getattr(cell, name) for name in (*FACTORS, "otherwise", "seed")}
+    folder, version = run.folder, run.version
+    values = {name: getattr(run.cell, name) for name in (*FACTORS, "otherwise", "seed")}
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-
-        write_json(
-            run.folder / "cell.json",
-            factors | {"version": version.name, "digest": version.manifest["digest"]},
-        )
-        train_captioner(
-            version, run.config, run.folder, resume=(run.folder / "resume.pt").exists(), only=run.only
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        values |= {"version": version.name, "digest": version.manifest["digest"]}
+        write_json(folder / "cell.json", values)
+        resume = (folder / "resume.pt").exists()
+        train_captioner(version, run.config, folder, resume=resume, only=run.only)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001
         message = str(error) if isinstance(error, SynthError) else f"{type(error).__name__}: {error}"
-        write_text(run.error_file, message)
+        write_text(folder / ERROR_FILE, message)
         sys.exit(1)
 
 

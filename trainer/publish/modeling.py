@@ -24,10 +24,10 @@ from transformers import (
     AutoModelForCausalLM,
     BatchFeature,
     GenerationMixin,
+    MaxLengthCriteria,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    StoppingCriteria,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.image_utils import load_image
@@ -110,7 +110,7 @@ class _CrossAttending(nn.Module):
         self.norm = nn.RMSNorm(config.width)
 
     def forward(
-        self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None
+        self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None, _: int
     ) -> Tensor:
         """Return logits (B, T, vocabulary). `states_BND` is None if the cache holds the image."""
         cache = DynamicCache() if cache is None else cache
@@ -187,14 +187,8 @@ class _Prefixed(nn.Module):
         return logits_BTV
 
 
-class _AtLength(StoppingCriteria):
-    """End all texts of a batch at a number of tokens, prompt included."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.max_tokens, device=input_ids.device)
+class _AtLastPosition(MaxLengthCriteria):
+    """A type of its own: `generate` replaces its own criteria by those of the same type."""
 
 
 class _Contrast(nn.Module):
@@ -269,10 +263,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if image_states is None and not past:
             raise ValueError("a captioner needs an image: pass pixel_values")
         shown = None if past else image_states
-        if isinstance(self.decoder, _Prefixed):
-            logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
-        else:
-            logits = self.decoder(input_ids, shown, attention_mask, past_key_values)
+        logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -308,13 +299,11 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
         if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.max_positions:
-            max_tokens = self.decoder.max_positions - options["image_states"].shape[1]
-            prompt_tokens = input_ids.shape[1]
-            if max_tokens <= prompt_tokens:
-                raise ValueError(
-                    f"a prompt of {prompt_tokens} tokens leaves no room for a text: ask a shorter question"
-                )
-            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), _AtLength(max_tokens)]
+            max_length = self.decoder.max_positions - options["image_states"].shape[1]
+            if input_ids.shape[1] >= max_length:
+                raise ValueError("the prompt leaves no room for a text: ask a shorter question")
+            criteria = options.get("stopping_criteria") or ()
+            options["stopping_criteria"] = [*criteria, _AtLastPosition(max_length)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
             # Go on after the first complete texts: a longer one may have a better mean score.
             options.setdefault("early_stopping", "never")

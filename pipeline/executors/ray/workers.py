@@ -143,7 +143,7 @@ def has_retryable_rows(run: ShardedRun) -> bool:
 
 
 def read_filled(run: ShardedRun, index: int) -> dict[str, Any]:
-    """Return the record of a filled shard in an object store; an empty dict if there is none."""
+    """Return the record of a filled shard in an object store, or an empty dict."""
     path = run.images_folder(index) / FILLED
     return dict(read_json(path)) if path.exists() else {}
 
