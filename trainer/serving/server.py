@@ -41,6 +41,7 @@ BODY_TIMEOUT_S = 30.0
 # Limits of all requests and bodies that the server has not answered yet.
 MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
+HANDLED_ERRORS = (RefusedError, HTTPException, ClientDisconnect, Exception)
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 log = logging.getLogger(__name__)
 
@@ -70,18 +71,13 @@ class Batcher:
     batch_size: int
     thread: ThreadPoolExecutor
     batches: int = 0
-    _pending: deque[Pending] = field(default_factory=deque)
+    pending: deque[Pending] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def waiting(self) -> int:
-        """The number of waiting requests."""
-        return len(self._pending)
 
     async def submit(self, request: GenerationRequest) -> list[int]:
         """Return the token ids of a text. Raises the errors of `write`."""
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._pending.append((request, future))
+        self.pending.append((request, future))
         self._arrived.set()
         return await future
 
@@ -91,7 +87,7 @@ class Batcher:
         while True:
             await self._arrived.wait()
             batch = self._next_batch()
-            if not self._pending:
+            if not self.pending:
                 self._arrived.clear()
             if not batch:
                 continue
@@ -113,14 +109,14 @@ class Batcher:
     def _next_batch(self) -> list[Pending]:
         batch: list[Pending] = []
         rest: deque[Pending] = deque()
-        while self._pending and len(batch) < self.batch_size:
-            request, future = self._pending.popleft()
+        while self.pending and len(batch) < self.batch_size:
+            request, future = self.pending.popleft()
             # The client has disconnected.
             if future.done():
                 continue
             fits = not batch or request.group == batch[0][0].group
             (batch if fits else rest).append((request, future))
-        self._pending.extendleft(reversed(rest))
+        self.pending.extendleft(reversed(rest))
         return batch
 
 
@@ -155,9 +151,7 @@ class CaptionServer:
                 Route("/health", self.health),
             ],
             middleware=[Middleware(Guard, host=self.host, key=self.key)],
-            exception_handlers=dict.fromkeys(
-                (RefusedError, HTTPException, ClientDisconnect, Exception), _error_response
-            ),
+            exception_handlers=dict.fromkeys(HANDLED_ERRORS, _error_response),
             lifespan=self._lifespan,
         )
 
@@ -221,7 +215,10 @@ class CaptionServer:
                 raise RefusedError("this captioner has not learned to answer questions")
             beams = 1 if request.temperature else self.num_beams
             decoding = DecodingConfig(beams, request.temperature, request.top_p)
-            pixels_CHW = await self._pixels(request.image)
+            loop = asyncio.get_running_loop()
+            pixels_CHW = await loop.run_in_executor(self.readers, self.captioner.prepare, request.image)
+            if isinstance(pixels_CHW, ImageError):
+                raise RefusedError(f"the image cannot be read: {pixels_CHW}")
             try:
                 prompt = self.captioner.prompt(request.style, request.question)
                 ids = await self.batcher.submit(GenerationRequest(pixels_CHW, prompt, decoding))
@@ -246,18 +243,10 @@ class CaptionServer:
             return captioner.config.max_caption_tokens
         return captioner.most_tokens(self.num_states, prompt_tokens)
 
-    async def _pixels(self, image: bytes) -> Tensor:
-        loop = asyncio.get_running_loop()
-        pixels_CHW = await loop.run_in_executor(self.readers, self.captioner.prepare, image)
-        if isinstance(pixels_CHW, ImageError):
-            raise RefusedError(f"the image cannot be read: {pixels_CHW}")
-        return pixels_CHW
-
     def _write(self, requests: list[GenerationRequest]) -> list[list[int]]:
         pixels_BCHW = torch.stack([request.pixels_CHW for request in requests])
-        return self.captioner.write(
-            pixels_BCHW, [request.prompt for request in requests], requests[0].decoding
-        )
+        prompts = [request.prompt for request in requests]
+        return self.captioner.write(pixels_BCHW, prompts, requests[0].decoding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,21 +128,14 @@ def map_on_cluster(
     import ray.data
     import ray.exceptions as lost
 
-    indices, options = (
-        ray.data.range(count, override_num_blocks=count),
-        {"batch_size": 1, "batch_format": "pyarrow"},
-    )
+    function: Any = partial(_apply, work)
+    options: dict[str, Any] = {}
     if workers:
-        outcomes = indices.map_batches(
-            _Worker,
-            fn_constructor_args=(work,),
-            compute=ray.data.ActorPoolStrategy(size=workers.workers),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus,
-            **options,
-        )
-    else:
-        outcomes = indices.map_batches(partial(_apply, work), **options)
+        pool = ray.data.ActorPoolStrategy(size=workers.workers)
+        resources = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+        function, options = _Worker, {"fn_constructor_args": (work,), "compute": pool, **resources}
+    indices = ray.data.range(count, override_num_blocks=count)
+    outcomes = indices.map_batches(function, batch_size=1, batch_format="pyarrow", **options)
     results: dict[int, T] = {}
     try:
         for row in outcomes.iter_rows():
