@@ -30,7 +30,7 @@ from pipeline.tasks.prompts import prompt_texts
 T = TypeVar("T")
 Indices = npt.NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 16
-# Deaths of workers at one shard after which it is abandoned.
+# A run ends after more deaths of workers than this at one shard.
 MAX_DEATHS = 3
 # Leading digits of a sample id that select its shard.
 HEX_DIGITS = 8

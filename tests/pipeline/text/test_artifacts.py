@@ -105,18 +105,10 @@ def test_five_consecutive_words_of_the_prompt_are_an_echo() -> None:
     [
         ("A kite flies.\nIt is red.", "A kite flies.\nIt is red."),
         ("A kite flies.\n\nQuestion 1: What flies?\n\nAnswer: A kite.", "A kite flies."),
-        (
-            "A red kite flies over the harbour.\n\nThe image: a red kite.",
-            "A red kite flies over the harbour.",
-        ),
-        (
-            "A red kite flies high up. Big.\n\nAgain: A red kite flies high up.",
-            "A red kite flies high up. Big.",
-        ),
-        (
-            "Caption: A kite.\nA kite.",
-            "Caption: A kite.\nA kite.",
-        ),  # the step filter judges the first paragraph
+        ("A red kite over the harbour.\n\nThe image: a red kite.", "A red kite over the harbour."),
+        ("A red kite flies high. Big.\n\nAgain: A red kite flies high.", "A red kite flies high. Big."),
+        # The step filter judges the first paragraph.
+        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),
         ("\n\nA kite.\n", "\n\nA kite.\n"),
     ],
 )

@@ -71,10 +71,7 @@ def test_password_in_url_is_masked(text: str, shown: str) -> None:
 def test_markup_links_and_line_breaks_are_escaped() -> None:
     assert markdown("a\n# b") == r"a \# b"
     assert markdown("<b>`x`</b>") == r"&lt;b&gt;\`x\`&lt;/b&gt;"
-    assert (
-        markdown("see https://evil.example, www.evil.example")
-        == "see https&#58;//evil.example, www&#46;evil.example"
-    )
+    assert markdown("see https://a.example, www.a.example") == "see https&#58;//a.example, www&#46;a.example"
     assert markdown(Markdown("*as it is*")) == "*as it is*"
     assert markdown(7) == 7
 
