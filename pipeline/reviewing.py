@@ -64,9 +64,9 @@ def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress
                         return run_here(plan, RequestStats(), progress, first=review.STEP.name)
                 from pipeline.executors.ray.executor import open_finished
 
-                with open_finished(plan, progress, check) as executor:
-                    require_records(executor.shards, plan)
-                    return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
+                executor = open_finished(plan, progress, check)
+                require_records(executor.shards, plan)
+                return run(plan, executor, RequestStats(), progress, first=review.STEP.name)
             except Exception:
                 write_text(dataset.reviews, format_reviews(before))
                 raise

@@ -11,9 +11,9 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.version import Version
 from pipeline.errors import ConfigError, TableError
-from pipeline.executors.base import ClusterOptions, forget_other_steps
-from pipeline.executors.local import LocalExecutor
+from pipeline.executors.local import LocalExecutor, forget_other_steps
 from pipeline.executors.messages import describe_losses, describe_start, describe_unanswered
+from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.inference.queue import RequestStats
 from pipeline.logs import log_to
 from pipeline.plan import Plan

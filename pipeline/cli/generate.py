@@ -59,8 +59,8 @@ def generate(
         return
     from pipeline.dataset.directory import remember_dataset
     from pipeline.dry_run import predict_run
-    from pipeline.executors.base import ClusterOptions
     from pipeline.executors.messages import describe_warnings
+    from pipeline.executors.ray.cluster import ClusterOptions
     from pipeline.run import STEPS, generate_dataset
 
     config = settings.config

@@ -1,6 +1,6 @@
 """Run in one process: the dataset folder is the only shard, and every function is applied at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,15 @@ from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.sources.read import SourceReader
 from pipeline.steps.base import Services
+from pipeline.storage.files import remove
+from pipeline.storage.object_store import is_remote
 
 T = TypeVar("T")
+ShardWork = Callable[[DatasetDir, Services], None]
 
 
 class LocalExecutor:
-    """Applies functions in this process; steps.base.Executor. A context: at its end, source and engine are closed.
+    """Apply functions in this process; see steps.base.Executor. Exiting it closes the source and the engine.
 
     The caller holds the lock of the dataset folder.
     """
@@ -28,13 +31,15 @@ class LocalExecutor:
         self.shards = [plan.dataset]
         self._stack = ExitStack()
         self._engine = ExitStack()
-        engine = self._engine.enter_context(open_engine(self._choose))
+        engine = self._engine.enter_context(open_engine(self._choose_engine))
         self._services = Services(plan.dataset, engine, stats, progress)
         self._reader: SourceReader | None = None
 
     def __enter__(self) -> "LocalExecutor":
         if self.plan.source is not None:
-            self._reader = SourceReader(self.dataset, self.plan.config, self.plan.source, self._services.progress)
+            self._reader = SourceReader(
+                self.dataset, self.plan.config, self.plan.source, self._services.progress
+            )
             self._stack.callback(self._reader.close)
             import_shard_replies(self.dataset)
         self._stack.push(self._engine)
@@ -51,12 +56,12 @@ class LocalExecutor:
             self._reader.finish()
         return has_more
 
-    def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:  # noqa: ARG002
+    def each(self, work: ShardWork, *, asks: bool = False) -> None:  # noqa: ARG002
         """See Executor."""
         work(self.dataset, self._services)
 
     def wait(self) -> None:
-        """See Executor. What follows needs the memory, and no model, unless more images are read."""
+        """See Executor. Frees the memory of the model, unless more images may be read."""
         if self.plan.config.images is None:
             self._engine.close()
 
@@ -73,17 +78,27 @@ class LocalExecutor:
     def check(self) -> None:
         """See Executor."""
 
-    def _choose(self) -> EngineChoice:
+    def _choose_engine(self) -> EngineChoice:
         assert self.plan.engine is not None
         return self.plan.engine
 
 
 def import_shard_replies(dataset: DatasetDir) -> None:
-    """Import the replies of runs on a cluster in the same folder."""
+    """Import the replies of cluster runs in the same folder."""
     journals = sorted(dataset.path.glob("shards/*/journal/local.sqlite"))
     if journals:
         with Journal(dataset.journal) as journal:
             for path in journals:
+                # Merge the write-ahead log of a killed worker.
                 with Journal(path):
-                    pass  # merges the write-ahead log of a killed worker
-                journal.import_replies(path, "", "g")  # above every digest
+                    pass
+                journal.import_replies(path, "", "g")
+
+
+def forget_other_steps(shard: DatasetDir, names: Sequence[str]) -> None:
+    """Remove the files of steps that only an earlier run had: the report would show them."""
+    folder = shard.step_file(names[0]).parent.parent
+    if not is_remote(folder) and folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path.name not in names:
+                remove(path)

@@ -1,1 +1,1 @@
-"""Text: words, content keys, personal data."""
+"""Text: words, keys, languages, personal data, refusals and artifacts."""

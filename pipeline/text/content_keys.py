@@ -1,37 +1,39 @@
-"""Content keys: texts that say the same facts in the same order have equal keys."""
+"""Content keys: texts that state the same facts in the same order have equal keys."""
 
 import pyarrow as pa
 
 from pipeline.text.normalize import strip_opening, text_key, words_of
 
-# Words that carry no fact. Prepositions do, and so does "is": "the ring is red, the star blue" is not "a blue ring, red star".
-# Before a verb it does not: "a man is running", "a man running". "There" is a fact in a question alone: "Is there a window?",
-# "Is this a window?".
-_INTENSIFIERS = ("very", "really", "quite", "just", "also", "indeed", "clearly", "simply")
-_POINTERS = ("a", "an", "the", "this", "that", "these", "those", "there", "here", "some", "it", "its", "and", "while", "with")
-_EMPTY = frozenset((*_INTENSIFIERS, *_POINTERS, "there's"))
-_IS = frozenset(("is", "are", "was", "were"))
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_NO_VERBS_IN_ING = """
-thing something nothing anything everything king ring string wing spring building ceiling morning evening clothing wedding
-painting
+# Words without a fact. Prepositions carry facts, and so does "is" unless a verb follows: "the ring is red,
+# the star blue" is not "a blue ring, red star", but "a man is running" is "a man running". "There" carries a
+# fact only in a question: "Is there a window?" is not "Is this a window?".
+_EMPTY_WORDS = """
+very really quite just also indeed clearly simply a an the this that these those there here some it its and
+while with there's
 """
-_NO_VERBS = frozenset(_NO_VERBS_IN_ING.split())
-_AS_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_EMPTY = frozenset(_EMPTY_WORDS.split())
+_IS = {"is", "are", "was", "were"}
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS.split())}
+_NOUNS_IN_ING = """
+thing something nothing anything everything king ring string wing spring building ceiling morning evening
+clothing wedding painting
+"""
+_NO_VERBS = frozenset(_NOUNS_IN_ING.split())
 
 
 def content_words(text: str) -> tuple[str, ...]:
     """Return the words that carry a fact, in order; small numbers as digits."""
     words = words_of(strip_opening(text))
     if _IS.isdisjoint(words):
-        return tuple(_AS_DIGITS.get(word, word) for word in words if word not in _EMPTY)
-    asks_whether = words[:1] and words[0] in _IS and words[1:2] == ["there"]
+        return tuple(_DIGITS.get(word, word) for word in words if word not in _EMPTY)
     kept = [
-        _AS_DIGITS.get(word, word)
+        _DIGITS.get(word, word)
         for previous, word, following in zip(("", *words), words, (*words[1:], ""), strict=False)
         if word not in _EMPTY and not (word in _IS and (previous == "there" or _is_verb(following)))
     ]
-    return (kept[0], "there", *kept[1:]) if asks_whether else tuple(kept)
+    asks_existence = words[0] in _IS and words[1:2] == ["there"]
+    return (kept[0], "there", *kept[1:]) if asks_existence else tuple(kept)
 
 
 def _is_verb(word: str) -> bool:
@@ -39,10 +41,11 @@ def _is_verb(word: str) -> bool:
 
 
 def content_key(text: str) -> str:
-    """Return the content words, rotated to the start that comes first in alphabetical order.
+    """Return the content words, rotated to the start that is first in alphabetical order.
 
-    Swapped clauses ("On a table, a cat sleeps", "A cat sleeps on a table") have one key; swapped words ("a large red circle and
-    a small blue square", "a small red circle and a large blue square") have two. A text without content words is its own key.
+    Swapped clauses have one key ("On a table, a cat sleeps", "A cat sleeps on a table"). Swapped words have
+    two ("a red circle and a blue square", "a blue circle and a red square"). A text without content words is
+    its own key.
     """
     words = content_words(text)
     if not words:

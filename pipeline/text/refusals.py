@@ -1,75 +1,96 @@
-"""Detect refusals: texts in which a model, or a person who was paid for a caption, declines to describe the image."""
+"""Detect refusals: a model, or a paid human, declines to describe the image."""
 
 import re
 from collections.abc import Collection
 
-# A whole reply that begins like this is asked again, so the pattern is narrow; changing it would ask known replies again.
+# Requests with such replies are sent again, so the pattern is narrow. A change would repeat earlier requests.
 _DECLINED = re.compile(
-    r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b", re.IGNORECASE
+    r"\s*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,|i apologi[sz]e|as an ai|i (?:can(?:no|')t|won't))\b",
+    re.IGNORECASE,
 )
 _IMAGES = r"(?:images?|pictures?|photo(?:graph)?s?|pics?|file|attachment)\b"
 _THE_IMAGE = rf"(?:(?:the|this|that|these|any|your|an?|such) )?(?:contents? of (?:the |this )?)?{_IMAGES}"
 _FILE = r"(?:image|picture|photo)s?(?: (?:links?|file|urls?))?"
 _IS = r"(?:is|are|was|were|has been|have been|seems?(?: to be)?|appears?(?: to be)?)"
-_CANNOT = r"(?:can['\u2019]?t|can ?not|could(?: not|n['\u2019]t)|unable to|not able to|impossible to|decline to)"
-_DOES_NOT = r"(?:did not|didn['\u2019]t|does not|doesn['\u2019]t|has not|hasn['\u2019]t|failed to|will not|won['\u2019]t)"
-_LOOK = r"(?:see|view|describe|caption|analy[sz]e|access|open|load|display|process|identify|interpret|recogni[sz]e|examine)"
-_SEEN = r"(?:seen|viewed|described|captioned|displayed|loaded|opened|shown|identified|recogni[sz]ed|processed)"
+_CANNOT = (
+    r"(?:can['\u2019]?t|can ?not|could(?: not|n['\u2019]t)|unable to|not able to|impossible to|decline to)"
+)
+_DOES_NOT = (
+    r"(?:did not|didn['\u2019]t|does not|doesn['\u2019]t|has not|hasn['\u2019]t|failed to|will not"
+    r"|won['\u2019]t)"
+)
+_LOOK = (
+    r"(?:see|view|describe|caption|analy[sz]e|access|open|load|display|process|identify|interpret"
+    r"|recogni[sz]e|examine)"
+)
+_SEEN = (
+    r"(?:seen|viewed|described|captioned|displayed|loaded|opened|shown|identified|recogni[sz]ed|processed)"
+)
 _SERVE = r"(?:provide|determine|help|assist|answer|comply|fulfil|engage|create|generate|comment)\b"
 _SEND = r"(?:provide|upload|attach|share|send)"
-_AI = r"(?:ai|artificial intelligence|(?:large )?language model|(?:text|language)[ -]based|(?:visual|virtual) assistant)"
+_AI = (
+    r"(?:ai|artificial intelligence|(?:large )?language model|(?:text|language)[ -]based"
+    r"|(?:visual|virtual) assistant)"
+)
 _BEGINNINGS = (
     r"(?:(?:i(?:['\u2019]m| am) |we are )?(?:(?:very |so |really )?sorry|afraid|unable|not able))\b",
     r"(?:my |our )?(?:sincere )?apolog(?:ies|y)\b|i (?:do )?apologi[sz]e\b",
     r"i (?:can['\u2019]?t|can ?not|won['\u2019]t|do not|don['\u2019]t) (?:see|view|read|describe|identify)\b",
-    rf"(?:i|we) (?:can['\u2019]?t|can ?not|won['\u2019]t|do not|don['\u2019]t|must decline) (?:{_SERVE}|{_LOOK} {_THE_IMAGE})",
+    r"(?:i|we) (?:can['\u2019]?t|can ?not|won['\u2019]t|do not|don['\u2019]t|must decline) "
+    rf"(?:{_SERVE}|{_LOOK} {_THE_IMAGE})",
     rf"please {_SEND}\b|(?:could|can|would) you (?:please )?{_SEND}\b",
-    r"(?:it is|it['\u2019]s) (?:not possible|impossible) to (?:describe|determine|tell|say|answer|see|provide|identify)\b",
+    r"(?:it is|it['\u2019]s) (?:not possible|impossible) to "
+    r"(?:describe|determine|tell|say|answer|see|provide|identify)\b",
     r"no (?:image|picture|photo|caption|description)\b",
     r"(?:there is |there['\u2019]s )?(?:not enough|insufficient) (?:information|context|detail)",
     r"(?:the )?quality (?:issues|problems|of the image)\b.{0,40}\b(?:severe|poor|low|bad)",
 )
 _ANYWHERE = (
     rf"\bas an? {_AI}\b",
-    r"\b(?:i|we) (?:do not|don['\u2019]t) have (?:access|the ability|the capability|enough (?:information|context))",
+    r"\b(?:i|we) (?:do not|don['\u2019]t) have "
+    r"(?:access|the ability|the capability|enough (?:information|context))",
     rf"\b{_CANNOT} (?:be )?(?:directly )?{_LOOK}(?:d|ed)? {_THE_IMAGE}",
     rf"\b{_IMAGES} (?:\w+ )?{_CANNOT} be {_SEEN}",
     rf"\b{_IMAGES} (?:\w+ ){{0,2}}?{_DOES_NOT} (?:load|display|open|appear|show up|come up|work)",
     rf"\b{_FILE} {_IS} (?:\w+ )?(?:broken|missing|corrupt(?:ed)?|unavailable|inaccessible)\b",
     rf"\b{_FILE} (?:{_IS} )?not (?:loading|showing|available|displayed|provided|attached|here)\b",
-    r"\b(?:there (?:is|was)|there['\u2019]s|i see|i have) no (?:image|picture|photo)\b(?! (?:of|on|in|hanging|frame))",
-    rf"\bno (?:image|picture|photo)s? (?:{_IS} )?(?:provided|attached|given|uploaded|included|shown|here|available|loaded)\b",
-    r"\b(?:violates?|violation of|against (?:our|my)) (?:our |the |my )?(?:\w+ )?(?:polic(?:y|ies)|guidelines|terms)\b",
-    r"\b(?:due to|because of) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b|\binappropriate (?:content|material)\b",
+    r"\b(?:there (?:is|was)|there['\u2019]s|i see|i have) no (?:image|picture|photo)\b"
+    r"(?! (?:of|on|in|hanging|frame))",
+    rf"\bno (?:image|picture|photo)s? (?:{_IS} )?"
+    r"(?:provided|attached|given|uploaded|included|shown|here|available|loaded)\b",
+    r"\b(?:violates?|violation of|against (?:our|my)) (?:our |the |my )?(?:\w+ )?"
+    r"(?:polic(?:y|ies)|guidelines|terms)\b",
+    r"\b(?:due to|because of) (?:\w+ ){0,2}(?:guidelines|polic(?:y|ies))\b"
+    r"|\binappropriate (?:content|material)\b",
     rf"\b(?:please|you) {_SEND}(?: me)? (?:the |an |a |another |your )?(?:\w+ )?(?:image|picture|photo)\b",
-    r"\bi(?:['\u2019]m| am) (?:unable|not able) to (?:add|provide|give|offer|describe|determine|see|view|identify|create)\b",
+    r"\bi(?:['\u2019]m| am) (?:unable|not able) to "
+    r"(?:add|provide|give|offer|describe|determine|see|view|identify|create)\b",
     r"\btoo (?:blurry|blurred|dark|small|unclear) for me to\b",
     r"\bwithout (?:more|further|additional) (?:context|information)\b",
 )
 _BEGINS = re.compile(rf"\s*(?:unfortunately,? )?(?:{'|'.join(_BEGINNINGS)})", re.IGNORECASE)
 _SAYS = re.compile("|".join(_ANYWHERE), re.IGNORECASE)
-# Every match of the two has one of these words, and few captions do: a search for them is many times as fast.
+# Every match of _BEGINS and _SAYS has one of these words, which few captions have: the search is 9 times
+# faster.
 _HINTS = """
 sorry afraid unable able apology apologies apologize apologise can can't can\u2019t cant cannot could couldn't
-couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not no please
-would impossible possible enough insufficient quality ai artificial language text assistant decline failed broken
-missing corrupt corrupted unavailable inaccessible policy policies guidelines terms inappropriate upload attach share
-send provide without me
+couldn\u2019t won't won\u2019t don't don\u2019t doesn't doesn\u2019t didn't didn\u2019t hasn't hasn\u2019t not
+no please would impossible possible enough insufficient quality ai artificial language text assistant decline
+failed broken missing corrupt corrupted unavailable inaccessible policy policies guidelines terms
+inappropriate upload attach share send provide without me
 """
 _HINT_WORDS = frozenset(_HINTS.split())
 _ON_A_SIGN = ("afraid", "sorry", "please")
 
 
 def is_declined(reply_text: str) -> bool:
-    """Return True if a text of a reply declines the request, so that the model is asked again."""
+    """Return whether a reply declines the request, which is then sent again."""
     return bool(_DECLINED.match(reply_text))
 
 
 def is_refusal(text: str, words: Collection[str], *, is_answer: bool = False) -> bool:
-    """Return True if a text, of these words, refuses, or says that there is no image.
-
-    An answer may quote a sign: "Sorry, we are closed".
-    """
+    """Return whether a text with these words refuses, or states that there is no image."""
+    # An answer may quote a sign: "Sorry, we are closed".
     if is_answer and text.lstrip().lower().startswith(_ON_A_SIGN):
         return False
     return not _HINT_WORDS.isdisjoint(words) and bool(_BEGINS.match(text) or _SAYS.search(text))

@@ -1,6 +1,7 @@
 """Normalize VQA answers by the rules of the official evaluation (Antol et al., 2015), including its quirks.
 
-Lower case, number words as digits, no articles, contractions with their apostrophe, no punctuation but that within numbers.
+Lower case, number words as digits, no articles, contractions with their apostrophe, punctuation only in
+numbers.
 """
 
 import re
@@ -8,31 +9,34 @@ import re
 from pipeline.text.language_codes import SENTENCE_ENDS, YES_OR_NO
 
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*\s?%?")
-_NEGATIVE = re.compile(r"[-\u2212]\s?[^\w\s]?\d[\d.,]*\s?%?")  # -5 %, and -$5
+# -5 %, -$5
+_NEGATIVE = re.compile(r"[-\u2212]\s?[^\w\s]?\d[\d.,]*\s?%?")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_TAKEN = 32  # the official code passes the flag re.UNICODE as the count
+# The official code passes the flag re.UNICODE as the count.
+_MAX_REMOVED_PERIODS = 32
 
-# The correct spelling of each contraction in the official table; spellings without one apostrophe are mapped to it.
+# Contractions of the official table. Spellings that lack one apostrophe are mapped to them.
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
-shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
-someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
-they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're you've
 """
 
 
-def _misspelled(right: str) -> list[str]:
-    return [right[: mark.start()] + right[mark.end() :] for mark in re.finditer("'", right)]
-
-
-_CONTRACTION_OF = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelled(right)} | {
+_CONTRACTION_OF = {
+    word[: mark.start()] + word[mark.end() :]: word
+    for word in _CONTRACTIONS.split()
+    for mark in re.finditer("'", word)
+} | {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at",
@@ -51,20 +55,20 @@ def normalize_answer(answer: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    out = text
+    rest = text
     for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if beside_space or _NUMBER_WITH_COMMA.search(text) else " ")
-    return _PERIOD.sub("", out, count=_PERIODS_TAKEN)
+        is_removed = f"{mark} " in text or f" {mark}" in text or _NUMBER_WITH_COMMA.search(text)
+        rest = rest.replace(mark, "" if is_removed else " ")
+    return _PERIOD.sub("", rest, count=_MAX_REMOVED_PERIODS)
 
 
 def is_negative(answer: str) -> bool:
-    """Return whether an answer is a number below zero, whose sign `normalize_answer` drops."""
+    """Return whether an answer is a negative number, whose sign `normalize_answer` removes."""
     return bool(_NEGATIVE.fullmatch(answer.strip()))
 
 
 def kind_of_answer(answer: str) -> str:
-    """Return the type of a question that has this answer, where nobody says it: yes/no, number or other."""
+    """Return the type of a question with this answer: yes/no, number or other."""
     if answer.rstrip(SENTENCE_ENDS).casefold() in YES_OR_NO:
         return "yes/no"
     return "number" if _NUMBER.fullmatch(answer) else "other"

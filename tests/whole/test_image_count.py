@@ -13,7 +13,7 @@ from pipeline.dataset.reviews import text_name
 from pipeline.dataset.version import Version
 from pipeline.dry_run import predict_run
 from pipeline.errors import ConfigError, TableError
-from pipeline.executors.base import ClusterOptions
+from pipeline.executors.ray.cluster import ClusterOptions
 from pipeline.progress import NullProgress
 from pipeline.reviewing import apply_reviews
 from pipeline.run import RunResult, generate_dataset, next_limit

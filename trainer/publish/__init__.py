@@ -1,1 +1,1 @@
-"""A captioner as a model of transformers: files with which it loads without this package."""
+"""Publish a captioner: for transformers, as ONNX, and as a Space."""

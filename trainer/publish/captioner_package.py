@@ -1,4 +1,4 @@
-"""Package a captioner for the Hub: the files with which it loads in transformers, and a page for it."""
+"""Package a captioner for the Hub: the files that transformers loads, and a Space with a demo page."""
 
 import ast
 from pathlib import Path
@@ -14,50 +14,57 @@ from trainer.runtime.checkpoint_folder import PUBLISHED_TYPE, require_checkpoint
 from trainer.tokenizer import preferred_style
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]  # of the project's packages
+PROJECT_DIR = HERE.parents[1]
 MODULE = "modeling_synth_captioner"
-DEFINITIONS = {  # by module of this project: what replaces an import from it in a published file
-    "pipeline.images.upright": ("BAND_PX", "upright_rgb", "over_white"),
+# Published files have copies of these definitions in place of the imports from this project.
+DEFINITIONS = {
+    "pipeline.images.upright": "BAND_PX upright_rgb over_white",
     "trainer.model.decoder": (
-        "DecoderConfig", "TensorPair", "Seen", "BlockCache", "Block", "Attention", "attend_apart", "rope_table", "apply_rope",
+        "DecoderConfig TensorPair Seen BlockCache Block Attention attend_apart rope_table apply_rope"
     ),
-    "trainer.model.encoder": ("BEFORE_PATCHES", "layer_states", "choose_states", "patch_grid"),
+    "trainer.model.encoder": "BEFORE_PATCHES layer_states choose_states patch_grid",
     "trainer.tokenizer": (
-        "ANSWER", "STYLES", "preferred_style", "preferred_source", "choose_prompt", "prompt_parts", "prompt_ids",
+        "ANSWER STYLES preferred_style preferred_source choose_prompt prompt_parts prompt_ids"
     ),
-}  # fmt: skip
-NEEDED_IMPORTS = {  # of the definitions of a module
+}
+# Imports that the copied definitions need, by the module that they come from.
+NEEDED_IMPORTS = {
     "trainer.tokenizer": "from collections.abc import Callable\n",
     "pipeline.images.upright": "from PIL import ImageOps\n",
-    "trainer.model.decoder": "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n",
+    "trainer.model.decoder": (
+        "import math\nfrom dataclasses import dataclass, field\nfrom torch.nn import functional\n"
+    ),
 }
-GRADIO = "6.31.0"  # that the page was tested with; a Space installs this one
-SPACE_REQUIREMENTS = ("torch", "transformers>=5.17", "pillow")
-HEADER = "# This file comes with the captioner and needs torch, transformers and Pillow; it is written by `synth push`.\n"
+GRADIO_VERSION = "6.31.0"
+SPACE_REQUIREMENTS = "torch\ntransformers>=5.17\npillow\n"
+HEADER = "# Written by `synth push`. This file needs torch, transformers and Pillow.\n"
 
 
 def transformers_files(folder: Path) -> dict[str, bytes]:
-    """Return the files, by name, that make a checkpoint folder a model of transformers; config.json among them.
+    """Return the files, by name, that transformers needs to load a checkpoint folder, config.json included.
 
-    Raises TrainError if the folder holds no captioner.
+    Raises TrainError if the folder is not a captioner.
     """
     require_checkpoint(folder)
     try:
         config, tokenizer = read_json(folder / "config.json"), read_json(folder / "tokenizer.json")
-        eos_token = next(token["content"] for token in tokenizer["added_tokens"] if token["id"] == config["eos_id"])
+        tokens = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
         is_scratch = "language_model" not in config["decoder"]
-        pad_id, pad_token = (0, tokenizer["added_tokens"][0]["content"]) if is_scratch else (config["eos_id"], eos_token)
+        pad_id = 0 if is_scratch else config["eos_id"]
+        eos_token, pad_token = tokens[config["eos_id"]], tokens[pad_id]
         processor = config["encoder"]["processor"]
-        beams = int(config["data"].get("num_beams", 1))  # with which it was scored
-    except (KeyError, TypeError, StopIteration, ValueError) as error:
+        num_beams = int(config["data"].get("num_beams", 1))
+    except (KeyError, TypeError, ValueError) as error:
         raise TrainError(f"{folder} is not a captioner: {error!r}", hint="train one: `synth train`") from None
-    classes = {"AutoConfig": "SynthCaptionerConfig", "AutoModelForImageTextToText": "SynthCaptioner"}
     values: dict[str, dict[str, Any]] = {
         "config.json": {
             **config,
             "model_type": PUBLISHED_TYPE,
             "architectures": ["SynthCaptioner"],
-            "auto_map": {name: f"{MODULE}.{kind}" for name, kind in classes.items()},
+            "auto_map": {
+                "AutoConfig": f"{MODULE}.SynthCaptionerConfig",
+                "AutoModelForImageTextToText": f"{MODULE}.SynthCaptioner",
+            },
             "dtype": "float32",
         },
         "generation_config.json": {
@@ -65,7 +72,7 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
             "pad_token_id": pad_id,
             "max_new_tokens": config["max_caption_tokens"],
             "do_sample": False,
-            **({"num_beams": beams, "early_stopping": "never"} if beams > 1 else {}),
+            **({"num_beams": num_beams, "early_stopping": "never"} if num_beams > 1 else {}),
         },
         "preprocessor_config.json": processor,
         "processor_config.json": {
@@ -86,9 +93,48 @@ def transformers_files(folder: Path) -> dict[str, bytes]:
     return files | {f"{MODULE}.py": (HEADER + standalone_source("modeling")).encode()}
 
 
-def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
-    """Return the files of a Space that shows the captioner of a checkpoint folder, once it is in `repo` at a revision."""
-    require_checkpoint(folder)
+def page_options(prompts: list[tuple[str, str]]) -> tuple[list[str], bool]:
+    """Return the styles of a captioner, the default first, and whether it answers questions."""
+    default = preferred_style(prompts)
+    styles = list(dict.fromkeys([default, *(style for _, style in prompts if style)])) if default else [""]
+    return styles, any(not style for _, style in prompts)
+
+
+def standalone_source(name: str) -> str:
+    """Return the source of a module of this folder, with definitions in place of imports from the project."""
+    source = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    needed_imports = ""
+    for module, names in DEFINITIONS.items():
+        for line in [line for line in source.splitlines() if line.startswith(f"from {module} import")]:
+            text = (PROJECT_DIR / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            nodes = {_defined_name(node): node for node in ast.parse(text).body}
+            definitions = "\n\n\n".join(_source_of(text, nodes[defined]) for defined in names.split())
+            source = source.replace(line, f"\n{definitions}\n")
+            needed_imports += NEEDED_IMPORTS.get(module, "")
+    return source.replace("from typing import Any\n", f"{needed_imports}from typing import Any\n", 1)
+
+
+def _defined_name(node: ast.stmt) -> str | None:
+    named = node.targets[0] if isinstance(node, ast.Assign) else node
+    return getattr(named, "name", None) or getattr(named, "id", None)
+
+
+def _source_of(text: str, node: ast.stmt) -> str:
+    first_line = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
+    return "\n".join(text.splitlines()[first_line - 1 : node.end_lineno])
+
+
+def package_captioner(folder: Path, repo: str) -> Package:
+    """Return the package of a checkpoint folder to push. Raises TrainError for a damaged captioner."""
+    if (folder / "model.safetensors").is_file():
+        from trainer.model.checkpoint import load_checkpoint  # imports torch
+
+        load_checkpoint(folder)
+    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
+
+
+def package_space(package: Package, folder: Path, repo: str, revision: str) -> Package:
+    """Return the package of a Space that shows the captioner of a checkpoint folder, pushed to `repo`."""
     styles, answers = page_options(read_json(folder / "config.json")["prompts"])
     about = {"model": repo, "revision": revision, "styles": styles, "answers": answers}
     header = {
@@ -97,62 +143,17 @@ def space_files(folder: Path, repo: str, revision: str) -> dict[str, bytes]:
         "colorFrom": "gray",
         "colorTo": "blue",
         "sdk": "gradio",
-        "sdk_version": GRADIO,
+        "sdk_version": GRADIO_VERSION,
         "app_file": "app.py",
         "models": [repo],
         "pinned": False,
     }
-    text = f"A page for the captioner [{repo}](https://huggingface.co/{repo}), at {revision}.\n"
-    return {
+    front_matter = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    text = f"A demo page for the captioner [{repo}](https://huggingface.co/{repo}), revision {revision}.\n"
+    files = {
         "app.py": (HERE / "space.py").read_bytes(),
-        "requirements.txt": "".join(f"{name}\n" for name in SPACE_REQUIREMENTS).encode(),
+        "requirements.txt": SPACE_REQUIREMENTS.encode(),
         "space.json": json_text(about).encode(),
-        "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{text}".encode(),
+        "README.md": f"---\n{front_matter}---\n\n{text}".encode(),
     }
-
-
-def page_options(prompts: list[tuple[str, str]]) -> tuple[list[str], bool]:
-    """Return the styles that a page offers, the default first, and whether its captioner answers questions."""
-    usual = preferred_style(prompts)
-    styles = list(dict.fromkeys([usual, *(style for _, style in prompts if style)])) if usual else [""]
-    return styles, any(not style for _, style in prompts)
-
-
-def standalone_source(name: str) -> str:
-    """Return a module of this package in which definitions stand in place of their import from the project."""
-    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
-    needed = ""
-    for module, names in DEFINITIONS.items():
-        for line in [line for line in text.splitlines() if line.startswith(f"from {module} import")]:
-            source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-            defined = "\n\n\n".join(_source_of(source, name) for name in names)
-            text = text.replace(line, f"\n{defined}\n")
-            needed += NEEDED_IMPORTS.get(module, "")
-    return text.replace("from typing import Any\n", f"{needed}from typing import Any\n", 1)
-
-
-def _source_of(text: str, name: str) -> str:
-    """Return the source of a class, a function or a constant of a module, with its decorators."""
-    (node,) = [node for node in ast.parse(text).body if name in _defined(node)]
-    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-
-
-def _defined(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef):
-        return {node.name}
-    return {target.id for target in node.targets if isinstance(target, ast.Name)} if isinstance(node, ast.Assign) else set()
-
-
-def package_captioner(folder: Path, repo: str) -> Package:
-    """Return the package of a checkpoint folder to push to `repo`. Raises TrainError for a damaged captioner."""
-    if (folder / "model.safetensors").is_file():
-        from trainer.model.checkpoint import load_checkpoint  # imports torch
-
-        load_checkpoint(folder)  # a damaged captioner would be published for good
-    return build_checkpoint_package(folder, repo, transformers_files, {**ENCODERS, **DECODERS})
-
-
-def package_space(package: Package, folder: Path, repo: str, revision: str) -> Package:
-    """Return the package of a page for a captioner that is in `repo` at a revision."""
-    return build_space_package(package, space_files(folder, repo, revision))
+    return build_space_package(package, files)

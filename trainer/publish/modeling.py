@@ -1,14 +1,16 @@
-"""A captioner of synth as a model of transformers: config, model and processor in one file, without the package `synth`.
+"""Config, model and processor of a synth captioner for transformers; the published file does not need synth.
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(REPO, trust_remote_code=True)
-    inputs = processor(images=image, text="", return_tensors="pt")  # text: "", the name of a style, or a question
-    tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]  # the prompt comes first
+    # text: a style, a question, or "" for the default style
+    inputs = processor(images=image, text="", return_tensors="pt")
+    tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     print(processor.batch_decode(tokens, skip_special_tokens=True))
 
-Shapes: B images (and texts), N image states, T new tokens, S tokens so far, P prefix states, V encoder width, D decoder width.
+Shapes: B images and texts, N image states, T new tokens, S tokens so far, P prefix states, L = P + S,
+V encoder width, D decoder width.
 """
 
 from typing import Any
@@ -22,23 +24,23 @@ from transformers import (
     AutoModelForCausalLM,
     BatchFeature,
     GenerationMixin,
+    MaxLengthCriteria,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    StoppingCriteria,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.image_utils import load_image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.images.upright import upright_rgb
-from trainer.model.decoder import Block, DecoderConfig, rope_table
+from trainer.model.decoder import Block, BlockCache, DecoderConfig, rope_table
 from trainer.model.encoder import choose_states, layer_states
 from trainer.tokenizer import choose_prompt, prompt_ids, prompt_parts
 
 
 class SynthCaptionerConfig(PreTrainedConfig):
-    """Settings of a captioner; `prompts` are the pairs of source and style that it has learned, "" of answers."""
+    """Settings of a captioner. `prompts` are the learned pairs of source and style (answers: "")."""
 
     model_type = "synth_captioner"
 
@@ -60,12 +62,12 @@ class SynthCaptionerConfig(PreTrainedConfig):
         text = self.decoder.get("language_model", self.decoder)
         self.vocab_size = text.get("vocab_size", 0)
         self.hidden_size = text.get("hidden_size", text.get("width", 0))
-        # A block keeps keys and values of words and of the image: two layers of a cache.
+        # The cache has two layers for each block: one for the words, one for the image.
         self.num_hidden_layers = 2 * text["depth"] if "depth" in text else text.get("num_hidden_layers", 0)
         super().__init__(**more)
 
     def get_text_config(self, *_: Any, **__: Any) -> "SynthCaptionerConfig":
-        """Return this config: `encoder` and `decoder` are settings here, and no configs."""
+        """Return this config: `encoder` and `decoder` are dicts of settings, not configs."""
         return self
 
 
@@ -81,35 +83,23 @@ class _Tower(nn.Module):
         self.states, self.is_rounded = settings.get("states", "all"), settings.get("frozen", False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the hidden states (B, N, V) of images; those that were learned from a cache are rounded as there."""
+        """Return the hidden states of images (B, N, V), rounded like cached states of a frozen encoder."""
         states_BNV = choose_states(layer_states(self.tower, pixels_BCHW, self.layer), self.states)
         return states_BNV.bfloat16().to(states_BNV.dtype) if self.is_rounded else states_BNV
-
-
-class _Kept:
-    """Keys and values of one block, kept in two layers of a cache of transformers: those of words, and those of the image."""
-
-    def __init__(self, cache: Cache, index: int, depth: int) -> None:
-        while len(cache.layers) < 2 * depth:
-            cache.layers.append(DynamicLayer())
-        self._words, self._image = cache.layers[index], cache.layers[depth + index]
-
-    words = property(lambda self: _read(self._words), lambda self, pair: _write(self._words, pair))
-    image = property(lambda self: _read(self._image), lambda self, pair: _write(self._image, pair))
 
 
 def _read(layer: Any) -> tuple[Tensor, Tensor] | None:
     return (layer.keys, layer.values) if layer.get_seq_length() else None
 
 
-def _write(layer: Any, pair: tuple[Tensor, Tensor]) -> None:
+def _write(layer: Any, pair: Any) -> None:
     if not layer.is_initialized:
         layer.lazy_initialization(*pair)
     layer.keys, layer.values = pair
 
 
 class _CrossAttending(nn.Module):
-    """The decoder from scratch: words attend to the states of the image."""
+    """The decoder that is trained from scratch, with cross-attention to the image states."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -119,33 +109,43 @@ class _CrossAttending(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
 
-    def forward(self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None) -> Tensor:
-        """Return logits (B, T, vocabulary); the states of the image may be left out where the cache has their keys."""
+    def forward(
+        self, ids_BT: Tensor, states_BND: Tensor | None, mask_BS: Tensor, cache: Cache | None, _: int
+    ) -> Tensor:
+        """Return logits (B, T, vocabulary). `states_BND` is None if the cache holds the image."""
+        cache = DynamicCache() if cache is None else cache
+        depth = len(self.blocks)
+        while len(cache.layers) < 2 * depth:
+            cache.layers.append(DynamicLayer())
         T, S = ids_BT.shape[1], mask_BS.shape[1]
         causal_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).tril(S - T)
-        # A token sees itself also where it pads: a row that sees nothing would be no number.
+        # Padding attends to itself: a fully masked row would be NaN.
         itself_TS = torch.eye(S, dtype=torch.bool, device=ids_BT.device)[S - T :]
         seen_B1TS = (causal_TS & mask_BS[:, None, None].bool()) | itself_TS
-        x_BTD, table = self.embedding(ids_BT), rope_table(torch.arange(S - T, S, device=ids_BT.device), self.head_width)
-        for index, block in enumerate(self.blocks):
-            kept = _Kept(cache, index, len(self.blocks)) if cache is not None else None
-            x_BTD = block(x_BTD, states_BND, table, seen_B1TS, kept)
+        x_BTD = self.embedding(ids_BT)
+        table = rope_table(torch.arange(S - T, S, device=ids_BT.device), self.head_width)
+        for block, words, image in zip(self.blocks, cache.layers[:depth], cache.layers[depth:], strict=True):
+            block_cache = BlockCache(image=_read(image), words=_read(words))
+            x_BTD = block(x_BTD, states_BND, table, seen_B1TS, block_cache)
+            _write(words, block_cache.words)
+            _write(image, block_cache.image)
         return nn.functional.linear(self.norm(x_BTD), self.embedding.weight)
 
 
 class _Prefixed(nn.Module):
-    """A language model that reads the states of the image before the words."""
+    """A language model that reads the image states as a prefix of the words."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
         self.width = self.model.get_input_embeddings().embedding_dim
-        self.positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.max_positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """Weights of which a file holds one for two, by name; `post_init` of the whole model asks its parts for them."""
-        return {f"model.{name}": f"model.{source}" for name, source in self.model.all_tied_weights_keys.items()}
+        """Names of tied weights, which `post_init` collects from the parts of a model."""
+        tied = self.model.all_tied_weights_keys
+        return {f"model.{name}": f"model.{source}" for name, source in tied.items()}
 
     @property
     def embedding(self) -> nn.Module:
@@ -154,15 +154,18 @@ class _Prefixed(nn.Module):
         return embedding
 
     def own_cache(self, cache: Cache | None) -> Cache | None:
-        """Return an empty cache with the layers of the language model, if only some of them are attention."""
+        """Return an empty cache of the language model if only some of its layers are attention."""
         attends = {"attention" in kind for kind in getattr(self.model.config, "layer_types", None) or ()}
-        return DynamicCache(config=self.model.config) if len(attends) > 1 and type(cache) is DynamicCache else cache
+        is_mixed = len(attends) > 1 and type(cache) is DynamicCache
+        return DynamicCache(config=self.model.config) if is_mixed else cache
 
-    def forward(self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int) -> Tensor:
-        """Return logits of words (B, T, vocabulary); the `prefix` states of the image are left out where the cache has them."""
+    def forward(
+        self, ids_BT: Tensor, states_BPD: Tensor | None, mask_BS: Tensor, cache: Cache | None, prefix: int
+    ) -> Tensor:
+        """Return logits of words (B, T, vocabulary). `states_BPD` is None if the cache holds the image."""
         words_BTD = self.embedding(ids_BT)
         mask_BL = torch.cat([mask_BS.new_ones(len(mask_BS), prefix), mask_BS], 1)
-        # Padding goes before the image: a recurrent model, or a narrow window, would see it between image and words.
+        # Move padding before the image: recurrent layers and narrow windows would see it after the image.
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         pads_B1 = (mask_BS.cumsum(-1) == 0).sum(-1, keepdim=True)
         from_BL = torch.where(place_L < pads_B1, place_L + prefix, place_L - pads_B1)
@@ -184,18 +187,12 @@ class _Prefixed(nn.Module):
         return logits_BTV
 
 
-class _AtLength(StoppingCriteria):
-    """Ends every text of a batch at a number of tokens, the prompt included."""
-
-    def __init__(self, most_tokens: int) -> None:
-        self.most_tokens = most_tokens
-
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.most_tokens, device=input_ids.device)
+class _AtLastPosition(MaxLengthCriteria):
+    """A type of its own: `generate` replaces its own criteria by those of the same type."""
 
 
 class _Contrast(nn.Module):
-    """Weights of a loss that this captioner was trained with; kept, and not used here."""
+    """Weights of the contrastive loss: unused here, kept for further training."""
 
     def __init__(self, width: int, shared: int) -> None:
         super().__init__()
@@ -204,11 +201,11 @@ class _Contrast(nn.Module):
 
 
 class SynthCaptioner(PreTrainedModel, GenerationMixin):
-    """Writes a caption of an image, or the answer to a question about it."""
+    """Write a caption of an image, or answer a question about it."""
 
     config_class = SynthCaptionerConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     _supports_sdpa = True
 
     def __init__(self, config: SynthCaptionerConfig) -> None:
@@ -236,10 +233,10 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         if isinstance(self.decoder, _Prefixed):
             self.decoder.model.set_input_embeddings(value)
         else:
-            self.decoder.embedding = value  # type: ignore[assignment]  # it is an embedding
+            self.decoder.embedding = value  # type: ignore[assignment]
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return the states of images as the decoder reads them: (B, 3, H, W) -> (B, N, D)."""
+        """Return the image states that the decoder reads: (B, 3, H, W) -> (B, N, D)."""
         states_BND: Tensor = self.connector(self.encoder(pixel_values.to(self.dtype)))
         return states_BND
 
@@ -253,28 +250,26 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits of the token after each of `input_ids` (B, T, vocabulary), and with `labels` (-100: none) the loss."""
+        """Return logits of the next tokens (B, T, vocabulary), and the loss of `labels` (-100: ignored)."""
         if image_states is None and pixel_values is not None:
             image_states = self.encode(pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if not past and isinstance(self.decoder, _Prefixed):
-            past_key_values = self.decoder.own_cache(past_key_values)
-        prefix = image_states.shape[1] if image_states is not None and isinstance(self.decoder, _Prefixed) else 0
+        prefix = 0
+        if isinstance(self.decoder, _Prefixed):
+            prefix = image_states.shape[1] if image_states is not None else 0
+            past_key_values = past_key_values if past else self.decoder.own_cache(past_key_values)
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), max(0, past - prefix) + input_ids.shape[1])
         if image_states is None and not past:
             raise ValueError("a captioner needs an image: pass pixel_values")
         shown = None if past else image_states
-        if isinstance(self.decoder, _Prefixed):
-            logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
-        else:
-            logits = self.decoder(input_ids, shown, attention_mask, past_key_values)
+        logits = self.decoder(input_ids, shown, attention_mask, past_key_values, prefix)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss, logits, past_key_values)  # type: ignore[arg-type]
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # the others are in `_`
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: Cache | None = None,
@@ -282,7 +277,7 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         image_states: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Return the inputs of the next step: all of the prompt at first, then the last token."""
+        """Return the inputs of the next step: first the prompt, then the last token."""
         is_first = past_key_values is None or not past_key_values.get_seq_length()
         return {
             "input_ids": input_ids if is_first else input_ids[:, -1:],
@@ -293,57 +288,67 @@ class SynthCaptioner(PreTrainedModel, GenerationMixin):
         }
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # options are those of GenerationMixin
+    def generate(  # type: ignore[override]
         self, input_ids: Tensor, pixel_values: Tensor | None = None, **options: Any
     ) -> Any:
-        """Return token ids, the prompt first, as `GenerationMixin.generate` does with these options.
+        """Return the token ids of prompts and texts; `options` are those of `GenerationMixin.generate`.
 
-        Images are encoded once, whatever the number of beams. A text ends where the language model has no more positions.
-        Raises ValueError if it has none for a text.
+        Images are encoded once for all beams. A text ends at the last position of the language model.
+        Raises ValueError if the prompt leaves no position for a text.
         """
         if pixel_values is not None:
             options["image_states"] = self.encode(pixel_values)
-        if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.positions:
-            most_tokens = self.decoder.positions - options["image_states"].shape[1]
-            if most_tokens <= input_ids.shape[1]:
-                raise ValueError(f"a prompt of {input_ids.shape[1]} tokens leaves no room for a text: ask a shorter question")
-            # Whatever lengths the options, and the settings of both sides, name.
-            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), _AtLength(most_tokens)]
+        if "image_states" in options and isinstance(self.decoder, _Prefixed) and self.decoder.max_positions:
+            max_length = self.decoder.max_positions - options["image_states"].shape[1]
+            if input_ids.shape[1] >= max_length:
+                raise ValueError("the prompt leaves no room for a text: ask a shorter question")
+            criteria = options.get("stopping_criteria") or ()
+            options["stopping_criteria"] = [*criteria, _AtLastPosition(max_length)]
         if options.get("num_beams", 1) != 1 and options.get("generation_config") is None:
-            options.setdefault("early_stopping", "never")  # a longer text may have the better mean
+            # Go on after the first complete texts: a longer one may have a better mean score.
+            options.setdefault("early_stopping", "never")
         return super().generate(input_ids=input_ids, **options)  # type: ignore[misc]
 
 
 class SynthCaptionerProcessor(ProcessorMixin):
-    """Prepares images, and makes prompts of nothing (the usual style), the name of a style, or a question."""
+    """Prepare images and prompts. A text is a style, a question, or "" for the default style."""
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, prompts: Any = (), kind: str = "scratch", **more: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        prompts: Any = (),
+        kind: str = "scratch",
+        **more: Any,
     ) -> None:
         self.prompts, self.kind = [tuple(prompt) for prompt in prompts], kind
         super().__init__(image_processor, tokenizer, **more)  # type: ignore[no-untyped-call]
         self.tokenizer.padding_side = "left"
-        self.tokenizer.backend_tokenizer.encode_special_tokens = True  # the name of a token in a question is not the token
+        # Read names of special tokens in a question as plain text.
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True
 
-    def __call__(self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any) -> BatchFeature:
-        """Return `pixel_values`, `input_ids` and `attention_mask` of images (PIL, paths or URLs), with one text or one each.
+    def __call__(
+        self, images: Any = None, text: Any = None, return_tensors: str = "pt", **_: Any
+    ) -> BatchFeature:
+        """Return `pixel_values`, `input_ids` and `attention_mask` of images (PIL, paths or URLs).
 
-        Raises ValueError for a question to a captioner that has learned no answers, and without an image.
+        `text` is shared, or a list with a text for each image. Raises ValueError without an image, and for a
+        question if the captioner has not learned to answer questions.
         """
         if images is None:
-            raise ValueError('a captioner needs an image: images=..., and of a pipeline text="" beside it')
+            raise ValueError('a captioner needs an image: pass images=..., and in a pipeline also text=""')
         images = list(images) if isinstance(images, list | tuple) else [images]
         texts = [text or ""] * len(images) if text is None or isinstance(text, str) else list(text)
         if len(texts) != len(images):
             raise ValueError(f"there are {len(images)} images and {len(texts)} texts")
-        prompts = [self.prompt(one or "") for one in texts]
+        prompts = [self.prompt(text or "") for text in texts]
         longest = max(map(len, prompts))
         padded = [[self.tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        pixels = self.image_processor(images=[read_image(image) for image in images], return_tensors=return_tensors)
-        return BatchFeature(
-            {"pixel_values": pixels["pixel_values"], "input_ids": padded, "attention_mask": mask}, tensor_type=return_tensors
-        )
+        opened = [read_image(image) for image in images]
+        pixels = self.image_processor(images=opened, return_tensors=return_tensors)["pixel_values"]
+        inputs = {"pixel_values": pixels, "input_ids": padded, "attention_mask": mask}
+        return BatchFeature(inputs, tensor_type=return_tensors)
 
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""
@@ -351,13 +356,13 @@ class SynthCaptionerProcessor(ProcessorMixin):
         return prompt_ids(parts, self.tokenizer.convert_tokens_to_ids, self._ids)
 
     def batch_decode(self, *given: Any, **options: Any) -> list[str]:
-        """Return the texts of token ids, without the space before the first word."""
+        """Return the texts of token ids, without leading and trailing spaces."""
         return [text.strip() for text in self.tokenizer.batch_decode(*given, **options)]
 
-    def post_process_image_text_to_text(  # type: ignore[override]  # the other argument is an option
+    def post_process_image_text_to_text(  # type: ignore[override]
         self, generated_outputs: Any, **options: Any
     ) -> list[str]:
-        """Return the texts of generated token ids, as pipelines show them; options are those of the tokenizer."""
+        """Return the texts of generated token ids for a pipeline; `options` are those of the tokenizer."""
         return self.batch_decode(generated_outputs, **{"skip_special_tokens": True, **options})
 
     def _ids(self, text: str) -> list[int]:
@@ -365,7 +370,9 @@ class SynthCaptionerProcessor(ProcessorMixin):
         return ids
 
 
-def read_image(given: Any) -> Image.Image:
+def read_image(image: Any) -> Image.Image:
     """Return an image (PIL, a path or a URL) upright, in RGB, over white."""
-    is_url = str(given).startswith(("http://", "https://"))
-    return upright_rgb(given if isinstance(given, Image.Image) else load_image(given) if is_url else Image.open(given))
+    if not isinstance(image, Image.Image):
+        is_url = str(image).startswith(("http://", "https://"))
+        image = load_image(image) if is_url else Image.open(image)
+    return upright_rgb(image)

@@ -1,1 +1,1 @@
-"""A captioner behind HTTP: OpenAI's chat protocol."""
+"""Serve a captioner by OpenAI's chat protocol, or as a demo page."""

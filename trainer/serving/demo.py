@@ -1,4 +1,4 @@
-"""Open the page of a Space for a captioner on this machine."""
+"""Serve the demo page of a captioner on this machine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,10 @@ from trainer.publish.captioner_package import page_options
 MAX_PHOTO_BYTES = 100_000_000
 
 
-def run_demo(folder: Path, title: str, port: int, num_beams: int | None, announce: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C; `announce` gets its address. Port 0 is a free one."""
+def run_demo(
+    folder: Path, title: str, port: int, num_beams: int | None, announce: Callable[[str], None]
+) -> None:
+    """Serve the page until Ctrl-C. `announce` receives its address. Port 0: a free port."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -21,12 +23,14 @@ def run_demo(folder: Path, title: str, port: int, num_beams: int | None, announc
     captioner = Captioner.from_pretrained(folder)
 
     def caption(photo: Image.Image, style: str, question: str) -> str:
-        (text,) = captioner.caption([photo], None if question else style or None, question, num_beams=num_beams)
+        (text,) = captioner.caption(
+            [photo], None if question else style or None, question, num_beams=num_beams
+        )
         return text
 
-    # A foreign page may let its own name point to this machine (DNS rebinding): its requests carry that name.
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     page = build_page(title, *page_options(captioner.checkpoint.captioner.config.prompts), caption)
+    # Reject requests that reach this machine under another name (DNS rebinding).
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     page.launch(
         server_name="127.0.0.1",
         server_port=port or None,

@@ -1,8 +1,8 @@
-"""Read chat requests with an image, of OpenAI's protocol, and write their answers.
+"""Read chat requests with an image in OpenAI's protocol, and write their answers.
 
-A captioner does not follow instructions: the text of a request only decides what is asked. A line `Task: caption, STYLE`, or
-a style alone, asks for a caption of this style; a line `Question: ...`, or a text that ends with a question mark, for an
-answer; any other text for a caption of the usual style. A JSON schema must be one that a single text fits.
+A captioner does not follow instructions. The text of a request only selects a caption of a style (the style
+alone, or `Task: caption, STYLE`), an answer (`Question: ...`, or a text that ends in a question mark), or
+else a caption of the default style. A JSON schema must have one property, a string.
 """
 
 import base64
@@ -15,18 +15,20 @@ from typing import Any
 
 from trainer.config import MAX_CAPTION_TOKENS
 
-STYLE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
-QUESTION = re.compile(r"^Question: (.+)$", re.MULTILINE)
+STYLE_LINE = re.compile(r"^Task: caption, (.+)$", re.MULTILINE)
+QUESTION_LINE = re.compile(r"^Question: (.+)$", re.MULTILINE)
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(?:;[a-z0-9=.-]{1,40}){0,4};base64,", re.IGNORECASE)
+SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_QUESTION_CHARACTERS = 500
-MAX_NAMED_TOKENS = 1_000_000_000
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below it is greedy: scores divided by less have no end
-MIN_TOP_P = 1e-4  # the likeliest token alone
 MAX_TEXT_CHARACTERS = 20_000
+MAX_REQUESTED_TOKENS = 1_000_000_000
+# Lower temperatures select greedy search: scores divided by them would overflow.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+MIN_TOP_P = 1e-4
 
 
 class RefusedError(Exception):
-    """Raised for a request that cannot be answered; `status` is that of HTTP: 4xx, or 503 where it may come again."""
+    """Raised for a request that is not answered. `status` is the HTTP status: 4xx, or 503 to retry later."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -35,9 +37,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a request asks: a caption of a style (None: the usual one) or an answer, and how it is to be written.
+    """A request for a caption of a style (None: the default), or for an answer. Temperature 0 is greedy.
 
-    `image` is None where the schema leaves one answer, which is then in `only`. A `temperature` of 0 is greedy.
+    The text is returned in the JSON property `field`. If the schema allows only one value, it is in `only`,
+    and `image` is None.
     """
 
     model: str | None
@@ -47,53 +50,61 @@ class ChatRequest:
     max_tokens: int
     temperature: float
     top_p: float
-    field: str | None  # of a JSON object that the text is to stand in
+    field: str | None
     only: str | None
     streams: bool
 
 
 def read_request(body: bytes, styles: list[str]) -> ChatRequest:
-    """Return what a body asks. Raises RefusedError that says what is wrong."""
+    """Return the request of a body. Raises RefusedError if it is invalid or not supported."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
         raise RefusedError("the body is not JSON") from None
     if not isinstance(values, dict):
-        raise RefusedError("the body is no JSON object")
-    text, images = _content(values.get("messages"))
-    field, only = _field(values.get("response_format"))
+        raise RefusedError("the body is not a JSON object")
+    text, images = _read_messages(values.get("messages"))
+    field, only = _read_schema(values.get("response_format"))
     if len(images) > 1:
-        raise RefusedError(f"{len(images)} images: a captioner looks at one")
+        raise RefusedError(f"a captioner reads one image, not {len(images)}")
     if not images and only is None:
-        raise RefusedError("there is no image: send one as an image_url part with a data: address")
+        raise RefusedError("the request has no image: send an image_url part with a data: URL")
     if values.get("n") not in (None, 1):
         raise RefusedError("n must be 1")
-    question = _question(text)
-    style = None if question else _style(text, styles)
-    temperature = _number(values, "temperature", 0.0, MAX_TEMPERATURE)
-    temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
-    top_p = max(MIN_TOP_P, _number(values, "top_p", 1.0, 1.0))
-    limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
-    most = int(_number(values, limit_name, MAX_CAPTION_TOKENS, MAX_NAMED_TOKENS))
-    if most < 1:
-        raise RefusedError(f"{limit_name} must be 1 or more")
-    image = read_image(images[0]) if images and only is None else None
     if values.get("stop"):
-        raise RefusedError("stop is not supported: a captioner ends its text itself")
+        raise RefusedError("stop is not supported")
     model = values.get("model")
     if not isinstance(model, str | None):
         raise RefusedError("model must be a name")
-    streams = values.get("stream") is True
-    return ChatRequest(model, image, style, question, most, temperature, top_p, field, only, streams)
+    question = _read_question(text)
+    temperature = _read_number(values, "temperature", 0.0, MAX_TEMPERATURE)
+    limit_name = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
+    max_tokens = int(_read_number(values, limit_name, MAX_CAPTION_TOKENS, MAX_REQUESTED_TOKENS))
+    if max_tokens < 1:
+        raise RefusedError(f"{limit_name} must be at least 1")
+    return ChatRequest(
+        model=model,
+        image=read_image(images[0]) if only is None else None,
+        style=None if question else _read_style(text, styles),
+        question=question,
+        max_tokens=max_tokens,
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        top_p=max(MIN_TOP_P, _read_number(values, "top_p", 1.0, 1.0)),
+        field=field,
+        only=only,
+        streams=values.get("stream") is True,
+    )
 
 
 def answer_text(request: ChatRequest, text: str) -> str:
-    """Return the content of an answer: the text, or the JSON object that it stands in."""
+    """Return the content of an answer: the text, or a JSON object with the text in its property."""
     return text if request.field is None else json.dumps({request.field: text}, ensure_ascii=False)
 
 
-def completion(identity: str, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool) -> dict[str, Any]:
-    """Return the body of an answer; `tokens` are those of the prompt and of the text."""
+def completion(
+    identity: str, model: str, content: str, tokens: tuple[int, int], *, is_cut: bool
+) -> dict[str, Any]:
+    """Return the body of an answer. `tokens` are the numbers of tokens of the prompt and of the text."""
     return {
         "id": identity,
         "object": "chat.completion",
@@ -112,25 +123,24 @@ def completion(identity: str, model: str, content: str, tokens: tuple[int, int],
 
 
 def chunks(body: dict[str, Any]) -> bytes:
-    """Return an answer as a stream of events that holds all of it at once."""
+    """Return an answer as a stream of events with the whole text in the first one."""
     choice = body["choices"][0]
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    parts = [
-        {"index": 0, "delta": choice["message"], "finish_reason": None},
-        {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]},
-    ]
-    lines = [f"data: {json.dumps(shared | {'choices': [part]})}\n\n" for part in parts]
-    return "".join([*lines, "data: [DONE]\n\n"]).encode()
+    events = ["[DONE]"]
+    for delta, reason in (({}, choice["finish_reason"]), (choice["message"], None)):
+        choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
+        events.insert(0, json.dumps(shared | {"choices": choices}))
+    return "".join(f"data: {event}\n\n" for event in events).encode()
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
-    """Return the body of a refusal."""
+    """Return the body of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def _content(messages: Any) -> tuple[str, list[Any]]:
-    """Return the text of the last message of a user, and the images of all messages of users."""
+def _read_messages(messages: Any) -> tuple[str, list[Any]]:
+    """Return the text of the last user message, and the images of all user messages."""
     if not isinstance(messages, list) or not messages:
         raise RefusedError("messages must be a list that is not empty")
     text, images = "", []
@@ -138,79 +148,77 @@ def _content(messages: Any) -> tuple[str, list[Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RefusedError("each message needs a role and a content")
         content = message.get("content")
-        if content is None and message["role"] != "user":  # as of a turn that called a tool
+        # A turn that calls a tool has no content.
+        if content is None and message["role"] != "user":
             continue
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise RefusedError("the content of a message is a text, or a list of parts")
+            raise RefusedError("the content of a message must be a text or a list of parts")
         texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        if not all(isinstance(one, str) for one in texts):
-            raise RefusedError("a text part holds no text")
-        if sum(map(len, texts)) > MAX_TEXT_CHARACTERS or any(map(_is_half, texts)):
-            raise RefusedError(f"a text has at most {MAX_TEXT_CHARACTERS:,} characters, all of Unicode")
+        if not all(isinstance(part_text, str) for part_text in texts):
+            raise RefusedError("a text part needs a text")
+        joined = "\n".join(map(str, texts))
+        if len(joined) > MAX_TEXT_CHARACTERS or SURROGATE.search(joined):
+            raise RefusedError(f"a text must be valid Unicode of at most {MAX_TEXT_CHARACTERS:,} characters")
         if message["role"] == "user":
-            text = "\n".join(one for one in texts if isinstance(one, str))
+            text = joined
             images += [part.get("image_url") for part in parts if part.get("type") == "image_url"]
         if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", "image_url")]:
-            raise RefusedError(f"a captioner takes parts of type text and image_url, not {str(unknown[0])[:40]}")
+            raise RefusedError(f"parts of type {str(unknown[0])[:40]} are not supported")
     return text, images
 
 
-def _is_half(text: str) -> bool:
-    """Return whether a text holds half of a surrogate pair, which JSON can and UTF-8 cannot."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def read_image(value: Any) -> bytes:
-    """Return the bytes of an image_url part, or of its address. Raises RefusedError if it does not hold the image."""
-    url = value.get("url") if isinstance(value, dict) else value
+def read_image(part: Any) -> bytes:
+    """Return the bytes of an image_url part or of its URL. Raises RefusedError if it is not base64 data."""
+    url = part.get("url") if isinstance(part, dict) else part
     if not isinstance(url, str):
         raise RefusedError("an image_url part needs a url")
     if not (head := DATA_URL.match(url)):
-        raise RefusedError("send the image itself, as data:image/...;base64,...: no address is fetched")
+        raise RefusedError("URLs are not fetched: send the image itself as data:image/...;base64,...")
     try:
         return base64.b64decode("".join(url[head.end() :].split()), validate=True)
     except (binascii.Error, ValueError):
         raise RefusedError("the image is not base64") from None
 
 
-def _question(text: str) -> str:
-    named = QUESTION.findall(text)
-    question: str = named[-1].strip() if named else text.strip() if text.strip().endswith("?") else ""
+def _read_question(text: str) -> str:
+    lines = QUESTION_LINE.findall(text)
+    question = str(lines[-1] if lines else text if text.strip().endswith("?") else "").strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise RefusedError(f"a question has at most {MAX_QUESTION_CHARACTERS} characters")
     return question
 
 
-def _style(text: str, styles: list[str]) -> str | None:
-    named = [style.strip() for style in STYLE.findall(text)]
-    if named and named[-1] not in styles:
-        raise RefusedError(f"this captioner has not learned the style {named[-1][:40]}, but {', '.join(styles)}")
-    return named[-1] if named else text.strip() if text.strip() in styles else None
+def _read_style(text: str, styles: list[str]) -> str | None:
+    if lines := STYLE_LINE.findall(text):
+        style = str(lines[-1]).strip()
+        if style not in styles:
+            raise RefusedError(f"unknown style {style[:40]}: this captioner has {', '.join(styles)}")
+        return style
+    return text.strip() if text.strip() in styles else None
 
 
-def _field(form: Any) -> tuple[str | None, str | None]:
-    """Return the only field of the schema of a format, and the one value that the schema allows, if it is but one."""
-    if form is None or (isinstance(form, dict) and form.get("type") == "text"):
+def _read_schema(response_format: Any) -> tuple[str | None, str | None]:
+    """Return the property of a JSON schema, and its value if the schema allows only one."""
+    if response_format is None or (
+        isinstance(response_format, dict) and response_format.get("type") == "text"
+    ):
         return None, None
     try:
-        schema = form["json_schema"]["schema"]
-        ((name, kind),) = schema["properties"].items()
-        values = [kind["const"]] if "const" in kind else kind.get("enum")
-        if kind.get("type", "string") != "string" or not isinstance(name, str) or (values and len(values) > 1):
-            raise ValueError("it is not text")
-        only = values[0] if values else None
-        if only is not None and not isinstance(only, str):
-            raise ValueError("it is not text")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise RefusedError("the schema must be an object with one property, a string: a captioner writes one text") from None
+        ((name, schema),) = response_format["json_schema"]["schema"]["properties"].items()
+        values = [schema["const"]] if "const" in schema else schema.get("enum") or [None]
+        (only,) = values
+        if schema.get("type", "string") != "string" or not isinstance(only, str | None):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise RefusedError("the JSON schema must be an object with one property, a string") from None
     return name, only
 
 
-def _number(values: dict[str, Any], name: str, default: float, most: float) -> float:
+def _read_number(values: dict[str, Any], name: str, default: float, maximum: float) -> float:
     value = values.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise RefusedError(f"{name} must be a number from 0 to {most:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
+        raise RefusedError(f"{name} must be a number from 0 to {maximum:g}")
     return float(value)

@@ -1,6 +1,6 @@
 """Serve a captioner by OpenAI's chat protocol: `/v1/chat/completions`, `/v1/models` and `/health`.
 
-Nothing is fetched, and nothing is kept. `/health` is answered without the key.
+The server fetches no URL and stores nothing.
 """
 
 import asyncio
@@ -35,17 +35,20 @@ from trainer.model.caption_model import GpuMemoryError
 from trainer.model.decoding import DecodingConfig
 from trainer.serving.protocol import RefusedError, answer_text, chunks, completion, error_body, read_request
 
-MAX_BODY_BYTES = 48_000_000  # a photo of 32 MB as base64
+# A photo of 32 MB as base64.
+MAX_BODY_BYTES = 48_000_000
 BODY_TIMEOUT_S = 30.0
-MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000  # requests and bodies that are received or wait for their texts
+# Limits of all requests and bodies that the server has not answered yet.
+MAX_HELD_REQUESTS, MAX_HELD_BYTES = 1_000, 1_000_000_000
 SHUTDOWN_TIMEOUT_S = 5
+HANDLED_ERRORS = (RefusedError, HTTPException, ClientDisconnect, Exception)
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One text to write: a prepared image (3, H, W), the tokens of its prompt, and how to write it."""
+    """A text to generate: a prepared image (3, H, W), the token ids of its prompt, and decoding settings."""
 
     pixels_CHW: Tensor
     prompt: Sequence[int]
@@ -53,87 +56,84 @@ class GenerationRequest:
 
     @property
     def group(self) -> tuple[int, DecodingConfig]:
-        """Jobs of one group may be written at once."""
+        """The key of requests that can be generated in one batch."""
         return len(self.prompt), self.decoding
 
 
-Write = Callable[[list[GenerationRequest]], list[list[int]]]
+Pending = tuple[GenerationRequest, asyncio.Future[list[int]]]
 
 
 @dataclass(slots=True)
 class Batcher:
-    """Writes jobs on one thread, at most `batch_size` at once. Call `run` once, as a task."""
+    """Generate texts in batches on one thread. Run `run` once, as a task."""
 
-    write: Write
+    write: Callable[[list[GenerationRequest]], list[list[int]]]
     batch_size: int
-    thread: ThreadPoolExecutor  # of one worker, the only one that runs the model
-    batches: int = 0  # so far
-    _waiting: deque[tuple[GenerationRequest, asyncio.Future[list[int]]]] = field(default_factory=deque)
+    thread: ThreadPoolExecutor
+    batches: int = 0
+    pending: deque[Pending] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def waiting(self) -> int:
-        """The number of jobs that wait."""
-        return len(self._waiting)
-
-    async def submit(self, job: GenerationRequest) -> list[int]:
-        """Return the tokens of the text of a job. Raises what `write` raises."""
-        done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, done))
+    async def submit(self, request: GenerationRequest) -> list[int]:
+        """Return the token ids of a text. Raises the errors of `write`."""
+        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self.pending.append((request, future))
         self._arrived.set()
-        return await done
+        return await future
 
     async def run(self) -> None:
-        """Write batch after batch, until cancelled: each with the job that has waited longest, and others of its group."""
+        """Generate batches until cancelled: the longest waiting request, with others of its group."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             batch = self._next_batch()
-            if not self._waiting:
+            if not self.pending:
                 self._arrived.clear()
             if not batch:
                 continue
             self.batches += 1
+            requests = [request for request, _ in batch]
+            outcomes: Sequence[Any]
             try:
-                texts = await loop.run_in_executor(self.thread, self.write, [job for job, _ in batch])
-            except Exception as error:  # noqa: BLE001  # of each of its requests, and no other
-                for _, done in batch:
-                    if not done.done():
-                        done.set_exception(error)
-            else:
-                for (_, done), text in zip(batch, texts, strict=True):
-                    if not done.done():
-                        done.set_result(text)
+                outcomes = await loop.run_in_executor(self.thread, self.write, requests)
+            except Exception as error:  # noqa: BLE001
+                outcomes = [error] * len(batch)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
 
-    def _next_batch(self) -> list[tuple[GenerationRequest, asyncio.Future[list[int]]]]:
-        batch: list[tuple[GenerationRequest, asyncio.Future[list[int]]]] = []
-        others: deque[tuple[GenerationRequest, asyncio.Future[list[int]]]] = deque()
-        while self._waiting and len(batch) < self.batch_size:
-            job, done = self._waiting.popleft()
-            if done.done():  # whoever asked has gone
+    def _next_batch(self) -> list[Pending]:
+        batch: list[Pending] = []
+        rest: deque[Pending] = deque()
+        while self.pending and len(batch) < self.batch_size:
+            request, future = self.pending.popleft()
+            # The client has disconnected.
+            if future.done():
                 continue
-            if batch and job.group != batch[0][0].group:
-                others.append((job, done))
-            else:
-                batch.append((job, done))
-        self._waiting.extendleft(reversed(others))
+            fits = not batch or request.group == batch[0][0].group
+            (batch if fits else rest).append((request, future))
+        self.pending.extendleft(reversed(rest))
         return batch
 
 
 @dataclass(slots=True)
 class CaptionServer:
-    """The handlers of a server of one captioner; requests call it `name`."""
+    """The handlers of a server of one captioner: its model `name` in requests, and an optional API `key`."""
 
     captioner: Captioner
     name: str
-    key: str = ""  # that requests must carry; empty: none
+    key: str = ""
     host: str = "127.0.0.1"
     batch_size: int = 32
     num_beams: int = 1
-    texts: int = 0  # written so far
+    texts: int = 0
     held_requests: int = 0
     held_bytes: int = 0
-    num_states: int = field(init=False)  # of an image
+    num_states: int = field(init=False)
     batcher: Batcher = field(init=False)
     model_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS))
@@ -151,17 +151,12 @@ class CaptionServer:
                 Route("/health", self.health),
             ],
             middleware=[Middleware(Guard, host=self.host, key=self.key)],
-            exception_handlers={
-                RefusedError: _refused,
-                HTTPException: _http_error,
-                ClientDisconnect: _gone,
-                Exception: _failed,
-            },
-            lifespan=self._running,
+            exception_handlers=dict.fromkeys(HANDLED_ERRORS, _error_response),
+            lifespan=self._lifespan,
         )
 
     @asynccontextmanager
-    async def _running(self, _: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(self.batcher.run())
         yield
         task.cancel()
@@ -176,95 +171,87 @@ class CaptionServer:
         return JSONResponse({"object": "list", "data": [model]}, headers=HEADERS)
 
     async def health(self, _: Request) -> Response:
-        """Report that requests are answered."""
+        """Report that the server is running."""
         return JSONResponse({"status": "ok", "model": self.name}, headers=HEADERS)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request; see trainer/serving/protocol.py."""
-        with self._held(request):
-            body = await read_body(request)
-            answer = asyncio.create_task(self._answer(body))
-            gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client has gone
-            waiting: set[asyncio.Future[Any]] = {answer, gone}
+        with self._count_held(request):
+            answer = asyncio.create_task(self._answer(await read_body(request)))
+            # After the body, the only message is that the client has disconnected.
+            disconnect = asyncio.ensure_future(request.receive())
+            tasks: set[asyncio.Future[Any]] = {answer, disconnect}
             try:
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():
                     raise ClientDisconnect
                 return answer.result()
             finally:
                 answer.cancel()
-                gone.cancel()
+                disconnect.cancel()
 
     @contextmanager
-    def _held(self, request: Request) -> Iterator[None]:
-        """Count a request and its body until it is answered. Raises RefusedError where there are too many."""
+    def _count_held(self, request: Request) -> Iterator[None]:
+        """Count a request and its body until it is answered. Raises RefusedError if there are too many."""
         length = request.headers.get("content-length", "")
         size = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
         if self.held_requests >= MAX_HELD_REQUESTS or self.held_bytes + size > MAX_HELD_BYTES:
-            raise RefusedError("too many requests wait", 503)
-        self.held_requests, self.held_bytes = self.held_requests + 1, self.held_bytes + size
+            raise RefusedError("too many requests are waiting", 503)
+        self.held_requests += 1
+        self.held_bytes += size
         try:
             yield
         finally:
-            self.held_requests, self.held_bytes = self.held_requests - 1, self.held_bytes - size
+            self.held_requests -= 1
+            self.held_bytes -= size
 
     async def _answer(self, body: bytes) -> Response:
-        asked = read_request(body, self.captioner.styles)
-        if asked.model not in (None, self.name):
-            raise RefusedError(f"there is no model {asked.model[:80]} here, but {self.name}", 404)
-        text, tokens, is_cut = asked.only or "", (0, 0), False
-        if asked.image is not None:
-            if asked.question and not self.captioner.answers:
+        request = read_request(body, self.captioner.styles)
+        if request.model not in (None, self.name):
+            raise RefusedError(f"unknown model {request.model[:80]}: this server has {self.name}", 404)
+        text, tokens, is_cut = request.only or "", (0, 0), False
+        if request.image is not None:
+            if request.question and not self.captioner.answers:
                 raise RefusedError("this captioner has not learned to answer questions")
-            prompt = self._prompt(asked.style, asked.question)
-            beams = 1 if asked.temperature else self.num_beams
-            job = GenerationRequest(
-                await self._pixels(asked.image), prompt, DecodingConfig(beams, asked.temperature, asked.top_p)
-            )
+            beams = 1 if request.temperature else self.num_beams
+            decoding = DecodingConfig(beams, request.temperature, request.top_p)
+            loop = asyncio.get_running_loop()
+            pixels_CHW = await loop.run_in_executor(self.readers, self.captioner.prepare, request.image)
+            if isinstance(pixels_CHW, ImageError):
+                raise RefusedError(f"the image cannot be read: {pixels_CHW}")
             try:
-                ids = await self.batcher.submit(job)
-            except GpuMemoryError:  # which is not a fault of the request
+                prompt = self.captioner.prompt(request.style, request.question)
+                ids = await self.batcher.submit(GenerationRequest(pixels_CHW, prompt, decoding))
+            except GpuMemoryError:
                 raise
-            except TrainError as error:  # such as of a question that is too long for the model
+            except TrainError as error:
                 raise RefusedError(str(error)) from None
-            kept = ids[: asked.max_tokens]
-            is_cut = len(kept) < len(ids) or len(ids) == self._most_tokens(len(prompt))
+            kept = ids[: request.max_tokens]
+            is_cut = len(kept) < len(ids) or len(ids) == self._max_text_tokens(len(prompt))
             text = self.captioner.checkpoint.tokenizer.decode(kept)
             tokens = (len(prompt), len(kept))
             self.texts += 1
-        content = completion(f"chatcmpl-{uuid4().hex}", self.name, answer_text(asked, text), tokens, is_cut=is_cut)
-        if asked.streams:
-            return Response(chunks(content), headers=HEADERS, media_type="text/event-stream")
-        return JSONResponse(content, headers=HEADERS)
+        identity, content = f"chatcmpl-{uuid4().hex}", answer_text(request, text)
+        answer = completion(identity, self.name, content, tokens, is_cut=is_cut)
+        if request.streams:
+            return Response(chunks(answer), headers=HEADERS, media_type="text/event-stream")
+        return JSONResponse(answer, headers=HEADERS)
 
-    def _most_tokens(self, prompt_tokens: int) -> int:
-        """Return how many tokens a text has that was cut by the captioner and not by a request."""
+    def _max_text_tokens(self, prompt_tokens: int) -> int:
         captioner = self.captioner.checkpoint.captioner
         if captioner.decoder.max_positions == math.inf:
             return captioner.config.max_caption_tokens
         return captioner.most_tokens(self.num_states, prompt_tokens)
 
-    def _prompt(self, style: str | None, question: str) -> list[int]:
-        try:
-            return self.captioner.prompt(style, question)
-        except TrainError as error:
-            raise RefusedError(str(error)) from None
-
-    async def _pixels(self, image: bytes) -> Tensor:
-        pixels_CHW = await asyncio.get_running_loop().run_in_executor(self.readers, self.captioner.prepare, image)
-        if isinstance(pixels_CHW, ImageError):
-            raise RefusedError(f"the image cannot be read: {pixels_CHW}")
-        return pixels_CHW
-
-    def _write(self, jobs: list[GenerationRequest]) -> list[list[int]]:
-        """Write the texts of jobs of one group."""
-        pixels_BCHW = torch.stack([job.pixels_CHW for job in jobs])
-        return self.captioner.write(pixels_BCHW, [job.prompt for job in jobs], jobs[0].decoding)
+    def _write(self, requests: list[GenerationRequest]) -> list[list[int]]:
+        pixels_BCHW = torch.stack([request.pixels_CHW for request in requests])
+        prompts = [request.prompt for request in requests]
+        return self.captioner.write(pixels_BCHW, prompts, requests[0].decoding)
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Middleware: admit requests for this host that no other page sends, with the key and with JSON."""
+    """Middleware that refuses requests of other web pages, for other hosts, without the key or JSON."""
 
     app: ASGIApp
     host: str
@@ -278,26 +265,28 @@ class Guard:
         await app(scope, receive, send)
 
     def _refusal(self, request: Request) -> tuple[str, int] | None:
-        """Return why a request is refused, with the status; None if it is admitted."""
-        # A foreign page may let its own name point to this machine (DNS rebinding): its requests carry that name.
-        given = request.headers.get("host", "")
-        name = given.rpartition(":")[0] if given.rpartition(":")[2].isdigit() else given
+        """Return why a request is refused and the HTTP status; None if it is admitted."""
+        # A web page may make its own host name resolve to this machine (DNS rebinding).
+        host = request.headers.get("host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if is_loopback(self.host) and not is_loopback(name.strip("[]")):
-            return f"this server is {self.host}, and not {name[:80]}", 403
-        if (origin := request.headers.get("origin")) and urlsplit(origin).netloc != given:
-            return "requests of other pages are refused", 403
+            return f"this server is {self.host}, not {name[:80]}", 403
+        if (origin := request.headers.get("origin")) and urlsplit(origin).netloc != host:
+            return "requests of other web pages are refused", 403
         key = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self.key and request.url.path != "/health" and not hmac.compare_digest(key, self.key.encode()):
-            return "the key is missing, or another one", 401
-        if request.method == "POST" and request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return "send application/json", 415  # browsers send other types without asking the server first
+            return "the API key is missing or wrong", 401
+        # Browsers send other content types to foreign servers without a preflight request.
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip()
+        if request.method == "POST" and content_type != "application/json":
+            return "send application/json", 415
         if "content-encoding" in request.headers:
-            return "send the body as it is, without a content encoding", 400
+            return "content encodings are not supported", 400
         return None
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address, or localhost, is of this machine alone."""
+    """Return whether an address or `localhost` is reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -305,7 +294,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the body of a request. Raises RefusedError if it is too large, or comes too slowly."""
+    """Return the body of a request. Raises RefusedError if it is too large or too slow."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -319,36 +308,32 @@ async def read_body(request: Request) -> bytes:
 
 
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
-    """Return an error as clients of the protocol expect it."""
-    more = {"Retry-After": "1"} if status == 503 else {"Connection": "close"} if status in (408, 413) else {}
-    return JSONResponse(error_body(message, status), status, HEADERS | more | (headers or {}))
+    headers = HEADERS | (headers or {})
+    if status == 503:
+        headers["Retry-After"] = "1"
+    if status in (408, 413):
+        headers["Connection"] = "close"
+    return JSONResponse(error_body(message, status), status, headers)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return _error(str(error), error.status)
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.detail, error.status_code, dict(error.headers or {}))
-
-
-async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=400)  # which no client reads
-
-
-async def _failed(_: Request, error: Exception) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
+    match error:
+        case RefusedError():
+            return _error(str(error), error.status)
+        case HTTPException():
+            return _error(error.detail, error.status_code, dict(error.headers or {}))
+        case ClientDisconnect():
+            return Response(status_code=400)
     log.error("a request failed", exc_info=error)
-    return _error("the captioner failed; its log says why", 500)
+    return _error("the captioner failed; its log has the reason", 500)
 
 
 def make_server(server: CaptionServer) -> uvicorn.Server:
-    """Return the HTTP server of a captioner. It handles Ctrl-C and SIGTERM, and reports nothing itself."""
+    """Return the HTTP server of a captioner. It handles Ctrl-C and SIGTERM, and prints nothing."""
     return uvicorn.Server(
         uvicorn.Config(
             server.application(),
-            http="h11",  # bounds the bytes of headers
+            http="h11",  # limits the size of headers
             ws="none",
             lifespan="on",
             proxy_headers=False,
@@ -362,17 +347,18 @@ def make_server(server: CaptionServer) -> uvicorn.Server:
 
 
 def serve(server: CaptionServer, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM; `announce` gets the address. Port 0 is a free one. Raises OSError for a bad address."""
+    """Serve until Ctrl-C or SIGTERM. `announce` receives the URL. Port 0: a free port. Raises OSError."""
     with listen(server.host, port) as listener:
-        announce(address_of(server.host, listener))
+        announce(url_of(server.host, listener))
         make_server(server).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address."""
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
 
 
-def address_of(host: str, listener: socket.socket) -> str:
-    """Return the address of a server for a person."""
+def url_of(host: str, listener: socket.socket) -> str:
+    """Return the URL of a server."""
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

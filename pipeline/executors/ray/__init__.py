@@ -1,1 +1,1 @@
-"""Run on a Ray cluster: the data is cut into shards, which Ray workers fill and exchange through files."""
+"""Run on a Ray cluster: workers fill shards and exchange rows through files."""

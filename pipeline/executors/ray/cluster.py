@@ -1,4 +1,4 @@
-"""Ray: open a cluster, plan its workers, and apply a function to every shard."""
+"""Open a Ray cluster, plan its workers, and apply a function to every shard."""
 
 import logging
 import math
@@ -10,10 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -21,14 +20,23 @@ from pipeline.errors import ClusterError, SynthError, one_line
 from pipeline.install import install_command
 
 T = TypeVar("T")
-CONNECT_SECONDS = 10
-MIN_CLUSTER_CPUS = 2  # Ray reserves a CPU for each reading task, and would wait for one forever
-MIN_CPUS = 0.1  # of a worker: it waits for a server most of the time
+CONNECT_TIMEOUT_S = 10
+# Ray reserves a CPU for each reading task, and would wait for one forever.
+MIN_CLUSTER_CPUS = 2
+MIN_WORKER_CPUS = 0.1
+OUTCOMES = pa.schema([("id", pa.int64()), ("outcome", pa.binary())])
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerPlan:
-    """The number of workers that send requests at once, and the CPUs and GPUs of each."""
+class ClusterOptions(NamedTuple):
+    """The address of a cluster (None: start one on this machine), and the numbers of shards and workers."""
+
+    address: str | None = None
+    shards: int | None = None
+    workers: int | None = None
+
+
+class WorkerPlan(NamedTuple):
+    """The number of workers that send requests, and the CPUs and GPUs of each one."""
 
     workers: int
     cpus: float
@@ -37,37 +45,44 @@ class WorkerPlan:
 
 @contextmanager
 def open_cluster(address: str | None) -> Iterator[None]:
-    """Join the cluster at an address, or start one on this machine that ends with this process. Raises ClusterError."""
+    """Join the cluster at an address, or start one on this machine that ends with this process.
+
+    Raises ClusterError if Ray is missing or no cluster answers.
+    """
     if find_spec("ray") is None:
         raise ClusterError("--executor ray needs the package ray", hint=install_command("ray"))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # no messages about actors that may restart
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = address.rpartition(":")
-    options: dict[str, Any] = (
-        {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
-    )
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"num_cpus": max(MIN_CLUSTER_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     try:
+        # Ray itself would try to connect for minutes.
         if port.isdigit() and "/" not in host:
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself tries for minutes
-        ended_by = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **options)
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        sigterm_handler = signal.getsignal(signal.SIGTERM)
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="synth", **options
+        )
+        # Ray's own handler ends the command without a message.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ended_by)  # Ray has set its own, which ends the command without a word
+            signal.signal(signal.SIGTERM, sigterm_handler)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address}: {one_line(error)}",
-            hint="start one with `ray start --head`; one that wants a token: RAY_AUTH_MODE=token",
-        ) from None
-    import ray.data  # sets up its own log
+        hint = "start one with `ray start --head`; if it needs a token, set RAY_AUTH_MODE=token"
+        raise ClusterError(f"no Ray cluster at {address}: {one_line(error)}", hint=hint) from None
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # a shard may take hours
-    with redirect_stdout(sys.stderr):  # Ray prints lost nodes to standard output, which is for results
+    # A shard may take hours.
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
+    # Ray prints lost nodes to standard output, which is for results.
+    with redirect_stdout(sys.stderr):
         try:
             yield
         finally:
@@ -75,10 +90,10 @@ def open_cluster(address: str | None) -> Iterator[None]:
 
 
 def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> WorkerPlan:
-    """Return the plan for the workers that send requests: one for each GPU, or for each CPU but one.
+    """Return the plan for workers that send requests: by default one for each GPU, or for each CPU but one.
 
-    If each worker loads a model and there are no GPUs, there is one worker a node: a model takes all of its CPUs. A pool that
-    holds every CPU would wait forever for a reading task. Raises ClusterError if the workers do not fit.
+    Without GPUs, there is one worker per node if each one loads a model. One CPU stays free for reading
+    tasks. Raises ClusterError if the workers do not fit.
     """
     import ray
 
@@ -86,62 +101,57 @@ def plan_workers(wanted: int | None, *, loads_model: bool, own_server: bool) -> 
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     on_gpus = loads_model and own_server and gpus > 0
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    workers = wanted or max(1, int(gpus if on_gpus else nodes if loads_model else cpus - 1))  # a GPU may be a part of one
-    free = cpus - 1  # one is left for reading tasks
-    if cpus < MIN_CLUSTER_CPUS or workers * MIN_CPUS > free:
-        raise ClusterError(f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes")
-    if on_gpus and workers > gpus:
+    workers = wanted or max(1, int(gpus if on_gpus else nodes if loads_model else cpus - 1))
+    free = cpus - 1
+    if cpus < MIN_CLUSTER_CPUS or workers * MIN_WORKER_CPUS > free:
         raise ClusterError(
-            f"{workers} workers with a server each do not fit on {gpus:g} GPUs", hint="pass fewer --workers, or --base-url"
+            f"{workers} workers do not fit on {cpus:g} CPUs", hint="pass fewer --workers, or add nodes"
         )
-    share = math.floor(100 * min(1.0, free / workers)) / 100
-    return WorkerPlan(workers, share, 1.0 if on_gpus else 0.0)
+    if on_gpus and workers > gpus:
+        problem = f"{workers} workers with a server each do not fit on {gpus:g} GPUs"
+        raise ClusterError(problem, hint="pass fewer --workers, or --base-url")
+    return WorkerPlan(workers, math.floor(100 * min(1.0, free / workers)) / 100, 1.0 if on_gpus else 0.0)
 
 
 def map_on_cluster(
-    count: int, work: Callable[[int], T], workers: WorkerPlan | None = None, report: Callable[[int], None] | None = None
+    count: int,
+    work: Callable[[int], T],
+    workers: WorkerPlan | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> list[T]:
     """Apply a function to every index below `count` on the cluster, and return the results in order.
 
-    A worker that dies is replaced, and its indices are repeated: `work` writes files that appear whole or not at all. It is
-    pickled; with `workers`, each worker has its own copy, which is exited at the end if it is a context manager. `report`
-    receives the number of finished indices. Raises the first SynthError of a worker, and ClusterError if workers died.
+    `work` is pickled, and called again if its worker dies. With `workers`, each worker has its own copy,
+    which is exited at the end if it is a context manager. `report` receives the number of finished indices.
+    Raises the first SynthError of a worker, and ClusterError if workers die repeatedly.
     """
-    results: dict[int, T] = {}
-    for index, result in _map(count, work, workers):
-        results[index] = result
-        if report:
-            report(len(results))
-    return [results[index] for index in range(count)]
-
-
-def _map(count: int, work: Callable[[int], T], workers: WorkerPlan | None) -> Iterator[tuple[int, T]]:
-    """Yield (index, result) as results arrive."""
     import ray.data
     import ray.exceptions as lost
 
-    indices = ray.data.range(count, override_num_blocks=count)
+    function: Any = partial(_apply, work)
+    options: dict[str, Any] = {}
     if workers:
         pool = ray.data.ActorPoolStrategy(size=workers.workers)
-        outcomes = indices.map_batches(
-            _Worker, fn_constructor_args=(work,), batch_size=1, batch_format="pyarrow", compute=pool,
-            num_cpus=workers.cpus, num_gpus=workers.gpus,
-        )  # fmt: skip
-    else:
-        outcomes = indices.map_batches(partial(_apply, work), batch_size=1, batch_format="pyarrow")
+        resources = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+        function, options = _Worker, {"fn_constructor_args": (work,), "compute": pool, **resources}
+    indices = ray.data.range(count, override_num_blocks=count)
+    outcomes = indices.map_batches(function, batch_size=1, batch_format="pyarrow", **options)
+    results: dict[int, T] = {}
     try:
         for row in outcomes.iter_rows():
-            result, error = pickle.loads(row["outcome"])  # noqa: S301  # of our own workers
+            results[row["id"]], error = pickle.loads(row["outcome"])  # noqa: S301
             if error:
                 raise error
-            yield row["id"], result
+            if report:
+                report(len(results))
     except (lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.NodeDiedError) as died:
-        message = f"workers died again and again: {one_line(died)}"
-        raise ClusterError(message, hint="was memory short? the same command goes on with what is done") from None
+        hint = "check for short memory, then run the same command to resume"
+        raise ClusterError(f"workers died repeatedly: {one_line(died)}", hint=hint) from None
+    return [results[index] for index in range(count)]
 
 
 class _Worker:
-    """Keeps a function and its state, such as a server or a model, from index to index."""
+    """Keep a function and its state, such as a server or a model, from index to index."""
 
     def __init__(self, work: Callable[[int], Any]) -> None:
         self.work = work
@@ -149,7 +159,8 @@ class _Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         return _apply(self.work, batch)
 
-    def __del__(self) -> None:  # Ray drops it before the worker ends
+    def __del__(self) -> None:
+        # Ray deletes the object before the worker ends.
         if isinstance(self.work, AbstractContextManager):
             self.work.__exit__(None, None, None)
 
@@ -162,4 +173,4 @@ def _apply(work: Callable[[int], Any], batch: pa.Table) -> pa.Table:
         except SynthError as error:
             outcome = (None, error)
         rows.append({"id": index, "outcome": pickle.dumps(outcome)})
-    return pa.Table.from_pylist(rows, schema=pa.schema([("id", pa.int64()), ("outcome", pa.binary())]))
+    return pa.Table.from_pylist(rows, schema=OUTCOMES)

@@ -1,54 +1,113 @@
-"""A run over shards: the settings of every worker, the paths of shards, and exclusive work on a shard."""
+"""A run over shards: the state that all workers share, the shuffle of rows, and exclusive work on a shard."""
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.manifest import asked_tasks
 from pipeline.digests import digest, file_digest, weights_revision
 from pipeline.errors import ClusterError
-from pipeline.executors.ray.shuffle import Indices, Shuffle
 from pipeline.logs import keep_log_in
 from pipeline.plan import Plan
 from pipeline.sources import files_of_source
-from pipeline.storage.files import read_json, translate_disk_errors, write_json
-from pipeline.storage.object_store import is_remote
+from pipeline.storage.files import atomic_write, read_json, translate_disk_errors, write_json
+from pipeline.storage.object_store import is_remote, open_object
 from pipeline.tasks.prompts import prompt_texts
 
 T = TypeVar("T")
-MAX_DEATHS = 3  # of workers at one shard; it is abandoned after one more
-HEX_DIGITS = 8  # first digits of an id, which decide its shard
-_KNOWN_FILES = set[str]()  # digests of named files that this process has checked
+Indices = npt.NDArray[np.int64]
+READ_AHEAD_BYTES = 1 << 16
+# A run ends after more deaths of workers than this at one shard.
+MAX_DEATHS = 3
+# Leading digits of a sample id that select its shard.
+HEX_DIGITS = 8
+_CHECKED_FILES = set[str]()
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffle:
+    """File-based shuffle: each reader writes one file with batches of rows for every shard.
+
+    Files appear whole or not at all, and equal input gives equal files: a dead reader can be replaced.
+    """
+
+    path: Path
+    shards: int
+
+    def write(self, reader: int, tables: Iterable[pa.Table], shard_of: Callable[[pa.Table], Indices]) -> None:
+        """Write the rows of a reader: from every table one batch for each shard. Memory holds one table."""
+        with atomic_write(self.file(reader)) as path, path.open("wb") as sink:
+            writer = None
+            for table in tables:
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                writer = writer or pa.ipc.new_file(sink, table.schema, options=options)
+                shard = shard_of(table)
+                order = np.argsort(shard, kind="stable")
+                bounds = np.searchsorted(shard[order], np.arange(self.shards + 1)).tolist()
+                ordered = table.take(pa.array(order)).combine_chunks()
+                empty = pa.RecordBatch.from_pylist([], table.schema)
+                for start, end in pairwise(bounds):
+                    (batch,) = ordered.slice(start, end - start).to_batches() or [empty]
+                    writer.write_batch(batch)
+            if writer:
+                writer.close()
+
+    def read(self, shard: int, readers: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one shard, reader after reader."""
+        for reader in range(readers):
+            path = self.file(reader)
+            opened = open_object(path, READ_AHEAD_BYTES) if is_remote(path) else pa.memory_map(str(path))
+            with opened as source:
+                file = pa.ipc.open_file(source)
+                for number in range(shard, file.num_record_batches, self.shards):
+                    yield file.get_batch(number)
+
+    def file(self, reader: int) -> Path:
+        """Return the file of a reader's rows, which exists only when it is complete."""
+        return self.path / f"{reader:05d}.arrow"
+
+    def by_hash(self, names: Iterable[str]) -> Indices:
+        """Return the shard index of each name by its CRC-32."""
+        return np.array([zlib.crc32(name.encode()) for name in names], np.int64) % self.shards
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedRun:
-    """A run over shards. Each shard is a dataset folder of its own, with its samples, its journal and its steps.
+    """A run over shards. Each shard is a dataset folder with its own samples, journal and step files.
 
-    The first digits of a sample's id decide its shard: ids are digests, so shards have nearly equal sizes; shards in order
-    hold ids in order. All workers see the dataset folder: it lies on a shared file system or in an object store.
+    The first digits of a sample id select its shard: ids are digests, so shards have similar sizes, and
+    shards in order hold ids in order. All workers see the dataset folder, on a shared file system or in an
+    object store. Paths in the settings are relative to `working_dir`.
+
+    `files` is a digest of the files that the settings name, `inputs` one of everything that decides which
+    samples the shards hold. In an object store, `fill_key` is the key of filled shards, and `filled` has
+    their folders. `retries_all`: temporary failures may succeed now.
     """
 
     plan: Plan
-    working_dir: Path  # the working directory of the command, to which paths in the settings are relative
+    working_dir: Path
     shard_count: int
-    readers: int  # how many parts of the source are read at once
-    engine: str  # as the command has chosen it; workers do not choose again
+    readers: int
+    engine: str
     source_revision: str
-    files: str  # digest of the files that the settings name: every worker must see the same
-    inputs: str = ""  # the key of the step read: a digest of all that decides which samples the shards hold
-    fill_key: str = ""  # in an object store, the key of filled shards
-    filled: tuple[str, ...] = ()  # in an object store, the folder of each shard that was filled
-    tries_again: bool = False  # all shards are filled anew: a row that failed may become an image of any of them
+    files: str
+    inputs: str = ""
+    fill_key: str = ""
+    filled: tuple[str, ...] = ()
+    retries_all: bool = False
 
     @property
     def config(self) -> Config:
@@ -61,20 +120,19 @@ class ShardedRun:
         return self.plan.dataset.path
 
     def enter(self) -> None:
-        """Work in the command's directory, and check that its files are the same. Raises ClusterError if not."""
+        """Change to the command's directory. Raises ClusterError if its files differ from the command's."""
         try:
             os.chdir(self.working_dir)
         except OSError as error:
             if not is_remote(self.root):
-                hint = "use a file system that all nodes share"
-                raise ClusterError(f"a worker cannot see {self.working_dir}: {error.strerror}", hint=hint) from None
-        if self.files not in _KNOWN_FILES:
+                problem = f"a worker cannot see {self.working_dir}: {error.strerror}"
+                raise ClusterError(problem, hint="use a file system that all nodes share") from None
+        if self.files not in _CHECKED_FILES:
             if digest(named_files(self.plan)) != self.files:
-                raise ClusterError(
-                    "a worker sees other files than the command: prompts, split list, captions, entries, or a CLIP's folder",
-                    hint="put the same ones at the same path on all nodes",
-                )
-            _KNOWN_FILES.add(self.files)
+                problem = "a worker sees other files than the command"
+                hint = "copy prompts, split list, captions, entries and CLIP to the same path on all nodes"
+                raise ClusterError(problem, hint=hint)
+            _CHECKED_FILES.add(self.files)
         keep_log_in(self.scratch)
 
     @property
@@ -86,18 +144,26 @@ class ShardedRun:
         """Return the dataset folder of one shard."""
         return DatasetDir(self.root / "shards" / (self.filled[index] if self.filled else f"{index:05d}"))
 
+    def images_folder(self, index: int) -> Path:
+        """Return the folder with the images of one shard."""
+        return self.root / "shards" / f"{index:05d}"
+
     @property
     def scratch(self) -> Path:
-        """A folder of the node, for files that cannot lie in an object store."""
+        """A folder of the node for files that cannot be in an object store."""
         return scratch_root(self.root)
 
+    def scratch_shard(self, index: int) -> DatasetDir:
+        """Return the folder of the node to fill one shard in."""
+        return DatasetDir(self.scratch / "shards" / f"{index:05d}")
+
     def shard_of(self, sample_ids: Iterable[str]) -> Indices:
-        """Return the index of the shard of each sample."""
+        """Return the shard index of each sample."""
         prefixes = [int(sample_id[:HEX_DIGITS], 16) for sample_id in sample_ids]
         return np.array(prefixes, np.int64) * self.shard_count >> 4 * HEX_DIGITS
 
     def id_range(self, index: int) -> tuple[str, str]:
-        """Return the range of ids of a shard, as two prefixes: the first of the shard, and the first behind it."""
+        """Return the first id prefix of a shard, and the first one after it."""
         first, end = (-(-(boundary << 4 * HEX_DIGITS) // self.shard_count) for boundary in (index, index + 1))
         return f"{first:0{HEX_DIGITS}x}", f"{end:0{HEX_DIGITS}x}" if index + 1 < self.shard_count else "g"
 
@@ -112,22 +178,23 @@ class ShardedRun:
 
     @property
     def more(self) -> Path:
-        """The file that says whether the source had more images than the limit."""
+        """The file that records whether the source has more images than the limit."""
         return self.root / "shards" / "more.json"
 
     @property
     def attempts(self) -> Path:
-        """The folder of attempt counts: how often work of this run was begun and not ended."""
+        """The folder that counts unfinished attempts of each work on a shard."""
         return self.root / "shards" / "tries"
 
 
 def named_files(plan: Plan) -> dict[str, Any]:
-    """Return the content or the digest of each file that the settings name, code of own tasks among them, by setting."""
+    """Return the content or digest of each file that the settings name, with the code of custom tasks."""
     config = plan.config
     clip, entries = Path(config.verify.clip_model), config.balance.entries
+    asked = asked_tasks(config, plan.tasks)
     return {
         "tasks": plan.tasks.describe(),
-        "prompts": prompt_texts(asked_tasks(config, plan.tasks), config.prompt_dirs, config.generate.style_prompts),
+        "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts),
         **files_of_source(config),
         "entries": file_digest(entries) if entries and entries.exists() else None,
         "clip": weights_revision(clip) if clip.is_dir() else None,
@@ -135,16 +202,16 @@ def named_files(plan: Plan) -> dict[str, Any]:
 
 
 def scratch_root(root: Path) -> Path:
-    """Return a folder of this machine for files that cannot lie in an object store; the dataset folder, if it is on a disk.
+    """Return the dataset folder if it is on a disk, else a folder of this machine for files of the run.
 
-    Raises:
-        ClusterError: another user owns the parent folder.
+    Raises ClusterError if another user owns the parent folder.
     """
     if not is_remote(root):
         return root
     folder = Path(gettempdir()) / f"synth-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()  # of the folder itself: another user may have put a link there
+    # Another user may have created a link.
+    status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ClusterError(f"{folder} belongs to another user", hint="set TMPDIR to a folder of your own")
     return folder / digest(str(root))[:16]
@@ -153,9 +220,9 @@ def scratch_root(root: Path) -> Path:
 def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T]) -> T:
     """Call `work` (of this name) on a shard while no other worker works on it.
 
-    An abandoned worker may still run beside its replacement. An object store has no locks: there both do the same work, and
-    their files are the same, or have names of their own. Raises ClusterError if more than MAX_DEATHS workers died of the work:
-    Ray itself would retry forever.
+    Object stores have no locks: there an abandoned worker and its replacement write equal files, or files
+    with different names. Raises ClusterError after more than MAX_DEATHS deaths of workers: Ray would retry
+    forever.
     """
     run.enter()
     shard, attempts = run.shard(index), run.attempts / f"{name}-{index}.json"
@@ -164,7 +231,7 @@ def run_exclusively(run: ShardedRun, name: str, index: int, work: Callable[[], T
         if deaths > MAX_DEATHS:
             raise ClusterError(
                 f"{attempts.stem} has ended {deaths} workers",
-                hint="memory was short, or nodes were taken away: run the same command again",
+                hint="check for short memory or lost nodes, then run the same command again",
             )
         write_json(attempts, {"tried": deaths + 1})
         result = work()

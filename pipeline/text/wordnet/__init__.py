@@ -1,6 +1,6 @@
-"""Names and words of WordNet 3.0 (Princeton University; LICENSE in this folder), as lists (`benchmarks/wordnet_lists.py`).
+"""Word lists of WordNet 3.0 (Princeton University; see LICENSE), made by benchmarks/wordnet_lists.py.
 
-Captions are balanced over `names`; a text of `dictionary_words` is English.
+Captions are balanced over `names`. `dictionary_words` recognise English.
 """
 
 import gzip
@@ -12,13 +12,13 @@ NUMBERS = tuple(str(number) for number in range(100))
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return "0" to "99" and the first name of every synset, in lower case: WordNet's share of MetaCLIP's metadata."""
+    """Return "0" to "99" and the first name of every synset: the WordNet part of MetaCLIP's entries."""
     return (*NUMBERS, *_read("names"))
 
 
 @cache
 def dictionary_words() -> frozenset[str]:
-    """Return every single word that WordNet has in any sense, irregular forms included, in lower case."""
+    """Return all single words of WordNet in lower case, irregular forms included."""
     return frozenset(_read("words"))
 
 

@@ -106,7 +106,7 @@ def test_a_run_says_so_if_its_model_writes_boxes_in_another_unit() -> None:
     task = {"name": "things", "kind": "boxes", "prompt": "Find things."}
     config = resolve(source="folder:x", own_tasks=[task])
     (note,) = describe_boxes(config, "Qwen/Qwen3-VL-8B-Instruct")
-    assert "Qwen3-VL writes boxes in thousandths, and the task things reads them as pixels" in note
+    assert "Qwen3-VL writes boxes in thousandths, the task things reads pixels" in note
     assert not [*describe_boxes(config, "Qwen/Qwen2.5-VL-3B-Instruct"), *describe_boxes(config, "gpt-5")]
     assert not [*describe_boxes(resolve(source="folder:x"), "Qwen/Qwen3-VL-8B-Instruct")]
     right = resolve(source="folder:x", own_tasks=[task | {"coordinates": "thousandths"}])

@@ -78,7 +78,7 @@ def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
     (text,) = describe_losses([STEP], funnel)
-    assert text.startswith("3 of 4 captions that were not taken are the same as the one that was: ")
+    assert text.startswith("3 of 4 captions that were not selected equal the selected one: ")
 
 
 def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:

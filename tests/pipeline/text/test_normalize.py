@@ -23,7 +23,7 @@ from pipeline.text.normalize import strip_opening, text_key, tidy, words_of
         ("", ""),
     ],
 )
-def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str) -> None:
+def test_opening_about_the_image_is_removed(text: str, rest: str) -> None:
     assert strip_opening(text) == rest
 
 
@@ -40,7 +40,7 @@ def test_an_opening_that_tells_of_the_picture_is_taken_off(text: str, rest: str)
         ("There is a dog", "A dog"),
     ],
 )
-def test_texts_that_say_the_same_are_found(text: str, variant: str) -> None:
+def test_texts_with_the_same_content_share_a_key(text: str, variant: str) -> None:
     assert content_key(text) == content_key(variant)
 
 
@@ -69,7 +69,7 @@ def test_texts_that_say_the_same_are_found(text: str, variant: str) -> None:
         ("The shape is a ring", "A shape ring"),
     ],
 )
-def test_texts_that_differ_in_a_decisive_word_are_kept_apart(text: str, variant: str) -> None:
+def test_texts_that_differ_in_a_decisive_word_have_different_keys(text: str, variant: str) -> None:
     assert content_key(text) != content_key(variant)
 
 
@@ -80,19 +80,19 @@ def test_texts_that_differ_in_a_decisive_word_are_kept_apart(text: str, variant:
         ("A\u00a0kite\u200b flies\u2028over", "A kite flies over"),
         ("Fish &amp; chips &lt;", "Fish & chips <"),
         ("R&D", "R&D"),
-        ("nam\u200cak", "nam\u200cak"),  # a letter of Persian is written by it
+        ("nam\u200cak", "nam\u200cak"),  # Persian letters need this character
         (" \n", ""),
     ],
 )
-def test_a_tidy_text_stands_on_one_line(text: str, tidied: str) -> None:
+def test_tidy_text_is_on_one_line(text: str, tidied: str) -> None:
     assert tidy(text) == tidied
 
 
-def test_a_text_without_content_is_its_own_key() -> None:
+def test_text_without_content_words_is_its_own_key() -> None:
     assert len({content_key(text) for text in ("", " ", "the", "there is", "?", "yes", "no")}) == 7
 
 
-def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
+def test_text_key_ignores_case_punctuation_and_spacing() -> None:
     assert text_key(" What's  that?! ") == text_key("what s that")
 
 
@@ -101,17 +101,18 @@ def test_case_punctuation_and_spacing_do_not_matter_to_the_text_key() -> None:
     [("लड़का सड़क पर खेल रहा है", "लड़की सड़क पर खेल रही है"), ("คนเดินข้ามถนน", "คนเดนขามถนน"), ("كَلْب", "كُلْب")],
 )
 def test_vowel_signs_and_tones_are_parts_of_words(one: str, other: str) -> None:
-    assert words_of(one) != words_of(other) and text_key(one) != text_key(other) and content_key(one) != content_key(other)
+    for key in (words_of, text_key, content_key):
+        assert key(one) != key(other)
     assert [len(words_of(text)) for text in (one, other)] == [len(one.split())] * 2
     assert text_key(f"  {one}, {one}! ") == f"{one} {one}".casefold()
 
 
-def test_a_mark_that_folding_makes_is_part_of_its_word_and_a_selector_of_an_emoji_is_no_word() -> None:
+def test_mark_made_by_case_folding_is_part_of_a_word_and_variation_selector_is_not() -> None:
     assert len(words_of("\u0130stanbul'da")) == 1 and len(words_of("Μαΐου")) == 1
     assert len(words_of("हिन्दी में \u2764\ufe0f दिल")) == 3
 
 
-def test_words_and_keys_of_ascii_are_those_of_other_texts() -> None:
+def test_fast_ascii_path_equals_the_general_path() -> None:
     text = "".join(map(chr, range(128))) + " A_b C3.4 the-End"
     for part in (text, text.replace("'", " ")):
         assert words_of(part) == words_of(f"{part} \u00e9")[:-1]

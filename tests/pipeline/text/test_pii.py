@@ -1,4 +1,4 @@
-"""PII: personal data is replaced by its kind, and numbers that only look like it stay."""
+"""PII: personal data is replaced by its kind, and other numbers stay."""
 
 import pytest
 
@@ -41,5 +41,5 @@ def test_personal_data_is_replaced_by_its_kind(text: str, clean: str) -> None:
         "3 x 4 grid of 250 000 houses",
     ],
 )
-def test_other_numbers_stay(text: str) -> None:
+def test_other_numbers_are_kept(text: str) -> None:
     assert redact(text) == (text, 0)

@@ -1,11 +1,11 @@
-"""Reasons in plain words: every rule of filter has words of its own, and an unknown reason is legible."""
+"""Reasons and scores in plain words."""
 
 from pipeline.rules import RULES
 from pipeline.tables import SCORE_NAMES
 from pipeline.text.reasons import IN_WORDS, SCORES_IN_WORDS
 
 
-def test_every_rule_of_filter_is_said_in_words_of_its_own() -> None:
+def test_every_rule_of_filter_has_its_own_words() -> None:
     assert set(RULES) <= set(IN_WORDS)
     assert len(set(IN_WORDS.values())) == len(IN_WORDS)
     assert not any("_" in words for words in IN_WORDS.values())

@@ -1,4 +1,4 @@
-"""The result: tables for people and programs, and a page that escapes the text of models."""
+"""The result: its tables, and a page that escapes the texts of models."""
 
 import html
 import json
@@ -23,33 +23,29 @@ def runs(tmp_path: Path) -> list[Run]:
     """Return finished runs of two arms with two seeds each."""
     version, _ = make_version(tmp_path / "d", scene_samples(40))
     ids = version.read("test", ["sample_id"])["sample_id"].to_pylist()
+    scores = {"scores": {"bleu_4": 0.1, "rouge_l": 0.5}, "words": {"mean": 3.0, "of_references": 3.0}}
     finished = []
-    for data, base in (("facts", 4.0), (HOSTILE, 2.0)):
+    for data, caption, base, words in (("facts", "a red ring", 4.0, 300), (HOSTILE, HOSTILE, 2.0, 400)):
+        metrics = scores | ({"questions": QUESTIONS} if data == "facts" else {})
+        row = {"caption": caption, "references": ["a red ring", HOSTILE.lower()], "shuffled_cider_d": 0.5}
         for seed in (0, 1):
             folder = tmp_path / "cells" / f"{base}-{seed}"
             folder.mkdir(parents=True)
-            rows = [
-                {
-                    "sample_id": sample_id,
-                    "caption": HOSTILE if data == HOSTILE else "a red ring",
-                    "references": ["a red ring", HOSTILE.lower()],
-                    "cider_d": base + index / 10 + seed / 100,
-                    "shuffled_cider_d": 0.5,
-                    "rouge_l": 0.5,
-                }
-                for index, sample_id in enumerate(ids)
+            scored = [
+                {"sample_id": name, "cider_d": base + n / 10 + seed / 100} for n, name in enumerate(ids)
             ]
             lines = [{"step": step, "validation_cider_d": base * step / 10} for step in (5, 10)]
-            metrics = {"scores": {"bleu_4": 0.1, "rouge_l": 0.5}, "words": {"mean": 3.0, "of_references": 3.0}}
-            (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "captions.jsonl").write_text(
+                "".join(json.dumps(row | values) + "\n" for values in scored)
+            )
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (folder / "metrics.json").write_text(json.dumps(metrics | ({"questions": QUESTIONS} if data == "facts" else {})))
+            (folder / "metrics.json").write_text(json.dumps(metrics))
             cell = Cell(data, "tiny-clip", "scratch", "none", 0, seed, TrainConfig(text_source="human"))
-            finished.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, 300 if data == "facts" else 400))
+            finished.append(Run(cell, version, cell.config, folder, frozenset(ids), 24, words))
     return finished
 
 
-def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> None:
+def test_tables_have_the_scores_and_verdicts(runs: list[Run], tmp_path: Path) -> None:
     result = write_result(runs, tmp_path)
     assert json.loads((tmp_path / "experiment.json").read_text()) == json.loads(json.dumps(result))
     facts, hostile = result["arms"]
@@ -59,10 +55,11 @@ def test_the_tables_say_what_was_measured(runs: list[Run], tmp_path: Path) -> No
     assert difference["verdict"] == "worse" and difference["difference"] == pytest.approx(-2.0)
     table = (tmp_path / "experiment.md").read_text().splitlines()
     assert table[2].startswith("| facts, tiny-clip, scratch | 2 | ")
-    assert len({len(re.split(r"(?<!\\)\|", line)) for line in table[:4]}) == 1  # a bar in a name starts no new cell
+    # A bar in a name does not start a new cell.
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in table[:4]}) == 1
 
 
-def test_text_of_a_model_is_escaped(runs: list[Run], tmp_path: Path) -> None:
+def test_page_escapes_texts_of_models(runs: list[Run], tmp_path: Path) -> None:
     write_result(runs, tmp_path)
     page = (tmp_path / "experiment.html").read_text()
     assert "<script" not in page and html.escape(HOSTILE)[:30] in page
@@ -71,7 +68,9 @@ def test_text_of_a_model_is_escaped(runs: list[Run], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
-def test_the_page_is_in_nobodys_way(runs: list[Run], tmp_path: Path, opened: Open, viewport: dict[str, int]) -> None:
+def test_page_is_accessible_and_fits_the_screen(
+    runs: list[Run], tmp_path: Path, opened: Open, viewport: dict[str, int]
+) -> None:
     write_result(runs, tmp_path)
     page = opened(tmp_path / "experiment.html", viewport=viewport)
     assert violations(page) == []

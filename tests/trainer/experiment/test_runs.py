@@ -1,11 +1,10 @@
-"""Cells: one budget for all kinds of data, and a rerun that skips finished cells."""
+"""Runs: equal images and words for all kinds of data, and finished cells are skipped."""
 
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -30,10 +29,11 @@ SMALL = {"steps": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Version]:
     """Return two versions of the same samples; in the second, nine have no captions."""
-    captions = true_captions(SAMPLES)
-    remaining = captions.filter(pa.array([row["sample_id"] not in {s.id for s in SAMPLES[:9]} for row in captions.to_pylist()]))
+    captions, without = true_captions(SAMPLES), {sample.id for sample in SAMPLES[:9]}
+    remaining = captions.filter(pa.array([name not in without for name in captions["sample_id"].to_pylist()]))
     folder = tmp_path_factory.mktemp("data")
-    return {"all": make_version(folder / "all", SAMPLES)[0], "few": make_version(folder / "few", SAMPLES, remaining)[0]}
+    few, _ = make_version(folder / "few", SAMPLES, remaining)
+    return {"all": make_version(folder / "all", SAMPLES)[0], "few": few}
 
 
 def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) -> list[Run]:
@@ -42,7 +42,8 @@ def planned(versions: dict[str, Version], clip: str, out: Path, **changes: Any) 
         "model": {"data": "few"},
         "both": {"data": "all", "text_source": "mixed"},
     }
-    experiment = Experiment.model_validate({"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL} | changes)
+    values = {"data": data, "encoder": [clip], "seeds": [0], "settings": SMALL}
+    experiment = Experiment.model_validate(values | changes)
     return plan(experiment, cells_of(experiment), lambda name, images: versions[name or ""], out)
 
 
@@ -50,7 +51,7 @@ def images_of(run: Run, split: str) -> list[str]:
     return [example.sample_id for example in read_split_examples(run.version, split, run.config, run.only)]
 
 
-def test_all_kinds_of_data_have_the_same_images_and_about_as_many_words(
+def test_all_kinds_of_data_have_the_same_images_and_similar_numbers_of_words(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     runs = planned(versions, clip, tmp_path)
@@ -59,21 +60,30 @@ def test_all_kinds_of_data_have_the_same_images_and_about_as_many_words(
         assert first and all(ids == first for ids in rest)
     assert not {sample.id for sample in SAMPLES[:9]} & set(images_of(runs[0], "train"))
     words = [run.train_words for run in runs]
-    assert max(words) - min(words) < 30  # less than two captions: short captions are preferred
-    unmatched = {run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)}
+    # Less than two captions.
+    assert max(words) - min(words) < 30
+    unmatched = {
+        run.cell.data: run.train_words for run in planned(versions, clip, tmp_path, match_words=False)
+    }
     assert unmatched["both"] > unmatched["model"] > unmatched["facts"]
 
 
-def test_what_is_planned_is_what_is_learned(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+def test_planned_numbers_equal_the_learned_ones(
+    versions: dict[str, Version], clip: str, tmp_path: Path
+) -> None:
     for run in planned(versions, clip, tmp_path, train_images=[10, 0]):
-        examples = limit_images(read_split_examples(run.version, "train", run.config, run.only), run.config.train_images)
-        learned = limit_captions(examples, run.config.caption_word_budget)
+        examples = read_split_examples(run.version, "train", run.config, run.only)
+        limited = limit_images(examples, run.config.train_images)
+        learned = limit_captions(limited, run.config.caption_word_budget)
         assert len(learned) == run.train_images
-        assert sum(count_words(text) for example in learned for text in example.texts if text.style) == run.train_words
+        captions = [text for example in learned for text in example.texts if text.style]
+        assert sum(map(count_words, captions)) == run.train_words
         assert run.train_images == 10 or run.cell.train_images == 0
 
 
-def test_a_model_folder_that_changed_is_another_cell(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
+def test_changed_model_folder_gives_another_cell(
+    versions: dict[str, Version], clip: str, tmp_path: Path
+) -> None:
     before = planned(versions, clip, tmp_path)[0].folder
     weights = next(Path(clip).glob("*.safetensors"))
     stat = weights.stat()
@@ -81,30 +91,30 @@ def test_a_model_folder_that_changed_is_another_cell(versions: dict[str, Version
     assert planned(versions, clip, tmp_path)[0].folder != before
 
 
-def test_without_references_nothing_can_be_compared(versions: dict[str, Version], clip: str, tmp_path: Path) -> None:
-    bare, _ = make_version(tmp_path / "bare", [replace(sample, references=()) for sample in SAMPLES])
-    with pytest.raises(TrainError, match="0 test images in common that have the same references"):
-        planned({"all": versions["all"], "few": bare}, clip, tmp_path)
-    changed, _ = make_version(tmp_path / "other", [replace(sample, references=("Something else.",)) for sample in SAMPLES])
-    with pytest.raises(TrainError, match="0 test images in common that have the same references"):
+@pytest.mark.parametrize("references", [(), ("Something else.",)])
+def test_data_without_common_references_is_an_error(
+    versions: dict[str, Version], clip: str, tmp_path: Path, references: tuple[str, ...]
+) -> None:
+    changed, _ = make_version(tmp_path / "d", [replace(sample, references=references) for sample in SAMPLES])
+    with pytest.raises(TrainError, match="0 test images in common with equal references"):
         planned({"all": versions["all"], "few": changed}, clip, tmp_path)
 
 
 def kill_first_cell() -> None:
-    """Kill the first process that this one starts, as the system does with one that needs more memory than there is."""
+    """Kill the first child process, as the system does if memory is short."""
     while not (cells := active_children()):
         time.sleep(0.01)
     os.kill(cells[0].pid or 0, signal.SIGKILL)
 
 
-def test_finished_cells_are_skipped_and_a_killed_cell_does_not_stop_the_others(
+def test_killed_cell_stops_no_other_and_finished_cells_are_skipped(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     killed, other = runs = planned(versions, clip, tmp_path)[:2]
     updates: list[tuple[int, int | None]] = []
 
     class Record(NullProgress):
-        def __call__(self, stage: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        def __call__(self, stage: str, done: int, total: int | None, metrics: Any = None) -> None:
             updates.append((done, total))
 
     killer = threading.Thread(target=kill_first_cell)
@@ -120,15 +130,18 @@ def test_finished_cells_are_skipped_and_a_killed_cell_does_not_stop_the_others(
     result = write_result(runs, tmp_path)
     assert [arm["data"] for arm in result["arms"]] == ["facts", "model"]
     assert {difference["than"].split(",")[0] for difference in result["differences"]} == {"facts"}
-    assert (tmp_path / "experiment.html").read_text().count("data:image/webp;base64,") == len(result["examples"])
+    assert (tmp_path / "experiment.html").read_text().count("data:image/webp;base64,") == len(
+        result["examples"]
+    )
     assert "| facts, " in (tmp_path / "experiment.md").read_text()
 
 
-def test_a_model_that_is_not_there_is_refused_before_any_cell_is_trained(
+def test_missing_model_is_an_error_before_training(
     versions: dict[str, Version], clip: str, tmp_path: Path
 ) -> None:
     require_models(planned(versions, clip, tmp_path, decoder=["scratch", "prefix"]))
     for factor, name in (("encoder", "/nowhere/vit"), ("decoder", "./nowhere")):
         with pytest.raises(TrainError, match=f"no {factor} {name}: the folder does not exist") as raised:
-            require_models(planned(versions, clip, tmp_path, **{factor: [clip if factor == "encoder" else "scratch", name]}))
+            available = clip if factor == "encoder" else "scratch"
+            require_models(planned(versions, clip, tmp_path, **{factor: [available, name]}))
         assert f"`{factor}` of the experiment file" in raised.value.hint

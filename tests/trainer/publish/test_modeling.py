@@ -1,4 +1,4 @@
-"""A published captioner loads in transformers alone, and writes the tokens that it writes here."""
+"""A published captioner needs only transformers, and generates the tokens of the original."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from pipeline.images.decode import prepare_image
 from tests.pipeline.images.test_similarity import photo
 from tests.trainer.model.test_language_model import FAMILIES
 from tests.trainer.tiny_models import save_clip, save_language_model, save_vit, strengthen
-from trainer.model.caption_model import build_captioner
+from trainer.model.caption_model import CaptionerModel, build_captioner
 from trainer.model.checkpoint import Checkpoint, load_checkpoint
 from trainer.model.decoder import DecoderConfig
 from trainer.model.decoding import DecodingConfig
@@ -30,20 +30,20 @@ from trainer.model.encoder import load_encoder
 from trainer.model.language_model import PretrainedDecoder, load_decoder, new_decoder
 from trainer.publish.captioner_package import transformers_files
 from trainer.publish.modeling import SynthCaptioner, SynthCaptionerConfig
-from trainer.tokenizer import TargetText, train_tokenizer
+from trainer.tokenizer import CaptionTokenizer, TargetText, train_tokenizer
 
 IMAGES = 100
 DECODERS = ("scratch", "prefix", "llama")
 BRIEF = TargetText("human", "", style="brief")
 QUESTIONS = ("How many?", "What is it?", "Is the one on the left red?")
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
-# Isolated, without `site`: the package that is being tested cannot be imported.
+# Runs without `site`, so that the tested package cannot be imported.
 SCRIPT = """
 import json, sys
 sys.path += sys.argv[1].split(":")
 try:
     import trainer
-    raise SystemExit("the package is there")
+    raise SystemExit("the package can be imported")
 except ImportError:
     pass
 from PIL import Image
@@ -63,14 +63,14 @@ def write_all(folder):
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 
     pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-    told = pipe(images=photos[:3], text=["", "", ""], batch_size=2)
+    outputs = pipe(images=photos[:3], text=["", "", ""], batch_size=2)
     return {
         "greedy": write(photos, ""),
         "beams": write(opened[:40], "", num_beams=3),
         "detailed": write(opened[:8], "detailed"),
         "questions": [write(photos[:8], question) for question in questions],
         "padded": write(photos[: len(questions)], questions),
-        "pipeline": [one["generated_text"] for one in told],
+        "pipeline": [output["generated_text"] for output in outputs],
         "answer": pipe(images=photos[0], text=questions[0], return_full_text=False)[0]["generated_text"],
         "texts": processor.batch_decode(write(photos[:3], ""), skip_special_tokens=True),
         "sampled": len(write(photos[:2], "", do_sample=True, temperature=0.7)),
@@ -100,28 +100,34 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> 
 
 
 def save_captioner(name: str, root: Path) -> Path:
-    """Save a captioner with random weights, large enough that its texts differ from image to image."""
+    """Save a captioner with random weights, strong enough for its texts to differ between images."""
     torch.manual_seed(4)
+    sizes = {"width": 32, "depth": 2, "heads": 4}
     decoder: Any
-    if name in ("scratch", "prefix"):
-        texts = [
-            TargetText(source, f"A dog, number {n}.", style=style) for n in range(30) for source, style in PROMPTS if style
-        ]
-        tokenizer = train_tokenizer([*texts, *(TargetText("synthetic", "two", question=asked) for asked in QUESTIONS)], 400)
-        decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), width=32, depth=2, heads=4)
-        encoder = load_encoder(save_vit(root / "vit"))
-        if name == "prefix":
-            decoder, tokenizer = new_decoder(tokenizer, width=32, depth=2, heads=4)
-    else:
+    if name == "llama":
         decoder, tokenizer = load_decoder(save_language_model(root / "lm", name))
         encoder = load_encoder(save_clip(root / "clip"), layer=-2, states="2x2")
-    captioner = build_captioner(
-        encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, max_caption_tokens=12, contrast_width=8, data={}
-    )
+    else:
+        prompts = [prompt for prompt in PROMPTS if prompt[1]]
+        texts = [
+            TargetText(source, f"A dog, number {n}.", style) for source, style in prompts for n in range(30)
+        ]
+        texts += [TargetText("synthetic", "two", question=question) for question in QUESTIONS]
+        tokenizer = train_tokenizer(texts, 400)
+        decoder = DecoderConfig(vocab_size=tokenizer.backend.get_vocab_size(), **sizes)
+        encoder = load_encoder(save_vit(root / "vit"))
+        if name == "prefix":
+            decoder, tokenizer = new_decoder(tokenizer, **sizes)
+    options: dict[str, Any] = {"max_caption_tokens": 12, "contrast_width": 8, "data": {}}
+    captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, **options)
+    return save(captioner, tokenizer, root / "checkpoint")
+
+
+def save(captioner: CaptionerModel, tokenizer: CaptionTokenizer, folder: Path) -> Path:
     strengthen(captioner, 8)
-    (root / "checkpoint").mkdir()
-    Checkpoint(captioner, tokenizer).save(root / "checkpoint")
-    return root / "checkpoint"
+    folder.mkdir()
+    Checkpoint(captioner, tokenizer).save(folder)
+    return folder
 
 
 def publish(checkpoint: Path, folder: Path) -> Path:
@@ -133,7 +139,13 @@ def publish(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def ours(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int = 1) -> list[list[int]]:
+def load_published(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """Return the model and the processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def generate(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int = 1) -> list[list[int]]:
     encoder = loaded.captioner.encoder
     with torch.inference_mode():
         states = encoder(encoder.pixels([prepare_image(path.read_bytes()) for path in photos]))
@@ -142,64 +154,73 @@ def ours(loaded: Checkpoint, photos: list[Path], prompt: TargetText, beams: int 
 
 
 @pytest.fixture(scope="module")
-def written(checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what published captioners write in one process that has transformers alone, by the name of the decoder."""
+def written(
+    checkpoints: dict[str, Path], photos: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return the outputs of published captioners by decoder, from one process with transformers only."""
     root = tmp_path_factory.mktemp("published")
     folders = {name: str(publish(checkpoint, root / name)) for name, checkpoint in checkpoints.items()}
     arguments = [json.dumps(value) for value in (folders, list(map(str, photos)), QUESTIONS)]
     packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, *arguments]
-    env = {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    env = {
+        "HF_HOME": str(root / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    outputs: dict[str, Any] = json.loads(done.stdout)
+    return outputs
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_published_captioner_writes_the_same_tokens_without_this_package(
+def test_published_captioner_without_this_package_generates_the_same_tokens(
     name: str, checkpoints: dict[str, Path], written: dict[str, Any], photos: list[Path]
 ) -> None:
     written, loaded = written[name], load_checkpoint(checkpoints[name])
     brief, detailed = TargetText("human", "", style="brief"), TargetText("synthetic", "", style="detailed")
     assert written["classes"] == ["SynthCaptioner", "SynthCaptionerProcessor"]
-    assert written["greedy"] == ours(loaded, photos, brief)
-    assert len({tuple(row) for row in written["greedy"]}) > IMAGES / 4  # the images matter
-    assert written["beams"] == ours(loaded, photos[:40], brief, beams=3)
-    assert written["detailed"] == ours(loaded, photos[:8], detailed)
-    asked = [TargetText("synthetic", "", question=question) for question in QUESTIONS]
-    assert written["questions"] == [ours(loaded, photos[:8], question) for question in asked]
-    assert written["padded"] == [ours(loaded, [path], one)[0] for path, one in zip(photos, asked, strict=False)]
-    texts = [loaded.tokenizer.decode(ids) for ids in ours(loaded, photos[:3], brief)]
+    assert written["greedy"] == generate(loaded, photos, brief)
+    assert len({tuple(row) for row in written["greedy"]}) > IMAGES / 4
+    assert written["beams"] == generate(loaded, photos[:40], brief, beams=3)
+    assert written["detailed"] == generate(loaded, photos[:8], detailed)
+    questions = [TargetText("synthetic", "", question=question) for question in QUESTIONS]
+    assert written["questions"] == [generate(loaded, photos[:8], question) for question in questions]
+    pairs = zip(photos, questions, strict=False)
+    assert written["padded"] == [generate(loaded, [path], question)[0] for path, question in pairs]
+    texts = [loaded.tokenizer.decode(ids) for ids in generate(loaded, photos[:3], brief)]
     assert [text.strip() for text in written["pipeline"]] == written["texts"] == texts
-    assert written["answer"].strip() == loaded.tokenizer.decode(ours(loaded, photos[:1], asked[0])[0])
+    assert written["answer"].strip() == loaded.tokenizer.decode(generate(loaded, photos[:1], questions[0])[0])
     assert written["sampled"] == 2
 
 
-def test_a_captioner_that_transformers_has_saved_again_loads_here(checkpoint: Path, photos: list[Path], tmp_path: Path) -> None:
-    folder = publish(checkpoint, tmp_path / "published")
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    model.save_pretrained(tmp_path / "again")
-    AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "again")
-    one, other = (ours(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "again"))
-    assert one == other
+def test_captioner_saved_by_transformers_loads_with_the_same_tokens(
+    checkpoint: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    for part in load_published(publish(checkpoint, tmp_path / "published")):
+        part.save_pretrained(tmp_path / "saved")
+    tokens = [generate(load_checkpoint(path), photos[:8], BRIEF) for path in (checkpoint, tmp_path / "saved")]
+    assert tokens[0] == tokens[1]
 
 
-def test_half_precision_is_taken_and_an_image_is_needed(
+def test_half_precision_generates_and_missing_image_is_an_error(
     checkpoints: dict[str, Path], photos: list[Path], tmp_path: Path
 ) -> None:
     folder = publish(checkpoints["scratch"], tmp_path / "published")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     for dtype in (torch.bfloat16, torch.float16):
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        model, processor = load_published(folder, dtype=dtype)
         assert model.generate(**processor(images=photos[:2], text="").to(dtype)).shape[0] == 2
     with pytest.raises(ValueError, match="a captioner needs an image"):
         model.generate(input_ids=torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match=r'a captioner needs an image: images=\.\.\., and of a pipeline text=""'):
+    with pytest.raises(
+        ValueError, match=r'a captioner needs an image: pass images=\.\.\., and in a pipeline also text=""'
+    ):
         processor(text="a photo")
 
 
-def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
+def test_folder_without_captioner_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no captioner in"):
         transformers_files(tmp_path)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -209,12 +230,18 @@ def test_a_folder_without_a_captioner_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mamba", "lfm2"])
-def test_a_row_that_is_padded_is_written_as_it_is_alone(family: str) -> None:
-    """Also by a recurrent model, by one with a narrow window, and by one of which only some layers are attention."""
+def test_padded_prompt_generates_the_tokens_and_logits_of_an_unpadded_one(family: str) -> None:
+    """The families have a narrow attention window, recurrent layers, or both kinds of layers."""
     torch.manual_seed(1)
     narrow = {"sliding_window": 12} if family == "gemma3_text" else {}
     model = {"model_type": family, **FAMILIES[family][0], **narrow}
-    vit = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = {
+        "model_type": "vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = SynthCaptionerConfig({"model": vit}, {"language_model": model}, [("human", "brief")], eos_id=1)
     captioner = SynthCaptioner(config)
     captioner.eval()  # type: ignore[no-untyped-call]
@@ -223,17 +250,18 @@ def test_a_row_that_is_padded_is_written_as_it_is_alone(family: str) -> None:
     ids = torch.tensor([[2] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     states = torch.randn(3, 5, 32)
-    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "output_logits": True}
+    options["return_dict_in_generate"] = True
     together = captioner.generate(ids, image_states=states, attention_mask=mask, **options)
     for number, row in enumerate(rows):
         alone = captioner.generate(torch.tensor([row]), image_states=states[number : number + 1], **options)
         assert together.sequences[number, longest:].tolist() == alone.sequences[0, len(row) :].tolist()
-        for one, other in zip(together.logits, alone.logits, strict=True):
-            assert torch.allclose(one[number], other[0], atol=1e-5)
+        for logits, logits_alone in zip(together.logits, alone.logits, strict=True):
+            assert torch.allclose(logits[number], logits_alone[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_published_captioner_writes_with_the_beams_that_were_scored(
+def test_published_captioner_uses_the_beam_width_of_its_evaluation(
     checkpoints: dict[str, Path], tmp_path: Path, beams: int
 ) -> None:
     folder = publish(checkpoints["scratch"], tmp_path / "p")
@@ -249,7 +277,7 @@ def test_a_published_captioner_writes_with_the_beams_that_were_scored(
     assert settings.get("num_beams", 1) == beams
 
 
-def test_a_published_captioner_ends_a_text_where_its_language_model_has_no_more_positions(
+def test_text_of_published_captioner_ends_at_the_last_position_of_its_language_model(
     photos: list[Path], tmp_path: Path
 ) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
@@ -258,23 +286,23 @@ def test_a_published_captioner_ends_a_text_where_its_language_model_has_no_more_
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258}
     sizes["n_positions"] = num_states + prompt_tokens + 3
     decoder = PretrainedDecoder({"model_type": "gpt2", **sizes}, GPT2LMHeadModel(GPT2Config(**sizes)))
-    captioner = build_captioner(
-        load_encoder(save_vit(tmp_path / "vit")), decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={}
-    )
-    strengthen(captioner, 8)
-    (tmp_path / "c").mkdir()
-    Checkpoint(captioner, tokenizer).save(tmp_path / "c")
-    folder = publish(tmp_path / "c", tmp_path / "p")
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    usual = GenerationConfig(num_beams=2, eos_token_id=257, pad_token_id=257)
-    long = GenerationConfig(max_length=90, eos_token_id=257, pad_token_id=257)
-    for options in ({}, {"max_new_tokens": 12}, {"num_beams": 2}, {"generation_config": usual}, {"generation_config": long}):
-        written = model.generate(**processor(images=photos[:4], text=QUESTIONS[0]), **options)
-        assert written.shape[1] <= prompt_tokens + 3
-    assert model.generate(**processor(images=photos[0], text=QUESTIONS[0]), max_new_tokens=2).shape[1] <= prompt_tokens + 2
-    expected = ours(load_checkpoint(tmp_path / "c", torch.device("cpu")), photos[:4], question)
-    rows = model.generate(**processor(images=photos[:4], text=QUESTIONS[0]))[:, prompt_tokens:].tolist()
+    encoder = load_encoder(save_vit(tmp_path / "vit"))
+    captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=257, max_caption_tokens=12, data={})
+    folder = publish(save(captioner, tokenizer, tmp_path / "c"), tmp_path / "p")
+    model, processor = load_published(folder)
+    inputs = processor(images=photos[:4], text=QUESTIONS[0])
+    tokens = {"eos_token_id": 257, "pad_token_id": 257}
+    configs = [GenerationConfig(num_beams=2, **tokens), GenerationConfig(max_length=90, **tokens)]
+    for options in (
+        {},
+        {"max_new_tokens": 12},
+        {"num_beams": 2},
+        *({"generation_config": c} for c in configs),
+    ):
+        assert model.generate(**inputs, **options).shape[1] <= prompt_tokens + 3
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] <= prompt_tokens + 2
+    expected = generate(load_checkpoint(tmp_path / "c", torch.device("cpu")), photos[:4], question)
+    rows = model.generate(**inputs)[:, prompt_tokens:].tolist()
     assert [row[: row.index(257)] if 257 in row else row for row in rows] == expected
     with pytest.raises(ValueError, match="leaves no room for a text: ask a shorter question"):
         model.generate(**processor(images=photos[0], text="What is " * 9 + "?"))

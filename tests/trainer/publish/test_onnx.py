@@ -1,4 +1,4 @@
-"""An exported captioner runs without torch, and writes the tokens that it writes here."""
+"""An exported captioner runs without torch, and generates the tokens of the original."""
 
 import json
 import subprocess
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.export import Dim
 from transformers import CLIPImageProcessor, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.errors import TrainError
@@ -39,7 +41,7 @@ from caption import OnnxCaptioner
 folder, photos = Path(sys.argv[2]), sys.argv[4:]
 captioner = OnnxCaptioner(folder)
 pixels = captioner.prepare(photos)
-found = {
+outputs = {
     "tokens": captioner.tokens(pixels, captioner.prompt("")),
     "detailed": captioner.tokens(pixels[:8], captioner.prompt("detailed")),
     "answers": captioner.tokens(pixels[:8], captioner.prompt("How many?")),
@@ -47,9 +49,9 @@ found = {
     "heavy": [name for name in ("torch", "transformers", "trainer") if name in sys.modules],
 }
 if sys.argv[3] == "int8":
-    small = OnnxCaptioner(folder, int8=True)
-    found["int8"] = small.tokens(pixels, small.prompt(""))
-json.dump(found, sys.stdout)
+    quantized = OnnxCaptioner(folder, int8=True)
+    outputs["int8"] = quantized.tokens(pixels, quantized.prompt(""))
+json.dump(outputs, sys.stdout)
 """
 PROMPTS = [("human", "brief"), ("synthetic", "brief"), ("synthetic", "detailed"), ("synthetic", "")]
 
@@ -64,133 +66,156 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("onnx") / "c"
     files = export_onnx(checkpoint, out, NullProgress(), int8=True)
     assert files.keys() == {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    for part in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+    for part in run_onnx.PARTS:
         assert 0 < files[f"onnx/{part}_quantized.onnx"] < files[f"onnx/{part}.onnx"]
     return out
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Return photos of the size that the encoder wants: resizing is another library's."""
+    """Return photos in the size of the encoder, because libraries resize differently.
+
+    The last two are copies of the first two, one with an EXIF orientation, one with transparency.
+    """
     folder = tmp_path_factory.mktemp("photos")
-    for number in range(IMAGES):
-        photo(number).convert("RGB").resize((28, 28)).save(folder / f"{number:03}.png")
+    images = [photo(number).convert("RGB").resize((28, 28)) for number in range(IMAGES)]
+    transparent, exif = images[1].convert("RGBA"), Image.Exif()
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    exif[0x0112] = 6
+    for number, image in enumerate([*images, images[0], transparent]):
+        image.save(folder / f"{number:03}.png", **({"exif": exif} if number == IMAGES else {}))
     return sorted(folder.iterdir())
 
 
+@pytest.fixture(scope="module")
+def outputs(exported: Path, photos: list[Path]) -> dict[str, Any]:
+    return run_exported(exported, photos, int8=True)
+
+
 def run_exported(exported: Path, photos: list[Path], *, int8: bool = False) -> dict[str, Any]:
-    """Return what an exported captioner writes in a process that has onnxruntime and not this package."""
+    """Return the outputs of an exported captioner in a process without this package and torch."""
     packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
-    command = [sys.executable, "-I", "-S", "-c", SCRIPT, packages, str(exported), "int8" if int8 else "", *map(str, photos)]
+    arguments = [packages, str(exported), "int8" if int8 else "", *map(str, photos)]
+    command = [sys.executable, "-I", "-S", "-c", SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    outputs: dict[str, Any] = json.loads(done.stdout)
+    return outputs
 
 
-def require_same(found: dict[str, Any], checkpoint: Path, photos: list[Path], different: int) -> None:
-    """Require that an exported captioner has written what PyTorch writes, and so many texts: its images matter."""
+def require_same(outputs: dict[str, Any], checkpoint: Path, photos: list[Path], distinct: int) -> None:
+    """Require the tokens of PyTorch, and a number of distinct texts, so that the images matter."""
     loaded = load_checkpoint(checkpoint, torch.device("cpu"))
 
-    def ours(style: str, count: int, question: str = "", source: str = "synthetic") -> list[list[int]]:
-        prompt = TargetText(source, "", style=style, question=question)
+    def generate(
+        count: int, style: str = "", question: str = "", source: str = "synthetic"
+    ) -> list[list[int]]:
+        prompt = loaded.tokenizer.prompt(TargetText(source, "", style=style, question=question))
         with torch.inference_mode():
             images = [prepare_image(path.read_bytes()) for path in photos[:count]]
             states = loaded.captioner.encoder(loaded.captioner.encoder.pixels(images))
-        return loaded.captioner.generate(states, torch.tensor(loaded.tokenizer.prompt(prompt)).expand(count, -1), GREEDY)
+        return loaded.captioner.generate(states, torch.tensor(prompt).expand(count, -1), GREEDY)
 
-    source = "human" if ("human", "brief") in [tuple(prompt) for prompt in loaded.captioner.config.prompts] else "synthetic"
-    assert found["heavy"] == []
-    assert found["tokens"] == ours("brief", len(photos), source=source)
-    assert len({tuple(row) for row in found["tokens"]}) >= different
-    assert found["detailed"] == ours("detailed", 8)
-    assert found["answers"] == ours("", 8, QUESTION)
-    assert found["texts"] == [loaded.tokenizer.decode(ids) for ids in ours("brief", 3, source=source)]
+    prompts = [tuple(prompt) for prompt in loaded.captioner.config.prompts]
+    source = "human" if ("human", "brief") in prompts else "synthetic"
+    brief = generate(len(photos), "brief", source=source)
+    assert outputs["heavy"] == []
+    assert outputs["tokens"] == brief
+    assert len({tuple(row) for row in brief}) >= distinct
+    assert outputs["detailed"] == generate(8, "detailed")
+    assert outputs["answers"] == generate(8, question=QUESTION)
+    assert outputs["texts"] == [loaded.tokenizer.decode(ids) for ids in brief[:3]]
 
 
-def test_the_tokens_of_100_images_are_those_of_pytorch_and_torch_is_not_needed(
-    checkpoint: Path, exported: Path, photos: list[Path]
+def test_exported_captioner_without_torch_generates_the_tokens_of_pytorch(
+    checkpoint: Path, outputs: dict[str, Any], photos: list[Path]
 ) -> None:
-    found = run_exported(exported, photos, int8=True)
-    require_same(found, checkpoint, photos, different=IMAGES // 4)
-    first = [row[:1] for row in found["tokens"]]
-    same = sum(one[:1] == other for one, other in zip(found["int8"], first, strict=True))
-    assert same > IMAGES / 2 and found["int8"] != found["tokens"]  # nearly the same model, and not the same
+    require_same(outputs, checkpoint, photos, distinct=IMAGES // 4)
 
 
-def test_photos_that_lie_sideways_or_have_no_background_are_seen_as_in_training(
-    checkpoint: Path, exported: Path, photos: list[Path], tmp_path: Path
-) -> None:
-    turned, clear = Image.open(photos[0]), Image.open(photos[1]).convert("RGBA")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "turned.png", exif=exif)
-    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
-    clear.save(tmp_path / "clear.png")
-    odd = [tmp_path / "turned.png", tmp_path / "clear.png", *photos[2:8]]
-    expected = run_exported(exported, odd)
-    require_same(expected, checkpoint, odd, different=2)
-    as_they_lie = run_exported(exported, photos[:8])["tokens"]
-    assert [one == other for one, other in zip(expected["tokens"], as_they_lie, strict=True)] == [False] * 2 + [True] * 6
+def test_turned_or_transparent_photo_changes_the_text(outputs: dict[str, Any]) -> None:
+    assert outputs["tokens"][IMAGES] != outputs["tokens"][0]
+    assert outputs["tokens"][IMAGES + 1] != outputs["tokens"][1]
+
+
+def test_quantized_captioner_generates_similar_tokens(outputs: dict[str, Any]) -> None:
+    pairs = list(zip(outputs["int8"], outputs["tokens"], strict=True))
+    same_first_token = sum(quantized[:1] == exact[:1] for quantized, exact in pairs)
+    assert same_first_token > IMAGES / 2
+    assert outputs["int8"] != outputs["tokens"]
 
 
 @pytest.mark.parametrize("size", [(277, 277), (107, 300), (500, 110), (640, 480)])
-def test_a_size_in_proportion_is_the_one_that_transformers_takes(size: tuple[int, int]) -> None:
-    """A pixel less, and a black line would be cut into the image."""
-    processor = CLIPImageProcessor(size={"shortest_edge": 224}, do_center_crop=False, do_rescale=False, do_normalize=False)
-    seen = processor(Image.new("RGB", size), return_tensors="np")["pixel_values"].shape[2:]
-    assert run_onnx._size(Image.new("RGB", size), {"shortest_edge": 224}) == seen[::-1]
+def test_proportional_size_equals_that_of_transformers(size: tuple[int, int]) -> None:
+    """With one pixel less, the crop would contain a black line."""
+    steps = {"do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    processor = CLIPImageProcessor(size={"shortest_edge": 224}, **steps)
+    height, width = processor(Image.new("RGB", size), return_tensors="np")["pixel_values"].shape[2:]
+    assert run_onnx._target_size(Image.new("RGB", size), {"shortest_edge": 224}) == (width, height)
 
 
-def test_an_export_names_no_path_of_the_machine_that_wrote_it(exported: Path) -> None:
+def test_exported_files_have_no_local_paths(exported: Path) -> None:
+    private = (b"trainer/", b"site-packages", str(Path.home()).encode() + b"/")
     for path in exported.rglob("*.onnx"):
         data = path.read_bytes()
-        assert not [name for name in (b"trainer/", b"site-packages", str(Path.home()).encode() + b"/") if name in data], path
+        assert not [name for name in private if name in data], path
 
 
 def save_prefix_captioner(root: Path, decoder: PretrainedDecoder, tokenizer: CaptionTokenizer) -> Path:
-    """Save a captioner whose images are a prefix of a language model with random weights."""
-    encoder = load_encoder(save_vit(root / "vit"))
-    captioner = build_captioner(encoder, decoder, prompts=PROMPTS, eos_id=tokenizer.eos_id, max_caption_tokens=8, data={})
+    """Save a captioner with a language model with random weights, which reads the image as a prefix."""
+    encoder, eos_id = load_encoder(save_vit(root / "vit")), tokenizer.eos_id
+    captioner = build_captioner(
+        encoder, decoder, prompts=PROMPTS, eos_id=eos_id, max_caption_tokens=8, data={}
+    )
     strengthen(captioner, 8)
     (root / "c").mkdir()
     Checkpoint(captioner, tokenizer).save(root / "c")
     return root / "c"
 
 
-def test_a_language_model_reads_the_image_as_its_prefix_and_ends_where_it_has_no_more_positions(
+def test_text_of_exported_language_model_ends_at_its_last_position(
     photos: list[Path], tmp_path: Path
 ) -> None:
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
     prompts = [TargetText("synthetic", "", style="detailed"), TargetText("synthetic", "", question=QUESTION)]
     longest, num_states = max(len(tokenizer.prompt(prompt)) for prompt in prompts), 5
-    sizes: dict[str, Any] = FAMILIES["qwen3"][0] | {"vocab_size": 258, "max_position_embeddings": longest + num_states + 3}
-    sizes["num_hidden_layers"] = 2 if LONG else 1  # a second layer takes ten seconds; the captioner above has two
+    sizes: dict[str, Any] = FAMILIES["qwen3"][0] | {"vocab_size": 258}
+    sizes["max_position_embeddings"] = longest + num_states + 3
+    sizes["num_hidden_layers"] = 2 if LONG else 1  # each layer takes 10 s
     torch.manual_seed(0)
     decoder = PretrainedDecoder({"model_type": "qwen3", **sizes}, Qwen3ForCausalLM(Qwen3Config(**sizes)))
     checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
     export_onnx(checkpoint, tmp_path / "out", NullProgress())
-    found = run_exported(tmp_path / "out", photos[:40])
-    require_same(found, checkpoint, photos[:40], different=10)
-    assert max(map(len, found["detailed"])) <= 3 < max(map(len, found["tokens"]))
+    outputs = run_exported(tmp_path / "out", photos[:40])
+    require_same(outputs, checkpoint, photos[:40], distinct=10)
+    assert max(map(len, outputs["detailed"])) <= 3 < max(map(len, outputs["tokens"]))
 
 
-def test_a_language_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path: Path) -> None:
+def test_export_of_recurrent_language_model_is_refused(tmp_path: Path) -> None:
     decoder = PretrainedDecoder({"model_type": "lfm2", **FAMILIES["lfm2"][0], "vocab_size": 258})
     _, tokenizer = load_decoder(save_language_model(tmp_path / "lm", "llama"))
-    with pytest.raises(TrainError, match="is not exported"):
-        export_onnx(save_prefix_captioner(tmp_path, decoder, tokenizer), tmp_path / "out", NullProgress())
+    checkpoint = save_prefix_captioner(tmp_path, decoder, tokenizer)
+    with pytest.raises(TrainError, match="a decoder of the kind lfm2 is not exported"):
+        export_onnx(checkpoint, tmp_path / "out", NullProgress())
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_cannot_be_is_one_error_and_leaves_nothing(
+def test_export_with_other_values_than_pytorch_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_DIFFERENCE", -1.0)
+    part, path, shapes = nn.Linear(2, 3).eval(), tmp_path / "encoder_model", [{0: Dim("batch_size")}]
+    with pytest.raises(
+        TrainError, match=r"last_hidden_state in encoder_model\.onnx differ from those of PyTorch"
+    ):
+        onnx_export._export(part, (torch.ones(2, 2),), path, ["pixel_values"], ["last_hidden_state"], shapes)
+
+
+def test_export_to_existing_folder_or_without_package_is_an_error(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainError, match="is there already"):
+    with pytest.raises(TrainError, match="already exists"):
         export_onnx(checkpoint, tmp_path, NullProgress())
-    monkeypatch.setattr(onnx_export, "MAX_DIFFERENCE", -1.0)
-    with pytest.raises(TrainError, match=r"encoder_model\.onnx gives other values of last_hidden_state"):
-        export_onnx(checkpoint, tmp_path / "out", NullProgress())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(TrainError, match="the export needs the package onnxscript"):
         export_onnx(checkpoint, tmp_path / "out", NullProgress())

@@ -1,4 +1,4 @@
-"""What the tests of workers in this process share."""
+"""Fixtures of the tests of workers in this process."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def changes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change back to the working directory after each test: a worker changes to that of its command."""
+def working_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the working directory after each test: a worker changes to that of its command."""
     monkeypatch.chdir(Path.cwd())

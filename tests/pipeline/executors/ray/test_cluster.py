@@ -1,11 +1,11 @@
-"""Ray cluster: how many workers run, with one CPU left for reading the source."""
+"""Ray cluster: the number of workers, with one CPU left for reading the source."""
 
 import pytest
 import ray
 
 from pipeline.errors import ClusterError
 from pipeline.executors.ray import cluster
-from pipeline.executors.ray.cluster import MIN_CPUS, WorkerPlan, plan_workers
+from pipeline.executors.ray.cluster import MIN_WORKER_CPUS, WorkerPlan, plan_workers
 
 
 @pytest.mark.parametrize(
@@ -14,13 +14,13 @@ from pipeline.executors.ray.cluster import MIN_CPUS, WorkerPlan, plan_workers
         (2, 0, None, False, WorkerPlan(1, 1.0, 0)),
         (8, 0, None, False, WorkerPlan(7, 1.0, 0)),
         (2, 0, 2, False, WorkerPlan(2, 0.5, 0)),
-        (8, 0, None, True, WorkerPlan(3, 1.0, 0)),  # one for each node
+        (8, 0, None, True, WorkerPlan(3, 1.0, 0)),  # one per node
         (32, 4, None, True, WorkerPlan(4, 1.0, 1)),
         (4, 4, None, True, WorkerPlan(4, 0.75, 1)),
-        (32, 4, None, False, WorkerPlan(31, 1.0, 0)),  # the GPUs are those of servers that run already
+        (32, 4, None, False, WorkerPlan(31, 1.0, 0)),  # other servers use the GPUs
     ],
 )
-def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
+def test_default_is_one_worker_per_gpu_or_per_cpu_but_one(
     monkeypatch: pytest.MonkeyPatch,
     cpus: float,
     gpus: float,
@@ -28,12 +28,14 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
     own_server: bool,  # noqa: FBT001
     plan: WorkerPlan,
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    )
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3 + [{"Alive": False}])
     planned = plan_workers(wanted, loads_model=own_server, own_server=own_server)
     assert planned == plan
     assert planned.workers * planned.cpus <= cpus - 1
-    assert planned.cpus >= MIN_CPUS
+    assert planned.cpus >= MIN_WORKER_CPUS
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_a_worker_for_each_gpu_or_for_each_cpu_but_one(
         (32, 4, 5, "5 workers with a server each do not fit on 4 GPUs"),
     ],
 )
-def test_workers_that_do_not_fit_are_an_error_before_the_start(
+def test_too_many_workers_are_an_error(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, wanted: int | None, what: str
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
@@ -53,8 +55,11 @@ def test_workers_that_do_not_fit_are_an_error_before_the_start(
     assert "fewer --workers" in caught.value.hint
 
 
-def test_without_ray_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
-    with pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught, cluster.open_cluster(None):
+    with (
+        pytest.raises(ClusterError, match="--executor ray needs the package ray") as caught,
+        cluster.open_cluster(None),
+    ):
         pass
     assert "[ray]" in caught.value.hint

@@ -1,10 +1,11 @@
-"""Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost with the node."""
+"""Scratch shards: a shard of an object store is filled on a disk of the node, and no reply is lost."""
 
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,9 +15,9 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import ImageStore
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
-from pipeline.executors.ray import scratch
-from pipeline.executors.ray.scratch import save_journal, scratch_shard, upload_steps
+from pipeline.executors.ray import workers
 from pipeline.executors.ray.shards import ShardedRun, named_files, scratch_root
+from pipeline.executors.ray.workers import save_journal, scratch_shard, upload_steps
 from pipeline.inference.journal import Journal
 from pipeline.inference.requests import build_requests
 from pipeline.storage import object_store
@@ -32,21 +33,26 @@ REQUESTS = list(build_requests("a" * 64, request_plan(resolve(source="scenes")))
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedRun]:
-    monkeypatch.setattr(scratch, "SAVE_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "SAVE_INTERVAL_S", 0.05)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = parse_dataset_path(f"memory://{uuid4().hex}")
     config = resolve(source="scenes")
-    yield ShardedRun(plan := plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(plan)), "inputs")
+    yield ShardedRun(
+        plan := plan_of(home, config), tmp_path, 4, 1, "embedded", "s", digest(named_files(plan)), "inputs"
+    )
     remove(home)
 
 
 def keep(folder: DatasetDir, *numbers: int) -> None:
     with Journal(folder.journal) as journal:
         for n in numbers:
-            reply = Reply(
-                request_id=REQUESTS[n].id, attempt=0, text=f"{n}", finish_reason="stop", prompt_tokens=5, reply_tokens=2
-            )
-            journal.keep([(REQUESTS[n], reply, None)])
+            values: dict[str, Any] = {
+                "attempt": 0,
+                "finish_reason": "stop",
+                "prompt_tokens": 5,
+                "reply_tokens": 2,
+            }
+            journal.keep([(REQUESTS[n], Reply(request_id=REQUESTS[n].id, text=f"{n}", **values), None)])
 
 
 def replies(path: Path) -> int:
@@ -55,7 +61,7 @@ def replies(path: Path) -> int:
 
 
 def stored(run: ShardedRun) -> int:
-    """Return how many replies the largest journal of shard 2 in the store holds."""
+    """Return the number of replies in the largest stored journal of shard 2."""
     counts = [0]
     for path in run.shard(2).journal.parent.glob("*.sqlite"):
         with local_copy(path) as copy:
@@ -70,29 +76,29 @@ def wait_for(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_replies_reach_the_store_while_a_shard_is_filled(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_are_stored_while_a_shard_is_filled(run: ShardedRun, tmp_path: Path) -> None:
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
         wait_for(lambda: stored(run) == 1)
         keep(folder, 1)
     assert stored(run) == 2
-    assert not folder.journal.exists()  # nothing stays on the node
+    assert not folder.journal.exists()
 
 
-def test_what_one_node_has_asked_another_one_knows(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_of_a_failed_node_reach_the_next_node(run: ShardedRun, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), scratch_shard(run, 2) as folder:
         keep(folder, 0, 1)
-        raise RuntimeError  # a server that does not answer
-    shutil.rmtree(run.scratch)  # another node
+        raise RuntimeError
+    shutil.rmtree(run.scratch)
     with scratch_shard(run, 2) as folder:
         assert replies(folder.journal) == 2
         keep(folder, 2)
     assert stored(run) == 3
 
 
-def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, tmp_path: Path) -> None:
+def test_replies_of_a_killed_worker_on_the_node_are_used(run: ShardedRun, tmp_path: Path) -> None:
     leftover = DatasetDir(run.scratch / "shards" / "00002")
-    keep(leftover, 0)  # its worker was killed before the upload
+    keep(leftover, 0)
     keep(DatasetDir(tmp_path / "far"), 1)
     save_journal(DatasetDir(tmp_path / "far"), run.shard(2).journal.with_name("far.sqlite"))
     with scratch_shard(run, 2) as folder:
@@ -100,7 +106,7 @@ def test_what_a_killed_worker_has_left_on_the_node_is_used_too(run: ShardedRun, 
     assert stored(run) == 2
 
 
-def test_images_of_a_shard_are_uploaded_once_and_stay_when_it_is_filled_again(run: ShardedRun) -> None:
+def test_images_of_a_shard_are_uploaded_once_and_kept(run: ShardedRun) -> None:
     samples = scene_samples(6)
     for part in (samples[:4], samples[:4], samples[2:]):
         with scratch_shard(run, 2) as folder:
@@ -112,31 +118,29 @@ def test_images_of_a_shard_are_uploaded_once_and_stay_when_it_is_filled_again(ru
     assert store.digests().num_rows == len(samples)
 
 
-def test_a_store_that_is_away_for_a_moment_loses_nothing(
-    run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_upload_is_retried(run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[int] = []
     upload = object_store.upload
 
-    def refuses(file: Path, path: Path) -> None:
+    def fail_twice(file: Path, path: Path) -> None:
         attempts.append(1)
         if len(attempts) < 3:
             raise OSError("away")
         upload(file, path)
 
-    monkeypatch.setattr(scratch, "upload", refuses)
+    monkeypatch.setattr(workers, "upload", fail_twice)
     with scratch_shard(run, 2) as folder:
         keep(folder, 0)
         wait_for(lambda: len(attempts) >= 3)
     assert stored(run) == 1
 
 
-def test_a_folder_that_another_user_has_put_there_as_a_link_is_refused(
+def test_link_in_place_of_the_scratch_folder_is_refused(
     run: ShardedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "target").mkdir()
     (tmp_path / "tmp").mkdir()
-    (tmp_path / "tmp" / f"synth-{os.getuid()}").symlink_to(tmp_path / "mine")
+    (tmp_path / "tmp" / f"synth-{os.getuid()}").symlink_to(tmp_path / "target")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     with pytest.raises(ClusterError, match="belongs to another user"):
         scratch_root(run.plan.dataset.path)

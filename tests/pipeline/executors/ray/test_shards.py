@@ -1,4 +1,4 @@
-"""Sharded run: ids decide the shard, workers need the command's files, and tasks that kill workers are given up."""
+"""Sharded run: shards by id, equal files on all nodes, and an end after several dead workers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.digests import digest
 from pipeline.errors import ClusterError
-from pipeline.executors.ray.executor import _begin
 from pipeline.executors.ray.shards import MAX_DEATHS, ShardedRun, named_files, run_exclusively
+from pipeline.storage.files import remove
 from pipeline.storage.object_store import parse_dataset_path
 from tests.step_runs import plan_of
 
@@ -21,7 +21,7 @@ def run_in(folder: Path, shards: int) -> ShardedRun:
 
 
 @pytest.mark.parametrize("shards", [1, 3, 16, 1000])
-def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, shards: int) -> None:
+def test_shards_have_similar_sizes_and_the_order_of_their_ids(tmp_path: Path, shards: int) -> None:
     ids = sorted(digest([n]) for n in range(5000))
     ids = ["0" * 64, *ids, "f" * 64]
     run = run_in(tmp_path, shards)
@@ -34,32 +34,36 @@ def test_shards_are_of_one_size_and_in_the_order_of_their_ids(tmp_path: Path, sh
         assert start <= sample_id < stop
 
 
-def test_a_worker_that_cannot_see_the_folder_of_the_command_says_so(tmp_path: Path) -> None:
+def test_worker_without_the_folder_of_the_command_is_an_error(tmp_path: Path) -> None:
     run = ShardedRun(plan_of(tmp_path), tmp_path / "elsewhere", 1, 1, "embedded", "s", "files", "inputs")
     with pytest.raises(ClusterError, match=r"a worker cannot see .*elsewhere"):
         run.enter()
 
 
-def test_nodes_that_share_no_files_still_need_those_that_the_settings_name(tmp_path: Path) -> None:
+def test_different_file_of_the_settings_on_a_node_is_an_error(tmp_path: Path) -> None:
     away = tmp_path / "elsewhere"
-    config = resolve(
-        source="scenes", generate={"prompt_dir": tmp_path / "prompts"}, balance={"entries": tmp_path / "entries.txt"}
+    entries = tmp_path / "entries.txt"
+    generate = {"prompt_dir": tmp_path / "prompts"}
+    plan = plan_of(
+        parse_dataset_path("memory://b"),
+        resolve(source="scenes", generate=generate, balance={"entries": entries}),
     )
-    (tmp_path / "entries.txt").write_text("dog\n")
-    home = parse_dataset_path("memory://b")
-    run = ShardedRun(plan := plan_of(home, config), away, 1, 1, "embedded", "s", digest(named_files(plan)), "inputs")
+    entries.write_text("dog\n")
+    run = ShardedRun(plan, away, 1, 1, "embedded", "s", digest(named_files(plan)), "inputs")
     run.enter()
     run.enter()
-    (tmp_path / "entries.txt").write_text("dog\ncat\n")  # as another node has it
+    entries.write_text("dog\ncat\n")
     other_digest = digest(named_files(plan))
     assert other_digest != run.files
-    (tmp_path / "entries.txt").write_text("dog\n")
-    with pytest.raises(ClusterError, match="a worker sees other files than the command: prompts"):
+    entries.write_text("dog\n")
+    with pytest.raises(ClusterError, match="a worker sees other files than the command"):
         replace(run, files=other_digest).enter()
 
 
-def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checks decide what is kept: a shard that was filled with others is not taken."""
+def test_code_of_a_custom_task_is_among_the_named_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checks decide which rows are kept."""
     code = "from pydantic import BaseModel\n\n\nclass Seen(BaseModel):\n    color: str\n"
     (tmp_path / "own_checks.py").write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -68,22 +72,22 @@ def test_the_code_of_an_own_task_is_among_the_files_that_settings_name(tmp_path:
     config = resolve(source="scenes", own_tasks=[task], tasks=["color"])
     plan = plan_of(tmp_path, config)
     before = named_files(plan)
-    (tmp_path / "own_checks.py").write_text(code + "    # checked otherwise\n")
+    (tmp_path / "own_checks.py").write_text(code + "    # changed\n")
     assert named_files(plan)["tasks"] != before["tasks"]
 
 
-def test_a_step_that_ends_one_worker_after_the_other_is_given_up(tmp_path: Path) -> None:
+def test_work_that_ends_several_workers_is_abandoned(tmp_path: Path) -> None:
     run = run_in(tmp_path, 4)
 
     def dies() -> None:
-        raise KeyboardInterrupt  # like kill -9: the worker cannot report it
+        raise KeyboardInterrupt
 
     for _ in range(MAX_DEATHS + 1):
         with pytest.raises(KeyboardInterrupt):
             run_exclusively(run, "dies", 2, dies)
     with pytest.raises(ClusterError, match="dies-2 has ended 4 workers"):
         run_exclusively(run, "dies", 2, dies)
-    assert run_exclusively(run, "lives", 2, lambda: 7) == 7  # other tasks still run
-    _begin(run)  # the same command, once more
+    assert run_exclusively(run, "lives", 2, lambda: 7) == 7
+    remove(run.attempts)
     with pytest.raises(KeyboardInterrupt):
         run_exclusively(run, "dies", 2, dies)

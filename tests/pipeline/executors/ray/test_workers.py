@@ -1,4 +1,4 @@
-"""Source slices, shuffled to shards: the same samples and rejections as when one process reads the source."""
+"""Shuffled source slices have the samples and rejections of a source that one process reads."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir, read_exclusions
 from pipeline.dataset.records import write_record
-from pipeline.executors.ray.executor import _had_more
+from pipeline.executors.ray.executor import source_has_more
 from pipeline.executors.ray.shards import ShardedRun
 from pipeline.executors.ray.workers import ShardWorker, is_read, read_slice
 from pipeline.progress import NullProgress
@@ -33,12 +33,16 @@ def photos(tmp_path: Path) -> Path:
 
 
 def rows(folders: list[DatasetDir], which: str) -> list[dict[str, Any]]:
-    all_rows = [row for folder in folders for row in pq.read_table(folder.step_file("read", which)).to_pylist()]
+    all_rows = [
+        row for folder in folders for row in pq.read_table(folder.step_file("read", which)).to_pylist()
+    ]
     return sorted(all_rows, key=str)
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(None, 4), (5, 4), (100, 1)])
-def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, limit: int | None, shards: int) -> None:
+def test_shards_have_the_rows_that_one_process_reads(
+    tmp_path: Path, photos: Path, limit: int | None, shards: int
+) -> None:
     config = resolve(source=f"folder:{photos}", limit=limit, exclude=[f"folder:{photos.parent / 'held-out'}"])
     single = DatasetDir(tmp_path / "one")
     write_exclusions(single, config, open_exclusions(config), NullProgress())
@@ -46,7 +50,9 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
     write_source(single, open_source(config).rows, exclusions, limit, NullProgress())
     parts = shards if is_divisible(config) else 1
     plan = plan_of(tmp_path / "many", config)
-    run = ShardedRun(plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs")
+    run = ShardedRun(
+        plan, tmp_path, shards, parts, "embedded", open_source(config).revision, "files", "inputs"
+    )
     write_exclusions(plan.dataset, config, open_exclusions(config), NullProgress())
     for index in reversed(range(parts)):
         read_slice(run, index)
@@ -59,7 +65,7 @@ def test_shards_hold_what_one_process_would_read(tmp_path: Path, photos: Path, l
 
 
 @pytest.mark.parametrize(("limit", "has_more"), [(5, True), (15, True), (100, False)])
-def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
+def test_reader_records_whether_the_source_has_more_than_the_limit(
     tmp_path: Path,
     photos: Path,
     limit: int,
@@ -70,13 +76,15 @@ def test_a_reader_that_stops_at_the_limit_says_whether_there_is_more(
     run = ShardedRun(plan, tmp_path, 2, 1, "embedded", open_source(config).revision, "files", "inputs")
     write_exclusions(plan.dataset, config, [], NullProgress())
     read_slice(run, 0)
-    assert _had_more(run) == has_more
-    assert not _had_more(replace(run, inputs="others"))
+    assert source_has_more(run) == has_more
+    assert not source_has_more(replace(run, inputs="others"))
 
 
-def test_shard_is_read_again_if_its_images_are_gone(tmp_path: Path, photos: Path) -> None:
+def test_shard_without_its_images_is_read_again(tmp_path: Path, photos: Path) -> None:
     config = resolve(source=f"folder:{photos}")
-    run = ShardedRun(plan_of(tmp_path / "many", config), tmp_path, 1, 1, "embedded", "revision", "files", "inputs")
+    run = ShardedRun(
+        plan_of(tmp_path / "many", config), tmp_path, 1, 1, "embedded", "revision", "files", "inputs"
+    )
     write_exclusions(run.plan.dataset, config, [], NullProgress())
     (shard,) = run.shards
     write_source(shard, open_source(config).rows, ShardWorker(run, []).excluded, None, NullProgress())
