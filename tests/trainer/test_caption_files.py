@@ -132,7 +132,7 @@ def test_texts_beside_images_are_written_added_to_or_left(model: Path, photos: P
     _, shown, _ = run(model, [str(photos)], None, styles=("brief", "detailed"))
     by_image = {row["image"]: [one["caption"] for one in shown if one["image"] == row["image"]] for row in shown}
     (photos / "0.txt").write_text("My own.\n")
-    with pytest.raises(ConfigError, match="1 of 10 text files are there already"):
+    with pytest.raises(ConfigError, match="1 of 10 text files exist already"):
         run(model, [str(photos)], Path("txt"))
     assert sorted(photos.rglob("*.txt")) == [photos / "0.txt"]
     _, _, seen = run(model, [str(photos)], Path("txt"), "skip", styles=("brief", "detailed"))
@@ -172,7 +172,7 @@ def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Pat
             run(model, [str(photos)], tmp_path / "c.jsonl")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / ".d.jsonl.lock").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match="is a link, which nothing here has made"):
+    with pytest.raises(ConfigError, match="is a link, but must be a regular file"):
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1 and sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]

@@ -396,7 +396,7 @@ def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version
         assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
     first = (folder / next(iter(texts))).with_suffix(".txt")
     first.write_text("by hand\n")
-    with pytest.raises(ConfigError, match="4 of 4 text files are there already"):
+    with pytest.raises(ConfigError, match="4 of 4 text files exist already"):
         write_beside(version, folder)
     write_beside(version, folder, style="brief", existing="skip")
     assert first.read_text() == "by hand\n"

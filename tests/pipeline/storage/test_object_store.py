@@ -48,10 +48,10 @@ def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("hf://datasets/me/x", "cannot lie at hf://"),
-        ("https://a.b/c", "cannot lie at https://"),
-        ("s3://bucket/x[1]", "not a place in a store"),
-        ("s3://bucket/../x", "not a place in a store"),
+        ("hf://datasets/me/x", "cannot be at hf://"),
+        ("https://a.b/c", "cannot be at https://"),
+        ("s3://bucket/x[1]", "is not a folder of an object store"),
+        ("s3://bucket/../x", "is not a folder of an object store"),
         ("s3:/bucket/x", "not a path on this machine"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
