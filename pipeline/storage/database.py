@@ -140,7 +140,9 @@ def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
 
 
 def hash_to_unit_sql(*parts: str) -> str:
-    """Return SQL that computes `digests.hash_to_unit`. Each part is SQL for a text that JSON need not escape."""
+    """Return SQL that computes `digests.hash_to_unit`. Each part is SQL for a text that JSON need not
+    escape.
+    """
     joined = """ || '","' || """.join(parts)
     first_bytes = f"substr(sha256('[\"' || {joined} || '\"]'), 1, 16)"
     return f"(('0x' || {first_bytes})::UBIGINT::DOUBLE / 18446744073709551616.0)"

@@ -21,7 +21,9 @@ Existing = Literal["refuse", "skip", "append", "overwrite"]  # what to do with e
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
-    """Record lines that are about to be written to a text file. Raise OSError if OWN_LINES cannot be written."""
+    """Record lines that are about to be written to a text file. Raise OSError if OWN_LINES cannot be
+    written.
+    """
     if not (lines := list(lines)):
         return
     # The line break comes first: the last line of a killed process may be incomplete.

@@ -65,8 +65,8 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
 
 
 def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file is below `root`, even if a folder of its path is or became a
-    link.
+    """Raise UnsafeFileError unless an open file is below `root`, even if a folder of its path is or became
+    a link.
     """
     try:
         name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
