@@ -72,9 +72,8 @@ def build_rows(
 ) -> Iterator[pa.Table]:
     """Join samples (tables.LISTED_SAMPLE) with their annotations; yield rows (tables.ROW) with `split`.
 
-    A column of PIXELS holds True instead of images, or null. `rows` receives digests and statistics. With
-    `decks`, all samples are decks, even those with one page. Raise TableError if annotations are not in the
-    order of the samples.
+    Columns of PIXELS hold True or null instead of images. With `decks`, even samples of one page are decks.
+    Raise TableError if annotations are not in the order of the samples.
     """
     reader = _AnnotationReader(iter(annotations))
     schema = with_split(row_schema(extras.columns, extras))
@@ -92,8 +91,6 @@ def build_rows(
 
 
 class _AnnotationReader:
-    """Reads annotations that are in the order of their samples."""
-
     def __init__(self, tables: Iterator[pa.Table]) -> None:
         self._tables = tables
         self.next_table: pa.Table | None = next(tables, None)
@@ -120,25 +117,28 @@ def _join(
     count = samples.num_rows
     owner = pc.index_in(annotations["sample_id"], samples["sample_id"].combine_chunks()).to_numpy()
     is_deck = np.full(count, decks) | (samples[NUM_PAGES].to_numpy() > 1)
-    is_caption, is_question = (
-        pc.is_valid(final_column(annotations, name, pa.string())).to_numpy(zero_copy_only=False)
-        for name in ("text", "question")
-    )
-    splits = final_column(annotations, "split", pa.string()).combine_chunks()
+    text, question, split = (final_column(annotations, n, pa.string()) for n in ("text", "question", "split"))
+    is_caption = pc.is_valid(text).to_numpy(zero_copy_only=False)
+    is_question = pc.is_valid(question).to_numpy(zero_copy_only=False)
     first_annotation = np.full(count, -1)
     first_annotation[owner[::-1]] = np.arange(len(owner))[::-1]
+    # Without columns to publish, the context is a null text, and not a struct.
+    kind = schema.field("context").type
+    context = pa.nulls(count, kind)
+    if pa.types.is_struct(kind):
+        context = pa.array([dict(values or ()) for values in samples["context"].to_pylist()], kind)
     columns = {
         "references": _redact_texts(final_column(samples, "references", schema.field("references").type)),
         "image": pa.array(np.ones(count, bool), mask=is_deck),
         "pages": pa.array(np.ones(count, bool), mask=~is_deck),
         "source": pa.array([source] * count, pa.string()),
-        "context": _context(samples, schema.field("context").type),
+        "context": context,
         "captions": _group(annotations, owner, is_caption, count, schema.field("captions").type),
         "qa": _group(annotations, owner, is_question, count, schema.field("qa").type),
         "reference_qa": _redact_questions(
             final_column(samples, "reference_qa", schema.field("reference_qa").type)
         ),
-        "split": splits.take(pa.array(first_annotation, mask=first_annotation < 0)),
+        "split": split.combine_chunks().take(pa.array(first_annotation, mask=first_annotation < 0)),
         **{column.name: _own_values(annotations, owner, count, column) for column in extras.own},
     }
     columns |= {f.name: final_column(samples, f.name, f.type) for f in schema if f.name not in columns}
@@ -146,9 +146,7 @@ def _join(
 
 
 def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn) -> pa.Array:
-    """Return the value of a custom task for each of `count` samples: one value, a list, or null without a
-    reply.
-    """
+    """Return for each sample the value or list of a custom task; null without a usable reply."""
     is_value = pc.equal(final_column(annotations, "task", pa.string()), column.name)
     records = final_column(annotations.filter(is_value), "record", pa.string()).to_pylist()
     values: list[Any] = [None] * count
@@ -162,7 +160,7 @@ def _own_values(annotations: pa.Table, owner: Any, count: int, column: OwnColumn
 
 
 def _redact_texts(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Return lists of human texts without personal data; the step filter redacts all other texts."""
+    """Redact lists of human texts. The step filter has redacted all other texts."""
     if not _may_hold_personal_data(pc.list_flatten(texts)):
         return texts
     redacted = [row and [redact(text)[0] for text in row] for row in texts.to_pylist()]
@@ -170,7 +168,6 @@ def _redact_texts(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
 
 
 def _redact_questions(questions: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Return lists of human questions (tables.QUESTION_OF_PEOPLE) without personal data."""
     pairs = pc.list_flatten(questions)
     answers = pc.list_flatten(pc.struct_field(pairs, "answers"))
     if not _may_hold_personal_data(pc.struct_field(pairs, "question")) and not _may_hold_personal_data(
@@ -190,13 +187,6 @@ def _redact_pair(pair: dict[str, Any]) -> dict[str, Any]:
     return pair | {"question": redact(pair["question"] or "")[0], "answers": answers}
 
 
-def _context(samples: pa.Table, kind: pa.DataType) -> pa.Array:
-    """Return the context of samples as a struct, or nulls if no context columns are published."""
-    if not pa.types.is_struct(kind):
-        return pa.nulls(samples.num_rows, kind)
-    return pa.array([dict(values or ()) for values in samples["context"].to_pylist()], kind)
-
-
 def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.ListType) -> pa.ListArray:
     """Return for each of `count` samples the list of its annotations in `mask`."""
     selected = annotations.filter(pa.array(mask))
@@ -207,9 +197,7 @@ def _group(annotations: pa.Table, owner: Any, mask: Any, count: int, kind: pa.Li
 
 
 def _final_values(annotations: pa.Table, item: pa.Field) -> pa.Array:
-    """Return the final values of a field. Scores of edited texts are null: they rate the text before the
-    edit.
-    """
+    """Return the final values of a field. Edited texts have no scores: these rate the original text."""
     if item.name not in ADDED_FIELDS:
         return final_column(annotations, item.name, item.type).combine_chunks()
     scores = final_column(annotations, ADDED_FROM.get(item.name, item.name), item.type)
@@ -223,9 +211,7 @@ def row_digest(row: dict[str, Any]) -> str:
 
 
 def version_digest(rows: Iterable[tuple[str, str]], columns: list[str], scores: Sequence[str] = ()) -> str:
-    """Return the digest of [table version, columns, scores, rows], with rows as (sample_id, digest),
-    sorted by id.
-    """
+    """Return the digest of a version. `rows` are (sample_id, digest), sorted."""
     parts = [TABLE_VERSION, columns, [*scores]]
     content = hashlib.sha256(canonical(parts)[:-1] + b",[")
     for n, row in enumerate(rows):

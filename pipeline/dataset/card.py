@@ -25,11 +25,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # a column, and the config that reads it
 # Writers of the texts, with their terms in the Hub's cards.
 MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
-_CREATORS = {
-    MODEL: ["machine-generated"],
-    PEOPLE: ["found"],
-    PEOPLE_AND_MODEL: ["found", "machine-generated"],
-}
+_GENERATED, _FOUND = "machine-generated", "found"
+_CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}
 PLACEHOLDER = "ORG/NAME"  # the repository in the card of a version that was not pushed
 _SIZE_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
 
@@ -59,7 +56,7 @@ def render_model_card(
 ) -> str:
     """Return README.md for a checkpoint; `about` has its config, train, metrics and digest.
 
-    `dataset` is the repository of its data, if known. `base_models` that are not Hub ids are left out.
+    `dataset` is the repository of its data, if known. `base_models` may include local names.
     """
     data = about["config"]["data"]
     link = None
@@ -83,7 +80,7 @@ def render_model_card(
 
 
 def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:
-    """Return the fields `metrics` and `model-index` of a model card on the Hub."""
+    """Return the fields `metrics` and `model-index` of a model card."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -128,9 +125,7 @@ def _manifest_error(error: Exception) -> StoreError:
 
 
 def _without_line_breaks(value: Any) -> Any:
-    """Return a header without line breaks in texts: some readers of cards do not parse YAML to find its
-    end.
-    """
+    """Remove line breaks from all texts: some readers of cards do not parse YAML to find its end."""
     if isinstance(value, dict):
         return {_without_line_breaks(key): _without_line_breaks(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -148,13 +143,10 @@ def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     splits = [split for split, count in manifest["rows"].items() if count]
     configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
-    creators = [
-        *_CREATORS[writers],
-        *(["expert-generated"] if manifest.get("review", {}).get("edited") else []),
-    ]
-    info = [
-        _config_info(manifest, splits, name if len(configs) > 1 else None, configs[name]) for name in configs
-    ]
+    has_edits = manifest.get("review", {}).get("edited")
+    creators = [*_CREATORS[writers], *(["expert-generated"] if has_edits else [])]
+    has_configs = len(configs) > 1
+    info = [_config_info(manifest, splits, name if has_configs else None, configs[name]) for name in configs]
     # A source that is a repository of the Hub ends with ORG/NAME or ORG/NAME:CONFIG.
     upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
@@ -186,11 +178,8 @@ def _size_category(rows: int) -> str:
 def _config_info(
     manifest: dict[str, Any], splits: Sequence[str], name: str | None, config: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Return the `dataset_info` of one config."""
     features, files = manifest["features"], manifest["files"].items()
-    num_bytes = {
-        split: sum(e["bytes"] for file, e in files if file.startswith(f"{split}-")) for split in splits
-    }
+    num_bytes = {s: sum(e["bytes"] for file, e in files if file.startswith(f"{s}-")) for s in splits}
     return {
         **({"config_name": name} if name else {}),
         "features": [
@@ -219,7 +208,6 @@ def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 
 def _export_configs(manifest: dict[str, Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a config for each export in Parquet."""
     for name, entries in manifest.get("exports", {}).items():
         exported = [s for s in splits if any(re.fullmatch(rf"{s}-\d+\.parquet", file) for file in entries)]
         if exported:
@@ -228,7 +216,6 @@ def _export_configs(manifest: dict[str, Any], splits: Sequence[str]) -> Iterator
 
 
 def _writers(manifest: dict[str, Any]) -> str:
-    """Return MODEL, PEOPLE or PEOPLE_AND_MODEL."""
     if manifest["model"]["name"] == NO_MODEL:
         return PEOPLE
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
@@ -238,14 +225,12 @@ def _writers(manifest: dict[str, Any]) -> str:
 def _text_kinds(manifest: dict[str, Any]) -> str:
     """Return "captions and questions", or the columns of custom tasks if there are no other texts."""
     measured, own = manifest["measured"], manifest.get("own_columns", {})
-    has_texts = any(
-        measured.get(name) for name in ("captions", "answers", "human_captions", "human_questions")
-    )
+    kinds = ("captions", "answers", "human_captions", "human_questions")
+    has_texts = any(measured.get(kind) for kind in kinds)
     return "captions and questions" if has_texts or not own else ", ".join(own)
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:
-    """Return the Hub's task categories of a dataset."""
     settings, measured = manifest["config"], manifest["measured"]
     tasks = [*settings["tasks"]]
     if measured.get("human_captions"):
@@ -264,9 +249,7 @@ def card_licenses(manifest: dict[str, Any]) -> list[str]:
 
 
 def has_unknown_license(manifest: dict[str, Any]) -> bool:
-    """Return whether the license of an image is unknown, or stated by the user with a name unknown to the
-    Hub.
-    """
+    """Return whether the license of an image is unknown, or stated with a name unknown to the Hub."""
     stated = (manifest.get("license") or UNKNOWN).lower()
     doubtful = {UNKNOWN} if stated in KNOWN_LICENSES else {UNKNOWN, stated}
     return not doubtful.isdisjoint(card_licenses(manifest))
@@ -274,14 +257,13 @@ def has_unknown_license(manifest: dict[str, Any]) -> bool:
 
 def language_of(manifest: dict[str, Any]) -> str | None:
     """Return the ISO 639 code of the language of the texts, if known."""
-    language: str | None = (
-        manifest.get("language") or manifest["config"].get("filter", {"language": "en"})["language"]
-    )
+    settings = manifest["config"].get("filter", {"language": "en"})
+    language: str | None = manifest.get("language") or settings["language"]
     return language
 
 
 def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
-    """Return a single license that the Hub supports, or the names of all licenses as `other`."""
+    """Return the single license if the Hub supports it, else `other` with the names of all."""
     if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
     name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)

@@ -40,9 +40,7 @@ def preferred_caption(captions: Sequence[tuple[str, str]]) -> str | None:
 def turns(
     captions: Iterable[tuple[str, str]], questions: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (question, answer) for each caption (style, text) in the order of QUESTIONS, then for each
-    question.
-    """
+    """Yield (question, answer) for captions (style, text) in the order of QUESTIONS, then `questions`."""
     last = None
     for style, text in sorted(captions, key=lambda caption: _rank(caption[0])):
         question = QUESTIONS.get(style, f"Write a caption of this image in the style {style}.")
@@ -67,9 +65,7 @@ def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def reader_columns(columns: Sequence[str]) -> list[str]:
-    """Return the names of READER_COLUMNS to add to rows with `columns`. Decks and rows without pixels have
-    none.
-    """
+    """Return the reader columns that rows with `columns` lack. Only rows with `image` have them."""
     return [name for name in READER_COLUMNS.names if name not in columns] if "image" in columns else []
 
 

@@ -19,9 +19,7 @@ Settings = dict[str, tuple[Any, Any]]  # values before and after of the settings
 
 @dataclass(slots=True)
 class Change:
-    """A row that differs; `what` is added, removed or changed. `fields` has the values before and after by
-    column.
-    """
+    """A row that differs: `what` is added, removed or changed, `fields` has old and new values."""
 
     sample_id: str
     source_row: str
@@ -50,10 +48,8 @@ class Diff:
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of rows that are the same, added, removed and changed."""
-        return {
-            "same": self.same,
-            **{what: self._changes_by_kind[what] for what in ("added", "removed", "changed")},
-        }
+        kinds = ("added", "removed", "changed")
+        return {"same": self.same, **{kind: self._changes_by_kind[kind] for kind in kinds}}
 
     def fields(self) -> dict[str, int]:
         """Return the number of changed rows by field."""
@@ -61,16 +57,14 @@ class Diff:
 
     def lines(self, rows: int) -> Iterator[str]:
         """Yield a report: counts, fields, settings, and at most `rows` changes."""
-        yield f"{self.before} -> {self.after}: " + ", ".join(
-            f"{count} {what}" for what, count in self.counts().items()
-        )
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        yield f"{self.before} -> {self.after}: {counts}"
         if fields := self.fields():
             yield from ["changed fields:", *(f"  {count:>7}  {name}" for name, count in fields.items())]
         if self.settings:
             yield "changed settings:"
-            yield from (
-                f"  {name}: {_short(old)} -> {_short(new)}" for name, (old, new) in self.settings.items()
-            )
+            for name, (old, new) in self.settings.items():
+                yield f"  {name}: {_short(old)} -> {_short(new)}"
         shown = self.changes[:rows]
         for change in shown:
             yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)})"
@@ -91,17 +85,14 @@ def _short(value: Any) -> str:
 
 
 def diff_versions(before: Version, after: Version, max_changes: int | None = None) -> Diff:
-    """Compare two versions, and keep at most `max_changes` changes. Pixels are compared by `sample_id`.
-
-    Memory holds a hash of each row of `before`. Raise StoreError if a version is damaged.
-    """
+    """Compare two versions, and keep the first `max_changes` changes. Raise StoreError if one is damaged."""
     own_columns = {*before.manifest.get("own_columns", ()), *after.manifest.get("own_columns", ())}
     names = dict.fromkeys([*before.manifest["columns"], *after.manifest["columns"]])
     in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
     columns = [name for name in names if name in in_both | own_columns and name not in PIXELS]
     # Scores that only one version has are a difference of settings, and not of every row.
     scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}
-    read = partial(_read_rows, columns=columns, without_scores=scores)
+    read = partial(_read_rows, columns=columns, scores=scores)
 
     hashes = {row["sample_id"]: hash(str(row)) for row in read(before)}
     diff = Diff(before.name, after.name, 0, [], _changed_settings(before.manifest, after.manifest))
@@ -114,9 +105,7 @@ def diff_versions(before: Version, after: Version, max_changes: int | None = Non
     ids = sorted({*different, *hashes})
     for start in range(0, len(ids), BATCH_ROWS):
         batch_ids = ids[start : start + BATCH_ROWS]
-        old, new = (
-            {row["sample_id"]: row for row in read(version, batch_ids)} for version in (before, after)
-        )
+        old, new = ({row["sample_id"]: row for row in read(v, batch_ids)} for v in (before, after))
         for sample_id in batch_ids:
             if change := _compare(old.get(sample_id), new.get(sample_id)):
                 diff.add(change, keep=max_changes is None or len(diff.changes) < max_changes)
@@ -127,13 +116,8 @@ def diff_versions(before: Version, after: Version, max_changes: int | None = Non
 
 
 def _read_rows(
-    version: Version,
-    sample_ids: Collection[str] | None = None,
-    *,
-    columns: list[str],
-    without_scores: set[str],
+    version: Version, sample_ids: Collection[str] | None = None, *, columns: list[str], scores: set[str]
 ) -> Iterator[Row]:
-    """Yield the rows of a version, all or those of some samples, with `columns` and their split."""
     names = [name for name in columns if name in version.manifest["columns"]]
     batches = version.batches(names) if sample_ids is None else version.find(names, sample_ids)
     for split, batch in batches:
@@ -143,15 +127,15 @@ def _read_rows(
             raise version.damage_error(error) from None
         for row in rows:
             row = {name: row.get(name) for name in columns} | {"split": split}
-            for name in LISTS if without_scores else ():
+            for name in LISTS if scores else ():
                 for annotation in row.get(name) or ():
-                    for score in without_scores & annotation.keys():
+                    for score in scores & annotation.keys():
                         del annotation[score]
             yield row
 
 
 def _compare(old: Row | None, new: Row | None) -> Change | None:
-    """Return the change of a row that may be missing in a version; None if all values are equal."""
+    """Return the change of a row, or None if only the order of its fields differs."""
     row = new or old or {}
     change = Change(row["sample_id"], row.get("source_row") or "", "changed")
     if old is None or new is None:
@@ -171,7 +155,6 @@ def _compare(old: Row | None, new: Row | None) -> Change | None:
 
 
 def _changed_settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
-    """Return source, model, prompts, columns, scores and settings that differ."""
     old, new = (
         {name: manifest[name] for name in ("source", "model", "columns")}
         | {"prompts": sorted(manifest["prompts"]), "scores": manifest.get("scores", [])}

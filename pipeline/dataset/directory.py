@@ -60,9 +60,7 @@ class DatasetDir:
         return self.path / RUN_FILE
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run. Passwords are missing in it, so the settings may not be
-        valid.
-        """
+        """Return the settings of the last run, which may be invalid because passwords are left out."""
         values = read_json(self.run_file)
         try:
             return Config.model_validate(values).model_dump(mode="json")
@@ -109,9 +107,7 @@ class DatasetDir:
             return {}
 
     def pushed(self) -> list[dict[str, str]]:
-        """Return the version, repo and commit of each push from here. Raise StoreError if the file is
-        damaged.
-        """
+        """Return version, repo and commit of each push. Raise StoreError if the file is damaged."""
         file = self.path / "pushed.json"
         if not file.exists():
             return []
@@ -119,9 +115,7 @@ class DatasetDir:
             pushes = read_json(file)["pushed"]
             return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in pushes]
         except _DAMAGED_JSON:
-            raise StoreError(
-                f"{file} is damaged", hint="move it away: it lists the pushes from here"
-            ) from None
+            raise StoreError(f"{file} is damaged", hint="move it away: it lists pushes") from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
         """Record a push once."""
@@ -168,11 +162,10 @@ class DatasetDir:
     def lock(
         self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> Iterator[Callable[[], None]]:
-        """Hold the writer's lock of this folder. Raise StoreError if another process holds it and `wait` is
-        not set.
+        """Hold the lock of this folder. Raise StoreError if another process holds it and `wait` is not set.
 
-        In an object store, wait until the lease of a killed process expires, with a message to `say`. The
-        yielded function raises StoreError if another process has taken over the lease.
+        In an object store, the lock is a lease (storage/lock.py). The yielded function raises StoreError if
+        another process has taken it over.
         """
         if is_remote(self.path):
             with lease(self.path / LOCK_FILE, say=say) as check:
@@ -228,19 +221,16 @@ def require_nameable(path: Path) -> None:
 
 
 def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a version of a dataset folder (default: the last one made), or a version folder.
+    """Open a version folder, or a version of a dataset folder (default: the last one made).
 
-    `path` may be FOLDER@VERSION or FOLDER@TAG. For `previews`, see `DatasetDir.version`. Raise StoreError if
-    the dataset or version does not exist.
+    `path` may be FOLDER@VERSION or FOLDER@TAG. Raise StoreError if dataset or version do not exist.
     """
     path, version = (path or last_made(), version) if version else split_version(path or last_made())
     require_nameable(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
-            raise StoreError(
-                f"{path} is {opened.name}, not {version}", hint="name the dataset folder instead"
-            )
+            raise StoreError(f"{path} is {opened.name}, not {version}", hint="name the dataset folder")
         return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
@@ -263,9 +253,7 @@ def find_dataset(path: Path) -> Path:
 
 
 def last_made() -> Path:
-    """Return the dataset folder with the newest version, in `data/` or remembered. Raise StoreError
-    without one.
-    """
+    """Return the dataset folder with the newest version. Raise StoreError if there is none."""
     manifests = _made_manifests()
     if not manifests:
         hint = "make one with `synth generate --source scenes`, or name its folder"
@@ -274,11 +262,7 @@ def last_made() -> Path:
 
 
 def only_made() -> Path:
-    """Return the only dataset folder, in `data/` or remembered. Raise StoreError if there are several, or
-    none.
-
-    For commands that cannot be undone: the file times that `last_made` compares may be wrong.
-    """
+    """Return the only dataset folder; raise StoreError if there are several. File times may be wrong."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
         problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"
@@ -287,10 +271,7 @@ def only_made() -> Path:
 
 
 def remember_dataset(out: Path | None) -> None:
-    """Record the folder of a run with --out in `data/`, where commands without a folder find it.
-
-    Do nothing for a remote folder, or if the file cannot be written.
-    """
+    """Record the local folder of a run with --out in `data/`, where later commands find it."""
     if out is None or is_remote(out):
         return
     try:
@@ -303,7 +284,6 @@ def remember_dataset(out: Path | None) -> None:
 
 
 def _remembered() -> list[Path]:
-    """Return the dataset folders made with --out, the last one first."""
     try:
         return list(map(Path, read_json(DATA / ELSEWHERE)["datasets"]))
     except (OSError, *_DAMAGED_JSON):

@@ -8,7 +8,7 @@ versions gc` removes images (dataset/removal.py).
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
@@ -43,14 +43,10 @@ class _Group(NamedTuple):
 
 
 class ImageStore:
-    """The images of a dataset folder, or of one shard on a cluster. Writers must hold the lock of the
-    folder.
-    """
+    """The images of a dataset folder or shard. Writers must hold the lock of the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._is_indexed = False
-        self._group_of: dict[str, _Group] = {}
         open_file = lru_cache(MAX_OPEN_FILES)(open_parquet)
 
         def read_group(group: _Group) -> pa.Table:
@@ -60,28 +56,23 @@ class ImageStore:
 
     def paths(self) -> list[Path]:
         """Return the files of this store and of the stores of all shards. Links and pipes are ignored."""
-        paths = (
-            path for pattern in ("", "shards/*/") for path in self.folder.glob(f"{pattern}{FOLDER}/*.parquet")
-        )
+        patterns = (f"{FOLDER}/*.parquet", f"shards/*/{FOLDER}/*.parquet")
+        paths = (path for pattern in patterns for path in self.folder.glob(pattern))
         named = (path for path in paths if FILE_NAME.fullmatch(path.name))
         return sorted((path for path in named if is_remote(path) or S_ISREG(path.lstat().st_mode)), key=str)
 
     def find_missing(self, sample_ids: Iterable[str]) -> list[str]:
-        """Return the samples without images in the store, in the given order. Unreadable files are
-        ignored.
-        """
-        index = self._index()
-        return [sample_id for sample_id in sample_ids if sample_id not in index]
+        """Return the samples without readable images in the store, in the given order."""
+        return [sample_id for sample_id in sample_ids if sample_id not in self._group_of]
 
     def in_order(self, sample_ids: Iterable[str]) -> list[str]:
         """Return the samples with images in the store, in the order of the files."""
-        index = self._index()
-        stored = {name: index[name] for name in sample_ids if name in index}
+        stored = {name: self._group_of[name] for name in sample_ids if name in self._group_of}
         return sorted(stored, key=lambda name: (str(stored[name].path), stored[name].number, name))
 
     def read(self, sample_ids: Sequence[str]) -> pa.ListArray:
-        """Return the images of each sample (list of binary). Raise StoreError for missing or damaged
-        images.
+        """Return the images of each sample (list of binary). Raise StoreError if one is missing or
+        damaged.
         """
         if missing := self.find_missing(sample_ids):
             raise missing_error(missing, self.folder)
@@ -116,11 +107,11 @@ class ImageStore:
                 pending.append(table)
                 num_bytes += table.nbytes
             if num_bytes >= FILE_BYTES:
-                self._add_to_index(self._write_file(pending))
+                self._group_of |= _groups_by_id(self._write_file(pending))
                 pending, num_bytes = [], 0
                 pending_ids.clear()
         if pending:
-            self._add_to_index(self._write_file(pending))
+            self._group_of |= _groups_by_id(self._write_file(pending))
 
     def add_from(self, other: "ImageStore", sample_ids: Iterable[str]) -> None:
         """Copy the images of some samples from another store. Raise StoreError if it lacks them."""
@@ -132,11 +123,10 @@ class ImageStore:
         self.add(pa.table([batch, other.read(batch)], schema=SAMPLE_IMAGES) for batch in batches)
 
     def keep_only(self, wanted: Collection[str], *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-        """Remove all other images, and second copies within a folder; yield each changed file and the bytes
-        freed.
+        """Remove all other images, and second copies within a folder; yield changed files and bytes freed.
 
-        A process that is killed leaves at most second copies. Raise StoreError, before any removal, if a file
-        cannot be read.
+        Killed processes leave second copies at most. Raise StoreError, before any removal, for a damaged
+        file.
         """
         kept, written = set[tuple[Path, str]](), set[Path]()
         for path, ids in [(path, _read_ids(path)) for path in self.paths()]:
@@ -158,36 +148,20 @@ class ImageStore:
                 num_bytes -= new.stat().st_size
             path.unlink()
             yield path, num_bytes
-        self._is_indexed, self._group_of = False, {}
 
-    def _index(self) -> dict[str, _Group]:
-        if not self._is_indexed:
-            self._is_indexed = True
-            for path in self.paths():
-                self._add_to_index(path)
-        return self._group_of
-
-    def _add_to_index(self, path: Path) -> None:
-        try:
-            file = open_parquet(path)
-            # One call for the whole file is faster than one for each row group.
-            ids = file.read(["sample_id"])["sample_id"].to_pylist()
-            start = 0
-            for number in range(file.num_row_groups):
-                group, count = _Group(path, number), file.metadata.row_group(number).num_rows
-                for sample_id in ids[start : start + count]:
-                    self._group_of.setdefault(sample_id, group)
-                start += count
-        except UNREADABLE:
-            return
+    @cached_property
+    def _group_of(self) -> dict[str, _Group]:
+        groups: dict[str, _Group] = {}
+        # If two files have an image, the first one is read.
+        for path in reversed(self.paths()):
+            groups |= _groups_by_id(path)
+        return groups
 
     def _without_known(self, table: pa.Table, pending_ids: set[str]) -> pa.Table:
-        """Return the rows of samples that are neither stored nor pending, and add their ids to
-        `pending_ids`.
-        """
-        index, is_new = self._index(), list[bool]()
+        """Return the rows of new samples, and add their ids to `pending_ids`."""
+        is_new: list[bool] = []
         for sample_id in table["sample_id"].to_pylist():
-            is_new.append(sample_id not in index and sample_id not in pending_ids)
+            is_new.append(sample_id not in self._group_of and sample_id not in pending_ids)
             pending_ids.add(sample_id)
         return table if all(is_new) else table.filter(pa.array(is_new, pa.bool_()))
 
@@ -204,7 +178,7 @@ class ImageStore:
 def missing_error(sample_ids: Sequence[str], folder: Path) -> StoreError:
     """Return the error for samples whose images are not in the store of a dataset folder."""
     problem = (
-        f"the images of {len(sample_ids)} samples are not in {folder / FOLDER}, such as {sample_ids[0][:12]}"
+        f"the images of {len(sample_ids)} samples are not in {folder / FOLDER}: {sample_ids[0][:12]}, ..."
     )
     return StoreError(problem, hint=f"restore the whole dataset folder, or {READ_AGAIN}")
 
@@ -220,9 +194,7 @@ def images_digest(pages: Sequence[bytes]) -> str:
 
 
 def hash_images(path: Path) -> dict[str, str]:
-    """Return the digest of the images of each sample in a file, computed from the bytes. Raise one of
-    UNREADABLE.
-    """
+    """Compute the digest of the images of each sample in a file. Raise one of UNREADABLE."""
     file = open_parquet(path)
     digests: dict[str, str] = {}
     for number in range(file.num_row_groups):
@@ -232,10 +204,9 @@ def hash_images(path: Path) -> dict[str, str]:
 
 
 def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Array]:
-    """Return images of the store as the columns `image` and `pages` of a version, as far as `columns` has
-    them.
+    """Return images of the store as the columns `image` and `pages`, as far as `columns` has them.
 
-    With both columns, `image` holds single images and `pages` holds decks. One column alone holds all images.
+    With both columns, `image` holds single images and `pages` decks, else the column holds all images.
     """
     offsets = images.offsets.to_numpy() - images.offsets[0].as_py()
     pages = images.flatten()
@@ -247,6 +218,20 @@ def as_pixels(images: pa.ListArray, columns: Sequence[str]) -> dict[str, pa.Arra
         "pages": pc.if_else(pa.array(is_deck), decks, pa.scalar(None, decks.type)),
     }
     return {name: pixels[name] for name in PIXELS if name in columns}
+
+
+def _groups_by_id(path: Path) -> dict[str, _Group]:
+    """Return the row group of each sample in a file; {} if the file cannot be read."""
+    try:
+        file = open_parquet(path)
+        # One call for the whole file is faster than one for each row group.
+        ids = file.read(["sample_id"])["sample_id"].to_pylist()
+    except UNREADABLE:
+        return {}
+    groups = [_Group(path, number) for number in range(file.num_row_groups)]
+    num_rows = [file.metadata.row_group(group.number).num_rows for group in groups]
+    repeated = (group for group, count in zip(groups, num_rows, strict=True) for _ in range(count))
+    return dict(zip(ids, repeated, strict=True))
 
 
 def _read_ids(path: Path) -> list[str]:

@@ -29,27 +29,19 @@ from pipeline.tables import IMAGE_DIGESTS, PIXELS
 
 def damaged_files(version: Version) -> list[str]:
     """Return the files of a version that are missing, or differ from the digests in its manifest."""
-    return [name for name, entry in _file_entries(version).items() if not _is_intact(version, name, entry)]
+    files = ((name, version.path / name, entry["sha256"]) for name, entry in _file_entries(version).items())
+    return [name for name, path, sha256 in files if not path.is_file() or file_digest(path) != sha256]
 
 
 def missing_files(version: Version) -> list[str]:
     """Return the files of a version that are missing or of another size. Contents are not read."""
-    entries = _file_entries(version)
-    paths = {name: version.path / name for name in entries}
-    return [
-        n for n, path in paths.items() if not path.is_file() or path.stat().st_size != entries[n].get("bytes")
-    ]
+    files = ((name, version.path / name, entry["bytes"]) for name, entry in _file_entries(version).items())
+    return [name for name, path, size in files if not path.is_file() or path.stat().st_size != size]
 
 
 def _file_entries(version: Version) -> dict[str, dict[str, Any]]:
-    """Return the manifest's entry of each file."""
     images = {IMAGES_FILE: version.manifest["images"]} if version.manifest.get("images") else {}
     return {**version.manifest["files"], REJECTIONS_FILE: version.manifest["rejections"], **images}
-
-
-def _is_intact(version: Version, name: str, entry: dict[str, Any]) -> bool:
-    path = version.path / name
-    return path.is_file() and file_digest(path) == entry.get("sha256")
 
 
 def content_digest(version: Version) -> str:
@@ -69,9 +61,7 @@ def content_digest(version: Version) -> str:
 
 
 def hash_store(store: ImageStore) -> dict[str, str]:
-    """Return the digest of the images of each sample in a store, computed from the bytes. Skip damaged
-    files.
-    """
+    """Compute the digests of the images of all samples in a store. Skip damaged files."""
     digests: dict[str, str] = {}
     for path in store.paths():
         with suppress(*UNREADABLE):
@@ -80,25 +70,17 @@ def hash_store(store: ImageStore) -> dict[str, str]:
 
 
 def damaged_images(version: Version, stored: Mapping[str, str]) -> list[str]:
-    """Return the samples of a version whose images have another digest in its store, or are missing.
-
-    `stored` has the digests of all images of the store. A version that holds its images itself gives no
-    samples.
-    """
+    """Return the samples of a version whose digest in its store (`stored`) is wrong or missing."""
     if not version.manifest.get("images"):
         return []
-    expected = dict(
-        zip(*read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names).to_pydict().values(), strict=True)
-    )
+    table = read_table(version.path / IMAGES_FILE, IMAGE_DIGESTS.names)
+    expected = dict(zip(*table.to_pydict().values(), strict=True))
     ids = (name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist())
     return [name for name in ids if name not in expected or stored.get(name) != expected[name]]
 
 
 def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> list[str]:
-    """Return a description of each difference between a version and its manifest.
-
-    `stored` are the digests of all images of the store, by default those of `hash_store`.
-    """
+    """Return descriptions of the damage of a version. `stored` are the digests of `hash_store`."""
     if files := damaged_files(version):
         return [f"{name} is not what the manifest says" for name in files]
     try:
@@ -116,9 +98,7 @@ def find_damage(version: Version, stored: Mapping[str, str] | None = None) -> li
 
 
 def require_intact_files(version: Version) -> None:
-    """Raise StoreError if a file of a version differs from its manifest, or images are missing in the
-    store.
-    """
+    """Raise StoreError if a file differs from the manifest, or the store lacks images."""
     hint = f"nothing was sent; `synth check {version.dataset_dir}` shows what can be rebuilt"
     if files := damaged_files(version):
         names = ", ".join(files)
@@ -131,7 +111,7 @@ def require_intact_files(version: Version) -> None:
 
 
 def make_repaired_version(version: Version, damage: list[str]) -> Version:
-    """Publish the same rows as the next patch version, which records the damaged files of the pushed one.
+    """Publish the same rows as the next patch version, which records the `damage` on the Hub.
 
     Raise StoreError if the local version is damaged, too, or is not the newest one of its folder.
     """

@@ -43,14 +43,14 @@ def row_extras(config: Config, tasks: Tasks) -> Extras:
     """Return the scores, context columns and columns of custom tasks in the rows of a run."""
     checks = config.verify.checks
     # The claims of drawn scenes are found by rules and give no precision.
-    scores = {
+    is_measured = {
         "precision": config.splits_claims,
         "coverage": "covers" in checks,
         "shared_words": "references" in checks,
+        **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
+        REJECTED.name: config.select.pairs,
     }
-    ratings = RUBRIC if config.verify.judge else ()
-    pairs = (REJECTED.name,) if config.select.pairs else ()
-    added = (*(score for score, is_measured in scores.items() if is_measured), *ratings, *pairs)
+    added = tuple(name for name, measured in is_measured.items() if measured)
     return Extras(added, config.published_context, tuple(own_columns(tasks.own)))
 
 

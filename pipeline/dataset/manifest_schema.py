@@ -136,7 +136,7 @@ class Manifest(_Part):
 
 
 def _is_feature(kind: Any) -> bool:
-    """Return whether a value describes a feature of `datasets`, as tables.features does."""
+    """Return whether a value is a result of `tables.features`."""
     if not isinstance(kind, dict):
         return False
     if "_type" not in kind:
@@ -154,9 +154,8 @@ def check_manifest(values: Any) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}" if where else message) from None
 
 
 def _require_shallow(value: Any, depth: int) -> None:

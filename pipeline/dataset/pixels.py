@@ -30,18 +30,15 @@ def find_joined(version: Version) -> Version | None:
 
 
 def join_images(version: Version, images: Iterable[Images]) -> Version:
-    """Store the images of a version, and return the version with them. Raise StoreError if images are
-    missing.
+    """Store the images of a version, and return the version with them.
 
-    Images are stored even then, so that another call adds only the missing ones.
+    Raise StoreError if images are missing. The others stay stored for another call.
     """
     joined, ids = _with_pixel_columns(version), _sample_ids(version)
     wanted, store = {*ids}, joined.store
     store.add(_batches((name, pages) for name, pages in images if name in wanted))
     if missing := store.find_missing(ids):
-        problem = (
-            f"{len(missing)} of {len(ids)} images of {version.name} are missing, such as {missing[0][:12]}"
-        )
+        problem = f"{len(missing)} of {len(ids)} images of {version.name} are missing: {missing[0][:12]}, ..."
         hint = "use the original, unchanged image files: sample_id is the sha256 of such a file"
         raise StoreError(problem, hint=hint)
     return joined
@@ -59,9 +56,7 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
     """Yield the images of a local version. Raise StoreError if it holds no pixels."""
     version = open_dataset(folder)
     if lacks_pixels(version):
-        raise StoreError(
-            f"{folder} holds no pixels either", hint="name the folder of the image files, or a source"
-        )
+        raise StoreError(f"{folder} holds no pixels either", hint="name a folder of image files")
     columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
     for _, batch in version.batches(columns, BATCH_ROWS):
         for row in batch.to_pylist():
@@ -70,7 +65,6 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
 
 
 def _with_pixel_columns(version: Version) -> Version:
-    """Return a version whose images are in the store of joined images."""
     extras = extras_of(version.manifest)
     names = {*version.manifest["columns"], *(version.manifest.get("pixel_columns") or PIXELS[:1])}
     columns = [name for name in extras.columns if name in names]

@@ -63,10 +63,7 @@ class RowWriter:
     _writers: dict[str, SplitWriter] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> None:
-        """Write rows of `build_rows`. The first rows decide which optional columns are written.
-
-        Raise TableError if later rows have values in other optional columns.
-        """
+        """Write rows. Raise TableError if they have optional columns that the first rows lack."""
         if not table.num_rows:
             return
         empty = {name for name in OPTIONAL if table[name].null_count == table.num_rows}
@@ -94,10 +91,7 @@ class RowWriter:
 
 
 def write_self_contained(version: Version, folder: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
-    """Write the rows of a version with images and reader columns; return the manifest of these files.
-
-    Equal rows give files with equal bytes (dataset/shards.py).
-    """
+    """Write the rows of a version with images and reader columns; return the manifest of these files."""
     columns, extras = version.manifest["columns"], extras_of(version.manifest)
     readers = reader_columns(columns)
     schema = pa.schema([*row_schema(columns, extras), *map(READER_COLUMNS.field, readers)])
@@ -108,13 +102,10 @@ def write_self_contained(version: Version, folder: Path, splits: Iterable[str] =
             writer.add(with_reader_columns(rows, readers) if readers else rows)
         writer.close()
     files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
-    described = {
-        "files": files,
-        "features": features(schema),
-        **({"reader_columns": readers} if readers else {}),
-    }
     store_keys = ("pixels", "pixel_columns", "images")
-    return {key: value for key, value in version.manifest.items() if key not in store_keys} | described
+    manifest = {key: value for key, value in version.manifest.items() if key not in store_keys}
+    manifest |= {"files": files, "features": features(schema)}
+    return manifest | ({"reader_columns": readers} if readers else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +131,9 @@ def publish_version(
 ) -> tuple[Version, bool]:
     """Publish rows under the next name; or return the newest version, and False, if it has the same rows.
 
-    `draft` is a scratch folder next to the versions. `provenance` has the manifest's fields about the run.
-    `rejections` are the rejected rows of all steps (tables.REJECTIONS). `check` raises if another command has
-    taken over the folder. Raise TableError if no row is left; StoreError if images are missing.
+    `draft` is a scratch folder next to the versions, `provenance` the manifest's fields about the run.
+    `check` raises if another command has taken over the folder. Raise TableError if no row is left;
+    StoreError if images are missing.
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and human reviews in review/"
@@ -196,7 +187,7 @@ def next_version(
 ) -> str:
     """Return the next name: major if columns or scores change, minor if rows are added, else patch.
 
-    The name also follows the `taken` numbers of other versions that were tagged or pushed.
+    The name also follows the numbers of `taken` names.
     """
     if parent is None and not taken:
         return FIRST
@@ -215,7 +206,6 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def _image_digests(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.Table:
-    """Return the digests of the images of samples. Raise StoreError if images are not in the store."""
     stored = ImageStore(dataset.path).digests()
     indices = pc.index_in(sample_ids, stored["sample_id"].combine_chunks())
     if indices.null_count:
@@ -224,17 +214,14 @@ def _image_digests(dataset: DatasetDir, sample_ids: pa.ChunkedArray) -> pa.Table
 
 
 def publish(draft: Path, final: Path, files: Iterable[tuple[Path, str]] = ()) -> None:
-    """Move a draft, and Parquet `files` elsewhere (with their names), to its final folder atomically.
+    """Move a draft, and Parquet `files` elsewhere (path, name), to its final folder atomically.
 
-    On a disk, all files are moved to the draft and flushed, and the draft is renamed. In an object store, the
-    manifest is moved last: a folder without a manifest is not a version. Raise StoreError if the version
-    exists.
+    In an object store, the manifest is moved last: a folder without one is not a version. Raise StoreError if
+    the version exists.
     """
     if is_remote(final):
         if (final / MANIFEST).exists():
-            raise StoreError(
-                f"{final} exists already, and versions never change", hint="run the same command"
-            )
+            raise StoreError(f"{final} exists already", hint="run the same command")
         # A killed command may have moved files there.
         remove(final)
         move([(path, final / name) for path, name in files])

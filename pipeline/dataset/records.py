@@ -28,9 +28,7 @@ CODE = {"pipeline": (".py", ".gz"), "prompts": (".j2", ".yaml")}  # suffixes of 
 
 
 def step_key(name: str, settings: Any, files: Sequence[Path], inputs: Sequence[str]) -> str:
-    """Return the key of a step from its settings, the `files` that it reads, and the digests of its
-    `inputs`.
-    """
+    """Return the key of a step with these settings, `files`, and digests of its `inputs`."""
     digests = [file_digest(path) if path.is_file() else None for path in files]
     return digest([code_digest(), name, described(settings), digests, list(inputs)])
 
@@ -51,15 +49,13 @@ def described(value: Any) -> Any:
 def is_done(shard: DatasetDir, step: str, key: str, which: str = DONE) -> bool:
     """Return whether a step has written its files for this key, and these have not changed."""
     record = read_record(shard, step, which)
-    return record.get("key") == key and all(
-        _is_unchanged(shard.step_file(step, name), recorded) for name, recorded in record["files"].items()
-    )
+    if record.get("key") != key:
+        return False
+    return all(_is_unchanged(shard.step_file(step, name), entry) for name, entry in record["files"].items())
 
 
 def write_record(shard: DatasetDir, step: str, key: str, which: str = DONE, **facts: Any) -> None:
-    """Write the record of a step, with `facts` for later steps. An incomplete step has the key "" and runs
-    again.
-    """
+    """Write the record of a step, with `facts` for later steps. The key "" marks an incomplete step."""
     paths = [shard.step_file(step, which)]
     if which == DONE:
         paths = [path for path in paths[0].parent.glob("*.parquet") if path.stem not in INTERNAL_FILES]
@@ -94,7 +90,6 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def _is_unchanged(path: Path, recorded: dict[str, Any]) -> bool:
-    """Return whether a file is unchanged. It is hashed only if its size, inode or times differ."""
     if is_remote(path):
         return path.exists()
     if not path.is_file():

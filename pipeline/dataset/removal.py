@@ -26,10 +26,9 @@ class Leftover:
 
 
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
-    """Remove versions atomically, and return their folders. Images stay in the store (`remove_images`).
+    """Remove versions atomically, and return their folders. The caller holds the lock of the dataset.
 
-    The caller holds the lock of the folder. Raise StoreError, before any removal, if a version does not exist
-    or is tagged; or if files of a removed version cannot be deleted.
+    Raise StoreError, before any removal, if a version is missing or tagged, or if files stay behind.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
@@ -52,8 +51,7 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
     """Remove images that neither a version nor the samples read last need; return the changed files.
 
-    The caller holds the lock of the folder. Raise StoreError, before any removal, if a version or a list of
-    samples is damaged.
+    The caller holds the lock. Raise StoreError, before any removal, if a version or list is damaged.
     """
     needed = set[str]()
     for version in dataset.versions():
@@ -67,18 +65,14 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
-    """Return the folder of a version, which may be damaged. Raise StoreError without such a version or
-    tag.
-    """
+    """Return the folder of a version, which may be damaged. Raise StoreError if there is none."""
     folder = dataset.path / "versions" / name
     exists = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
     return folder if exists else dataset.version(name).path
 
 
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
-    """Yield files of killed commands in a dataset folder. The caller holds its lock, so no run is using
-    it.
-    """
+    """Yield files of killed commands. The caller holds the lock, so no run is using them."""
     for folder in sorted((dataset.path / "versions").glob("*"), key=str):
         if folder.name.startswith(REMOVING) or folder.name == SCRATCH:
             yield _measure(folder)
@@ -96,10 +90,9 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
 
 
 def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove hidden states, which a training computes again, and shards of killed pushes; return the folders.
+    """Remove hidden states, which a training computes again, and shards of killed pushes.
 
-    Folders that another process writes to are skipped. A training that reads a removed folder has its file
-    open and continues.
+    Folders that another process writes to are skipped. A training that reads a removed file continues.
     """
     removed = []
     for folder in (path for pattern in TEMPORARY_FOLDERS for path in sorted(dataset.path.glob(pattern))):
@@ -116,7 +109,7 @@ def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
 
 
 def _is_linked(dataset: DatasetDir, folder: Path) -> bool:
-    """Return whether a folder within a dataset folder, or a folder above it, is a link."""
+    """Return whether a folder, or a folder between it and the dataset folder, is a link."""
     parents = (path for path in (folder, *folder.parents) if path.is_relative_to(dataset.path))
     return any(path.is_symlink() for path in parents if path != dataset.path)
 
@@ -126,19 +119,15 @@ def _raise_busy() -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder. Raise StoreError if it still exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
     remove(path)
     if path.exists():
-        raise StoreError(
-            f"{path} cannot be removed", hint="change its permissions, then run `synth versions gc`"
-        )
+        raise StoreError(f"{path} cannot be removed", hint="run `synth versions gc`")
 
 
 def _measure(folder: Path) -> Leftover:
-    """Return a folder with the size of its files, or a link with the size 0."""
     if folder.is_symlink():
         return Leftover(folder, 0)
     files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())

@@ -83,9 +83,7 @@ def read_reviews(path: Path) -> list[Review]:
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}", hint="export reviews from a report: `synth report`"
-        ) from None
+        raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
     reviews = []
     # Not `splitlines`: texts may contain other line separators.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -111,16 +109,14 @@ def merge_reviews(
 ) -> dict[TextName, Review]:
     """Return all reviews by the name of their text. A later review of a text replaces an earlier one.
 
-    A new review of an edited text is stored under the name of the model's text, so that reviews never have to
-    be applied in sequence. All `new` reviews refer to the current texts. `rows` are the annotations before
-    the step review, by name.
+    Reviews of edited texts are stored under the names of the original texts, so no review depends on another.
+    `rows` are the annotations before the step review, by name.
     """
     merged = {review.name: review for review in before}
-    original_names = {
-        review.resulting_name: review.name for review in merged.values() if review.verdict == "edited"
-    }
+    edits = [review for review in merged.values() if review.verdict == "edited"]
     # If an edit gives the text of another annotation, a review refers to the other one.
-    original_names = {new: old for new, old in original_names.items() if new == old or new not in rows}
+    is_unique = [edit.resulting_name == edit.name or edit.resulting_name not in rows for edit in edits]
+    original_names = {e.resulting_name: e.name for e, unique in zip(edits, is_unique, strict=True) if unique}
     for review in new:
         if review.verdict == "good" and review.name in original_names:
             continue  # approves the edit, which stays

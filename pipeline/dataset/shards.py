@@ -25,10 +25,7 @@ IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
 
 class SplitWriter:
-    """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on, with one row group in memory.
-
-    A row group has `group_rows` rows on average (default: GROUP_ROWS).
-    """
+    """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on, with one row group in memory."""
 
     def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int | None = None) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)

@@ -109,10 +109,8 @@ class DatasetStatistics:
 
     def result(self) -> dict[str, Any]:
         """Return all statistics that have data, by name."""
-        answer_scores: list[tuple[str, Any]] = [
-            *sorted(self.true_answers.items()),
-            *sorted(self.true_deck_answers.items()),
-        ]
+        answer_scores: list[Any] = sorted(self.true_answers.items())
+        answer_scores += sorted(self.true_deck_answers.items())
         captions = sorted(self.caption_words.items())
         parts: dict[str, Any] = {
             "captions": {

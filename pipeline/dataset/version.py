@@ -128,9 +128,8 @@ class Version:
     def batches(
         self, columns: list[str], batch_rows: int = 1024, splits: Iterable[str] = SPLITS
     ) -> Iterator[SplitBatch]:
-        """Yield all rows in batches, with images from the files or the store.
-
-        Raise StoreError if a shard is damaged, or images are missing or damaged.
+        """Yield all rows in batches, with images. Raise StoreError if rows or images are damaged or
+        missing.
         """
         yield from self._read_shards(
             columns, splits, lambda file, names: file.iter_batches(batch_rows, columns=names)
@@ -170,9 +169,7 @@ class Version:
         return pa.Table.from_batches(batches)
 
     def open_shard(self, path: Path) -> pq.ParquetFile:
-        """Open a Parquet file of this version. Raise ValueError if its columns are not those of the
-        manifest.
-        """
+        """Open a Parquet file. Raise ValueError if its columns are not those of the manifest."""
         file = open_parquet(path)
         names = [name for name in self.manifest["columns"] if self.holds_pixels or name not in PIXELS]
         readers = [READER_COLUMNS.field(name) for name in self.manifest.get("reader_columns", ())]
@@ -231,9 +228,8 @@ def schema_of(manifest: dict[str, Any]) -> pa.Schema:
 def extras_of(manifest: dict[str, Any]) -> Extras:
     """Return the scores, context columns and columns of custom tasks that a manifest describes."""
     entries = manifest.get("own_columns", {}).items()
-    own = tuple(
-        OwnColumn(name, arrow_type_of(manifest["features"][name]), **entry) for name, entry in entries
-    )
+    features = manifest["features"]
+    own = tuple(OwnColumn(name, arrow_type_of(features[name]), **entry) for name, entry in entries)
     return Extras(tuple(manifest.get("scores", ())), tuple(manifest.get("context", ())), own)
 
 
@@ -261,9 +257,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 def parse_version(name: str) -> tuple[int, ...]:
     """Return the numbers of a name such as v1.2.3. Raise ConfigError for another name."""
     if not (match := VERSION_NAME.fullmatch(name)):
-        raise ConfigError(
-            f"{name} is not a version", hint="use a name like v1.0.0 (see `synth versions list`)"
-        )
+        raise ConfigError(f"{name} is not a version", hint="use a name like v1.0.0")
     return tuple(int(part) for part in match.groups())
 
 
@@ -272,10 +266,7 @@ class NewerVersionError(StoreError):
 
 
 def read_version(folder: Path) -> Version:
-    """Open a version folder. Raise StoreError if it is not one, or contains links to other folders, or pipes.
-
-    In the Hub's cache (.../snapshots/COMMIT), files are links into the cache of the same repository.
-    """
+    """Open a version folder. Raise StoreError for another folder, or for pipes and links to the outside."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["table_version"] > TABLE_VERSION:

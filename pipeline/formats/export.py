@@ -47,15 +47,12 @@ def export_version(
 ) -> Exported:
     """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
 
-    Raise ConfigError if the folder exists, another process writes to it, the version has no pixels, or no
-    image has a text for this format.
+    Raise ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
     report, splits = progress or NullProgress(), tuple(splits)
     # This also refuses names such as `.`, whose parent cannot hold the lock.
     _require_new(out)
-    busy = ConfigError(
-        f"another process exports to {out}", hint="wait for it, or name another folder: --out DIR"
-    )
+    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
         _require_new(out)
@@ -88,11 +85,7 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
     """Return the number of rows to export. Raise ConfigError if there is nothing to export."""
     captions = version.manifest["measured"].get("captions", {})
     if style is not None and style not in captions:
-        hint = (
-            f"use one of its styles: {', '.join(captions)}"
-            if captions
-            else "it has no captions: leave --style out"
-        )
+        hint = f"styles of its captions: {', '.join(captions) or 'none'}"
         raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
     if kind == PARQUET and style:
         raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
@@ -107,7 +100,6 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
 def _write_items(
     version: Version, writer: Format, splits: tuple[str, ...], num_rows: int, report: Progress
 ) -> int:
-    """Write the images of splits, and return the number of images with texts for the format."""
     written = 0
     for number, item in enumerate(read_items(version, splits), start=1):
         written += writer.add(item)
@@ -124,11 +116,9 @@ def write_beside(
     existing: Existing = "refuse",
     progress: Progress | None = None,
 ) -> Exported:
-    """Write each caption as a text file next to the user's own image, which is found by name and compared by
-    bytes.
+    """Write captions as text files next to the user's own images, which are checked by their bytes.
 
-    Raise ConfigError, before anything is written, if an image has changed, or text files exist and `existing`
-    is "refuse".
+    Raise ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
     report = progress or NullProgress()
     captions = list(_read_own_images(version, folder, style))
@@ -144,7 +134,6 @@ def write_beside(
 
 
 def _read_own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
-    """Yield each image in the user's folder with its caption, and whether that is human."""
     for item in read_items(version):
         text = item.caption(style)
         if text is None:

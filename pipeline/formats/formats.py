@@ -89,6 +89,13 @@ class Format:
             REFERENCE_QA: [*item.reference_qa],
         }
 
+    def turns(self, item: Item, image_token: str = "") -> list[tuple[str, str]]:
+        """Return (question, answer) for all texts of an image; the first question begins with
+        `image_token`.
+        """
+        asked = [*turns(self.captions(item), item.questions)]
+        return [(f"{image_token}{question}", answer) for question, answer in asked[:1]] + asked[1:]
+
     def put_image(self, item: Item, folder: str) -> str:
         """Write the file of an image, and return its path within the export."""
         path = self.folder / folder / item.file_name
@@ -130,7 +137,6 @@ class ImageFolder(Format):
 
 
 def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the values of a file of JSON lines in batches."""
     with path.open(encoding="utf-8") as file:
         while batch := [json.loads(line) for line in islice(file, DRAFT_BATCH_LINES)]:
             yield batch
@@ -178,7 +184,6 @@ class WebDataset(Format):
             self._tar.close()
 
     def _open_tar(self, split: str) -> tarfile.TarFile:
-        """Return the open tar file of a split, or the next one if it is full."""
         if self._tar is None or split != self._split or self._bytes >= self.shard_bytes:
             self.close()
             self._number = self._number + 1 if split == self._split else 0
@@ -192,15 +197,11 @@ class Llava(Format):
     """A JSON list for each split, with one conversation for each image."""
 
     def add(self, item: Item) -> bool:
-        if not (asked := [*turns(self.captions(item), item.questions)]):
-            return False
         conversation = []
-        for number, (question, answer) in enumerate(asked):
-            image = "<image>\n" if number == 0 else ""
-            conversation += [
-                {"from": "human", "value": f"{image}{question}"},
-                {"from": "gpt", "value": answer},
-            ]
+        for question, answer in self.turns(item, "<image>\n"):
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        if not conversation:
+            return False
         entry = {"id": item.name, "image": self.put_image(item, "images"), "conversations": conversation}
         file = self.file(f"{item.split}.json")
         file.write(("[\n" if file.tell() == 0 else ",\n") + to_json(entry))
@@ -216,15 +217,11 @@ class ShareGpt(Format):
     """JSON lines with messages and the paths of images."""
 
     def add(self, item: Item) -> bool:
-        if not (asked := [*turns(self.captions(item), item.questions)]):
-            return False
         dialog = []
-        for number, (question, answer) in enumerate(asked):
-            image = "<image>" if number == 0 else ""
-            dialog += [
-                {"role": "user", "content": f"{image}{question}"},
-                {"role": "assistant", "content": answer},
-            ]
+        for question, answer in self.turns(item, "<image>"):
+            dialog += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if not dialog:
+            return False
         row = {"messages": dialog, "images": [self.put_image(item, "images")]}
         self.file(f"{item.split}.jsonl").write(to_json(row) + "\n")
         return True
@@ -258,9 +255,7 @@ class Coco(Format):
             self._add_annotations(("captions", item.split), image, captions)
         # An image without boxes is an example, too, if the model was asked for boxes.
         if item.boxes is not None:
-            self._add_annotations(
-                ("instances", item.split), image, [_coco_instance(box) for box in item.boxes]
-            )
+            self._add_annotations(("instances", item.split), image, [*map(_coco_instance, item.boxes)])
         return True
 
     def _add_annotations(
@@ -273,9 +268,7 @@ class Coco(Format):
 
     def close(self) -> None:
         licenses = [{"id": number, "name": name} for name, number in self._licenses.items()]
-        instances = [
-            a for part, stored in self._annotations.items() if part[0] == "instances" for a in stored
-        ]
+        instances = [a for (kind, _), part in self._annotations.items() if kind == "instances" for a in part]
         # Sorted, so that the numbers do not depend on the order of images.
         labels = sorted({instance["category"] for instance in instances})
         category_ids = {label: number for number, label in enumerate(labels, 1)}
@@ -380,8 +373,7 @@ class Cauldron(ParquetFormat):
     )
 
     def rows_of(self, item: Item) -> list[dict[str, Any]]:
-        asked = turns(self.captions(item), item.questions)
-        texts = [{"user": question, "assistant": answer} for question, answer in asked]
+        texts = [{"user": question, "assistant": answer} for question, answer in self.turns(item)]
         images = [{"bytes": item.image, "path": None}]
         return [{"images": images, "texts": texts, "source": item.source_row}] if texts else []
 
@@ -447,9 +439,7 @@ class Lance(TableFormat):
 def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
     """Add WRITTEN_BY and the values of custom tasks to a row. A name that is taken gets an underscore.
 
-    WRITTEN_BY is the writer of `text`. It is BY_MODEL if a value has the name of a column of texts, which
-    sources would read as human text. Objects in lists have their own WRITTEN_BY, and references are always
-    human.
+    WRITTEN_BY is BY_MODEL if a value has the name of a column of texts, which sources would read as human.
     """
     has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
     row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}

@@ -45,11 +45,10 @@ CHECKPOINT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files of a dataset version, a model, or a Space, to upload.
+    """The files of a dataset version, a model or a Space, to upload.
 
-    `name` is the tag, `title` the commit message. `manifest` is the uploaded manifest, with the digest and
-    size of each file. `files` maps each path in the repository to a local file or to content.
-    `has_unknown_license`: the license of an image in the data is unknown.
+    `name` is the tag, `title` the commit message. `files` maps paths in the repository to local files or
+    content, and `manifest` has their digests and sizes. `has_unknown_license` is about images in the data.
     """
 
     kind: Literal["dataset", "model", "space"]
@@ -66,9 +65,7 @@ class Package:
 
 
 def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of exported files in a manifest, by path in the repository. Invalid entries are
-    ignored.
-    """
+    """Return the valid entries of exported files in a manifest, by path in the repository."""
     exports = manifest.get("exports")
     files = {}
     for name, entries in exports.items() if isinstance(exports, dict) else ():
@@ -88,14 +85,12 @@ def build_package(
     stated: dict[str, str] | None = None,
     exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
-    """Yield the package to push to `repo`. Shards with images are in a temporary folder, which is removed
-    afterwards.
+    """Yield the package to push to `repo`, whose files may be temporary.
 
-    `images`: whether to include pixels; None: if their licenses allow it. `acknowledged`: restrictive
-    licenses under which the caller may redistribute pixels, recorded in the card. `stated`: what the caller
-    states about the data (`describe_data`). `exports`: folders of the same rows in other formats, by name.
-    Raise PushError if files are missing, or if `images` or `exports` would include pixels that may not be
-    redistributed; StoreError if a file is damaged.
+    `images` includes pixels (None: if their licenses allow it). `acknowledged` are restrictive licenses that
+    the caller may publish under. `stated` are facts about the data (`describe_data`), `exports` folders with
+    the same rows in other formats. Raise PushError if files are missing, or pixels may not be published;
+    StoreError if a file is damaged.
     """
     if missing := [
         n for n in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / n).is_file()
@@ -126,9 +121,7 @@ def build_package(
 
 @contextmanager
 def _scratch_folder(version: Version) -> Iterator[Path]:
-    """Yield an empty folder for shards. Images from a store need much space, so it is on the disk of the
-    store.
-    """
+    """Yield an empty folder for shards, on the disk of the images if these are in a store."""
     home = None if version.holds_pixels else version.dataset_dir / PUSHED
     if home is not None:
         home.mkdir(parents=True, exist_ok=True)
@@ -145,9 +138,8 @@ def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
         with open_writer(folder / name, with_features(schema)) as writer:
             # Keep the row groups, whose boundaries depend on the rows.
             for group in range(source.num_row_groups):
-                writer.write_table(
-                    source.read_row_group(group, columns=columns).select(columns).cast(writer.schema)
-                )
+                rows = source.read_row_group(group, columns=columns).select(columns)
+                writer.write_table(rows.cast(writer.schema))
         files[name] = entry | file_entry(folder / name)
     manifest = {key: value for key, value in version.manifest.items() if key != "images"}
     pixel_columns = [column for column in version.manifest["columns"] if column in PIXELS]
@@ -192,17 +184,12 @@ def build_checkpoint_package(
 ) -> Package:
     """Return the package of a captioner, tagged by the version of its data and a digest of its files.
 
-    `extra_files` returns the files that transformers needs, some in place of those of the checkpoint.
-    `hub_ids` maps short names of models to Hub ids. Raise PushError for an unfinished training;
-    UnsafeFileError for a link to a file outside of the folder, which would be published.
+    `extra_files` returns the files that transformers needs. `hub_ids` maps short names of models to Hub ids.
+    Raise PushError for an unfinished training; UnsafeFileError for a link out of the folder.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()
-        hint = (
-            "resume it: synth train --resume"
-            if is_interrupted
-            else "pass the folder that `synth train` printed"
-        )
+        hint = "synth train --resume" if is_interrupted else "name the folder that `synth train` printed"
         raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
@@ -240,9 +227,8 @@ def build_checkpoint_package(
 
 
 def _content_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
-    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {name: {"sha256": digests[name], "bytes": len(data)} for name, data in files.items()}
 
 
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
@@ -267,12 +253,10 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
 
 
 def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
-    """Return the version that a checkpoint in a dataset folder has learned from, and the repository of its
-    push.
-    """
+    """Return the version that a checkpoint was trained on, and the repository of its push."""
     dataset = DatasetDir(folder.resolve().parent.parent)
     version = next((v for v in dataset.versions() if v.manifest["digest"] == data["digest"]), None)
-    pushes = dataset.pushed() if version else []
-    return version, next(
-        (push["repo"] for push in pushes if version and push["version"] == version.name), None
-    )
+    if version is None:
+        return None, None
+    repos = (push["repo"] for push in dataset.pushed() if push["version"] == version.name)
+    return version, next(repos, None)

@@ -38,11 +38,10 @@ def is_hub_name(text: str) -> bool:
 
 
 def pull_version(name: str) -> Version:
-    """Download ORG/NAME@VERSION into the Hub's cache, and check every file. A cached version needs no
-    network.
+    """Download ORG/NAME@VERSION into the Hub's cache, once, and check every file.
 
     VERSION is a tag (default: the newest), a branch or a commit. Raise StoreError if the version does not
-    exist, is damaged, is not a version of synth, or cannot be reached and is not in the cache.
+    exist, is damaged, or is neither reachable nor in the cache.
     """
     if not (match := HUB_NAME.fullmatch(name)):
         raise StoreError(f"not a dataset of the Hub: {name}", hint="use ORG/NAME@v1.0.0")
@@ -53,10 +52,8 @@ def pull_version(name: str) -> Version:
         if revision is None:
             hint = "name a folder that `synth generate` has made, or a commit of the Hub: ORG/NAME@COMMIT"
             raise StoreError(f"{repo} is not a folder here, and no version of it is known", hint=hint)
-        patterns = DOWNLOAD_PATTERNS
-        fetch = partial(
-            snapshot_download, repo, repo_type="dataset", revision=revision, allow_patterns=patterns
-        )
+        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": DOWNLOAD_PATTERNS}
+        fetch = partial(snapshot_download, repo, **options)
         try:
             folder = Path(fetch())
             damage = find_damage(read_version(folder))
@@ -66,9 +63,8 @@ def pull_version(name: str) -> Version:
                 damage = find_damage(read_version(folder))
         except errors.RevisionNotFoundError:
             versions = ", ".join(_tags(repo)) or "none"
-            raise StoreError(
-                f"{repo} has no version {requested}", hint=f"versions there: {versions}"
-            ) from None
+            hint = f"versions there: {versions}"
+            raise StoreError(f"{repo} has no version {requested}", hint=hint) from None
     if damage:
         hint = "do not use the dataset: it was downloaded again and is damaged on the Hub, too"
         raise StoreError(f"{name} is damaged: {damage[0]}", hint=hint)
@@ -77,10 +73,9 @@ def pull_version(name: str) -> Version:
 
 
 def open_or_download(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a local version (see `open_dataset`), or download one from an object store, once, and check it.
+    """Open a local version (see `open_dataset`), or one in an object store, which is downloaded once.
 
-    Downloads are in a dataset folder under `data/` that is named after the origin. Raise StoreError if the
-    version does not exist or is damaged, or the store refuses.
+    Raise StoreError if the version does not exist or is damaged, or the store refuses.
     """
     if path is None or not is_remote(path):
         return open_dataset(path, version, previews=previews)
@@ -101,9 +96,7 @@ def open_or_download(path: Path | None, version: str | None = None, *, previews:
 
 
 def _require_origin(origin: str, home: DatasetDir) -> None:
-    """Raise StoreError if a folder has versions of another origin: two origins may have the same folder
-    name.
-    """
+    """Raise StoreError if a folder has versions of another origin with the same folder name."""
     file = home.path / "origin.json"
     known = read_json(file)["origin"] if file.exists() else None
     if known not in (None, origin) or (known is None and home.versions()):
@@ -114,7 +107,6 @@ def _require_origin(origin: str, home: DatasetDir) -> None:
 
 
 def _download(remote: Version, home: DatasetDir, final: Path) -> None:
-    """Download and check a version in an object store, and publish it to the folder `final`."""
     has_store = bool(remote.manifest.get("images"))
     images = [IMAGES_FILE] if has_store else []
     with scratch_folder(final.parent) as draft:
@@ -124,22 +116,18 @@ def _download(remote: Version, home: DatasetDir, final: Path) -> None:
             ids = read_table(draft / IMAGES_FILE, ["sample_id"])["sample_id"].to_pylist()
             ImageStore(home.path).add_from(remote.store, ids)
         if damage := find_damage(Version(draft, remote.manifest)):
-            hint = (
-                f"compare {remote.path} with the uploaded files, and do not use the dataset if they are equal"
-            )
+            hint = f"upload {remote.path} again; if that does not help, do not use the dataset"
             raise StoreError(f"{remote.path} is damaged: {damage[0]}", hint=hint)
         publish(draft, final)
 
 
 def _tags(repo: str) -> list[str]:
-    """Return the version tags of a dataset, oldest first: those on the Hub, or offline those in the cache."""
+    """Return the version tags on the Hub, or offline those in the cache, oldest first."""
     try:
         names = [ref.name for ref in HfApi().list_repo_refs(repo, repo_type="dataset").tags]
     except (errors.OfflineModeIsEnabled, httpx2.TransportError):
         if not Path(constants.HF_HUB_CACHE).is_dir():
             return []
-        cached = [
-            entry for entry in scan_cache_dir().repos if (entry.repo_id, entry.repo_type) == (repo, "dataset")
-        ]
-        names = [name for entry in cached for name in entry.refs]
+        cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo]
+        names = [name for entry in cached if entry.repo_type == "dataset" for name in entry.refs]
     return sorted(filter(VERSION_NAME.fullmatch, names), key=parse_version)

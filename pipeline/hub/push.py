@@ -81,9 +81,7 @@ def check_repo_name(repo: str) -> None:
 def push_package(
     package: Package, repo: str, *, private: bool = False, progress: Progress | None = None
 ) -> PushResult:
-    """Push a package and tag its commit. Raise PushError if the Hub refuses, is down, or has other
-    content.
-    """
+    """Push a package and tag its commit. Raise PushError if the Hub refuses or has other content."""
     check_repo_name(repo)
     # Limit the memory of an upload: Xet then uploads one block of 64 MB while it fills the next.
     os.environ.setdefault("HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY", "1")
@@ -103,20 +101,17 @@ def push_package(
             raise PushError(problem, hint="check the network, then push again") from None
         if isinstance(cause, RuntimeError):
             raise
-        raise PushError(
-            f"cannot read or write a file: {error}", hint="check the disk, then push again"
-        ) from None
+        raise PushError(f"cannot read or write a file: {error}", hint="check the disk") from None
 
 
 def _cause_of(error: Exception) -> BaseException:
-    """Return the error of an upload by LFS, which raises a RuntimeError from it; or the error itself."""
+    """Return the cause of a RuntimeError, which uploads by LFS raise; else the error itself."""
     cause = error.__cause__
     is_known = isinstance(cause, HfHubHTTPError | OSError | httpx2.TransportError)
     return cause if isinstance(error, RuntimeError) and cause is not None and is_known else error
 
 
 def _retry(attempt: Callable[[], PushResult]) -> PushResult:
-    """Retry while the Hub is busy, another push came first, or a connection broke."""
     for number in range(1, MAX_ATTEMPTS):
         try:
             return attempt()
@@ -165,7 +160,7 @@ def _push(api: HfApi, package: Package, repo: str, *, private: bool, progress: P
 
 
 def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
-    """Return a warning if the published version states other facts about its data (STATED_KEYS), else ""."""
+    """Return a warning if the Hub has other values of STATED_KEYS for this version, or ""."""
     names = [n for n in STATED_KEYS if n in package.manifest and package.manifest[n] != remote.get(n)]
     if not names or package.kind != "dataset":
         return ""
@@ -175,7 +170,7 @@ def _changed_statements(package: Package, remote: dict[str, Any]) -> str:
 
 
 def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, earlier: str | None) -> str:
-    """Return a warning if the card at `head` differs from that of the `earlier` pushed commit, else ""."""
+    """Return a warning if the card at `head` differs from that of the `earlier` push, or ""."""
     if earlier is None:
         return ""
     blobs = []
@@ -190,9 +185,7 @@ def _edited_card_warning(api: HfApi, package: Package, repo: str, head: str, ear
 def _commit(
     api: HfApi, package: Package, repo: str, tags: dict[str, str], progress: Progress
 ) -> tuple[str, str]:
-    """Upload large files, then commit on top of the head that was read; return the commit id and a
-    warning.
-    """
+    """Upload large files, then commit on top of the head that was read; return commit id and warning."""
     head = str(api.repo_info(repo, repo_type=package.kind).sha)
     remote = _remote_manifest(api, package, repo, head)
     files = set(api.list_repo_files(repo, repo_type=package.kind, revision=head))
@@ -232,7 +225,6 @@ def _commit(
 
 
 def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
-    """Raise PushError if the Hub has other content under the name of this version."""
     name = package.name
     if remote.get("digest") != package.manifest["digest"]:
         raise PushError(f"{repo} already has another {name}", hint=_TAG_HINT)
@@ -240,13 +232,11 @@ def _require_same(package: Package, remote: dict[str, Any], repo: str) -> None:
         raise PushError(f"{repo} already has {name} without {', '.join(missing)}", hint=_TAG_HINT)
     if remote.get("pixels") != package.manifest.get("pixels"):
         images = "without its images" if remote.get("pixels") else "with its images"
-        raise PushError(
-            f"{repo} already has {name} {images}", hint="tags never move: push to another repository"
-        )
+        raise PushError(f"{repo} already has {name} {images}", hint=_TAG_HINT)
 
 
 def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> dict[str, Any]:
-    """Return the manifest at a revision, or {} if there is none, or a file of that name by another tool."""
+    """Return the manifest at a revision, or {} if there is none of synth."""
     if not api.file_exists(repo, "manifest.json", repo_type=package.kind, revision=revision):
         return {}
     path = hf_hub_download(repo, "manifest.json", repo_type=package.kind, revision=revision)
@@ -261,7 +251,7 @@ def _remote_manifest(api: HfApi, package: Package, repo: str, revision: str) -> 
 
 
 def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, Any]:
-    """Compare the checksums of the files on the Hub with their manifest, and return it. Raise PushError."""
+    """Compare the files on the Hub with their manifest, and return it. Raise DamagedPushError."""
     manifest = _remote_manifest(api, package, repo, commit)
     _require_same(package, manifest, repo)
     rejections = {REJECTIONS_FILE: manifest["rejections"]} if "rejections" in manifest else {}
@@ -285,13 +275,9 @@ def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
             "the Hub does not accept the token", hint="log in with `hf auth login`, or set HF_TOKEN"
         )
     if status == 403:
-        return PushError(
-            f"the token may not write to {repo}", hint="use a token with write access to that account"
-        )
+        return PushError(f"the token may not write to {repo}", hint="use a token with write access")
     if status in (401, 404):
         problem = f"the repository {repo} does not exist, or the token has no access"
         return PushError(problem, hint="check the name and the rights of the token")
     message = error.server_message or one_line(error)
-    return PushError(
-        f"the Hub refused ({status}): {message}", hint="push again: uploaded files are not sent again"
-    )
+    return PushError(f"the Hub refused ({status}): {message}", hint="push again; uploads are kept")

@@ -25,11 +25,9 @@ _cursors: list[duckdb.DuckDBPyConnection] = []
 
 @contextmanager
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield an empty database in `folder`, whose lock the caller holds. Raise StoreError if disk or memory is
-    full.
+    """Yield an empty database in `folder`, whose lock the caller holds, or in the temporary folder.
 
-    The database is in the system's temporary folder if `folder` is in an object store or has a `?` in its
-    path.
+    Raise StoreError if the disk or the memory is full.
     """
     # DuckDB reads the text before a colon of a relative path as an extension, and the text after a `?` as
     # options.
@@ -94,7 +92,6 @@ def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
 
 
 def _without_progress_bar(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    """Keep the progress bar of a connection out of stdout, to which commands print their results."""
     db.execute("SET enable_progress_bar = false")
     return db
 
@@ -106,11 +103,9 @@ def load(
     schema: pa.Schema,
     query: str = "SELECT * FROM incoming",
 ) -> None:
-    """Create the table `name` from a query over Arrow tables (`incoming`), with one of them in memory at a
-    time.
+    """Create the table `name` from a query over Arrow tables (`incoming`), one in memory at a time.
 
-    `batches` may query the database through a cursor of its own. Its exceptions are raised unchanged, where
-    DuckDB would wrap them.
+    `batches` may query the database only through another cursor. Its exceptions are raised unchanged.
     """
     raised: list[BaseException] = []
 
@@ -140,9 +135,7 @@ def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
 
 
 def hash_to_unit_sql(*parts: str) -> str:
-    """Return SQL that computes `digests.hash_to_unit`. Each part is SQL for a text that JSON need not
-    escape.
-    """
+    """Return the SQL of `digests.hash_to_unit`. Parts are SQL for texts that need no escapes in JSON."""
     joined = """ || '","' || """.join(parts)
     first_bytes = f"substr(sha256('[\"' || {joined} || '\"]'), 1, 16)"
     return f"(('0x' || {first_bytes})::UBIGINT::DOUBLE / 18446744073709551616.0)"

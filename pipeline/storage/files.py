@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, SynthError, TableError
+from pipeline.errors import StoreError, SynthError
 from pipeline.storage.object_store import (
     arrow_location,
     is_remote,
@@ -93,7 +93,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     # It may be left by a killed run, or a link to a file elsewhere.
     temporary.unlink(missing_ok=True)
     try:
@@ -107,11 +107,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def temporary_path(path: Path) -> Path:
-    """Return the path to which a file is written before it is renamed."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -193,11 +188,8 @@ def _leaf_columns(schema: pa.Schema) -> list[str]:
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Yield the rows of a step's file in batches. An empty file gives one empty table."""
-    file = open_table(path)
-    stored = file.schema_arrow.names
-    names = stored if columns is None else [*columns]
-    if missing := sorted(set(names) - set(stored)):
-        raise TableError(f"{path} lacks {', '.join(missing)}", hint=_REMAKE)
+    file = open_table(path, *(columns or ()))
+    names = file.schema_arrow.names if columns is None else [*columns]
     is_empty = True
     for batch in file.iter_batches(BATCH_ROWS, columns=names):
         is_empty = False

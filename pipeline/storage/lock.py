@@ -26,11 +26,10 @@ HEARTBEATS_PER_TIMEOUT = 4
 
 
 def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
-    """Create a file if it is missing, lock it until it is closed, and return it. The holder may remove it at
-    the end.
+    """Lock a file until it is closed, and return it. The holder may remove it at the end.
 
-    If another process holds the lock, `on_busy` is called: it raises, or returns to wait for the lock. Raise
-    `error_type` for a link, which could lead to any file; OSError if the file cannot be opened.
+    If another process holds the lock, `on_busy` raises, or returns to wait. Raise `error_type` for a link,
+    which could lead to any file; OSError if the file cannot be opened.
     """
     while True:
         try:
@@ -38,9 +37,7 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise error_type(
-                f"{path} is a link, but must be a regular file", hint="remove the link"
-            ) from None
+            raise error_type(f"{path} is a link, but must be a file", hint="remove the link") from None
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,11 +74,9 @@ def lease(
 ) -> Iterator[Callable[[], None]]:
     """Hold an exclusive lease: an object in a store that its holder renews with heartbeats.
 
-    The lease of a killed holder is taken over if it has not changed for `timeout_s` of the local clock, so
-    the clocks of machines need not agree. `say` receives a message before such a wait. The yielded function
-    raises StoreError if another holder has taken over this lease. Raise StoreError if another live process
-    holds it. Stores without conditional writes (`If-None-Match`) cannot detect two holders that start at the
-    same moment.
+    A lease without heartbeats for `timeout_s` of the local clock is taken over, after a message to `say`. The
+    yielded function raises StoreError if that happened to this lease. Raise StoreError if another live
+    process holds it. In stores without conditional writes, two processes that start at once may both get it.
     """
     holder_id = uuid4().hex
     _acquire(path, holder_id, timeout_s, say)
@@ -107,7 +102,7 @@ def lease(
 
 def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], None]) -> None:
     in_use = StoreError(
-        f"another command is writing to {path.parent}", hint="wait for it, or choose another --out"
+        f"another command is writing to {path.parent}", hint="wait for it, or use another --out"
     )
     first_seen, end = None, time.monotonic() + timeout_s
     while True:
@@ -136,9 +131,7 @@ def _renew(path: Path, holder_id: str, interval_s: float, ended: threading.Event
         beats += 1
         try:
             if not _is_holder(path, holder_id):
-                log.warning(
-                    "the lease of %s was taken over: this process was paused for too long", path.parent
-                )
+                log.warning("the lease of %s was taken over: this process was paused too long", path.parent)
                 return
             path.write_bytes(_beat(holder_id, beats))
         except Exception as error:  # noqa: BLE001  # the next heartbeat may succeed
@@ -150,7 +143,7 @@ def _is_holder(path: Path, holder_id: str) -> bool:
 
 
 def _read_lease(path: Path) -> list[Any]:
-    """Return [holder id, number of heartbeats], or an empty list if nobody holds the lease."""
+    """Return [holder id, number of heartbeats], or an empty list."""
     try:
         # One request: opening the object would first ask for its ETag, which a heartbeat may change in
         # between.

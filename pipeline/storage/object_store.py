@@ -30,9 +30,7 @@ STORE_ERRORS = (
 
 
 def parse_dataset_path(name: str) -> Path:
-    """Return a local path, or for a URL a UPath with the same methods. Raise ConfigError for an invalid
-    name.
-    """
+    """Return a local path, or a UPath for a URL. Raise ConfigError for an invalid name."""
     scheme, separator, key = name.partition("://")
     if not separator:
         return parse_local_path(name)

@@ -21,9 +21,7 @@ Existing = Literal["refuse", "skip", "append", "overwrite"]  # what to do with e
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
-    """Record lines that are about to be written to a text file. Raise OSError if OWN_LINES cannot be
-    written.
-    """
+    """Record lines before they are written to a text file. Raise OSError if that fails."""
     if not (lines := list(lines)):
         return
     # The line break comes first: the last line of a killed process may be incomplete.
@@ -54,8 +52,7 @@ def _digest(name: str, line: str) -> str:
 def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
     """Return the images whose text files are to be written.
 
-    Raise ConfigError if `existing` is "refuse" and a text file exists, if an image has the name of its text
-    file, if two images share one, or if a text file cannot be appended to.
+    Raise ConfigError if a text file exists and may not be changed, or if two files have the same name.
     """
     targets: dict[Path, Path] = {}
     for image in images:
@@ -68,9 +65,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
         targets[target] = image
     present = [target for target in targets if os.path.lexists(target)]
     if existing == "append" and (links := [target for target in present if target.is_symlink()]):
-        raise ConfigError(
-            f"{links[0]} is a link, so it is not appended to", hint="remove it, or pass --overwrite"
-        )
+        raise ConfigError(f"cannot append to the link {links[0]}", hint="remove it, or pass --overwrite")
     if present and existing == "refuse":
         hint = "choose --skip-existing, --append or --overwrite"
         problem = f"{len(present)} of {len(targets)} text files exist already, such as {present[0]}"
@@ -86,7 +81,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
 def write_sidecar(
     image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None
 ) -> None:
-    """Write captions next to an image, one per line. With "append", add those that the file lacks.
+    """Write captions next to an image, one per line; "append" keeps existing lines.
 
     The texts in `own` are recorded as written by a model. None: all texts.
     """

@@ -34,10 +34,9 @@ def is_hidden(name: str | PurePath) -> bool:
 
 
 def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:
-    """Open a regular file for reading. Links are followed if their target is below `root`, or `root` is None.
+    """Open a regular file. A link may lead to a file below `root`, or to any file without `root`.
 
-    Raise UnsafeFileError for a file outside of `root`, a pipe, device or folder, or more than `max_bytes`;
-    OSError for a file that cannot be opened.
+    Raise UnsafeFileError for another file, or more than `max_bytes`; OSError if it cannot be opened.
     """
     name, status = str(path), path.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -65,9 +64,7 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
 
 
 def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file is below `root`, even if a folder of its path is or became
-    a link.
-    """
+    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link."""
     try:
         name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
     except OSError:
