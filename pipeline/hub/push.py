@@ -37,6 +37,7 @@ RETRIED_STATUSES = (408, 409, 412, 429, 500, 502, 503, 504)
 # Keys of a manifest that the user states about the data.
 STATED_KEYS = ("license", "license_link", "title", "language", "acknowledged")
 NEW_REPO_FILES = (".gitattributes", "README.md")  # files that the Hub may put into a new repository
+_LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 _TAG_HINT = "tags never move: make a new version, or push to another repository"
 
 
@@ -60,10 +61,8 @@ class DamagedPushError(PushError):
         hint = "tags never move: push to a new repository"
         if package.kind == "dataset":
             hint = "tags never move: publish the same rows as the next version with `synth push --repair`"
-        names = ", ".join(files)
-        super().__init__(
-            f"{package.name} in {repo} is damaged: {names} is not what its manifest says", hint=hint
-        )
+        problem = f"{', '.join(files)} is not what its manifest says"
+        super().__init__(f"{package.name} in {repo} is damaged: {problem}", hint=hint)
         self.files = files
 
 
@@ -88,35 +87,33 @@ def push_package(
     os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "1")
     os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")
     api = HfApi()
+
+    def attempt() -> PushResult:
+        try:
+            return _push(api, package, repo, private=private, progress=progress or NullProgress())
+        except RuntimeError as error:
+            # Uploads by LFS wrap the error of a request.
+            raise (error.__cause__ or error) from None
+
     try:
-        return _retry(lambda: _push(api, package, repo, private=private, progress=progress or NullProgress()))
+        return _retry(attempt)
     except LocalTokenNotFoundError:
-        raise PushError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN") from None
-    except (HfHubHTTPError, OSError, RuntimeError, httpx2.TransportError) as error:
-        cause = _cause_of(error)
-        if isinstance(cause, HfHubHTTPError):
-            raise _refusal(cause, repo) from None
-        if isinstance(cause, ConnectionError | TimeoutError | httpx2.TransportError) or cause is not error:
-            problem = f"cannot reach the Hub at {api.endpoint}: {cause}"
-            raise PushError(problem, hint="check the network, then push again") from None
-        if isinstance(cause, RuntimeError):
-            raise
+        raise PushError("no Hub token", hint=_LOGIN_HINT) from None
+    except HfHubHTTPError as error:
+        raise _refusal(error, repo) from None
+    except (ConnectionError, TimeoutError, httpx2.TransportError) as error:
+        problem = f"cannot reach the Hub at {api.endpoint}: {error}"
+        raise PushError(problem, hint="check the network, then push again") from None
+    except OSError as error:
         raise PushError(f"cannot read or write a file: {error}", hint="check the disk") from None
-
-
-def _cause_of(error: Exception) -> BaseException:
-    """Return the cause of a RuntimeError, which uploads by LFS raise; else the error itself."""
-    cause = error.__cause__
-    is_known = isinstance(cause, HfHubHTTPError | OSError | httpx2.TransportError)
-    return cause if isinstance(error, RuntimeError) and cause is not None and is_known else error
 
 
 def _retry(attempt: Callable[[], PushResult]) -> PushResult:
     for number in range(1, MAX_ATTEMPTS):
         try:
             return attempt()
-        except (HfHubHTTPError, OSError, RuntimeError, httpx2.TransportError) as error:
-            if not _is_transient(_cause_of(error)):
+        except (HfHubHTTPError, OSError, httpx2.TransportError) as error:
+            if not _is_transient(error):
                 raise
             time.sleep(_pause_s(error, number))
     return attempt()
@@ -271,9 +268,7 @@ def _verify(api: HfApi, package: Package, repo: str, commit: str) -> dict[str, A
 def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
     status = error.response.status_code
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return PushError(
-            "the Hub does not accept the token", hint="log in with `hf auth login`, or set HF_TOKEN"
-        )
+        return PushError("the Hub does not accept the token", hint=_LOGIN_HINT)
     if status == 403:
         return PushError(f"the token may not write to {repo}", hint="use a token with write access")
     if status in (401, 404):

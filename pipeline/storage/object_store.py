@@ -138,7 +138,9 @@ def translate_store_errors(path: Path) -> Iterator[None]:
     """Turn errors of an object store into StoreError. Other exceptions pass through."""
     try:
         yield
-    except (OSError, *store_error_types()) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, *store_error_types())):
+            raise
         scheme = str(path).partition("://")[0]
         hint = f"check the address, the network and the keys of {scheme}, then run the same command"
         raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None

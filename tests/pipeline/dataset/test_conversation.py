@@ -51,9 +51,7 @@ def test_reader_columns_are_appended_unless_the_name_exists() -> None:
     assert made["text"].to_pylist() == ["A dog.", None]
     conversation, empty = made["messages"].to_pylist()
     assert [message["role"] for message in conversation] == ["user", "assistant"] and empty == []
-    assert [[part["type"] for part in message["content"]] for message in conversation] == [
-        ["image", "text"],
-        ["text"],
-    ]
+    kinds = [[part["type"] for part in message["content"]] for message in conversation]
+    assert kinds == [["image", "text"], ["text"]]
     assert reader_columns(["image", "text"]) == ["messages"]
     assert reader_columns(["pages"]) == reader_columns(["sample_id"]) == []

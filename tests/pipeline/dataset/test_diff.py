@@ -35,9 +35,8 @@ def test_diff_counts_added_and_removed_rows(tmp_path: Path) -> None:
 def test_diff_shows_changed_text_without_control_characters(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES)
     before, _ = make_version(tmp_path, SAMPLES)
-    after, _ = make_version(
-        tmp_path, SAMPLES, edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing.")
-    )
+    captions = edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing.")
+    after, _ = make_version(tmp_path, SAMPLES, captions)
     diff = diff_versions(before, after)
     assert diff.fields() == {"captions": 1}
     lines = list(diff.lines(10))
@@ -61,9 +60,8 @@ def test_scores_of_one_version_are_a_changed_setting_and_other_scores_a_changed_
     versions = [make_version(tmp_path / "plain", SAMPLES)[0]]
     for name, coverage in (("half", 0.5), ("all", 1.0)):
         scored = scored_captions(SAMPLES, coverage)
-        versions.append(
-            make_version(tmp_path / name, SAMPLES, scored, extras=Extras(("precision", "coverage")))[0]
-        )
+        extras = Extras(("precision", "coverage"))
+        versions.append(make_version(tmp_path / name, SAMPLES, scored, extras=extras)[0])
     measured = diff_versions(versions[0], versions[1])
     assert (measured.counts()["changed"], measured.settings["scores"]) == (0, ([], ["precision", "coverage"]))
     assert diff_versions(versions[1], versions[2]).fields() == {"captions": len(SAMPLES)}
@@ -71,11 +69,8 @@ def test_scores_of_one_version_are_a_changed_setting_and_other_scores_a_changed_
 
 def test_custom_column_of_one_version_is_a_changed_field(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES).to_pylist()
-    notes = [
-        row | {"task": "note", "style": "", "text": None, "record": '"of a star"'}
-        for row in captions
-        if row["style"] == "brief"
-    ]
+    note = {"task": "note", "style": "", "text": None, "record": '"of a star"'}
+    notes = [row | note for row in captions if row["style"] == "brief"]
     rows = [row | {"record": row.get("record")} for row in (*captions, *notes)]
     plain, _ = make_version(tmp_path / "plain", SAMPLES)
     own = (OwnColumn("note", STRING, "text", is_list=False),)

@@ -81,10 +81,8 @@ def test_row_groups_stay_below_byte_limit(tmp_path: Path, monkeypatch: pytest.Mo
     (path,) = filled(tmp_path).paths()
     for number in range((file := pq.ParquetFile(path)).num_row_groups):
         group = file.read_row_group(number)
-        assert (
-            group.num_rows == 1
-            or sum(map(len, group["images"].combine_chunks().flatten().to_pylist())) <= images.GROUP_BYTES
-        )
+        num_bytes = sum(map(len, group["images"].combine_chunks().flatten().to_pylist()))
+        assert group.num_rows == 1 or num_bytes <= images.GROUP_BYTES
     assert file.num_row_groups >= 4
     assert file.metadata.row_group(0).column(2).compression == "UNCOMPRESSED"
 
@@ -266,9 +264,8 @@ def test_image_with_wrong_bytes_is_damage(tmp_path: Path) -> None:
     (path,) = ImageStore(tmp_path).paths()
     path.unlink()
     ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
-    assert find_damage(version) == [
-        f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"
-    ]
+    problem = f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"
+    assert find_damage(version) == [problem]
 
 
 def test_gc_keeps_copies_of_images_in_other_shards(tmp_path: Path) -> None:

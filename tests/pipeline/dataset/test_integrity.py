@@ -22,9 +22,8 @@ def change_rows(version: Version, change: Any) -> Version:
     rows = pq.read_table(shard)
     changed = pa.Table.from_pylist(change(rows.to_pylist()), schema=rows.schema)
     pq.write_table(changed, shard)
-    files = version.manifest["files"] | {
-        shard.name: version.manifest["files"][shard.name] | file_entry(shard)
-    }
+    entry = version.manifest["files"][shard.name] | file_entry(shard)
+    files = version.manifest["files"] | {shard.name: entry}
     (version.path / "manifest.json").write_text(json.dumps(version.manifest | {"files": files}))
     return read_version(version.path)
 
@@ -45,9 +44,8 @@ def test_content_digest_equals_manifest_with_and_without_pixels(version: Version
 
 
 def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        row | {"captions": [caption | {"text": "Buy now."} for caption in row["captions"]]} for row in rows
-    ]
+    captions = [[caption | {"text": "Buy now."} for caption in row["captions"]] for row in rows]
+    return [row | {"captions": texts} for row, texts in zip(rows, captions, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -72,18 +70,15 @@ def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> 
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert find_damage(version) == [
-        f"{name} is not what the manifest says" for name in ("train-00000.parquet", "rejections.parquet")
-    ]
+    names = ("train-00000.parquet", "rejections.parquet")
+    assert find_damage(version) == [f"{name} is not what the manifest says" for name in names]
 
 
 def test_repaired_version_has_same_rows_and_records_damage(version: Version) -> None:
     repaired = make_repaired_version(version, ["train-00000.parquet"])
     assert repaired.name == "v1.0.1"
     assert find_damage(repaired) == []
-    assert read_version(repaired.path).manifest["repairs"] == {
-        "version": "v1.0.0",
-        "damaged": ["train-00000.parquet"],
-    }
+    repairs = read_version(repaired.path).manifest["repairs"]
+    assert repairs == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
     with pytest.raises(StoreError, match="only the newest"):
         make_repaired_version(version, [])

@@ -51,20 +51,12 @@ def test_scores_load_with_their_texts_and_new_scores_raise_major_number(tmp_path
     samples = scene_samples(20)
     plain, _ = make_version(tmp_path, samples)
     version, _ = make_version(tmp_path, samples, scored_captions(samples), extras=Extras(SCORED))
-    assert (version.name, version.manifest["scores"], "scores" in plain.manifest) == (
-        "v2.0.0",
-        [*SCORED],
-        False,
-    )
-    loaded = load_dataset(
-        "parquet", data_files=[str(p) for p in version.shards("train")], cache_dir=str(tmp_path / "cache")
-    )
+    assert (version.name, version.manifest["scores"]) == ("v2.0.0", [*SCORED])
+    assert "scores" not in plain.manifest
+    shards = [str(path) for path in version.shards("train")]
+    loaded = load_dataset("parquet", data_files=shards, cache_dir=str(tmp_path / "cache"))
     caption = loaded["train"][0]["captions"][1]
-    assert {name: caption[name] for name in SCORED} == {
-        "precision": 1.0,
-        "coverage": 0.5,
-        "form": caption["form"],
-    }
+    assert (caption["precision"], caption["coverage"]) == (1.0, 0.5) and {*SCORED} <= caption.keys()
     assert loaded["train"].features["captions"].feature["form"].dtype == "int32"
     again, is_new = make_version(tmp_path, samples, scored_captions(samples, 0.6), extras=Extras(SCORED))
     assert (again.name, is_new) == ("v2.0.1", True)

@@ -71,16 +71,14 @@ def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> Non
     assert freed and size == sum(path.stat().st_size for path in store.paths())
     assert ImageStore(tmp_path).find_missing([sample.id for sample in SAMPLES]) == []
     removed = remove_images(dataset)
-    assert (
-        sum(one.num_bytes for one in removed) == size - sum(path.stat().st_size for path in store.paths()) > 0
-    )
+    new_size = sum(path.stat().st_size for path in store.paths())
+    assert sum(one.num_bytes for one in removed) == size - new_size > 0
     assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in SAMPLES[:5]]
     assert find_damage(second) == [] and remove_images(dataset) == []
     remove_versions(dataset, [second.name])
     remove_images(dataset)
-    assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [
-        one.id for one in [*SAMPLES[:10], *SAMPLES[30:]]
-    ]
+    missing = ImageStore(tmp_path).find_missing([one.id for one in SAMPLES])
+    assert missing == [one.id for one in [*SAMPLES[:10], *SAMPLES[30:]]]
     assert all(batch.read_images() for batch in sample_batches(dataset))
 
 
@@ -108,10 +106,8 @@ def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> N
         (folder / "train-00000.parquet").write_bytes(bytes(100))
     step = dataset.path / "steps" / "filter"
     step.mkdir(parents=True)
-    leftovers += [
-        step / ".kept.parquet.tmp",
-        dataset.path / "versions" / "v1.0.0" / ".train-00000.parquet.tmp",
-    ]
+    version = dataset.path / "versions" / "v1.0.0"
+    leftovers += [step / ".kept.parquet.tmp", version / ".train-00000.parquet.tmp"]
     for file in leftovers[2:]:
         file.write_bytes(bytes(10))
     (step / "kept.parquet").write_bytes(bytes(10))

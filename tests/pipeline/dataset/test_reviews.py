@@ -48,9 +48,8 @@ def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
         review("A.", "edited", text="B.\u2029C\u0085"),
     ]
     (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
-    assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(
-        reviews, key=lambda m: m.name
-    )
+    by_name = sorted(reviews, key=lambda review: review.name)
+    assert read_reviews(tmp_path / "m.jsonl") == by_name
 
 
 @pytest.mark.parametrize(
@@ -96,10 +95,8 @@ def test_review_of_edited_text_is_stored_under_the_original_text() -> None:
 def test_edit_stays_after_good_verdict() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    assert (
-        merge_reviews(first.values(), [review("A dog.", "good")], rows)[review("A cat.", "good").name].text
-        == "A dog."
-    )
+    merged = merge_reviews(first.values(), [review("A dog.", "good")], rows)
+    assert merged[review("A cat.", "good").name].text == "A dog."
 
 
 def test_edit_back_to_the_original_text_becomes_good_verdict() -> None:
@@ -115,9 +112,8 @@ def test_reviews_of_one_file_refer_to_texts_before_its_edits() -> None:
     merged = merge_reviews([], swapped, rows)
     assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
     assert check_edits(merged, rows) == {}
-    moved = merge_reviews(
-        [], [review("A cat.", "edited", text="A dog."), review("A dog.", "bad", reason="unclear")], rows
-    )
+    edit_and_rejection = [swapped[0], review("A dog.", "bad", reason="unclear")]
+    moved = merge_reviews([], edit_and_rejection, rows)
     assert {m.verdict for m in moved.values()} == {"edited", "bad"}
     assert check_edits(moved, rows) == {}
 
@@ -144,25 +140,13 @@ def test_edit_that_breaks_a_rule_of_its_task_is_a_flaw(words: dict[str, str], wr
 
 
 def test_edited_answer_must_match_expression_and_pages() -> None:
-    pair = {
-        "question": "How many in all?",
-        "answer": "5",
-        "answer_type": "arithmetic",
-        "evidence_pages": [1, 2],
-    }
+    pair = {"question": "How many?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
-    fields = {
-        "sample_id": SAMPLE,
-        "content": text_name(row)[1],
-        "verdict": "edited",
-        "question": "How many in all?",
-    }
+    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many?"}
     assert check_edit(Review.model_validate({**fields, "answer": "6"}), row) == "expression_disagrees"
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
-    assert (
-        check_edit(Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]}), row)
-        == "evidence_outside_deck"
-    )
+    outside = Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]})
+    assert check_edit(outside, row) == "evidence_outside_deck"
 
 
 def test_personal_data_in_edits_is_redacted(tmp_path: Path) -> None:

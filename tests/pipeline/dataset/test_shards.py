@@ -28,11 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def row(number: int, text: str = "a caption") -> dict[str, Any]:
     pixels = random.Random(number).randbytes(1000)
     captions = [{"text": text, "style": "brief", "prompt_id": "p"}]
-    return {
-        "sample_id": hashlib.sha256(pixels).hexdigest(),
-        "image": {"bytes": pixels, "path": None},
-        "captions": captions,
-    }
+    image = {"bytes": pixels, "path": None}
+    return {"sample_id": hashlib.sha256(pixels).hexdigest(), "image": image, "captions": captions}
 
 
 def write(folder: Path, rows: list[dict[str, Any]], chunk: int = 64) -> dict[str, str]:

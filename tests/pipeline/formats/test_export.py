@@ -38,11 +38,8 @@ from tests.scene_data import make_version, publish_rows, sample_table, scene_sam
 
 COUNT = 30
 CORNERS = {"type": "array", "items": {"type": "integer"}}
-BOX = {
-    "type": "object",
-    "required": ["bbox_2d", "label"],
-    "properties": {"bbox_2d": CORNERS, "label": {"type": "string"}},
-}
+LABELED = {"bbox_2d": CORNERS, "label": {"type": "string"}}
+BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": LABELED}
 BOXES = OwnColumn("things", pa.list_(arrow_type(close_schema(BOX))), "boxes", is_list=True)
 NOTE = OwnColumn("note", STRING, "text", is_list=False)
 
@@ -62,9 +59,8 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
         row["annotation_id"] = hashlib.sha256(f"{row['sample_id']}{row['style']}".encode()).hexdigest()
     for number, sample in enumerate(samples):
         usual = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
-        texts.append(
-            usual | {"task": "qa", "question": "How many?", "answer": str(number), "answer_type": "number"}
-        )
+        pair = {"question": "How many?", "answer": str(number), "answer_type": "number"}
+        texts.append(usual | {"task": "qa", **pair})
         box = {"bbox_2d": [1, 2, 11, 22], "label": f"thing {number % 3}"}
         texts.append(usual | {"task": "things", "record": json.dumps(box)})
         texts.append(usual | {"task": "note", "record": json.dumps(f'A "note", {number}')})
@@ -74,9 +70,8 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
     table = pa.table({name: pa.array([row.get(name) for row in texts], STRING) for name in names})
     batches = sample_table(samples).to_batches()
     folder = tmp_path_factory.mktemp("data")
-    made, _ = publish_rows(
-        folder, [table], batches, rows=Rows(), extras=Extras(("rejected",), own=(BOXES, NOTE))
-    )
+    extras = Extras(("rejected",), own=(BOXES, NOTE))
+    made, _ = publish_rows(folder, [table], batches, rows=Rows(), extras=extras)
     return replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
 
 
@@ -89,9 +84,8 @@ def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path:
     assert (done.images, done.without_text) == (COUNT, 0)
     items = by_id(version)
     loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert {split: len(part) for split, part in loaded.items()} == {
-        k: v for k, v in version.manifest["rows"].items() if v
-    }
+    counts = {split: count for split, count in version.manifest["rows"].items() if count}
+    assert {split: len(part) for split, part in loaded.items()} == counts
     row = loaded["train"][0]
     item = next(item for item in items.values() if item.source_row == row["source_row"])
     assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
@@ -109,9 +103,8 @@ def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, t
         assert exported.select(table.column_names).to_pylist() == table.to_pylist()
         assert exported.column_names == [*table.column_names, "text", "messages"]
     loaded = load_dataset("parquet", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (
-        rows["train"]["width_px"][0].as_py(),
-    ) * 2
+    width = rows["train"]["width_px"][0].as_py()
+    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
     with pytest.raises(ConfigError, match="holds all captions"):
@@ -129,9 +122,8 @@ def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Ver
         assert (said["text"], said["text_"]) == (item.caption(None), "EXIT")
     else:
         with tarfile.open(next(tmp_path.glob("*.tar"))) as tar:
-            said = json.loads(
-                next(cast(Any, tar.extractfile(one)).read() for one in tar if one.name.endswith(".json"))
-            )
+            file = next(tar.extractfile(member) for member in tar if member.name.endswith(".json"))
+            said = json.loads(cast(Any, file).read())
         assert said["text"] == "EXIT"  # a value, because the caption is in the .txt file
     assert (said["license"], said["license_"], said["note"]) == (item.license, "plate", "x")
 
@@ -178,12 +170,10 @@ def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version,
     writer = FORMATS[kind](tmp_path, None)
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
-        by_people = (
-            {item.captions[0][1], *(question for question, _ in item.questions)} if number % 2 else set()
-        )
-        references = (
-            ["Of the source.", item.captions[1][1]] if number % 2 else []
-        )  # the second is also a caption of the model
+        questions = {question for question, _ in item.questions}
+        by_people = {item.captions[0][1], *questions} if number % 2 else set()
+        # The second one is also a caption of the model.
+        references = ["Of the source.", item.captions[1][1]] if number % 2 else []
         own = {"description": "By a model."}
         items[item.name] = replace(item, human_texts=frozenset(by_people), references=references, values=own)
         assert writer.add(items[item.name])
@@ -196,19 +186,14 @@ def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version,
     for row in rows:
         item = items[row.id]
         of_source = item.references if keeps_all else ()
-        assert {*row.references} == {text for _, text in item.captions if text in item.human_texts} | {
-            *of_source
-        }
+        human = {text for _, text in item.captions if text in item.human_texts}
+        assert {*row.references} == human | {*of_source}
         questions = [pair for pair in item.questions if pair[0] in item.human_texts and keeps_all]
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
-        assert row.split == (
-            item.split if kind == "webdataset" else None
-        )  # other sources here read one split
-    said = [
-        message
-        for message in opened.messages
-        if message.startswith("texts that a model wrote, which are none of people")
-    ]
+        # The other sources here read one split.
+        assert row.split == (item.split if kind == "webdataset" else None)
+    prefix = "texts that a model wrote, which are none of people"
+    said = [message for message in opened.messages if message.startswith(prefix)]
     assert len(said) == 1 and not said[0].endswith(" 0")
 
 
@@ -220,9 +205,8 @@ def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path:
     rows = [row for row in opened.rows if isinstance(row, Sample)]
     assert {row.id: row.split for row in rows} == {item.name: item.split for item in read_items(version)}
     slices = [open_source(resolve(source=source), SourceSlice(number, 3)).rows for number in range(3)]
-    assert {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)} == {
-        row.source_row: row.split for row in rows
-    }
+    sliced = {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)}
+    assert sliced == {row.source_row: row.split for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -262,15 +246,10 @@ def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
         assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
         said = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
         assert said == [*(text for _, text in item.captions), item.questions[0][1]]
-        assert [turn["value"].startswith("<image>\n") for turn in entry["conversations"]] == [True] + [
-            False
-        ] * 5
-    loaded = load_dataset(
-        "json",
-        data_files=str(tmp_path / "share/train.jsonl"),
-        split="train",
-        cache_dir=str(tmp_path / "cache"),
-    )
+        has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
+        assert has_image == [True] + [False] * 5
+    file, cache = str(tmp_path / "share/train.jsonl"), str(tmp_path / "cache")
+    loaded = load_dataset("json", data_files=file, split="train", cache_dir=cache)
     assert len(loaded) == version.manifest["rows"]["train"]
     for row in loaded:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
@@ -281,9 +260,8 @@ def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
 def test_pycocotools_reads_captions_and_boxes(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     items = by_id(version)
-    captions, instances = (
-        COCO(str(tmp_path / f"out/annotations/{kind}_train.json")) for kind in ("captions", "instances")
-    )
+    files = (tmp_path / f"out/annotations/{kind}_train.json" for kind in ("captions", "instances"))
+    captions, instances = (COCO(str(file)) for file in files)
     assert len(captions.getImgIds()) == version.manifest["rows"]["train"]
     for number in captions.getImgIds():
         (image,) = captions.loadImgs([number])
@@ -339,16 +317,13 @@ def test_cauldron_rows_have_images_and_turns(version: Version, tmp_path: Path) -
     for row in loaded:
         item = items[row["sample_id"]]
         assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
-        assert [turn["assistant"] for turn in row["texts"]] == [
-            *(text for _, text in item.captions),
-            item.questions[0][1],
-        ]
+        answers = [*(text for _, text in item.captions), item.questions[0][1]]
+        assert [turn["assistant"] for turn in row["texts"]] == answers
         assert all(turn["user"] for turn in row["texts"])
     (file,) = (tmp_path / "out").glob("train-*.parquet")
     group = pq.ParquetFile(file).metadata.row_group(0)
-    pixels = next(
-        group.column(n) for n in range(group.num_columns) if group.column(n).path_in_schema.endswith("bytes")
-    )
+    columns = [group.column(n) for n in range(group.num_columns)]
+    pixels = next(column for column in columns if column.path_in_schema.endswith("bytes"))
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
 
 
@@ -363,18 +338,12 @@ def test_lance_rows_have_all_texts_and_images(version: Version, tmp_path: Path) 
         assert dataset.count_rows() == count
         for row in dataset.to_table().to_pylist():
             item = items[row["sample_id"]]
-            assert (row["image"], row["width"], row["text"]) == (
-                item.image,
-                item.width_px,
-                item.caption(None),
-            )
+            expected = (item.image, item.width_px, item.caption(None))
+            assert (row["image"], row["width"], row["text"]) == expected
             assert [(one["style"], one["text"]) for one in row["captions"]] == item.captions
             assert json.loads(row["values"]) == item.values and row["qa"][0]["answer"] == item.questions[0][1]
-    found = (
-        lance.dataset(str(tmp_path / "out/train.lance"))
-        .to_table(filter="width > 1", columns=["sample_id"])
-        .num_rows
-    )
+    train = lance.dataset(str(tmp_path / "out/train.lance"))
+    found = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
     assert found == version.manifest["rows"]["train"]
 
 
@@ -462,9 +431,8 @@ def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Ve
 def test_written_captions_are_not_read_as_human(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     write_beside(version, folder, style="brief")
-    changed, added, *_ = (
-        path.with_suffix(".txt") for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg")
-    )
+    images = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
+    changed, added, *_ = (path.with_suffix(".txt") for path in images)
     changed.write_text("By hand.\n")
     added.write_text(f"{added.read_text()}One more.\n")
     source = open_folder(folder)
@@ -549,32 +517,26 @@ def test_image_with_exif_orientation_is_exported_upright(kind: str, tmp_path: Pa
     (item,) = read_items(make_version(tmp_path / "d", [sample])[0])
     with Image.open(io.BytesIO(item.image)) as exported:
         assert (exported.format, exported.size, exported.getexif().get(0x0112, 1)) == (kind, (40, 60), 1)
-        difference = np.asarray(exported.convert("RGB"), dtype=int) - np.asarray(
-            lying.transpose(Image.Transpose.ROTATE_270), dtype=int
-        )
+        upright = lying.transpose(Image.Transpose.ROTATE_270)
+        difference = np.asarray(exported.convert("RGB"), dtype=int) - np.asarray(upright, dtype=int)
     assert np.abs(difference).mean() < (3 if kind == "JPEG" else 0.1)
 
 
 def test_export_error_for_custom_columns_names_supported_formats(
     samples: list[Sample], tmp_path: Path
 ) -> None:
-    rows = [
-        row
-        | {"task": "note", "style": "", "text": None, "record": '"A note"', "annotation_id": f"{number:064x}"}
-        for number, row in enumerate(true_captions(samples).to_pylist())
-        if row["style"] == "brief"
-    ]
+    note = {"task": "note", "style": "", "text": None, "record": '"A note"'}
+    captions = [row for row in true_captions(samples).to_pylist() if row["style"] == "brief"]
+    rows = [row | note | {"annotation_id": f"{number:064x}"} for number, row in enumerate(captions)]
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
-    version, _ = publish_rows(
-        tmp_path / "d", [table], sample_table(samples).to_batches(), rows=Rows(), extras=Extras(own=(NOTE,))
-    )
+    batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
+    version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
     with pytest.raises(ConfigError, match="has no captions") as caught:
         export_version(version, "llava", tmp_path / "out")
     assert "its columns note with --format imagefolder" in caught.value.hint
     export_version(version, "imagefolder", tmp_path / "out")
-    assert pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"].unique().to_pylist() == [
-        "A note"
-    ]
+    notes = pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"]
+    assert notes.unique().to_pylist() == ["A note"]
 
 
 def test_second_export_to_same_folder_is_an_error(version: Version, tmp_path: Path) -> None:
@@ -599,9 +561,8 @@ def test_second_export_to_same_folder_is_an_error(version: Version, tmp_path: Pa
 
 def test_coco_has_images_without_boxes_but_not_unanswered_images(tmp_path: Path) -> None:
     def item(number: int, labels: list[str] | None) -> Item:
-        boxes = (
-            None if labels is None else [{"label": label, BOX_FIELDS[0]: [1, 2, 3, 4]} for label in labels]
-        )
+        box = {BOX_FIELDS[0]: [1, 2, 3, 4]}
+        boxes = None if labels is None else [{"label": label, **box} for label in labels]
         captions = [("brief", "A dog.")] if number == 3 else []
         return replace(first, name=f"{number}", captions=captions, boxes=boxes)
 
@@ -613,10 +574,8 @@ def test_coco_has_images_without_boxes_but_not_unanswered_images(tmp_path: Path)
     added = [coco.add(item(number, labels)) for number, labels in enumerate(labels_of_images)]
     assert added == [True, True, False, True, True]
     coco.close()
-    boxed, captioned = (
-        json.loads((tmp_path / f"out/annotations/{kind}_{first.split}.json").read_text())
-        for kind in ("instances", "captions")
-    )
+    files = (f"out/annotations/{kind}_{first.split}.json" for kind in ("instances", "captions"))
+    boxed, captioned = (json.loads((tmp_path / file).read_text()) for file in files)
     assert [image["file_name"][0] for image in boxed["images"]] == ["0", "1", "4"]
     assert [image["file_name"][0] for image in captioned["images"]] == ["3"]
     assert boxed["categories"] == [{"id": 1, "name": "ant"}, {"id": 2, "name": "zebra"}]

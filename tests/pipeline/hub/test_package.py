@@ -27,9 +27,8 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 @pytest.fixture(scope="module")
 def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     samples = [replace(sample, license="flickr-terms") for sample in scene_samples(20)]
-    return make_version(
-        tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), extras=Extras(SCORED)
-    )[0]
+    scored, folder = scored_captions(scene_samples(20)), tmp_path_factory.mktemp("held")
+    return make_version(folder, samples, scored, extras=Extras(SCORED))[0]
 
 
 def test_package_with_free_license_has_pixels_and_equal_bytes(free: Version, tmp_path: Path) -> None:

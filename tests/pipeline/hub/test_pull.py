@@ -49,9 +49,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 def pull(hub: RunningHub, home: Path, *names: str, **env: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-c", PULL, *names]
-    process = subprocess.run(
-        command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120, cwd=home.parent
-    )
+    options: dict[str, Any] = {"env": hub.env(home) | env, "cwd": home.parent, "timeout": 120}
+    process = subprocess.run(command, capture_output=True, text=True, **options)
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
 
@@ -124,10 +123,8 @@ def test_file_damaged_on_the_hub_is_an_error(refusals: dict[str, dict[str, Any]]
 
 def test_missing_version_or_repository_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
     tag, repo, foreign = (refusals[name] for name in [*refusals][1:])
-    assert (tag["error"], tag["hint"]) == (
-        "me/scenes has no version v9.9.9",
-        "versions there: v1.0.0, v1.1.0",
-    )
+    assert tag["error"] == "me/scenes has no version v9.9.9"
+    assert tag["hint"] == "versions there: v1.0.0, v1.1.0"
     assert "me/nothing@v1.0.0 is not a folder here; no dataset me/nothing at" in repo["error"]
     assert "not a version" in foreign["error"]
 

@@ -82,9 +82,8 @@ def load(client: Pusher, code: str) -> str:
     imports = "import os\nfrom datasets import load_dataset\nfrom huggingface_hub import snapshot_download\n"
     code = imports + dedent(code)
     env = client.hub.env(client.home, xet=client.xet)
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()
 
@@ -102,9 +101,8 @@ def test_push_makes_one_tagged_commit_without_private_data(client: Pusher, versi
     published = [client.hub.hub.storage.path(file.sha256).read_bytes() for file in files_there.values()]
     for secret in (str(version.path), str(client.home), str(Path.home()) + "/", "hf_loopback"):
         assert not any(secret.encode() in data for data in published)
-    assert (
-        str(version.path) not in repo.commits[pushed["commit"]].title + repo.commits[pushed["commit"]].message
-    )
+    commit = repo.commits[pushed["commit"]]
+    assert str(version.path) not in commit.title + commit.message
 
 
 def test_second_push_of_same_version_makes_no_commit(client: Pusher, version: Version) -> None:
@@ -210,11 +208,8 @@ def test_unreachable_hub_is_an_error(hub: RunningHub, version: Version, tmp_path
 def test_push_to_repository_with_foreign_data_is_an_error(client: Pusher, version: Version) -> None:
     storage = client.hub.hub.storage
     repo = Repo("dataset", "me/theirs", private=False)
-    repo.commit(
-        "main",
-        "theirs",
-        dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], storage.put(b"theirs")),
-    )
+    files = dict.fromkeys([".gitattributes", "README.md", "data/a.parquet"], storage.put(b"theirs"))
+    repo.commit("main", "theirs", files)
     storage.repos["dataset", "me/theirs"] = repo
     assert "holds data that is not ours" in client.push(version, "me/theirs")["error"]
     assert len(repo.commits) == 1
@@ -283,9 +278,8 @@ def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
     edited = repo.branches["main"]
     pushed = client.push(later)
     assert {"notes.md", "extra/train-00000.parquet"} <= set(repo.commits[pushed["commit"]].files)
-    assert pushed["warning"] == (
-        f"the card of me/scenes was edited on the Hub and is replaced: the edits are in revision {edited}"
-    )
+    warning = "the card of me/scenes was edited on the Hub and is replaced"
+    assert pushed["warning"] == f"{warning}: the edits are in revision {edited}"
 
 
 @pytest.mark.parametrize("pusher", ["xet"], indirect=True)
@@ -315,9 +309,8 @@ def photo_like(rng: random.Random, number: int) -> Sample:
     """Return a sample whose bytes compress as little as those of a photo."""
     data = rng.randbytes(30_000)
     sample_id = hashlib.sha256(data).hexdigest()
-    return Sample(
-        id=sample_id, source_row=str(number), images=(data,), width_px=9, height_px=9, license="cc0-1.0"
-    )
+    sizes = {"width_px": 9, "height_px": 9}
+    return Sample(id=sample_id, source_row=str(number), images=(data,), license="cc0-1.0", **sizes)
 
 
 def test_debug_log_contains_no_token(hub: RunningHub, version: Version, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ def test_own_line_is_recognized_only_in_its_file(tmp_path: Path) -> None:
     note_own_lines(tmp_path / "a.txt", ["A red ring.", "Ein grüner Käfer."])
     note_own_lines(tmp_path / "b.txt", ["A star."])
     own = read_own_lines(tmp_path, tmp_path)
-    assert is_own_line(tmp_path / "a.txt", "A red ring.", own) and is_own_line(
-        tmp_path / "a.txt", " Ein grüner Käfer.\r", own
-    )
+    assert is_own_line(tmp_path / "a.txt", "A red ring.", own)
+    assert is_own_line(tmp_path / "a.txt", " Ein grüner Käfer.\r", own)
     assert is_own_line(tmp_path / "b.txt", "A star.", own)
     assert not is_own_line(tmp_path / "b.txt", "A red ring.", own)
     assert not is_own_line(tmp_path / "a.txt", "A blue ring.", own)

@@ -84,9 +84,8 @@ def test_irregular_or_outside_file_is_an_error(name: str, tmp_path: Path) -> Non
 def test_file_and_link_within_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     (tmp_path / "link").symlink_to("file")
-    assert read_regular(tmp_path / "file", tmp_path, max_bytes=100) == read_regular(
-        tmp_path / "link", tmp_path, max_bytes=100
-    )
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name, tmp_path, max_bytes=100) == bytes(100)
 
 
 def test_files_of_linked_root_are_read(tmp_path: Path) -> None:
