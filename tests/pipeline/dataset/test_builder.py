@@ -41,12 +41,12 @@ def test_personal_data_in_source_texts_is_redacted(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, samples, true_captions(samples))
     batches = version.batches(["sample_id", "references", "reference_qa"])
     rows = {row["sample_id"]: row for _, batch in batches for row in batch.to_pylist()}
-    asked = {n: [(pair["question"], pair["answers"]) for pair in rows[n]["reference_qa"]] for n in rows}
+    questions = {n: [(pair["question"], pair["answers"]) for pair in rows[n]["reference_qa"]] for n in rows}
     assert rows[first.id]["references"] == ["Call [phone] or [email].", "Six red rings."]
-    assert asked[first.id] == [("Is it [email]?", ["yes", "[phone]"]), ("Red?", ["no"])]
+    assert questions[first.id] == [("Is it [email]?", ["yes", "[phone]"]), ("Red?", ["no"])]
     for sample in others:
         assert rows[sample.id]["references"] == list(sample.references)
-        assert asked[sample.id] == [("Red?", ["no"])]
+        assert questions[sample.id] == [("Red?", ["no"])]
 
 
 def test_scores_of_edited_text_are_null(tmp_path: Path) -> None:

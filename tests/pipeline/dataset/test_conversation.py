@@ -46,10 +46,10 @@ def test_turns_ask_for_each_style_and_end_with_questions() -> None:
 def test_reader_columns_are_appended_unless_the_name_exists() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
-    made = with_reader_columns(rows, reader_columns(["image"]))
-    assert made.column_names == ["captions", "qa", "text", "messages"]
-    assert made["text"].to_pylist() == ["A dog.", None]
-    conversation, empty = made["messages"].to_pylist()
+    extended = with_reader_columns(rows, reader_columns(["image"]))
+    assert extended.column_names == ["captions", "qa", "text", "messages"]
+    assert extended["text"].to_pylist() == ["A dog.", None]
+    conversation, empty = extended["messages"].to_pylist()
     assert [message["role"] for message in conversation] == ["user", "assistant"] and empty == []
     kinds = [[part["type"] for part in message["content"]] for message in conversation]
     assert kinds == [["image", "text"], ["text"]]

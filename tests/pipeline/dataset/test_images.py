@@ -166,7 +166,9 @@ def test_samples_are_read_with_their_images(tmp_path: Path) -> None:
     write_samples(dataset, [*SAMPLES, DECK])
     batches = [(batch.ids, batch.read_images()) for batch in sample_batches(dataset)]
     assert [name for ids, _ in batches for name in ids] == IDS
-    assert [pages for _, of in batches for pages in of] == [sample.images for sample in [*SAMPLES, DECK]]
+    assert [pages for _, images in batches for pages in images] == [
+        sample.images for sample in [*SAMPLES, DECK]
+    ]
     assert list(page_counts(dataset)) == [1] * len(SAMPLES) + [3]
 
 

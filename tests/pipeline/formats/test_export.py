@@ -58,12 +58,12 @@ def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> 
         row["rejected_text"] = f"Not: {row['text']}" if row["style"] == "brief" else None
         row["annotation_id"] = hashlib.sha256(f"{row['sample_id']}{row['style']}".encode()).hexdigest()
     for number, sample in enumerate(samples):
-        usual = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
+        common = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
         pair = {"question": "How many?", "answer": str(number), "answer_type": "number"}
-        texts.append(usual | {"task": "qa", **pair})
+        texts.append(common | {"task": "qa", **pair})
         box = {"bbox_2d": [1, 2, 11, 22], "label": f"thing {number % 3}"}
-        texts.append(usual | {"task": "things", "record": json.dumps(box)})
-        texts.append(usual | {"task": "note", "record": json.dumps(f'A "note", {number}')})
+        texts.append(common | {"task": "things", "record": json.dumps(box)})
+        texts.append(common | {"task": "note", "record": json.dumps(f'A "note", {number}')})
     order = {sample.id: number for number, sample in enumerate(samples)}
     texts.sort(key=lambda row: order[row["sample_id"]])
     names = list(dict.fromkeys(name for row in texts for name in row))
@@ -118,14 +118,14 @@ def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Ver
     assert writer.add(item)
     writer.close()
     if kind == "imagefolder":
-        (said,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
-        assert (said["text"], said["text_"]) == (item.caption(None), "EXIT")
+        (row,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
+        assert (row["text"], row["text_"]) == (item.caption(None), "EXIT")
     else:
         with tarfile.open(next(tmp_path.glob("*.tar"))) as tar:
             file = next(tar.extractfile(member) for member in tar if member.name.endswith(".json"))
-            said = json.loads(cast(Any, file).read())
-        assert said["text"] == "EXIT"  # a value, because the caption is in the .txt file
-    assert (said["license"], said["license_"], said["note"]) == (item.license, "plate", "x")
+            row = json.loads(cast(Any, file).read())
+        assert row["text"] == "EXIT"  # a value, because the caption is in the .txt file
+    assert (row["license"], row["license_"], row["note"]) == (item.license, "plate", "x")
 
 
 def test_sidecars_hold_captions_that_folder_source_ignores(version: Version, tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version,
     writer = FORMATS[kind](tmp_path, None)
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
-        questions = {question for question, _ in item.questions}
-        by_people = {item.captions[0][1], *questions} if number % 2 else set()
+        question_texts = {question for question, _ in item.questions}
+        by_people = {item.captions[0][1], *question_texts} if number % 2 else set()
         # The second one is also a caption of the model.
         references = ["Of the source.", item.captions[1][1]] if number % 2 else []
         own = {"description": "By a model."}
@@ -193,8 +193,8 @@ def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version,
         # The other sources here read one split.
         assert row.split == (item.split if kind == "webdataset" else None)
     prefix = "texts that a model wrote, which are none of people"
-    said = [message for message in opened.messages if message.startswith(prefix)]
-    assert len(said) == 1 and not said[0].endswith(" 0")
+    counts = [message for message in opened.messages if message.startswith(prefix)]
+    assert len(counts) == 1 and not counts[0].endswith(" 0")
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
@@ -244,8 +244,8 @@ def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
     for entry in json.loads((tmp_path / "llava/train.json").read_text()):
         item = items[entry["id"]]
         assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
-        said = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
-        assert said == [*(text for _, text in item.captions), item.questions[0][1]]
+        answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+        assert answers == [*(text for _, text in item.captions), item.questions[0][1]]
         has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
         assert has_image == [True] + [False] * 5
     file, cache = str(tmp_path / "share/train.jsonl"), str(tmp_path / "cache")
@@ -343,8 +343,8 @@ def test_lance_rows_have_all_texts_and_images(version: Version, tmp_path: Path) 
             assert [(one["style"], one["text"]) for one in row["captions"]] == item.captions
             assert json.loads(row["values"]) == item.values and row["qa"][0]["answer"] == item.questions[0][1]
     train = lance.dataset(str(tmp_path / "out/train.lance"))
-    found = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
-    assert found == version.manifest["rows"]["train"]
+    num_rows = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
+    assert num_rows == version.manifest["rows"]["train"]
 
 
 def test_lance_export_without_its_package_is_an_error(
@@ -400,13 +400,13 @@ def test_unsupported_export_is_an_error(version: Version, samples: list[Sample],
 @pytest.fixture
 def photos(tmp_path: Path) -> tuple[Path, Version]:
     """Return a folder of photos, and a version made from it."""
-    folder, made = tmp_path / "photos", []
+    folder, samples = tmp_path / "photos", []
     for number, sample in enumerate(scene_samples(4)):
         name = f"{'deep/' if number % 2 else ''}my photo {number}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(sample.images[0])
-        made.append(replace(sample, source_row=name))
-    return folder, make_version(tmp_path / "d", made)[0]
+        samples.append(replace(sample, source_row=name))
+    return folder, make_version(tmp_path / "d", samples)[0]
 
 
 def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Version]) -> None:

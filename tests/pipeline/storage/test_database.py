@@ -69,13 +69,13 @@ def test_folder_name_with_special_meaning_in_duckdb_works(
 @pytest.mark.usefixtures("heard_sigint")
 def test_sigint_during_load_or_query_raises_keyboard_interrupt(tmp_path: Path) -> None:
 
-    def made() -> Iterator[pa.Table]:
+    def interrupted_rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
         signal.raise_signal(signal.SIGINT)
         yield numbers(10, 10)
 
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
-        load(db, "numbers", made(), NUMBERS)
+        load(db, "numbers", interrupted_rows(), NUMBERS)
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         db.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")

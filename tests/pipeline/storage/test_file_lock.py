@@ -22,11 +22,11 @@ def test_lock_file_removed_by_its_holder_is_created_again(tmp_path: Path) -> Non
         path.unlink()
         first.close()
 
-    with lock_file(path, on_busy, StoreError) as second, path.open("rb") as there:
+    with lock_file(path, on_busy, StoreError) as second, path.open("rb") as current:
         assert not second.closed
         # The lock is on the file that is at this path now.
         with pytest.raises(BlockingIOError):
-            fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(current, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_held_lock_refuses_others_and_is_removed_at_the_end(tmp_path: Path) -> None:
