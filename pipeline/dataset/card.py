@@ -84,13 +84,13 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    data = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": metrics["split"]}
+    task, split = ("image-to-text", dataset, dataset), metrics["split"]
     results = []
     for name, (kind, title) in METRICS.items():
-        value = metrics["scores"].get(name)
-        if isinstance(value, int | float) and isfinite(value):
-            score = {"metric_type": kind, "metric_name": title, "metric_value": round(float(value), 4)}
-            results.append(EvalResult(task_type="image-to-text", **data, **score))
+        score = metrics["scores"].get(name)
+        if isinstance(score, int | float) and isfinite(score):
+            score = round(float(score), 4)
+            results.append(EvalResult(*task, kind, score, dataset_split=split, metric_name=title))
     if not results:
         return {}
     types = [result.metric_type for result in results]

@@ -91,7 +91,7 @@ def _check_export(version: Version, kind: str, style: str | None, splits: tuple[
         raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
     if kind == PARQUET and lacks_pixels(version):
         raise no_pixels_error(version)
-    num_rows = sum(version.manifest["rows"].get(split, 0) for split in splits)
+    num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
     if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
     return num_rows
