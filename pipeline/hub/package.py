@@ -14,7 +14,6 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import (
-    DAMAGE_HINT,
     LEFT_OUT,
     LOCK,
     PUSHED,
@@ -89,13 +88,9 @@ def build_package(
 
     `images` includes pixels (None: if their licenses allow it). `acknowledged` are restrictive licenses that
     the caller may publish under. `stated` are facts about the data (`describe_data`), `exports` folders with
-    the same rows in other formats. Raise PushError if files are missing, or pixels may not be published;
-    StoreError if a file is damaged.
+    the same rows in other formats. Raise PushError if pixels may not be published; StoreError if a file is
+    damaged.
     """
-    if missing := [
-        n for n in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / n).is_file()
-    ]:
-        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=DAMAGE_HINT)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]

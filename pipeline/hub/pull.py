@@ -55,12 +55,12 @@ def pull_version(name: str) -> Version:
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": DOWNLOAD_PATTERNS}
         fetch = partial(snapshot_download, repo, **options)
         try:
-            folder = Path(fetch())
-            damage = find_damage(read_version(folder))
+            version = read_version(Path(fetch()))
+            damage = find_damage(version)
             # A normal download would link the damaged files of the cache again.
             if damage:
-                folder = Path(fetch(force_download=True))
-                damage = find_damage(read_version(folder))
+                version = read_version(Path(fetch(force_download=True)))
+                damage = find_damage(version)
         except errors.RevisionNotFoundError:
             versions = ", ".join(_tags(repo)) or "none"
             hint = f"versions there: {versions}"
@@ -68,7 +68,6 @@ def pull_version(name: str) -> Version:
     if damage:
         hint = "do not use the dataset: it was downloaded again and is damaged on the Hub, too"
         raise StoreError(f"{name} is damaged: {damage[0]}", hint=hint)
-    version = read_version(folder)
     return Version(version.path, version.manifest, repo)
 
 

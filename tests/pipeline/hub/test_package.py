@@ -105,10 +105,16 @@ def test_package_records_unknown_license(free: Version, tmp_path: Path) -> None:
         assert not package.has_unknown_license
 
 
-def test_version_with_missing_file_is_not_packaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_version_with_missing_or_changed_file_is_not_packaged(tmp_path: Path, *, is_missing: bool) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
-    (version.path / "rejections.parquet").unlink()
-    with pytest.raises(PushError, match=r"lacks rejections\.parquet"), build_package(version, REPO):
+    shard = version.path / "train-00000.parquet"
+    data = shard.read_bytes()
+    shard.unlink()
+    if not is_missing:
+        shard.write_bytes(data[:-1] + b"?")
+    damage = pytest.raises(StoreError, match=r"train-00000\.parquet is not what its manifest says")
+    with damage, build_package(version, REPO):
         pass
 
 

@@ -17,8 +17,6 @@ import pytest
 
 from pipeline.dataset.integrity import make_repaired_version
 from pipeline.dataset.version import Version
-from pipeline.errors import StoreError
-from pipeline.hub.package import build_package
 from pipeline.types import Sample
 from tests.hub.app import READ_TOKEN, Fault
 from tests.hub.pusher import Pusher
@@ -252,19 +250,6 @@ def test_next_patch_repairs_damaged_version_on_the_hub(client: Pusher, tmp_path:
     manifest = json.loads(storage.path(files["manifest.json"].sha256).read_text())
     assert manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
     assert manifest["digest"] == version.manifest["digest"]
-
-
-def test_damaged_version_sends_no_request(hub: RunningHub, tmp_path: Path) -> None:
-    version, _ = make_version(tmp_path / "data", scene_samples(20))
-    shard = version.shards("train")[0]
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    num_requests = len(hub.hub.log)
-    with (
-        pytest.raises(StoreError, match=r"train-00000.parquet is not what its manifest says"),
-        build_package(version, "me/x"),
-    ):
-        pass
-    assert len(hub.hub.log) == num_requests
 
 
 def test_push_replaces_edited_card_with_warning_and_keeps_other_files(
