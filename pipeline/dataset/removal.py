@@ -124,7 +124,8 @@ def _remove(path: Path) -> None:
         return
     remove(path)
     if path.exists():
-        raise StoreError(f"{path} cannot be removed", hint="run `synth versions gc`")
+        hint = "change its permissions, then run `synth versions gc`"
+        raise StoreError(f"{path} cannot be removed", hint=hint)
 
 
 def _measure(folder: Path) -> Leftover:

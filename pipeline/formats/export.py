@@ -161,7 +161,7 @@ def _path_of_row(folder: Path, name: str) -> Path:
 
 def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
-        hint = "generate some: synth generate --samples 4 --pairs"
+        hint = "generate pairs with `synth generate --samples 4 --pairs`"
         return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:

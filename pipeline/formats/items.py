@@ -73,7 +73,7 @@ def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Ite
 
 def no_pixels_error(version: Version) -> ConfigError:
     """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} holds no pixels", hint="name their folder: --images FOLDER")
+    return ConfigError(f"{version.name} holds no pixels", hint="pass --images FOLDER")
 
 
 def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:

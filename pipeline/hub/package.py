@@ -184,7 +184,9 @@ def build_checkpoint_package(
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
         is_interrupted = (folder / "resume.pt").exists()
-        hint = "synth train --resume" if is_interrupted else "name the folder that `synth train` printed"
+        hint = (
+            "run `synth train --resume`" if is_interrupted else "name the folder that `synth train` printed"
+        )
         raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)

@@ -105,7 +105,9 @@ def push_package(
         problem = f"cannot reach the Hub at {api.endpoint}: {error}"
         raise PushError(problem, hint="check the network, then push again") from None
     except OSError as error:
-        raise PushError(f"cannot read or write a file: {error}", hint="check the disk") from None
+        raise PushError(
+            f"cannot read or write a file: {error}", hint="check the disk, then push again"
+        ) from None
 
 
 def _retry(attempt: Callable[[], PushResult]) -> PushResult:
@@ -275,4 +277,4 @@ def _refusal(error: HfHubHTTPError, repo: str) -> PushError:
         problem = f"the repository {repo} does not exist, or the token has no access"
         return PushError(problem, hint="check the name and the rights of the token")
     message = error.server_message or one_line(error)
-    return PushError(f"the Hub refused ({status}): {message}", hint="push again; uploads are kept")
+    return PushError(f"the Hub refused ({status}): {message}", hint="push again: uploads are kept")

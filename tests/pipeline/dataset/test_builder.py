@@ -89,7 +89,7 @@ def test_digest_ignores_order_of_images_but_not_of_captions(tmp_path: Path) -> N
 
 
 def sample_ids(version: Version) -> list[str]:
-    return version.read("train", ["sample_id"])["sample_id"].to_pylist()  # type: ignore[no-any-return]
+    return list(version.read("train", ["sample_id"])["sample_id"].to_pylist())
 
 
 def test_deck_of_one_page_has_pages_and_no_image(tmp_path: Path) -> None:
