@@ -137,7 +137,7 @@ def publish_version(
     """
     if not content.digests.num_rows:
         hint = "see the reasons in steps/*/rejected.parquet, and human reviews in review/"
-        raise TableError("no row is left for a version", hint=hint)
+        raise TableError("no row is left to make a version of", hint=hint)
     versions = dataset.versions()
     parent = versions[-1] if versions else None
     digests = zip(*content.digests.to_pydict().values(), strict=True)
