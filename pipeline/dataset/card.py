@@ -1,8 +1,8 @@
-"""Render cards of datasets and models: README.md with a YAML header and escaped model text."""
+"""Render cards of datasets and models: README.md with a YAML header, and escaped model text."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from math import isfinite
 from typing import Any
@@ -19,35 +19,24 @@ from pipeline.text.reasons import SCORES_IN_WORDS, in_short
 from pipeline.types import KNOWN_LICENSES, UNKNOWN
 
 CARD_SAMPLES = 5
-# Scores of a captioner, with the metric's type on the Hub and its name.
-METRICS = {
-    "bleu_4": ("bleu", "BLEU-4"),
-    "rouge_l": ("rouge", "ROUGE-L"),
-    "cider_d": ("cider", "CIDEr-D"),
-}
+# Scores of a captioner: the type of the metric on the Hub, and its name.
+METRICS = {"bleu_4": ("bleu", "BLEU-4"), "rouge_l": ("rouge", "ROUGE-L"), "cider_d": ("cider", "CIDEr-D")}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MESSAGES = "messages"  # a column, and the config that reads it
-MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"  # that wrote the texts
-_CREATORS = {MODEL: ["machine-generated"], PEOPLE: ["found"], PEOPLE_AND_MODEL: ["found", "machine-generated"]}
-PLACEHOLDER = "ORG/NAME"  # for the repository, before a version is pushed to one
-_SIZES = (  # the Hub's classes, by the number that is too many for them
-    (1_000, "n<1K"),
-    (10_000, "1K<n<10K"),
-    (100_000, "10K<n<100K"),
-    (1_000_000, "100K<n<1M"),
-    (10_000_000, "1M<n<10M"),
-    (100_000_000, "10M<n<100M"),
-    (1_000_000_000, "100M<n<1B"),
-    (10_000_000_000, "1B<n<10B"),
-)
+# Writers of the texts, with their terms in the Hub's cards.
+MODEL, PEOPLE, PEOPLE_AND_MODEL = "a model", "people", "people and a model"
+_GENERATED, _FOUND = "machine-generated", "found"
+_CREATORS = {MODEL: [_GENERATED], PEOPLE: [_FOUND], PEOPLE_AND_MODEL: [_FOUND, _GENERATED]}
+PLACEHOLDER = "ORG/NAME"  # the repository in the card of a version that was not pushed
+_SIZE_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")
 
 
 def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: str = PLACEHOLDER) -> str:
-    """Return README.md for a manifest and a few of its rows without pixels."""
+    """Return README.md for a manifest and some of its rows. Raise StoreError for an invalid manifest."""
     try:
         header, licenses = metadata(manifest), card_licenses(manifest)
-    except (TypeError, AttributeError, LookupError) as error:  # a manifest may be a stranger's
-        raise _no_card(error) from None
+    except (TypeError, AttributeError, LookupError) as error:
+        raise _manifest_error(error) from None
     return _render(
         "dataset.md.j2",
         header,
@@ -57,48 +46,51 @@ def render_card(manifest: dict[str, Any], samples: list[dict[str, Any]], repo: s
         repo=repo,
         scores=SCORES_IN_WORDS,
         writers=_writers(manifest),
-        texts=_texts(manifest),
+        texts=_text_kinds(manifest),
         configs=_configs(manifest),
     )
 
 
-def render_model_card(about: dict[str, Any], repo: str, dataset: str | None, made_of: Sequence[str] = ()) -> str:
-    """Return README.md for a checkpoint (`about`: its config, train, metrics and digest); `dataset` is the data, if known.
+def render_model_card(
+    about: dict[str, Any], repo: str, dataset: str | None, base_models: Sequence[str] = ()
+) -> str:
+    """Return README.md for a checkpoint; `about` has its config, train, metrics and digest.
 
-    `made_of` are the names of models that it began with, of which those are told that are ids of the Hub.
+    `dataset` is the repository of its data, if known. `base_models` may include local names.
     """
     data = about["config"]["data"]
     link = None
     if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and re.fullmatch(r"v[\d.]+", data["version"]):
-        link = Markdown(f"[{markdown(dataset)}](https://huggingface.co/datasets/{dataset}/tree/{data['version']})")
+        url = f"https://huggingface.co/datasets/{dataset}/tree/{data['version']}"
+        link = Markdown(f"[{markdown(dataset)}]({url})")
     answers = any(not style for _, style in about["config"]["prompts"])
-    values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
-    language = data.get("language")
+    hub_models = [*filter(HUB_ID.fullmatch, base_models)]
     header = {
-        **({"language": [language]} if language else {}),
+        **({"language": [data["language"]]} if data.get("language") else {}),
         "license": "other",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["image-captioning", "synthetic", "synth"],
         **({"datasets": [dataset]} if dataset else {}),
-        **({"base_model": models} if (models := [*filter(HUB_ID.fullmatch, made_of)]) else {}),
+        **({"base_model": hub_models} if hub_models else {}),
         **_evaluation(about["metrics"], repo, dataset or data["source"]["name"]),
     }
+    values = about | {"title": repo, "data": data, "dataset": link, "answers": answers}
     return _render("model.md.j2", header, **values)
 
 
 def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, Any]:
-    """Return the scores of a captioner in the form of the Hub's model cards: `metrics` and `model-index`."""
+    """Return the fields `metrics` and `model-index` of a model card."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    scores = {name: metrics["scores"].get(name) for name in METRICS}
-    where = {"task_type": "image-to-text", "dataset_type": dataset, "dataset_name": dataset, "dataset_split": metrics["split"]}
-    results = [
-        EvalResult(**where, metric_type=METRICS[name][0], metric_name=METRICS[name][1], metric_value=round(float(value), 4))
-        for name, value in scores.items()
-        if isinstance(value, int | float) and isfinite(value)
-    ]
+    task, split = ("image-to-text", dataset, dataset), metrics["split"]
+    results = []
+    for name, (kind, title) in METRICS.items():
+        score = metrics["scores"].get(name)
+        if isinstance(score, int | float) and isfinite(score):
+            score = round(float(score), 4)
+            results.append(EvalResult(*task, kind, score, dataset_split=split, metric_name=title))
     if not results:
         return {}
     types = [result.metric_type for result in results]
@@ -106,33 +98,38 @@ def _evaluation(metrics: dict[str, Any], repo: str, dataset: str) -> dict[str, A
 
 
 def _render(template: str, header: dict[str, Any], **values: Any) -> str:
-    """Return a card: a YAML header, and a template of `data_cards/`, in which every value is escaped."""
+    """Return a card: a YAML header and a template of `data_cards/`, with all values escaped for Markdown."""
     jinja = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # noqa: S701  # that is for HTML: `finalize` escapes every value for Markdown
+        autoescape=False,  # noqa: S701  # autoescape is for HTML; `finalize` escapes for Markdown
         finalize=markdown,
     )
-    jinja.filters |= {"code": markdown_code, "block": markdown_block, "as_json": _as_json, "in_short": in_short}
+    jinja.filters |= {
+        "code": markdown_code,
+        "block": markdown_block,
+        "as_json": _as_json,
+        "in_short": in_short,
+    }
     try:
         body = jinja.from_string((files("data_cards") / template).read_text(encoding="utf-8")).render(values)
     except (TypeError, AttributeError, LookupError, TemplateError) as error:
-        raise _no_card(error) from None
-    card = f"---\n{yaml.safe_dump(_on_one_line(header), sort_keys=False, allow_unicode=True)}---\n\n{body.strip()}\n"
-    return card.encode(errors="replace").decode()
+        raise _manifest_error(error) from None
+    header_yaml = yaml.safe_dump(_without_line_breaks(header), sort_keys=False, allow_unicode=True)
+    return f"---\n{header_yaml}---\n\n{body.strip()}\n".encode(errors="replace").decode()
 
 
-def _no_card(error: Exception) -> StoreError:
-    return StoreError(f"no card can be made of the manifest: {error}", hint="do not use it")
+def _manifest_error(error: Exception) -> StoreError:
+    return StoreError(f"no card can be made of the manifest: {error}", hint="do not use the dataset")
 
 
-def _on_one_line(value: Any) -> Any:
-    """Return a header whose texts have no line breaks: not every reader of a card parses YAML to find its end."""
+def _without_line_breaks(value: Any) -> Any:
+    """Remove line breaks from all texts: some readers of cards do not parse YAML to find its end."""
     if isinstance(value, dict):
-        return {_on_one_line(key): _on_one_line(inner) for key, inner in value.items()}
+        return {_without_line_breaks(key): _without_line_breaks(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return list(map(_on_one_line, value))
+        return list(map(_without_line_breaks, value))
     return on_one_line(value) if isinstance(value, str) else value
 
 
@@ -141,133 +138,141 @@ def _as_json(value: Any) -> Markdown:
 
 
 def metadata(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the YAML header of the card, as the Hub's dataset card specification names its keys."""
+    """Return the YAML header of a dataset card, with the keys of the Hub's specification."""
     total = sum(manifest["rows"].values())
     splits = [split for split, count in manifest["rows"].items() if count]
-    configs, writers = _configs(manifest), _writers(manifest)
-    sizes = {split: _sizes(manifest, split) for split in splits}
+    configs, writers, language = _configs(manifest), _writers(manifest), language_of(manifest)
     data_files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
-    by_reviewer = ["expert-generated"] if manifest.get("review", {}).get("edited") else []
-    # The source is a repository of the Hub.
+    has_edits = manifest.get("review", {}).get("edited")
+    creators = [*_CREATORS[writers], *(["expert-generated"] if has_edits else [])]
+    has_configs = len(configs) > 1
+    info = [_config_info(manifest, splits, name if has_configs else None, configs[name]) for name in configs]
+    # A source that is a repository of the Hub ends with ORG/NAME or ORG/NAME:CONFIG.
     upstream = re.search(r"([^:/\s]+/[^:/\s]+)(:[^:/\s]+)?$", manifest["source"]["name"])
     return {
         "pretty_name": manifest.get("title") or f"synth {manifest['source']['name']} {manifest['version']}",
         **_license_fields(card_licenses(manifest), manifest.get("license_link")),
-        **({"language": [language]} if (language := language_of(manifest)) else {}),
+        **({"language": [language]} if language else {}),
         "task_categories": _categories(manifest),
-        "size_categories": [next(name for bound, name in _SIZES if total < bound)],
-        "annotations_creators": [*_CREATORS[writers], *by_reviewer],
-        "language_creators": [*_CREATORS[writers], *by_reviewer],
+        "size_categories": [_size_category(total)],
+        "annotations_creators": creators,
+        "language_creators": [*creators],
         "source_datasets": [upstream[1] if upstream else "original"],
         "tags": [*(["synthetic"] if writers != PEOPLE else []), "synth"],
         "configs": [
-            *({"config_name": name, "data_files": data_files, **columns} for name, columns in configs.items()),
+            *(
+                {"config_name": name, "data_files": data_files, **columns}
+                for name, columns in configs.items()
+            ),
             *_export_configs(manifest, splits),
         ],
-        "dataset_info": _one_or_list(
-            {
-                **({"config_name": name} if len(configs) > 1 else {}),
-                "features": [
-                    {"name": column, **_feature(kind)}
-                    for column, kind in manifest["features"].items()
-                    if column in columns.get("columns", manifest["features"])
-                ],
-                "splits": [
-                    {"name": split, "num_bytes": sizes[split], "num_examples": manifest["rows"][split]} for split in splits
-                ],
-                "download_size": sum(sizes.values()),
-                "dataset_size": sum(sizes.values()),
-            }
-            for name, columns in configs.items()
-        ),
+        "dataset_info": info[0] if len(info) == 1 else info,
+    }
+
+
+def _size_category(rows: int) -> str:
+    index = min(max(0, len(str(rows)) - 3), len(_SIZE_BOUNDS) - 1)
+    return "n<1K" if index == 0 else f"{_SIZE_BOUNDS[index - 1]}<n<{_SIZE_BOUNDS[index]}"
+
+
+def _config_info(
+    manifest: dict[str, Any], splits: Sequence[str], name: str | None, config: dict[str, list[str]]
+) -> dict[str, Any]:
+    features, files = manifest["features"], manifest["files"].items()
+    num_bytes = {s: sum(e["bytes"] for file, e in files if file.startswith(f"{s}-")) for s in splits}
+    return {
+        **({"config_name": name} if name else {}),
+        "features": [
+            {"name": column, **_feature(kind)}
+            for column, kind in features.items()
+            if column in config.get("columns", features)
+        ],
+        "splits": [
+            {"name": split, "num_bytes": num_bytes[split], "num_examples": manifest["rows"][split]}
+            for split in splits
+        ],
+        "download_size": sum(num_bytes.values()),
+        "dataset_size": sum(num_bytes.values()),
     }
 
 
 def _configs(manifest: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """Return the configs of a dataset by name, with the columns that each reads of the same files; none: all of them."""
-    more = manifest.get("reader_columns", [])
-    if MESSAGES not in more:
+    """Return the configs of a dataset by name. Each reads some or all columns of the same files."""
+    if MESSAGES not in manifest.get("reader_columns", []):
         return {"default": {}}
     default = {"default": {"columns": [name for name in manifest["features"] if name != MESSAGES]}}
-    if manifest["measured"].get("rows_without_text"):  # a conversation needs a turn
+    # Trainers reject conversations without turns.
+    if manifest["measured"].get("rows_without_text"):
         return default
     return default | {MESSAGES: {"columns": ["image", MESSAGES]}}
 
 
 def _export_configs(manifest: dict[str, Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a config for each export that is Parquet, as `datasets` reads it."""
     for name, entries in manifest.get("exports", {}).items():
-        found = [split for split in splits if any(re.fullmatch(rf"{split}-\d+\.parquet", file) for file in entries)]
-        if found:
-            data_files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in found]
+        exported = [s for s in splits if any(re.fullmatch(rf"{s}-\d+\.parquet", file) for file in entries)]
+        if exported:
+            data_files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in exported]
             yield {"config_name": name, "data_files": data_files}
 
 
-def _one_or_list(values: Iterable[Any]) -> Any:
-    """Return the only value, or a list of several, as the Hub's dataset card has them."""
-    listed = list(values)
-    return listed[0] if len(listed) == 1 else listed
-
-
 def _writers(manifest: dict[str, Any]) -> str:
-    """Return who wrote the texts of a version: a model, people, or both."""
     if manifest["model"]["name"] == NO_MODEL:
         return PEOPLE
     has_human = any(manifest["measured"].get(name) for name in ("human_captions", "human_questions"))
     return PEOPLE_AND_MODEL if has_human else MODEL
 
 
-def _texts(manifest: dict[str, Any]) -> str:
-    """Return what texts a version holds: captions and questions, or else the columns of own tasks."""
+def _text_kinds(manifest: dict[str, Any]) -> str:
+    """Return "captions and questions", or the columns of custom tasks if there are no other texts."""
     measured, own = manifest["measured"], manifest.get("own_columns", {})
-    has_usual = any(measured.get(name) for name in ("captions", "answers", "human_captions", "human_questions"))
-    return "captions and questions" if has_usual or not own else ", ".join(own)
+    kinds = ("captions", "answers", "human_captions", "human_questions")
+    has_texts = any(measured.get(kind) for kind in kinds)
+    return "captions and questions" if has_texts or not own else ", ".join(own)
 
 
 def _categories(manifest: dict[str, Any]) -> list[str]:
-    """Return the task categories of a dataset, each once."""
     settings, measured = manifest["config"], manifest["measured"]
-    questions = "deck_qa" if "pages" in manifest["columns"] else "qa"
-    by_people = [name for name, count in (("caption", "human_captions"), (questions, "human_questions")) if measured.get(count)]
-    built_in = [TASKS[name].card_category for name in [*settings["tasks"], *by_people] if name in TASKS]
+    tasks = [*settings["tasks"]]
+    if measured.get("human_captions"):
+        tasks.append("caption")
+    if measured.get("human_questions"):
+        tasks.append("deck_qa" if "pages" in manifest["columns"] else "qa")
+    built_in = [TASKS[name].card_category for name in tasks if name in TASKS]
     own = [CARD_CATEGORIES.get(str(task.get("kind"))) for task in settings.get("own_tasks", [])]
     return list(dict.fromkeys(category for category in [*built_in, *own] if category))
 
 
 def card_licenses(manifest: dict[str, Any]) -> list[str]:
-    """Return the licenses that a card names: those of the images, and for images of no known one what the user has stated."""
+    """Return the licenses of the images; a license that the user has stated replaces unknown ones."""
     stated = (manifest.get("license") or UNKNOWN).lower()
     return sorted({stated if name.lower() in (UNKNOWN, stated) else name for name in manifest["licenses"]})
 
 
 def has_unknown_license(manifest: dict[str, Any]) -> bool:
-    """Return whether there is an image of which nobody has stated a license, or one by a name that the Hub does not know."""
+    """Return whether the license of an image is unknown, or stated with a name unknown to the Hub."""
     stated = (manifest.get("license") or UNKNOWN).lower()
     doubtful = {UNKNOWN} if stated in KNOWN_LICENSES else {UNKNOWN, stated}
     return not doubtful.isdisjoint(card_licenses(manifest))
 
 
 def language_of(manifest: dict[str, Any]) -> str | None:
-    """Return the language of the texts, in ISO 639; None if it is not known."""
-    language: str | None = manifest.get("language") or manifest["config"].get("filter", {"language": "en"})["language"]
+    """Return the ISO 639 code of the language of the texts, if known."""
+    settings = manifest["config"].get("filter", {"language": "en"})
+    language: str | None = manifest.get("language") or settings["language"]
     return language
 
 
 def _license_fields(licenses: list[str], link: str | None) -> dict[str, str]:
-    """Return the license fields of a card: a single license that the Hub knows, else the names of all, and where they are."""
+    """Return the single license if the Hub supports it, else `other` with the names of all."""
     if len(licenses) == 1 and re.fullmatch(r"[a-z0-9.-]+", licenses[0]) and licenses[0] in KNOWN_LICENSES:
         return {"license": licenses[0]}
-    name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", one.lower()) for one in licenses)
+    name = "-and-".join(re.sub(r"[^a-z0-9.]+", "-", license_name.lower()) for license_name in licenses)
     return {"license": "other", "license_name": name, **({"license_link": link} if link else {})}
 
 
-def _sizes(manifest: dict[str, Any], split: str) -> int:
-    return sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith(f"{split}-"))
-
-
 def _feature(kind: Any) -> dict[str, Any]:
-    """Convert an entry of tables.features to the form of a card's YAML."""
-    if "_type" not in kind:  # a struct: its fields by name
+    """Convert an entry of tables.features to the YAML form of cards."""
+    if "_type" not in kind:
         return {"struct": [{"name": name, **_feature(inner)} for name, inner in kind.items()]}
     if kind["_type"] == "List":
         inner = _feature(kind["feature"])

@@ -1,7 +1,8 @@
-"""Columns that other trainers read as they are: one caption as `text`, and all texts of an image as `messages`.
+"""Columns for other trainers: one caption as `text`, and all texts of an image as `messages`.
 
-They follow from `captions` and `qa` of the same row, so they are no part of a version's digest. `messages` is the format of
-conversations that chat templates of transformers and TRL read: the first turn shows the image.
+They are computed from `captions` and `qa` of the same row, so the digest of a version leaves them out.
+`messages` is the conversation format that chat templates of transformers and TRL read. Its first turn shows
+the image.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +12,9 @@ import pyarrow as pa
 
 from pipeline.tables import HUMAN, STRING
 
-PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # of which one caption is taken where there is room for one
-QUESTIONS = {  # that the captions of a style answer, in a conversation
+PREFERRED_STYLES = (HUMAN, "plain", "brief", "detailed")  # for `text`
+# The question that captions of a style answer in a conversation.
+QUESTIONS = {
     HUMAN: "What does this image show?",
     "plain": "Describe this image in one sentence.",
     "brief": "Describe this image briefly.",
@@ -21,7 +23,7 @@ QUESTIONS = {  # that the captions of a style answer, in a conversation
     "tags": "List tags for this image.",
     "ocr": "What text can be read in this image?",
 }
-AGAIN = "Say it in other words."  # of another caption of the same style
+REPHRASE = "Say it in other words."  # asks for another caption of the same style
 PART = pa.struct([pa.field("type", STRING), pa.field("text", STRING)])
 MESSAGE = pa.struct([pa.field("role", STRING), pa.field("content", pa.list_(PART))])
 READER_COLUMNS = pa.schema([pa.field("text", STRING), pa.field("messages", pa.list_(MESSAGE))])
@@ -29,50 +31,53 @@ IMAGE_PART = {"type": "image", "text": None}
 
 
 def preferred_caption(captions: Sequence[tuple[str, str]]) -> str | None:
-    """Return one of the captions (style, text): the first of the first preferred style, else the first; None without any."""
-    by_style = dict(reversed(captions))
-    named = next((by_style[name] for name in PREFERRED_STYLES if name in by_style), None)
-    return named or (captions[0][1] if captions else None)
+    """Return the first caption (style, text) of the first of PREFERRED_STYLES, else the first caption."""
+    first_by_style = dict(reversed(captions))
+    preferred = next((first_by_style[style] for style in PREFERRED_STYLES if style in first_by_style), None)
+    return preferred or (captions[0][1] if captions else None)
 
 
-def turns(captions: Iterable[tuple[str, str]], questions: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield what a user asks and an assistant answers: for each caption (style, text), then the questions about the image."""
+def turns(
+    captions: Iterable[tuple[str, str]], questions: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield (question, answer) for captions (style, text) in the order of QUESTIONS, then `questions`."""
     last = None
     for style, text in sorted(captions, key=lambda caption: _rank(caption[0])):
-        yield AGAIN if style == last else QUESTIONS.get(style, f"Write a caption of this image in the style {style}."), text
+        question = QUESTIONS.get(style, f"Write a caption of this image in the style {style}.")
+        yield REPHRASE if style == last else question, text
         last = style
     yield from questions
 
 
 def _rank(style: str) -> tuple[int, str]:
-    known = [*QUESTIONS]
-    return (known.index(style) if style in known else len(known), style)
+    styles = [*QUESTIONS]
+    return (styles.index(style) if style in styles else len(styles), style)
 
 
 def messages(asked: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return turns as messages, the first of which shows the image."""
+    """Return turns as messages of a user and an assistant."""
     conversation: list[dict[str, Any]] = []
     for question, answer in asked:
-        shown = [] if conversation else [IMAGE_PART]
-        conversation.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        image = [] if conversation else [IMAGE_PART]
+        conversation.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return conversation
 
 
 def reader_columns(columns: Sequence[str]) -> list[str]:
-    """Return the names of reader columns that files of rows with these columns have: none for decks, or without pixels."""
+    """Return the reader columns that rows with `columns` lack. Only rows with `image` have them."""
     return [name for name in READER_COLUMNS.names if name not in columns] if "image" in columns else []
 
 
 def with_reader_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Return rows of a version with these reader columns behind their own."""
-    texts: list[str | None] = []
-    conversations: list[list[dict[str, Any]]] = []
+    """Append the reader columns `names` to rows of a version."""
+    values: dict[str, list[Any]] = {"text": [], "messages": []}
     for row in rows.select(["captions", "qa"]).to_pylist():
         captions = [(caption["style"], caption["text"]) for caption in row["captions"]]
-        texts.append(preferred_caption(captions))
-        conversations.append(messages(turns(captions, ((pair["question"], pair["answer"]) for pair in row["qa"]))))
-    made = {"text": texts, "messages": conversations}
+        questions = [(pair["question"], pair["answer"]) for pair in row["qa"]]
+        values["text"].append(preferred_caption(captions))
+        values["messages"].append(messages(turns(captions, questions)))
     for name in names:
-        rows = rows.append_column(READER_COLUMNS.field(name), pa.array(made[name], READER_COLUMNS.field(name).type))
+        field = READER_COLUMNS.field(name)
+        rows = rows.append_column(field, pa.array(values[name], field.type))
     return rows

@@ -3,43 +3,28 @@
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
-import duckdb
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from pipeline.dataset.version import Version
-from pipeline.storage.database import load, open_database
 from pipeline.tables import PIXELS
 from pipeline.text.escape import on_one_line
 
 LISTS = ("captions", "qa")
-ROWS_AT_ONCE = 10_000  # of those that differ
-DIGESTS = "SELECT sample_id, md5_number(to_json(incoming)::VARCHAR) AS digest FROM incoming"  # of all values, and the split
-DIFFERENT = """CREATE TABLE different AS
-SELECT sample_id FROM old_digests o FULL JOIN new_digests n USING (sample_id) WHERE o.digest IS DISTINCT FROM n.digest"""
-SAME = "SELECT count(*) FROM old_digests o JOIN new_digests n USING (sample_id) WHERE o.digest = n.digest"
-ROWS_THAT_DIFFER = "SELECT * FROM incoming SEMI JOIN different USING (sample_id)"
-PAIRS = """SELECT sample_id, o AS old, n AS new
-FROM old_rows o FULL JOIN new_rows n USING (sample_id) ORDER BY sample_id"""
-MAX_SHOWN = 160  # characters of a value
+BATCH_ROWS = 10_000  # differing rows in memory
+MAX_SHOWN_CHARACTERS = 160
 Row = dict[str, Any]
-Settings = dict[str, tuple[Any, Any]]  # name -> values before and after, of settings that differ
+Settings = dict[str, tuple[Any, Any]]  # values before and after of the settings that differ, by name
 
 
 @dataclass(slots=True)
 class Change:
-    """One row that differs. `fields` maps columns to their values before and after."""
+    """A row that differs: `what` is added, removed or changed, `fields` has old and new values."""
 
     sample_id: str
     source_row: str
-    what: str  # added, removed or changed
-    fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # before and after
+    what: str
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -51,32 +36,35 @@ class Diff:
     same: int
     changes: list[Change]
     settings: Settings
-    kinds: Counter[str] = field(default_factory=Counter)  # rows by added, removed or changed
-    names: Counter[str] = field(default_factory=Counter)  # rows by field that changed
+    _changes_by_kind: Counter[str] = field(default_factory=Counter)
+    _changes_by_field: Counter[str] = field(default_factory=Counter)
 
     def add(self, change: Change, *, keep: bool) -> None:
-        """Count a change, and keep it if there is to be room for it."""
-        self.kinds[change.what] += 1
-        self.names.update(change.fields.keys())
+        """Count a change, and keep it if `keep` is set."""
+        self._changes_by_kind[change.what] += 1
+        self._changes_by_field.update(change.fields.keys())
         if keep:
             self.changes.append(change)
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of rows that are the same, added, removed and changed."""
-        return {"same": self.same, **{what: self.kinds[what] for what in ("added", "removed", "changed")}}
+        kinds = ("added", "removed", "changed")
+        return {"same": self.same, **{kind: self._changes_by_kind[kind] for kind in kinds}}
 
     def fields(self) -> dict[str, int]:
-        """Return in how many rows each field changed."""
-        return dict(self.names.most_common())
+        """Return the number of changed rows by field."""
+        return dict(self._changes_by_field.most_common())
 
     def lines(self, rows: int) -> Iterator[str]:
-        """Yield the difference for a reader: counts, fields, settings, and some of the rows."""
-        yield f"{self.before} -> {self.after}: " + ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        """Yield a report: counts, fields, settings, and at most `rows` changes."""
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        yield f"{self.before} -> {self.after}: {counts}"
         if fields := self.fields():
             yield from ["changed fields:", *(f"  {count:>7}  {name}" for name, count in fields.items())]
         if self.settings:
-            yield "made otherwise:"
-            yield from (f"  {name}: {_short(then)} -> {_short(now)}" for name, (then, now) in self.settings.items())
+            yield "changed settings:"
+            for name, (old, new) in self.settings.items():
+                yield f"  {name}: {_short(old)} -> {_short(new)}"
         shown = self.changes[:rows]
         for change in shown:
             yield f"{change.what} {change.sample_id[:12]} ({_short(change.source_row)})"
@@ -84,132 +72,101 @@ class Diff:
                 for sign, side in zip("-+", sides.values(), strict=True):
                     items = side if isinstance(side, list) else [side]
                     yield from (f"  {sign} {name}: {_short(item)}" for item in items)
-        if others := self.kinds.total() - len(shown):
+        if others := self._changes_by_kind.total() - len(shown):
             yield f"and {others} more rows; --rows shows more, --json all"
 
 
 def _short(value: Any) -> str:
-    """Return a value as a short line without control characters, since it may be model text."""
+    """Return a value, which may be model text, as a short line without control characters."""
     if isinstance(value, dict):
         value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, ""))
     text = on_one_line(str(value))
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
 
 
-def diff_versions(before: Version, after: Version, most: int | None = None) -> Diff:
-    """Compare two versions, and keep `most` of their changes; None: all. Pixels are compared by `sample_id`.
-
-    A digest of each row, and rows that differ, are stored in a database in the temporary folder. Raises StoreError if that is
-    full, or a version is damaged.
-    """
+def diff_versions(before: Version, after: Version, max_changes: int | None = None) -> Diff:
+    """Compare two versions, and keep the first `max_changes` changes. Raise StoreError if one is damaged."""
+    own_columns = {*before.manifest.get("own_columns", ()), *after.manifest.get("own_columns", ())}
+    names = dict.fromkeys([*before.manifest["columns"], *after.manifest["columns"]])
     in_both = {*before.manifest["columns"]} & {*after.manifest["columns"]}
-    columns = [name for name in before.manifest["columns"] if name in in_both and name not in PIXELS]
-    own = {name: kind for version in (before, after) for name, kind in _own_columns(version).items() if name not in in_both}
-    columns += own  # those of a task of one's own, which a version may lack
-    scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}  # of one version alone
-    settings = _settings(before.manifest, after.manifest)
-    with TemporaryDirectory(prefix="synth-diff-") as folder, open_database(Path(folder)) as db:
-        for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_digests", DIGESTS, version, columns, own, scores)
-        db.execute(DIFFERENT)
-        for side, version in (("old", before), ("new", after)):
-            _load(db, f"{side}_rows", ROWS_THAT_DIFFER, version, columns, own, scores)
-        ((same,),) = db.execute(SAME).fetchall()
-        diff = Diff(before.name, after.name, same, [], settings)
-        for batch in db.sql(PAIRS).to_arrow_reader(ROWS_AT_ONCE):
-            for pair in batch.to_pylist():
-                change = _change(pair["old"], pair["new"])
-                if change is None:
-                    diff.same += 1  # such as the same fields in another order
-                else:
-                    diff.add(change, keep=most is None or len(diff.changes) < most)
+    columns = [name for name in names if name in in_both | own_columns and name not in PIXELS]
+    # Scores that only one version has are a difference of settings, and not of every row.
+    scores = {*before.manifest.get("scores", ())} ^ {*after.manifest.get("scores", ())}
+    read = partial(_read_rows, columns=columns, scores=scores)
+
+    hashes = {row["sample_id"]: hash(str(row)) for row in read(before)}
+    diff = Diff(before.name, after.name, 0, [], _changed_settings(before.manifest, after.manifest))
+    different: list[str] = []
+    for row in read(after):
+        if hashes.pop(row["sample_id"], None) == hash(str(row)):
+            diff.same += 1
+        else:
+            different.append(row["sample_id"])
+    ids = sorted({*different, *hashes})
+    for start in range(0, len(ids), BATCH_ROWS):
+        batch_ids = ids[start : start + BATCH_ROWS]
+        old, new = ({row["sample_id"]: row for row in read(v, batch_ids)} for v in (before, after))
+        for sample_id in batch_ids:
+            if change := _compare(old.get(sample_id), new.get(sample_id)):
+                diff.add(change, keep=max_changes is None or len(diff.changes) < max_changes)
+            else:
+                # Only the order of fields differs.
+                diff.same += 1
     return diff
 
 
-def _own_columns(version: Version) -> dict[str, pa.DataType]:
-    """Return the columns of own tasks with their types. Raises StoreError if its manifest does not say them."""
-    try:
-        return {name: version.schema.field(name).type for name in version.manifest.get("own_columns", {})}
-    except (ValueError, LookupError) as error:
-        raise version.damage_error(error) from None
+def _read_rows(
+    version: Version, sample_ids: Collection[str] | None = None, *, columns: list[str], scores: set[str]
+) -> Iterator[Row]:
+    names = [name for name in columns if name in version.manifest["columns"]]
+    batches = version.batches(names) if sample_ids is None else version.find(names, sample_ids)
+    for split, batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except ValueError as error:
+            raise version.damage_error(error) from None
+        for row in rows:
+            row = {name: row.get(name) for name in columns} | {"split": split}
+            for name in LISTS if scores else ():
+                for annotation in row.get(name) or ():
+                    for score in scores & annotation.keys():
+                        del annotation[score]
+            yield row
 
 
-def _tables(version: Version, columns: list[str], own: dict[str, pa.DataType], left_out: Collection[str]) -> Iterator[pa.Table]:
-    """Yield the rows of a version with their split, without some scores; null in a column that it lacks."""
-    there = [name for name in columns if name in version.manifest["columns"]]
-    for split, batch in version.batches(there):
-        table = pa.table(batch)
-        for name in (name for name in columns if name not in there):
-            table = table.append_column(name, pa.nulls(table.num_rows, own[name]))
-        table = table.select(columns)
-        for name in LISTS if left_out else ():
-            if name in columns:
-                table = table.set_column(columns.index(name), name, _without(table[name], left_out))
-        yield table.append_column("split", pa.array([split] * table.num_rows, pa.string()))
-
-
-def _without(lists: pa.ChunkedArray, left_out: Collection[str]) -> pa.Array:
-    """Return lists of annotations that lack some scores."""
-    array = lists.combine_chunks()
-    values, fields = array.flatten(), [item for item in array.type.value_type if item.name not in left_out]
-    kept = pa.StructArray.from_arrays([values.field(item.name) for item in fields], fields=fields)
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32(), mask=np.r_[array.is_null(), False])
-    return pa.ListArray.from_arrays(offsets, kept)
-
-
-def _load(
-    db: duckdb.DuckDBPyConnection,
-    name: str,
-    query: str,
-    version: Version,
-    columns: list[str],
-    own: dict[str, pa.DataType],
-    left_out: Collection[str],
-) -> None:
-    """Make a table of what a query takes from the rows of a version. Raises StoreError if its files do not fit together."""
-    tables = _tables(version, columns, own, left_out)
-    first = next(tables, pa.table({column: pa.array([], pa.string()) for column in [*columns, "split"]}))
-    try:
-        load(db, name, chain([first], tables), first.schema, query)
-    except pa.ArrowException as error:
-        raise version.damage_error(error) from None
-
-
-def _change(old_row: Row, new_row: Row) -> Change | None:
-    """Return the change of a row, whose values are all null in a version that lacks it; None if its values are equal."""
-    if old_row["sample_id"] is None:
-        return Change(new_row["sample_id"], new_row["source_row"], "added")
-    if new_row["sample_id"] is None:
-        return Change(old_row["sample_id"], old_row["source_row"], "removed")
-    change = Change(new_row["sample_id"], new_row["source_row"], "changed")
-    for name in old_row:
-        before, after = old_row[name], new_row[name]
+def _compare(old: Row | None, new: Row | None) -> Change | None:
+    """Return the change of a row, or None if only the order of its fields differs."""
+    row = new or old or {}
+    change = Change(row["sample_id"], row.get("source_row") or "", "changed")
+    if old is None or new is None:
+        change.what = "added" if old is None else "removed"
+        return change
+    for name, before in old.items():
+        after = new[name]
         if before == after:
             continue
         if name in LISTS:
-            removed, added = (
-                [item for item in one or [] if item not in (other or [])] for one, other in ((before, after), (after, before))
-            )
+            removed = [item for item in before or [] if item not in (after or [])]
+            added = [item for item in after or [] if item not in (before or [])]
             change.fields[name] = {"removed": removed, "added": added}
         else:
             change.fields[name] = {"before": before, "after": after}
     return change if change.fields else None
 
 
-def _settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
-    """Return the inputs of the versions that differ: source, model, prompts, columns, and settings by name."""
+def _changed_settings(before: dict[str, Any], after: dict[str, Any]) -> Settings:
     old, new = (
-        {name: manifest[name] for name in ("source", "model", "prompts", "columns")}
+        {name: manifest[name] for name in ("source", "model", "columns")}
         | {"prompts": sorted(manifest["prompts"]), "scores": manifest.get("scores", [])}
-        | _flat(manifest["config"])
+        | _flatten(manifest["config"])
         for manifest in (before, after)
     )
     return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
 
 
-def _flat(config: dict[str, Any], prefix: str = "config.") -> dict[str, Any]:
+def _flatten(config: dict[str, Any], prefix: str = "config.") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        is_section = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
     return flat

@@ -1,8 +1,6 @@
-"""The dataset folder: its paths, its lock, and how its versions and samples are read.
+"""The dataset folder: its paths, its lock, and access to its versions and samples.
 
-Files appear whole or not at all: they are written to a temporary file, flushed to the disk and renamed. An unchanged file is
-not rewritten, so that a second run of the same command changes nothing. The folder of a run on a cluster may lie in an
-object store (storage/object_store.py): files are then written to a disk and uploaded.
+The folder of a run on a cluster may be in an object store (storage/object_store.py).
 """
 
 import logging
@@ -39,28 +37,30 @@ from pipeline.tables import LISTED_SAMPLE, NUM_PAGES
 from pipeline.types import SampleBatch
 
 log = logging.getLogger(__name__)
-ELSEWHERE = "elsewhere.json"  # in DATA: dataset folders that were made with --out
+ELSEWHERE = "elsewhere.json"  # file in DATA that lists dataset folders made with --out
 MAX_REMEMBERED = 20
-OUTPUTS = ("kept", "rejected")  # the tables that each step leaves
-IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # of the step source
+OUTPUTS = ("kept", "rejected")  # the tables that each step writes
+IMAGE_GROUPS_FILE, NEAR_DUPLICATES_FILE = "image_groups", "near_duplicates"  # tables of the read step
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-LISTED_ROWS = 1024  # samples that are read together without their images
+LISTED_ROWS = 1024  # samples without images per batch
 TAG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+# Exceptions that reading a damaged JSON file may raise.
+_DAMAGED_JSON = (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError)
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetDir:
-    """Paths within one dataset folder."""
+    """A dataset folder."""
 
     path: Path
 
     @property
     def run_file(self) -> Path:
-        """The resolved config."""
+        """The settings of the last run."""
         return self.path / RUN_FILE
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the last run; those that are not valid as they are, such as addresses without passwords."""
+        """Return the settings of the last run, which may be invalid because passwords are left out."""
         values = read_json(self.run_file)
         try:
             return Config.model_validate(values).model_dump(mode="json")
@@ -69,59 +69,62 @@ class DatasetDir:
 
     @property
     def journal(self) -> Path:
-        """The journal of raw replies, with one writer on this machine."""
+        """The journal of the replies to requests of this machine."""
         return self.path / "journal" / "local.sqlite"
 
     @property
     def server_log(self) -> Path:
-        """The output of a vLLM server that was started."""
+        """The output of a vLLM server that `synth` started."""
         return self.path / "vllm.log"
 
     def step_file(self, name: str, which: str = "kept") -> Path:
-        """Rows that a step kept or rejected."""
+        """The rows that a step kept or rejected."""
         return self.path / "steps" / name / f"{which}.parquet"
 
     def step_files(self, name: str, which: str = "kept") -> list[Path]:
-        """Return the files of rows that a step kept or rejected: one, or one of each shard of a run on a cluster."""
-        own = self.step_file(name, which)
-        below = "*/*" if is_remote(self.path) else "*"
-        return [own] if own.exists() else sorted(self.path.glob(f"shards/{below}/steps/{name}/{which}.parquet"), key=str)
+        """Return the file of `step_file`, or after a run on a cluster those of all shards."""
+        file = self.step_file(name, which)
+        if file.exists():
+            return [file]
+        shard = "*/*" if is_remote(self.path) else "*"
+        return sorted(self.path.glob(f"shards/{shard}/steps/{name}/{which}.parquet"), key=str)
 
     @property
     def reviews(self) -> Path:
-        """Reviews of texts by people, applied by `synth review apply`."""
+        """The human reviews that `synth review apply` has stored."""
         return self.path / "review" / "reviews.jsonl"
 
     @property
     def cost(self) -> Path:
-        """The cost of requests so far."""
+        """The cost of all requests so far."""
         return self.path / "steps" / "ask" / "cost.json"
 
     def read_cost(self) -> dict[str, float]:
-        """Return the cost of requests so far; nothing if it is not known."""
+        """Return the cost of all requests so far; empty if it is unknown."""
         try:
             return dict(read_json(self.cost))
-        except (OSError, ValueError, RecursionError, TypeError):
+        except (OSError, *_DAMAGED_JSON):
             return {}
 
     def pushed(self) -> list[dict[str, str]]:
-        """Return every push from here: version, repo and commit."""
+        """Return version, repo and commit of each push. Raise StoreError if the file is damaged."""
         file = self.path / "pushed.json"
         if not file.exists():
             return []
         try:
-            return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in read_json(file)["pushed"]]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise StoreError(f"{file} is damaged", hint="move it away; it lists what was pushed from here") from None
+            pushes = read_json(file)["pushed"]
+            return [{name: str(push[name]) for name in ("version", "repo", "commit")} for push in pushes]
+        except _DAMAGED_JSON:
+            raise StoreError(f"{file} is damaged", hint="move it away: it lists pushes") from None
 
     def record_push(self, version: str, repo: str, commit: str) -> None:
-        """Record a push; the same push is recorded once."""
+        """Record a push once."""
         push = {"version": version, "repo": repo, "commit": commit}
         earlier = [other for other in self.pushed() if other != push]
         write_json(self.path / "pushed.json", {"pushed": [*earlier, push]})
 
     def taken_numbers(self) -> list[tuple[int, ...]]:
-        """Return the numbers of versions that were tagged or pushed, here or not: no other version is given one of them."""
+        """Return the numbers of tagged and pushed versions, which stay taken when these are removed."""
         names = {*read_tags(self.path).values(), *(push["version"] for push in self.pushed())}
         return sorted(parse_version(name) for name in names if VERSION_NAME.fullmatch(name))
 
@@ -135,15 +138,14 @@ class DatasetDir:
                 raise
             except StoreError as error:
                 name = manifest.parent.name
-                removal = f"synth versions rm {name} --data {self.path}"
-                hint = f"move {manifest.parent} away; if nobody needs it, remove it: {removal}"
+                hint = f"move {manifest.parent} away, or run `synth versions rm {name} --data {self.path}`"
                 raise StoreError(f"the version {name} cannot be read: {error}", hint=hint) from None
         return sorted(versions)
 
     def version(self, name: str | None = None, *, previews: bool = True) -> Version:
-        """Return the version of that name or tag, or the newest; without `previews`, a preview only if all are previews.
+        """Return the version of a name or tag, or the newest. Raise StoreError if there is none.
 
-        Raises StoreError if there is no such version.
+        Without `previews`, return a preview only if all versions are previews.
         """
         versions = self.versions()
         matches = [version for version in versions if name in (None, version.name)]
@@ -153,15 +155,17 @@ class DatasetDir:
             names = [*(version.name for version in versions), *tags]
             hint = f"versions here: {', '.join(names) or 'none'}; `synth generate` makes one"
             raise StoreError(f"{self.path} has no version {name or ''}".rstrip(), hint=hint)
-        finished = [version for version in matches if previews or not version.is_preview]
-        return (finished or matches)[-1]
+        complete = [version for version in matches if previews or not version.is_preview]
+        return (complete or matches)[-1]
 
     @contextmanager
-    def lock(self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
-        """Hold the writer's lock of this folder. Raises StoreError if another process holds it, unless `wait` is set.
+    def lock(
+        self, *, wait: bool = False, say: Callable[[str], None] = lambda text: None
+    ) -> Iterator[Callable[[], None]]:
+        """Hold the lock of this folder. Raise StoreError if another process holds it and `wait` is not set.
 
-        In an object store, the lease of a killed process is waited for, with a message to `say`; the yielded function raises
-        StoreError if another process has taken over our lease.
+        In an object store, the lock is a lease (storage/lock.py). The yielded function raises StoreError if
+        another process has taken it over.
         """
         if is_remote(self.path):
             with lease(self.path / LOCK_FILE, say=say) as check:
@@ -171,63 +175,62 @@ class DatasetDir:
 
         def on_busy() -> None:
             if not wait:
-                raise StoreError(f"another process is writing to {self.path}", hint="wait for it, or choose another --out")
+                hint = "wait for it, or choose another --out"
+                raise StoreError(f"another process is writing to {self.path}", hint=hint)
 
         with lock_file(self.path / LOCK_FILE, on_busy, StoreError):
             yield lambda: None
 
 
 def read_tags(dataset: Path) -> dict[str, str]:
-    """Return the version that each tag of a dataset folder names. Raise StoreError if the file holds anything else."""
+    """Return the version of each tag of a dataset folder. Raise StoreError if the file is damaged."""
     file = dataset / "versions" / "tags.json"
     if not file.exists():
         return {}
-    try:
+    with suppress(*_DAMAGED_JSON):
         tags = read_json(file)["tags"]
-    except (ValueError, LookupError, TypeError, RecursionError, UnsafeFileError):
-        tags = None
-    if not isinstance(tags, dict) or not all(is_tag(tag) and VERSION_NAME.fullmatch(str(name)) for tag, name in tags.items()):
-        raise StoreError(f"{file} holds other things than tags", hint="remove it, and tag the versions again")
-    return tags
+        if isinstance(tags, dict) and all(is_tag(tag) and VERSION_NAME.fullmatch(tags[tag]) for tag in tags):
+            return tags
+    raise StoreError(f"{file} is not a file of tags", hint="remove it, and tag the versions again")
 
 
 def write_tags(dataset: Path, tags: dict[str, str]) -> None:
-    """Write the tags of a dataset folder, in the order of their names."""
+    """Write the tags of a dataset folder, sorted."""
     write_json(dataset / "versions" / "tags.json", {"tags": dict(sorted(tags.items()))})
 
 
 def is_tag(name: str) -> bool:
-    """Return whether this may be a tag: it is not taken for a version or a path."""
+    """Return whether a name is valid for a tag."""
     return bool(TAG_NAME.fullmatch(name)) and not VERSION_NAME.fullmatch(name)
 
 
 def require_tag_name(tag: str) -> None:
-    """Raise ConfigError if this cannot be a tag."""
+    """Raise ConfigError if a name is not valid for a tag."""
     if not is_tag(tag):
-        hint = "a letter first, then letters, digits, dots, hyphens and underscores, 64 in all, and not like v1.0.0"
+        hint = "use at most 64 letters, digits, dots, hyphens and underscores, a letter first; not v1.0.0"
         raise ConfigError(f"{tag!r} cannot be a tag", hint=hint)
 
 
 def require_nameable(path: Path) -> None:
-    """Raise ConfigError for a path that is no UTF-8, at which Parquet files can neither be written nor read."""
+    """Raise ConfigError for a path that is not UTF-8, which Parquet cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ConfigError(f"the name of the folder {shown} is no UTF-8", hint="rename it") from None
+        raise ConfigError(f"the name of the folder {shown} is not UTF-8", hint="rename it") from None
 
 
 def open_dataset(path: Path | None, version: str | None = None, *, previews: bool = True) -> Version:
-    """Open a version of a dataset or version folder, or of the one made last. Raise StoreError if there is none.
+    """Open a version folder, or a version of a dataset folder (default: the last one made).
 
-    FOLDER@VERSION names a version too, or a tag; for `previews`, see `DatasetDir.version`.
+    `path` may be FOLDER@VERSION or FOLDER@TAG. Raise StoreError if dataset or version do not exist.
     """
     path, version = (path or last_made(), version) if version else split_version(path or last_made())
     require_nameable(path)
     if (path / MANIFEST).exists():
         opened = read_version(path)
         if version not in (None, opened.name):
-            raise StoreError(f"{path} is {opened.name}, not {version}", hint="name the dataset folder instead")
+            raise StoreError(f"{path} is {opened.name}, not {version}", hint="name the dataset folder")
         return opened
     if not is_remote(path) and not path.is_dir():
         raise StoreError(f"no dataset at {path}", hint="`synth generate --source scenes` makes one")
@@ -235,7 +238,7 @@ def open_dataset(path: Path | None, version: str | None = None, *, previews: boo
 
 
 def split_version(path: Path) -> tuple[Path, str | None]:
-    """Return the folder and the name of DIR@VERSION, or DIR@TAG; the path and None if it is something else."""
+    """Split FOLDER@VERSION or FOLDER@TAG. Return the path and None for any other path."""
     folder, _, name = path.name.rpartition("@")
     if not folder or not name or path.exists():
         return path, None
@@ -243,42 +246,32 @@ def split_version(path: Path) -> tuple[Path, str | None]:
 
 
 def find_dataset(path: Path) -> Path:
-    """Return the dataset folder that a path names: the folder itself, or that of a version, also as DIR@VERSION."""
+    """Return the dataset folder of a path to a dataset or version, also as FOLDER@VERSION."""
     folder, _ = split_version(path)
     is_version = not is_remote(folder) and (folder / MANIFEST).exists()
     return dataset_dir_of(folder.absolute()) if is_version else folder
 
 
 def last_made() -> Path:
-    """Return the dataset folder whose newest version was written last, of those under `data/` and those made elsewhere.
-
-    Raises StoreError if there is none.
-    """
+    """Return the dataset folder with the newest version. Raise StoreError if there is none."""
     manifests = _made_manifests()
     if not manifests:
-        raise StoreError(f"no dataset under {DATA}/", hint="make one: `synth generate --source scenes`, or name its folder")
+        hint = "make one with `synth generate --source scenes`, or name its folder"
+        raise StoreError(f"no dataset under {DATA}/", hint=hint)
     return max(manifests, key=lambda path: path.stat().st_mtime_ns).parents[2]
 
 
 def only_made() -> Path:
-    """Return the dataset folder that was made here, under `data/` or elsewhere. Raise StoreError if there are several, or none.
-
-    For what cannot be taken back: which was written last is said by a clock, and by whoever touches a file.
-    """
+    """Return the only dataset folder; raise StoreError if there are several. File times may be wrong."""
     folders = sorted({path.parents[2] for path in _made_manifests()})
     if len(folders) > 1:
-        raise StoreError(
-            f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out",
-            hint=f"name one: {', '.join(map(str, folders[:8]))}",
-        )
+        problem = f"there are {len(folders)} datasets that were made here, in {DATA}/ or with --out"
+        raise StoreError(problem, hint=f"name one: {', '.join(map(str, folders[:8]))}")
     return folders[0] if folders else last_made()
 
 
 def remember_dataset(out: Path | None) -> None:
-    """Write down, in `data/`, which folder a run was told to write to: commands that are told none find it there.
-
-    Where that cannot be written, or the folder is remote, nothing is kept.
-    """
+    """Record the local folder of a run with --out in `data/`, where later commands find it."""
     if out is None or is_remote(out):
         return
     try:
@@ -291,17 +284,17 @@ def remember_dataset(out: Path | None) -> None:
 
 
 def _remembered() -> list[Path]:
-    """Return the dataset folders outside `data/`, the last one first; none if the file of them is not ours."""
     try:
         return list(map(Path, read_json(DATA / ELSEWHERE)["datasets"]))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError):
+    except (OSError, *_DAMAGED_JSON):
         return []
 
 
 def _made_manifests() -> list[Path]:
     manifests: list[Path] = []
     for folder in [*DATA.glob("*"), *_remembered()]:
-        with suppress(OSError):  # a name that no folder can have
+        # A damaged file may list invalid names.
+        with suppress(OSError):
             manifests += folder.glob(f"versions/v*/{MANIFEST}")
     return sorted(manifests)
 
@@ -314,7 +307,7 @@ def read_samples(shard: DatasetDir, columns: list[str] | None = None) -> Iterato
 
 
 def sample_batches(shard: DatasetDir) -> Iterator[SampleBatch]:
-    """Yield all samples with their images, a batch at a time."""
+    """Yield all samples in batches that can read their images."""
     store = ImageStore(shard.path)
 
     def read_images(ids: list[str]) -> list[tuple[bytes, ...]]:
@@ -332,12 +325,12 @@ def page_counts(shard: DatasetDir) -> Iterator[int]:
 
 
 def read_exclusions(dataset: DatasetDir) -> pa.Table:
-    """Return the images and texts that must not be learned from (tables.EXCLUSIONS)."""
+    """Return the excluded images and texts (tables.EXCLUSIONS)."""
     return read_table(require_file(dataset.step_file("read", "exclusions")))
 
 
 def require_file(path: Path) -> Path:
-    """Return the path of an existing file. Raises ConfigError if it is missing."""
+    """Return the path of an existing file. Raise ConfigError if it is missing."""
     if not path.exists():
-        raise ConfigError(f"{path} is missing", hint="run `synth generate` again: it makes the file")
+        raise ConfigError(f"{path} is missing", hint="run `synth generate` again to make the file")
     return path

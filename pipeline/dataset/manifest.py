@@ -17,7 +17,7 @@ from pipeline.tasks.prompts import prompt_texts
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """The row counts of one step; kept and rejected add up to the input."""
+    """The row counts of a step: `input` is the sum of `kept` and `rejected`."""
 
     step: str
     unit: str
@@ -27,7 +27,7 @@ class StepSummary:
 
 
 def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
-    """Return the tasks of a run, including those by which checks ask the model."""
+    """Return the tasks that a run asks the model, including those of its checks."""
     checks = set(config.verify.checks)
     asked = {
         ANSWER: checks & {"round_trip", "claims", "blind", "evidence"},
@@ -39,33 +39,37 @@ def asked_tasks(config: Config, tasks: Tasks) -> tuple[Task, ...]:
     return (*tasks.asked, *(task for task, is_asked in asked.items() if is_asked))
 
 
-def added_fields(config: Config) -> list[str]:
-    """Return what a run adds to annotations (tables.ADDED): the scores of its checks, and rejected texts.
-
-    Claims of drawn scenes, which rules find, give none.
-    """
-    checks = config.verify.checks
-    measured = {"precision": config.splits_claims, "coverage": "covers" in checks, "shared_words": "references" in checks}
-    ratings = RUBRIC if config.verify.judge else ()
-    pairs = (REJECTED.name,) if config.select.pairs else ()
-    return [*(score for score, is_measured in measured.items() if is_measured), *ratings, *pairs]
-
-
 def row_extras(config: Config, tasks: Tasks) -> Extras:
-    """Return what the rows of a run have beside the usual columns."""
-    return Extras(tuple(added_fields(config)), config.published_context, tuple(own_columns(tasks.own)))
+    """Return the scores, context columns and columns of custom tasks in the rows of a run."""
+    checks = config.verify.checks
+    # The claims of drawn scenes are found by rules and give no precision.
+    is_measured = {
+        "precision": config.splits_claims,
+        "coverage": "covers" in checks,
+        "shared_words": "references" in checks,
+        **dict.fromkeys(RUBRIC, bool(config.verify.judge)),
+        REJECTED.name: config.select.pairs,
+    }
+    added = tuple(name for name, measured in is_measured.items() if measured)
+    return Extras(added, config.published_context, tuple(own_columns(tasks.own)))
 
 
-def describe_provenance(config: Config, tasks: Tasks, source: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a manifest about the run that made the version."""
+def describe_provenance(
+    config: Config, tasks: Tasks, source: dict[str, Any], model: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of a manifest about the run."""
     asked = asked_tasks(config, tasks)
+    settings = publishable_settings(config, tasks, source["name"], model["name"])
     return {
-        "source": {name: source[name] for name in ("name", "revision", "partial", "preview") if name in source},
+        "source": {
+            name: source[name] for name in ("name", "revision", "partial", "preview") if name in source
+        },
         "model": model,
         "prompts": prompt_texts(asked, config.prompt_dirs, config.generate.style_prompts) if asked else {},
         "schemas": {task.name: wire_schema(task) for task in asked},
-        # Files of captions by their digests when they were read: a later run may begin without them.
-        "config": publishable_settings(config, tasks, source["name"], model["name"]) | {"captions": source.get("captions", [])},
+        # Digests of the files of captions, recorded when they were read: a later run may not have these
+        # files.
+        "config": settings | {"captions": source.get("captions", [])},
         **describe_data(config.license, config.title, config.filter.language),
     }
 
@@ -73,7 +77,7 @@ def describe_provenance(config: Config, tasks: Tasks, source: dict[str, Any], mo
 def describe_data(
     license_name: str | None, title: str | None, language: str | None, license_link: str | None = None
 ) -> dict[str, str]:
-    """Return the fields of a manifest that a user has stated about the data: what the card says of it."""
+    """Return the fields of a manifest that a user has stated about the data, for the card."""
     stated = {"license": license_name, "title": title, "language": language, "license_link": license_link}
     return {name: value for name, value in stated.items() if value is not None}
 
@@ -81,7 +85,7 @@ def describe_data(
 def describe_decontamination(
     source: dict[str, Any], funnel: list[StepSummary], groups: int, contaminated: int
 ) -> dict[str, Any]:
-    """Return the fields of a manifest about near-duplicates (in `groups` of images) and texts that are in excluded data."""
+    """Return the fields of a manifest about near-duplicates (`groups` of images) and repeated texts."""
     rejected = {summary.step: summary.rejected for summary in funnel}
     return {
         "compared_as": source["compared_as"],
@@ -95,12 +99,11 @@ def describe_decontamination(
 
 
 def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) -> dict[str, Any]:
-    """Return the settings as a manifest holds them: without addresses, and with digests or names instead of local paths."""
-    settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"}) | {"source": source, "model": model}
+    """Return the settings without addresses, and with digests or names in place of local paths."""
+    settings = config.model_dump(mode="json", exclude={"base_url", "server", "own_tasks"})
+    settings |= {"source": source, "model": None if model == NO_MODEL else model}
     if tasks.own:
         settings["own_tasks"] = [publishable_task(task) for task in tasks.own]
-    if model == NO_MODEL:
-        settings["model"] = None
     settings["exclude"] = [name for name in config.exclude if name.partition(":")[0] not in LOCAL_SOURCES]
     if config.split_list:
         settings["split_list"] = file_digest(config.split_list)
@@ -109,5 +112,6 @@ def publishable_settings(config: Config, tasks: Tasks, source: str, model: str) 
     if config.balance.entries:
         settings["balance"]["entries"] = file_digest(config.balance.entries)
     settings["verify"]["clip_model"] = public_name(config.verify.clip_model)
-    settings["verify"]["judge"] = config.verify.judge and without_folders(config.verify.judge.partition(AT_SERVER)[0])
+    judge = config.verify.judge
+    settings["verify"]["judge"] = judge and without_folders(judge.partition(AT_SERVER)[0])
     return settings

@@ -1,4 +1,4 @@
-"""Give a version that was published without its images a store of them, from a local copy of the files, by `sample_id`."""
+"""Join a version that was published without images with local copies of the images, by `sample_id`."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,7 +15,7 @@ from pipeline.storage.untrusted import read_regular
 from pipeline.tables import PIXELS, SAMPLE_IMAGES, features, row_schema
 
 BATCH_ROWS = 64
-Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages
+Images = tuple[str, tuple[bytes, ...]]  # sample_id, and the image or the pages of a deck
 
 
 def lacks_pixels(version: Version) -> bool:
@@ -24,39 +24,39 @@ def lacks_pixels(version: Version) -> bool:
 
 
 def find_joined(version: Version) -> Version | None:
-    """Return the version with the images that `join_images` stored, if all are there."""
-    joined = _with_images(version)
-    return None if joined.store.find_missing(_ids(version)) else joined
+    """Return the version with the images that `join_images` stored, if none is missing."""
+    joined = _with_pixel_columns(version)
+    return None if joined.store.find_missing(_sample_ids(version)) else joined
 
 
 def join_images(version: Version, images: Iterable[Images]) -> Version:
-    """Store the images of a version, and return the version with them. Raise StoreError if images are
-    missing.
+    """Store the images of a version, and return the version with them.
 
-    Images that were stored stay: another call adds the others.
+    Raise StoreError if images are missing. The others stay stored for another call.
     """
-    joined, ids = _with_images(version), _ids(version)
+    joined, ids = _with_pixel_columns(version), _sample_ids(version)
     wanted, store = {*ids}, joined.store
     store.add(_batches((name, pages) for name, pages in images if name in wanted))
     if missing := store.find_missing(ids):
-        problem = f"{len(missing)} of {len(ids)} images of {version.name} are not there, such as {missing[0][:12]}"
-        hint = "sample_id is the sha256 of an image's file: the very files are needed, unchanged"
+        problem = f"{len(missing)} of {len(ids)} images of {version.name} are missing: {missing[0][:12]}, ..."
+        hint = "use the original, unchanged image files: sample_id is the sha256 of such a file"
         raise StoreError(problem, hint=hint)
     return joined
 
 
 def images_of_files(folder: Path) -> Iterator[Images]:
     """Yield every file of a folder, with the sha256 of its bytes as its id."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size <= MAX_IMAGE_BYTES):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(path for path in files if path.stat().st_size <= MAX_IMAGE_BYTES):
         data = read_regular(path, max_bytes=MAX_IMAGE_BYTES)
         yield image_id(data), (data,)
 
 
 def images_of_dataset(folder: Path) -> Iterator[Images]:
-    """Yield the images of a local version. Raises StoreError if it holds no pixels."""
+    """Yield the images of a local version. Raise StoreError if it holds no pixels."""
     version = open_dataset(folder)
     if lacks_pixels(version):
-        raise StoreError(f"{folder} holds no pixels either", hint="name the folder of the image files, or a source")
+        raise StoreError(f"{folder} holds no pixels either", hint="name a folder of image files")
     columns = ["sample_id", *(name for name in PIXELS if name in version.manifest["columns"])]
     for _, batch in version.batches(columns, BATCH_ROWS):
         for row in batch.to_pylist():
@@ -64,8 +64,7 @@ def images_of_dataset(folder: Path) -> Iterator[Images]:
             yield row["sample_id"], tuple(page["bytes"] for page in pages)
 
 
-def _with_images(version: Version) -> Version:
-    """Return a version whose images are in the store of joined images."""
+def _with_pixel_columns(version: Version) -> Version:
     extras = extras_of(version.manifest)
     names = {*version.manifest["columns"], *(version.manifest.get("pixel_columns") or PIXELS[:1])}
     columns = [name for name in extras.columns if name in names]
@@ -73,12 +72,12 @@ def _with_images(version: Version) -> Version:
     return Version(version.path, version.manifest | described, version.repo)
 
 
-def _ids(version: Version) -> list[str]:
+def _sample_ids(version: Version) -> list[str]:
     return [name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist()]
 
 
 def _batches(images: Iterator[Images]) -> Iterator[pa.Table]:
-    """Yield images without metadata (tables.SAMPLE_IMAGES)."""
-    while some := list(islice(images, BATCH_ROWS)):
-        rows = [{"sample_id": name, "images": [*map(strip_metadata, pages)]} for name, pages in some]
+    """Yield images (tables.SAMPLE_IMAGES) without their metadata."""
+    while batch := list(islice(images, BATCH_ROWS)):
+        rows = [{"sample_id": name, "images": [*map(strip_metadata, pages)]} for name, pages in batch]
         yield pa.Table.from_pylist(rows, schema=SAMPLE_IMAGES)

@@ -1,4 +1,4 @@
-"""Remove versions of a dataset, and what killed commands have left behind."""
+"""Remove versions, unused images, and files that killed commands have left."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,39 +11,37 @@ from pipeline.errors import StoreError
 from pipeline.storage.files import SCRATCH, TEMPORARY_FILES, flush_folder, open_table, remove
 from pipeline.storage.lock import lock_file
 
-# Folders whose files are written by commands that hold the lock.
+# Folders whose files are written under the lock of the dataset folder.
 LOCKED_FOLDERS = ("steps/*", "steps/read/*", "versions/v*", "shards/*/steps/*", "images", "shards/*/images")
-REMADE_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
-REMOVING = ".removing-"  # before the name of a version whose files are being removed
+TEMPORARY_FOLDERS = (f"{FEATURES}/*", f"{PUSHED}/*")
+REMOVING = ".removing-"  # prefix of the folder of a version that is being removed
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something that no version and no run needs, and the bytes that its removal frees."""
+    """An unused file or folder, and the bytes that its removal frees."""
 
     path: Path
     num_bytes: int
 
 
 def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]:
-    """Remove versions, and return their folders. Replies stay in the journal and images in the store
-    (`remove_images`).
+    """Remove versions atomically, and return their folders. The caller holds the lock of the dataset.
 
-    A version is gone at once or not at all, whenever the process is killed. The caller holds the lock of the
-    folder. Raise StoreError, and remove nothing, if there is no such version, or a tag names it; and if files
-    of a version that is gone cannot be removed.
+    Raise StoreError, before any removal, if a version is missing or tagged, or if files stay behind.
     """
     folders = list(dict.fromkeys(_find_version(dataset, name) for name in names))
     tags = read_tags(dataset.path)
     for folder in folders:
-        if of_version := [tag for tag, tagged in tags.items() if tagged == folder.name]:
-            hint = f"remove the tag first: `synth versions tag --delete {of_version[0]} --data {dataset.path}`"
-            raise StoreError(f"{folder.name} is tagged as {', '.join(of_version)}", hint=hint)
+        if version_tags := [tag for tag, tagged in tags.items() if tagged == folder.name]:
+            command = f"synth versions tag --delete {version_tags[0]} --data {dataset.path}"
+            problem = f"{folder.name} is tagged as {', '.join(version_tags)}"
+            raise StoreError(problem, hint=f"remove the tag first: `{command}`")
     removed = []
     for folder in folders:
-        removed.append(Leftover(folder, 0 if folder.is_symlink() else _size(folder)))
+        removed.append(_measure(folder))
         aside = folder.with_name(f"{REMOVING}{folder.name}")
-        _remove(aside)  # left by a removal that was killed
+        _remove(aside)  # may be left by a killed removal
         folder.rename(aside)
         flush_folder(folder.parent)
         _remove(aside)
@@ -51,11 +49,9 @@ def remove_versions(dataset: DatasetDir, names: Sequence[str]) -> list[Leftover]
 
 
 def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove images that neither a version nor the samples read last need; return the files that shrink, and
-    by how much.
+    """Remove images that neither a version nor the samples read last need; return the changed files.
 
-    The caller holds the lock of the folder. Raise StoreError, and remove nothing, if a version or a list of
-    samples is damaged.
+    The caller holds the lock. Raise StoreError, before any removal, if a version or list is damaged.
     """
     needed = set[str]()
     for version in dataset.versions():
@@ -64,22 +60,22 @@ def remove_images(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftove
     lists = [path for which in ("kept", NEAR_DUPLICATES_FILE) for path in dataset.step_files("read", which)]
     for path in [*lists, *dataset.step_file("read").parent.glob("parts/*.parquet")]:
         needed.update(open_table(path, "sample_id").read(["sample_id"])["sample_id"].to_pylist())
-    return [Leftover(path, num_bytes) for path, num_bytes in ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)]
+    changes = ImageStore(dataset.path).keep_only(needed, dry_run=dry_run)
+    return [Leftover(path, num_bytes) for path, num_bytes in changes]
 
 
 def _find_version(dataset: DatasetDir, name: str) -> Path:
-    """Return the folder of a version, which may be damaged. Raise StoreError if there is none of that name or tag."""
+    """Return the folder of a version, which may be damaged. Raise StoreError if there is none."""
     folder = dataset.path / "versions" / name
-    is_there = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
-    return folder if is_there else dataset.version(name).path
+    exists = VERSION_NAME.fullmatch(name) and (folder / MANIFEST).exists()
+    return folder if exists else dataset.version(name).path
 
 
 def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
-    """Yield what killed commands have left in a dataset folder; the caller holds its lock, so that no run is using it."""
-    versions = dataset.path / "versions"
-    for folder in sorted(versions.glob("*"), key=str):
+    """Yield files of killed commands. The caller holds the lock, so no run is using them."""
+    for folder in sorted((dataset.path / "versions").glob("*"), key=str):
         if folder.name.startswith(REMOVING) or folder.name == SCRATCH:
-            yield Leftover(folder, 0 if folder.is_symlink() else _size(folder))
+            yield _measure(folder)
     for pattern in LOCKED_FOLDERS:
         for folder in sorted(dataset.path.glob(pattern)):
             for file in [] if _is_linked(dataset, folder) else sorted(folder.glob(TEMPORARY_FILES)):
@@ -88,36 +84,34 @@ def find_leftovers(dataset: DatasetDir) -> Iterator[Leftover]:
 
 
 def remove_leftovers(leftovers: Sequence[Leftover]) -> None:
-    """Remove what `find_leftovers` has found. Raise StoreError for what cannot be removed."""
+    """Remove the results of `find_leftovers`. Raise StoreError if one cannot be removed."""
     for leftover in leftovers:
         _remove(leftover.path)
 
 
 def remove_remade(dataset: DatasetDir, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove stored hidden states, which a training computes again, and shards of pushes that were killed;
-    return the folders.
+    """Remove hidden states, which a training computes again, and shards of killed pushes.
 
-    A folder that another process is writing to stays. A training that reads a removed store continues: its
-    file is still open.
+    Folders that another process writes to are skipped. A training that reads a removed file continues.
     """
     removed = []
-    for store in (path for pattern in REMADE_FOLDERS for path in sorted(dataset.path.glob(pattern))):
-        if not store.is_dir() or _is_linked(dataset, store):
+    for folder in (path for pattern in TEMPORARY_FOLDERS for path in sorted(dataset.path.glob(pattern))):
+        if not folder.is_dir() or _is_linked(dataset, folder):
             continue
         try:
-            with lock_file(store / LOCK, _raise_busy, StoreError):
-                removed.append(Leftover(store, _size(store)))
+            with lock_file(folder / LOCK, _raise_busy, StoreError):
+                removed.append(_measure(folder))
                 if not dry_run:
-                    _remove(store)
+                    _remove(folder)
         except BlockingIOError:
             continue
     return removed
 
 
 def _is_linked(dataset: DatasetDir, folder: Path) -> bool:
-    """Return whether a folder within a dataset folder is reached through a link."""
-    below = (part for part in (folder, *folder.parents) if part != dataset.path and part.is_relative_to(dataset.path))
-    return any(part.is_symlink() for part in below)
+    """Return whether a folder, or a folder between it and the dataset folder, is a link."""
+    parents = (path for path in (folder, *folder.parents) if path.is_relative_to(dataset.path))
+    return any(path.is_symlink() for path in parents if path != dataset.path)
 
 
 def _raise_busy() -> None:
@@ -125,16 +119,17 @@ def _raise_busy() -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link (and not what it leads to) or a folder. Raise StoreError if it is still there."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
     remove(path)
     if path.exists():
-        raise StoreError(f"{path} cannot be removed", hint="let its files be removed, then run `synth versions gc`")
+        hint = "change its permissions, then run `synth versions gc`"
+        raise StoreError(f"{path} cannot be removed", hint=hint)
 
 
-def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files if not file.is_symlink())
+def _measure(folder: Path) -> Leftover:
+    if folder.is_symlink():
+        return Leftover(folder, 0)
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    return Leftover(folder, sum(file.stat().st_size for file in files))

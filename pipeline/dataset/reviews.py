@@ -1,6 +1,6 @@
-"""Reviews of texts, made in a report: files of JSON lines, one review a line, applied by the step review.
+"""Human reviews of texts, as JSON lines that a report exports and the step review applies.
 
-A review names a text by a digest of its content: it applies to the same text in every later run, and to no other.
+A review names a text by the digest of its content, so it applies to the same text in every later run.
 """
 
 import json
@@ -20,16 +20,16 @@ from pipeline.tasks import BUILT_IN, Tasks, find_broken_rule
 from pipeline.text.pii import redact
 
 Reason = Literal["not_true", "unclear", "trivial", "private", "other"]
-REASONS: tuple[Reason, ...] = get_args(Reason)  # why a text is bad
+REASONS: tuple[Reason, ...] = get_args(Reason)  # reasons of the verdict "bad"
 EDITABLE = ("text", "question", "answer", "evidence_pages", "expression")
-MAX_REVIEWS_BYTES = 64_000_000  # of a file: some 400,000 reviews
-CONTENT_HEX = 16  # digits of the digest of a text: enough to tell the texts of one sample apart
+MAX_REVIEWS_BYTES = 64_000_000  # about 400,000 reviews
+CONTENT_HEX = 16  # hexadecimal digits of a digest: enough for the texts of one sample
 TextName = tuple[str, str]  # (sample_id, first CONTENT_HEX digits of the text's digest)
 Annotations = dict[TextName, dict[str, Any]]
 
 
 class Review(BaseModel):
-    """One person's review of one text, which is named as by `text_name`. An edit holds the whole new text."""
+    """A review of the text with the name (sample_id, content). An edit holds the whole new text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,17 +46,17 @@ class Review(BaseModel):
 
     @field_validator("text", "question", "answer")
     @classmethod
-    def _without_personal_data(cls, words: str | None) -> str | None:
-        return words and redact(words)[0]  # as in all other texts
+    def _redact(cls, text: str | None) -> str | None:
+        return text and redact(text)[0]
 
     @model_validator(mode="after")
-    def _says_what_it_must(self) -> "Review":
+    def _check_fields_of_verdict(self) -> "Review":
         if (self.verdict == "bad") != (self.reason is not None):
-            raise ValueError("a reason goes with bad, and with nothing else")
+            raise ValueError("the verdict bad needs a reason, and no other verdict has one")
         if self.verdict == "edited" and (self.text is None) == (self.question is None or self.answer is None):
-            raise ValueError("edited goes with new words: a text, or a question and its answer")
+            raise ValueError("the verdict edited needs a new text, or a question and its answer")
         if self.verdict != "edited" and any(getattr(self, name) is not None for name in EDITABLE):
-            raise ValueError("new words go with edited, and with nothing else")
+            raise ValueError("only the verdict edited has a new text")
         return self
 
     @property
@@ -66,34 +66,35 @@ class Review(BaseModel):
 
     @property
     def words(self) -> list[tuple[str, Any]]:
-        """The fields that an edit sets, with their new values."""
-        given = ((name, getattr(self, name)) for name in EDITABLE)
-        return [(name, list(value) if isinstance(value, tuple) else value) for name, value in given if value is not None]
+        """The edited fields, with their new values."""
+        values = {name: getattr(self, name) for name in EDITABLE}
+        if self.evidence_pages is not None:
+            values["evidence_pages"] = list(self.evidence_pages)
+        return [(name, value) for name, value in values.items() if value is not None]
 
     @property
     def resulting_name(self) -> TextName:
         """The name of the text after the review is applied."""
-        if self.verdict != "edited":
-            return self.name
-        return text_name({"sample_id": self.sample_id, "text": self.text, "question": self.question, "answer": self.answer})
+        return self.name if self.verdict != "edited" else text_name(self.model_dump())
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Read a file of reviews. Raises ConfigError, with the line number, if a line is not a review."""
+    """Read a file of reviews. Raise ConfigError, with the line number, if a line is not a review."""
     try:
         text = read_file(path, MAX_REVIEWS_BYTES).decode("utf-8-sig")
-        lines = text.split("\n")  # not splitlines(): texts may hold other line separators
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from a report: `synth report`") from None
+        raise ConfigError(f"cannot read {path}: {error}", hint="export reviews from `synth report`") from None
     reviews = []
-    for number, line in enumerate(lines, start=1):
+    # Not `splitlines`: texts may contain other line separators.
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             reviews += [Review.model_validate_json(line)] if line.strip() else []
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            problem = f"{path}, line {number} is not a review: {f'{where}: ' if where else ''}{first['msg']}"
-            raise ConfigError(problem, hint="each line is one review as a report exports it") from None
+            detail = f"{where}: {first['msg']}" if where else first["msg"]
+            hint = "use a file that a report has exported, with one review per line"
+            raise ConfigError(f"{path}, line {number} is not a review: {detail}", hint=hint) from None
     return reviews
 
 
@@ -103,48 +104,54 @@ def format_reviews(reviews: Iterable[Review]) -> str:
     return "".join(f"{json.dumps(review.model_dump(exclude_defaults=True))}\n" for review in ordered)
 
 
-def merge_reviews(before: Iterable[Review], new: Iterable[Review], rows: Annotations) -> dict[TextName, Review]:
-    """Return all reviews by the name of their text; the last review of a text replaces earlier ones.
+def merge_reviews(
+    before: Iterable[Review], new: Iterable[Review], rows: Annotations
+) -> dict[TextName, Review]:
+    """Return all reviews by the name of their text. A later review of a text replaces an earlier one.
 
-    A review of a text that an edit of `before` has written is stored under the name of the model's text, so that reviews
-    never have to be applied in sequence. All of `new` are about the texts as they are now; `rows` are the annotations before
-    the step review, by name.
+    Reviews of edited texts are stored under the names of the original texts, so no review depends on another.
+    `rows` are the annotations before the step review, by name.
     """
     merged = {review.name: review for review in before}
-    edited = {review.resulting_name: review.name for review in merged.values() if review.verdict == "edited"}
-    edited = {made: name for made, name in edited.items() if made == name or made not in rows}
+    edits = [review for review in merged.values() if review.verdict == "edited"]
+    # If an edit gives the text of another annotation, a review refers to the other one.
+    is_unique = [edit.resulting_name == edit.name or edit.resulting_name not in rows for edit in edits]
+    original_names = {e.resulting_name: e.name for e, unique in zip(edits, is_unique, strict=True) if unique}
     for review in new:
-        name = edited.get(review.name, review.name)
-        if review.verdict == "good" and review.name in edited:
-            continue  # it approves the edit, which stays
+        if review.verdict == "good" and review.name in original_names:
+            continue  # approves the edit, which stays
+        name = original_names.get(review.name, review.name)
         renamed = review.model_copy(update={"sample_id": name[0], "content": name[1]})
         is_edit = name in rows and review.verdict == "edited"
-        undone = is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words)
-        merged[name] = Review(sample_id=name[0], content=name[1], verdict="good") if undone else renamed
+        if is_edit and all(value == final_value(rows[name], key) for key, value in renamed.words):
+            renamed = Review(sample_id=name[0], content=name[1], verdict="good")
+        merged[name] = renamed
     return merged
 
 
-def check_edits(reviews: dict[TextName, Review], rows: Annotations, tasks: Tasks = BUILT_IN) -> dict[TextName, str]:
-    """Return the flaws of edits of existing texts: a rule of the task is broken, or another text says the same."""
+def check_edits(
+    reviews: dict[TextName, Review], rows: Annotations, tasks: Tasks = BUILT_IN
+) -> dict[TextName, str]:
+    """Return the flaws of edits of existing texts: a broken rule of the task, or a repeated text."""
     edits = {name: review for name, review in reviews.items() if review.verdict == "edited" and name in rows}
     flaws = {name: flaw for name, review in edits.items() if (flaw := check_edit(review, rows[name], tasks))}
     kept = (name for name in rows if name not in reviews or reviews[name].verdict != "bad")
     counts = Counter(edits[name].resulting_name if name in edits else name for name in kept)
     repeated = [name for name, review in edits.items() if counts[review.resulting_name] > 1]
-    return flaws | dict.fromkeys(repeated, "another text of this image says the same")
+    return flaws | dict.fromkeys(repeated, "another text of this image is the same")
 
 
 def check_edit(review: Review, row: dict[str, Any], tasks: Tasks = BUILT_IN) -> str | None:
     """Return the flaw of an annotation (tables.ANNOTATION) after an edit, or None."""
     if final_value(row, "record") is not None:
-        return "the values of a task of one's own can be reviewed as good or bad, and not edited"
+        return "values of a custom task can be reviewed as good or bad, but not edited"
     is_caption = final_value(row, "text") is not None
     if (review.text is None) == is_caption:
-        return f"it is about a {'caption' if is_caption else 'question'}, and its new words are of another kind"
+        return f"the text is a {'caption' if is_caption else 'question'}, and the edit is not"
     fields = {name: final_value(row, name) for name in (*EDITABLE, "answer_type")} | dict(review.words)
     return find_broken_rule(tasks[row["task"]], fields, row["pages"])
 
 
 def text_name(row: dict[str, Any]) -> TextName:
-    """Return the name of an annotation in reviews, by its final text."""
+    """Return the name of an annotation in reviews, from its final text."""
     return row["sample_id"], annotation_digest(row)[:CONTENT_HEX]

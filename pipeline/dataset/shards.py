@@ -1,9 +1,9 @@
 """Write the Parquet files of a version, with boundaries that depend on the rows themselves.
 
-A row group, and a shard, ends before a row whose `sample_id` (a sha256, so evenly distributed) is a multiple of a number.
-A row that is added or removed then moves only the boundary next to it: every other shard of the next version has the same
-bytes, and is not uploaded again. The larger a group is, the smaller is the number. Pixels are stored
-uncompressed, since JPEG and PNG are compressed already: a content-defined chunk of Xet finds an image again wherever it lies.
+A row group or shard ends before a row whose `sample_id`, a sha256, is a multiple of a number. A row that is
+added or removed then moves only the next boundary: all other shards keep their bytes and are not uploaded
+again. Large groups use smaller numbers. Pixels are not compressed, so that the content-defined chunks of Xet
+find each image again.
 """
 
 from pathlib import Path
@@ -14,22 +14,18 @@ import pyarrow.parquet as pq
 from pipeline.storage.files import open_writer
 from pipeline.tables import with_features
 
-GROUP_ROWS = 64  # of a row group, on average
-TEXT_GROUP_ROWS = 4_096  # of a row group without images
-SHARD_GROUPS = 8  # how many groups follow, on average, once a shard is large enough
-LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from so many bytes on, a group ends after so many more rows, on average
-GROUP_BYTES = 16_000_000  # and from so many at the next table of rows, so that a reader need not hold it
+GROUP_ROWS = 64  # mean rows of a row group with images
+TEXT_GROUP_ROWS = 4_096  # mean rows of a row group without images
+SHARD_GROUPS = 8  # mean number of groups after MIN_SHARD_BYTES
+LARGE_GROUPS = ((4_000_000, 8), (8_000_000, 2))  # from this many bytes on, the mean rows until a group ends
+GROUP_BYTES = 16_000_000  # from here on, a group ends at the next table, wherever that begins
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 150_000_000, 300_000_000
-# The columns of images of a version and of a store, as Parquet names them.
+# Parquet names of the image columns of a version and of a store.
 IMAGE_LEAF, STORED_LEAF = "image.bytes", "images.list.element"
 
 
 class SplitWriter:
-    """Writes the rows of one split in order to `folder/SPLIT-00000.parquet` and so on; memory holds one row
-    group.
-
-    A row group has `group_rows` rows on average: GROUP_ROWS where the rows hold images.
-    """
+    """Writes the rows of a split to `folder/SPLIT-00000.parquet` and so on, with one row group in memory."""
 
     def __init__(self, folder: Path, split: str, schema: pa.Schema, group_rows: int | None = None) -> None:
         self.folder, self.split, self.schema = folder, split, with_features(schema)
@@ -38,23 +34,28 @@ class SplitWriter:
         self._shards = 0
         self._group: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
-        self._bytes = 0  # of the shard so far
+        self._shard_bytes = 0
 
     def add(self, table: pa.Table) -> None:
-        """Add rows; a group is written when the next row begins another group."""
+        """Add rows, and write each row group that they complete."""
         table = table.select(self.schema.names).cast(self.schema)
         self.rows += table.num_rows
         if self._group_bytes() >= GROUP_BYTES:
             self._flush(may_end_shard=False)
         start = 0
-        is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]  # or bytes need not be counted at each row
+        # Most groups stay small, and their bytes need not be counted at each row.
+        is_large = self._group_bytes() + table.nbytes >= LARGE_GROUPS[0][0]
         for index, sample_id in enumerate(table["sample_id"].to_pylist()):
             draw = int(sample_id[-12:], 16)
-            if draw % self.group_rows and not (is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)):
+            if draw % self.group_rows and not (
+                is_large and any(draw % rows == 0 for _, rows in LARGE_GROUPS)
+            ):
                 continue
             self._group.append(table.slice(start, index - start))
             start = index
-            if draw % self.group_rows == 0 or self._ends_sooner(draw):
+            num_bytes = self._group_bytes()
+            ends_early = any(num_bytes >= least and draw % rows == 0 for least, rows in LARGE_GROUPS)
+            if draw % self.group_rows == 0 or ends_early:
                 self._flush(may_end_shard=draw % (self.group_rows * SHARD_GROUPS) == 0)
         self._group.append(table.slice(start))
 
@@ -62,11 +63,6 @@ class SplitWriter:
         """Write the rows in memory, and finish the last shard."""
         self._flush(may_end_shard=False)
         self._end_shard()
-
-    def _ends_sooner(self, draw: int) -> bool:
-        """Return whether the group, as large as it is, ends before the row of a draw."""
-        num_bytes = self._group_bytes()
-        return any(num_bytes >= least and draw % rows == 0 for least, rows in LARGE_GROUPS)
 
     def _group_bytes(self) -> int:
         return sum(part.nbytes for part in self._group)
@@ -78,10 +74,11 @@ class SplitWriter:
             if self._writer is None:
                 path = self.folder / f"{self.split}-{self._shards:05d}.parquet"
                 self._writer = open_writer(path, self.schema)
-                self._shards, self._bytes = self._shards + 1, 0
+                self._shards, self._shard_bytes = self._shards + 1, 0
             self._writer.write_table(group.combine_chunks())
-            self._bytes += group.nbytes
-        if self._bytes >= MAX_SHARD_BYTES or (may_end_shard and self._bytes >= MIN_SHARD_BYTES):
+            self._shard_bytes += group.nbytes
+        is_large = self._shard_bytes >= MIN_SHARD_BYTES
+        if self._shard_bytes >= MAX_SHARD_BYTES or (may_end_shard and is_large):
             self._end_shard()
 
     def _end_shard(self) -> None:
@@ -91,10 +88,7 @@ class SplitWriter:
 
 
 def pixel_chunk(file: pq.ParquetFile, number: int, leaf: str) -> tuple[int, int] | None:
-    """Return where the values of a column of a row group begin, and how many bytes they take; None if they are packed.
-
-    A column that is not there has none.
-    """
+    """Return the offset and size in bytes of a column in a row group; None if it is missing or compressed."""
     group = file.metadata.row_group(number)
     columns = (group.column(n) for n in range(group.num_columns))
     column = next((column for column in columns if column.path_in_schema == leaf), None)

@@ -1,6 +1,6 @@
-"""`synth export`: write a version as files for another tool, or its captions beside the user's own images.
+"""Export a version to files for another tool, or write its captions next to the user's own images.
 
-An export appears under its name when it is complete. Until then it is in a hidden folder next to it.
+An unfinished export is in a hidden folder next to its final place.
 """
 
 import os
@@ -14,8 +14,7 @@ from pipeline.dataset.publishing import write_self_contained
 from pipeline.dataset.version import Version
 from pipeline.digests import file_digest
 from pipeline.errors import ConfigError
-from pipeline.formats.base import Format
-from pipeline.formats.formats import FORMATS, PARQUET
+from pipeline.formats.formats import FORMATS, PARQUET, Format
 from pipeline.formats.items import no_pixels_error, read_items
 from pipeline.images.decode import MAX_IMAGE_BYTES, image_id
 from pipeline.progress import NullProgress, Progress
@@ -30,7 +29,7 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export wrote: the folder, images with texts, and images that had none for this format."""
+    """The folder of an export, and the numbers of images with and without texts for its format."""
 
     folder: Path
     images: int
@@ -46,128 +45,128 @@ def export_version(
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder in a format of FORMATS or as PARQUET; `style` names the captions that are wanted.
+    """Write a version to a new folder, in PARQUET or one of FORMATS. `style` selects captions.
 
-    Raises ConfigError if the folder is there, the version has no pixels, no image has such a caption, or another process writes
-    to the folder.
+    Raise ConfigError if the folder exists or is in use, or there is nothing to write in this format.
     """
-    if out.exists():  # also a name such as `.`, beside which nothing is written
-        raise _is_there(out)
-    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or name another folder: --out DIR")
+    report, splits = progress or NullProgress(), tuple(splits)
+    # This also refuses names such as `.`, whose parent cannot hold the lock.
+    _require_new(out)
+    busy = ConfigError(f"another process exports to {out}", hint="wait for it, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), busy):
-        return _export(version, kind, out, style, tuple(splits), progress or NullProgress())
+        _require_new(out)
+        num_rows = _check_export(version, kind, style, splits)
+        draft = out.with_name(f".{out.name}.unfinished")
+        remove(draft)
+        draft.mkdir(parents=True)
+        written, without_text = num_rows, 0
+        if kind == PARQUET:
+            write_self_contained(version, draft, splits)
+        else:
+            written = _write_items(version, FORMATS[kind](draft, style), splits, num_rows, report)
+            without_text = num_rows - written
+        if not written:
+            remove(draft)
+            raise _no_text_error(version, style, kind)
+        files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
+        sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
+        write_text(draft / CHECKSUMS, sums)
+        draft.rename(out)
+    return Exported(out, written, without_text)
 
 
-def _export(version: Version, kind: str, out: Path, style: str | None, splits: tuple[str, ...], report: Progress) -> Exported:
+def _require_new(out: Path) -> None:
     if out.exists():
-        raise _is_there(out)
-    _require_style(version, style)
+        raise ConfigError(f"{out} exists already", hint="name another folder: --out DIR")
+
+
+def _check_export(version: Version, kind: str, style: str | None, splits: tuple[str, ...]) -> int:
+    """Return the number of rows to export. Raise ConfigError if there is nothing to export."""
+    captions = version.manifest["measured"].get("captions", {})
+    if style is not None and style not in captions:
+        hint = f"styles of its captions: {', '.join(captions) or 'none'}"
+        raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
     if kind == PARQUET and style:
         raise ConfigError(f"the format {PARQUET} holds all captions", hint="leave --style out")
     if kind == PARQUET and lacks_pixels(version):
         raise no_pixels_error(version)
-    total = sum(version.manifest["rows"].get(split, 0) for split in splits)
-    if not total:
+    num_rows: int = sum(version.manifest["rows"].get(split, 0) for split in splits)
+    if not num_rows:
         raise ConfigError(f"{version.name} has no rows in {' and '.join(splits)}", hint="leave --split out")
-    draft = out.with_name(f".{out.name}.unfinished")
-    remove(draft)  # of an interrupted export
-    draft.mkdir(parents=True)
-    if kind == PARQUET:
-        write_self_contained(version, draft, splits)
-        written, without = total, 0
-    else:
-        written, without = _write_items(version, FORMATS[kind](draft, style), splits, total, report)
-    if not written:
-        remove(draft)
-        raise _nothing_to_write(version, style, kind)
-    files = sorted(path for path in draft.rglob("*") if path.is_file() and path.name != OWN_LINES)
-    sums = "".join(f"{file_digest(path)}  {path.relative_to(draft).as_posix()}\n" for path in files)
-    write_text(draft / CHECKSUMS, sums)
-    draft.rename(out)
-    return Exported(out, written, without)
+    return num_rows
 
 
-def _write_items(version: Version, format_: Format, splits: tuple[str, ...], total: int, report: Progress) -> tuple[int, int]:
-    """Write the images of splits in a format; return how many had texts for it, and how many had none."""
-    written = without = 0
-    try:
-        for item in read_items(version, splits):
-            has_text = format_.add(item)
-            written, without = written + has_text, without + (not has_text)
-            report("export", written + without, total)
-        format_.close()
-    finally:
-        format_.abandon()
-    return written, without
+def _write_items(
+    version: Version, writer: Format, splits: tuple[str, ...], num_rows: int, report: Progress
+) -> int:
+    written = 0
+    for number, item in enumerate(read_items(version, splits), start=1):
+        written += writer.add(item)
+        report("export", number, num_rows)
+    writer.close()
+    return written
 
 
 def write_beside(
-    version: Version, folder: Path, *, style: str | None = None, existing: Existing = "refuse", progress: Progress | None = None
+    version: Version,
+    folder: Path,
+    *,
+    style: str | None = None,
+    existing: Existing = "refuse",
+    progress: Progress | None = None,
 ) -> Exported:
-    """Write each caption as a text file beside the user's own image, which is found by its name and known by its bytes.
+    """Write captions as text files next to the user's own images, which are checked by their bytes.
 
-    Files that are there are kept, unless `existing` says to overwrite them or to append to them. Raises ConfigError if there
-    are some and it says nothing, before anything is written; or if an image is not the one that the version knows.
+    Raise ConfigError, before any write, if an image has changed, or text files exist and must not change.
     """
     report = progress or NullProgress()
-    captions = list(_own_images(version, folder, style))
+    captions = list(_read_own_images(version, folder, style))
     if not captions:
-        raise _nothing_to_write(version, style, "sidecar")
+        raise _no_text_error(version, style, "sidecar")
     to_write = set(images_to_write([image for image, _, _ in captions], existing))
-    for number, (image, caption, by_model) in enumerate(captions, start=1):
+    for number, (image, caption, is_human) in enumerate(captions, start=1):
         if image in to_write:
             lines = caption.splitlines()
-            write_sidecar(image, lines, existing, own=lines if by_model else ())
+            write_sidecar(image, lines, existing, own=() if is_human else lines)
         report("export", number, len(captions))
     return Exported(folder, len(to_write), version.num_rows - len(captions))
 
 
-def _own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
-    """Yield each image of the user's folder with its caption, and whether a model wrote that."""
+def _read_own_images(version: Version, folder: Path, style: str | None) -> Iterator[tuple[Path, str, bool]]:
     for item in read_items(version):
         text = item.caption(style)
         if text is None:
             continue
-        path = _path_of(folder, item.source_row)
+        path = _path_of_row(folder, item.source_row)
         try:
             is_same = image_id(read_regular(path, folder, max_bytes=MAX_IMAGE_BYTES)) == item.sample_id
         except (OSError, ValueError, UnsafeFileError) as error:
             hint = "name the folder that the images came from: --in-place DIR"
-            raise ConfigError(f"{path} is not there: {error}", hint=hint) from None
+            raise ConfigError(f"{path} cannot be read: {error}", hint=hint) from None
         if not is_same:
-            raise ConfigError(f"{path} is another image than the version has", hint="generate again, or put the image back")
-        yield path, text, text not in item.of_people
+            hint = "generate again, or restore the image"
+            raise ConfigError(f"{path} is not the image of the version", hint=hint)
+        yield path, text, text in item.human_texts
 
 
-def _path_of(folder: Path, name: str) -> Path:
-    """Return the file of a row of a folder; bytes of its name that are no UTF-8 stand in it as escapes."""
+def _path_of_row(folder: Path, name: str) -> Path:
+    r"""Return the file of a row of a folder source, whose name has bytes that are not UTF-8 as \xNN."""
     path = folder / name
     if os.path.lexists(path):
         return path
-    return folder / os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda escape: bytes([int(escape[1], 16)]), name.encode()))
+    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda escape: bytes([int(escape[1], 16)]), name.encode())
+    return folder / os.fsdecode(raw)
 
 
-def _is_there(out: Path) -> ConfigError:
-    return ConfigError(f"{out} is there already", hint="name another folder: --out DIR")
-
-
-def _require_style(version: Version, style: str | None) -> None:
-    """Raise ConfigError for a style that no caption of the version has: a format without it would say nothing."""
-    captions = version.manifest["measured"].get("captions", {})
-    if style is not None and style not in captions:
-        hint = f"styles of its captions: {', '.join(captions)}" if captions else "it has no captions: leave --style out"
-        raise ConfigError(f"no caption of {version.name} has the style {style}", hint=hint)
-
-
-def _nothing_to_write(version: Version, style: str | None, kind: str) -> ConfigError:
+def _no_text_error(version: Version, style: str | None, kind: str) -> ConfigError:
     if kind == "dpo" and REJECTED.name not in version.manifest.get("scores", ()):
-        hint = "generate some: synth generate --samples 4 --pairs"
+        hint = "generate pairs with `synth generate --samples 4 --pairs`"
         return ConfigError(f"{version.name} has no pairs of a better and a worse caption", hint=hint)
     own, captions = version.manifest.get("own_columns"), version.manifest["measured"].get("captions", {})
     if own and not captions and not style:
-        hint = f"its columns {', '.join(own)} go along in --format imagefolder, webdataset and lance"
+        hint = f"export its columns {', '.join(own)} with --format imagefolder, webdataset or lance"
         return ConfigError(f"{version.name} has no captions for this format", hint=hint)
-    known = ", ".join(captions) or "none"
-    wanted = f"a caption of the style {style}" if style else "a text"
-    return ConfigError(f"no image of {version.name} has {wanted} for this format", hint=f"styles of its captions: {known}")
+    text = f"a caption of the style {style}" if style else "a text"
+    hint = f"its captions have the styles: {', '.join(captions) or 'none'}"
+    return ConfigError(f"no image of {version.name} has {text} for this format", hint=hint)

@@ -1,91 +1,157 @@
-"""The formats of exports: each takes images one by one, and keeps in memory no more than it must.
+"""The formats of `synth export`. Each is given images one by one, and keeps little in memory.
 
 | format | for |
 |---|---|
-| parquet | readers of Parquet: all columns of the version with its images, as `synth push` sends them |
+| parquet | readers of Parquet: all columns of the version with its images, as `synth push` uploads them |
 | imagefolder | `datasets.load_dataset("imagefolder", data_dir=...)` |
-| sidecar | trainers of diffusion models: a text beside each image |
-| webdataset | the package webdataset, open_clip, img2dataset's readers |
+| sidecar | trainers of diffusion models: a text file next to each image |
+| webdataset | the package webdataset, open_clip, readers of img2dataset |
 | llava | LLaVA's trainers: conversations in JSON |
 | sharegpt | LLaMA-Factory and others: messages in JSON lines |
 | coco | pycocotools: captions, and boxes as instances |
-| csv | open_clip (`--csv-separator ,`): one line a caption |
+| csv | open_clip (`--csv-separator ,`): one line per caption |
 | cauldron | nanoVLM and other trainers of The Cauldron or FineVision: Parquet with `images` and `texts` |
-| lance | Lance and LanceDB: a dataset a split (extra `lance`) |
-| dpo | TRL's DPOTrainer: Parquet, one row for each caption that was the best of several, with the worst |
+| lance | Lance and LanceDB: one dataset per split (extra `lance`) |
+| dpo | TRL's DPOTrainer: Parquet, one row for each best caption of several, with the worst |
 """
 
 import csv
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.conversation import turns
-from pipeline.formats.base import Format, to_json, with_values
-from pipeline.formats.items import Item
-from pipeline.formats.table_formats import Cauldron, Lance, Preferences
+from pipeline.dataset.conversation import MESSAGE, messages, turns
+from pipeline.dataset.shards import SplitWriter
+from pipeline.errors import ConfigError
+from pipeline.formats.items import ITEM_BATCH, Item
+from pipeline.install import install_command
 from pipeline.storage.sidecars import note_own_lines
-from pipeline.tables import WRITTEN_BY
+from pipeline.tables import (
+    ANSWERS,
+    BY_MODEL,
+    CAPTIONS,
+    IMAGE,
+    QUESTION,
+    QUESTION_OF_PEOPLE,
+    REFERENCE_QA,
+    STRING,
+    WRITTEN_BY,
+    fields,
+)
 from pipeline.tasks.boxes import BOX_FIELDS
 
-DRAFT, LINES_AT_ONCE = ".metadata.jsonl", 10_000
-SHARD_BYTES = 500_000_000  # of a tar file, before the next one begins
+DRAFT, DRAFT_BATCH_LINES = ".metadata.jsonl", 10_000
+SHARD_BYTES = 500_000_000  # images and texts of a tar file
+
+
+class Format:
+    """Base of all formats. `style` selects captions (default: all)."""
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        self.folder, self.style = folder, style
+        self._files: dict[str, TextIO] = {}
+
+    def add(self, item: Item) -> bool:
+        """Write an image with its texts. Return False if it has no text for this format."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish all files, after the last image."""
+        for file in self._files.values():
+            file.close()
+
+    def captions(self, item: Item) -> list[tuple[str, str]]:
+        """Return the selected captions as (style, text)."""
+        return [(style, text) for style, text in item.captions if self.style in (None, style)]
+
+    def texts(self, item: Item) -> dict[str, Any]:
+        """Return all texts of an image, by column."""
+        return {
+            "text": item.caption(self.style),
+            "captions": [
+                {"style": style, "text": text, WRITTEN_BY: item.writer(text)}
+                for style, text in self.captions(item)
+            ],
+            "qa": [
+                {"question": question, "answer": answer, WRITTEN_BY: item.writer(question)}
+                for question, answer in item.questions
+            ],
+            "references": [*item.references],
+            REFERENCE_QA: [*item.reference_qa],
+        }
+
+    def turns(self, item: Item, image_token: str = "") -> list[tuple[str, str]]:
+        """Return (question, answer) for all texts of an image; the first question begins with
+        `image_token`.
+        """
+        asked = [*turns(self.captions(item), item.questions)]
+        return [(f"{image_token}{question}", answer) for question, answer in asked[:1]] + asked[1:]
+
+    def put_image(self, item: Item, folder: str) -> str:
+        """Write the file of an image, and return its path within the export."""
+        path = self.folder / folder / item.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.image)
+        return f"{folder}/{item.file_name}"
+
+    def file(self, name: str) -> TextIO:
+        """Return a text file of the export, which is opened once."""
+        if name not in self._files:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = path.open("w", encoding="utf-8", newline="")
+        return self._files[name]
 
 
 class ImageFolder(Format):
-    """A folder a split, with metadata.parquet: in lines of JSON, `datasets` takes an empty list for one of another type."""
+    """A folder for each split, with metadata.parquet. Of JSON lines, `datasets` would guess the types."""
 
     def add(self, item: Item) -> bool:
-        """See Format."""
         self.put_image(item, item.split)
-        about = {"file_name": item.file_name, **self.texts(item), "license": item.license, "source_row": item.source_row}
-        self.line(f"{item.split}/{DRAFT}", with_values(about, item))
+        about = {"license": item.license, "source_row": item.source_row}
+        row = add_values({"file_name": item.file_name, **self.texts(item), **about}, item)
+        self.file(f"{item.split}/{DRAFT}").write(to_json(row) + "\n")
         return True
 
     def close(self) -> None:
-        """See Format."""
         super().close()
         drafts = sorted(self.folder.glob(f"*/{DRAFT}"))
-        if not drafts:  # of splits without a row
-            return
-        schemas = (table.schema for path in drafts for table in _tables(path))
-        schema = pa.unify_schemas([*schemas], promote_options="permissive")
+        # A list that is empty in all rows of a batch has no type there, so the schemas of all batches are
+        # merged.
+        schemas = [pa.Table.from_pylist(rows).schema for path in drafts for rows in _read_lines(path)]
+        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
         for path in drafts:
             with pq.ParquetWriter(path.with_name("metadata.parquet").absolute(), schema) as writer:
-                for rows in _lines(path):
+                for rows in _read_lines(path):
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             path.unlink()
 
 
-def _lines(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the lines of a file of JSON, some at a time."""
+def _read_lines(path: Path) -> Iterator[list[dict[str, Any]]]:
     with path.open(encoding="utf-8") as file:
-        yield from iter(lambda: list(map(json.loads, islice(file, LINES_AT_ONCE))), [])
-
-
-def _tables(path: Path) -> Iterator[pa.Table]:
-    """Yield the lines of a file of JSON as tables, whose schema has what they have."""
-    yield from map(pa.Table.from_pylist, _lines(path))
+        while batch := [json.loads(line) for line in islice(file, DRAFT_BATCH_LINES)]:
+            yield batch
 
 
 class Sidecar(Format):
-    """A text file beside each image, with one caption."""
+    """A text file next to each image, with one caption."""
 
     def add(self, item: Item) -> bool:
-        """See Format."""
         text = item.caption(self.style)
         if text is None:
             return False
         self.put_image(item, item.split)
         file = self.folder / item.split / f"{item.name}.txt"
-        note_own_lines(file, text.splitlines() if text not in item.of_people else ())
+        note_own_lines(file, () if text in item.human_texts else text.splitlines())
         file.write_text(text + "\n", encoding="utf-8")
         return True
 
@@ -100,142 +166,134 @@ class WebDataset(Format):
         self._tar: tarfile.TarFile | None = None
 
     def add(self, item: Item) -> bool:
-        """See Format."""
-        if item.split != self._split or self._bytes >= self.shard_bytes:
-            self._next_shard(item.split)
         texts = self.texts(item)
         text = texts.pop("text")
-        about = {
-            **texts,
-            "width": item.width_px,
-            "height": item.height_px,
-            "license": item.license,
-        }
-        members = {item.suffix: item.image, "json": to_json(with_values(about, item)).encode()}
+        about = texts | {"width": item.width_px, "height": item.height_px, "license": item.license}
+        members = {item.suffix: item.image, "json": to_json(add_values(about, item)).encode()}
         members |= {"txt": text.encode()} if text is not None else {}
+        tar = self._open_tar(item.split)
         for suffix, data in members.items():
+            member = tarfile.TarInfo(f"{item.name}.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
             self._bytes += len(data)
-            if self._tar:
-                member = tarfile.TarInfo(f"{item.name}.{suffix}")
-                member.size = len(data)
-                self._tar.addfile(member, io.BytesIO(data))
         return True
 
     def close(self) -> None:
-        """See Format."""
-        self._end_shard()
-        super().close()
-
-    abandon = close
-
-    def _next_shard(self, split: str) -> None:
-        self._end_shard()
-        self._number = self._number + 1 if split == self._split else 0
-        self._split, self._bytes = split, 0
-        self._tar = tarfile.open(self.folder / f"{split}-{self._number:06d}.tar", "w")  # noqa: SIM115  # until the shard is full
-
-    def _end_shard(self) -> None:
         if self._tar:
             self._tar.close()
-            self._tar = None
+
+    def _open_tar(self, split: str) -> tarfile.TarFile:
+        if self._tar is None or split != self._split or self._bytes >= self.shard_bytes:
+            self.close()
+            self._number = self._number + 1 if split == self._split else 0
+            self._split, self._bytes = split, 0
+            path = self.folder / f"{split}-{self._number:06d}.tar"
+            self._tar = tarfile.open(path, "w")  # noqa: SIM115  # open until it is full
+        return self._tar
 
 
 class Llava(Format):
-    """A JSON list a split: one conversation for each image."""
+    """A JSON list for each split, with one conversation for each image."""
 
     def add(self, item: Item) -> bool:
-        """See Format."""
-        asked = [*turns(self.captions(item), item.questions)]
-        if not asked:
-            return False
         conversation = []
-        for number, (question, answer) in enumerate(asked):
-            image = "<image>\n" if number == 0 else ""
-            conversation += [{"from": "human", "value": f"{image}{question}"}, {"from": "gpt", "value": answer}]
+        for question, answer in self.turns(item, "<image>\n"):
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        if not conversation:
+            return False
         entry = {"id": item.name, "image": self.put_image(item, "images"), "conversations": conversation}
-        name = f"{item.split}.json"
-        self.file(name).write(("[\n" if self.file(name).tell() == 0 else ",\n") + to_json(entry))
+        file = self.file(f"{item.split}.json")
+        file.write(("[\n" if file.tell() == 0 else ",\n") + to_json(entry))
         return True
 
     def close(self) -> None:
-        """See Format."""
         for file in self._files.values():
             file.write("\n]\n")
         super().close()
 
 
 class ShareGpt(Format):
-    """JSON lines of messages with the paths of images."""
+    """JSON lines with messages and the paths of images."""
 
     def add(self, item: Item) -> bool:
-        """See Format."""
-        asked = [*turns(self.captions(item), item.questions)]
-        if not asked:
+        dialog = []
+        for question, answer in self.turns(item, "<image>"):
+            dialog += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if not dialog:
             return False
-        messages = []
-        for number, (question, answer) in enumerate(asked):
-            image = "<image>" if number == 0 else ""
-            messages += [{"role": "user", "content": f"{image}{question}"}, {"role": "assistant", "content": answer}]
-        self.line(f"{item.split}.jsonl", {"messages": messages, "images": [self.put_image(item, "images")]})
+        row = {"messages": dialog, "images": [self.put_image(item, "images")]}
+        self.file(f"{item.split}.jsonl").write(to_json(row) + "\n")
         return True
 
 
 class Coco(Format):
-    """Captions and boxes as COCO's annotations; lists are held until the end, without pixels."""
+    """COCO's JSON with captions, and with boxes as instances. It is held in memory until the end."""
 
     def __init__(self, folder: Path, style: str | None = None) -> None:
         super().__init__(folder, style)
-        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        self._images = 0
+        # By kind (captions or instances) and split.
+        self._images: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._annotations: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._count = 0
         self._licenses: dict[str, int] = {}
 
     def add(self, item: Item) -> bool:
-        """See Format."""
-        captions = self.captions(item)
+        captions = [{"caption": text, WRITTEN_BY: item.writer(text)} for _, text in self.captions(item)]
         if not captions and item.boxes is None:
             return False
-        part = self._parts.setdefault(item.split, {name: [] for name in ("captions", "instances", "captioned", "boxed")})
-        self._images += 1
+        self._count += 1
         self.put_image(item, f"images/{item.split}")
-        license_id = self._licenses.setdefault(item.license, len(self._licenses) + 1)
-        sizes = {"width": item.width_px, "height": item.height_px, "license": license_id}
-        image = {"id": self._images, "file_name": item.file_name, **sizes}
-        part["captioned"] += [image] if captions else []
-        part["boxed"] += [image] if item.boxes is not None else []  # an image of nothing is an example, too
-        for _, text in captions:
-            entry = {"id": len(part["captions"]) + 1, "image_id": self._images, "caption": text}
-            part["captions"].append(entry | {WRITTEN_BY: item.writer(text)})
-        for box in item.boxes or ():
-            left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
-            label = str(box.get("label") or "object")
-            shape = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top), "iscrowd": 0}
-            entry = {"id": len(part["instances"]) + 1, "image_id": self._images, "category": label, **shape}
-            part["instances"].append(entry)
+        image = {
+            "id": self._count,
+            "file_name": item.file_name,
+            "width": item.width_px,
+            "height": item.height_px,
+            "license": self._licenses.setdefault(item.license, len(self._licenses) + 1),
+        }
+        if captions:
+            self._add_annotations(("captions", item.split), image, captions)
+        # An image without boxes is an example, too, if the model was asked for boxes.
+        if item.boxes is not None:
+            self._add_annotations(("instances", item.split), image, [*map(_coco_instance, item.boxes)])
         return True
 
+    def _add_annotations(
+        self, part: tuple[str, str], image: dict[str, Any], annotations: list[dict[str, Any]]
+    ) -> None:
+        self._images.setdefault(part, []).append(image)
+        stored = self._annotations.setdefault(part, [])
+        for annotation in annotations:
+            stored.append({"id": len(stored) + 1, "image_id": image["id"], **annotation})
+
     def close(self) -> None:
-        """See Format."""
         licenses = [{"id": number, "name": name} for name, number in self._licenses.items()]
-        # In the order of their names, which no image decides.
-        labels = sorted({entry["category"] for part in self._parts.values() for entry in part["instances"]})
-        number_of = {label: number for number, label in enumerate(labels, 1)}
-        categories = [{"id": number, "name": label} for label, number in number_of.items()]
-        for split, part in self._parts.items():
-            for entry in part["instances"]:
-                entry["category_id"] = number_of[entry.pop("category")]
-            for kind, images in (("captions", part["captioned"]), ("instances", part["boxed"])):
-                if images:
-                    values = {"info": {}, "licenses": licenses, "images": images, "annotations": part[kind]}
-                    values |= {"categories": categories} if kind == "instances" else {}
-                    self.file(f"annotations/{kind}_{split}.json").write(to_json(values) + "\n")
+        instances = [a for (kind, _), part in self._annotations.items() if kind == "instances" for a in part]
+        # Sorted, so that the numbers do not depend on the order of images.
+        labels = sorted({instance["category"] for instance in instances})
+        category_ids = {label: number for number, label in enumerate(labels, 1)}
+        categories = [{"id": number, "name": label} for label, number in category_ids.items()]
+        for instance in instances:
+            instance["category_id"] = category_ids[instance.pop("category")]
+        for (kind, split), images in self._images.items():
+            annotations = self._annotations[kind, split]
+            values = {"info": {}, "licenses": licenses, "images": images, "annotations": annotations}
+            values |= {"categories": categories} if kind == "instances" else {}
+            self.file(f"annotations/{kind}_{split}.json").write(to_json(values) + "\n")
         super().close()
 
 
+def _coco_instance(box: dict[str, Any]) -> dict[str, Any]:
+    left, top, right, bottom = next(box[name] for name in BOX_FIELDS if name in box)
+    width, height = right - left, bottom - top
+    label = str(box.get("label") or "object")
+    return {"category": label, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+
+
 class Csv(Format):
-    """A table a split, with the names of columns that open_clip reads by default: one line a caption."""
+    """A table for each split, with the column names of open_clip: one line per caption."""
 
     def add(self, item: Item) -> bool:
-        """See Format."""
         captions = self.captions(item)
         if not captions:
             return False
@@ -245,6 +303,152 @@ class Csv(Format):
             writer.writerow(["filepath", "title", "style", WRITTEN_BY])
         writer.writerows([path, text, style, item.writer(text)] for style, text in captions)
         return True
+
+
+class TableFormat(Format):
+    """Base of formats that write tables with the images in the rows."""
+
+    SCHEMA: pa.Schema
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        super().__init__(folder, style)
+        self._split = ""
+        self._rows: list[dict[str, Any]] = []
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        """Return the rows about an image, without the column `sample_id`."""
+        raise NotImplementedError
+
+    def write(self, rows: pa.Table, split: str) -> None:
+        """Append rows to the table of a split. All rows of a split follow each other."""
+        raise NotImplementedError
+
+    def add(self, item: Item) -> bool:
+        if item.split != self._split or len(self._rows) >= ITEM_BATCH:
+            self._flush()
+        self._split = item.split
+        rows = self.rows_of(item)
+        self._rows += [{"sample_id": item.name, **row} for row in rows]
+        return bool(rows)
+
+    def close(self) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self.write(pa.Table.from_pylist(self._rows, schema=self.SCHEMA), self._split)
+        self._rows = []
+
+
+class ParquetFormat(TableFormat):
+    """Base of formats that are Parquet files, as `datasets` reads them."""
+
+    _writer: SplitWriter | None = None
+
+    def write(self, rows: pa.Table, split: str) -> None:
+        if self._writer is None or self._writer.split != split:
+            self._end_split()
+            self._writer = SplitWriter(self.folder, split, self.SCHEMA)
+        self._writer.add(rows)
+
+    def close(self) -> None:
+        super().close()
+        self._end_split()
+
+    def _end_split(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+class Cauldron(ParquetFormat):
+    """The columns of The Cauldron and FineVision: images, and turns of a user and an assistant."""
+
+    SCHEMA = pa.schema(
+        {
+            "sample_id": STRING,
+            "images": pa.list_(IMAGE),
+            "texts": pa.list_(pa.struct(fields(STRING, "user", "assistant"))),
+            "source": STRING,
+        }
+    )
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        texts = [{"user": question, "assistant": answer} for question, answer in self.turns(item)]
+        images = [{"bytes": item.image, "path": None}]
+        return [{"images": images, "texts": texts, "source": item.source_row}] if texts else []
+
+
+class Preferences(ParquetFormat):
+    """The columns of TRL's DPOTrainer: one row for each pair of a better and a worse caption."""
+
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("image", IMAGE),
+            *fields(pa.list_(MESSAGE), "prompt", "chosen", "rejected"),
+        ]
+    )
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        rows = []
+        for style, better, worse in item.pairs:
+            if self.style in (None, style):
+                prompt, chosen = messages(turns([(style, better)], []))
+                _, rejected = messages(turns([(style, worse)], []))
+                dialog = {"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]}
+                rows.append({"image": {"bytes": item.image, "path": None}, **dialog})
+        return rows
+
+
+class Lance(TableFormat):
+    """A Lance dataset for each split: one row per image, with all texts and values."""
+
+    SCHEMA = pa.schema(
+        [
+            pa.field("sample_id", STRING),
+            pa.field("image", pa.binary()),
+            *fields(pa.int32(), "width", "height"),
+            pa.field("text", STRING),
+            pa.field("captions", pa.list_(pa.struct(fields(STRING, "style", "text", WRITTEN_BY)))),
+            pa.field("qa", pa.list_(pa.struct(fields(STRING, "question", "answer", WRITTEN_BY)))),
+            pa.field("references", pa.list_(STRING)),
+            pa.field(REFERENCE_QA, pa.list_(QUESTION_OF_PEOPLE)),
+            *fields(STRING, "values", "license", "source_row"),  # values of custom tasks are JSON
+        ]
+    )
+
+    def __init__(self, folder: Path, style: str | None = None) -> None:
+        super().__init__(folder, style)
+        if find_spec("lance") is None:
+            raise ConfigError("the format lance needs the package pylance", hint=install_command("lance"))
+
+    def rows_of(self, item: Item) -> list[dict[str, Any]]:
+        about = {"license": item.license, "source_row": item.source_row, "values": to_json(item.values)}
+        sizes = {"width": item.width_px, "height": item.height_px}
+        return [{"image": item.image, **sizes, **self.texts(item), **about}]
+
+    def write(self, rows: pa.Table, split: str) -> None:
+        # Lance warns about each file that it creates.
+        os.environ.setdefault("LANCE_LOG", "error")
+        import lance
+
+        path = self.folder / f"{split}.lance"
+        lance.write_dataset(rows, str(path), mode="append" if path.exists() else "create")
+
+
+def add_values(row: dict[str, Any], item: Item) -> dict[str, Any]:
+    """Add WRITTEN_BY and the values of custom tasks to a row. A name that is taken gets an underscore.
+
+    WRITTEN_BY is BY_MODEL if a value has the name of a column of texts, which sources would read as human.
+    """
+    has_text_name = not {*CAPTIONS, QUESTION, *ANSWERS}.isdisjoint(item.values)
+    row = row | {WRITTEN_BY: BY_MODEL if has_text_name else item.writer(row.get("text") or "")}
+    return row | {f"{name}_" if name in row else name: value for name, value in item.values.items()}
+
+
+def to_json(value: Any) -> str:
+    """Return a value as a line of JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
@@ -260,5 +464,5 @@ FORMATS: dict[str, Callable[[Path, str | None], Format]] = {
     "lance": Lance,
 }
 
-PARQUET = "parquet"  # of all columns: written at once, not image by image (dataset/publishing.py)
-OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # which a repository of the Hub may hold
+PARQUET = "parquet"  # not in FORMATS: all columns are written at once (dataset/publishing.py)
+OF_FEW_FILES = ("webdataset", "cauldron", "dpo", "lance")  # formats for a repository of the Hub

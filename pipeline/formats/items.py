@@ -1,4 +1,4 @@
-"""The rows of a version as exports see them: one image with its texts and values."""
+"""The rows of a version as exports read them: an image with its texts and values."""
 
 import hashlib
 import re
@@ -12,18 +12,16 @@ from pipeline.errors import ConfigError, ImageError
 from pipeline.images.decode import open_image, upright_file
 from pipeline.tables import BY_MODEL, BY_PEOPLE, OF_PEOPLE, REFERENCE_QA, SPLITS
 
-ROWS_AT_ONCE = 64  # with their images
-_OF_IMAGES = ("sample_id", "image", "width_px", "height_px", "license", "source_row")
-COLUMNS = (*_OF_IMAGES, "references", REFERENCE_QA, "captions", "qa")  # that exports have a place for, beside own tasks
+ITEM_BATCH = 64  # images in memory
 _ID = re.compile(r"[0-9a-f]{64}")
-_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: of cameras, several JPEGs in one file; other formats have their own name
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in one file
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a version with its texts and values."""
+    """An image of a version with its texts and values."""
 
-    name: str  # of its file, without a suffix: the sample's id
+    name: str  # of its file, without suffix: the sample's id
     suffix: str
     split: str
     image: bytes
@@ -32,63 +30,68 @@ class Item:
     license: str
     source_row: str
     sample_id: str
-    captions: Sequence[tuple[str, str]]  # style and text
-    of_people: frozenset[str]  # those captions and questions that people wrote
-    questions: Sequence[tuple[str, str]]  # and their answers
+    captions: Sequence[tuple[str, str]]  # (style, text)
+    questions: Sequence[tuple[str, str]]  # (question, answer)
+    human_texts: frozenset[str]  # the human ones of the captions and questions
     references: Sequence[str]
-    reference_qa: Sequence[dict[str, Any]] = ()  # questions of people, with all answers
-    values: dict[str, Any] = field(default_factory=dict)  # of own tasks, by name
-    boxes: Sequence[dict[str, Any]] | None = None  # of own tasks of that kind; none that was answered is no empty image
-    pairs: Sequence[tuple[str, str, str]] = ()  # style of captions, the best of several and the worst
+    reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
+    values: dict[str, Any] = field(default_factory=dict)  # of custom tasks, by name
+    boxes: Sequence[dict[str, Any]] | None = None  # of custom tasks; None if no task was answered
+    pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
     @property
     def file_name(self) -> str:
-        """The name of its file."""
+        """The name of the image file."""
         return f"{self.name}.{self.suffix}"
 
     def writer(self, text: str) -> str:
-        """Return who wrote a caption or a question: BY_MODEL or BY_PEOPLE."""
-        return BY_PEOPLE if text in self.of_people else BY_MODEL
+        """Return the writer of a caption or question: BY_MODEL or BY_PEOPLE."""
+        return BY_PEOPLE if text in self.human_texts else BY_MODEL
 
     def caption(self, style: str | None) -> str | None:
-        """Return the caption of a style, or without one the preferred caption; None if there is none."""
+        """Return the caption of a style, by default the preferred caption; None without such a caption."""
         if style:
-            return next((text for of, text in self.captions if of == style), None)
+            return next((text for name, text in self.captions if name == style), None)
         return preferred_caption(self.captions)
 
 
 def read_items(version: Version, splits: Iterable[str] = SPLITS) -> Iterator[Item]:
-    """Yield the images of a version, in order. Raises ConfigError if it has no pixels, or holds decks."""
+    """Yield the images of a version, in order. Raise ConfigError if it has no pixels, or holds decks."""
     columns = version.manifest["columns"]
+    if "image" not in columns and "pages" in columns:
+        hint = "export single images"
+        raise ConfigError(f"{version.name} holds decks, which this format does not support", hint=hint)
     if "image" not in columns:
-        if "pages" in columns:
-            raise ConfigError(f"{version.name} holds decks, which these formats have no place for", hint="export single images")
         raise no_pixels_error(version)
     own = {column.name: column.kind for column in extras_of(version.manifest).own}
-    for split, batch in version.batches([name for name in (*COLUMNS, *own) if name in columns], ROWS_AT_ONCE, splits):
+    unused = ("pages", "source", "context")
+    names = [name for name in columns if name not in unused]
+    for split, batch in version.batches(names, ITEM_BATCH, splits):
         for row in batch.to_pylist():
-            yield _item(row, split, own)
+            yield _make_item(row, split, own)
 
 
 def no_pixels_error(version: Version) -> ConfigError:
     """Return the error to raise for a version without images."""
-    return ConfigError(f"{version.name} holds no pixels", hint="say where the images are: --images FOLDER")
+    return ConfigError(f"{version.name} holds no pixels", hint="pass --images FOLDER")
 
 
-def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
+def _make_item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
     sample_id = row["sample_id"]
     captions, questions = row.get("captions") or (), row.get("qa") or ()
-    # A version may be a stranger's, and its ids anything, even a path.
-    name = sample_id if _ID.fullmatch(sample_id) else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
+    # In an untrusted version, an id may be anything, even a path.
+    is_safe = _ID.fullmatch(sample_id)
+    name = sample_id if is_safe else hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
     try:
-        image = upright_file(row["image"]["bytes"])  # many readers know nothing of EXIF
+        # Many readers ignore the orientation in EXIF.
+        image = upright_file(row["image"]["bytes"])
         with open_image(image, counts_scans=False) as header:
             kind = header.format or ""
     except ImageError as error:
-        raise ConfigError(
-            f"the image {sample_id[:12]} cannot be read: {error}", hint="`synth check` says what is damaged"
-        ) from None
-    answered = [row[task] for task, kind in own.items() if kind == "boxes" and row[task] is not None]
+        problem = f"the image {sample_id[:12]} cannot be read: {error}"
+        raise ConfigError(problem, hint="find the damage with `synth check`") from None
+    box_lists = [row[task] for task in own if own[task] == "boxes" and row[task] is not None]
+    human = [annotation for annotation in (*captions, *questions) if annotation["prompt_id"] in OF_PEOPLE]
     return Item(
         name=name,
         suffix=_SUFFIXES.get(kind, kind.lower()),
@@ -100,13 +103,11 @@ def _item(row: dict[str, Any], split: str, own: dict[str, str]) -> Item:
         source_row=row["source_row"],
         sample_id=sample_id,
         captions=[(caption["style"] or "", caption["text"]) for caption in captions],
-        of_people=frozenset(
-            one.get("text") or one["question"] for one in (*captions, *questions) if one["prompt_id"] in OF_PEOPLE
-        ),
         questions=[(pair["question"], pair["answer"]) for pair in questions],
+        human_texts=frozenset(annotation.get("text") or annotation["question"] for annotation in human),
         references=row.get("references") or (),
         reference_qa=row.get(REFERENCE_QA) or (),
         values={task: row[task] for task in own},
+        boxes=[box for boxes in box_lists for box in boxes] if box_lists else None,
         pairs=[(one["style"] or "", one["text"], one["rejected"]) for one in captions if one.get("rejected")],
-        boxes=[box for boxes in answered for box in boxes] if answered else None,
     )

@@ -13,7 +13,16 @@ from pipeline.dataset.card import CARD_SAMPLES, has_unknown_license, render_card
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.integrity import require_intact_files
 from pipeline.dataset.publishing import write_self_contained
-from pipeline.dataset.version import AGAIN, LEFT_OUT, LOCK, PUSHED, REJECTIONS_FILE, Version, file_entry, first_rows, schema_of
+from pipeline.dataset.version import (
+    LEFT_OUT,
+    LOCK,
+    PUSHED,
+    REJECTIONS_FILE,
+    Version,
+    file_entry,
+    first_rows,
+    schema_of,
+)
 from pipeline.digests import digest, without_folders
 from pipeline.errors import PushError
 from pipeline.storage.files import json_text, open_parquet, open_writer, read_json
@@ -23,16 +32,22 @@ from pipeline.tables import PIXELS, features, with_features
 from pipeline.types import non_redistributable
 
 NO_EXPORTS: Mapping[str, Path] = MappingProxyType({})
-CHECKPOINT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "train.json", "metrics.json", "log.jsonl")
+CHECKPOINT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "model.safetensors",
+    "train.json",
+    "metrics.json",
+    "log.jsonl",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A version of a dataset, a model, or a page for a model, to upload.
+    """The files of a dataset version, a model or a Space, to upload.
 
-    `name` is its tag, `title` the message of its commit; `manifest` is the uploaded manifest, with the digest and size of
-    each file; `files` maps each path in the repository to a local file or to its content. `has_unknown_license`: it holds,
-    tells of or has learned from images whose license is not known.
+    `name` is the tag, `title` the commit message. `files` maps paths in the repository to local files or
+    content, and `manifest` has their digests and sizes. `has_unknown_license` is about images in the data.
     """
 
     kind: Literal["dataset", "model", "space"]
@@ -44,15 +59,19 @@ class Package:
 
     def bytes(self) -> dict[str, int]:
         """Return the size of each file."""
-        return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()}
+        files = self.files.items()
+        return {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
 
 
 def exported_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest's entries of the files of exports, by their paths in the repository; of what is none, nothing."""
+    """Return the valid entries of exported files in a manifest, by path in the repository."""
     exports = manifest.get("exports")
-    folders = exports.items() if isinstance(exports, dict) else ()
-    files = ((f"{name}/{file}", entry) for name, of in folders if isinstance(of, dict) for file, entry in of.items())
-    return {path: entry for path, entry in files if isinstance(entry, dict) and isinstance(entry.get("sha256"), str)}
+    files = {}
+    for name, entries in exports.items() if isinstance(exports, dict) else ():
+        for file, entry in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("sha256"), str):
+                files[f"{name}/{file}"] = entry
+    return files
 
 
 @contextmanager
@@ -65,28 +84,26 @@ def build_package(
     stated: dict[str, str] | None = None,
     exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Iterator[Package]:
-    """Yield the package to push to `repo`; shards with the images are in a temporary folder that is removed
-    afterwards.
+    """Yield the package to push to `repo`, whose files may be temporary.
 
-    `images` includes or leaves out pixels; None leaves out those that may not be redistributed. `acknowledged` are restrictive
-    licenses under which the caller may redistribute pixels; the card says so. `stated` is what the caller says of the data
-    (dataset.manifest.describe_data). `exports` are folders of the same rows in formats of other tools, by name, which go into
-    folders of that name. Raise PushError if files of the version are missing, or if `images` or `exports` would include pixels
-    that may not be redistributed; StoreError if a file is damaged.
+    `images` includes pixels (None: if their licenses allow it). `acknowledged` are restrictive licenses that
+    the caller may publish under. `stated` are facts about the data (`describe_data`), `exports` folders with
+    the same rows in other formats. Raise PushError if pixels may not be published; StoreError if a file is
+    damaged.
     """
-    if missing := [name for name in (*version.manifest["files"], REJECTIONS_FILE) if not (version.path / name).is_file()]:
-        raise PushError(f"{version.path} lacks {', '.join(missing)}", hint=AGAIN)
     require_intact_files(version)
     restricted = non_redistributable(version.manifest["licenses"])
     refused = [license_name for license_name in restricted if license_name not in acknowledged]
     if images and refused:
-        hint = f"if you hold the right to, say so: --acknowledge {' --acknowledge '.join(refused)}; the card will say it"
+        options = " ".join(f"--acknowledge {name}" for name in refused)
+        hint = f"if you have the right to, pass {options}: the card will state it"
         raise PushError(f"pixels under {', '.join(refused)} may not be passed on", hint=hint)
     pixel_columns = [column for column in PIXELS if column in version.manifest["columns"]]
-    with _scratch(version) as folder:
+    with _scratch_folder(version) as folder:
         if pixel_columns and (images is False or (images is None and restricted)):
             if exports:
-                raise PushError(f"{', '.join(exports)} would hold the images, which are left out", hint="leave out --also")
+                problem = f"{', '.join(exports)} would hold the images, which are left out"
+                raise PushError(problem, hint="leave out --also")
             yield _pack(version, repo, without_pixels(version, folder) | (stated or {}), folder)
             return
         if version.holds_pixels:
@@ -98,11 +115,8 @@ def build_package(
 
 
 @contextmanager
-def _scratch(version: Version) -> Iterator[Path]:
-    """Yield an empty temporary folder for shards.
-
-    Images from a store take as much room as the store: the folder is on its disk.
-    """
+def _scratch_folder(version: Version) -> Iterator[Path]:
+    """Yield an empty folder for shards, on the disk of the images if these are in a store."""
     home = None if version.holds_pixels else version.dataset_dir / PUSHED
     if home is not None:
         home.mkdir(parents=True, exist_ok=True)
@@ -111,29 +125,39 @@ def _scratch(version: Version) -> Iterator[Path]:
 
 
 def without_pixels(version: Version, folder: Path) -> dict[str, Any]:
-    """Write a copy of each shard without pixels; return the manifest that goes with them."""
+    """Write a copy of each shard without pixels, and return the manifest of the copies."""
     columns = [column for column in version.manifest["columns"] if column not in PIXELS]
     files, schema = {}, schema_of(version.manifest | {"columns": columns})
     for name, entry in version.manifest["files"].items():
         source = open_parquet(version.path / name)
         with open_writer(folder / name, with_features(schema)) as writer:
-            for group in range(source.num_row_groups):  # one at a time, to keep the boundaries of row groups
-                writer.write_table(source.read_row_group(group, columns=columns).select(columns).cast(writer.schema))
+            # Keep the row groups, whose boundaries depend on the rows.
+            for group in range(source.num_row_groups):
+                rows = source.read_row_group(group, columns=columns).select(columns)
+                writer.write_table(rows.cast(writer.schema))
         files[name] = entry | file_entry(folder / name)
-    left_out = {"pixels": LEFT_OUT, "pixel_columns": [c for c in version.manifest["columns"] if c in PIXELS]}
+    manifest = {key: value for key, value in version.manifest.items() if key != "images"}
+    pixel_columns = [column for column in version.manifest["columns"] if column in PIXELS]
     described = {"columns": columns, "features": features(schema), "files": files, "reader_columns": []}
-    return {key: value for key, value in version.manifest.items() if key != "images"} | described | left_out
+    return manifest | described | {"pixels": LEFT_OUT, "pixel_columns": pixel_columns}
 
 
 def _pack(
-    version: Version, repo: str, manifest: dict[str, Any], folder: Path, exports: Mapping[str, Path] = NO_EXPORTS
+    version: Version,
+    repo: str,
+    manifest: dict[str, Any],
+    folder: Path,
+    exports: Mapping[str, Path] = NO_EXPORTS,
 ) -> Package:
-    exported = {
-        name: {path.relative_to(of).as_posix(): path for path in sorted(of.rglob("*")) if path.is_file()}
-        for name, of in exports.items()
-    }
-    entries = {name: {file: file_entry(path) for file, path in files.items()} for name, files in exported.items()}
-    manifest = {key: value for key, value in manifest.items() if key != "exports"} | ({"exports": entries} if entries else {})
+    exported: dict[str, Path | bytes] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, export in exports.items():
+        for path in sorted(path for path in export.rglob("*") if path.is_file()):
+            file = path.relative_to(export).as_posix()
+            exported[f"{name}/{file}"] = path
+            entries.setdefault(name, {})[file] = file_entry(path)
+    manifest = {key: value for key, value in manifest.items() if key != "exports"}
+    manifest |= {"exports": entries} if entries else {}
     return Package(
         kind="dataset",
         name=version.name,
@@ -141,7 +165,7 @@ def _pack(
         manifest=manifest,
         files={
             **{name: folder / name for name in sorted(manifest["files"])},
-            **{f"{name}/{file}": path for name, files in exported.items() for file, path in files.items()},
+            **exported,
             REJECTIONS_FILE: version.path / REJECTIONS_FILE,
             "README.md": render_card(manifest, first_rows(version, CARD_SAMPLES), repo).encode(),
             "manifest.json": json_text(manifest).encode(),
@@ -151,33 +175,37 @@ def _pack(
 
 
 def build_checkpoint_package(
-    folder: Path, repo: str, more: Callable[[Path], Mapping[str, bytes]], hub_ids: Mapping[str, str]
+    folder: Path, repo: str, extra_files: Callable[[Path], Mapping[str, bytes]], hub_ids: Mapping[str, str]
 ) -> Package:
-    """Return the package of a captioner, tagged by its data and a digest of its files. Raise PushError if it is not trained.
+    """Return the package of a captioner, tagged by the version of its data and a digest of its files.
 
-    `more` makes files beside those of the checkpoint, or in place of them: with them it loads in transformers. `hub_ids` has
-    the ids of models that settings name briefly.
-    Raise UnsafeFileError for a file that is a link to the outside of the folder: its content would be published.
+    `extra_files` returns the files that transformers needs. `hub_ids` maps short names of models to Hub ids.
+    Raise PushError for an unfinished training; UnsafeFileError for a link out of the folder.
     """
     if missing := [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]:
-        hint = "go on with it: synth train --resume" if (folder / "resume.pt").exists() else "pass what `synth train` printed"
+        is_interrupted = (folder / "resume.pt").exists()
+        hint = (
+            "run `synth train --resume`" if is_interrupted else "name the folder that `synth train` printed"
+        )
         raise PushError(f"{folder} is not a finished training: it lacks {missing[0]}", hint=hint)
     for name in CHECKPOINT_FILES:
         require_regular(folder / name, folder)
     saved = {name: read_json(folder / f"{name}.json") for name in ("config", "train", "metrics")}
-    made_of_models = base_models(saved["train"], hub_ids)
-    for part in ("encoder", "decoder"):  # local paths are removed before settings are published
+    models = base_models(saved["train"], hub_ids)
+    # Local paths are not published.
+    for part in ("encoder", "decoder"):
         saved["train"][part] = without_folders(str(saved["train"][part]))
-    written = {"train.json": json_text(saved["train"]).encode(), **more(folder)}
+    written = {"train.json": json_text(saved["train"]).encode(), **extra_files(folder)}
     files = {name: file_entry(folder / name) for name in CHECKPOINT_FILES}
-    files |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in written.items()}
-    content_digest = digest([files[name]["sha256"] for name in (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))])
+    files |= _content_entries(written)
+    names = (*CHECKPOINT_FILES, *sorted({*files} - {*CHECKPOINT_FILES}))
+    content_digest = digest([files[name]["sha256"] for name in names])
     data = saved["config"]["data"]
     name = f"{data['version']}-{content_digest[:8]}"
     manifest = {"version": name, "digest": content_digest, "data": data, "files": files}
-    made_of, pushed_as = _version_of(folder, data)
-    dataset = data.get("repo") or pushed_as
-    card = render_model_card(saved | {"digest": content_digest}, repo, dataset, made_of_models)
+    version, pushed_to = _version_of(folder, data)
+    dataset = data.get("repo") or pushed_to
+    card = render_model_card(saved | {"digest": content_digest}, repo, dataset, models)
     return Package(
         kind="model",
         name=name,
@@ -189,19 +217,26 @@ def build_checkpoint_package(
             "README.md": card.encode(),
             "manifest.json": json_text(manifest).encode(),
         },
-        has_unknown_license=data.get("has_unknown_license", made_of is None or has_unknown_license(made_of.manifest)),
+        has_unknown_license=data.get(
+            "has_unknown_license", version is None or has_unknown_license(version.manifest)
+        ),
     )
 
 
+def _content_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {name: {"sha256": digests[name], "bytes": len(data)} for name, data in files.items()}
+
+
 def base_models(train: Mapping[str, Any], hub_ids: Mapping[str, str]) -> list[str]:
-    """Return the ids of the models on the Hub that a captioner was made of; a folder is none, whatever its name is."""
+    """Return the Hub ids of the models that a captioner was made of. Local folders have none."""
     given = [str(train[part]) for part in ("encoder", "decoder")]
     return [hub_ids.get(name, name) for name in given if name in hub_ids or without_folders(name) == name]
 
 
 def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
-    """Return the package of a Space for a model, under the model's tag; `files` are all of it but the manifest."""
-    entries = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    """Return the package of a Space for a model, with the model's tag and these `files`."""
+    entries = _content_entries(files)
     content_digest = digest([[name, entry["sha256"]] for name, entry in sorted(entries.items())])
     manifest = {"version": model.name, "digest": content_digest, "files": entries}
     return Package(
@@ -215,7 +250,10 @@ def build_space_package(model: Package, files: Mapping[str, bytes]) -> Package:
 
 
 def _version_of(folder: Path, data: dict[str, Any]) -> tuple[Version | None, str | None]:
-    """Return the version that a checkpoint has learned from and where it was pushed, if it lies in the dataset's folder."""
-    home = DatasetDir(folder.resolve().parent.parent)
-    version = next((v for v in home.versions() if v.manifest["digest"] == data["digest"]), None)
-    return version, next((push["repo"] for push in home.pushed() if version and push["version"] == version.name), None)
+    """Return the version that a checkpoint was trained on, and the repository of its push."""
+    dataset = DatasetDir(folder.resolve().parent.parent)
+    version = next((v for v in dataset.versions() if v.manifest["digest"] == data["digest"]), None)
+    if version is None:
+        return None, None
+    repos = (push["repo"] for push in dataset.pushed() if push["version"] == version.name)
+    return version, next(repos, None)

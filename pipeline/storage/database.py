@@ -1,4 +1,4 @@
-"""DuckDB for whatever compares rows with each other: queries that spill to the disk instead of filling the memory."""
+"""DuckDB queries that compare rows with each other and spill to the disk if they exceed the memory limit."""
 
 import os
 import signal
@@ -17,36 +17,37 @@ from pipeline.errors import StoreError, one_line
 from pipeline.storage.files import remove
 from pipeline.storage.object_store import is_remote
 
-MEMORY_BYTES = 1_500_000_000  # of DuckDB; the rest of a query lies on the disk
+MEMORY_BYTES = 1_500_000_000  # memory limit of DuckDB
 BATCH_ROWS = 65_536
-PREFIX = ".compare-"  # of the folder of a database
-_cursors: list[duckdb.DuckDBPyConnection] = []  # of the open database
+PREFIX = ".compare-"  # prefix of the temporary folder of a database
+_cursors: list[duckdb.DuckDBPyConnection] = []
 
 
 @contextmanager
 def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield an empty database in `folder`, whose lock the caller holds.
+    """Yield an empty database in `folder`, whose lock the caller holds, or in the temporary folder.
 
-    For an object store, and for a name that DuckDB cannot open, it is in the temporary folder.
-
-    Raises StoreError if the disk or the memory is full.
+    Raise StoreError if the disk or the memory is full.
     """
-    parent = None if is_remote(folder) else folder.absolute()  # what is before a colon would be an extension of DuckDB
-    if parent and "?" in str(parent):  # what is behind it would be options
-        parent = None
-    config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(len(os.sched_getaffinity(0)))}
-    for abandoned in parent.glob(f"{PREFIX}*") if parent else ():  # of a command that was killed
+    # DuckDB reads the text before a colon of a relative path as an extension, and the text after a `?` as
+    # options.
+    parent = None if is_remote(folder) or "?" in str(folder.absolute()) else folder.absolute()
+    threads = len(os.sched_getaffinity(0))
+    config: dict[str, Any] = {"memory_limit": f"{MEMORY_BYTES // 2**20}MiB", "threads": str(threads)}
+    for abandoned in parent.glob(f"{PREFIX}*") if parent else ():
         remove(abandoned)
     with TemporaryDirectory(prefix=PREFIX, dir=parent) as home:
         try:
             with duckdb.connect(f"{home}/rows.duckdb", config=config) as db:
-                db.execute("SET preserve_insertion_order = false")  # every query that needs an order names it
-                with _signals_end_queries(db):
-                    yield _quiet(db)
+                # Queries that need an order state it.
+                db.execute("SET preserve_insertion_order = false")
+                with _interrupt_queries_on_signals(db):
+                    yield _without_progress_bar(db)
         except duckdb.InterruptException:
             raise KeyboardInterrupt from None
         except RuntimeError as error:
-            if type(error) is RuntimeError and str(error) == "Query interrupted":  # as DuckDB passes on a signal
+            # DuckDB raises this if it receives a signal.
+            if type(error) is RuntimeError and str(error) == "Query interrupted":
                 raise KeyboardInterrupt from None
             raise
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
@@ -55,39 +56,43 @@ def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 @contextmanager
-def _signals_end_queries(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """End the query that runs when a signal comes: DuckDB hears it, but waits for what a thread of its own has begun."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _interrupt_queries_on_signals(db: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Interrupt running queries on SIGINT and SIGTERM. DuckDB alone would first finish the tasks of its
+    threads.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for connection in (db, *_cursors):
             connection.interrupt()
-        handler = before[signal.Signals(number)]
+        handler = handlers[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)
 
-    handled = [number for number, handler in before.items() if callable(handler)]  # what is ignored, or ends a process, does so
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
-        handled = []
-    for number in handled:
+    # Signals that are ignored, or end the process, keep doing so.
+    replaced = [number for number, handler in handlers.items() if callable(handler)]
+    # Only the main thread may set handlers.
+    if threading.current_thread() is not threading.main_thread():
+        replaced = []
+    for number in replaced:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
         _cursors.clear()
-        for number in handled:
-            signal.signal(number, before[number])
+        for number in replaced:
+            signal.signal(number, handlers[number])
 
 
 def open_cursor(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
     """Return a second connection to the same database."""
-    cursor = _quiet(db.cursor())
+    cursor = _without_progress_bar(db.cursor())
     _cursors.append(cursor)
     return cursor
 
 
-def _quiet(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    db.execute("SET enable_progress_bar = false")  # it would print to stdout, where results are; a setting of one connection
+def _without_progress_bar(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    db.execute("SET enable_progress_bar = false")
     return db
 
 
@@ -98,11 +103,9 @@ def load(
     schema: pa.Schema,
     query: str = "SELECT * FROM incoming",
 ) -> None:
-    """Make a table of what a query takes from Arrow tables, one in memory at a time.
+    """Create the table `name` from a query over Arrow tables (`incoming`), one in memory at a time.
 
-    The maker of the tables may query the database by its own cursor only.
-
-    Errors of the maker, and a signal while it works, are raised as they are: DuckDB would hide them within errors of its own.
+    `batches` may query the database only through another cursor. Its exceptions are raised unchanged.
     """
     raised: list[BaseException] = []
 
@@ -126,13 +129,13 @@ def load(
 
 
 def read(relation: duckdb.DuckDBPyRelation) -> Iterator[pa.Table]:
-    """Yield the rows of a query in its order, a batch at a time."""
+    """Yield the rows of a query in batches."""
     for batch in relation.to_arrow_reader(BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
 
 def hash_to_unit_sql(*parts: str) -> str:
-    """Return the SQL of `digests.hash_to_unit`; each part is SQL for a text that JSON writes without escapes."""
+    """Return the SQL of `digests.hash_to_unit`. Parts are SQL for texts that need no escapes in JSON."""
     joined = """ || '","' || """.join(parts)
     first_bytes = f"substr(sha256('[\"' || {joined} || '\"]'), 1, 16)"
     return f"(('0x' || {first_bytes})::UBIGINT::DOUBLE / 18446744073709551616.0)"

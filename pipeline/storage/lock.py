@@ -1,4 +1,6 @@
-"""One writer at a time: a lock on a file of this machine, and a lease on an object store, which has no file locks."""
+"""Locks for one writer at a time: file locks on this machine, and leases in object stores, which have no
+locks.
+"""
 
 import errno
 import fcntl
@@ -16,20 +18,18 @@ from uuid import uuid4
 from pipeline.errors import StoreError, SynthError
 from pipeline.storage.object_store import filesystem_of, key_of, store_error_types
 
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
+# O_NONBLOCK: opening a pipe must not wait for its other end.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 log = logging.getLogger(__name__)
-LEASE_TIMEOUT_S = 30.0  # without a heartbeat, after which a holder is presumed dead
-HEARTBEATS_PER_TIMEOUT = 4  # heartbeats in that time
-
-
-# --- files
+LEASE_TIMEOUT_S = 30.0  # a holder without a heartbeat for this long is presumed dead
+HEARTBEATS_PER_TIMEOUT = 4
 
 
 def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthError]) -> BinaryIO:
-    """Return a lock file, made if it is not there, locked until it is closed. A holder may remove it at its end.
+    """Lock a file until it is closed, and return it. The holder may remove it at the end.
 
-    `on_busy` is called if another process holds it: it raises what is to be raised, or returns, and the lock is waited for.
-    Raise `error_type` for a link, since a folder of a stranger may hold one to any file; OSError if it cannot be opened.
+    If another process holds the lock, `on_busy` raises, or returns to wait. Raise `error_type` for a link,
+    which could lead to any file; OSError if the file cannot be opened.
     """
     while True:
         try:
@@ -37,14 +37,15 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise error_type(f"{path} is a link, which nothing here has made", hint="remove it") from None
+            raise error_type(f"{path} is a link, but must be a file", hint="remove the link") from None
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_busy()
                 fcntl.flock(file, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # a file that was removed meanwhile locks nothing
+            # If the previous holder has removed the file, this lock protects nothing: try again.
+            with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                     return file
         except BaseException:
@@ -55,7 +56,7 @@ def lock_file(path: Path, on_busy: Callable[[], None], error_type: type[SynthErr
 
 @contextmanager
 def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
-    """Hold a lock file, and remove it at the end. Raise `busy` if another process holds it; a link is an error of its type."""
+    """Hold a lock file and remove it at the end. Raise `busy` if another process holds it."""
 
     def refuse() -> None:
         raise busy
@@ -67,29 +68,27 @@ def hold_lock(path: Path, busy: SynthError) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-# --- object stores
-
-
 @contextmanager
 def lease(
-    path: Path, seconds: float = LEASE_TIMEOUT_S, say: Callable[[str], None] = lambda text: None
+    path: Path, timeout_s: float = LEASE_TIMEOUT_S, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Callable[[], None]]:
-    """Hold a lease exclusively: an object in a store, which heartbeats renew as long as its holder lives.
+    """Hold an exclusive lease: an object in a store that its holder renews with heartbeats.
 
-    A killed holder leaves the object behind. It is taken over if it has not changed for `seconds` of the local clock: machines
-    need not agree on the time. A store without conditional writes (`If-None-Match`) cannot keep out a second holder that starts
-    at the same moment. `say` receives a message if the lease has to be waited for. The yielded function raises StoreError if
-    another holder has taken over the lease. Raise StoreError if another live holder has it.
+    A lease without heartbeats for `timeout_s` of the local clock is taken over, after a message to `say`. The
+    yielded function raises StoreError if that happened to this lease. Raise StoreError if another live
+    process holds it. In stores without conditional writes, two processes that start at once may both get it.
     """
     holder_id = uuid4().hex
-    _take(path, holder_id, seconds, say)
+    _acquire(path, holder_id, timeout_s, say)
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(path, holder_id, seconds / HEARTBEATS_PER_TIMEOUT, ended), daemon=True)
+    interval_s = timeout_s / HEARTBEATS_PER_TIMEOUT
+    renewing = threading.Thread(target=_renew, args=(path, holder_id, interval_s, ended), daemon=True)
     renewing.start()
 
     def check() -> None:
-        if _holder(path)[:1] != [holder_id]:
-            raise StoreError(f"another command has taken over {path.parent}", hint="this one stood still; that one goes on")
+        if not _is_holder(path, holder_id):
+            hint = "this process was paused for too long, and the other one continues"
+            raise StoreError(f"another command has taken over {path.parent}", hint=hint)
 
     try:
         yield check
@@ -97,51 +96,57 @@ def lease(
         ended.set()
         renewing.join()
         with suppress(OSError, *store_error_types()):
-            if _holder(path)[:1] == [holder_id]:
+            if _is_holder(path, holder_id):
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, holder_id: str, seconds: float, say: Callable[[str], None]) -> None:
-    in_use = StoreError(f"another command is writing to {path.parent}", hint="wait for it, or choose another --out")
-    previous, end = None, time.monotonic() + seconds
+def _acquire(path: Path, holder_id: str, timeout_s: float, say: Callable[[str], None]) -> None:
+    in_use = StoreError(
+        f"another command is writing to {path.parent}", hint="wait for it, or use another --out"
+    )
+    first_seen, end = None, time.monotonic() + timeout_s
     while True:
         with suppress(FileExistsError):
             filesystem_of(path).pipe_file(key_of(path), _beat(holder_id, 0), mode="create")
             return
-        current = _holder(path)
-        if previous is None:
-            previous = current
-            say(f"{path.parent} is in use, or was a moment ago: waiting {seconds:.0f} s for a sign of life")
-        elif current not in ([], previous):
+        current = _read_lease(path)
+        if first_seen is None:
+            first_seen = current
+            say(f"{path.parent} is in use, or was a moment ago: waiting {timeout_s:.0f} s for a sign of life")
+        elif current not in ([], first_seen):
             raise in_use
         if time.monotonic() > end:
             break
-        time.sleep(seconds / HEARTBEATS_PER_TIMEOUT / 2)
+        time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT / 2)
     path.write_bytes(_beat(holder_id, 0))
-    time.sleep(seconds / HEARTBEATS_PER_TIMEOUT)  # of several waiting commands, the last writer gets the lease
-    if _holder(path)[:1] != [holder_id]:
+    # If several commands waited, the last writer gets the lease.
+    time.sleep(timeout_s / HEARTBEATS_PER_TIMEOUT)
+    if not _is_holder(path, holder_id):
         raise in_use
 
 
-def _renew(path: Path, holder_id: str, every_seconds: float, ended: threading.Event) -> None:
+def _renew(path: Path, holder_id: str, interval_s: float, ended: threading.Event) -> None:
     beats = 0
-    while not ended.wait(every_seconds):
+    while not ended.wait(interval_s):
         beats += 1
         try:
-            if _holder(path)[:1] != [holder_id]:
-                log.warning("the lease of %s was taken over: this process stood still for too long", path.parent)
+            if not _is_holder(path, holder_id):
+                log.warning("the lease of %s was taken over: this process was paused too long", path.parent)
                 return
             path.write_bytes(_beat(holder_id, beats))
-        except Exception as error:  # noqa: BLE001  # whatever a store raises, the next beat may succeed
+        except Exception as error:  # noqa: BLE001  # the next heartbeat may succeed
             log.warning("the lease of %s was not renewed: %s", path.parent, error)
 
 
-def _holder(path: Path) -> list[Any]:
-    """Return [holder id, number of its last heartbeat]; an empty list without a lease.
+def _is_holder(path: Path, holder_id: str) -> bool:
+    return _read_lease(path)[:1] == [holder_id]
 
-    It is read in one request: a file that is opened has its tag asked first, and a heartbeat may come between.
-    """
+
+def _read_lease(path: Path) -> list[Any]:
+    """Return [holder id, number of heartbeats], or an empty list."""
     try:
+        # One request: opening the object would first ask for its ETag, which a heartbeat may change in
+        # between.
         return list(json.loads(filesystem_of(path).cat_file(key_of(path))))
     except FileNotFoundError:
         return []

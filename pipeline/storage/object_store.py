@@ -1,6 +1,7 @@
-"""Dataset folders in an object store (`s3://`, `gs://`), by fsspec.
+"""Dataset folders in an object store (`s3://`, `gs://`), through fsspec.
 
-Objects are written atomically, cannot be renamed, and have no locks. Each store's library finds its keys and endpoint.
+Objects are written atomically, cannot be renamed, and have no locks. Credentials and endpoints are those of
+the library of each store.
 """
 
 import re
@@ -13,10 +14,12 @@ from typing import Any, cast
 
 from pipeline.errors import ConfigError, StoreError, one_line
 
-STORES = ("s3", "gs", "gcs", "memory")  # memory is for tests; not Azure, where a copy may be unfinished when the call returns
-_STRANGE = re.compile(r"[*?\[\]#]")
+# `memory` is for tests. Azure is missing: its copies may be unfinished when the call returns.
+STORES = ("s3", "gs", "gcs", "memory")
+_GLOB_CHARACTER = re.compile(r"[*?\[\]#]")
 _URL = re.compile(r"[a-z][a-z0-9]+:/", re.IGNORECASE)
-STORE_ERRORS = (  # that are not OSError
+# Exception types of store libraries that are not subclasses of OSError.
+STORE_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("aiohttp", "ClientError"),
@@ -27,29 +30,35 @@ STORE_ERRORS = (  # that are not OSError
 
 
 def parse_dataset_path(name: str) -> Path:
-    """Return a local path, or for a URL a UPath into a store, with the same methods. Raise ConfigError if none can be made."""
+    """Return a local path, or a UPath for a URL. Raise ConfigError for an invalid name."""
     scheme, separator, key = name.partition("://")
     if not separator:
         return parse_local_path(name)
     if scheme not in STORES:
-        raise ConfigError(f"a dataset folder cannot lie at {name}", hint="use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME")
+        hint = "use a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"
+        raise ConfigError(f"a dataset folder cannot be at {name}", hint=hint)
     parts = key.rstrip("/").split("/")
-    if not all(parts) or _STRANGE.search(key) or {".", ".."} & {*parts}:  # listings read such names as patterns, or lose them
-        raise ConfigError(f"not a place in a store: {name}", hint=f"it looks like {scheme}://BUCKET/NAME, without any of *?[]#")
+    # Listings treat such names as patterns, or omit them.
+    if not all(parts) or _GLOB_CHARACTER.search(key) or {".", ".."} & {*parts}:
+        hint = f"use {scheme}://BUCKET/NAME without any of *?[]#"
+        raise ConfigError(f"{name} is not a folder of an object store", hint=hint)
     from upath import UPath
 
     try:
-        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)  # a cached listing may be stale
+        # A cached listing may be stale.
+        path = UPath(f"{scheme}://{'/'.join(parts)}", use_listings_cache=False)
         path.fs  # noqa: B018  # imports the store's package
     except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
+        hint = str(error).split(", ")[-1]
+        raise ConfigError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     return cast(Path, path)
 
 
 def parse_local_path(name: str) -> Path:
-    """Return a local path. Raise ConfigError for a URL, or for a URL that has lost a slash."""
+    """Return a local path. Raise ConfigError for a URL, even if it has only one slash after the colon."""
     if _URL.match(name):
-        raise ConfigError(f"{name} is not a path on this machine", hint="only dataset folders may be URLs, as s3://BUCKET/NAME")
+        hint = "only dataset folders may be URLs, such as s3://BUCKET/NAME"
+        raise ConfigError(f"{name} is not a path on this machine", hint=hint)
     return Path(name)
 
 
@@ -59,15 +68,15 @@ def is_remote(path: Path) -> bool:
 
 
 def arrow_location(path: Path) -> dict[str, Any]:
-    """Return the arguments with which pyarrow opens a path: `source`, and `filesystem` for an object.
-
-    A relative path whose first folder has a colon is a URI for pyarrow: local paths are absolute.
-    """
-    return {"source": key_of(path), "filesystem": filesystem_of(path)} if is_remote(path) else {"source": path.absolute()}
+    """Return the arguments `source` and `filesystem` of pyarrow functions for a path."""
+    if is_remote(path):
+        return {"source": key_of(path), "filesystem": filesystem_of(path)}
+    # pyarrow reads a relative path as a URI if its first folder contains a colon.
+    return {"source": path.absolute()}
 
 
 def open_object(path: Path, ahead_bytes: int) -> AbstractContextManager[Any]:
-    """Open an object for reads of ranges, with `ahead_bytes` of read-ahead."""
+    """Open an object for reads of byte ranges, with `ahead_bytes` of read-ahead."""
     file = filesystem_of(path).open(key_of(path), "rb", block_size=ahead_bytes, cache_type="readahead")
     return cast(AbstractContextManager[Any], file)
 
@@ -85,7 +94,7 @@ def download(path: Path, file: Path) -> None:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """Yield a temporary local copy of an object; yield a local file itself."""
+    """Yield a temporary local copy of an object, or the path itself if it is local."""
     if not is_remote(path):
         yield path
         return
@@ -95,14 +104,14 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 
 def upload_folder(folder: Path, path: Path) -> None:
-    """Upload all files of a local folder to an object store, several at once."""
+    """Upload all files of a local folder to an object store in parallel."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     keys = [key_of(path / file.relative_to(folder).as_posix()) for file in files]
     filesystem_of(path).put([str(file) for file in files], keys)
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Move objects within their store, several at once, without downloading them."""
+    """Move objects, each given as (old, new), within their store in parallel."""
     fs = filesystem_of(moves[0][0])
     fs.copy([key_of(old) for old, _ in moves], [key_of(new) for _, new in moves])
     fs.rm([key_of(old) for old, _ in moves])
@@ -126,16 +135,17 @@ def key_of(path: Path) -> str:
 
 @contextmanager
 def translate_store_errors(path: Path) -> Iterator[None]:
-    """Turn errors of a store into StoreError. Other exceptions are our own bugs, and pass through."""
+    """Turn errors of an object store into StoreError. Other exceptions pass through."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, (OSError, *store_error_types())):
             raise
-        hint = f"check the address, the network and the keys of {str(path).partition('://')[0]}; then run the same command"
+        scheme = str(path).partition("://")[0]
+        hint = f"check the address, the network and the keys of {scheme}, then run the same command"
         raise StoreError(f"{path}: {one_line(error)}", hint=hint) from None
 
 
 def store_error_types() -> tuple[type[Exception], ...]:
-    """Return the exception types of those store libraries that are imported."""
+    """Return the exception types of the store libraries that are imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules)

@@ -1,7 +1,7 @@
-"""Text files beside images, one caption a line: which are to be written, and how captions are added to those that are there.
+"""Text files next to images, with one caption per line.
 
-A folder holds the digests of the lines that synth has written in a file of its own, so that synth does not read them as human
-captions later. A line that a person changes is theirs from then on.
+Digests of the lines that synth writes are stored in OWN_LINES of the same folder, so that sources do not read
+these lines as human captions. A line that a person edits counts as human.
 """
 
 import hashlib
@@ -17,32 +17,31 @@ from pipeline.storage.untrusted import UnsafeFileError, read_regular
 OWN_LINES = ".synth-captions"
 MAX_OWN_LINES_BYTES = 1_000_000_000
 MAX_SIDECAR_BYTES = 10_000_000
-Existing = Literal["refuse", "skip", "append", "overwrite"]  # what becomes of files that are there
-
-
-# --- lines that synth has written
+Existing = Literal["refuse", "skip", "append", "overwrite"]  # what to do with existing text files
 
 
 def note_own_lines(file: Path, lines: Iterable[str]) -> None:
-    """Note lines that are about to be written to a text file. Raise OSError if that cannot be noted beside it."""
+    """Record lines before they are written to a text file. Raise OSError if that fails."""
     if not (lines := list(lines)):
         return
-    notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)  # begins anew behind a line that a kill has cut off
+    # The line break comes first: the last line of a killed process may be incomplete.
+    notes = "".join(f"\n{_digest(file.name, line)}" for line in lines)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(file.with_name(OWN_LINES), flags, 0o666), "w", encoding="ascii") as written:
         written.write(notes)
 
 
 def read_own_lines(folder: Path, root: Path | None) -> frozenset[str]:
-    """Return what `note_own_lines` has noted in a folder within `root`. Raise OSError or UnsafeFileError if that fails."""
+    """Return the digests in OWN_LINES of a folder within `root`. Raise OSError or UnsafeFileError."""
     file = folder / OWN_LINES
     if not file.exists():
         return frozenset()
-    return frozenset(read_regular(file, root, max_bytes=MAX_OWN_LINES_BYTES).decode("ascii", "replace").split("\n"))
+    data = read_regular(file, root, max_bytes=MAX_OWN_LINES_BYTES)
+    return frozenset(data.decode("ascii", "replace").split("\n"))
 
 
 def is_own_line(file: Path, line: str, own: frozenset[str]) -> bool:
-    """Return whether a line of a text file is among those that `read_own_lines` returns."""
+    """Return whether synth wrote a line of a text file; `own` is the result of `read_own_lines`."""
     return _digest(file.name, line) in own
 
 
@@ -50,55 +49,57 @@ def _digest(name: str, line: str) -> str:
     return hashlib.sha256(os.fsencode(name) + b"\0" + line.strip().encode("utf-8", "replace")).hexdigest()
 
 
-# --- writing
-
-
 def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
-    """Return the images whose text file is to be written.
+    """Return the images whose text files are to be written.
 
-    Raise ConfigError if some are there and `existing` is refuse, an image has the name of its text file, two share one, or
-    nothing can be added to one.
+    Raise ConfigError if a text file exists and may not be changed, or if two files have the same name.
     """
     targets: dict[Path, Path] = {}
     for image in images:
         target = image.with_suffix(".txt")
         if target == image or target in targets:
-            problem = (
-                f"{image} has the name of its text file" if target == image else f"two images would have the text file {target}"
-            )
-            raise ConfigError(problem, hint="give one of them another name, or choose another --out or --format")
+            problem = f"two images would have the text file {target}"
+            if target == image:
+                problem = f"{image} has the name of its text file"
+            raise ConfigError(problem, hint="rename an image, or choose another --out or --format")
         targets[target] = image
-    there = [target for target in targets if os.path.lexists(target)]
-    if existing == "append" and (links := [target for target in there if target.is_symlink()]):
-        raise ConfigError(f"{links[0]} is a link, and would be written to", hint="remove it, or --overwrite replaces it")
-    if there and existing == "refuse":
-        hint = "say what becomes of them: --skip-existing, --append or --overwrite"
-        raise ConfigError(f"{len(there)} of {len(targets)} text files are there already, such as {there[0]}", hint=hint)
-    if folders := [target for target in there if target.is_dir()]:
-        raise ConfigError(f"{folders[0]} is a folder", hint="give it another name")
-    for target in there if existing == "append" else ():
-        _lines(target)
+    present = [target for target in targets if os.path.lexists(target)]
+    if existing == "append" and (links := [target for target in present if target.is_symlink()]):
+        raise ConfigError(f"cannot append to the link {links[0]}", hint="remove it, or pass --overwrite")
+    if present and existing == "refuse":
+        hint = "choose --skip-existing, --append or --overwrite"
+        problem = f"{len(present)} of {len(targets)} text files exist already, such as {present[0]}"
+        raise ConfigError(problem, hint=hint)
+    if folders := [target for target in present if target.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a folder", hint="rename the folder")
+    if existing == "append":
+        for target in present:
+            _read_lines(target)  # raises ConfigError before anything is written
     return [image for target, image in targets.items() if existing != "skip" or not os.path.lexists(target)]
 
 
-def write_sidecar(image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None) -> None:
-    """Write captions beside an image, one a line; appended are those that are not there.
+def write_sidecar(
+    image: Path, texts: Sequence[str], existing: Existing, own: Collection[str] | None = None
+) -> None:
+    """Write captions next to an image, one per line; "append" keeps existing lines.
 
-    Those in `own` are noted as written by a model (`note_own_lines`); None: all are.
+    The texts in `own` are recorded as written by a model. None: all texts.
     """
     target = image.with_suffix(".txt")
-    lines = _lines(target) if existing == "append" and target.exists() else []
-    one_line = [" ".join(text.split()) for text in texts]
-    new = [text for text in one_line if text not in lines]
-    of_model = None if own is None else {" ".join(text.split()) for text in own}
-    note_own_lines(target, [text for text in new if of_model is None or text in of_model])
+    lines = _read_lines(target) if existing == "append" and target.exists() else []
+    new = [line for line in map(_as_line, texts) if line not in lines]
+    own_lines = new if own is None else {*map(_as_line, own)}
+    note_own_lines(target, [line for line in new if line in own_lines])
     write_text(target, "\n".join([*lines, *new]) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file. Raise ConfigError if it cannot be read as text."""
+def _as_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _read_lines(path: Path) -> list[str]:
     try:
         return read_regular(path, max_bytes=MAX_SIDECAR_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError, UnsafeFileError) as error:
-        hint = "save it in UTF-8, or say --skip-existing or --overwrite"
-        raise ConfigError(f"cannot add to {path}: {error}", hint=hint) from None
+        hint = "save it in UTF-8, or pass --skip-existing or --overwrite"
+        raise ConfigError(f"cannot append to {path}: {error}", hint=hint) from None

@@ -1,7 +1,7 @@
-"""Open files that a stranger may have made: regular files only, within a folder, up to a size.
+"""Open files of untrusted folders: regular files only, within a folder, up to a size.
 
-A folder from an archive or a repository may hold links to private files, pipes that never end, and devices. `open_regular` is
-the only way from such a folder to a row, a published file or a model.
+A folder from an archive or a repository may hold links to private files, pipes that never end, and devices.
+Files from such a folder reach rows, published files and models only through `open_regular`.
 """
 
 import io
@@ -12,32 +12,31 @@ from pathlib import Path, PurePath
 from pipeline.errors import SynthError
 
 OUTSIDE, NOT_A_FILE, TOO_LARGE = "outside_folder", "not_a_file", "file_too_large"
-# A pipe must not be waited for.
+# O_NONBLOCK: opening a pipe must not wait for its other end.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class UnsafeFileError(SynthError):
-    """Raised for a path that must not be read; `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
+    """Raised for a file that must not be read; `reason` is OUTSIDE, NOT_A_FILE or TOO_LARGE."""
 
     def __init__(self, reason: str, what: str) -> None:
-        super().__init__(what, hint="put a copy of the file there, if it is to be read")
+        super().__init__(what, hint="replace it by a copy of the file if it should be read")
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["UnsafeFileError"], tuple[str, str]]:
-        """Let it cross processes: an exception is pickled as its message alone."""
+        """Pickle both arguments: by default, an exception keeps only its message."""
         return UnsafeFileError, (self.reason, str(self))
 
 
 def is_hidden(name: str | PurePath) -> bool:
-    """Return whether a file, or a folder of its path, is one that systems and programs keep for themselves: `.git/a.png`."""
+    """Return whether a part of a path begins with a dot, as in `.git/a.png`."""
     return any(part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
 
 
 def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = None) -> io.BufferedReader:
-    """Open a regular file to read. Links are followed if they end below `root`, or anywhere without one.
+    """Open a regular file. A link may lead to a file below `root`, or to any file without `root`.
 
-    Raise UnsafeFileError for a link to the outside of `root`, a pipe, device or folder, or more than `max_bytes`; OSError for a
-    file that cannot be opened.
+    Raise UnsafeFileError for another file, or more than `max_bytes`; OSError if it cannot be opened.
     """
     name, status = str(path), path.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -45,11 +44,13 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
         if root is not None and not _is_below(name, os.path.realpath(root)):
             raise UnsafeFileError(OUTSIDE, f"{path} is a link to a file outside of {root}")
         status = Path(name).stat()
-    if not stat.S_ISREG(status.st_mode):  # even to open a device may have effects
+    # Check before opening, because opening a device may have side effects.
+    if not stat.S_ISREG(status.st_mode):
         raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
     handle = os.open(name, _FLAGS)
     try:
         status = os.fstat(handle)
+        # The path may have been replaced since.
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFileError(NOT_A_FILE, f"{path} is not a regular file")
         if root is not None:
@@ -63,38 +64,29 @@ def open_regular(path: Path, root: Path | None = None, max_bytes: int | None = N
 
 
 def _require_below(root: Path, path: Path, handle: int) -> None:
-    """Raise UnsafeFileError unless an open file lies below a folder.
-
-    A folder of its path may be a link, or may have become one: what counts is where the file lies that is open. Where the
-    system does not say so, its path is followed again, and must lead to it.
-    """
-    name = _path_of(handle)
-    if not name:
+    """Raise UnsafeFileError unless an open file is below `root`. A folder may have become a link."""
+    try:
+        name = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # called for each image
+    except OSError:
+        # Without /proc: resolve the path again, and require that it leads to the open file.
         name = os.path.realpath(path)
         if not os.path.samestat(os.fstat(handle), Path(name).lstat()):
-            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened")
+            raise UnsafeFileError(OUTSIDE, f"{path} was replaced while it was opened") from None
     if not _is_below(name, os.path.realpath(root)):
         raise UnsafeFileError(OUTSIDE, f"{path} leads to a file outside of {root}")
 
 
 def _is_below(name: str, root: str) -> bool:
-    return name == root or name.startswith(os.path.join(root, ""))  # noqa: PTH118  # of strings: this is done for each image
-
-
-def _path_of(handle: int) -> str:
-    """Return the path of an open file, without links; nothing where the system does not tell."""
-    try:
-        return os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115  # as above
-    except OSError:
-        return ""
+    return name == root or name.startswith(os.path.join(root, ""))  # noqa: PTH118  # called for each image
 
 
 def read_regular(path: Path, root: Path | None = None, *, max_bytes: int) -> bytes:
-    """Return the content of a regular file, as `open_regular` opens it, also if the file grows meanwhile."""
+    """Return the content of a regular file (see `open_regular`), even if the file grows while it is read."""
     with open_regular(path, root, max_bytes) as file:
+        # `read(n)` allocates n bytes at once, so begin with the size of the file.
         size = min(os.fstat(file.fileno()).st_size, max_bytes)
-        data = file.read(size + 1)  # `read(n)` allocates n bytes at once
-        if len(data) > size:  # it grows, or its size is not known
+        data = file.read(size + 1)
+        if len(data) > size:
             data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise UnsafeFileError(TOO_LARGE, f"{path} has more than {max_bytes:,} bytes")

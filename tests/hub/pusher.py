@@ -40,7 +40,9 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         try:
-            print(json.dumps(push(**json.loads(line))), flush=True)
+            options = json.loads(line)
+            os.environ["HF_TOKEN"] = options.pop("token", None) or os.environ["HF_TOKEN"]
+            print(json.dumps(push(**options)), flush=True)
         except SynthError as error:
             print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
         except BaseException:

@@ -139,7 +139,7 @@ def test_existing_text_files_are_refused_or_extended_or_replaced(model: Path, ph
     for row in shown:
         by_image.setdefault(row["image"], []).append(row["caption"])
     (photos / "0.txt").write_text("My own.\n")
-    with pytest.raises(ConfigError, match="1 of 10 text files are there already"):
+    with pytest.raises(ConfigError, match="1 of 10 text files exist already"):
         run(model, [str(photos)], Path("txt"))
     assert sorted(photos.rglob("*.txt")) == [photos / "0.txt"]
     _, _, seen = run(model, [str(photos)], Path("txt"), "skip", styles=("brief", "detailed"))
@@ -180,7 +180,7 @@ def test_second_run_cannot_write_the_same_file(model: Path, photos: Path, tmp_pa
             run(model, [str(photos)], tmp_path / "c.jsonl")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / ".d.jsonl.lock").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match="is a link, which"):
+    with pytest.raises(ConfigError, match="is a link, but must be a regular file"):
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1

@@ -46,9 +46,9 @@ def test_folders_whose_names_are_no_utf_8_are_refused_before_anything_is_asked(s
     error, _ = read_failure(synth("generate", "--source", f"folder:{odd}", *tiny))
     assert "the path is not UTF-8: rename it" in error
     error, _ = read_failure(synth("generate", "--source", "scenes", "--limit", "1", "--out", odd, *tiny))
-    assert r"the name of the folder caf\xe9 is no UTF-8" in error
+    assert r"the name of the folder caf\xe9 is not UTF-8" in error
     error, _ = read_failure(synth("report", odd))
-    assert r"the name of the folder caf\xe9 is no UTF-8" in error
+    assert r"the name of the folder caf\xe9 is not UTF-8" in error
 
 
 def test_dataset_may_have_a_name_that_looks_like_an_address(synth: Run, tmp_path: Path) -> None:

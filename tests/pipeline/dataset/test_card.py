@@ -1,4 +1,4 @@
-"""Dataset card: its header is dumped YAML, and no text of a model can break out of its line."""
+"""Tests of the dataset card: its YAML header, and escaped model text."""
 
 from typing import Any
 
@@ -27,7 +27,9 @@ MANIFEST: dict[str, Any] = {
     "files": {"train-00000.parquet": {"bytes": 900}, "validation-00000.parquet": {"bytes": 100}},
     "measured": {},
     "rows": {"train": 8, "validation": 1, "test": 0},
-    "funnel": [{"step": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}],
+    "funnel": [
+        {"step": "dedupe", "unit": "annotations", "input": 9, "kept": 8, "rejected": {"duplicate": 1}}
+    ],
 }
 
 
@@ -42,7 +44,7 @@ def header(card: str) -> dict[str, Any]:
     return loaded
 
 
-def test_the_header_says_what_the_hub_asks_for() -> None:
+def test_card_has_fields_of_the_hub_and_loading_example() -> None:
     values = header(render_card(MANIFEST, []))
     assert values["license"] == "cc0-1.0"
     assert values["annotations_creators"] == ["machine-generated"]
@@ -55,7 +57,7 @@ def test_the_header_says_what_the_hub_asks_for() -> None:
     assert "| dedupe (annotations) | 9 | 8 | duplicate: 1 |" in card
 
 
-def test_a_card_says_whether_people_looked_at_the_texts() -> None:
+def test_card_states_results_of_human_review() -> None:
     assert "checked automatically only" in render_card(MANIFEST, [])
     card = render_card(MANIFEST | {"review": {"good": 5, "bad": 2, "edited": 1}}, [])
     assert "**All but 1 captions" in card and "- expert-generated" in card
@@ -63,7 +65,7 @@ def test_a_card_says_whether_people_looked_at_the_texts() -> None:
     assert "reviewed 8 texts: 5 were good, 2 were removed and 1 were edited" in card
 
 
-def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard() -> None:
+def test_card_features_equal_features_of_shards() -> None:
     from datasets import Features
 
     info = metadata(MANIFEST | {"features": features(ROW)})["dataset_info"]
@@ -72,7 +74,7 @@ def test_the_features_of_the_header_are_those_that_datasets_reads_from_a_shard()
     assert info["dataset_size"] == 1000
 
 
-def test_a_measurement_is_shown_with_its_baseline() -> None:
+def test_card_shows_measurements_with_baselines() -> None:
     measured = {
         "captions": {"brief": {"count": 9, "mean_words": 7.5}},
         "answers": {"yes/no": {"count": 9, "most_common": "yes", "share": 0.6}},
@@ -87,8 +89,11 @@ def test_a_measurement_is_shown_with_its_baseline() -> None:
     assert "| answers, yes/no | 9 | yes: 0.6 of all |" in card
 
 
-@pytest.mark.parametrize("text", ["a\n---\nlicense: mit", "```\n# Big", "<script>alert(1)</script>", "\x1b[31m\u202e"])
-def test_model_text_stays_within_its_line(text: str) -> None:
+
+@pytest.mark.parametrize(
+    "text", ["a\n---\nlicense: mit", "```\n# Big", "<script>alert(1)</script>", "\x1b[31m\u202e"]
+)
+def test_model_text_in_card_is_escaped_and_adds_no_lines(text: str) -> None:
     card, plain = render_card(MANIFEST, [sample(text)]), render_card(MANIFEST, [sample("x")])
     assert header(card) == header(plain)
     assert len(card.splitlines()) == len(plain.splitlines())
@@ -96,7 +101,7 @@ def test_model_text_stays_within_its_line(text: str) -> None:
         assert mark not in str(markdown(text))
 
 
-def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
+def test_card_states_results_of_decontamination() -> None:
     leakage = {
         "compared_as": "photos",
         "groups_of_images": 7,
@@ -112,10 +117,10 @@ def test_what_was_kept_from_leaking_stands_in_the_card() -> None:
     assert "its middle square, mirrored or not (within 70 of 256 bits). Images" in card
 
 
-def test_an_unknown_license_is_called_other_and_may_have_a_link() -> None:
+def test_license_unknown_to_the_hub_becomes_other_with_name_and_link() -> None:
     unknown = header(render_card(MANIFEST | {"licenses": ["flickr-terms", "unknown"]}, []))
     assert (unknown["license"], unknown["license_name"]) == ("other", "flickr-terms-and-unknown")
     values = metadata(MANIFEST | {"licenses": ["Shop terms"], "license_link": "https://example.org/terms"})
     assert (values["license_name"], values["license_link"]) == ("shop-terms", "https://example.org/terms")
     known = metadata(MANIFEST | {"licenses": ["cc-by-4.0"], "license_link": "https://example.org/terms"})
-    assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub links it
+    assert known["license"] == "cc-by-4.0" and "license_link" not in known  # the Hub has its own link

@@ -1,4 +1,4 @@
-"""Columns for other readers: one caption a row, and a conversation that shows the image once."""
+"""Tests of reader columns: one caption as `text`, and a conversation as `messages`."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.dataset.conversation import (
-    AGAIN,
     QUESTIONS,
+    REPHRASE,
     preferred_caption,
     reader_columns,
     turns,
@@ -25,15 +25,17 @@ from pipeline.tables import row_schema
         ([("plain", "p"), ("human", "h"), ("human", "i")], "h"),
     ],
 )
-def test_one_caption_is_that_of_a_person_else_a_plain_one(captions: list[tuple[str, str]], expected: str | None) -> None:
+def test_preferred_caption_is_human_or_else_plain(
+    captions: list[tuple[str, str]], expected: str | None
+) -> None:
     assert preferred_caption(captions) == expected
 
 
-def test_captions_answer_the_question_of_their_style_and_questions_follow() -> None:
+def test_turns_ask_for_each_style_and_end_with_questions() -> None:
     captions = [("zen", "z"), ("plain", "p"), ("human", "h"), ("human", "i"), ("detailed", "d")]
     assert [*turns(captions, [("How many?", "2")])] == [
         (QUESTIONS["human"], "h"),
-        (AGAIN, "i"),
+        (REPHRASE, "i"),
         (QUESTIONS["plain"], "p"),
         (QUESTIONS["detailed"], "d"),
         ("Write a caption of this image in the style zen.", "z"),
@@ -41,14 +43,15 @@ def test_captions_answer_the_question_of_their_style_and_questions_follow() -> N
     ]
 
 
-def test_columns_are_added_behind_those_of_the_rows_but_for_names_that_are_taken() -> None:
+def test_reader_columns_are_appended_unless_the_name_exists() -> None:
     row: dict[str, Any] = {"captions": [{"text": "A dog.", "style": "plain"}], "qa": []}
     rows = pa.Table.from_pylist([row, {"captions": [], "qa": []}], schema=row_schema(["captions", "qa"]))
-    made = with_reader_columns(rows, reader_columns(["image"]))
-    assert made.column_names == ["captions", "qa", "text", "messages"]
-    assert made["text"].to_pylist() == ["A dog.", None]
-    conversation, empty = made["messages"].to_pylist()
+    extended = with_reader_columns(rows, reader_columns(["image"]))
+    assert extended.column_names == ["captions", "qa", "text", "messages"]
+    assert extended["text"].to_pylist() == ["A dog.", None]
+    conversation, empty = extended["messages"].to_pylist()
     assert [message["role"] for message in conversation] == ["user", "assistant"] and empty == []
-    assert [[part["type"] for part in message["content"]] for message in conversation] == [["image", "text"], ["text"]]
+    kinds = [[part["type"] for part in message["content"]] for message in conversation]
+    assert kinds == [["image", "text"], ["text"]]
     assert reader_columns(["image", "text"]) == ["messages"]
     assert reader_columns(["pages"]) == reader_columns(["sample_id"]) == []

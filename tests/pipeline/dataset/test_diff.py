@@ -1,4 +1,4 @@
-"""Diff: what changed between two versions."""
+"""Tests of the comparison of two versions."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def edited(table: pa.Table, sample_id: str, style: str, text: str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=table.schema)
 
 
-def test_added_and_removed_rows_are_counted(tmp_path: Path) -> None:
+def test_diff_counts_added_and_removed_rows(tmp_path: Path) -> None:
     before, _ = make_version(tmp_path, SAMPLES)
     after, _ = make_version(tmp_path, [*SAMPLES[:2], *scene_samples(22)[3:]])
     diff = diff_versions(before, after)
@@ -32,10 +32,11 @@ def test_added_and_removed_rows_are_counted(tmp_path: Path) -> None:
     assert list(few.lines(1))[-1] == "and 2 more rows; --rows shows more, --json all"
 
 
-def test_changed_text_is_shown_before_and_after(tmp_path: Path) -> None:
+def test_diff_shows_changed_text_without_control_characters(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES)
     before, _ = make_version(tmp_path, SAMPLES)
-    after, _ = make_version(tmp_path, SAMPLES, edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing."))
+    captions = edited(captions, SAMPLES[0].id, "brief", "A \x1b[31mred thing.")
+    after, _ = make_version(tmp_path, SAMPLES, captions)
     diff = diff_versions(before, after)
     assert diff.fields() == {"captions": 1}
     lines = list(diff.lines(10))
@@ -43,7 +44,7 @@ def test_changed_text_is_shown_before_and_after(tmp_path: Path) -> None:
     assert not any("\x1b" in line for line in lines)
 
 
-def test_of_the_same_text_by_another_prompt_the_prompts_are_shown(tmp_path: Path) -> None:
+def test_diff_of_same_text_shows_changed_prompt(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES)
     before, _ = make_version(tmp_path, SAMPLES, captions)
     rows = captions.to_pylist()
@@ -55,23 +56,21 @@ def test_of_the_same_text_by_another_prompt_the_prompts_are_shown(tmp_path: Path
     assert f"prompt_id {of_before}" in removed and "prompt_id caption/v9@new" in added
 
 
-def test_scores_that_one_version_lacks_are_a_setting_and_others_are_no_new_text(tmp_path: Path) -> None:
+def test_scores_of_one_version_are_a_changed_setting_and_other_scores_a_changed_field(tmp_path: Path) -> None:
     versions = [make_version(tmp_path / "plain", SAMPLES)[0]]
     for name, coverage in (("half", 0.5), ("all", 1.0)):
         scored = scored_captions(SAMPLES, coverage)
-        versions.append(make_version(tmp_path / name, SAMPLES, scored, extras=Extras(("precision", "coverage")))[0])
+        extras = Extras(("precision", "coverage"))
+        versions.append(make_version(tmp_path / name, SAMPLES, scored, extras=extras)[0])
     measured = diff_versions(versions[0], versions[1])
     assert (measured.counts()["changed"], measured.settings["scores"]) == (0, ([], ["precision", "coverage"]))
     assert diff_versions(versions[1], versions[2]).fields() == {"captions": len(SAMPLES)}
 
 
-def test_the_column_of_an_own_task_that_one_version_lacks_is_a_changed_field(tmp_path: Path) -> None:
+def test_custom_column_of_one_version_is_a_changed_field(tmp_path: Path) -> None:
     captions = true_captions(SAMPLES).to_pylist()
-    notes = [
-        row | {"task": "note", "style": "", "text": None, "record": '"of a star"'}
-        for row in captions
-        if row["style"] == "brief"
-    ]
+    note = {"task": "note", "style": "", "text": None, "record": '"of a star"'}
+    notes = [row | note for row in captions if row["style"] == "brief"]
     rows = [row | {"record": row.get("record")} for row in (*captions, *notes)]
     plain, _ = make_version(tmp_path / "plain", SAMPLES)
     own = (OwnColumn("note", STRING, "text", is_list=False),)

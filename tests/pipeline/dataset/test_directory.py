@@ -1,4 +1,4 @@
-"""Dataset folder: files are written whole or not at all, and unchanged files are not touched."""
+"""Tests of the dataset folder: atomic writes, locks, and finding datasets and versions."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.pipeline.dataset.test_card import MANIFEST
 from tests.scene_data import make_version, scene_samples
 
 
-def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "before")
     with pytest.raises(RuntimeError), atomic_write(target) as temporary:
@@ -31,7 +31,7 @@ def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_that_would_not_change_is_left_alone(tmp_path: Path) -> None:
+def test_write_of_same_content_does_not_touch_the_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "same")
     before = target.stat()
@@ -39,27 +39,32 @@ def test_a_file_that_would_not_change_is_left_alone(tmp_path: Path) -> None:
     assert (target.stat().st_mtime_ns, target.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_two_writers_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
-    with DatasetDir(tmp_path).lock(), pytest.raises(StoreError, match="another process"), DatasetDir(tmp_path).lock():
+def test_second_lock_of_dataset_folder_is_an_error(tmp_path: Path) -> None:
+    with (
+        DatasetDir(tmp_path).lock(),
+        pytest.raises(StoreError, match="another process"),
+        DatasetDir(tmp_path).lock(),
+    ):
         pass
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("scenes", "scenes"), ("folder:/a/b c", "folder-a-b-c"), ("folder:..", "folder"), ("://", "dataset")]
+    ("source", "name"),
+    [("scenes", "scenes"), ("folder:/a/b c", "folder-a-b-c"), ("folder:..", "folder"), ("://", "dataset")],
 )
-def test_a_source_makes_a_safe_folder_name(source: str, name: str) -> None:
+def test_dataset_folder_name_has_only_safe_characters(source: str, name: str) -> None:
     assert dataset_folder(source) == Path("data") / name
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "train-/../../x"])
-def test_a_manifest_that_names_other_files_is_refused(tmp_path: Path, name: str) -> None:
+def test_manifest_with_paths_outside_the_version_is_an_error(tmp_path: Path, name: str) -> None:
     files = {name: {"sha256": "a" * 64, "bytes": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files}))
     with pytest.raises(StoreError, match="not shards"):
         open_dataset(tmp_path)
 
 
-def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path) -> None:
+def test_damaged_version_error_shows_removal_command(tmp_path: Path) -> None:
     (tmp_path / "versions/v2.0.0").mkdir(parents=True)
     (tmp_path / "versions/v2.0.0/manifest.json").write_text("{")
     with pytest.raises(StoreError, match=r"the version v2\.0\.0 cannot be read: not a version") as refused:
@@ -72,7 +77,7 @@ def test_a_damaged_version_is_named_with_the_way_to_be_rid_of_it(tmp_path: Path)
     assert refused.value.hint == "upgrade synth"
 
 
-def test_a_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="no dataset at"):
         open_dataset(tmp_path / "none")
     with pytest.raises(StoreError, match="has no version"):
@@ -82,7 +87,7 @@ def test_a_missing_dataset_or_version_is_an_error(tmp_path: Path, monkeypatch: p
         open_dataset(None)
 
 
-def test_a_planted_link_in_place_of_the_lock_is_an_error_and_its_target_stays_as_it_is(tmp_path: Path) -> None:
+def test_lock_that_is_a_link_is_an_error_and_keeps_its_target(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("private")
     (tmp_path / "data").mkdir()
@@ -92,12 +97,14 @@ def test_a_planted_link_in_place_of_the_lock_is_an_error_and_its_target_stays_as
     assert victim.read_text() == "private"
 
 
-def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_datasets_made_elsewhere_are_remembered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(MAX_REMEMBERED + 2):
         remember_dataset(Path(f"out{number}"))
     remember_dataset(Path("out9"))
-    remember_dataset(Path("data/scenes"))  # found without being remembered
+    remember_dataset(Path("data/scenes"))  # need not be remembered
     names = [Path(name).name for name in json.loads(Path("data/elsewhere.json").read_text())["datasets"]]
     assert names[:2] == ["out9", f"out{MAX_REMEMBERED + 1}"]
     assert len(names) == len(set(names)) == MAX_REMEMBERED
@@ -107,13 +114,15 @@ def test_the_datasets_of_the_last_runs_are_remembered(tmp_path: Path, monkeypatc
     assert last_made() == tmp_path / "one"
 
 
-def test_file_times_do_not_decide_which_dataset_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_made_refuses_to_choose_a_dataset_by_file_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("public", "secret"):
         manifest = Path("data") / name / "versions" / "v1.0.0" / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text("{}")
-    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a clock that jumped
-    assert last_made() == Path("data/secret")  # decides what is shown
+    os.utime("data/secret/versions/v1.0.0/manifest.json", (1 << 33, 1 << 33))  # a wrong clock
+    assert last_made() == Path("data/secret")
     with pytest.raises(StoreError, match="there are 2 datasets"):
         only_made()

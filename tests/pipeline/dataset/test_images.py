@@ -1,4 +1,4 @@
-"""The image store: each image once, found by id, with a digest of the stored bytes."""
+"""Tests of the image store: each image is stored once, by id, with a digest of its bytes."""
 
 import os
 from dataclasses import replace
@@ -48,7 +48,9 @@ def pages_of(store: ImageStore, ids: list[str]) -> list[tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_images_are_read_in_the_order_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool) -> None:
+def test_images_are_read_in_requested_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, remote: bool
+) -> None:
     monkeypatch.setattr(images, "GROUP_ROWS", 2)
     monkeypatch.setattr(images, "FILE_BYTES", 1)
     folder = parse_dataset_path(f"memory://store/{tmp_path.name}") if remote else tmp_path
@@ -74,19 +76,18 @@ def test_stored_images_are_not_written_again(tmp_path: Path) -> None:
     assert sorted(rows) == sorted(sample.id for sample in SAMPLES)
 
 
-def test_row_groups_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_stay_below_byte_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "GROUP_BYTES", 3 * max(len(sample.images[0]) for sample in SAMPLES))
     (path,) = filled(tmp_path).paths()
     for number in range((file := pq.ParquetFile(path)).num_row_groups):
         group = file.read_row_group(number)
-        assert (
-            group.num_rows == 1 or sum(map(len, group["images"].combine_chunks().flatten().to_pylist())) <= images.GROUP_BYTES
-        )
+        num_bytes = sum(map(len, group["images"].combine_chunks().flatten().to_pylist()))
+        assert group.num_rows == 1 or num_bytes <= images.GROUP_BYTES
     assert file.num_row_groups >= 4
     assert file.metadata.row_group(0).column(2).compression == "UNCOMPRESSED"
 
 
-def test_digest_of_stored_bytes_is_that_of_the_file(tmp_path: Path) -> None:
+def test_stored_digest_equals_digest_of_bytes(tmp_path: Path) -> None:
     store = filled(tmp_path)
     digests = dict(zip(*store.digests().to_pydict().values(), strict=True))
     assert digests == {name: digest for path in store.paths() for name, digest in hash_images(path).items()}
@@ -94,7 +95,7 @@ def test_digest_of_stored_bytes_is_that_of_the_file(tmp_path: Path) -> None:
     assert images_digest(PAGES) != images_digest(PAGES[::-1])
 
 
-def test_store_of_dataset_finds_images_of_all_shards(tmp_path: Path) -> None:
+def test_dataset_store_finds_images_of_all_shards(tmp_path: Path) -> None:
     for number in range(3):
         ImageStore(tmp_path / "shards" / f"0000{number}").add(tables(SAMPLES[4 * number : 4 * number + 4]))
     store = ImageStore(tmp_path)
@@ -107,7 +108,7 @@ def test_store_of_dataset_finds_images_of_all_shards(tmp_path: Path) -> None:
         ImageStore(tmp_path / "shards" / "00001").read([SAMPLES[0].id])
 
 
-def test_damaged_image_is_an_error_and_unreadable_file_is_as_if_missing(tmp_path: Path) -> None:
+def test_damaged_image_is_an_error_and_unreadable_file_counts_as_missing(tmp_path: Path) -> None:
     (path,) = filled(tmp_path).paths()
     whole = path.read_bytes()
     data = bytearray(whole)
@@ -119,11 +120,11 @@ def test_damaged_image_is_an_error_and_unreadable_file_is_as_if_missing(tmp_path
     path.write_bytes(whole[:-20])
     store = ImageStore(tmp_path)
     assert store.find_missing(IDS) == IDS and store.digests().num_rows == 0
-    store.add(tables([*SAMPLES, DECK]))  # the same ids: the file is written again
+    store.add(tables([*SAMPLES, DECK]))  # the same ids give the same file
     assert path.read_bytes() == whole
 
 
-def test_link_and_pipe_in_the_store_are_not_read(tmp_path: Path) -> None:
+def test_link_and_pipe_in_store_are_ignored(tmp_path: Path) -> None:
     (path,) = filled(tmp_path / "other").paths()
     (tmp_path / "d" / "images").mkdir(parents=True)
     (tmp_path / "d" / "images" / path.name).symlink_to(path)
@@ -131,7 +132,7 @@ def test_link_and_pipe_in_the_store_are_not_read(tmp_path: Path) -> None:
     assert ImageStore(tmp_path / "d").find_missing(IDS) == IDS
 
 
-def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> None:
+def test_second_copies_of_images_are_removed(tmp_path: Path) -> None:
     filled(tmp_path)
     other = ImageStore(tmp_path / "other")
     other.add(tables(SAMPLES[:2]))
@@ -145,12 +146,14 @@ def test_copies_of_an_image_in_two_files_are_removed_but_one(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("count", range(1, 13))
-def test_killed_removal_of_images_loses_none_that_is_needed(
+def test_killed_removal_keeps_all_needed_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", lambda path, **_: stop() if images.FILE_NAME.fullmatch(path.name) else None)
+        patch.setattr(
+            Path, "unlink", lambda path, **_: stop() if images.FILE_NAME.fullmatch(path.name) else None
+        )
         list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
     assert len(ImageStore(tmp_path).paths()) == 2
     list(ImageStore(tmp_path).keep_only({*IDS[:count]}))
@@ -163,7 +166,9 @@ def test_samples_are_read_with_their_images(tmp_path: Path) -> None:
     write_samples(dataset, [*SAMPLES, DECK])
     batches = [(batch.ids, batch.read_images()) for batch in sample_batches(dataset)]
     assert [name for ids, _ in batches for name in ids] == IDS
-    assert [pages for _, of in batches for pages in of] == [sample.images for sample in [*SAMPLES, DECK]]
+    assert [pages for _, images in batches for pages in images] == [
+        sample.images for sample in [*SAMPLES, DECK]
+    ]
     assert list(page_counts(dataset)) == [1] * len(SAMPLES) + [3]
 
 
@@ -173,7 +178,9 @@ def photos(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(12):
         (folder / f"{number}.jpg").write_bytes(photo(number, (1600, 1200)))
-        (folder / f"{number}.txt").write_text("bad" if number == 3 else f"A bus of line {number} waits at a stop.")
+        (folder / f"{number}.txt").write_text(
+            "bad" if number == 3 else f"A bus of line {number} waits at a stop."
+        )
     return folder
 
 
@@ -185,12 +192,14 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_dataset_folder_of_three_versions_holds_the_photos_once(photos: Path, tmp_path: Path) -> None:
+def test_three_versions_store_photos_once(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     stored = set[Path]()
     for style in ("waits at", "stands near", "leaves"):
         for number in range(12):
-            (photos / f"{number}.txt").write_text("bad" if number == 3 else f"A bus of line {number} {style} a stop.")
+            (photos / f"{number}.txt").write_text(
+                "bad" if number == 3 else f"A bus of line {number} {style} a stop."
+            )
         version = generate_dataset(settings(photos), folder).version
         stored = stored or {*(folder / "images").iterdir()}
         assert stored == {*(folder / "images").iterdir()}
@@ -199,15 +208,16 @@ def test_dataset_folder_of_three_versions_holds_the_photos_once(photos: Path, tm
     assert len(versions) == 4 and [find_damage(version) for version in versions] == [[]] * 4
     pixels = sum(path.stat().st_size for path in photos.glob("*.jpg"))
     assert size(folder / "images") < 1.02 * pixels
-    assert size(folder) - size(folder / "images") < 700_000  # replies, texts and lists
+    assert size(folder) - size(folder / "images") < 700_000  # bytes of replies, texts and lists
 
 
 def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_killed_run_leaves_all_images_that_it_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each step from the listing to the version."""
+def test_run_after_a_kill_reuses_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "d"
     for target in ("steps.base.judge_shard", "steps.write.write_rows", "dataset.publishing.publish"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -220,7 +230,7 @@ def test_killed_run_leaves_all_images_that_it_read(photos: Path, tmp_path: Path,
     assert version.name == "v1.0.0" and find_damage(version) == []
 
 
-def test_images_that_were_taken_away_come_from_the_source_again(photos: Path, tmp_path: Path) -> None:
+def test_deleted_images_are_read_from_source_again(photos: Path, tmp_path: Path) -> None:
     version = generate_dataset(settings(photos), tmp_path / "d").version
     (path,) = (tmp_path / "d/images").iterdir()
     content = path.read_bytes()
@@ -232,14 +242,16 @@ def test_images_that_were_taken_away_come_from_the_source_again(photos: Path, tm
     assert again.manifest["digest"] == version.manifest["digest"] and path.read_bytes() == content
 
 
-def test_version_whose_images_are_not_stored_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_with_missing_images_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ImageStore, "add", lambda *_: None)
     with pytest.raises(StoreError, match="the images of 12 samples are not in"):
         make_version(tmp_path, SAMPLES)
     assert not DatasetDir(tmp_path).versions()
 
 
-def test_linked_version_has_images_of_its_target_and_its_repair_its_own(tmp_path: Path) -> None:
+def test_linked_version_reads_images_of_target_and_repair_copies_them(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "d", SAMPLES)
     (tmp_path / "e" / "versions").mkdir(parents=True)
     (tmp_path / "e" / "versions" / version.name).symlink_to(version.path)
@@ -249,15 +261,16 @@ def test_linked_version_has_images_of_its_target_and_its_repair_its_own(tmp_path
     assert repaired.store.folder == tmp_path / "e" and find_damage(repaired) == []
 
 
-def test_image_of_other_bytes_under_its_id_is_damage(tmp_path: Path) -> None:
+def test_image_with_wrong_bytes_is_damage(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, SAMPLES)
     (path,) = ImageStore(tmp_path).paths()
     path.unlink()
     ImageStore(tmp_path).add(tables([replace(SAMPLES[0], images=SAMPLES[1].images), *SAMPLES[1:]]))
-    assert find_damage(version) == [f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"]
+    problem = f"the images of 1 samples are missing or damaged, such as {SAMPLES[0].id[:12]}"
+    assert find_damage(version) == [problem]
 
 
-def test_gc_leaves_each_shard_of_a_cluster_its_own_images(tmp_path: Path) -> None:
+def test_gc_keeps_copies_of_images_in_other_shards(tmp_path: Path) -> None:
     shard = tmp_path / "shards" / "00001"
     for folder in (tmp_path, shard):
         write_samples(DatasetDir(folder), SAMPLES[:5])

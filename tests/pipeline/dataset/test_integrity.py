@@ -1,4 +1,4 @@
-"""Integrity: a version is what its manifest says, to the byte and to the row, or that is said."""
+"""Tests of integrity: differences between a version and its manifest are found."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,13 @@ from tests.scene_data import SCORED, make_version, scene_samples, scored_caption
 
 
 def change_rows(version: Version, change: Any) -> Version:
-    """Rewrite the training rows, and let the manifest say their new bytes: as an adversary would."""
+    """Change the training rows, and update the file digests in the manifest as an attacker would."""
     (shard,) = version.shards("train")
     rows = pq.read_table(shard)
     changed = pa.Table.from_pylist(change(rows.to_pylist()), schema=rows.schema)
     pq.write_table(changed, shard)
-    files = version.manifest["files"] | {shard.name: version.manifest["files"][shard.name] | file_entry(shard)}
+    entry = version.manifest["files"][shard.name] | file_entry(shard)
+    files = version.manifest["files"] | {shard.name: entry}
     (version.path / "manifest.json").write_text(json.dumps(version.manifest | {"files": files}))
     return read_version(version.path)
 
@@ -34,7 +35,7 @@ def version(request: pytest.FixtureRequest, tmp_path: Path) -> Version:
     return make_version(tmp_path / "data", samples, **scored)[0]
 
 
-def test_the_digest_of_rows_is_that_of_the_manifest_with_and_without_pixels(version: Version, tmp_path: Path) -> None:
+def test_content_digest_equals_manifest_with_and_without_pixels(version: Version, tmp_path: Path) -> None:
     assert content_digest(version) == version.manifest["digest"]
     assert find_damage(version) == []
     (tmp_path / "texts").mkdir()
@@ -43,7 +44,8 @@ def test_the_digest_of_rows_is_that_of_the_manifest_with_and_without_pixels(vers
 
 
 def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"captions": [caption | {"text": "Buy now."} for caption in row["captions"]]} for row in rows]
+    captions = [[caption | {"text": "Buy now."} for caption in row["captions"]] for row in rows]
+    return [row | {"captions": texts} for row, texts in zip(rows, captions, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -54,29 +56,29 @@ def reworded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lambda rows: [*rows, rows[0]],
         lambda rows: [row | {"license": "other"} for row in rows],
     ],
-    ids=["other captions", "a row less", "a row twice", "another license"],
+    ids=["other captions", "a row is missing", "a row is repeated", "another license"],
 )
-def test_other_rows_under_the_same_digest_are_found_though_every_hash_of_a_file_is_right(change: Any, version: Version) -> None:
+def test_changed_rows_with_matching_file_hashes_are_damage(change: Any, version: Version) -> None:
     changed = change_rows(version, change)
     assert damaged_files(changed) == []
     assert find_damage(changed) == ["its rows are not those of its digest"]
 
 
-def test_a_rotten_bit_and_a_missing_file_are_named(version: Version) -> None:
+def test_changed_bit_and_missing_file_are_reported_by_name(version: Version) -> None:
     (version.path / "rejections.parquet").unlink()
     shard = version.shards("train")[0]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert find_damage(version) == [
-        f"{name} is not what the manifest says" for name in ("train-00000.parquet", "rejections.parquet")
-    ]
+    names = ("train-00000.parquet", "rejections.parquet")
+    assert find_damage(version) == [f"{name} is not what the manifest says" for name in names]
 
 
-def test_a_repair_has_the_same_rows_and_names_what_it_repairs(version: Version) -> None:
+def test_repaired_version_has_same_rows_and_records_damage(version: Version) -> None:
     repaired = make_repaired_version(version, ["train-00000.parquet"])
     assert repaired.name == "v1.0.1"
     assert find_damage(repaired) == []
-    assert read_version(repaired.path).manifest["repairs"] == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
+    repairs = read_version(repaired.path).manifest["repairs"]
+    assert repairs == {"version": "v1.0.0", "damaged": ["train-00000.parquet"]}
     with pytest.raises(StoreError, match="only the newest"):
         make_repaired_version(version, [])

@@ -1,4 +1,4 @@
-"""Pixels: a version without images is joined with them by sample_id."""
+"""Tests of joining a version without pixels with its images by sample_id."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def files(folder: Path, samples: list[Sample]) -> Path:
     return folder
 
 
-def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tmp_path: Path) -> None:
+def test_joined_image_files_complete_the_version(whole: Version, texts: Version, tmp_path: Path) -> None:
     assert lacks_pixels(texts)
     assert find_joined(texts) is None
     joined = join_images(texts, images_of_files(files(tmp_path / "files", SAMPLES)))
@@ -49,17 +49,17 @@ def test_a_folder_of_the_files_makes_it_whole(whole: Version, texts: Version, tm
         assert by_id[0] == by_id[1]
 
 
-def test_missing_images_are_counted_and_added_from_another_folder(texts: Version, tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_joined_from_second_folder(texts: Version, tmp_path: Path) -> None:
     images = images_of_files(files(tmp_path / "files", SAMPLES[4:]))
-    with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are not there") as refused:
+    with pytest.raises(StoreError, match=r"4 of 30 images of v1\.0\.0 are missing") as refused:
         join_images(texts, images)
-    assert "the very files" in refused.value.hint
+    assert "the original, unchanged image files" in refused.value.hint
     assert find_joined(texts) is None
     joined = join_images(texts, images_of_files(files(tmp_path / "others", SAMPLES[:4])))
     assert joined == find_joined(texts) and joined.read("train").num_rows == texts.manifest["rows"]["train"]
 
 
-def test_decks_are_joined_from_a_version_that_has_their_pages(tmp_path: Path) -> None:
+def test_decks_are_joined_from_version_with_pages(tmp_path: Path) -> None:
     pages = [sample.images[0] for sample in SAMPLES[:4]]
     deck = replace(SAMPLES[0], id=deck_id([sample.id for sample in SAMPLES[:4]]), images=tuple(pages))
     captions = true_captions(SAMPLES[:1])

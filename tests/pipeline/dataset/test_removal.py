@@ -1,4 +1,4 @@
-"""Removal: versions go as a whole, their names are not given again, and images stay while anything needs them."""
+"""Tests of the removal of versions, unused images and leftovers."""
 
 from pathlib import Path
 
@@ -7,7 +7,13 @@ import pytest
 from pipeline.dataset.directory import DatasetDir, sample_batches, write_tags
 from pipeline.dataset.images import ImageStore
 from pipeline.dataset.integrity import find_damage, make_repaired_version
-from pipeline.dataset.removal import REMOVING, find_leftovers, remove_images, remove_leftovers, remove_versions
+from pipeline.dataset.removal import (
+    REMOVING,
+    find_leftovers,
+    remove_images,
+    remove_leftovers,
+    remove_versions,
+)
 from pipeline.errors import StoreError
 from tests.scene_data import make_version, scene_samples, write_samples
 
@@ -16,13 +22,13 @@ SAMPLES = scene_samples(40)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> DatasetDir:
-    """A dataset of three versions: 20 images, 30, and 40."""
+    """Return a dataset with three versions of 20, 30 and 40 images."""
     for count in (20, 30, 40):
         make_version(tmp_path, SAMPLES[:count])
     return DatasetDir(tmp_path)
 
 
-def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir) -> None:
+def test_removed_version_is_gone_and_other_versions_are_intact(dataset: DatasetDir) -> None:
     removed = remove_versions(dataset, ["v1.1.0", "v1.1.0"])
     assert [one.path.name for one in removed] == ["v1.1.0"]
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]
@@ -30,7 +36,7 @@ def test_a_removed_version_is_gone_and_the_others_are_whole(dataset: DatasetDir)
     assert list(find_leftovers(dataset)) == []
 
 
-def test_name_of_removed_version_that_was_pushed_is_not_given_again(dataset: DatasetDir) -> None:
+def test_name_of_pushed_version_is_not_reused_after_removal(dataset: DatasetDir) -> None:
     dataset.record_push("v1.2.0", "ORG/NAME", "c" * 40)
     remove_versions(dataset, ["v1.2.0"])
     again, is_new = make_version(dataset.path, SAMPLES[:35])
@@ -39,21 +45,21 @@ def test_name_of_removed_version_that_was_pushed_is_not_given_again(dataset: Dat
     assert make_version(dataset.path, SAMPLES[:3])[0].name == "v2.0.0"
 
 
-def test_repaired_version_does_not_take_a_tagged_name(tmp_path: Path) -> None:
+def test_repaired_version_skips_tagged_name(tmp_path: Path) -> None:
     first, _ = make_version(tmp_path, SAMPLES[:5])
-    write_tags(tmp_path, {"paper": "v1.0.1"})  # which somebody has moved away
+    write_tags(tmp_path, {"paper": "v1.0.1"})  # that version was moved away
     assert make_repaired_version(first, ["train-00000.parquet"]).name == "v1.0.2"
 
 
 @pytest.mark.parametrize("names", [["v1.1.0", "v9.0.0"], ["v1.1.0", "v1.0.0"]])
-def test_nothing_is_removed_where_one_version_cannot_be(dataset: DatasetDir, names: list[str]) -> None:
+def test_no_version_is_removed_if_one_is_missing_or_tagged(dataset: DatasetDir, names: list[str]) -> None:
     write_tags(dataset.path, {"paper": "v1.0.0"})
     with pytest.raises(StoreError, match=r"no version v9|v1\.0\.0 is tagged as paper"):
         remove_versions(dataset, names)
     assert len(dataset.versions()) == 3
 
 
-def test_gc_removes_images_that_neither_version_nor_listing_needs(tmp_path: Path) -> None:
+def test_gc_removes_images_without_version_or_sample_list(tmp_path: Path) -> None:
     dataset, store = DatasetDir(tmp_path), ImageStore(tmp_path)
     make_version(tmp_path, SAMPLES[:20])
     write_samples(dataset, SAMPLES[10:30])
@@ -65,16 +71,18 @@ def test_gc_removes_images_that_neither_version_nor_listing_needs(tmp_path: Path
     assert freed and size == sum(path.stat().st_size for path in store.paths())
     assert ImageStore(tmp_path).find_missing([sample.id for sample in SAMPLES]) == []
     removed = remove_images(dataset)
-    assert sum(one.num_bytes for one in removed) == size - sum(path.stat().st_size for path in store.paths()) > 0
+    new_size = sum(path.stat().st_size for path in store.paths())
+    assert sum(one.num_bytes for one in removed) == size - new_size > 0
     assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in SAMPLES[:5]]
     assert find_damage(second) == [] and remove_images(dataset) == []
     remove_versions(dataset, [second.name])
     remove_images(dataset)
-    assert ImageStore(tmp_path).find_missing([one.id for one in SAMPLES]) == [one.id for one in [*SAMPLES[:10], *SAMPLES[30:]]]
+    missing = ImageStore(tmp_path).find_missing([one.id for one in SAMPLES])
+    assert missing == [one.id for one in [*SAMPLES[:10], *SAMPLES[30:]]]
     assert all(batch.read_images() for batch in sample_batches(dataset))
 
 
-def test_gc_keeps_all_images_while_a_version_is_damaged(dataset: DatasetDir) -> None:
+def test_gc_keeps_all_images_if_a_version_is_damaged(dataset: DatasetDir) -> None:
     remove_versions(dataset, ["v1.2.0"])
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
     with pytest.raises(StoreError, match=r"v1\.1\.0 cannot be read"):
@@ -82,7 +90,7 @@ def test_gc_keeps_all_images_while_a_version_is_damaged(dataset: DatasetDir) -> 
     assert ImageStore(dataset.path).find_missing([one.id for one in SAMPLES]) == []
 
 
-def test_gc_keeps_all_images_while_a_file_of_the_store_is_damaged(dataset: DatasetDir) -> None:
+def test_gc_keeps_all_images_if_a_file_of_the_store_is_damaged(dataset: DatasetDir) -> None:
     remove_versions(dataset, [version.name for version in dataset.versions()])
     first, *others = ImageStore(dataset.path).paths()
     others[-1].write_bytes(b"PAR1")
@@ -91,14 +99,15 @@ def test_gc_keeps_all_images_while_a_file_of_the_store_is_damaged(dataset: Datas
     assert first.exists()
 
 
-def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: DatasetDir) -> None:
+def test_only_leftovers_of_killed_commands_are_removed(dataset: DatasetDir) -> None:
     leftovers = [dataset.path / "versions" / f"{REMOVING}v0.9.0", dataset.path / "versions" / ".next"]
     for folder in leftovers:
         folder.mkdir()
         (folder / "train-00000.parquet").write_bytes(bytes(100))
     step = dataset.path / "steps" / "filter"
     step.mkdir(parents=True)
-    leftovers += [step / ".kept.parquet.tmp", dataset.path / "versions" / "v1.0.0" / ".train-00000.parquet.tmp"]
+    version = dataset.path / "versions" / "v1.0.0"
+    leftovers += [step / ".kept.parquet.tmp", version / ".train-00000.parquet.tmp"]
     for file in leftovers[2:]:
         file.write_bytes(bytes(10))
     (step / "kept.parquet").write_bytes(bytes(10))
@@ -114,7 +123,7 @@ def test_leftovers_of_killed_commands_are_found_and_nothing_else(dataset: Datase
     assert len(dataset.versions()) == 3
 
 
-def test_links_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_path: Path) -> None:
+def test_removal_of_links_keeps_their_targets(dataset: DatasetDir, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-folder"
     (dataset.path / "versions" / "v1.0.0").rename(outside)
     for name in (".next", f"{REMOVING}v9.9.9", "v1.0.0"):
@@ -126,7 +135,7 @@ def test_links_are_removed_and_not_what_they_lead_to(dataset: DatasetDir, tmp_pa
     assert (outside / "manifest.json").exists()
 
 
-def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_path: Path) -> None:
+def test_files_in_linked_folder_are_not_leftovers(dataset: DatasetDir, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-steps"
     outside.mkdir()
     (outside / ".mine.tmp").write_text("mine")
@@ -137,7 +146,7 @@ def test_nothing_behind_a_linked_folder_is_a_leftover(dataset: DatasetDir, tmp_p
     assert list(find_leftovers(dataset)) == []
 
 
-def test_a_damaged_version_can_be_removed_and_is_in_nobodys_way(dataset: DatasetDir) -> None:
+def test_damaged_version_can_be_removed(dataset: DatasetDir) -> None:
     (dataset.path / "versions" / "v1.1.0" / "manifest.json").write_text("[")
     remove_versions(dataset, ["v1.1.0"])
     assert [version.name for version in dataset.versions()] == ["v1.0.0", "v1.2.0"]

@@ -1,4 +1,4 @@
-"""Reviews: what people say of texts, stored under the digest of the text."""
+"""Tests of human reviews, which are stored under the digest of the text."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ SAMPLE = "a" * 64
 
 
 def caption(text: str) -> dict[str, Any]:
-    return {"sample_id": SAMPLE, "task": "caption", "text": text, "question": None, "answer": None, "pages": 1}
+    return {
+        "sample_id": SAMPLE,
+        "task": "caption",
+        "text": text,
+        "question": None,
+        "answer": None,
+        "pages": 1,
+    }
 
 
 def review(original: str, kind: str, **more: Any) -> Review:
@@ -34,14 +41,15 @@ def captions(*texts: str) -> dict[TextName, dict[str, Any]]:
     return {text_name(caption(text)): caption(text) for text in texts}
 
 
-def test_reviews_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_written_reviews_are_read_back_unchanged(tmp_path: Path) -> None:
     reviews = [
         review("A cat.", "good"),
         review("A dog.", "bad", reason="not_true", note="it is a cat\u2028or \x1e not \x85\r"),
         review("A.", "edited", text="B.\u2029C\u0085"),
     ]
     (tmp_path / "m.jsonl").write_text(format_reviews(reviews))
-    assert sorted(read_reviews(tmp_path / "m.jsonl"), key=lambda m: m.name) == sorted(reviews, key=lambda m: m.name)
+    by_name = sorted(reviews, key=lambda review: review.name)
+    assert read_reviews(tmp_path / "m.jsonl") == by_name
 
 
 @pytest.mark.parametrize(
@@ -49,27 +57,33 @@ def test_reviews_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         ("not json", "Invalid JSON"),
         ('{"sample_id": "a"}', "sample_id"),
-        (review("A.", "good").model_dump_json().replace("good", "bad"), "a reason goes with bad"),
-        (review("A.", "good").model_dump_json().replace("good", "edited"), "edited goes with new words"),
-        (review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"), "new words go with edited"),
+        (review("A.", "good").model_dump_json().replace("good", "bad"), "the verdict bad needs a reason"),
+        (
+            review("A.", "good").model_dump_json().replace("good", "edited"),
+            "the verdict edited needs a new text",
+        ),
+        (
+            review("A.", "edited", text="B.").model_dump_json().replace("edited", "good"),
+            "only the verdict edited has a new text",
+        ),
         (review("A.", "good").model_dump_json(exclude_defaults=True)[:-1] + ', "color": "red"}', "color"),
     ],
 )
-def test_a_line_that_is_no_review_is_named_with_its_number(tmp_path: Path, line: str, what: str) -> None:
+def test_invalid_review_error_shows_line_number_and_reason(tmp_path: Path, line: str, what: str) -> None:
     (tmp_path / "m.jsonl").write_text(format_reviews([review("A cat.", "good")]) + line + "\n")
     with pytest.raises(ConfigError, match="line 2 is not a review") as caught:
         read_reviews(tmp_path / "m.jsonl")
     assert what in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_not_text_is_one_error(tmp_path: Path) -> None:
+def test_missing_or_binary_file_of_reviews_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
     for name in ("m.jsonl", "none.jsonl"):
         with pytest.raises(ConfigError, match=f"cannot read .*{name}"):
             read_reviews(tmp_path / name)
 
 
-def test_a_review_of_an_edited_text_goes_back_to_what_was_edited() -> None:
+def test_review_of_edited_text_is_stored_under_the_original_text() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     second = merge_reviews(first.values(), [review("A dog.", "edited", text="A fox.")], rows)
@@ -78,34 +92,36 @@ def test_a_review_of_an_edited_text_goes_back_to_what_was_edited() -> None:
     assert {name: m.reason for name, m in third.items()} == {review("A cat.", "good").name: "not_true"}
 
 
-def test_an_edit_that_was_found_good_stays() -> None:
+def test_edit_stays_after_good_verdict() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    assert merge_reviews(first.values(), [review("A dog.", "good")], rows)[review("A cat.", "good").name].text == "A dog."
+    merged = merge_reviews(first.values(), [review("A dog.", "good")], rows)
+    assert merged[review("A cat.", "good").name].text == "A dog."
 
 
-def test_an_edit_back_to_the_words_of_the_model_is_no_edit() -> None:
+def test_edit_back_to_the_original_text_becomes_good_verdict() -> None:
     rows = captions("A cat.")
     first = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
     back = merge_reviews(first.values(), [review("A dog.", "edited", text="A cat.")], rows)
     assert {name: m.verdict for name, m in back.items()} == {review("A cat.", "good").name: "good"}
 
 
-def test_reviews_of_one_file_are_about_what_was_there_when_it_was_made() -> None:
+def test_reviews_of_one_file_refer_to_texts_before_its_edits() -> None:
     rows = captions("A cat.", "A dog.")
     swapped = [review("A cat.", "edited", text="A dog."), review("A dog.", "edited", text="A cat.")]
     merged = merge_reviews([], swapped, rows)
     assert [m.text for m in merged.values()] == ["A dog.", "A cat."]
     assert check_edits(merged, rows) == {}
-    moved = merge_reviews([], [review("A cat.", "edited", text="A dog."), review("A dog.", "bad", reason="unclear")], rows)
+    edit_and_rejection = [swapped[0], review("A dog.", "bad", reason="unclear")]
+    moved = merge_reviews([], edit_and_rejection, rows)
     assert {m.verdict for m in moved.values()} == {"edited", "bad"}
     assert check_edits(moved, rows) == {}
 
 
-def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
+def test_edit_that_repeats_another_text_of_the_image_is_a_flaw() -> None:
     rows = captions("A cat.", "A dog.", "A fox.")
     onto_another = merge_reviews([], [review("A cat.", "edited", text="A dog.")], rows)
-    assert list(check_edits(onto_another, rows).values()) == ["another text of this image says the same"]
+    assert list(check_edits(onto_another, rows).values()) == ["another text of this image is the same"]
     onto_each_other = [review("A cat.", "edited", text="A bird."), review("A dog.", "edited", text="A bird.")]
     assert len(check_edits(merge_reviews([], onto_each_other, rows), rows)) == 2
 
@@ -115,25 +131,25 @@ def test_two_texts_of_an_image_may_not_be_edited_into_one() -> None:
     [
         ({"text": "A better caption."}, None),
         ({"text": "   "}, "string_pattern_mismatch"),
-        ({"question": "Is it?", "answer": "yes"}, "of another kind"),
+        ({"question": "Is it?", "answer": "yes"}, "the text is a caption, and the edit is not"),
     ],
 )
-def test_an_edit_must_keep_the_rules_of_its_task(words: dict[str, str], wrong: str | None) -> None:
+def test_edit_that_breaks_a_rule_of_its_task_is_a_flaw(words: dict[str, str], wrong: str | None) -> None:
     problem = check_edit(review("A cat.", "edited", **words), caption("A cat."))
     assert problem is None if wrong is None else wrong in (problem or "")
 
 
-def test_an_edited_calculation_must_still_be_right() -> None:
-    pair = {"question": "How many in all?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
+def test_edited_answer_must_match_expression_and_pages() -> None:
+    pair = {"question": "How many?", "answer": "5", "answer_type": "arithmetic", "evidence_pages": [1, 2]}
     row = {"sample_id": SAMPLE, "task": "deck_qa", "text": None, "expression": "2 + 3", "pages": 4, **pair}
-    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many in all?"}
+    fields = {"sample_id": SAMPLE, "content": text_name(row)[1], "verdict": "edited", "question": "How many?"}
     assert check_edit(Review.model_validate({**fields, "answer": "6"}), row) == "expression_disagrees"
     assert check_edit(Review.model_validate({**fields, "answer": "6", "expression": "2 + 4"}), row) is None
-    assert check_edit(Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]}), row) == "evidence_outside_deck"
+    outside = Review.model_validate({**fields, "answer": "5", "evidence_pages": [5]})
+    assert check_edit(outside, row) == "evidence_outside_deck"
 
 
-def test_edited_words_hold_no_personal_data(tmp_path: Path) -> None:
-    """Nor does what they are called afterwards: a later review finds them."""
+def test_personal_data_in_edits_is_redacted(tmp_path: Path) -> None:
     edit = review("A sign.", "edited", text="A sign says mail@example.org.")
     assert edit.text == "A sign says [email]."
     assert edit.resulting_name == text_name(caption("A sign says [email]."))

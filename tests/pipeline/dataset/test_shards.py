@@ -1,4 +1,4 @@
-"""Shards: cuts depend on the rows themselves, so that one changed row leaves most shards as they are."""
+"""Tests of shards: boundaries depend on the rows, so one changed row keeps most shards."""
 
 import hashlib
 import random
@@ -28,7 +28,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def row(number: int, text: str = "a caption") -> dict[str, Any]:
     pixels = random.Random(number).randbytes(1000)
     captions = [{"text": text, "style": "brief", "prompt_id": "p"}]
-    return {"sample_id": hashlib.sha256(pixels).hexdigest(), "image": {"bytes": pixels, "path": None}, "captions": captions}
+    image = {"bytes": pixels, "path": None}
+    return {"sample_id": hashlib.sha256(pixels).hexdigest(), "image": image, "captions": captions}
 
 
 def write(folder: Path, rows: list[dict[str, Any]], chunk: int = 64) -> dict[str, str]:
@@ -42,7 +43,7 @@ def write(folder: Path, rows: list[dict[str, Any]], chunk: int = 64) -> dict[str
     return {file_digest(path): path.name for path in sorted(folder.iterdir())}
 
 
-def test_all_rows_come_back_in_order(tmp_path: Path) -> None:
+def test_rows_are_read_back_in_order(tmp_path: Path) -> None:
     rows = [row(number) for number in range(ROWS)]
     write(tmp_path / "a", rows)
     read = pq.read_table(tmp_path / "a").to_pylist()
@@ -52,7 +53,7 @@ def test_all_rows_come_back_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["one more at the front", "one less in the middle", "another text"])
-def test_a_change_of_one_row_leaves_most_shards_as_they_are(tmp_path: Path, change: str) -> None:
+def test_changed_row_keeps_bytes_of_most_shards(tmp_path: Path, change: str) -> None:
     rows = [row(number) for number in range(ROWS)]
     changed = {
         "one more at the front": [row(ROWS), *rows],
@@ -64,8 +65,9 @@ def test_a_change_of_one_row_leaves_most_shards_as_they_are(tmp_path: Path, chan
     assert len(after.keys() - before.keys()) <= 2
 
 
-def test_how_large_images_arrive_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of rows end elsewhere where an image was removed before: groups end before they are too large to be held."""
+def test_shards_of_large_images_do_not_depend_on_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "GROUP_ROWS", 10**9)
     monkeypatch.setattr(shards, "LARGE_GROUPS", ((4000, 8), (8000, 2)))
     monkeypatch.setattr(shards, "GROUP_BYTES", 20_000)

@@ -1,4 +1,4 @@
-"""Dataset statistics: measured in one pass, or in parts that are merged."""
+"""Tests of dataset statistics."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from tests.scene_data import make_version, scene_samples
 
 
-def test_measures_of_parts_add_up_to_that_of_the_whole(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_merged_statistics_equal_statistics_of_all_rows(tmp_path_factory: pytest.TempPathFactory) -> None:
     version, _ = make_version(tmp_path_factory.mktemp("d"), scene_samples(40))
     batches = version.batches(version.manifest["columns"])
     rows = [row for _, batch in batches for row in batch.to_pylist()]

@@ -1,4 +1,4 @@
-"""Exports: readers of other packages find all images, texts and values, and nothing of the user's is overwritten."""
+"""Tests of exports: other packages read all images, texts and values, and no user file is overwritten."""
 
 import csv
 import hashlib
@@ -38,7 +38,8 @@ from tests.scene_data import make_version, publish_rows, sample_table, scene_sam
 
 COUNT = 30
 CORNERS = {"type": "array", "items": {"type": "integer"}}
-BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": {"bbox_2d": CORNERS, "label": {"type": "string"}}}
+LABELED = {"bbox_2d": CORNERS, "label": {"type": "string"}}
+BOX = {"type": "object", "required": ["bbox_2d", "label"], "properties": LABELED}
 BOXES = OwnColumn("things", pa.list_(arrow_type(close_schema(BOX))), "boxes", is_list=True)
 NOTE = OwnColumn("note", STRING, "text", is_list=False)
 
@@ -50,25 +51,27 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def version(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """A version with captions of two styles, a question, boxes and a note of each image."""
+    """Return a version with captions of two styles, a question, boxes and a note for each image."""
     texts = true_captions(samples).to_pylist()
     split_of = {row["sample_id"]: row["split"] for row in texts}
     for row in texts:
         row["rejected_text"] = f"Not: {row['text']}" if row["style"] == "brief" else None
         row["annotation_id"] = hashlib.sha256(f"{row['sample_id']}{row['style']}".encode()).hexdigest()
     for number, sample in enumerate(samples):
-        usual = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
-        texts.append(usual | {"task": "qa", "question": "How many?", "answer": str(number), "answer_type": "number"})
+        common = {"sample_id": sample.id, "split": split_of[sample.id], "prompt_id": "p", "style": ""}
+        pair = {"question": "How many?", "answer": str(number), "answer_type": "number"}
+        texts.append(common | {"task": "qa", **pair})
         box = {"bbox_2d": [1, 2, 11, 22], "label": f"thing {number % 3}"}
-        texts.append(usual | {"task": "things", "record": json.dumps(box)})
-        texts.append(usual | {"task": "note", "record": json.dumps(f'A "note", {number}')})
+        texts.append(common | {"task": "things", "record": json.dumps(box)})
+        texts.append(common | {"task": "note", "record": json.dumps(f'A "note", {number}')})
     order = {sample.id: number for number, sample in enumerate(samples)}
     texts.sort(key=lambda row: order[row["sample_id"]])
     names = list(dict.fromkeys(name for row in texts for name in row))
     table = pa.table({name: pa.array([row.get(name) for row in texts], STRING) for name in names})
     batches = sample_table(samples).to_batches()
     folder = tmp_path_factory.mktemp("data")
-    made, _ = publish_rows(folder, [table], batches, rows=Rows(), extras=Extras(("rejected",), own=(BOXES, NOTE)))
+    extras = Extras(("rejected",), own=(BOXES, NOTE))
+    made, _ = publish_rows(folder, [table], batches, rows=Rows(), extras=extras)
     return replace(made, manifest=made.manifest | {"measured": {"captions": {"brief": {}, "detailed": {}}}})
 
 
@@ -76,12 +79,13 @@ def by_id(version: Version) -> dict[str, Any]:
     return {item.name: item for item in read_items(version)}
 
 
-def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tmp_path: Path) -> None:
+def test_imagefolder_loads_with_all_texts_and_values(version: Version, tmp_path: Path) -> None:
     done = export_version(version, "imagefolder", tmp_path / "out")
     assert (done.images, done.without_text) == (COUNT, 0)
     items = by_id(version)
     loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert {split: len(part) for split, part in loaded.items()} == {k: v for k, v in version.manifest["rows"].items() if v}
+    counts = {split: count for split, count in version.manifest["rows"].items() if count}
+    assert {split: len(part) for split, part in loaded.items()} == counts
     row = loaded["train"][0]
     item = next(item for item in items.values() if item.source_row == row["source_row"])
     assert row["image"].size == (item.width_px, item.height_px) and row["text"] == item.caption(None)
@@ -90,7 +94,7 @@ def test_an_imagefolder_is_loaded_with_all_texts_and_values(version: Version, tm
     assert row["qa"] == [{"question": "How many?", "answer": item.questions[0][1], "written_by": "model"}]
 
 
-def test_parquet_files_hold_the_rows_of_the_version_with_images(version: Version, tmp_path: Path) -> None:
+def test_parquet_export_has_rows_with_images_and_equal_bytes(version: Version, tmp_path: Path) -> None:
     done = export_version(version, "parquet", tmp_path / "out", splits=("train", "validation"))
     rows = {split: version.read(split) for split in ("train", "validation")}
     assert (done.images, done.without_text) == (sum(table.num_rows for table in rows.values()), 0)
@@ -99,9 +103,8 @@ def test_parquet_files_hold_the_rows_of_the_version_with_images(version: Version
         assert exported.select(table.column_names).to_pylist() == table.to_pylist()
         assert exported.column_names == [*table.column_names, "text", "messages"]
     loaded = load_dataset("parquet", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (
-        rows["train"]["width_px"][0].as_py(),
-    ) * 2
+    width = rows["train"]["width_px"][0].as_py()
+    assert {*loaded} == {"train", "validation"} and loaded["train"][0]["image"].size == (width, width)
     export_version(version, "parquet", tmp_path / "again", splits=("train", "validation"))
     assert (tmp_path / "out" / CHECKSUMS).read_text() == (tmp_path / "again" / CHECKSUMS).read_text()
     with pytest.raises(ConfigError, match="holds all captions"):
@@ -109,22 +112,23 @@ def test_parquet_files_hold_the_rows_of_the_version_with_images(version: Version
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
-def test_values_of_own_tasks_take_the_place_of_nothing_that_a_format_says(kind: str, version: Version, tmp_path: Path) -> None:
+def test_custom_value_with_taken_name_gets_an_underscore(kind: str, version: Version, tmp_path: Path) -> None:
     item = replace(next(read_items(version)), values={"text": "EXIT", "license": "plate", "note": "x"})
     writer = FORMATS[kind](tmp_path, None)
     assert writer.add(item)
     writer.close()
     if kind == "imagefolder":
-        (said,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
-        assert (said["text"], said["text_"]) == (item.caption(None), "EXIT")
+        (row,) = pq.read_table(next(tmp_path.glob("*/metadata.parquet"))).to_pylist()
+        assert (row["text"], row["text_"]) == (item.caption(None), "EXIT")
     else:
         with tarfile.open(next(tmp_path.glob("*.tar"))) as tar:
-            said = json.loads(next(cast(Any, tar.extractfile(one)).read() for one in tar if one.name.endswith(".json")))
-        assert said["text"] == "EXIT"  # which this format says in a file of its own
-    assert (said["license"], said["license_"], said["note"]) == (item.license, "plate", "x")
+            file = next(tar.extractfile(member) for member in tar if member.name.endswith(".json"))
+            row = json.loads(cast(Any, file).read())
+        assert row["text"] == "EXIT"  # a value, because the caption is in the .txt file
+    assert (row["license"], row["license_"], row["note"]) == (item.license, "plate", "x")
 
 
-def test_sidecars_stand_beside_their_images(version: Version, tmp_path: Path) -> None:
+def test_sidecars_hold_captions_that_folder_source_ignores(version: Version, tmp_path: Path) -> None:
     export_version(version, "sidecar", tmp_path / "out", style="detailed", splits=("train",))
     items = by_id(version)
     images = sorted((tmp_path / "out/train").glob("*.png"))
@@ -133,10 +137,12 @@ def test_sidecars_stand_beside_their_images(version: Version, tmp_path: Path) ->
         assert path.read_bytes() == items[path.stem].image
         assert path.with_suffix(".txt").read_text() == items[path.stem].caption("detailed") + "\n"
     rows = [row for row in open_folder(tmp_path / "out").rows if isinstance(row, Sample)]
-    assert rows and not any(row.references for row in rows)  # no text of a model comes back as one of people
+    assert rows and not any(row.references for row in rows)
 
 
-def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webdataset_package_reads_all_shards(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(WebDataset.__init__, "__defaults__", (None, 6000))
     export_version(version, "webdataset", tmp_path / "out")
     shards = sorted(map(str, (tmp_path / "out").glob("train-*.tar")))
@@ -150,7 +156,8 @@ def test_webdataset_reads_the_shards(version: Version, tmp_path: Path, monkeypat
     assert seen == version.manifest["rows"]["train"]
 
 
-SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {  # a format, the source that reads it, and its file of captions
+# By format: the source that reads it, and its file of captions.
+SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {
     "imagefolder": ("folder:{}/train", ""),
     "webdataset": ("archive:{}", ""),
     "coco": ("folder:{}/images/train", "{}/annotations/captions_train.json"),
@@ -159,16 +166,16 @@ SOURCES_OF_EXPORTS: dict[str, tuple[str, str]] = {  # a format, the source that 
 
 
 @pytest.mark.parametrize("kind", SOURCES_OF_EXPORTS)
-def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
-    kind: str, version: Version, tmp_path: Path
-) -> None:
+def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version, tmp_path: Path) -> None:
     writer = FORMATS[kind](tmp_path, None)
     items = {}
     for number, item in enumerate(read_items(version, ["train"])):
-        by_people = {item.captions[0][1], *(question for question, _ in item.questions)} if number % 2 else set()
-        references = ["Of the source.", item.captions[1][1]] if number % 2 else []  # as the model says, too
+        question_texts = {question for question, _ in item.questions}
+        by_people = {item.captions[0][1], *question_texts} if number % 2 else set()
+        # The second one is also a caption of the model.
+        references = ["Of the source.", item.captions[1][1]] if number % 2 else []
         own = {"description": "By a model."}
-        items[item.name] = replace(item, of_people=frozenset(by_people), references=references, values=own)
+        items[item.name] = replace(item, human_texts=frozenset(by_people), references=references, values=own)
         assert writer.add(items[item.name])
     writer.close()
     source, captions = (text.format(tmp_path) for text in SOURCES_OF_EXPORTS[kind])
@@ -179,36 +186,39 @@ def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
     for row in rows:
         item = items[row.id]
         of_source = item.references if keeps_all else ()
-        assert {*row.references} == {text for _, text in item.captions if text in item.of_people} | {*of_source}
-        questions = [pair for pair in item.questions if pair[0] in item.of_people and keeps_all]
+        human = {text for _, text in item.captions if text in item.human_texts}
+        assert {*row.references} == human | {*of_source}
+        questions = [pair for pair in item.questions if pair[0] in item.human_texts and keeps_all]
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
-        assert row.split == (item.split if kind == "webdataset" else None)  # the others have one split here
-    said = [message for message in opened.messages if message.startswith("texts that a model wrote, which are none of people")]
-    assert len(said) == 1 and not said[0].endswith(" 0")
+        # The other sources here read one split.
+        assert row.split == (item.split if kind == "webdataset" else None)
+    prefix = "texts that a model wrote, which are none of people"
+    counts = [message for message in opened.messages if message.startswith(prefix)]
+    assert len(counts) == 1 and not counts[0].endswith(" 0")
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
-def test_an_export_that_is_read_again_keeps_its_splits(kind: str, version: Version, tmp_path: Path) -> None:
-    """Test images of before would else be learned from."""
+def test_source_reads_splits_of_an_export(kind: str, version: Version, tmp_path: Path) -> None:
     export_version(version, kind, tmp_path / "out")
     source = f"archive:{tmp_path / 'out'}" if kind == "webdataset" else f"folder:{tmp_path / 'out'}"
     opened = open_source(resolve(source=source))
     rows = [row for row in opened.rows if isinstance(row, Sample)]
     assert {row.id: row.split for row in rows} == {item.name: item.split for item in read_items(version)}
     slices = [open_source(resolve(source=source), SourceSlice(number, 3)).rows for number in range(3)]
-    assert {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)} == {
-        row.source_row: row.split for row in rows
-    }
+    sliced = {row.source_row: row.split for part in slices for row in part if isinstance(row, Sample)}
+    assert sliced == {row.source_row: row.split for row in rows}
 
 
-@pytest.mark.parametrize(("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")])
-def test_who_wrote_a_text_does_not_follow_from_values_but_where_they_could_be_texts(
+@pytest.mark.parametrize(
+    ("values", "writer"), [({}, "people"), ({"note": "It barks."}, "people"), ({"title": "Rex"}, "model")]
+)
+def test_written_by_is_model_if_custom_value_has_name_of_text_column(
     version: Version, tmp_path: Path, values: dict[str, Any], writer: str
 ) -> None:
     (item, *_) = read_items(version, ["train"])
     text = item.caption(None) or ""
     asked = [{"question": "What?", "answers": ["a dog", "dog"], "answer_type": None}]
-    item = replace(item, of_people=frozenset([text]), values=values, reference_qa=asked)
+    item = replace(item, human_texts=frozenset([text]), values=values, reference_qa=asked)
     export = FORMATS["imagefolder"](tmp_path, None)
     export.add(item)
     export.close()
@@ -217,7 +227,7 @@ def test_who_wrote_a_text_does_not_follow_from_values_but_where_they_could_be_te
     assert row["reference_qa"] == asked
 
 
-def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_path: Path) -> None:
+def test_captions_file_written_by_model_is_an_error(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     captions = [str(tmp_path / "out/annotations/captions_train.json")]
     with pytest.raises(SourceError, match="a model wrote all that is in") as refused:
@@ -225,19 +235,21 @@ def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_
     assert "'written_by'" in refused.value.hint
 
 
-def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_path: Path) -> None:
+def test_llava_and_sharegpt_conversations_have_one_image_and_all_turns(
+    version: Version, tmp_path: Path
+) -> None:
     export_version(version, "llava", tmp_path / "llava")
     export_version(version, "sharegpt", tmp_path / "share")
     items = by_id(version)
     for entry in json.loads((tmp_path / "llava/train.json").read_text()):
         item = items[entry["id"]]
         assert Image.open(tmp_path / "llava" / entry["image"]).size == (item.width_px, item.height_px)
-        said = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
-        assert said == [*(text for _, text in item.captions), item.questions[0][1]]
-        assert [turn["value"].startswith("<image>\n") for turn in entry["conversations"]] == [True] + [False] * 5
-    loaded = load_dataset(
-        "json", data_files=str(tmp_path / "share/train.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
-    )
+        answers = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+        assert answers == [*(text for _, text in item.captions), item.questions[0][1]]
+        has_image = [turn["value"].startswith("<image>\n") for turn in entry["conversations"]]
+        assert has_image == [True] + [False] * 5
+    file, cache = str(tmp_path / "share/train.jsonl"), str(tmp_path / "cache")
+    loaded = load_dataset("json", data_files=file, split="train", cache_dir=cache)
     assert len(loaded) == version.manifest["rows"]["train"]
     for row in loaded:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
@@ -245,10 +257,11 @@ def test_conversations_have_one_image_and_turns_in_order(version: Version, tmp_p
         assert (tmp_path / "share" / row["images"][0]).is_file()
 
 
-def test_coco_tools_read_captions_and_boxes(version: Version, tmp_path: Path) -> None:
+def test_pycocotools_reads_captions_and_boxes(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     items = by_id(version)
-    captions, instances = (COCO(str(tmp_path / f"out/annotations/{kind}_train.json")) for kind in ("captions", "instances"))
+    files = (tmp_path / f"out/annotations/{kind}_train.json" for kind in ("captions", "instances"))
+    captions, instances = (COCO(str(file)) for file in files)
     assert len(captions.getImgIds()) == version.manifest["rows"]["train"]
     for number in captions.getImgIds():
         (image,) = captions.loadImgs([number])
@@ -261,7 +274,7 @@ def test_coco_tools_read_captions_and_boxes(version: Version, tmp_path: Path) ->
         assert (tmp_path / "out/images/train" / image["file_name"]).is_file()
 
 
-def test_a_table_has_a_line_for_each_caption(version: Version, tmp_path: Path) -> None:
+def test_csv_has_a_line_for_each_caption(version: Version, tmp_path: Path) -> None:
     export_version(version, "csv", tmp_path / "out")
     with (tmp_path / "out/train.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -273,7 +286,7 @@ def test_a_table_has_a_line_for_each_caption(version: Version, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_interrupted_export_leaves_nothing_and_the_next_one_is_whole(version: Version, kind: str, tmp_path: Path) -> None:
+def test_export_after_interrupted_export_is_complete(version: Version, kind: str, tmp_path: Path) -> None:
     class Stop(NullProgress):
         def __call__(self, step: str, done: int, total: int | None, metrics: Any = None) -> None:
             if done == 7:
@@ -285,7 +298,7 @@ def test_interrupted_export_leaves_nothing_and_the_next_one_is_whole(version: Ve
     export_version(version, kind, tmp_path / "cut")
     export_version(version, kind, tmp_path / "whole")
     sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("cut", "whole")]
-    if kind == "lance":  # names its files at random
+    if kind == "lance":  # its file names are random
         tables = [lance.dataset(str(tmp_path / name / "train.lance")).to_table() for name in ("cut", "whole")]
         assert tables[0].equals(tables[1])
     else:
@@ -296,7 +309,7 @@ def test_interrupted_export_leaves_nothing_and_the_next_one_is_whole(version: Ve
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_row_of_the_cauldron_has_images_and_turns(version: Version, tmp_path: Path) -> None:
+def test_cauldron_rows_have_images_and_turns(version: Version, tmp_path: Path) -> None:
     export_version(version, "cauldron", tmp_path / "out")
     loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     items = by_id(version)
@@ -304,15 +317,17 @@ def test_a_row_of_the_cauldron_has_images_and_turns(version: Version, tmp_path: 
     for row in loaded:
         item = items[row["sample_id"]]
         assert [image.size for image in row["images"]] == [(item.width_px, item.height_px)]
-        assert [turn["assistant"] for turn in row["texts"]] == [*(text for _, text in item.captions), item.questions[0][1]]
+        answers = [*(text for _, text in item.captions), item.questions[0][1]]
+        assert [turn["assistant"] for turn in row["texts"]] == answers
         assert all(turn["user"] for turn in row["texts"])
     (file,) = (tmp_path / "out").glob("train-*.parquet")
     group = pq.ParquetFile(file).metadata.row_group(0)
-    pixels = next(group.column(n) for n in range(group.num_columns) if group.column(n).path_in_schema.endswith("bytes"))
+    columns = [group.column(n) for n in range(group.num_columns)]
+    pixels = next(column for column in columns if column.path_in_schema.endswith("bytes"))
     assert pixels.compression == "UNCOMPRESSED" and not pixels.is_stats_set
 
 
-def test_lance_reads_all_texts_and_images(version: Version, tmp_path: Path) -> None:
+def test_lance_rows_have_all_texts_and_images(version: Version, tmp_path: Path) -> None:
     done = export_version(version, "lance", tmp_path / "out")
     assert done.images == COUNT
     items = by_id(version)
@@ -323,22 +338,24 @@ def test_lance_reads_all_texts_and_images(version: Version, tmp_path: Path) -> N
         assert dataset.count_rows() == count
         for row in dataset.to_table().to_pylist():
             item = items[row["sample_id"]]
-            assert (row["image"], row["width"], row["text"]) == (item.image, item.width_px, item.caption(None))
+            expected = (item.image, item.width_px, item.caption(None))
+            assert (row["image"], row["width"], row["text"]) == expected
             assert [(one["style"], one["text"]) for one in row["captions"]] == item.captions
             assert json.loads(row["values"]) == item.values and row["qa"][0]["answer"] == item.questions[0][1]
-    found = lance.dataset(str(tmp_path / "out/train.lance")).to_table(filter="width > 1", columns=["sample_id"]).num_rows
-    assert found == version.manifest["rows"]["train"]
+    train = lance.dataset(str(tmp_path / "out/train.lance"))
+    num_rows = train.to_table(filter="width > 1", columns=["sample_id"]).num_rows
+    assert num_rows == version.manifest["rows"]["train"]
 
 
-def test_a_format_whose_package_is_missing_is_one_error(
+def test_lance_export_without_its_package_is_an_error(
     version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.formats.table_formats.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="written by the package pylance"):
+    monkeypatch.setattr("pipeline.formats.formats.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package pylance"):
         export_version(version, "lance", tmp_path / "out")
 
 
-def test_preferences_are_conversations_with_a_better_and_a_worse_end(version: Version, tmp_path: Path) -> None:
+def test_dpo_rows_are_conversations_with_better_and_worse_caption(version: Version, tmp_path: Path) -> None:
     done = export_version(version, "dpo", tmp_path / "out")
     assert (done.images, done.without_text) == (COUNT, 0)
     loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -357,9 +374,9 @@ def test_preferences_are_conversations_with_a_better_and_a_worse_end(version: Ve
         export_version(version, "dpo", none, style="detailed")
 
 
-def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:
+def test_unsupported_export_is_an_error(version: Version, samples: list[Sample], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export_version(version, "csv", tmp_path / "there")
     with pytest.raises(ConfigError, match=r"no caption of v1\.0\.0 has the style breif") as raised:
         export_version(version, "csv", tmp_path / "out", style="breif")
@@ -367,10 +384,14 @@ def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sa
     without_rows = version.manifest | {"rows": version.manifest["rows"] | {"test": 0}}
     with pytest.raises(ConfigError, match="has no rows in test"):
         export_version(replace(version, manifest=without_rows), "csv", tmp_path / "out", splits=("test",))
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished export is left
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # no unfinished export
     two_pages = [replace(sample, images=sample.images * 2) for sample in samples[:4]]
     decks, _ = publish_rows(
-        tmp_path / "decks", [true_captions(samples[:4])], sample_table(two_pages).to_batches(), source="decks", decks=True
+        tmp_path / "decks",
+        [true_captions(samples[:4])],
+        sample_table(two_pages).to_batches(),
+        source="decks",
+        decks=True,
     )
     with pytest.raises(ConfigError, match="holds decks"):
         export_version(decks, "csv", tmp_path / "out")
@@ -378,17 +399,17 @@ def test_what_cannot_be_exported_is_one_error(version: Version, samples: list[Sa
 
 @pytest.fixture
 def photos(tmp_path: Path) -> tuple[Path, Version]:
-    """A user's folder of photos, and a version that was made of it."""
-    folder, made = tmp_path / "photos", []
+    """Return a folder of photos, and a version made from it."""
+    folder, samples = tmp_path / "photos", []
     for number, sample in enumerate(scene_samples(4)):
         name = f"{'deep/' if number % 2 else ''}my photo {number}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(sample.images[0])
-        made.append(replace(sample, source_row=name))
-    return folder, make_version(tmp_path / "d", made)[0]
+        samples.append(replace(sample, source_row=name))
+    return folder, make_version(tmp_path / "d", samples)[0]
 
 
-def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version]) -> None:
+def test_captions_are_written_next_to_images_in_each_mode(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     assert write_beside(version, folder, style="brief").images == 4
     texts = {item.source_row: item.caption("brief") for item in read_items(version)}
@@ -396,21 +417,22 @@ def test_captions_are_written_beside_ones_own_images(photos: tuple[Path, Version
         assert (folder / name).with_suffix(".txt").read_text() == f"{text}\n"
     first = (folder / next(iter(texts))).with_suffix(".txt")
     first.write_text("by hand\n")
-    with pytest.raises(ConfigError, match="4 of 4 text files are there already"):
+    with pytest.raises(ConfigError, match="4 of 4 text files exist already"):
         write_beside(version, folder)
     write_beside(version, folder, style="brief", existing="skip")
     assert first.read_text() == "by hand\n"
-    for _ in range(2):  # a second time adds nothing
+    for _ in range(2):  # the second call adds nothing
         write_beside(version, folder, style="brief", existing="append")
         assert first.read_text() == f"by hand\n{texts[next(iter(texts))]}\n"
     write_beside(version, folder, style="brief", existing="overwrite")
     assert first.read_text() == f"{texts[next(iter(texts))]}\n"
 
 
-def test_captions_that_were_written_beside_images_are_no_captions_of_people(photos: tuple[Path, Version]) -> None:
+def test_written_captions_are_not_read_as_human(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     write_beside(version, folder, style="brief")
-    changed, added, *_ = (path.with_suffix(".txt") for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg"))
+    images = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg"))
+    changed, added, *_ = (path.with_suffix(".txt") for path in images)
     changed.write_text("By hand.\n")
     added.write_text(f"{added.read_text()}One more.\n")
     source = open_folder(folder)
@@ -421,7 +443,7 @@ def test_captions_that_were_written_beside_images_are_no_captions_of_people(phot
     assert not any("not read" in message for message in source.messages)
 
 
-def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_images(tmp_path: Path) -> None:
+def test_human_captions_stay_human_after_in_place_export(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     sample = replace(scene_samples(1)[0], source_row="a.png", references=("A ring.",))
@@ -437,7 +459,7 @@ def test_captions_of_people_stay_theirs_when_they_are_written_beside_their_image
         assert isinstance(row, Sample) and row.references == ("A ring.",)
 
 
-def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: tuple[Path, Version], tmp_path: Path) -> None:
+def test_image_named_like_text_file_is_not_overwritten(photos: tuple[Path, Version], tmp_path: Path) -> None:
     folder, _ = photos
     image = (folder / "my photo 0.png").read_bytes()
     (folder / "odd.txt").write_bytes(image)
@@ -447,21 +469,21 @@ def test_an_image_that_has_the_name_of_a_text_file_is_not_written_over(photos: t
     assert (folder / "odd.txt").read_bytes() == image
 
 
-def test_an_image_that_is_another_one_gets_no_caption(photos: tuple[Path, Version]) -> None:
+def test_changed_or_missing_image_is_an_error_before_any_caption(photos: tuple[Path, Version]) -> None:
     folder, version = photos
     out = io.BytesIO()
     Image.new("RGB", (9, 9)).save(out, "PNG")
     (folder / "my photo 2.png").write_bytes(out.getvalue())
-    with pytest.raises(ConfigError, match=r"my photo 2\.png is another image than the version has"):
+    with pytest.raises(ConfigError, match=r"my photo 2\.png is not the image of the version"):
         write_beside(version, folder)
     assert not [*folder.rglob("*.txt")]
     (folder / "my photo 2.png").unlink()
-    with pytest.raises(ConfigError, match=r"my photo 2\.png is not there"):
+    with pytest.raises(ConfigError, match=r"my photo 2\.png cannot be read"):
         write_beside(version, folder)
 
 
 @pytest.mark.parametrize("row", ["../outside.png", "/etc/passwd", "link.png", "a\0b"])
-def test_a_row_of_a_stranger_leads_nowhere_else(row: str, tmp_path: Path) -> None:
+def test_source_row_outside_the_folder_writes_nothing(row: str, tmp_path: Path) -> None:
     sample = scene_samples(1)[0]
     (tmp_path / "photos").mkdir()
     (tmp_path / "outside.png").write_bytes(sample.images[0])
@@ -472,7 +494,7 @@ def test_a_row_of_a_stranger_leads_nowhere_else(row: str, tmp_path: Path) -> Non
     assert not [*tmp_path.glob("*.txt"), *tmp_path.glob("photos/*.txt")]
 
 
-def test_an_imagefolder_is_loaded_where_a_split_has_none_of_some_texts(tmp_path: Path) -> None:
+def test_imagefolder_loads_if_a_split_has_no_references(tmp_path: Path) -> None:
     first, *others = scene_samples(12)
     without = [replace(sample, references=()) for sample in others]
     version, _ = make_version(tmp_path / "d", [replace(first, references=("A ring.",)), *without])
@@ -484,7 +506,7 @@ def test_an_imagefolder_is_loaded_where_a_split_has_none_of_some_texts(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_image_that_is_turned_by_exif_is_exported_upright(kind: str, tmp_path: Path) -> None:
+def test_image_with_exif_orientation_is_exported_upright(kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = io.BytesIO()
@@ -495,36 +517,37 @@ def test_an_image_that_is_turned_by_exif_is_exported_upright(kind: str, tmp_path
     (item,) = read_items(make_version(tmp_path / "d", [sample])[0])
     with Image.open(io.BytesIO(item.image)) as exported:
         assert (exported.format, exported.size, exported.getexif().get(0x0112, 1)) == (kind, (40, 60), 1)
-        difference = np.asarray(exported.convert("RGB"), dtype=int) - np.asarray(
-            lying.transpose(Image.Transpose.ROTATE_270), dtype=int
-        )
+        upright = lying.transpose(Image.Transpose.ROTATE_270)
+        difference = np.asarray(exported.convert("RGB"), dtype=int) - np.asarray(upright, dtype=int)
     assert np.abs(difference).mean() < (3 if kind == "JPEG" else 0.1)
 
 
-def test_a_version_of_own_columns_alone_is_sent_to_the_formats_that_take_them(samples: list[Sample], tmp_path: Path) -> None:
-    rows = [
-        row | {"task": "note", "style": "", "text": None, "record": '"A note"', "annotation_id": f"{number:064x}"}
-        for number, row in enumerate(true_captions(samples).to_pylist())
-        if row["style"] == "brief"
-    ]
+def test_export_error_for_custom_columns_names_supported_formats(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    note = {"task": "note", "style": "", "text": None, "record": '"A note"'}
+    captions = [row for row in true_captions(samples).to_pylist() if row["style"] == "brief"]
+    rows = [row | note | {"annotation_id": f"{number:064x}"} for number, row in enumerate(captions)]
     table = pa.table({name: pa.array([row.get(name) for row in rows], STRING) for name in rows[0]})
-    version, _ = publish_rows(
-        tmp_path / "d", [table], sample_table(samples).to_batches(), rows=Rows(), extras=Extras(own=(NOTE,))
-    )
+    batches, extras = sample_table(samples).to_batches(), Extras(own=(NOTE,))
+    version, _ = publish_rows(tmp_path / "d", [table], batches, rows=Rows(), extras=extras)
     with pytest.raises(ConfigError, match="has no captions") as caught:
         export_version(version, "llava", tmp_path / "out")
-    assert "note go along in --format imagefolder" in caught.value.hint
+    assert "its columns note with --format imagefolder" in caught.value.hint
     export_version(version, "imagefolder", tmp_path / "out")
-    assert pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"].unique().to_pylist() == ["A note"]
+    notes = pq.read_table(tmp_path / "out" / "train" / "metadata.parquet")["note"]
+    assert notes.unique().to_pylist() == ["A note"]
 
 
-def test_two_exports_to_one_folder_do_not_meet(version: Version, tmp_path: Path) -> None:
+def test_second_export_to_same_folder_is_an_error(version: Version, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     class Second(NullProgress):
         refused = ""
 
-        def __call__(self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None) -> None:
+        def __call__(
+            self, step: str, done: int, total: int | None, metrics: Mapping[str, str] | None = None
+        ) -> None:
             if not self.refused:
                 with pytest.raises(ConfigError, match="another process exports to") as caught:
                     export_version(version, "webdataset", out)
@@ -536,9 +559,10 @@ def test_two_exports_to_one_folder_do_not_meet(version: Version, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
 
 
-def test_an_image_in_which_nothing_was_found_is_an_example_and_one_that_was_not_answered_is_none(tmp_path: Path) -> None:
+def test_coco_has_images_without_boxes_but_not_unanswered_images(tmp_path: Path) -> None:
     def item(number: int, labels: list[str] | None) -> Item:
-        boxes = None if labels is None else [{"label": label, BOX_FIELDS[0]: [1, 2, 3, 4]} for label in labels]
+        box = {BOX_FIELDS[0]: [1, 2, 3, 4]}
+        boxes = None if labels is None else [{"label": label, **box} for label in labels]
         captions = [("brief", "A dog.")] if number == 3 else []
         return replace(first, name=f"{number}", captions=captions, boxes=boxes)
 
@@ -546,13 +570,12 @@ def test_an_image_in_which_nothing_was_found_is_an_example_and_one_that_was_not_
     first = next(read_items(made))
     (tmp_path / "out").mkdir()
     coco = FORMATS["coco"](tmp_path / "out", None)
-    assert [coco.add(item(number, labels)) for number, labels in enumerate([["zebra"], [], None, None, ["ant", "zebra"]])] == [
-        True, True, False, True, True,
-    ]  # fmt: skip
+    labels_of_images = [["zebra"], [], None, None, ["ant", "zebra"]]
+    added = [coco.add(item(number, labels)) for number, labels in enumerate(labels_of_images)]
+    assert added == [True, True, False, True, True]
     coco.close()
-    boxed, captioned = (
-        json.loads((tmp_path / f"out/annotations/{kind}_{first.split}.json").read_text()) for kind in ("instances", "captions")
-    )
+    files = (f"out/annotations/{kind}_{first.split}.json" for kind in ("instances", "captions"))
+    boxed, captioned = (json.loads((tmp_path / file).read_text()) for file in files)
     assert [image["file_name"][0] for image in boxed["images"]] == ["0", "1", "4"]
     assert [image["file_name"][0] for image in captioned["images"]] == ["3"]
     assert boxed["categories"] == [{"id": 1, "name": "ant"}, {"id": 2, "name": "zebra"}]

@@ -1,4 +1,4 @@
-"""Package: pixels are published only where their license allows it, and card and manifest record it."""
+"""Tests of packages: pixels are included only if their license allows it."""
 
 import json
 from dataclasses import replace
@@ -27,10 +27,11 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Version:
 @pytest.fixture(scope="module")
 def restricted(tmp_path_factory: pytest.TempPathFactory) -> Version:
     samples = [replace(sample, license="flickr-terms") for sample in scene_samples(20)]
-    return make_version(tmp_path_factory.mktemp("held"), samples, scored_captions(scene_samples(20)), extras=Extras(SCORED))[0]
+    scored, folder = scored_captions(scene_samples(20)), tmp_path_factory.mktemp("held")
+    return make_version(folder, samples, scored, extras=Extras(SCORED))[0]
 
 
-def test_free_pixels_go_along_in_files_of_equal_bytes(free: Version, tmp_path: Path) -> None:
+def test_package_with_free_license_has_pixels_and_equal_bytes(free: Version, tmp_path: Path) -> None:
     again, _ = make_version(tmp_path / "again", scene_samples(20))
     with build_package(free, REPO) as package, build_package(again, REPO) as other:
         assert package.manifest == other.manifest and package.manifest["digest"] == free.manifest["digest"]
@@ -44,14 +45,14 @@ def test_free_pixels_go_along_in_files_of_equal_bytes(free: Version, tmp_path: P
     assert not path.exists()
 
 
-def test_pulled_version_is_pushed_as_it_lies_there(free: Version, tmp_path: Path) -> None:
+def test_pulled_version_is_packaged_unchanged(free: Version, tmp_path: Path) -> None:
     version = pulled(free, tmp_path / "home" / "pulled")
     with build_package(version, REPO) as package:
         assert package.manifest == version.manifest
         assert package.files["train-00000.parquet"] == version.path / "train-00000.parquet"
 
 
-def test_image_that_is_not_stored_is_noticed_before_anything_is_sent(tmp_path: Path) -> None:
+def test_version_with_missing_images_is_not_packaged(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
     (path,) = version.store.paths()
     path.unlink()
@@ -61,7 +62,7 @@ def test_image_that_is_not_stored_is_noticed_before_anything_is_sent(tmp_path: P
 
 
 @pytest.mark.parametrize("images", [None, False])
-def test_pixels_that_may_not_be_passed_on_are_left_out(restricted: Version, images: Any) -> None:
+def test_package_with_restricted_license_has_no_pixels(restricted: Version, images: Any) -> None:
     with build_package(restricted, REPO, images=images) as package:
         path = package.files["train-00000.parquet"]
         assert isinstance(path, Path)
@@ -75,7 +76,7 @@ def test_pixels_that_may_not_be_passed_on_are_left_out(restricted: Version, imag
     assert not path.exists()
 
 
-def test_with_images_wants_each_license_acknowledged(restricted: Version) -> None:
+def test_restricted_pixels_need_acknowledged_license(restricted: Version) -> None:
     with (
         pytest.raises(PushError, match="flickr-terms may not be passed on") as refused,
         build_package(restricted, REPO, images=True),
@@ -84,34 +85,40 @@ def test_with_images_wants_each_license_acknowledged(restricted: Version) -> Non
     assert "--acknowledge flickr-terms" in refused.value.hint
 
 
-def test_an_acknowledgement_is_recorded_in_card_and_manifest(restricted: Version) -> None:
+def test_acknowledged_license_is_recorded_in_card_and_manifest(restricted: Version) -> None:
     with build_package(restricted, REPO, images=True, acknowledged=["flickr-terms"]) as package:
         assert "image" in pq.read_schema(package.files["train-00000.parquet"]).names
         assert package.manifest["acknowledged"] == ["flickr-terms"]
         assert r"Pixels under flickr\-terms are included" in str(package.files["README.md"], "utf-8")  # type: ignore[arg-type]
 
 
-def test_images_of_unknown_license_are_known_as_such(free: Version, tmp_path: Path) -> None:
+def test_package_records_unknown_license(free: Version, tmp_path: Path) -> None:
     samples = [replace(sample, license="unknown") for sample in scene_samples(5)]
     version, _ = make_version(tmp_path, samples, true_captions(samples))
     stated = {None: True, "Unknown": True, "unknwon": True, "cc-by-4.0": False}
-    for images in (None, False):
-        for license_name, is_unknown in stated.items():
-            fields = describe_data(license_name, None, None)
-            with build_package(version, REPO, images=images, stated=fields) as package:
-                assert package.has_unknown_license == is_unknown
+    cases = [(False, *case) for case in stated.items()] + [(None, None, True)]
+    for images, license_name, is_unknown in cases:
+        fields = describe_data(license_name, None, None)
+        with build_package(version, REPO, images=images, stated=fields) as package:
+            assert package.has_unknown_license == is_unknown
     with build_package(free, REPO) as package:
         assert not package.has_unknown_license
 
 
-def test_a_version_with_a_missing_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_version_with_missing_or_changed_file_is_not_packaged(tmp_path: Path, *, is_missing: bool) -> None:
     version, _ = make_version(tmp_path, scene_samples(5))
-    (version.path / "rejections.parquet").unlink()
-    with pytest.raises(PushError, match=r"lacks rejections\.parquet"), build_package(version, REPO):
+    shard = version.path / "train-00000.parquet"
+    data = shard.read_bytes()
+    shard.unlink()
+    if not is_missing:
+        shard.write_bytes(data[:-1] + b"?")
+    damage = pytest.raises(StoreError, match=r"train-00000\.parquet is not what its manifest says")
+    with damage, build_package(version, REPO):
         pass
 
 
-def test_a_file_of_a_version_that_is_a_link_to_the_outside_is_not_sent(tmp_path: Path) -> None:
+def test_version_file_that_links_outside_is_not_packaged(tmp_path: Path) -> None:
     version, _ = make_version(tmp_path / "data", scene_samples(20))
     (tmp_path / "secret").write_text("secret")
     (version.path / REJECTIONS_FILE).unlink()
@@ -123,7 +130,7 @@ def test_a_file_of_a_version_that_is_a_link_to_the_outside_is_not_sent(tmp_path:
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_file_of_a_checkpoint_that_is_a_link_to_the_outside_is_not_sent(name: str, tmp_path: Path) -> None:
+def test_checkpoint_file_that_links_outside_is_not_packaged(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -135,7 +142,9 @@ def test_a_file_of_a_checkpoint_that_is_a_link_to_the_outside_is_not_sent(name: 
         build_checkpoint_package(folder, "me/captioner", lambda _: {}, {})
 
 
-def test_a_folder_with_the_name_of_a_model_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_with_model_name_is_not_a_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "enc" / "vit").mkdir(parents=True)
     ids = {"vit": "google/vit", "qwen3": "Qwen/Qwen3"}

@@ -1,6 +1,7 @@
-"""Pull: a version on the Hub is opened by tag, checked against its manifest, and cached."""
+"""Tests of pull: versions are downloaded from the Hub or an object store, checked and cached."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ from pipeline.hub.pull import pull_version
 for name in sys.argv[1:]:
     try:
         version = pull_version(name)
-        rows = sum(version.read(split).num_rows for split in ("train", "validation", "test") if version.shards(split))
-        print(json.dumps({"name": version.name, "rows": rows, "path": str(version.path), "dataset": str(version.dataset_dir)}))
+        rows = sum(batch.num_rows for _, batch in version.batches(["sample_id"]))
+        paths = {"path": str(version.path), "dataset": str(version.dataset_dir)}
+        print(json.dumps({"name": version.name, "rows": rows, **paths}))
     except SynthError as error:
         print(json.dumps({"error": str(error), "hint": error.hint}))
 """
@@ -47,72 +49,87 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
 
 def pull(hub: RunningHub, home: Path, *names: str, **env: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-c", PULL, *names]
-    process = subprocess.run(command, env=hub.env(home) | env, capture_output=True, text=True, timeout=120, cwd=home.parent)
+    options: dict[str, Any] = {"env": hub.env(home) | env, "cwd": home.parent, "timeout": 120}
+    process = subprocess.run(command, capture_output=True, text=True, **options)
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def test_a_tag_names_a_version_and_no_tag_the_newest(hub: RunningHub, tmp_path: Path) -> None:
-    old, new = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes")
-    assert (old["name"], old["rows"]) == ("v1.0.0", 20)
-    assert (new["name"], new["rows"]) == ("v1.1.0", 24)
-    assert new["dataset"] == "data/me-scenes"  # checkpoints go there, not into the cache
+@pytest.fixture(scope="module")
+def pulled(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the home of a client, and its results of pulling by tag, without a tag, and by commit."""
+    home = tmp_path_factory.mktemp("client") / "home"
     commit = hub.hub.storage.repos["dataset", "me/scenes"].tags["v1.0.0"]
-    (pulled,) = pull(hub, tmp_path / "home", f"me/scenes@{commit}")
-    assert pulled["name"] == "v1.0.0"
+    return home, pull(hub, home, "me/scenes@v1.0.0", "me/scenes", f"me/scenes@{commit}")
+
+
+@pytest.fixture(scope="module")
+def refusals(hub: RunningHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return the errors of pulling a version that is damaged on the Hub, and versions that do not exist."""
+    hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
+    repo = hub.hub.storage.repos["dataset", "me/scenes"]
+    files = repo.commits[repo.tags["v1.0.0"]].files
+    names = ["me/scenes@v1.0.0", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main"]
+    shard = "train-00000.parquet"
+    before = files[shard]
+    files[shard] = replace(hub.hub.storage.put(b"odd"), lfs=before.lfs)
+    try:
+        results = pull(hub, tmp_path_factory.mktemp("refused") / "home", *names)
+    finally:
+        files[shard] = before
+    return dict(zip(names, results, strict=True))
+
+
+def test_tag_or_commit_names_version_and_default_is_newest(pulled: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (by_tag, newest, by_commit) = pulled
+    assert (by_tag["name"], by_tag["rows"], by_commit["name"]) == ("v1.0.0", 20, "v1.0.0")
+    assert (newest["name"], newest["rows"]) == ("v1.1.0", 24)
+    assert newest["dataset"] == "data/me-scenes"  # the folder for checkpoints
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_the_second_time_needs_no_network(hub: RunningHub, tmp_path: Path, env: dict[str, str]) -> None:
-    pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes@v1.1.0")
+def test_cached_version_needs_no_network(
+    hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], env: dict[str, str]
+) -> None:
     num_requests = len(hub.hub.log)
-    named, newest, uncached = pull(hub, tmp_path / "home", "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
+    named, newest, uncached = pull(hub, pulled[0], "me/scenes@v1.0.0", "me/scenes", "me/texts@v1.0.0", **env)
     assert (named["rows"], newest["name"]) == (20, "v1.1.0")
     assert "does not answer, and me/texts@v1.0.0 is not in the cache" in uncached["error"]
     assert len(hub.hub.log) == num_requests
 
 
-def damage(shard: Path) -> bytes:
-    """Change the last byte of a file of the cache; return what it held."""
+def test_file_damaged_in_cache_is_downloaded_again(
+    hub: RunningHub, pulled: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The folder of the version has links, so removing the folder would bring the same bytes back."""
+    home, (first, *_) = pulled
+    shutil.copytree(home, tmp_path / "home", symlinks=True)
+    (link,) = (tmp_path / "home" / Path(first["path"]).relative_to(home)).glob("train-*.parquet")
+    shard = link.resolve()
     whole = shard.read_bytes()
     shard.chmod(0o644)
     shard.write_bytes(whole[:-1] + b"?")
-    return whole
-
-
-def test_a_file_that_is_damaged_in_the_cache_is_fetched_again(hub: RunningHub, tmp_path: Path) -> None:
-    """Its folder holds links: to remove that brings the same bytes back."""
-    (pulled,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    shard = next(Path(pulled["path"]).glob("train-*.parquet")).resolve()
-    whole = damage(shard)
     (again,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    assert again["rows"] == pulled["rows"]
+    assert again["rows"] == first["rows"]
     assert next(Path(again["path"]).glob("train-*.parquet")).read_bytes() == whole
 
 
-def test_a_file_that_is_damaged_on_the_hub_is_found(hub: RunningHub, tmp_path: Path) -> None:
-    repo = hub.hub.storage.repos["dataset", "me/scenes"]
-    files = repo.commits[repo.tags["v1.0.0"]].files
-    name = next(name for name in files if name.startswith("train-"))
-    before = files[name]
-    files[name] = replace(hub.hub.storage.put(b"odd"), lfs=before.lfs)
-    try:
-        (refused,) = pull(hub, tmp_path / "home", "me/scenes@v1.0.0")
-    finally:
-        files[name] = before
-    assert f"me/scenes@v1.0.0 is damaged: {name} is not what the manifest says" in refused["error"]
+def test_file_damaged_on_the_hub_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
+    refused = refusals["me/scenes@v1.0.0"]
+    error = "me/scenes@v1.0.0 is damaged: train-00000.parquet is not what the manifest says"
+    assert error in refused["error"]
     assert "do not use the dataset" in refused["hint"]
 
 
-def test_a_missing_version_or_repository_is_an_error(hub: RunningHub, tmp_path: Path) -> None:
-    hub.hub.storage.seed("dataset", "me/theirs", {"train.parquet": b"x"})
-    tag, repo, foreign = pull(hub, tmp_path / "home", "me/scenes@v9.9.9", "me/nothing@v1.0.0", "me/theirs@main")
-    assert (tag["error"], tag["hint"]) == ("me/scenes has no version v9.9.9", "versions there: v1.0.0, v1.1.0")
+def test_missing_version_or_repository_is_an_error(refusals: dict[str, dict[str, Any]]) -> None:
+    tag, repo, foreign = (refusals[name] for name in [*refusals][1:])
+    assert tag["error"] == "me/scenes has no version v9.9.9"
+    assert tag["hint"] == "versions there: v1.0.0, v1.1.0"
     assert "me/nothing@v1.0.0 is not a folder here; no dataset me/nothing at" in repo["error"]
     assert "not a version" in foreign["error"]
 
 
-def test_a_folder_of_this_machine_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("me/scenes@v1.0.0")
     assert is_hub_name("me/scenes")
@@ -133,7 +150,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     remove(path)
 
 
-def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
+def test_version_in_object_store_is_downloaded_once(bucket: Path) -> None:
     assert open_dataset(bucket).dataset_dir == bucket
     old, new = open_or_download(bucket, "v1.0.0"), open_or_download(bucket)
     assert (old.num_rows, new.num_rows) == (20, 24)
@@ -149,7 +166,7 @@ def test_a_version_in_an_object_store_is_fetched_once(bucket: Path) -> None:
         open_or_download(bucket / "versions" / "v1.1.0", "v1.0.0")
 
 
-def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
+def test_damaged_version_in_object_store_is_an_error(bucket: Path) -> None:
     name = open_or_download(bucket, "v1.0.0").shards("train")[0].name
     (bucket / "versions" / "v1.1.0" / name).write_bytes(b"?")
     with pytest.raises(StoreError, match=f"memory://.* is damaged: {name} is not what the manifest says"):
@@ -160,7 +177,7 @@ def test_a_damaged_version_in_an_object_store_is_not_kept(bucket: Path) -> None:
         open_or_download(bucket)
 
 
-def test_versions_of_two_stores_are_not_mixed(bucket: Path, tmp_path: Path) -> None:
+def test_second_store_with_same_folder_name_is_an_error(bucket: Path, tmp_path: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     other_path = parse_dataset_path(str(bucket).replace("sets-", "sets/"))
     upload_folder(tmp_path / "made", other_path)
@@ -169,7 +186,7 @@ def test_versions_of_two_stores_are_not_mixed(bucket: Path, tmp_path: Path) -> N
     remove(other_path)
 
 
-def test_another_version_of_the_same_name_is_refused(bucket: Path) -> None:
+def test_changed_version_in_object_store_is_an_error(bucket: Path) -> None:
     open_or_download(bucket, "v1.0.0")
     manifest = bucket / "versions" / "v1.0.0" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "0" * 64}))

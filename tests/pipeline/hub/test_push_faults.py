@@ -1,4 +1,4 @@
-"""Push with a fault at each of its requests: readers see whole versions, and the same command completes the push."""
+"""Tests of push with a fault at each request: readers see whole versions, and a second push completes."""
 
 import copy
 import shutil
@@ -17,7 +17,7 @@ from tests.scene_data import make_version, published, scene_samples
 
 
 class World:
-    """A Hub with the old version and a client that has not pushed the new one; `reset` restores this state."""
+    """A Hub with an old version, and a client with a new version. `reset` restores this state."""
 
     def __init__(self, hub: RunningHub, client: Pusher, old: Version, new: Version) -> None:
         self.hub, self.client, self.old, self.new = hub.hub, client, old, new
@@ -32,7 +32,8 @@ class World:
         for path in self.hub.storage.root.iterdir():
             if path.name not in self.kept:
                 path.unlink()
-        for client in (self.client, *others):  # clients remember what they have sent
+        # Clients remember the blocks that they have sent.
+        for client in (self.client, *others):
             shutil.rmtree(client.home, ignore_errors=True)
         self.hub.log.clear()
         self.hub.faults.clear()
@@ -42,7 +43,7 @@ class World:
         return self.hub.storage.repos["dataset", "me/scenes"]
 
     def check_whole(self) -> None:
-        """Assert that every commit of `main`, and every tag, is one whole version."""
+        """Assert that every commit and every tag is one whole version."""
         whole = {"empty": {".gitattributes"}}
         for version in (self.old, self.new):
             whole[version.name] = {
@@ -70,15 +71,20 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version
 
 @pytest.fixture(scope="module", params=["lfs", "xet"])
 def world(
-    request: pytest.FixtureRequest, versions: tuple[Version, Version], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    versions: tuple[Version, Version],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[World]:
     root = tmp_path_factory.mktemp("world")
-    with running_hub(root / "hub") as hub, Pusher(hub, root / "home", xet=request.param == "xet", hasty=True) as client:
+    with (
+        running_hub(root / "hub") as hub,
+        Pusher(hub, root / "home", xet=request.param == "xet", hasty=True) as client,
+    ):
         yield World(hub, client, *versions)
 
 
 def requests_of_a_push(world: World, number: int) -> list[tuple[int, str, str]]:
-    """Return each request of a push with its position; in a short run one in twelve, others for each test (`number`)."""
+    """Return the requests of a push with their positions; in a short run, one in twelve."""
     world.reset()
     assert world.client.push(world.new)["is_new"]
     requests = [(index, method, path) for index, (method, path) in enumerate(world.hub.log)]
@@ -96,7 +102,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_any_request_is_survived_or_reported(world: World, fault: str) -> None:
+def test_push_survives_or_reports_fault_at_any_request(world: World, fault: str) -> None:
     for index, method, path in requests_of_a_push(world, list(FAULTS).index(fault)):
         world.reset()
         world.hub.faults.append(Fault(".*", ".*", skip=index, **FAULTS[fault]))  # type: ignore[arg-type]
@@ -108,11 +114,11 @@ def test_a_fault_at_any_request_is_survived_or_reported(world: World, fault: str
         second = world.client.push(world.new)
         world.check_whole()
         assert second.get("tag") == "v1.1.0", (context, second)
-        assert len(world.repo.commits) == 3, context  # empty, old, new: never twice
+        assert len(world.repo.commits) == 3, context  # empty, old and new
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_push_that_is_killed_at_any_request_is_completed_by_the_next(world: World, *, after: bool) -> None:
+def test_push_killed_at_any_request_is_completed_by_next_push(world: World, *, after: bool) -> None:
     for index, method, path in requests_of_a_push(world, after):
         world.reset()
         world.hub.faults.append(Fault(".*", ".*", skip=index, after=after, call=world.client.kill))
@@ -123,7 +129,7 @@ def test_a_push_that_is_killed_at_any_request_is_completed_by_the_next(world: Wo
         assert len(world.repo.commits) == 3, (method, path)
 
 
-def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tmp_path: Path) -> None:
+def test_second_of_two_racing_pushes_is_an_error(world: World, tmp_path: Path) -> None:
     make_version(tmp_path / "rival", scene_samples(20))
     rival, _ = make_version(tmp_path / "rival", scene_samples(20) + scene_samples(4, seed=3))
     assert rival.name == world.new.name
@@ -136,7 +142,7 @@ def test_of_two_pushes_that_race_one_wins_and_the_other_says_so(world: World, tm
             def rival_pushes(answers: list[dict[str, object]] = answers) -> None:
                 answers.append(rival_client.push(rival))
 
-            # The rival's whole push happens while the first push waits for the response to one request.
+            # The rival pushes while the first push waits for the response to one request.
             world.hub.faults.append(Fault(".*", ".*", skip=index, before=rival_pushes))
             answers.append(world.client.push(world.new))
             winner = rival if "error" not in answers[0] else world.new

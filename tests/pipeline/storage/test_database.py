@@ -1,4 +1,4 @@
-"""Tests of pipeline/storage/database.py."""
+"""Tests of DuckDB databases."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ def numbers(first: int, count: int) -> pa.Table:
     return pa.table({"number": values, "name": [f"n{value}" for value in values]}, schema=NUMBERS)
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_database_is_removed_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 10)], NUMBERS)
         assert list(tmp_path.iterdir()) != []
@@ -29,7 +29,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
+def test_sql_hash_equals_python_hash(tmp_path: Path) -> None:
     with open_database(tmp_path) as db:
         load(db, "numbers", [numbers(0, 100)], NUMBERS)
         chance = hash_to_unit_sql("'split'", "'7'", "name")
@@ -38,13 +38,13 @@ def test_hashes_in_sql_are_those_of_digests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [duckdb.IOException, duckdb.OutOfMemoryException])
-def test_a_full_disk_or_memory_is_one_error_with_a_hint(kind: type[duckdb.Error], tmp_path: Path) -> None:
+def test_full_disk_or_memory_is_an_error_with_hint(kind: type[duckdb.Error], tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No space left") as caught, open_database(tmp_path):
         raise kind("IO Error:\nNo space left on device")
     assert "free some disk space" in caught.value.hint
 
 
-def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -> None:
+def test_error_while_making_rows_is_raised_unchanged(tmp_path: Path) -> None:
     def rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
         raise TableError("column without name", hint="run it again")
@@ -55,7 +55,7 @@ def test_an_error_of_whoever_makes_the_rows_is_raised_as_it_is(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["what?", "run:1", "12:30", "file:x"])
-def test_a_folder_may_have_a_name_that_says_something_to_duckdb(
+def test_folder_name_with_special_meaning_in_duckdb_works(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,19 +67,17 @@ def test_a_folder_may_have_a_name_that_says_something_to_duckdb(
 
 
 @pytest.mark.usefixtures("heard_sigint")
-def test_a_signal_while_rows_are_made_or_compared_is_one_as_anywhere_else(tmp_path: Path) -> None:
-    """DuckDB makes an error of its own of it, after which a command would not say that it was interrupted."""
+def test_sigint_during_load_or_query_raises_keyboard_interrupt(tmp_path: Path) -> None:
 
-    def made() -> Iterator[pa.Table]:
+    def interrupted_rows() -> Iterator[pa.Table]:
         yield numbers(0, 10)
         signal.raise_signal(signal.SIGINT)
         yield numbers(10, 10)
 
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
-        load(db, "numbers", made(), NUMBERS)
+        load(db, "numbers", interrupted_rows(), NUMBERS)
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-        # Rows of one table: DuckDB looks for signals every few thousand of these, within a product after many millions.
         db.execute("SELECT sum(hash(range)) FROM range(100_000_000_000)")
     with pytest.raises(KeyboardInterrupt), open_database(tmp_path) as db:
         cursor = open_cursor(db)

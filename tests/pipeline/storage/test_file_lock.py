@@ -1,4 +1,4 @@
-"""A lock on a file: held by one, waited for or refused by others, and never one that was removed meanwhile."""
+"""Tests of file locks."""
 
 import fcntl
 from pathlib import Path
@@ -13,21 +13,23 @@ def refuse() -> None:
     raise StoreError("busy")
 
 
-def test_a_lock_that_its_holder_removed_is_made_anew(tmp_path: Path) -> None:
+def test_lock_file_removed_by_its_holder_is_created_again(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = lock_file(path, refuse, StoreError)
 
-    def on_busy() -> None:  # as when the holder ends while another one has opened the file
+    def on_busy() -> None:
+        # The holder ends after another process has opened the file.
         path.unlink()
         first.close()
 
-    with lock_file(path, on_busy, StoreError) as second, path.open("rb") as there:
+    with lock_file(path, on_busy, StoreError) as second, path.open("rb") as current:
         assert not second.closed
-        with pytest.raises(BlockingIOError):  # the lock is that of the file which others find
-            fcntl.flock(there, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock is on the file that is at this path now.
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(current, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_lock_that_is_held_goes_with_its_holder(tmp_path: Path) -> None:
+def test_held_lock_refuses_others_and_is_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(KeyError), hold_lock(path, StoreError("busy")):
         with pytest.raises(StoreError, match="busy"), hold_lock(path, StoreError("busy")):

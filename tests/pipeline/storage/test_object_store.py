@@ -1,4 +1,4 @@
-"""Dataset folders in an object store: atomic writes, publishing and leases, over the in-memory store of fsspec."""
+"""Tests of dataset folders in an object store: atomic writes, publishing and leases."""
 
 import json
 import time
@@ -38,7 +38,7 @@ def home() -> Iterator[Path]:
     remove(path)
 
 
-def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
+def test_name_is_local_path_and_url_is_remote_path() -> None:
     assert parse_dataset_path("data/x") == Path("data/x")
     assert not is_remote(parse_dataset_path("data/x"))
     assert is_remote(parse_dataset_path("memory://x"))
@@ -48,21 +48,21 @@ def test_a_name_is_a_path_and_a_url_is_a_place_in_a_store() -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("hf://datasets/me/x", "cannot lie at hf://"),
-        ("https://a.b/c", "cannot lie at https://"),
-        ("s3://bucket/x[1]", "not a place in a store"),
-        ("s3://bucket/../x", "not a place in a store"),
+        ("hf://datasets/me/x", "cannot be at hf://"),
+        ("https://a.b/c", "cannot be at https://"),
+        ("s3://bucket/x[1]", "is not a folder of an object store"),
+        ("s3://bucket/../x", "is not a folder of an object store"),
         ("s3:/bucket/x", "not a path on this machine"),
         ("gs://bucket/x", "gs:// needs a package that is not installed"),
     ],
 )
-def test_a_place_where_nothing_can_be_kept_is_refused(name: str, what: str) -> None:
+def test_unsupported_dataset_url_is_an_error_with_hint(name: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as raised:
         parse_dataset_path(name)
     assert raised.value.hint
 
 
-def test_objects_are_written_whole_or_not_at_all_and_read_in_part(home: Path) -> None:
+def test_objects_are_written_atomically_and_columns_are_read_alone(home: Path) -> None:
     write_table(home / "t.parquet", [TABLE], TABLE.schema)
     assert read_table(home / "t.parquet").equals(TABLE)
     assert read_table(home / "t.parquet", ["b"]).column_names == ["b"]
@@ -77,7 +77,7 @@ def test_objects_are_written_whole_or_not_at_all_and_read_in_part(home: Path) ->
     assert not (home / "other").exists()
 
 
-def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_of_remote_version_is_moved_last(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = home / "versions" / "v1.0.0"
     moved: list[str] = []
     copy = type(home.fs).copy  # type: ignore[attr-defined]
@@ -91,13 +91,13 @@ def test_a_version_is_there_when_its_manifest_is(home: Path, monkeypatch: pytest
         for name in (MANIFEST, CARD_FILE, REJECTIONS_FILE, IMAGES_FILE, "00003-late/train-00000.parquet"):
             write_json(draft / name, {"of": name})
         publish(draft, final)
-        assert [path.name for path in draft.iterdir()] == ["00003-late"]  # of a worker that was given up
+        assert [path.name for path in draft.iterdir()] == ["00003-late"]  # left by an abandoned worker
     assert moved == [REJECTIONS_FILE, IMAGES_FILE, CARD_FILE, MANIFEST]
     assert json.loads((final / CARD_FILE).read_text()) == {"of": CARD_FILE}
     assert [path.name for path in (home / "versions").iterdir()] == ["v1.0.0"]
 
 
-def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
+def test_second_lease_of_live_holder_is_an_error(home: Path) -> None:
     messages: list[str] = []
     busy = pytest.raises(StoreError, match="another command is writing")
     with lease(home / ".lock", 1.0), busy, lease(home / ".lock", 1.0, messages.append):
@@ -108,7 +108,7 @@ def test_one_command_at_a_time_writes_to_a_folder(home: Path) -> None:
         assert time.monotonic() - start < 1  # the lease was released
 
 
-def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
+def test_lease_of_killed_holder_is_taken_over_after_timeout(home: Path) -> None:
     (home / ".lock").write_text('["dead", 7]')
     start = time.monotonic()
     with lease(home / ".lock", 0.4):
@@ -118,7 +118,7 @@ def test_a_folder_whose_holder_was_killed_is_taken_over(home: Path) -> None:
     assert not (home / ".lock").exists()
 
 
-def test_a_holder_taken_for_dead_gets_an_error_and_leaves_the_new_lease_alone(home: Path) -> None:
+def test_holder_that_lost_its_lease_gets_an_error_and_keeps_the_new_lease(home: Path) -> None:
     with lease(home / ".lock", 0.4) as check:
         check()
         (home / ".lock").write_text('["another", 0]')
@@ -128,7 +128,7 @@ def test_a_holder_taken_for_dead_gets_an_error_and_leaves_the_new_lease_alone(ho
     assert (home / ".lock").read_text() == '["another", 0]'
 
 
-def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_shows_objects_of_other_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_s3("sets") as keys:
         for name, value in keys.items():
             monkeypatch.setenv(name, value)
@@ -142,8 +142,11 @@ def test_what_another_client_has_put_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         assert not (dataset / ".lock").exists()
 
 
-def test_what_a_store_refuses_is_one_line_and_what_is_our_own_mistake_is_not_hidden(home: Path) -> None:
-    with pytest.raises(StoreError, match=r"memory://.*: Access Denied") as raised, translate_disk_errors(home):
+def test_store_error_is_one_line_and_programming_error_passes_through(home: Path) -> None:
+    with (
+        pytest.raises(StoreError, match=r"memory://.*: Access Denied") as raised,
+        translate_disk_errors(home),
+    ):
         raise PermissionError("Access\nDenied")
     assert "keys of memory" in raised.value.hint
     with pytest.raises(TypeError), translate_store_errors(home):

@@ -1,4 +1,4 @@
-"""Untrusted files: only regular files below the folder are opened, whatever stands there."""
+"""Tests of untrusted files: only regular files below the folder are opened."""
 
 import os
 import pickle
@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, open_regular, read_regular
+from pipeline.storage.untrusted import (
+    NOT_A_FILE,
+    OUTSIDE,
+    TOO_LARGE,
+    UnsafeFileError,
+    open_regular,
+    read_regular,
+)
 
 
 def link_to(target: Path | str) -> Callable[[Path], None]:
@@ -18,7 +25,7 @@ def link_to(target: Path | str) -> Callable[[Path], None]:
 def socket_at(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         here = Path.cwd()
-        os.chdir(path.parent)  # the address of a socket is short
+        os.chdir(path.parent)  # socket addresses must be short
         try:
             server.bind(path.name)
         finally:
@@ -57,7 +64,7 @@ UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_what_is_no_regular_file_of_the_folder_is_refused_at_once(name: str, tmp_path: Path) -> None:
+def test_irregular_or_outside_file_is_an_error(name: str, tmp_path: Path) -> None:
     make, reason = UNSAFE[name]
     root = tmp_path / "root"
     (root / "inner").mkdir(parents=True)
@@ -74,20 +81,23 @@ def test_what_is_no_regular_file_of_the_folder_is_refused_at_once(name: str, tmp
     assert getattr(caught.value, "reason", "error") == reason
 
 
-def test_a_file_and_a_link_within_the_folder_are_read(tmp_path: Path) -> None:
+def test_file_and_link_within_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     (tmp_path / "link").symlink_to("file")
-    assert read_regular(tmp_path / "file", tmp_path, max_bytes=100) == read_regular(tmp_path / "link", tmp_path, max_bytes=100)
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name, tmp_path, max_bytes=100) == bytes(100)
 
 
-def test_a_root_that_is_itself_a_link_holds_its_files(tmp_path: Path) -> None:
+def test_files_of_linked_root_are_read(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_bytes(b"x")
     (tmp_path / "root").symlink_to("real")
     assert read_regular(tmp_path / "root" / "file", tmp_path / "root", max_bytes=100) == b"x"
 
 
-def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_replaced_by_link_while_opening_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "root" / "inner").mkdir(parents=True)
     (tmp_path / "root" / "inner" / "file").write_text("private")
     (tmp_path / "outside").mkdir()
@@ -105,7 +115,9 @@ def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_noticed(tmp_path: Path
     assert caught.value.reason == OUTSIDE
 
 
-def test_what_is_a_pipe_by_the_time_it_is_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_replaced_by_pipe_while_opening_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_bytes(b"x")
     real_open = os.open
 
@@ -120,7 +132,7 @@ def test_what_is_a_pipe_by_the_time_it_is_open_is_refused(tmp_path: Path, monkey
     assert caught.value.reason == NOT_A_FILE
 
 
-def test_the_error_crosses_processes_whole() -> None:
+def test_unsafe_file_error_survives_pickling() -> None:
     error = UnsafeFileError(TOO_LARGE, "a.png has more than 5 bytes")
     again = pickle.loads(pickle.dumps(error))
     assert (again.reason, str(again), again.hint) == (error.reason, str(error), error.hint)

@@ -1,17 +1,16 @@
-"""The schema of a manifest. A version may come from a stranger: what is read of its manifest is checked here, once."""
+"""The schema of a manifest. Versions may be untrusted: every key that is read is checked here, once."""
 
 import re
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.dataset.conversation import READER_COLUMNS
 from pipeline.tables import ADDED_FIELDS, PIXELS, ROW, SPLITS, arrow_type_of
 
-MAX_NAME = 1000  # characters
-MAX_DEPTH = 40  # of nested values
-Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
+MAX_DEPTH = 40  # nested values
+Name = Annotated[str, StringConstraints(max_length=1000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 VersionName = Annotated[str, StringConstraints(pattern=r"^v\d{1,9}\.\d{1,9}\.\d{1,9}$")]
 OwnColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
@@ -20,13 +19,13 @@ _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 
 class _Part(BaseModel):
-    """Base of all parts: keys of later releases, and of a user's own, are allowed."""
+    """Base of all parts, which may have additional keys."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
 class FileEntry(_Part):
-    """What a manifest says of a file."""
+    """A file of the version."""
 
     sha256: Digest
     bytes: Count
@@ -41,7 +40,7 @@ class Origin(_Part):
 
 
 class Step(_Part):
-    """The counts of a step."""
+    """The row counts of a step."""
 
     step: Name
     unit: Name
@@ -51,7 +50,7 @@ class Step(_Part):
 
 
 class OwnColumnEntry(BaseModel):
-    """What a manifest says of a column of a user's own task."""
+    """The column of a custom task."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -60,13 +59,13 @@ class OwnColumnEntry(BaseModel):
 
 
 class Settings(_Part):
-    """The settings of the run: those that cards and checks read."""
+    """The settings of the run that cards and checks read."""
 
     tasks: list[Name]
 
 
 class Manifest(_Part):
-    """A manifest, as far as it is read."""
+    """All keys of a manifest that are read."""
 
     version: VersionName
     digest: Digest
@@ -85,7 +84,7 @@ class Manifest(_Part):
     measured: dict[Name, Any]
     files: dict[Name, FileEntry]
     rejections: FileEntry
-    images: FileEntry | None = None  # digests of the images, where these are in a store
+    images: FileEntry | None = None
     license: Name = ""
     license_link: Name = ""
     title: Name = ""
@@ -100,34 +99,44 @@ class Manifest(_Part):
     review: dict[Name, Count] = {}
 
     @model_validator(mode="after")
-    def _names_only_what_a_version_has(self) -> "Manifest":
-        if strange := [name for name in self.files if not _SHARD.fullmatch(name)]:
-            raise ValueError(f"names files that are not shards: {strange[0]!r}")  # nothing else may be read or published
-        if strange := [name for name, kind in self.features.items() if not _is_feature(kind)]:
-            raise ValueError(f"has a feature that is none: {strange[0]!r}")
-        if strange := [name for name in self.own_columns if name in (*ROW.names, "split") or name not in self.features]:
-            raise ValueError(f"has an own column that cannot be: {strange[0]!r}")
+    def _check_names(self) -> "Manifest":
+        row_columns = {*ROW.names, *self.own_columns}
+        # Files with other names must be neither read nor published.
+        invalid_by_kind = {
+            "files that are not shards": [name for name in self.files if not _SHARD.fullmatch(name)],
+            "an invalid feature": [name for name, kind in self.features.items() if not _is_feature(kind)],
+            "an invalid column of a custom task": [
+                name
+                for name in self.own_columns
+                if name in (*ROW.names, "split") or name not in self.features or name not in self.columns
+            ],
+            "an unknown column": [
+                *(name for name in self.columns if name not in row_columns),
+                *(name for name in self.pixel_columns if name not in PIXELS),
+                *(
+                    name
+                    for name in self.reader_columns
+                    if name not in {*READER_COLUMNS.names} & {*self.features}
+                ),
+            ],
+            "an unknown score": [name for name in self.scores if name not in ADDED_FIELDS],
+            "an unknown split": sorted({*self.rows} - {*SPLITS}),
+        }
+        for kind, names in invalid_by_kind.items():
+            if names:
+                raise ValueError(f"has {kind}: {names[0]!r}")
         for name, own in self.own_columns.items():
             if own.is_list and not pa.types.is_list(arrow_type_of(self.features[name])):
-                raise ValueError(f"has a list {name!r} that is none")
-        unknown = [name for name in self.columns if name not in {*ROW.names, *self.own_columns}]
-        unknown += [name for name in self.own_columns if name not in self.columns]
-        unknown += [name for name in self.pixel_columns if name not in PIXELS]
-        if unknown or len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
-            raise ValueError(f"has other columns than a version: {(unknown or self.columns)[0]!r}")
-        if strange := [name for name in self.reader_columns if name not in READER_COLUMNS.names or name not in self.features]:
-            raise ValueError(f"has a column for readers that is unknown here: {strange[0]!r}")
+                raise ValueError(f"has a list column without a list: {name!r}")
+        if len({*self.columns}) < len(self.columns) or "sample_id" not in self.columns:
+            raise ValueError("has a repeated column, or no column sample_id")
         if ("context" in self.columns) != bool(self.context) or len({*self.context}) < len(self.context):
-            raise ValueError("has a context that is not that of its columns")
-        if strange := [name for name in self.scores if name not in ADDED_FIELDS]:
-            raise ValueError(f"has a score that is unknown here: {strange[0]!r}")
-        if not {*self.rows} <= {*SPLITS}:
-            raise ValueError(f"has a split {min({*self.rows} - {*SPLITS})!r}")
+            raise ValueError("has a context that does not match its columns")
         return self
 
 
 def _is_feature(kind: Any) -> bool:
-    """Return whether a value is a feature of `datasets`, as tables.features writes it."""
+    """Return whether a value is a result of `tables.features`."""
     if not isinstance(kind, dict):
         return False
     if "_type" not in kind:
@@ -137,23 +146,22 @@ def _is_feature(kind: Any) -> bool:
     return kind["_type"] == "Image" or (kind["_type"] == "Value" and isinstance(kind.get("dtype"), str))
 
 
-_MANIFEST = TypeAdapter(Manifest)
-
-
 def check_manifest(values: Any) -> None:
     """Raise ValueError, with the key, if a value is not a manifest that this release can read."""
     _require_shallow(values, MAX_DEPTH)
     try:
-        _MANIFEST.validate_python(values)
+        Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, it ")) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}" if where else message) from None
 
 
 def _require_shallow(value: Any, depth: int) -> None:
     if depth == 0:
         raise ValueError("nested too deeply")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if isinstance(inner, dict | list):
-            _require_shallow(inner, depth - 1)
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        if isinstance(child, dict | list):
+            _require_shallow(child, depth - 1)
