@@ -21,7 +21,7 @@ from pipeline.inference.requests import Pair, build_requests
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import NoRowsError, run_here, steps_of
-from pipeline.steps.ask import AskSettings, source_texts
+from pipeline.steps.ask import AskSettings
 from pipeline.storage.files import read_batches, remove, translate_disk_errors
 from pipeline.text.escape import visible
 from pipeline.text.reasons import in_short
@@ -135,7 +135,7 @@ def _sample(source: Source, settings: AskSettings, limit: int | None, journal: J
 
 
 def _wanted(sample: Sample, settings: AskSettings) -> tuple[Pair, ...]:
-    return settings.requests.wanted(source_texts(sample.to_row(), keeps_human_texts=settings.keeps_human_texts))
+    return settings.requests.wanted(settings.source_texts(sample.to_row()))
 
 
 def _is_answered(sample: Sample, settings: AskSettings, journal: Journal) -> bool:

@@ -19,7 +19,7 @@ from pipeline.inference.requests import build_requests
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.steps.ask import AskSettings, sample_info, source_texts
+from pipeline.steps.ask import AskSettings
 from pipeline.steps.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tables import HUMAN

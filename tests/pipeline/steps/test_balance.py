@@ -15,7 +15,7 @@ from pipeline.steps.balance import (
     STEP,
     count_of_tail,
     keep_probability,
-    largest_count,
+    max_answer_count,
     match_entries,
     read_entries,
     whole_groups,
@@ -50,7 +50,7 @@ def balance_rows(rows: pa.Table, seed: int = 0, shards: int = 1, **settings: Any
 
 def largest(counts: list[int], share: float) -> int:
     answers = {f"answer {n}": count for n, count in enumerate(counts)}
-    return largest_count("what is", answers, BalanceConfig(max_answer_frac=share, max_yes_no_frac=max(share, 0.5)))
+    return max_answer_count("what is", answers, BalanceConfig(max_answer_frac=share, max_yes_no_frac=max(share, 0.5)))
 
 
 @pytest.mark.parametrize(("yes", "no"), [(900, 100), (100, 900), (520, 480)])
@@ -85,7 +85,7 @@ def test_a_type_with_one_answer_and_a_handful_of_questions_are_left_alone() -> N
     ("counts", "share", "most"),
     [([7], 0.4, 7), ([7, 7], 0.4, 7), ([9, 1], 0.55, 1), ([3, 3, 3], 0.4, 3), ([100, 50, 50], 0.4, 66)],
 )
-def test_the_largest_count_is_the_last_that_keeps_the_share(counts: list[int], share: float, most: int) -> None:
+def test_the_max_answer_count_is_the_last_that_keeps_the_share(counts: list[int], share: float, most: int) -> None:
     assert largest(counts, share) == most
 
 

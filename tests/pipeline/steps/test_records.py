@@ -192,7 +192,7 @@ def test_run_that_needs_no_reply_goes_on_without_its_server(photos: Path, tmp_pa
     config = settings(photos, tasks=("caption",), human_texts="compare", base_url=[server.url], model="model", title="New")
     again = generate_dataset(config, tmp_path / "d", notes)
     assert again.version.manifest["digest"] == first.version.manifest["digest"]
-    assert any("the run goes on as long as it needs no reply" in text for text in notes.texts)
+    assert any("the run continues as long as it needs no reply" in text for text in notes.texts)
     (photos / "new.jpg").write_bytes(photo(77))
     with pytest.raises(EngineError):
         generate_dataset(config, tmp_path / "d")
