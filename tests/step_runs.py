@@ -13,7 +13,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.steps import verify
-from pipeline.steps.base import Executor, RowStep, compare_shards, judge_shard
+from pipeline.steps.base import Executor, RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
 from pipeline.tables import VERIFIED
 
@@ -25,7 +25,7 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 
 
 def run_step(
-    step: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+    step: RowStep, table: pa.Table, shards: int = 1, given: StepFile = StepFile(BEFORE), **settings: Any
 ) -> pa.Table:
     """Run a step on a table that is cut into shards; return all rows with their reason, in the order of the table.
 
@@ -53,10 +53,10 @@ def with_results(table: pa.Table) -> pa.Table:
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
-    return run_step(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
+    return run_step(verify.STEP, with_results(table), shards, StepFile("verify", "prepared"), verify=settings)
 
 
-def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
+def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: StepFile = StepFile(BEFORE)) -> None:
     if step.compare:
         compare_shards(step, shards, given, plan, NullProgress())
     for shard in shards:

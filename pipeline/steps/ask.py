@@ -42,7 +42,7 @@ class AskSettings:
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
     def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
-        """Return the context and human texts of a sample (a row of tables.SAMPLE) that its requests depend on."""
+        """Return the context of a sample (a row of tables.SAMPLE), and whether it has human texts."""
         context = tuple(row["context"] or ())
         if not self.keeps_human_texts:
             return SourceTexts(context)

@@ -1,7 +1,7 @@
-"""Ask about the annotations of a shard what the step verify wants to know. It decides nothing: that is the step's part.
+"""The requests of the step verify about the annotations of a shard. The step decides by the replies.
 
-In this order: the checks about images; captions with false claims are repaired, and checked again; what captions tell; and a
-judge rates what there is then. Every reply is journaled, so a run that goes on asks only what is missing.
+In this order: checks against the images; repair of captions with false claims, which are checked again;
+coverage of questions by captions; alignment and shared words; ratings of a judge. All replies are journaled.
 """
 
 from collections import Counter, defaultdict
@@ -55,38 +55,43 @@ if TYPE_CHECKING:
 
     from pipeline.images.clip import ClipScorer
 
-MAX_HELD_PIXELS = 64_000_000  # of the images that are decoded at once
-CHUNK_REQUESTS = 256  # of texts, without images
-COLUMNS = (
-    "sample_id", "task", "prompt_id", "clean_text", "clean_question", "clean_answer", "clean_record", "evidence_pages", "pages"
-)  # fmt: skip
+# Limit of the images that are decoded at once.
+MAX_DECODED_PIXELS = 64_000_000
+# Requests without images that are built at once.
+CHUNK_REQUESTS = 256
+CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
+COLUMNS = ("sample_id", "task", "prompt_id", *CLEAN, "evidence_pages", "pages")
 Row = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """What the step verify reads."""
+    """The settings of the step verify. `server` does not affect replies, and is not part of the key.
+
+    `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
+    `clip_model` is None if captions are not compared with images.
+    """
 
     verify: VerifyConfig
-    bounds: FilterConfig  # of captions that were repaired
+    bounds: FilterConfig
     requests: RequestPlan
-    splits_claims: bool  # the model splits captions into claims
-    clip_model: str | None  # None: captions are not compared with images
-    server: ServerConfig  # not in the key: it does not affect answers
-    judge_revision: str  # of the model that rates; empty if there is none
+    splits_claims: bool
+    clip_model: str | None
+    server: ServerConfig
+    judge_revision: str
     choose_judge: Callable[[Progress], EngineChoice]
 
     @classmethod
     def of(cls, plan: Plan) -> "VerifySettings":
         """Resolve the settings of a run."""
-        config, clip_model = plan.config, plan.clip_model if plan.needs_clip else None
+        config = plan.config
         return cls(
             verify=config.verify,
             bounds=config.filter,
             requests=plan.requests,
             splits_claims=config.splits_claims,
-            clip_model=clip_model,
+            clip_model=plan.clip_model if plan.needs_clip else None,
             server=config.server,
             judge_revision=plan.judge_revision,
             choose_judge=plan.choose_judge,
@@ -104,22 +109,38 @@ class VerifySettings:
 
 @dataclass(slots=True)
 class CheckedAnnotation:
-    """An annotation with what is known of it."""
+    """An annotation with its checks (tables.CHECK) and scores by column.
 
-    row: Row  # COLUMNS
-    checks: list[dict[str, str | None]] = field(default_factory=list)  # tables.CHECK
-    scores: dict[str, float | int | None] = field(default_factory=dict)  # by name of a column
-    rewritten: Row | None = None  # tables.FILTERED and `prompt_id` of a caption that was repaired
+    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id`, if the caption was repaired.
+    """
+
+    row: Row
+    checks: list[dict[str, str | None]] = field(default_factory=list)
+    scores: dict[str, float | int | None] = field(default_factory=dict)
+    rewritten: Row | None = None
+
+    @property
+    def sample_id(self) -> str:
+        """The id of the sample."""
+        return str(self.row["sample_id"])
 
     @property
     def caption(self) -> str | None:
-        """The caption; None of a question."""
+        """The caption; None for a question."""
         text: str | None = self.row["clean_text"]
         return text
 
+    @property
+    def confirmed_claims(self) -> float | None:
+        """The share of claims that the model confirmed; None if no claim was checked."""
+        return share_confirmed(self.checks, "claims")
+
+
+Subjects = Sequence[CheckedAnnotation]
+
 
 class AnnotationChecker:
-    """Asks about annotations of a shard. As a context it keeps the judge and the CLIP that it has loaded."""
+    """Checks annotations of a shard. A context manager, which closes the judge when it exits."""
 
     def __init__(self, shard: DatasetDir, settings: VerifySettings, services: Services) -> None:
         self.shard, self.settings, self.services = shard, settings, services
@@ -145,41 +166,40 @@ class AnnotationChecker:
         return ClipScorer(self.settings.clip_model)
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
-        """Return annotations with their checks and scores, in order; values of own tasks that are no text have none.
+        """Return annotations with their checks and scores, in order; records of custom tasks have none.
 
-        They are all that there are of their samples.
+        `rows` must hold every annotation of each sample.
         """
         config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
         subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
+        captions = [subject for subject in subjects if subject.caption is not None]
         self._check_against_images(subjects)
         if config.repair:
-            by_model = (one for one in subjects if one.caption is not None and one.row["prompt_id"] != HUMAN)
-            self._repair([subject for subject in by_model if _has_false_claim(subject)])
+            by_model = [caption for caption in captions if caption.row["prompt_id"] != HUMAN]
+            self._repair([caption for caption in by_model if caption.confirmed_claims not in (None, 1)])
         self._check_coverage(subjects)
         if self.settings.clip_model:
-            self._align([subject for subject in subjects if subject.caption is not None])
+            self._align(captions)
         if "references" in config.checks:
-            self._compare_with_references([subject for subject in subjects if subject.caption is not None])
+            self._compare_with_references(captions)
         if config.judge:
             self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
         return annotations
 
     def _is_contradicted(self, subject: CheckedAnnotation) -> bool:
-        """Return whether the model, asked again, has said otherwise."""
         if subject.caption is None:
             return share_confirmed(subject.checks, "round_trip") == 0
-        share = share_confirmed(subject.checks, "claims")
+        share = subject.confirmed_claims
         return share is not None and share < self.settings.verify.min_claims_supported
 
-    # --- checks that the model answers
+    def _check_against_images(self, subjects: Subjects) -> None:
+        captions = {s.caption: s.sample_id for s in subjects if s.caption is not None}
+        claims = self._split_claims(captions) if self.settings.splits_claims else {}
+        verify = self.settings.verify
+        self._answer(subjects, [checks_of(s.row, verify, claims.get(s.caption)) for s in subjects])
 
-    def _check_against_images(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        captions = {s.caption: s.row["sample_id"] for s in subjects if s.caption is not None}
-        claims = self._split(captions) if self.settings.splits_claims else {}
-        self._answer(subjects, [checks_of(s.row, self.settings.verify, claims.get(s.caption)) for s in subjects])
-
-    def _split(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
-        """Return the claims of each caption, as the model splits it; captions are given with a sample that has them."""
+    def _split_claims(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
+        """Return the claims of each caption; `captions` maps each text to one of its samples."""
         build = partial(build_claims, plan=self.plan)
         requests = (build(text, sample_id) for text, sample_id in captions.items())
 
@@ -187,120 +207,121 @@ class AnnotationChecker:
             return {text: read_claims(text, self.plan, journal) for text in captions}
 
         claims = self._ask("claims", _chunks(requests), len(captions), read)
-        self._warn_of_unread(sum(not of_caption for of_caption in claims.values()), len(captions), "captions", "unchecked")
+        unread = sum(not of_caption for of_caption in claims.values())
+        self._warn_of_unread(unread, len(captions), "captions", "unchecked")
         return claims
 
-    def _check_coverage(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # of each sample, each once
+    def _check_coverage(self, subjects: Subjects) -> None:
+        # The distinct questions of each sample.
+        questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         for subject in subjects:
             if subject.caption is None and not self._is_contradicted(subject):
-                questions[subject.row["sample_id"]][subject.row["clean_question"], subject.row["clean_answer"]] = None
+                question = subject.row["clean_question"], subject.row["clean_answer"]
+                questions[subject.sample_id][question] = None
         verify = self.settings.verify
-        self._answer(subjects, [coverage_checks(s.caption, verify, questions.get(s.row["sample_id"], ())) for s in subjects])
+        checks = [coverage_checks(s.caption, verify, questions.get(s.sample_id, ())) for s in subjects]
+        self._answer(subjects, checks)
 
-    def _answer(self, subjects: Sequence[CheckedAnnotation], checks: Sequence[list[Check]]) -> None:
+    def _answer(self, subjects: Subjects, checks: Sequence[list[Check]]) -> None:
         """Ask the checks of each subject, and add them with their answers."""
-        wanted = Counter(check.kind for of_one in checks for check in of_one)
-        if not wanted:
+        counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
+        if not counts:
             return
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(wanted.items()))
-        self.services.progress.message(f"verify asks at most {wanted.total():,} questions: {kinds}")
-        of_sample: dict[str, list[Check]] = defaultdict(list)
-        for subject, of_one in zip(subjects, checks, strict=True):
-            of_sample[subject.row["sample_id"]] += of_one
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+        self.services.progress.message(f"verify asks at most {counts.total():,} questions: {kinds}")
+        by_sample: dict[str, list[Check]] = defaultdict(list)
+        for subject, checks_of_one in zip(subjects, checks, strict=True):
+            by_sample[subject.sample_id] += checks_of_one
 
         def read(journal: Journal) -> None:
-            for subject, of_one in zip(subjects, checks, strict=True):
-                subject.checks += read_checks(subject.row["sample_id"], of_one, self.plan, journal)
+            for subject, checks_of_one in zip(subjects, checks, strict=True):
+                subject.checks += read_checks(subject.sample_id, checks_of_one, self.plan, journal)
 
-        self._ask("verify", build_all(sample_batches(self.shard), of_sample, self.plan), wanted.total(), read)
+        requests = build_all(sample_batches(self.shard), by_sample, self.plan)
+        self._ask("verify", requests, counts.total(), read)
 
-    # --- repair
-
-    def _repair(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        """Have captions with false claims written again, and keep those of which no claim is false then."""
-        requests = [
-            build_repair(
-                subject.row["clean_text"],
-                [(c["question"] or "", c["answer"]) for c in subject.checks if c["answer"] is not None and not is_confirmed(c)],
-                subject.row["sample_id"],
-                self.plan,
+    def _repair(self, subjects: Subjects) -> None:
+        """Let the model rewrite captions with false claims; keep new captions whose claims are all true."""
+        requests = []
+        for subject in subjects:
+            contradicted = [
+                (check["question"] or "", check["answer"])
+                for check in subject.checks
+                if check["answer"] is not None and not is_confirmed(check)
+            ]
+            requests.append(
+                build_repair(subject.row["clean_text"], contradicted, subject.sample_id, self.plan)
             )
-            for subject in subjects
-        ]
+        distinct = {request.id: request for request in requests}
 
-        def read(journal: Journal) -> list[str | None]:
-            return [read_repair(request, journal) for request in requests]
+        def read(journal: Journal) -> list[str]:
+            return [read_repair(request, journal) or "" for request in requests]
 
-        once = {request.id: request for request in requests}
-        texts = self._ask("repair", _chunks(iter(once.values())), len(once), read)
-        rewritten = self._filter(subjects, [text or "" for text in texts])
-        drafts = [
-            (subject, CheckedAnnotation(subject.row | fields, rewritten=fields | {"prompt_id": request.prompt_id}))
-            for subject, request, text, fields in zip(subjects, requests, texts, rewritten, strict=True)
-            if text and fields and fields["clean_text"] != subject.caption
-        ]
+        texts = self._ask("repair", _chunks(iter(distinct.values())), len(distinct), read)
+        drafts = []
+        for subject, request, text, fields in zip(
+            subjects, requests, texts, self._filter(subjects, texts), strict=True
+        ):
+            if text and fields and fields["clean_text"] != subject.caption:
+                rewritten = fields | {"prompt_id": request.prompt_id}
+                drafts.append((subject, CheckedAnnotation(subject.row | fields, rewritten=rewritten)))
         self._check_against_images([draft for _, draft in drafts])
-        repaired = 0
-        for subject, draft in drafts:
-            if share_confirmed(draft.checks, "claims") == 1:
-                subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
-                repaired += 1
-        self.services.progress.message(f"verify repaired {repaired:,} of {len(subjects):,} captions with false claims")
+        repaired = [(subject, draft) for subject, draft in drafts if draft.confirmed_claims == 1]
+        for subject, draft in repaired:
+            subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
+        count = f"{len(repaired):,} of {len(subjects):,}"
+        self.services.progress.message(f"verify repaired {count} captions with false claims")
 
-    def _filter(self, subjects: Sequence[CheckedAnnotation], texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the step filter for new texts of captions; None for one that it would reject."""
-        tasks, none = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
-        given = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
-        table = pa.table(given | dict.fromkeys(("question", "answer", "record"), none))
+    def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
+        """Return the columns of the step filter for new captions; None for a caption that it rejects."""
+        tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
+        columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
+        table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
         grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
         rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks).to_pylist()
         return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
 
-    # --- scores
-
-    def _align(self, subjects: Sequence[CheckedAnnotation]) -> None:
+    def _align(self, captions: Subjects) -> None:
         """Score captions by the cosine of CLIP with their images."""
-        of_sample: dict[str, list[CheckedAnnotation]] = defaultdict(list)
-        for subject in subjects:
-            of_sample[subject.row["sample_id"]].append(subject)
+        by_sample = _by_sample(captions)
         done = 0
         for batch in sample_batches(self.shard):
-            if of_sample.keys().isdisjoint(batch.ids):
+            if by_sample.keys().isdisjoint(batch.ids):
                 continue
-            pages_of = zip(batch.ids, batch.read_images(), strict=True)
-            images = ((sample_id, prepare_image(pages[0])) for sample_id, pages in pages_of if sample_id in of_sample)
-            for part in _few_pixels(images):
-                pairs = [(subject, image) for sample_id, image in part for subject in of_sample[sample_id]]
-                texts = [subject.row["clean_text"] for subject, _ in pairs]
-                for (subject, _), cosine in zip(pairs, self._scorer.cosines([one for _, one in pairs], texts), strict=True):
-                    subject.scores["alignment"] = cosine
+            pages = zip(batch.ids, batch.read_images(), strict=True)
+            images = (
+                (sample_id, prepare_image(page[0])) for sample_id, page in pages if sample_id in by_sample
+            )
+            for part in _limit_pixels(images):
+                pairs = [(caption, image) for sample_id, image in part for caption in by_sample[sample_id]]
+                texts = [caption.row["clean_text"] for caption, _ in pairs]
+                cosines = self._scorer.cosines([image for _, image in pairs], texts)
+                for (caption, _), cosine in zip(pairs, cosines, strict=True):
+                    caption.scores["alignment"] = cosine
                 done += len(part)
-                self.services.progress("align", done, len(of_sample))
+                self.services.progress("align", done, len(by_sample))
 
-    def _compare_with_references(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        """Score captions by the share of their content words that some caption of the source has, where there is one."""
-        of_sample: dict[str, set[str]] = {}
-        wanted = {subject.row["sample_id"] for subject in subjects}
+    def _compare_with_references(self, captions: Subjects) -> None:
+        """Score captions by the share of their content words in the human captions of their sample."""
+        by_sample = _by_sample(captions)
         for batch in read_samples(self.shard, ["sample_id", "references"]):
-            for sample_id, texts in zip(batch["sample_id"].to_pylist(), batch["references"].to_pylist(), strict=True):
-                if sample_id in wanted:
-                    of_sample[sample_id] = {word for text in texts for word in _facts(text)}
-        for subject in subjects:
-            words, known = _facts(subject.row["clean_text"]), of_sample[subject.row["sample_id"]]
-            subject.scores["shared_words"] = len(words & known) / len(words) if words and known else None
+            for row in batch.to_pylist():
+                known = {word for text in row["references"] for word in _facts(text)}
+                for caption in by_sample.get(row["sample_id"], ()):
+                    words = _facts(caption.row["clean_text"])
+                    shared = len(words & known) / len(words) if words and known else None
+                    caption.scores["shared_words"] = shared
 
-    def _rate(self, subjects: Sequence[CheckedAnnotation]) -> None:
-        """Have a judge rate annotations by its rubric."""
+    def _rate(self, subjects: Subjects) -> None:
+        """Let a judge rate annotations by its rubric."""
         judge, engine = self._judge
         plan = replace(self.plan, revision=judge.revision)
-        of_sample: dict[str, list[Row]] = defaultdict(list)
-        for subject in subjects:
-            of_sample[subject.row["sample_id"]].append(subject.row)
+        by_sample = _by_sample(subjects)
 
         def requests() -> Iterator[Chunk]:
             for batch in sample_batches(self.shard):
-                built = (build_rating(row, plan) for sample_id in batch.ids for row in of_sample.get(sample_id, ()))
+                rows = (subject.row for sample_id in batch.ids for subject in by_sample.get(sample_id, ()))
+                built = (build_rating(row, plan) for row in rows)
                 yield list({request.id: request for request in built}.values()), batch
 
         def read(journal: Journal) -> None:
@@ -308,11 +329,13 @@ class AnnotationChecker:
                 subject.scores |= read_rating(subject.row, plan, journal)
 
         self._ask("judge", requests(), len(subjects), read, engine)
-        self._warn_of_unread(sum(subject.scores["form"] is None for subject in subjects), len(subjects), "texts", "unrated")
+        unread = sum(subject.scores["form"] is None for subject in subjects)
+        self._warn_of_unread(unread, len(subjects), "texts", "unrated")
 
-    def _warn_of_unread(self, count: int, total: int, what: str, how: str) -> None:
+    def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
         if count:
-            self.services.progress.warn(f"verify: no usable reply about {count:,} of {total:,} {what}, which are kept {how}")
+            problem = f"no usable reply about {count:,} of {total:,} {unit}, which are kept {state}"
+            self.services.progress.warn(f"verify: {problem}")
 
     def _ask(
         self,
@@ -322,40 +345,44 @@ class AnnotationChecker:
         read: Callable[[Journal], T],
         engine: Callable[[], Engine] | None = None,
     ) -> T:
-        """Send the requests that the journal lacks replies to; return what `read` makes of the journal then."""
+        """Send the requests without a reply in the journal, and return what `read` reads from it."""
         stats, progress = self.services.stats, self.services.progress
+        start = engine or self.services.engine
         with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
             before = stats.done
-            for ready in ask_all(requests, self.plan, self.settings.server, engine or self.services.engine, journal, stats):
+            for ready in ask_all(requests, self.plan, self.settings.server, start, journal, stats):
                 progress(name, stats.done - before, total, ready.metrics())
             if done := stats.done - before:
-                progress(name, done, done)  # its end, which a line that is shown from time to time may pass over
+                # Plain lines appear at intervals, and might skip the end.
+                progress(name, done, done)
             return read(journal)
 
 
+def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
+    by_sample: dict[str, list[CheckedAnnotation]] = defaultdict(list)
+    for subject in subjects:
+        by_sample[subject.sample_id].append(subject)
+    return by_sample
+
+
 def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
-    """Yield requests that show no image in chunks."""
+    """Yield requests without images in chunks."""
     for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
         yield chunk, NO_SAMPLES
 
 
-def _few_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
-    """Yield images with their names in lists of at most MAX_HELD_PIXELS, or of one that has more."""
+def _limit_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
+    """Yield named images in lists of at most MAX_DECODED_PIXELS, or one larger image alone."""
     held: list[tuple[str, Image]] = []
     pixels = 0
     for name, image in images:
-        if held and pixels + image.width * image.height > MAX_HELD_PIXELS:
+        if held and pixels + image.width * image.height > MAX_DECODED_PIXELS:
             yield held
             held, pixels = [], 0
         held.append((name, image))
         pixels += image.width * image.height
     if held:
         yield held
-
-
-def _has_false_claim(subject: CheckedAnnotation) -> bool:
-    share = share_confirmed(subject.checks, "claims")
-    return share is not None and share < 1
 
 
 def _facts(text: str) -> set[str]:

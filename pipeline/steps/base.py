@@ -188,7 +188,9 @@ def whole_groups(tables: Iterator[pa.Table], column: str, min_rows: int) -> Iter
 
     All tables except the last have at least `min_rows` rows.
     """
-    gathered = next(tables)
+    gathered = next(tables, None)
+    if gathered is None:
+        return
     for table in tables:
         # More rows of the last group may follow.
         end = pc.index(gathered[column], gathered[column][-1]).as_py() if gathered.num_rows > min_rows else 0

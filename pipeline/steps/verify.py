@@ -1,6 +1,6 @@
-"""Step: verify. Ask the model again whether an annotation is true of its image, and reject annotations by the answers.
+"""Step: verify. Ask the model again whether an annotation is true of its image, and reject it by the answers.
 
-A check that is switched off, or whose reply could not be read, rejects nothing.
+A check that is switched off, or whose reply cannot be read, rejects nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,38 +15,40 @@ from pipeline.config.sections import VerifyConfig
 from pipeline.dataset.directory import DatasetDir
 from pipeline.inference.verification import share_confirmed
 from pipeline.steps.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation, VerifySettings
-from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services, whole_groups
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
-from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, fields
+from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, append_columns, fields, is_caption
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
 
-AT_ONCE_ROWS = 50_000  # annotations whose checks are in memory, at some kilobytes each
-ALIGNMENT = pa.field("alignment", FLOAT64)
-CHECKED = pa.schema([pa.field("checks", pa.list_(CHECK)), ALIGNMENT, *VERIFIED, pa.field("unrepaired_text", STRING)])
-JUDGED = pa.schema(
-    [ROW, pa.field("is_caption", BOOL), *fields(STRING, "style", "question", "answer", "answer_type"), *VERIFIED, ALIGNMENT]
+# Annotations whose checks are in memory, at some kilobytes each.
+BATCH_ANNOTATIONS = 50_000
+ALIGNMENT = fields(FLOAT64, "alignment")
+CHECKED = pa.schema(
+    [*fields(pa.list_(CHECK), "checks"), *ALIGNMENT, *VERIFIED, *fields(STRING, "unrepaired_text")]
 )
-# Yes and no are right by luck half of the time: they are exempt from `blind`, and balanced later.
+KEYS = fields(STRING, "style", "question", "answer", "answer_type")
+JUDGED = pa.schema([ROW, *fields(BOOL, "is_caption"), *KEYS, *VERIFIED, *ALIGNMENT])
+# Yes and no are right by chance half of the time: they are exempt from `blind`, and balanced later.
 QUERY = """
 WITH answers_to_question AS (
     SELECT question, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY question) AS asked
     FROM judged WHERE question IS NOT NULL GROUP BY question, answer
-), answerable_blind AS (  -- most images that are asked the same have this answer
+), answerable_blind AS (  -- most images with this question have this answer
     SELECT question, answer FROM answers_to_question
     WHERE answer NOT IN ('yes', 'no') AND times >= {min_blind_frac}::DOUBLE * asked
 ), answers_of_type AS (
     SELECT answer_type, answer, count(*) AS times, sum(count(*)) OVER (PARTITION BY answer_type) AS asked
     FROM judged WHERE question IS NOT NULL GROUP BY answer_type, answer
-), frequent_answers AS (  -- other questions of that type often have this answer, so that it may be right without the pages
+), frequent_answers AS (  -- answers of many questions of that type, which may be right without the pages
     SELECT answer_type, answer FROM answers_of_type
     WHERE answer IN ('yes', 'no') OR times - 1 > {max_answer_frequency}::DOUBLE * (asked - 1)
 ), ranked AS (
     SELECT style, alignment, row_number() OVER (PARTITION BY style ORDER BY alignment) AS place,
            count(*) OVER (PARTITION BY style) AS count
     FROM judged WHERE alignment IS NOT NULL
-), floors AS (  -- the least alignment that a caption of each style must have
+), floors AS (  -- the minimum alignment of a caption, by style
     SELECT style, greatest({min_alignment}, alignment) AS floor
     FROM ranked WHERE place = 1 + trunc(count * {lowest_alignment_frac}::DOUBLE)
 )
@@ -67,28 +69,17 @@ FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 """
 
 
-def ask_checks(shard: DatasetDir, path: Path, settings: VerifySettings, services: Services) -> Iterator[pa.Table]:
-    """Ask the checks of the settings about the annotations of a shard; yield these with what came of them (CHECKED)."""
+def ask_checks(
+    shard: DatasetDir, path: Path, settings: VerifySettings, services: Services
+) -> Iterator[pa.Table]:
+    """Ask the checks about the annotations of a shard; yield the annotations with the results (CHECKED)."""
     with AnnotationChecker(shard, settings, services) as checker:
-        for table in _whole_samples(read_batches(path)):
+        for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
             yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
 
 
-def _whole_samples(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yield rows in tables of about AT_ONCE_ROWS that have all rows of their samples, which are adjacent."""
-    gathered = next(tables)
-    for table in tables:
-        if gathered.num_rows >= AT_ONCE_ROWS:
-            last = pc.index(gathered["sample_id"], gathered["sample_id"][-1]).as_py()  # more of its rows may follow
-            if last:
-                yield gathered.slice(0, last)
-                gathered = gathered.slice(last)
-        gathered = pa.concat_tables([gathered, table])
-    yield gathered
-
-
 def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Table:
-    """Append the columns of CHECKED; a caption that was repaired takes the place of the one before."""
+    """Append the columns of CHECKED; a repaired caption replaces the original."""
     results = [
         {
             "checks": subject.checks,
@@ -99,14 +90,13 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         for subject, text in zip(subjects, table["clean_text"].to_pylist(), strict=True)
     ]
     if any(subject.rewritten for subject in subjects):
-        of_new_text = {"contaminated_by": None} if "contaminated_by" in table.column_names else {}
-        changes = (subject.rewritten and subject.rewritten | of_new_text for subject in subjects)
-        rows = [row | (change or {}) for row, change in zip(table.to_pylist(), changes, strict=True)]
+        rows = table.to_pylist()
+        for row, subject in zip(rows, subjects, strict=True):
+            if subject.rewritten:
+                # The new text was not compared with excluded data; the key is ignored without such a column.
+                row |= subject.rewritten | {"contaminated_by": None}
         table = pa.Table.from_pylist(rows, schema=table.schema)
-    columns = pa.Table.from_pylist(results, schema=CHECKED)
-    for field in CHECKED:
-        table = table.append_column(field, columns[field.name])
-    return table
+    return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
@@ -120,39 +110,45 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
-    """Append the columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
-    if not settings.verify.is_asked:
-        for field in CHECKED:
-            values: list[Any] = [[] if field.name == "checks" else None]
-            table = table.append_column(field, pa.array(values * table.num_rows, field.type))
-    return table
+    """Append empty columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
+    if settings.verify.is_asked:
+        return table
+    return append_columns(table, pa.Table.from_pylist([{"checks": []}] * table.num_rows, schema=CHECKED))
 
 
 def _judged(rows: AllRows) -> Iterator[pa.Table]:
-    columns = ("style", "clean_question", "clean_answer", "answer_type", *JUDGED.names[6:])
+    columns = [
+        "clean_text",
+        "style",
+        "clean_question",
+        "clean_answer",
+        "answer_type",
+        *VERIFIED.names,
+        "alignment",
+    ]
     for table in rows.batches(*columns):
-        computed = {
-            "is_caption": pc.is_null(table["clean_question"]),
+        known = {name: table[name] for name in table.column_names} | {
+            "is_caption": is_caption(table),
             "question": map_distinct(table["clean_question"], text_key),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
             "answer_type": pc.fill_null(table["answer_type"], ""),
         }
-        yield pa.table({name: computed.get(name, table[name] if name in table.column_names else None) for name in JUDGED.names})
+        yield pa.table({name: known[name] for name in JUDGED.names})
 
 
 def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> dict[str, Any]:
-    """Return what the answers to checks come to (tables.VERIFIED)."""
-    same = _whether(checks, "necessary")
+    """Return the results (tables.VERIFIED) of answered checks."""
+    same_without = _is_confirmed(checks, "necessary")
     return {
         "agreement": share_confirmed(checks, "claims" if is_caption else "round_trip"),
-        "answered_blind": _whether(checks, "blind"),
-        "sufficient": _whether(checks, "sufficient"),
-        "necessary": None if same is None else not same,
+        "answered_blind": _is_confirmed(checks, "blind"),
+        "sufficient": _is_confirmed(checks, "sufficient"),
+        "necessary": None if same_without is None else not same_without,
         "coverage": share_confirmed(checks, "covers"),
     }
 
 
-def _whether(checks: Sequence[dict[str, str | None]], kind: str) -> bool | None:
+def _is_confirmed(checks: Sequence[dict[str, str | None]], kind: str) -> bool | None:
     share = share_confirmed(checks, kind)
     return None if share is None else share == 1
 
@@ -174,6 +170,6 @@ STEP = RowStep(
         "evidence_not_sufficient": "leave evidence out of --verify",
         "evidence_not_necessary": "leave evidence out of --verify",
         "low_rating": "lower verify.min_rating, or leave out --judge",
-        "low_alignment": "lower verify.min_alignment, or name a CLIP that knows such images: verify.clip_model",
+        "low_alignment": "lower verify.min_alignment, or name another CLIP: verify.clip_model",
     },
 )

@@ -41,7 +41,7 @@ def test_checks_of_a_part_of_the_annotations_at_a_time_are_those_of_all(
         return ask(self, rows)
 
     monkeypatch.setattr(ask_checks.AnnotationChecker, "ask_all_checks", noted)
-    monkeypatch.setattr(verify, "AT_ONCE_ROWS", 4)
+    monkeypatch.setattr(verify, "BATCH_ANNOTATIONS", 4)
     monkeypatch.setattr("pipeline.storage.files.BATCH_ROWS", 2)
     parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
     assert len(held) > 5 and max(held) <= 6 and all(rows % 3 == 0 for rows in held)  # with all rows of their samples

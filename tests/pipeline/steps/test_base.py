@@ -11,7 +11,7 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import TableError
 from pipeline.progress import NullProgress
 from pipeline.steps import base
-from pipeline.steps.base import Comparison, RowStep
+from pipeline.steps.base import Comparison, RowStep, StepFile
 from pipeline.storage.files import read_table, write_table
 from tests.step_runs import plan_of, run_step
 
@@ -70,9 +70,9 @@ def test_a_shard_may_be_judged_again_after_a_worker_was_lost(tmp_path: Path) -> 
     shard, plan = DatasetDir(tmp_path), plan_of(tmp_path)
     write_table(shard.step_file("before"), [numbers(9)], numbers(9).schema)
     step = comparing("SELECT 3::BIGINT AS row, 'm' AS label, 'bad' AS reason")
-    base.compare_shards(step, [shard], ("before", "kept"), plan, NullProgress())
+    base.compare_shards(step, [shard], StepFile("before"), plan, NullProgress())
     kept = []
     for _ in range(2):
-        base.judge_shard(step, ("before", "kept"), plan, "key", shard)
+        base.judge_shard(step, StepFile("before"), plan, "key", shard)
         kept.append(read_table(shard.step_file("compared")))
     assert kept[0].num_rows == 8 and kept[0].equals(kept[1])

@@ -9,8 +9,8 @@ from pipeline.tables import CHECK
 from tests.step_runs import verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
-CAPTION = {"task": "caption", "style": "brief"}
-TEXTS = ("annotation_id", "task", "style", "clean_question", "clean_answer", "answer_type")
+CAPTION = {"task": "caption", "style": "brief", "clean_text": "A red ring."}
+TEXTS = ("annotation_id", "task", "style", "clean_text", "clean_question", "clean_answer", "answer_type")
 SCHEMA = pa.schema([*((name, pa.string()) for name in TEXTS), ("checks", pa.list_(CHECK)), ("alignment", pa.float64())])
 
 
