@@ -81,7 +81,7 @@ def test_repair_keeps_the_intact_replies_and_a_run_that_needs_the_rest_asks_it(d
     digest = dataset.version().manifest["digest"]
     rot_a_reply(dataset)
     (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
-    assert "repaired: 15 replies are kept, 1 removed; of 1 requests that were sent there is none" in repaired.found
+    assert "repaired: 15 replies are kept, 1 removed; 1 sent requests have no reply" in repaired.found
     config = resolve(source="scenes", limit=8, tasks=["caption"])
     assert generate_dataset(config, dataset.path).stats.asked == 0  # what follows from the reply is there
     dataset.step_file("ask").unlink()

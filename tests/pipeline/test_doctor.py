@@ -49,7 +49,7 @@ def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeyp
     assert (small.what, small.ok, small.hint) == ("model", True, "")
     assert "6.0 GiB of weights, 8.0 GiB free in the GPU" in small.found
     large = examine(model_of(tmp_path / "large", 7 << 30, "bin"))[0]
-    assert not large.ok and "it wants 8.4 GiB" in large.hint
+    assert not large.ok and "it needs 8.4 GiB" in large.hint
     twice = Path(model_of(tmp_path / "twice", 6 << 30))
     (twice / "pytorch_model.bin").write_bytes(bytes(99))
     assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
