@@ -36,7 +36,7 @@ _ELSEWHERE = re.compile(
     r"|shown (?:earlier|previously)"
     r"|according to the (?:passage|caption|description|prompt|text\b(?! (?:in|on|at|of|above|below)\b))"
     r"|in the (?:caption|description|prompt)|(?:does|do|did) the (?:caption|description|prompt)s?"
-    r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b",
+    r"|what is the main (?:subject|topic|focus|theme) of (?:the|this) (?:image|picture|photo(?:graph)?))\b"
 )
 _PLACE = re.compile(r"\s(?:in|on|at|to|by|near|behind|under|above|below|beside|next|with)\b")
 _SENTENCE_END = re.compile(r"[.!?]+\s+")

@@ -95,9 +95,6 @@ class ShardList(Executor):
     def read(self, limit: int | None) -> bool:
         raise NotImplementedError
 
-    def map(self, work: Any) -> Any:
-        raise NotImplementedError
-
     def map_with_scratch(self, work: Any, draft: Path) -> Any:
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ Each function receives the settings of its step and no others. They are part of 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -99,9 +99,6 @@ class Executor(Protocol):
     def wait(self) -> None:
         """Wait until all functions have run."""
 
-    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
-        """Wait, apply a function to every shard, and return the results in order."""
-
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
         """Wait, and apply a function to every shard and an empty folder; its files end up below `draft`."""
 
@@ -183,22 +180,21 @@ class AllRows:
         return list(open_table(self.files[0]).schema_arrow.names)
 
 
-def whole_groups(tables: Iterator[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
-    """Regroup tables with adjacent equal values of a column: no value is in two tables.
+def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
+    """Regroup tables so that adjacent equal values of a column are in one table.
 
     All tables except the last have at least `min_rows` rows.
     """
-    gathered = next(tables, None)
-    if gathered is None:
-        return
+    gathered: pa.Table | None = None
     for table in tables:
+        gathered = table if gathered is None else pa.concat_tables([gathered, table])
         # More rows of the last group may follow.
-        end = pc.index(gathered[column], gathered[column][-1]).as_py() if gathered.num_rows > min_rows else 0
+        end = pc.index(gathered[column], gathered[column][-1]).as_py() if gathered.num_rows else 0
         if end and end >= min_rows:
             yield gathered.slice(0, end)
             gathered = gathered.slice(end)
-        gathered = pa.concat_tables([gathered, table])
-    yield gathered
+    if gathered is not None:
+        yield gathered
 
 
 @dataclass(frozen=True, slots=True)

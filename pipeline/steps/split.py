@@ -28,7 +28,7 @@ STATED = pa.schema([ROW, *fields(STRING, "image_group", "source_split")])
 NAMED_GROUPS = pa.schema(fields(STRING, "image_group", "split_group"))
 # The key is the common part of the names of related rows of the source.
 NAMES = pa.schema(fields(STRING, "sample_id", "key"))
-MEMBERS = pa.schema(fields(STRING, "image_group", "sample_id"))
+MEMBERS = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 RANKS = pa.schema([*fields(STRING, "source_split"), *fields(INT64, "rank")])
 ADDS = pa.schema([*fields(STRING, "stated_split", "split_group"), *fields(pa.list_(STRING), "held_out")])
 _NUMBER_WITHIN = re.compile(r"(.*[^\W\d_].*?)\d+(\D*)$")

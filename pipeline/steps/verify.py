@@ -1,27 +1,70 @@
 """Step: verify. Ask the model again whether an annotation is true of its image, and reject it by the answers.
 
-A check that is switched off, or whose reply cannot be read, rejects nothing.
+In this order: checks against the images; repair of captions with false claims, which are checked again;
+coverage of questions by captions; alignment and shared words; ratings of a judge. A check that is off, or whose
+reply cannot be read, rejects nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.sections import VerifyConfig
-from pipeline.dataset.directory import DatasetDir
-from pipeline.inference.verification import share_confirmed
-from pipeline.steps.ask_checks import COLUMNS, AnnotationChecker, CheckedAnnotation, VerifySettings
-from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services, whole_groups
+from pipeline.config.sections import FilterConfig, ServerConfig, VerifyConfig
+from pipeline.dataset.directory import DatasetDir, read_samples, sample_batches
+from pipeline.dataset.records import described
+from pipeline.digests import weights_revision
+from pipeline.filtering import filter_annotations, own_prompt_grams
+from pipeline.images.decode import prepare_image
+from pipeline.inference import verification
+from pipeline.inference.engines import EngineChoice, open_engine
+from pipeline.inference.journal import Journal
+from pipeline.inference.queue import NO_SAMPLES, Chunk, ask_all
+from pipeline.inference.requests import RequestPlan
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.scenes.claims import Claim
+from pipeline.steps.base import ROW, AllRows, Comparison, RowStep, Services, record_cost, whole_groups
 from pipeline.storage.database import load
 from pipeline.storage.files import read_batches
-from pipeline.tables import BOOL, CHECK, FLOAT64, STRING, VERIFIED, append_columns, fields, is_caption
+from pipeline.tables import (
+    BOOL,
+    CHECK,
+    FILTERED,
+    FLOAT64,
+    HUMAN,
+    STRING,
+    VERIFIED,
+    append_columns,
+    fields,
+    is_caption,
+)
+from pipeline.tasks.checks import CHECKING, REPAIR
+from pipeline.text.content_keys import content_words
+from pipeline.text.language import FUNCTION_WORDS
 from pipeline.text.normalize import map_distinct, text_key
 from pipeline.text.vqa_answers import normalize_answer
+from pipeline.types import Engine, Request
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from pipeline.images.clip import ClipScorer
+
+# Limit of the images that are decoded at once.
+MAX_DECODED_PIXELS = 64_000_000
+# Requests without images that are built at once.
+CHUNK_REQUESTS = 256
+CLEAN = ("clean_text", "clean_question", "clean_answer", "clean_record")
+COLUMNS = ("sample_id", "task", "prompt_id", *CLEAN, "evidence_pages", "pages")
 # Annotations whose checks are in memory, at some kilobytes each.
 BATCH_ANNOTATIONS = 50_000
 ALIGNMENT = fields(FLOAT64, "alignment")
@@ -68,12 +111,346 @@ END AS reason
 FROM judged LEFT JOIN floors USING (style) WHERE reason IS NOT NULL
 """
 
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySettings:
+    """The settings of the step verify. `server` does not affect replies, and is not part of the key.
+
+    `bounds` apply to repaired captions. With `splits_claims`, the model splits captions into claims.
+    `clip_model` is None if captions are not compared with images.
+    """
+
+    verify: VerifyConfig
+    bounds: FilterConfig
+    requests: RequestPlan
+    splits_claims: bool
+    clip_model: str | None
+    server: ServerConfig
+    judge_revision: str
+    choose_judge: Callable[[Progress], EngineChoice]
+
+    @classmethod
+    def of(cls, plan: Plan) -> "VerifySettings":
+        """Resolve the settings of a run."""
+        config = plan.config
+        return cls(
+            verify=config.verify,
+            bounds=config.filter,
+            requests=plan.requests,
+            splits_claims=config.splits_claims,
+            clip_model=plan.clip_model if plan.needs_clip else None,
+            server=config.server,
+            judge_revision=plan.judge_revision,
+            choose_judge=plan.choose_judge,
+        )
+
+    def describe(self) -> list[Any]:
+        """Return everything that the results of checks depend on, except the rows and the images."""
+        if not self.verify.is_asked:
+            return []
+        clip = Path(self.clip_model or "")
+        weights = weights_revision(clip) if self.clip_model and clip.is_dir() else self.clip_model
+        asked = [self.splits_claims, weights, self.judge_revision, self.requests.describe(*CHECKING)]
+        return [described(self.verify), described(self.bounds), *asked]
+
+
+@dataclass(slots=True)
+class CheckedAnnotation:
+    """An annotation with its checks (tables.CHECK) and scores by column.
+
+    `row` has COLUMNS. `rewritten` has tables.FILTERED and `prompt_id`, if the caption was repaired.
+    """
+
+    row: Row
+    checks: list[dict[str, str | None]] = field(default_factory=list)
+    scores: dict[str, float | int | None] = field(default_factory=dict)
+    rewritten: Row | None = None
+
+    @property
+    def sample_id(self) -> str:
+        """The id of the sample."""
+        return str(self.row["sample_id"])
+
+    @property
+    def caption(self) -> str | None:
+        """The caption; None for a question."""
+        text: str | None = self.row["clean_text"]
+        return text
+
+    @property
+    def confirmed_claims(self) -> float | None:
+        """The share of claims that the model confirmed; None if no claim was checked."""
+        return verification.share_confirmed(self.checks, "claims")
+
+
+Subjects = Sequence[CheckedAnnotation]
+
+
+class AnnotationChecker:
+    """Checks annotations of a shard; `stack` closes the judge."""
+
+    def __init__(
+        self, shard: DatasetDir, settings: VerifySettings, services: Services, stack: ExitStack
+    ) -> None:
+        self.shard, self.settings, self.services = shard, settings, services
+        self.plan = settings.requests
+        self._stack = stack
+
+    @cached_property
+    def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
+        judge = self.settings.choose_judge(self.services.progress)
+        return judge, self._stack.enter_context(open_engine(lambda: judge))
+
+    @cached_property
+    def _scorer(self) -> "ClipScorer":
+        from pipeline.images.clip import ClipScorer
+
+        assert self.settings.clip_model
+        return ClipScorer(self.settings.clip_model)
+
+    def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
+        """Return annotations with their checks and scores, in order; records of custom tasks have none.
+
+        `rows` must hold every annotation of each sample.
+        """
+        config, annotations = self.settings.verify, [CheckedAnnotation(row) for row in rows]
+        subjects = [subject for subject in annotations if subject.row["clean_record"] is None]
+        captions = [subject for subject in subjects if subject.caption is not None]
+        self._check_against_images(subjects)
+        if config.repair:
+            by_model = [caption for caption in captions if caption.row["prompt_id"] != HUMAN]
+            self._repair([caption for caption in by_model if caption.confirmed_claims not in (None, 1)])
+        self._check_coverage(subjects)
+        if self.settings.clip_model:
+            self._align(captions)
+        if "references" in config.checks:
+            self._compare_with_references(captions)
+        if config.judge:
+            self._rate([subject for subject in subjects if not self._is_contradicted(subject)])
+        return annotations
+
+    def _is_contradicted(self, subject: CheckedAnnotation) -> bool:
+        if subject.caption is None:
+            return verification.share_confirmed(subject.checks, "round_trip") == 0
+        share = subject.confirmed_claims
+        return share is not None and share < self.settings.verify.min_claims_supported
+
+    def _check_against_images(self, subjects: Subjects) -> None:
+        captions = {s.caption: s.sample_id for s in subjects if s.caption is not None}
+        claims = self._split_claims(captions) if self.settings.splits_claims else {}
+        verify = self.settings.verify
+        self._answer(
+            subjects, [verification.checks_of(s.row, verify, claims.get(s.caption)) for s in subjects]
+        )
+
+    def _split_claims(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
+        """Return the claims of each caption; `captions` maps each text to one of its samples."""
+        build = partial(verification.build_claims, plan=self.plan)
+        requests = (build(text, sample_id) for text, sample_id in captions.items())
+
+        def read(journal: Journal) -> dict[str | None, list[Claim]]:
+            return {text: verification.read_claims(text, self.plan, journal) for text in captions}
+
+        claims = self._ask("claims", _chunks(requests), len(captions), read)
+        unread = sum(not of_caption for of_caption in claims.values())
+        self._warn_of_unread(unread, len(captions), "captions", "unchecked")
+        return claims
+
+    def _check_coverage(self, subjects: Subjects) -> None:
+        # The distinct questions of each sample.
+        questions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        for subject in subjects:
+            if subject.caption is None and not self._is_contradicted(subject):
+                question = subject.row["clean_question"], subject.row["clean_answer"]
+                questions[subject.sample_id][question] = None
+        verify = self.settings.verify
+        checks = [
+            verification.coverage_checks(s.caption, verify, questions.get(s.sample_id, ())) for s in subjects
+        ]
+        self._answer(subjects, checks)
+
+    def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
+        """Ask the checks of each subject, and add them with their answers."""
+        counts = Counter(check.kind for checks_of_one in checks for check in checks_of_one)
+        if not counts:
+            return
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+        self.services.progress.message(f"verify asks at most {counts.total():,} questions: {kinds}")
+        by_sample: dict[str, list[verification.Check]] = defaultdict(list)
+        for subject, checks_of_one in zip(subjects, checks, strict=True):
+            by_sample[subject.sample_id] += checks_of_one
+
+        def read(journal: Journal) -> None:
+            for subject, checks_of_one in zip(subjects, checks, strict=True):
+                subject.checks += verification.read_checks(
+                    subject.sample_id, checks_of_one, self.plan, journal
+                )
+
+        requests = verification.build_all(sample_batches(self.shard), by_sample, self.plan)
+        self._ask("verify", requests, counts.total(), read)
+
+    def _repair(self, subjects: Subjects) -> None:
+        """Let the model rewrite captions with false claims; keep new captions whose claims are all true."""
+        requests = []
+        for subject in subjects:
+            contradicted = [
+                (check["question"] or "", check["answer"])
+                for check in subject.checks
+                if check["answer"] is not None and not verification.is_confirmed(check)
+            ]
+            requests.append(
+                verification.build_repair(
+                    subject.row["clean_text"], contradicted, subject.sample_id, self.plan
+                )
+            )
+        distinct = {request.id: request for request in requests}
+
+        def read(journal: Journal) -> list[str]:
+            return [verification.read_repair(request, journal) or "" for request in requests]
+
+        texts = self._ask("repair", _chunks(iter(distinct.values())), len(distinct), read)
+        rewritten = self._filter(subjects, texts)
+        drafts = [
+            (
+                subject,
+                CheckedAnnotation(subject.row | clean, rewritten=clean | {"prompt_id": request.prompt_id}),
+            )
+            for subject, request, text, clean in zip(subjects, requests, texts, rewritten, strict=True)
+            if text and clean and clean["clean_text"] != subject.caption
+        ]
+        self._check_against_images([draft for _, draft in drafts])
+        repaired = [(subject, draft) for subject, draft in drafts if draft.confirmed_claims == 1]
+        for subject, draft in repaired:
+            subject.row, subject.checks, subject.rewritten = draft.row, draft.checks, draft.rewritten
+        count = f"{len(repaired):,} of {len(subjects):,}"
+        self.services.progress.message(f"verify repaired {count} captions with false claims")
+
+    def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
+        """Return the columns of the step filter for new captions; None for a caption that it rejects."""
+        tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
+        columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
+        table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
+        grams = own_prompt_grams((*(task.name for task in self.plan.tasks.asked), REPAIR.name))
+        rows = filter_annotations(table, self.settings.bounds, grams, self.plan.tasks).to_pylist()
+        return [None if row["reason"] else {name: row[name] for name in FILTERED.names} for row in rows]
+
+    def _align(self, captions: Subjects) -> None:
+        """Score captions by the cosine of CLIP with their images."""
+        by_sample = _by_sample(captions)
+        done = 0
+        for batch in sample_batches(self.shard):
+            if by_sample.keys().isdisjoint(batch.ids):
+                continue
+            pages = zip(batch.ids, batch.read_images(), strict=True)
+            images = (
+                (sample_id, prepare_image(page[0])) for sample_id, page in pages if sample_id in by_sample
+            )
+            for part in _limit_pixels(images):
+                pairs = [(caption, image) for sample_id, image in part for caption in by_sample[sample_id]]
+                texts = [caption.row["clean_text"] for caption, _ in pairs]
+                cosines = self._scorer.cosines([image for _, image in pairs], texts)
+                for (caption, _), cosine in zip(pairs, cosines, strict=True):
+                    caption.scores["alignment"] = cosine
+                done += len(part)
+                self.services.progress("align", done, len(by_sample))
+
+    def _compare_with_references(self, captions: Subjects) -> None:
+        """Score captions by the share of their content words in the human captions of their sample."""
+        by_sample = _by_sample(captions)
+        for batch in read_samples(self.shard, ["sample_id", "references"]):
+            for row in batch.to_pylist():
+                known = {word for text in row["references"] for word in _facts(text)}
+                for caption in by_sample.get(row["sample_id"], ()):
+                    words = _facts(caption.row["clean_text"])
+                    shared = len(words & known) / len(words) if words and known else None
+                    caption.scores["shared_words"] = shared
+
+    def _rate(self, subjects: Subjects) -> None:
+        """Let a judge rate annotations by its rubric."""
+        judge, engine = self._judge
+        plan = replace(self.plan, revision=judge.revision)
+        by_sample = _by_sample(subjects)
+
+        def requests() -> Iterator[Chunk]:
+            for batch in sample_batches(self.shard):
+                rows = (subject.row for sample_id in batch.ids for subject in by_sample.get(sample_id, ()))
+                built = (verification.build_rating(row, plan) for row in rows)
+                yield list({request.id: request for request in built}.values()), batch
+
+        def read(journal: Journal) -> None:
+            for subject in subjects:
+                subject.scores |= verification.read_rating(subject.row, plan, journal)
+
+        self._ask("judge", requests(), len(subjects), read, engine)
+        unread = sum(subject.scores["form"] is None for subject in subjects)
+        self._warn_of_unread(unread, len(subjects), "texts", "unrated")
+
+    def _warn_of_unread(self, count: int, total: int, unit: str, state: str) -> None:
+        if count:
+            problem = f"no usable reply about {count:,} of {total:,} {unit}, which are kept {state}"
+            self.services.progress.warn(f"verify: {problem}")
+
+    def _ask(
+        self,
+        name: str,
+        requests: Iterator[Chunk],
+        total: int,
+        read: Callable[[Journal], T],
+        engine: Callable[[], Engine] | None = None,
+    ) -> T:
+        """Send the requests without a reply in the journal, and return what `read` reads from it."""
+        stats, progress = self.services.stats, self.services.progress
+        start = engine or self.services.engine
+        with Journal(self.shard.journal) as journal, record_cost(self.shard, journal, stats):
+            before = stats.done
+            for ready in ask_all(requests, self.plan, self.settings.server, start, journal, stats):
+                progress(name, stats.done - before, total, ready.metrics())
+            if done := stats.done - before:
+                # Plain lines appear at intervals, and might skip the end.
+                progress(name, done, done)
+            return read(journal)
+
+
+def _by_sample(subjects: Subjects) -> dict[str, list[CheckedAnnotation]]:
+    by_sample: dict[str, list[CheckedAnnotation]] = defaultdict(list)
+    for subject in subjects:
+        by_sample[subject.sample_id].append(subject)
+    return by_sample
+
+
+def _chunks(requests: Iterator[Request]) -> Iterator[Chunk]:
+    """Yield requests without images in chunks."""
+    for chunk in iter(lambda: list(islice(requests, CHUNK_REQUESTS)), []):
+        yield chunk, NO_SAMPLES
+
+
+def _limit_pixels(images: "Iterator[tuple[str, Image]]") -> "Iterator[list[tuple[str, Image]]]":
+    """Yield named images in lists of at most MAX_DECODED_PIXELS, or one larger image alone."""
+    held: list[tuple[str, Image]] = []
+    pixels = 0
+    for name, image in images:
+        if held and pixels + image.width * image.height > MAX_DECODED_PIXELS:
+            yield held
+            held, pixels = [], 0
+        held.append((name, image))
+        pixels += image.width * image.height
+    if held:
+        yield held
+
+
+def _facts(text: str) -> set[str]:
+    return set(content_words(text)) - FUNCTION_WORDS
+
 
 def ask_checks(
     shard: DatasetDir, path: Path, settings: VerifySettings, services: Services
 ) -> Iterator[pa.Table]:
     """Ask the checks about the annotations of a shard; yield the annotations with the results (CHECKED)."""
-    with AnnotationChecker(shard, settings, services) as checker:
+    with ExitStack() as stack:
+        checker = AnnotationChecker(shard, settings, services, stack)
         for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
             yield add_results(table, checker.ask_all_checks(table.select(COLUMNS).to_pylist()))
 
@@ -140,16 +517,16 @@ def results_of(checks: Sequence[dict[str, str | None]], *, is_caption: bool) -> 
     """Return the results (tables.VERIFIED) of answered checks."""
     same_without = _is_confirmed(checks, "necessary")
     return {
-        "agreement": share_confirmed(checks, "claims" if is_caption else "round_trip"),
+        "agreement": verification.share_confirmed(checks, "claims" if is_caption else "round_trip"),
         "answered_blind": _is_confirmed(checks, "blind"),
         "sufficient": _is_confirmed(checks, "sufficient"),
         "necessary": None if same_without is None else not same_without,
-        "coverage": share_confirmed(checks, "covers"),
+        "coverage": verification.share_confirmed(checks, "covers"),
     }
 
 
 def _is_confirmed(checks: Sequence[dict[str, str | None]], kind: str) -> bool | None:
-    share = share_confirmed(checks, kind)
+    share = verification.share_confirmed(checks, kind)
     return None if share is None else share == 1
 
 

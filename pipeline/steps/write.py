@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
 IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
 COUNT_GROUPS = """
-SELECT count(*) FROM (SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1)
+SELECT count(*) FROM (
+    SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1
+)
 """
 
 
@@ -36,28 +38,20 @@ SELECT count(*) FROM (SELECT image_group FROM images GROUP BY image_group HAVING
 class WrittenRows:
     """The rows of one shard, as Parquet files in the folder `path`.
 
-    `rows` counts them by split. `files` holds the entry of each file in a manifest. `without_annotation`
-    counts the samples without a row.
+    `counts` are by split. `files` maps file names to their entries in a manifest. `rows` has no digests.
     """
 
     path: Path
     columns: list[str]
-    rows: dict[str, int]
+    counts: dict[str, int]
     files: dict[str, Any]
-    licenses: list[str]
-    without_annotation: int
-    statistics: DatasetStatistics
-    examples: list[dict[str, Any]]
+    rows: Rows
 
 
 def write_rows(
-    shard: DatasetDir,
-    path: Path,
-    steps: Sequence[str],
-    source: dict[str, Any],
-    extras: Extras = NO_EXTRAS,
+    shard: DatasetDir, path: Path, steps: Sequence[str], source: dict[str, Any], extras: Extras = NO_EXTRAS
 ) -> WrittenRows:
-    """Write the rows of a shard to Parquet files in an empty folder, and digests and rejections to step files.
+    """Write the rows of a shard to files in an empty folder, and digests and rejections to step files.
 
     `steps` are the names of all earlier steps that reject rows; `source` is the provenance of the images.
     """
@@ -70,23 +64,13 @@ def write_rows(
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
-    rejections = [*read_rejections(shard, steps), list_rejections(NAME, rejected)]
+    rejections = [*_read_rejections(shard, steps), list_rejections(NAME, rejected)]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.step_file(NAME, "digests"), rows.digests, DIGESTS)
-    return WrittenRows(
-        path=path,
-        columns=writer.columns,
-        rows=writer.counts(),
-        files=files,
-        licenses=sorted(rows.licenses),
-        without_annotation=len(rows.rejected),
-        statistics=rows.statistics,
-        examples=rows.examples,
-    )
+    return WrittenRows(path, writer.columns, writer.counts(), files, replace(rows, digests=[]))
 
 
-def read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
-    """Yield the rejections (tables.REJECTIONS) of the steps of a shard, in order."""
+def _read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
     for step in steps:
         for table in read_batches(require_file(shard.step_file(step, "rejected"))):
             yield list_rejections(step, table)
@@ -146,7 +130,7 @@ class WriteStep(Step):
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
         assert work.version
-        return summarize_version(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
+        return _summarize(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
 
 
 def publish_shards(
@@ -156,16 +140,16 @@ def publish_shards(
     source: dict[str, Any],
     provenance: dict[str, Any],
 ) -> tuple[Version, bool]:
-    """Publish the rows of all shards as one version, or return the newest version and False if it holds the same rows.
+    """Publish the rows of all shards as one version, or return the newest version and False if it is equal.
 
-    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` is the
-    manifest's description of the run. Raises TableError if shards have different columns, and StoreError if a
-    version of that name exists by now, or another command has taken over the dataset folder.
+    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` describes the
+    run in the manifest. Raises TableError if shards have different columns, and StoreError if a version of that
+    name exists by now or another command has taken over the dataset folder.
     """
     plan, shards = work.plan, work.executor.shards
-    rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
-    without_annotation = sum(part.without_annotation for part in written)
-    funnel = [*work.summaries, summarize_version(sum(rows.values()), without_annotation)]
+    counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}
+    results = [part.rows for part in written]
+    funnel = [*work.summaries, _summarize(sum(counts.values()), sum(len(rows.rejected) for rows in results))]
     if funnel[-1].input != funnel[0].kept:
         problem = f"step write was given {funnel[0].kept} images and returned {funnel[-1]}"
         raise TableError(problem, hint=BUG_HINT)
@@ -183,7 +167,7 @@ def publish_shards(
     contaminated = sum(
         table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by")
     )
-    statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
+    statistics = reduce(merge, (rows.statistics for rows in results), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics.result(),
@@ -194,17 +178,16 @@ def publish_shards(
         columns=list(columns.pop()) if columns else [],
         extras=row_extras(plan.config, plan.tasks),
         digests=digests,
-        rows=rows,
+        rows=counts,
         files=_number_files(written),
-        licenses=sorted({name for part in written for name in part.licenses}),
-        examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
+        licenses=sorted({name for rows in results for name in rows.licenses}),
+        examples=[row for rows in results for row in rows.examples][:CARD_SAMPLES],
     )
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, content, provenance, rejections, work.executor.check)
 
 
-def summarize_version(rows: int, without_annotation: int) -> StepSummary:
-    """Return the summary of this step: the images with a row, and those without an annotation."""
+def _summarize(rows: int, without_annotation: int) -> StepSummary:
     return summarize_step(
         NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {}
     )

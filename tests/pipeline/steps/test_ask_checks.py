@@ -10,7 +10,7 @@ from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import EngineError, TableError
 from pipeline.run import generate_dataset
-from pipeline.steps import ask_checks, verify
+from pipeline.steps import verify
 from pipeline.storage.files import read_table
 from tests.chat.server import ChatServer, running_chat
 
@@ -34,13 +34,13 @@ def test_checks_of_a_part_of_the_annotations_at_a_time_are_those_of_all(
     whole, sent, distinct = checked(tmp_path / "whole")
     assert len(whole) == 36 and all(row["checks"] for row in whole if row["question"] is not None)
     held: list[int] = []
-    ask = ask_checks.AnnotationChecker.ask_all_checks
+    ask = verify.AnnotationChecker.ask_all_checks
 
-    def noted(self: ask_checks.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
+    def noted(self: verify.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
         held.append(len(rows))
         return ask(self, rows)
 
-    monkeypatch.setattr(ask_checks.AnnotationChecker, "ask_all_checks", noted)
+    monkeypatch.setattr(verify.AnnotationChecker, "ask_all_checks", noted)
     monkeypatch.setattr(verify, "BATCH_ANNOTATIONS", 4)
     monkeypatch.setattr("pipeline.storage.files.BATCH_ROWS", 2)
     parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
