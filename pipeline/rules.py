@@ -131,6 +131,11 @@ class RuleInput(NamedTuple):
         return self.scores.clean_text or self.scores.clean_question or ""
 
     @property
+    def answer(self) -> str | None:
+        """The answer of a question."""
+        return self.scores.clean_answer
+
+    @property
     def is_caption(self) -> bool:
         """Whether it is a caption."""
         return self.scores.clean_text is not None
@@ -143,38 +148,7 @@ class RuleInput(NamedTuple):
 
 def is_refusal(row: RuleInput) -> bool:
     """Return True if the model declined to answer."""
-    answer = row.scores.clean_answer
-    return any(says_refusal(text, words, is_answer=text is answer) for text, words in row.texts)
-
-
-def is_junk(row: RuleInput) -> bool:
-    """Return True if a text has markup, template tokens, code or coordinates."""
-    return any(artifacts.has_markup(text) for text, _ in row.texts)
-
-
-def is_placeholder(row: RuleInput) -> bool:
-    """Return True if a text is a placeholder, such as "caption" or "..."."""
-    return artifacts.is_placeholder(row.words)
-
-
-def is_labelled(row: RuleInput) -> bool:
-    """Return True if the model announces its text, or addresses its reader."""
-    return any(artifacts.has_label(text) for text, _ in row.texts)
-
-
-def is_prompt_echo(row: RuleInput) -> bool:
-    """Return True if a text repeats a run of words from the prompt."""
-    return artifacts.echoes_prompt(row.words, row.prompt_grams)
-
-
-def is_unanswerable(row: RuleInput) -> bool:
-    """Return True if the answer states that the question cannot be answered."""
-    return row.scores.clean_answer is not None and says_nothing(row.scores.clean_answer)
-
-
-def is_personal(row: RuleInput) -> bool:
-    """Return True if the answer was only personal data, which is redacted."""
-    return row.scores.redaction_count > 0 and row.scores.clean_answer in PERSONAL
+    return any(says_refusal(text, words, is_answer=text is row.answer) for text, words in row.texts)
 
 
 def is_too_short(row: RuleInput) -> bool:
@@ -209,7 +183,7 @@ def is_other_language(row: RuleInput) -> bool:
         return False
     if config.language in language.LATIN:
         asks_to_read = not _READING_WORDS.isdisjoint(row.words)
-        answer_frac = 0.0 if asks_to_read else language.non_latin_frac(scores.clean_answer or "")
+        answer_frac = 0.0 if asks_to_read else language.non_latin_frac(row.answer or "")
         if max(scores.non_latin_frac, answer_frac) > config.max_non_latin_frac:
             return True
     if scores.language in (None, config.language):
@@ -220,31 +194,6 @@ def is_other_language(row: RuleInput) -> bool:
         return True
     is_close = any(config.language in close and scores.language in close for close in language.CLOSE)
     return scores.language_score >= (max(MIN_CLOSE_SCORE, min_score) if is_close else min_score)
-
-
-def is_cut_off(row: RuleInput) -> bool:
-    """Return True if a caption ends in the middle of a sentence."""
-    return row.is_caption and artifacts.is_cut_off(row.main)
-
-
-def is_too_general(row: RuleInput) -> bool:
-    """Return True if a caption would be true of nearly any image."""
-    return row.is_caption and artifacts.is_too_general(row.words)
-
-
-def is_no_question(row: RuleInput) -> bool:
-    """Return True if a text has several questions, or choices by letter."""
-    return not row.is_caption and not is_one_question(row.main)
-
-
-def contains_answer(row: RuleInput) -> bool:
-    """Return True if the question contains the answer."""
-    return not row.is_caption and gives_answer_away(row.main, row.scores.clean_answer or "")
-
-
-def refers_to_missing_context(row: RuleInput) -> bool:
-    """Return True if a text refers to another text or image."""
-    return any(_ELSEWHERE.search(text.lower()) for text, _ in row.texts)
 
 
 def says_nothing(answer: str) -> bool:
@@ -271,12 +220,8 @@ def gives_answer_away(question: str, answer: str) -> bool:
         return False
     if len(answer_words) == 1:
         (word,) = answer_words
-        if (
-            len(word) < 2
-            or word.isdigit()
-            or word in ("yes", "no")
-            or (word in _AFTER_HOW and "how" in asked)
-        ):
+        is_count = word in _AFTER_HOW and "how" in asked
+        if len(word) < 2 or word.isdigit() or word in ("yes", "no") or is_count:
             return False
     stems = [_stem(word) for word in asked if word not in _ARTICLES]
     wanted = [_stem(word) for word in answer_words]
@@ -294,21 +239,21 @@ def _stem(word: str) -> str:
 
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
-    "junk": is_junk,
-    "placeholder": is_placeholder,
-    "label": is_labelled,
-    "prompt_echo": is_prompt_echo,
-    "unanswerable": is_unanswerable,
-    "personal_answer": is_personal,
+    "junk": lambda row: any(artifacts.has_markup(text) for text, _ in row.texts),
+    "placeholder": lambda row: artifacts.is_placeholder(row.words),
+    "label": lambda row: any(artifacts.has_label(text) for text, _ in row.texts),
+    "prompt_echo": lambda row: artifacts.echoes_prompt(row.words, row.prompt_grams),
+    "unanswerable": lambda row: row.answer is not None and says_nothing(row.answer),
+    "personal_answer": lambda row: row.scores.redaction_count > 0 and row.answer in PERSONAL,
     "too_short": is_too_short,
     "too_long": is_too_long,
     "repetitive": is_repetitive,
     "other_language": is_other_language,
-    "cut_off": is_cut_off,
-    "too_general": is_too_general,
-    "no_single_question": is_no_question,
-    "answer_in_question": contains_answer,
-    "speaks_of_elsewhere": refers_to_missing_context,
+    "cut_off": lambda row: row.is_caption and artifacts.is_cut_off(row.main),
+    "too_general": lambda row: row.is_caption and artifacts.is_too_general(row.words),
+    "no_single_question": lambda row: not row.is_caption and not is_one_question(row.main),
+    "answer_in_question": lambda row: not row.is_caption and gives_answer_away(row.main, row.answer or ""),
+    "speaks_of_elsewhere": lambda row: any(_ELSEWHERE.search(text.lower()) for text, _ in row.texts),
 }
 # The rules for records of custom tasks, which may be a word, a code, or the text of a sign.
 RECORD_RULES = {

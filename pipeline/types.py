@@ -10,12 +10,9 @@ Context = tuple[tuple[str, str], ...]
 # Licenses of images. `push` redistributes pixels only if their licenses allow it. Pixels of an unknown
 # license are pushed to a private repository, unless the user declares them public.
 UNKNOWN = "unknown"
-# Flickr: research and education, no redistribution.
-FLICKR_TERMS = "flickr-terms"
-# SlideVQA: internal evaluation only.
-NTT_EVALUATION = "ntt-evaluation"
-# On the Hub: the owner grants access to each user, or the repository declares no license.
-GATED, UNDECLARED = "gated", "undeclared"
+# Flickr permits research and education, SlideVQA internal evaluation. A Hub repository may require access requests
+# (gated), or declare no license.
+FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED = "flickr-terms", "ntt-evaluation", "gated", "undeclared"
 # Names on the Hub of licenses that permit redistribution.
 KNOWN_LICENSES = (
     "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",

@@ -72,16 +72,15 @@ def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) ->
     settings = AskSettings.of(plan)
 
     def ask() -> dict[str, Any]:
-        send_requests(shard, settings, services)
+        _send_requests(shard, settings, services)
         write_annotations(shard, settings)
         model = {"name": plan.model, "revision": plan.requests.revision}
-        return {"kept": count_asked(shard, settings.requests), "rejected": {}, "model": model}
+        return {"kept": _count_asked(shard, settings.requests), "rejected": {}, "model": model}
 
     ask_once(shard, NAME, step_key(NAME, settings, (), [output_digest(shard, before)]), services, ask)
 
 
-def send_requests(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
-    """Send the requests about the samples of a shard that have no reply in its journal."""
+def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
     texts = _read_source_texts(shard, settings)
@@ -95,15 +94,9 @@ def send_requests(shard: DatasetDir, settings: AskSettings, services: Services) 
             return engine
 
         for round_number in range(len(settings.requests.rounds)):
+            batches = sample_batches(shard)
             for engine in ask_about(
-                sample_batches(shard),
-                settings.requests,
-                settings.server,
-                start_engine,
-                journal,
-                stats,
-                texts,
-                round_number,
+                batches, settings.requests, settings.server, start_engine, journal, stats, texts, round_number
             ):
                 metrics = engine.metrics() | stats.metrics(settings.server)
                 progress("ask", int(stats.done / per_sample), samples, metrics)
@@ -131,7 +124,7 @@ def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
     return sum(plan.count(plan.wanted(source_texts)) for source_texts in texts.values())
 
 
-def count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
+def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
     """Return how many requests the annotations of a shard answer; those of one request are adjacent.
 
     A row without a request id counts as all requests of its task about a sample.

@@ -61,25 +61,26 @@ _SPACED = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`'\"()[]{}-/"})
 def balance(comparison: Comparison) -> duckdb.DuckDBPyRelation:
     """Return findings about all questions, and about captions if the settings ask for it."""
     db, (config, seed) = comparison.db, comparison.settings
-    balance_questions(db, comparison.rows, config, seed)
+    _balance_questions(db, comparison.rows, config, seed)
     if config.tail_frac is None:
         return db.table("balanced_questions")
-    balance_captions(db, comparison.rows, config, seed)
+    _balance_captions(db, comparison.rows, config, seed)
     return db.sql("SELECT * FROM balanced_questions UNION ALL SELECT * FROM balanced_captions")
 
 
-def balance_questions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
-    """Create the table `balanced_questions` (FINDINGS) of all questions."""
+def _balance_questions(
+    db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int
+) -> None:
     load(db, "questions", _questions(rows), QUESTIONS)
     db.execute(
         "CREATE TABLE types AS FROM questions "
         "SELECT prefix, CASE WHEN count(*) >= ? THEN prefix ELSE ? END AS question_type GROUP BY prefix",
         [config.min_questions_per_type, RARE],
     )
-    pair_questions(db, rows)
+    _pair_questions(db, rows)
     typed = "FROM questions JOIN types USING (prefix)"
     counts = db.sql(f"SELECT question_type, answer, count(*) AS count {typed} GROUP BY ALL")
-    load(db, "limits", [limit_answers(counts.to_arrow_table(), config)], LIMITS)
+    load(db, "limits", [_limit_answers(counts.to_arrow_table(), config)], LIMITS)
     chance = hash_to_unit_sql("'balance'", f"'{seed}'", "annotation_id")
     # A pair is named by the digest of its two sorted ids (digests.digest).
     db.execute(
@@ -103,7 +104,7 @@ def balance_questions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: Bala
     )
 
 
-def pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
+def _pair_questions(db: duckdb.DuckDBPyConnection, rows: AllRows) -> None:
     """Create the table `pairs` (PAIRS, in both directions): equal questions with different answers.
 
     An image is compared with the next NEIGHBOURS images that have the same question, ordered by the content
@@ -172,20 +173,18 @@ def _questions(rows: AllRows) -> Iterator[pa.Table]:
         columns = {
             "image": table["image_group"],
             "key": map_distinct(table["clean_question"], text_key),
-            "prefix": map_distinct(table["clean_question"], question_prefix),
+            "prefix": map_distinct(table["clean_question"], _first_two_words),
             "answer": map_distinct(table["clean_answer"], normalize_answer),
         }
         columns |= {name: table[name] for name in ("row", "annotation_id", "sample_id")}
         yield pa.table(columns).select(QUESTIONS.names)
 
 
-def question_prefix(question: str) -> str:
-    """Return the first two words of a question, which are its type: "How many"."""
+def _first_two_words(question: str) -> str:
     return " ".join(words_of(question)[:2])
 
 
-def limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
-    """Return how many questions of each type may have the same answer (LIMITS)."""
+def _limit_answers(counts: pa.Table, config: BalanceConfig) -> pa.Table:
     by_type: dict[str, dict[str, int]] = defaultdict(dict)
     for row in counts.to_pylist():
         by_type[row["question_type"]][row["answer"]] = row["count"]
@@ -208,8 +207,7 @@ def max_answer_count(kind: str, answers: dict[str, int], config: BalanceConfig) 
     )
 
 
-def balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
-    """Create the table `balanced_captions` (FINDINGS) of all captions."""
+def _balance_captions(db: duckdb.DuckDBPyConnection, rows: AllRows, config: BalanceConfig, seed: int) -> None:
     assert config.tail_frac is not None
     entries = read_entries(config.entries) if config.entries else vocabulary(rows)
     load(db, "captions", _captions(rows, entries), CAPTIONS)

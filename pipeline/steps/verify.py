@@ -1,8 +1,8 @@
 """Step: verify. Ask the model again whether an annotation is true of its image, and reject it by the answers.
 
 In this order: checks against the images; repair of captions with false claims, which are checked again;
-coverage of questions by captions; alignment and shared words; ratings of a judge. A check that is off, or whose
-reply cannot be read, rejects nothing.
+coverage of questions by captions; alignment and shared words; ratings of a judge. A check that is off, or
+whose reply cannot be read, rejects nothing.
 """
 
 from collections import Counter, defaultdict

@@ -142,9 +142,9 @@ def publish_shards(
 ) -> tuple[Version, bool]:
     """Publish the rows of all shards as one version, or return the newest version and False if it is equal.
 
-    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` describes the
-    run in the manifest. Raises TableError if shards have different columns, and StoreError if a version of that
-    name exists by now or another command has taken over the dataset folder.
+    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` describes
+    the run in the manifest. Raises TableError if shards have different columns, and StoreError if a version
+    of that name exists by now or another command has taken over the dataset folder.
     """
     plan, shards = work.plan, work.executor.shards
     counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}

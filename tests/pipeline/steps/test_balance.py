@@ -18,8 +18,8 @@ from pipeline.steps.balance import (
     max_answer_count,
     match_entries,
     read_entries,
-    whole_groups,
 )
+from pipeline.steps.base import whole_groups
 from pipeline.text.wordnet import names
 from tests.step_runs import run_step
 
