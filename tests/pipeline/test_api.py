@@ -98,12 +98,16 @@ def test_import_loads_no_package_and_names_its_version() -> None:
     assert {"generate", "load", "push", "export", "Config", "SynthError"} < {*pipeline.__all__}
 
 
-def test_example_of_the_readme_generates_exports_pushes_and_loads(tmp_path: Path) -> None:
+def test_readme_example_generates_exports_pushes_and_loads(tmp_path: Path) -> None:
     (block,) = (text for text in PYTHON_BLOCK.findall(README) if "pipeline.generate(" in text)
     code = f"{block}\nprint(dataset.num_rows, result.stats.asked)"
     with running_hub(tmp_path / "hub") as hub, Pusher(hub, tmp_path / "home", xet=False) as client:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=hub.env(client.home), capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=hub.env(client.home),
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert hub.hub.storage.repos["dataset", "ORG/NAME"].tags.keys() >= {"v1.0.0"}
@@ -112,7 +116,7 @@ def test_example_of_the_readme_generates_exports_pushes_and_loads(tmp_path: Path
     assert '"v1.0.0"' in (tmp_path / "data/scenes/pushed.json").read_text()
 
 
-def test_settings_of_a_file_are_overridden_by_keywords_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+def test_keywords_override_settings_file_and_unknown_keyword_is_refused(tmp_path: Path) -> None:
     (tmp_path / "synth.yaml").write_text("source: scenes\nlimit: 3\ntitle: Drawn\n")
     result = pipeline.generate(config=tmp_path / "synth.yaml", out=tmp_path / "d", limit=4)
     assert (result.version.num_rows, result.version.manifest["title"]) == (4, "Drawn")

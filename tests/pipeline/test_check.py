@@ -37,7 +37,9 @@ def flip(path: Path, place: float = 0.5) -> None:
 def rot_a_page(path: Path) -> None:
     """Flip a bit within the largest page: its header has no checksum."""
     group = pq.read_metadata(path).row_group(0)
-    chunk = max((group.column(n) for n in range(group.num_columns)), key=lambda chunk: chunk.total_compressed_size)
+    chunk = max(
+        (group.column(n) for n in range(group.num_columns)), key=lambda chunk: chunk.total_compressed_size
+    )
     data = bytearray(path.read_bytes())
     data[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 5] ^= 0x10
     path.write_bytes(data)
@@ -56,19 +58,25 @@ DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
     "a rotten page of a step": (lambda d: rot_a_page(d.step_file("filter")), "steps/filter/kept.parquet"),
     "settings that are none": (lambda d: d.run_file.write_text("{"), "run.json"),
     "a rotten shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
-    "a manifest that is none": (lambda d: (d.version().path / "manifest.json").write_text("[]"), "versions/v1.0.0"),
+    "a manifest that is none": (
+        lambda d: (d.version().path / "manifest.json").write_text("[]"),
+        "versions/v1.0.0",
+    ),
 }
 
 
-def test_a_sound_folder_is_sound(dataset: DatasetDir) -> None:
+def test_intact_folder_has_no_damage(dataset: DatasetDir) -> None:
     checked = list(check_dataset(dataset))
     assert [result for result in checked if not result.is_ok] == []
     names = " ".join(result.what for result in checked)
-    assert all(part in names for part in ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0"))
+    assert all(
+        part in names
+        for part in ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0")
+    )
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damage_is_found_where_it_is_with_what_to_do(name: str, dataset: DatasetDir) -> None:
+def test_damage_is_reported_with_place_and_hint(name: str, dataset: DatasetDir) -> None:
     damage, where = DAMAGES[name]
     damage(dataset)
     bad = [result for result in check_dataset(dataset) if not result.is_ok]
@@ -77,7 +85,7 @@ def test_a_damage_is_found_where_it_is_with_what_to_do(name: str, dataset: Datas
     assert bad[0].hint
 
 
-def test_repair_keeps_the_intact_replies_and_a_run_that_needs_the_rest_asks_it(dataset: DatasetDir) -> None:
+def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: DatasetDir) -> None:
     digest = dataset.version().manifest["digest"]
     rot_a_reply(dataset)
     (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
@@ -90,9 +98,13 @@ def test_repair_keeps_the_intact_replies_and_a_run_that_needs_the_rest_asks_it(d
     assert result.version.manifest["digest"] == digest
 
 
-def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
+def test_check_changes_no_file(dataset: DatasetDir) -> None:
     def contents() -> dict[str, str]:
-        files = (path for path in dataset.path.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm")))
+        files = (
+            path
+            for path in dataset.path.rglob("*")
+            if path.is_file() and not path.name.endswith(("-wal", "-shm"))
+        )
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     rot_a_page(dataset.step_file("filter"))
@@ -101,7 +113,7 @@ def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
     assert contents() == before
 
 
-def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset: DatasetDir) -> None:
+def test_hint_for_version_without_manifest_recovers_the_version(dataset: DatasetDir) -> None:
     version = dataset.version()
     (version.path / "manifest.json").unlink()
     (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
@@ -114,7 +126,7 @@ def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset:
 
 
 @pytest.mark.parametrize("name", ["steps/read/parts/00000.parquet", f"images/{'0' * 32}.parquet"])
-def test_images_that_are_damaged_come_from_the_source_again(name: str, tmp_path: Path) -> None:
+def test_hint_for_damaged_images_is_to_read_the_source_again(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"PAR1")

@@ -17,11 +17,13 @@ from pipeline.digests import public_name, without_folders
         ("./clip-ft", "clip-ft"),
     ],
 )
-def test_a_path_loses_its_folders_wherever_it_was(name: str, published: str) -> None:
+def test_path_of_model_loses_its_folders(name: str, published: str) -> None:
     assert without_folders(name) == published == public_name(f"{name}@0123abcd")
 
 
-def test_a_folder_of_this_machine_loses_the_ones_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_loses_folders_only_if_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert without_folders("models/mine") == "mine"

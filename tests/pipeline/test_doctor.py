@@ -19,12 +19,12 @@ from pipeline.install import installed_version
         ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists none"),
     ],
 )
-def test_the_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, found: str) -> None:  # noqa: FBT001
+def test_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, found: str) -> None:  # noqa: FBT001
     finding = judge_gpus(listed)
     assert (finding.ok, finding.found, bool(finding.hint)) == (is_ok, found, not is_ok)
 
 
-def test_an_interpreter_that_has_no_vllm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VLLM_PYTHON, "/bin/false")
     (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
     assert not vllm.ok
@@ -43,7 +43,9 @@ def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
     return str(folder)
 
 
-def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_fits_if_memory_holds_its_weights_and_a_fifth_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "_free_memory_gib", lambda: (8.0, "the GPU"))
     small = examine(model_of(tmp_path / "Qwen2.5-VL-3B", 6 << 30))[0]
     assert (small.what, small.ok, small.hint) == ("model", True, "")
@@ -55,7 +57,7 @@ def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeyp
     assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
 
 
-def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     assert examine(str(tmp_path / "empty"))[0].found.endswith("has no weights")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -22,9 +22,17 @@ NAME = "me/cats@v2"
 @pytest.mark.parametrize(
     ("error", "problem", "hint"),
     [
-        (errors.GatedRepoError("x", response=answer(403)), "me/cats is gated", "/datasets/me/cats, then `hf auth login`"),
+        (
+            errors.GatedRepoError("x", response=answer(403)),
+            "me/cats is gated",
+            "/datasets/me/cats, then `hf auth login`",
+        ),
         (errors.RevisionNotFoundError("x", response=answer(404)), "me/cats has no revision v2", "a branch"),
-        (errors.RepositoryNotFoundError("x", response=answer(404)), "no dataset me/cats at https://", "check the name"),
+        (
+            errors.RepositoryNotFoundError("x", response=answer(404)),
+            "no dataset me/cats at https://",
+            "check the name",
+        ),
         (
             errors.HfHubHTTPError("x", response=answer(500), server_message="on fire"),
             "refused me/cats@v2 (500): on fire",
@@ -35,21 +43,28 @@ NAME = "me/cats@v2"
         (errors.OfflineModeIsEnabled("x"), SILENT, OFFLINE),
         (httpx2.ConnectError("x"), SILENT, OFFLINE),
         (TimeoutError(), SILENT, OFFLINE),
-        (OSError(errno.ENOSPC, "No space left"), "cannot fetch me/cats@v2: [Errno 28] No space left", "the disk has room"),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            "cannot fetch me/cats@v2: [Errno 28] No space left",
+            "the disk has room",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_the_client_raises_is_one_line_and_a_hint(error: Exception, problem: str, hint: str) -> None:
+def test_client_error_becomes_one_line_with_hint(error: Exception, problem: str, hint: str) -> None:
     with pytest.raises(SourceError) as caught, translate_hub_errors(NAME, "dataset", SourceError, OFFLINE):
         raise error
     assert problem in str(caught.value) and hint in caught.value.hint
-    with pytest.raises(StoreError) as other, translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True):
+    with (
+        pytest.raises(StoreError) as other,
+        translate_hub_errors(NAME, "model", StoreError, OFFLINE, or_folder=True),
+    ):
         raise error
     assert str(other.value).startswith("me/cats@v2 is not a folder here; ")
 
 
 @pytest.mark.parametrize("error", [StoreError("ours"), ZeroDivisionError()])
-def test_other_errors_pass(error: Exception) -> None:
+def test_unrelated_error_is_raised_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, translate_hub_errors(NAME, "dataset", SourceError, OFFLINE):
         raise error
     assert caught.value is error
