@@ -10,8 +10,8 @@ Context = tuple[tuple[str, str], ...]
 # Licenses of images. `push` redistributes pixels only if their licenses allow it. Pixels of an unknown
 # license are pushed to a private repository, unless the user declares them public.
 UNKNOWN = "unknown"
-# Flickr permits research and education, SlideVQA internal evaluation. A Hub repository may require access requests
-# (gated), or declare no license.
+# Flickr permits research and education, SlideVQA internal evaluation. A Hub repository may require access
+# requests (gated), or declare no license.
 FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED = "flickr-terms", "ntt-evaluation", "gated", "undeclared"
 # Names on the Hub of licenses that permit redistribution.
 KNOWN_LICENSES = (

@@ -1,4 +1,4 @@
-"""Names that are published: of models, without a place on anybody's disk."""
+"""Published names of models contain no local path."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from pipeline.digests import public_name, without_folders
     [
         ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
         ("tiny-vit", "tiny-vit"),
-        ("/scratch/somebody/clip-ft", "clip-ft"),  # of another machine
+        # A path of another machine.
+        ("/scratch/somebody/clip-ft", "clip-ft"),
         ("~/models/clip-ft", "clip-ft"),
         ("./clip-ft", "clip-ft"),
     ],
@@ -27,4 +28,5 @@ def test_relative_path_loses_folders_only_if_it_exists(
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert without_folders("models/mine") == "mine"
-    assert without_folders("models/theirs") == "models/theirs"  # which may be of the Hub
+    # It may be a name on the Hub.
+    assert without_folders("models/theirs") == "models/theirs"

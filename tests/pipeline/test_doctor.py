@@ -1,4 +1,4 @@
-"""Doctor: findings about the machine, tested on the output of other machines."""
+"""Findings about the machine, tested on the output of other machines."""
 
 import platform
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatc
 
 
 def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
-    """Make a folder with a sparse file of weights in two parts, and others that do not count."""
+    """Create a folder with sparse weights in two files, and a file that is not counted."""
     folder.mkdir()
     for number in range(2):
         with (folder / f"model-{number}.{suffix}").open("wb") as file:

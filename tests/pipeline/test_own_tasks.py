@@ -1,4 +1,4 @@
-"""Own tasks in settings: files of tasks are read whole, and each mistake is one error before anything is asked."""
+"""Custom tasks in settings: files are read completely, and mistakes are reported before any request."""
 
 import json
 from pathlib import Path
@@ -21,17 +21,14 @@ def need(name: str, *needs: str) -> dict[str, Any]:
 
 def test_task_file_includes_texts_of_named_files(tmp_path: Path) -> None:
     (tmp_path / "a.j2").write_text("Say it.")
-    (tmp_path / "a.json").write_text(
-        '{"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}'
-    )
+    schema = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}
+    (tmp_path / "a.json").write_text(json.dumps(schema))
     (tmp_path / "a.yaml").write_text("{name: a, kind: text, prompt: a.j2, output: a.json, field: z}")
     config = resolve(source="folder:x", own_tasks=[tmp_path / "a.yaml"])
     (task,) = config.own_tasks
     assert task.prompt == "Say it." and config.tasks == ("a",)
-    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == [
-        "z",
-        "a",
-    ]  # a model writes fields in this order
+    # A model writes fields in this order.
+    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == ["z", "a"]
     assert resolve(**config.model_dump(mode="json")) == config
 
 
@@ -46,12 +43,13 @@ def test_task_is_asked_one_round_after_its_needs() -> None:
     tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
     config = resolve(source="folder:x", own_tasks=tasks, tasks=["caption"])
     plan = request_plan(config)
-    assert [sorted(name for name, _ in part) for part in plan.rounds] == [
-        ["a", "caption", "caption"],
-        ["b"],
-        ["c"],
-    ]
+    rounds = [sorted(name for name, _ in part) for part in plan.rounds]
+    assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
     check_prompts(plan, has_checks=True)
+
+
+def text_task(prompt: str) -> str:
+    return f"{{name: t, kind: text, prompt: '{prompt}'}}"
 
 
 @pytest.mark.parametrize(
@@ -60,42 +58,21 @@ def test_task_is_asked_one_round_after_its_needs() -> None:
         ("{name: t, kind: text}", "prompt is missing"),
         ("{name: t, kind: poem, prompt: a}", "bad value for kind: 'poem' is not one of"),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
-        (
-            "{name: T, kind: text, prompt: a}",
-            "bad value for name: 'T' is not the name of a task, in small letters",
-        ),
+        ("{name: T, kind: text, prompt: a}", "'T' is not the name of a task, in small letters"),
         ("[1]", "must hold keys and values"),
-        ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
-        ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
-        (
-            "{name: t, kind: text, prompt: '{{ results.ocr }}'}",
-            "uses results.ocr, which its task does not need",
-        ),
+        (text_task("lost.j2"), "lost.j2"),
+        (text_task("{{ row.title }}"), "uses row.title, and no such column is mapped"),
+        (text_task("{{ results.ocr }}"), "uses results.ocr, which its task does not need"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which is not asked"),
-        (
-            "{name: t, kind: text, prompt: '{{ results.t }}', needs: [t]}",
-            "tasks need each other in a circle: t",
-        ),
-        ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
-        (
-            "{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}",
-            "the prompt t cannot be rendered: No filter named 'random'",
-        ),
-        (
-            "{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}",
-            "maximum recursion depth",
-        ),
-        (
-            "{name: alt_x, kind: caption, prompt: a}",
-            "alt_x is the name of a built-in task or of a caption style",
-        ),
-        ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
-        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
+        ("{name: t, kind: text, prompt: a, needs: [t]}", "tasks need each other in a circle: t"),
+        (text_task("{{ row }}"), "cannot be rendered: name one of its values"),
+        (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
+        (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
+        ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),
+        (text_task("{{ nothing }}"), "cannot be rendered: 'nothing' is undefined"),
+        (text_task("{% if %}"), "the prompt t cannot be read"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        (
-            "{name: t, kind: text, prompt: a, show_image: false}",
-            "the task t shows no image and nothing else of it",
-        ),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "shows no image and nothing else of it"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
     ],
 )

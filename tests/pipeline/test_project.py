@@ -1,4 +1,4 @@
-"""Init: the file that it writes holds every setting with its default, and the prompts that it writes are used."""
+"""The written settings file lists every default, and the written prompts and tasks are valid."""
 
 import re
 from pathlib import Path
@@ -60,9 +60,8 @@ def test_setting_description_names_its_origin(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompt_dir: p}\n")
     config = resolve(file, limit=7)
-    rows = {
-        key: (value, origin) for key, value, origin in describe_settings(config, file, {"limit": "--limit"})
-    }
+    described = describe_settings(config, file, {"limit": "--limit"})
+    rows = {key: (value, origin) for key, value, origin in described}
     assert rows["limit"] == (7, "--limit")
     assert rows["filter.language"] == ("de", str(file))
     assert rows["generate.prompt_dir"] == ("p", str(file))

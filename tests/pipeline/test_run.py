@@ -1,4 +1,4 @@
-"""The source of an earlier run in the same folder."""
+"""A run refuses the folder of another tool."""
 
 from pathlib import Path
 
