@@ -108,8 +108,8 @@ def push(
     Args:
         version: a version, such as `result.version`, or DIR, DIR@VERSION.
         repo: the repository, ORG/NAME, which is created if it does not exist.
-        private: whether a new repository is private; by default if the license of the images is unknown.
-        images: whether to push images; by default if their license allows it.
+        private: whether a new repository is private, by default if the license of the images is unknown.
+        images: whether to push images, by default if their license allows it.
         license: the license of the images, by its name on the Hub, if the source states none.
 
     Raises:

@@ -36,7 +36,7 @@ class Checked:
 def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Checked]:
     """Yield the state of each journal, step file and version of a dataset folder.
 
-    With `repair`, a damaged journal is replaced by a journal of its intact replies; nothing else is changed.
+    With `repair`, a damaged journal is replaced by a journal of its intact replies. Nothing else is changed.
     Raises StoreError if another process writes to the folder.
     """
     if is_remote(dataset.path):
@@ -66,7 +66,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
 def check_version_folder(
     path: Path, dataset: DatasetDir | None = None, stored: Mapping[str, str] | None = None
 ) -> Checked:
-    """Return the state of a version's folder; see check_version."""
+    """Return the state of a version's folder. See check_version."""
     try:
         return check_version(read_version(path), dataset, stored)
     except SynthError as error:
@@ -78,7 +78,7 @@ def check_version(
 ) -> Checked:
     """Return the state of a version: its files, the digest of its rows, and its images.
 
-    `stored` maps sample ids to the digests of all images of the store; by default they are computed.
+    `stored` maps sample ids to the digests of all images of the store. By default they are computed.
     """
     if not (damage := find_damage(version, stored)):
         summary = f"{version.num_rows:,} rows in {len(version.manifest['files'])} files match the digest"

@@ -60,5 +60,5 @@ def public_name(model: str) -> str:
 
 
 def without_folders(name: str) -> str:
-    """Return the last part of a local path, also of another machine; return other names unchanged."""
+    """Return the last part of a local path, also of another machine. Return other names unchanged."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

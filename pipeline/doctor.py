@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine(model: str | None = None) -> list[Finding]:
-    """Run all checks, in the order in which to fix failures; with `model`, also check whether it fits."""
+    """Run all checks, in the order in which to fix failures. With `model`, also check whether it fits."""
     return [
         *([_model(model)] if model else []),
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),

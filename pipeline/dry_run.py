@@ -17,8 +17,7 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.dataset.statistics import wilson_interval
 from pipeline.executors.messages import describe_start
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, read_results
-from pipeline.inference.requests import build_requests
+from pipeline.inference.queue import RequestStats
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.run import NoRowsError, run_here, steps_of
@@ -92,7 +91,7 @@ class StepsOnly(NullProgress):
 class SampledRows:
     """Some rows of a source, with the number of images by state.
 
-    `new` images have unanswered requests; `answered` images were found on the way to them. `complete` images
+    `new` images have unanswered requests. `answered` images were found on the way to them. `complete` images
     have human texts for everything that would be asked.
     """
 
@@ -104,7 +103,7 @@ class SampledRows:
 
 @contextmanager
 def _empty_folder(folder: Path) -> Iterator[None]:
-    """Create an empty folder, and remove it on exit; a linked journal stays."""
+    """Create an empty folder, and remove it on exit. A linked journal stays."""
     remove(folder)
     folder.mkdir(parents=True)
     try:
@@ -124,10 +123,8 @@ def _sample_rows(source: Source, settings: AskSettings, limit: int | None, journ
             rows.append(row)
             continue
         ids.add(row.id)
-        pairs = settings.requests.wanted(settings.source_texts(row.to_row()))
-        results = read_results(row.id, settings.requests, journal, row.context)
-        requests = build_requests(row.id, settings.requests, row.context, results, pairs)
-        if not pairs:
+        requests = settings.requests_about(row, journal)
+        if not requests:
             complete += 1
             rows.append(row)
         elif all(journal.last(request.id) for request in requests):
@@ -159,11 +156,11 @@ def _predict(
     stats: RequestStats,
     choices: Collection[str],
 ) -> dict[str, Any]:
-    """Scale the counts of a trial to the whole run; rejections of the steps `choices` are not losses."""
+    """Scale the counts of a trial to the whole run. Rejections of the steps `choices` are not losses."""
     by_step = {summary.step: summary for summary in funnel}
     read, annotations, kept = by_step["read"], by_step["validate"].input, by_step["review"].kept
     kept_images = by_step["write"].kept if "write" in by_step else 0
-    # A limit counts kept images; the source also counts others.
+    # A limit counts kept images. The source also counts others.
     scales = [total / read.input] if total is not None and read.input else []
     scales += [config.limit / read.kept] if config.limit and read.kept else []
     scales += [config.images / kept_images] if config.images and kept_images else []

@@ -21,7 +21,7 @@ class SourceError(SynthError):
 
 
 class ImageError(SynthError):
-    """Raised when one image is unusable; its row is rejected for `reason`."""
+    """Raised when one image is unusable; `reason` is the reason of its rejected row."""
 
     def __init__(self, reason: str, what: str) -> None:
         super().__init__(what)
@@ -56,11 +56,11 @@ class TrainError(SynthError):
 
 
 def one_line(error: BaseException, max_characters: int = 200) -> str:
-    """Return the text of an error on one line, truncated; the name of its type if it has no text."""
+    """Return the text of an error on one line, truncated, or the name of its type if it has no text."""
     return " ".join(str(error).split())[:max_characters] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint with names that are spelled like `name`; empty if there are none."""
+    """Return a hint with names that are spelled like `name`, or "" if there are none."""
     close = get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(close)}?" if close else ""

@@ -64,7 +64,7 @@ def _grams_of(task: OwnTask, prompt_grams: Grams) -> Grams:
 
 @lru_cache(64)
 def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
-    """Return the bounds of a custom task; without settings, only captions and questions have bounds."""
+    """Return the bounds of a custom task. Without settings, only captions and questions have bounds."""
     task = own.settings
     kind = "question" if task.kind == "question" else "caption"
     bounds = {f"min_{kind}_words": task.min_words, f"max_{kind}_words": task.max_words}
@@ -80,7 +80,7 @@ def _config_of(own: OwnTask, config: FilterConfig) -> FilterConfig:
 
 @lru_cache(32)
 def _judge(config: FilterConfig, prompt_grams: Grams) -> Callable[..., Judgement]:
-    """Return a function of (text, question, answer, record); only results for captions are not cached."""
+    """Return a function of (text, question, answer, record). Only results for captions are not cached."""
 
     def judge(text: str | None, question: str | None, answer: str | None, record: str | None) -> Judgement:
         if record is not None:

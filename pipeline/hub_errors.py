@@ -36,7 +36,7 @@ def translate_hub_errors(
 
 
 def _explain(error: Exception, name: str, kind: str) -> tuple[str, str] | None:
-    """Return the problem and a hint, which is empty if the Hub does not answer; None for other errors."""
+    """Return the problem and a hint, which is empty if the Hub does not answer, or None for other errors."""
     import httpx2
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def installed_version() -> str:
-    """Return the version of this package; `unknown` if it runs from a folder without being installed."""
+    """Return the version of this package, or `unknown` if it runs from a folder without being installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
@@ -42,7 +42,7 @@ def extra_of(package: str) -> str:
 
 
 def needed_packages() -> dict[str, str]:
-    """Return the versions of the required packages; empty if this package is not installed."""
+    """Return the versions of the required packages, or {} if this package is not installed."""
     try:
         requirements = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
         names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]

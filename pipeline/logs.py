@@ -1,6 +1,6 @@
 """The log: background events that do not stop a run, with their reasons, in a file of the dataset folder.
 
-Progress is shown during a run; the log is read afterwards. `synth -v` also shows it on the terminal.
+Progress is shown during a run. The log is read afterwards. `synth -v` also shows it on the terminal.
 """
 
 import logging
@@ -35,7 +35,7 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file; see handleError."""
+        """Close the file. See handleError."""
         with suppress(OSError):
             super().close()
 
@@ -50,7 +50,7 @@ def show_log() -> None:
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Append log records to a file in a local folder within the context; the first record creates it."""
+    """Append log records to a file in a local folder within the context. The first record creates it."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
     levels = [root.level for root in _ROOTS]

@@ -188,6 +188,6 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
 
 
 def _source_place(source: str) -> tuple[str, str | Path]:
-    """Return the kind and place of a source; a local path is resolved."""
+    """Return the kind and place of a source. A local path is resolved."""
     kind, _, place = source.partition(":")
     return kind, place if not place or "://" in place else Path(place).expanduser().resolve()

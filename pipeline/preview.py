@@ -13,8 +13,7 @@ from pipeline.executors.messages import describe_engine
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.inference.engines import open_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
-from pipeline.inference.requests import build_requests
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
@@ -107,7 +106,7 @@ def preview_run(
                 progress(
                     "preview", stats.done, stats.total, engine.metrics() | stats.metrics(settings.server)
                 )
-        requests = {sample.id: _requests_about(sample, settings, journal) for sample in samples}
+        requests = {sample.id: settings.requests_about(sample, journal) for sample in samples}
         images = [_read_replies(sample, requests[sample.id], plan, journal, stats) for sample in samples]
     prompts: dict[str, tuple[str, str]] = {}
     for request in (request for sample in samples for request in requests[sample.id]):
@@ -142,14 +141,6 @@ def _first_samples(plan: Plan, number: int) -> tuple[list[Sample], list[str]]:
         problem = f"no image of {plan.config.source} can be used; {'; '.join(skipped[:3])}"
         raise SourceError(problem, hint="choose another source")
     return list(samples.values()), skipped
-
-
-def _requests_about(sample: Sample, settings: AskSettings, journal: Journal) -> list[Request]:
-    plan, context = settings.requests, sample.context
-    pairs = plan.wanted(settings.source_texts(sample.to_row()))
-    return list(
-        build_requests(sample.id, plan, context, read_results(sample.id, plan, journal, context), pairs)
-    )
 
 
 def _read_replies(

@@ -22,7 +22,7 @@ class Progress(Protocol):
         """Report how much of a step is done, with metrics by name."""
 
     def message(self, text: str, *, transient: bool = False) -> None:
-        """Show a message; a `transient` message is repeated soon."""
+        """Show a message. A `transient` message is repeated soon."""
 
     def warn(self, text: str) -> None:
         """Show a warning."""
@@ -54,7 +54,7 @@ def show_progress() -> Iterator["LineProgress"]:
 
 
 class LineProgress:
-    """A Progress that prints plain lines to stderr; `warnings` are those shown so far."""
+    """A Progress that prints plain lines to stderr. `warnings` are those shown so far."""
 
     def __init__(self) -> None:
         self.step = ""
@@ -87,7 +87,7 @@ class LineProgress:
         self.line(f"warning: {text}", WARNING)
 
     def line(self, text: str, style: str = "") -> None:
-        """Print a line; terminals show it in a style of rich."""
+        """Print a line. Terminals show it in a style of rich."""
         del style
         print(printable(text), file=sys.stderr, flush=True)
 

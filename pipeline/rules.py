@@ -1,4 +1,4 @@
-"""The rules of the step filter: a text describes its image, in the right language; a question has one answer.
+"""The rules of the step filter, such as: a caption describes its image, a question has one answer.
 
 Each rule is a function of an annotation that returns True to reject it. RULES holds all rules in order. The
 first match is the reason, so the counts by reason add up to the rejected rows.
@@ -115,7 +115,7 @@ class Scores(NamedTuple):
 class RuleInput(NamedTuple):
     """An annotation as the rules see it.
 
-    `words` are those of the caption or the question; `texts` are all texts with their words. `prompt_grams`
+    `words` are those of the caption or the question. `texts` are all texts with their words. `prompt_grams`
     are runs of words from prompts.
     """
 
@@ -160,7 +160,7 @@ def is_too_short(row: RuleInput) -> bool:
 
 
 def is_too_long(row: RuleInput) -> bool:
-    """Return True if a caption, question or answer has too many words; usually a repetition loop."""
+    """Return True if a caption, question or answer has too many words, usually a repetition loop."""
     max_words = row.config.max_question_words if row.is_question else row.config.max_caption_words
     return row.scores.word_count > max_words or row.scores.answer_word_count > row.config.max_answer_words
 

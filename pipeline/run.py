@@ -46,7 +46,7 @@ SURPLUS = 1.1
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The result of a run; `is_new` is False if the newest version already held these rows."""
+    """The result of a run. `is_new` is False if the newest version already held these rows."""
 
     plan: Plan
     version: Version
@@ -61,7 +61,7 @@ def run(
     """Run every step whose inputs have changed, and return the version.
 
     Steps before `first` are not run. With --images N, the source is read until N images are kept.
-    The caller holds the lock of the dataset folder. Raises SynthError; finished work stays on disk.
+    The caller holds the lock of the dataset folder. Raises SynthError. Finished work stays on disk.
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
@@ -97,7 +97,7 @@ def generate_dataset(
     progress: Progress | None = None,
     cluster: ClusterOptions | None = None,
 ) -> RunResult:
-    """Turn images into a version of a dataset. Raises SynthError; the same call resumes the run.
+    """Turn images into a version of a dataset. Raises SynthError. The same call resumes the run.
 
     `out` is the dataset folder, by default `data/SOURCE`. With `cluster` it may be in an object store.
     """
@@ -128,7 +128,7 @@ def generate_dataset(
 def run_here(
     plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
 ) -> RunResult:
-    """Run in this process; see `run`."""
+    """Run in this process. See `run`."""
     forget_other_steps(plan.dataset, [step.name for step in steps_of(plan)])
     write_json(plan.dataset.run_file, plan.config.recorded())
     with LocalExecutor(plan, stats, progress) as executor:
@@ -144,7 +144,7 @@ def _next_limit(work: Work) -> int | None:
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read next, or None to stop; `kept` of the first `limit` images were kept."""
+    """Return how many images to read next, or None to stop. `kept` of the first `limit` images were kept."""
     assert config.images is not None
     if kept >= config.images:
         return None
@@ -165,7 +165,7 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
 
 
 def _count_images(shards: Sequence[DatasetDir]) -> int:
-    """Return how many images the step `trim` kept; the reviews after it may reject some of them."""
+    """Return how many images the step `trim` kept. The reviews after it may reject some of them."""
     ids: set[str] = set()
     for shard in shards:
         for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
@@ -182,7 +182,7 @@ def require_sums(summaries: Sequence[StepSummary]) -> None:
 
 
 class NoRowsError(TableError):
-    """Raised if the steps have rejected every row; `summaries` are those of the steps."""
+    """Raised if the steps have rejected every row. `summaries` are those of the steps."""
 
     def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
         super().__init__(message, hint=hint)

@@ -52,7 +52,7 @@ QUESTION_OF_PEOPLE = pa.struct(
 )
 
 # `sample_id` is the sha256 of the image bytes, or of the hashes of a deck's pages. `images` are encoded as in
-# the source; several images are the pages of a deck. `pdq_hashes` is empty if the images are known to be
+# the source. Several images are the pages of a deck. `pdq_hashes` is empty if the images are known to be
 # distinct. `context` holds the columns of the source that prompts may use.
 SAMPLE = pa.schema(
     [
@@ -107,10 +107,9 @@ FILTERED = pa.schema(
 )
 
 # verify: the results of the checks (inference/verification.py).
-# agreement: 1 if the model repeated the answer, else 0; for a caption, the share of confirmed claims
+# agreement: 1 if the model repeated the answer, else 0, and the share of confirmed claims of a caption
 # answered_blind: whether the model gave the answer without the image
-# sufficient: whether the evidence pages alone led to the answer
-# necessary: whether the other pages alone did not
+# sufficient, necessary: whether the evidence pages alone led to the answer, and the other pages alone did not
 # coverage: the share of the image's questions that a caption answers
 # shared_words: the share of a caption's content words that a caption of the source has
 # RUBRIC: the scores of a judge, from 1 to 5
@@ -137,7 +136,7 @@ EXCLUSIONS = pa.schema(
 )
 
 # The near-duplicates of a sample (images/near_duplicates.py). `image_group` is the first id of all samples
-# that look alike. `image_reason` is null if the sample is kept; `near_duplicate_of` is the sample that is
+# that look alike. `image_reason` is null if the sample is kept. `near_duplicate_of` is the sample that is
 # kept instead.
 IMAGE_GROUPS = pa.schema(
     [
@@ -152,7 +151,7 @@ NEAR_DUPLICATE = pa.schema([*LISTED_SAMPLE, *list(IMAGE_GROUPS)[1:]])
 # is null if the worst has the same score or the same words.
 SELECTED = pa.schema([*fields(FLOAT64, "selection_score"), *fields(STRING, "rejected_text")])
 
-# dedupe: `cluster` is the first id of all texts of this task with the same words; `duplicate_of` is the text
+# dedupe: `cluster` is the first id of all texts of this task with the same words. `duplicate_of` is the text
 # that is kept instead.
 DEDUPED = pa.schema(
     [
@@ -161,8 +160,8 @@ DEDUPED = pa.schema(
     ]
 )
 
-# balance: `question_type` is the first two words of a question; `pair_id` joins two equal questions about two
-# images with different answers; `entries` are positions in the list to balance over.
+# balance: `question_type` is the first two words of a question. `pair_id` joins two equal questions about two
+# images with different answers. `entries` are positions in the list to balance over.
 BALANCED = pa.schema(
     [
         *fields(STRING, "question_type", "pair_id"),
@@ -220,7 +219,7 @@ ADDED_FROM = {"precision": "agreement", REJECTED.name: "rejected_text"}
 # An image as `datasets` stores it.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": STRING})
 
-# `context` is null here; `row_schema` replaces it by a struct with one text for each mapped column.
+# `context` is null here. `row_schema` replaces it by a struct with one text for each mapped column.
 ROW = pa.schema(
     [
         *fields(STRING, "sample_id"),
@@ -247,7 +246,7 @@ REQUIRED = frozenset(ROW.names).difference(OPTIONAL)
 
 @dataclass(frozen=True, slots=True)
 class OwnColumn:
-    """The column of a custom task; `kind` is labels, boxes, text or record."""
+    """The column of a custom task. `kind` is labels, boxes, text or record."""
 
     name: str
     type: pa.DataType
@@ -299,7 +298,7 @@ def require_columns(table: pa.Table, *names: str) -> None:
 
 
 def is_caption(table: pa.Table) -> pa.ChunkedArray:
-    """Return which annotations are captions, after the step filter; the others are questions or records."""
+    """Return which annotations are captions, after the step filter. The others are questions or records."""
     return pc.is_valid(table["clean_text"])
 
 
@@ -309,7 +308,7 @@ def final_value(row: dict[str, Any], name: str) -> Any:
 
 
 def final_column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """Return the final values of a field of annotations; null if no step wrote the field."""
+    """Return the final values of a field of annotations, or null if no step wrote the field."""
     for column in (f"final_{name}", f"clean_{name}", name):
         if column in table.column_names:
             return table[column].cast(kind)

@@ -29,7 +29,7 @@ def non_redistributable(licenses: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQA:
-    """A human question about a sample, with all its human answers; pages are counted from 1."""
+    """A human question about a sample, with all its human answers. Pages are counted from 1."""
 
     question: str
     answers: tuple[str, ...]
@@ -42,8 +42,8 @@ class ReferenceQA:
 class Sample:
     """One image to annotate, or the pages of one deck, as the source encodes them.
 
-    `id` is the sha256 of the image; for a deck, of the hashes of its pages (images.decode.deck_id). The size
-    is that of the first page. `pdq_hashes` is empty if all images are known to be distinct. `references` are
+    `id` is the sha256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). The size is
+    that of the first page. `pdq_hashes` is empty if all images are known to be distinct. `references` are
     human captions. `reference_qa` is None if the source has no questions.
     """
 
@@ -100,7 +100,7 @@ class SampleInfo(NamedTuple):
 
 
 class SourceTexts(NamedTuple):
-    """The context of a sample, and whether it has human texts; its requests depend on them."""
+    """The context of a sample, and whether it has human texts. Its requests depend on them."""
 
     context: Context = ()
     has_captions: bool = False
@@ -118,7 +118,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawSample:
-    """The undecoded images of a row of a source; `fields` are further fields of its Sample."""
+    """The undecoded images of a row of a source. `fields` are further fields of its Sample."""
 
     source_row: str
     images: tuple[bytes, ...]
@@ -130,7 +130,7 @@ class RawSample:
 class Source:
     """A named set of images.
 
-    `revision` changes when the rows change; it is empty if that cannot be detected. `read(n)` yields the rows
+    `revision` changes when the rows change. It is empty if that cannot be detected. `read(n)` yields the rows
     after the first n, always in the same order. `count` returns the number of rows, or None if only reading
     them would tell. `messages` are shown before the run. With `decks`, samples are documents of several
     pages. `is_partial` states that the source holds only the first part of the named dataset. `license`
@@ -165,7 +165,7 @@ ALL = SourceSlice(0, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a model chooses its tokens; temperature 0 is greedy."""
+    """How a model chooses its tokens. Temperature 0 is greedy."""
 
     temperature: float
     max_tokens: int
@@ -175,9 +175,9 @@ class Sampling:
 class Request:
     """One question to a model about one sample. `id` is a digest of all that the first reply depends on.
 
-    An unusable reply is retried with other sampling under the same id; `attempt` counts from 0. `schema` is
+    An unusable reply is retried with other sampling under the same id. `attempt` counts from 0. `schema` is
     the JSON schema of the reply. `images` are attached only when the request is sent. `pages` are the
-    numbers, from 1, of the images that the model sees; None for all. `failed` is an earlier reply with
+    numbers, from 1, of the images that the model sees, or None for all. `failed` is an earlier reply with
     feedback, which the model sees.
     """
 
@@ -218,8 +218,8 @@ class Request:
 class Reply:
     """The reply of a model. Any `finish_reason` except "stop" means that the text is incomplete.
 
-    `max_pixels` is the size to which images were scaled down; None for the size in the settings. `seconds` is
-    the time from sending the request to the reply, which is not journaled.
+    `max_pixels` is the size to which images were scaled down, or None for the size in the settings.
+    `seconds` is the time from sending the request to the reply, which is not journaled.
     """
 
     request_id: str
@@ -243,7 +243,7 @@ class RequestSource(Protocol):
     """The requests to answer, as an engine sees them."""
 
     def take(self) -> list[Request]:
-        """Return the next requests, which may be none now; replies may lead to more."""
+        """Return the next requests, which may be none now. Replies may lead to more."""
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""

@@ -11,14 +11,14 @@ from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
 from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
-from pipeline.inference.requests import RequestPlan
+from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
+from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.plan import Plan
 from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks.human import has_texts, human_annotations
-from pipeline.types import Engine, SampleInfo, SourceTexts
+from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
 NAME = "ask"
 
@@ -47,6 +47,12 @@ class AskSettings:
         if not self.keeps_human_texts:
             return SourceTexts(context)
         return SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
+
+    def requests_about(self, sample: Sample, journal: Journal) -> list[Request]:
+        """Return the requests about a sample that its results in the journal allow."""
+        pairs = self.requests.wanted(self.source_texts(sample.to_row()))
+        results = read_results(sample.id, self.requests, journal, sample.context)
+        return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
 
     def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
         """Return the facts about a sample (a row of tables.SAMPLE) that its annotations need."""
@@ -125,7 +131,7 @@ def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
 
 
 def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
-    """Return how many requests the annotations of a shard answer; those of one request are adjacent.
+    """Return how many requests the annotations of a shard answer. Those of one request are adjacent.
 
     A row without a request id counts as all requests of its task about a sample.
     """

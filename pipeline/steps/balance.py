@@ -264,7 +264,7 @@ def count_of_tail(counts: Sequence[int], share: float) -> int:
 
 
 def keep_probability(counts: Sequence[int], threshold: int) -> float:
-    """Return the probability that an entry keeps its caption, each by min(1, t / count); default 1."""
+    """Return the probability that an entry keeps its caption, each by min(1, t / count)."""
     rejected = 1.0
     for count in counts:
         rejected *= 1 - min(1.0, threshold / count)

@@ -5,9 +5,9 @@ dataset folder that holds some of the samples with all their annotations. A run 
 
 From validate to review, a step is a `RowStep`, and a row is one annotation. It has up to three functions:
 
-prepare   has effects, such as asking the model about the rows of one shard; adds columns
-compare   queries the rows of all shards in DuckDB, a few narrow columns; returns `row` and new columns
-judge     receives one batch of rows as an Arrow table; adds columns and `reason`: null keeps a row
+prepare   has effects, such as asking the model about the rows of one shard, and adds columns
+compare   queries the rows of all shards in DuckDB, a few narrow columns, and returns `row` and new columns
+judge     receives one batch of rows as an Arrow table, and adds columns and `reason`: null keeps a row
 
 Each function receives the settings of its step and no others. They are part of the step's key (records.py).
 """
@@ -72,7 +72,7 @@ class StepFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The model, counters and display that `prepare` may use; `dataset` is the folder of the run."""
+    """The model, counters and display that `prepare` may use. `dataset` is the folder of the run."""
 
     dataset: DatasetDir
     engine: Callable[[], Engine]
@@ -94,13 +94,13 @@ class Executor(Protocol):
         """Read the source until `limit` images are kept, and return whether it has more."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard before `wait` returns; `asks` states that it needs the model."""
+        """Apply a function to every shard before `wait` returns. `asks` states that it needs the model."""
 
     def wait(self) -> None:
         """Wait until all functions have run."""
 
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
-        """Wait, and apply a function to every shard and an empty folder; its files end up below `draft`."""
+        """Wait, and apply a function to every shard and an empty folder. Its files end up below `draft`."""
 
     def check(self) -> None:
         """Raise StoreError if another command has taken over the dataset folder."""
@@ -110,7 +110,7 @@ class Executor(Protocol):
 class Work:
     """The state of a run, which its steps read and change.
 
-    `limit` is the number of images to read, or None; `summaries` are those of finished steps.
+    `limit` is the number of images to read, or None. `summaries` are those of finished steps.
     """
 
     plan: Plan
@@ -199,7 +199,7 @@ def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The input of `compare`; `settings` are those of the step, `dataset` is the folder of the run."""
+    """The input of `compare`. `settings` are those of the step, `dataset` is the folder of the run."""
 
     db: duckdb.DuckDBPyConnection
     rows: AllRows
@@ -213,7 +213,7 @@ class Comparison:
 class RowStep(Step):
     """A step that keeps or rejects annotations.
 
-    `reads` returns further files that the step reads; `adds` are the columns that `compare` adds to `row`.
+    `reads` returns further files that the step reads. `adds` are the columns that `compare` adds to `row`.
     Without `judge`, `reason` comes from `compare`.
     """
 
@@ -260,7 +260,7 @@ def ask_once(
     ask: Callable[[], dict[str, Any]],
     record: str = DONE,
 ) -> None:
-    """Call a function that sends requests, unless its record has this key; record what it returns.
+    """Call a function that sends requests, unless its record has this key. Record what it returns.
 
     If a request stays unanswered, the record gets an empty key, so that the same command asks again.
     """
@@ -321,7 +321,7 @@ def compare_shards(
 def judge_shard(
     step: RowStep, rows: StepFile, plan: Plan, key: str, shard: DatasetDir, _: Services | None = None
 ) -> None:
-    """Judge the rows of one shard; write the kept rows, the rejected rows and the record of the step.
+    """Judge the rows of one shard. Write the kept rows, the rejected rows and the record of the step.
 
     Raises TableError if the step loses, adds or reorders rows, or a comparison names a row twice.
     """
@@ -342,7 +342,7 @@ def judge_shard(
 
 
 def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
-    """Write kept and rejected rows, one table at a time; return the number kept, and rejected by reason."""
+    """Write kept and rejected rows, one table at a time. Return the number kept, and rejected by reason."""
     num_kept, reasons = 0, Counter[str]()
     with (
         atomic_write(shard.step_file(name)) as kept_path,
@@ -408,7 +408,7 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Add the columns of `findings` to their rows, null elsewhere; `first` is the number of the first row."""
+    """Add the columns of `findings` to their rows, null elsewhere. `first` is the number of the first row."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:

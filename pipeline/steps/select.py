@@ -57,7 +57,7 @@ FROM ranked
 
 @dataclass(frozen=True, slots=True)
 class SelectSettings:
-    """The settings of the step select; `sampled` are the tasks with several captions per image and style."""
+    """The settings of the step select. `sampled` are the tasks with several captions per image and style."""
 
     by: str
     sampled: tuple[str, ...]
@@ -103,7 +103,7 @@ def _candidates(rows: AllRows, sampled: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _mean(scores: pa.Table) -> pa.Array:
-    """Return the mean of all columns by row; null if there is no column, or a value is null."""
+    """Return the mean of all columns by row, or null if there is no column, or a value is null."""
     if not scores.num_columns:
         return pa.nulls(scores.num_rows, FLOAT64)
     total = scores[0].cast(FLOAT64)

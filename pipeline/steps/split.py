@@ -107,10 +107,10 @@ def _group_by_name(comparison: Comparison, by: Literal["folder", "prefix"]) -> p
 
 
 def name_key(source_row: str, by: Literal["folder", "prefix"]) -> str:
-    """Return the common part of the names of related rows of a source; "" for an unrelated file.
+    """Return the common part of the names of related rows of a source, or "" for an unrelated file.
 
-    By folder: the folder of the file. By prefix: the name without its last number, as in `clip1_0042.jpg`;
-    for a name that is only a number, the folder.
+    By folder: the folder of the file. By prefix: the name without its last number, as in `clip1_0042.jpg`.
+    The prefix of a name that is only a number is its folder.
     """
     path = PurePosixPath(source_row)
     folder = "" if path.parent == PurePosixPath() else str(path.parent)
@@ -148,7 +148,7 @@ def join_groups(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def split_annotations(table: pa.Table, settings: SplitSettings) -> pa.Table:
-    """Append `split`: the stated split, else by a hash of the group; no row is rejected.
+    """Append `split`: the stated split, else one by a hash of the group. No row is rejected.
 
     Images that the hash assigns to a split that the source holds out are for training.
     """

@@ -1,8 +1,8 @@
 """Step: verify. Ask the model again whether an annotation is true of its image, and reject it by the answers.
 
-In this order: checks against the images; repair of captions with false claims, which are checked again;
-coverage of questions by captions; alignment and shared words; ratings of a judge. A check that is off, or
-whose reply cannot be read, rejects nothing.
+First come the checks against the images. Captions with false claims are repaired, and checked again. Then
+captions are compared with the questions, the images (CLIP) and the captions of the source, and a judge
+rates all texts. A check that is off, or whose reply cannot be read, rejects nothing.
 """
 
 from collections import Counter, defaultdict
@@ -176,33 +176,37 @@ class CheckedAnnotation:
 
     @property
     def caption(self) -> str | None:
-        """The caption; None for a question."""
+        """The caption, or None for a question."""
         text: str | None = self.row["clean_text"]
         return text
 
     @property
     def confirmed_claims(self) -> float | None:
-        """The share of claims that the model confirmed; None if no claim was checked."""
+        """The share of claims that the model confirmed, or None if no claim was checked."""
         return verification.share_confirmed(self.checks, "claims")
 
 
 Subjects = Sequence[CheckedAnnotation]
 
 
+@dataclass
 class AnnotationChecker:
-    """Checks annotations of a shard; `stack` closes the judge."""
+    """Checks annotations of a shard. `stack` closes the judge."""
 
-    def __init__(
-        self, shard: DatasetDir, settings: VerifySettings, services: Services, stack: ExitStack
-    ) -> None:
-        self.shard, self.settings, self.services = shard, settings, services
-        self.plan = settings.requests
-        self._stack = stack
+    shard: DatasetDir
+    settings: VerifySettings
+    services: Services
+    stack: ExitStack
+
+    @property
+    def plan(self) -> RequestPlan:
+        """The requests of the run."""
+        return self.settings.requests
 
     @cached_property
     def _judge(self) -> tuple[EngineChoice, Callable[[], Engine]]:
         judge = self.settings.choose_judge(self.services.progress)
-        return judge, self._stack.enter_context(open_engine(lambda: judge))
+        return judge, self.stack.enter_context(open_engine(lambda: judge))
 
     @cached_property
     def _scorer(self) -> "ClipScorer":
@@ -212,7 +216,7 @@ class AnnotationChecker:
         return ClipScorer(self.settings.clip_model)
 
     def ask_all_checks(self, rows: Sequence[Row]) -> list[CheckedAnnotation]:
-        """Return annotations with their checks and scores, in order; records of custom tasks have none.
+        """Return annotations with their checks and scores, in order. Records of custom tasks have none.
 
         `rows` must hold every annotation of each sample.
         """
@@ -242,12 +246,11 @@ class AnnotationChecker:
         captions = {s.caption: s.sample_id for s in subjects if s.caption is not None}
         claims = self._split_claims(captions) if self.settings.splits_claims else {}
         verify = self.settings.verify
-        self._answer(
-            subjects, [verification.checks_of(s.row, verify, claims.get(s.caption)) for s in subjects]
-        )
+        checks = [verification.checks_of(s.row, verify, claims.get(s.caption)) for s in subjects]
+        self._answer(subjects, checks)
 
     def _split_claims(self, captions: dict[str, str]) -> dict[str | None, list[Claim]]:
-        """Return the claims of each caption; `captions` maps each text to one of its samples."""
+        """Return the claims of each caption. `captions` maps each text to one of its samples."""
         build = partial(verification.build_claims, plan=self.plan)
         requests = (build(text, sample_id) for text, sample_id in captions.items())
 
@@ -267,10 +270,9 @@ class AnnotationChecker:
                 question = subject.row["clean_question"], subject.row["clean_answer"]
                 questions[subject.sample_id][question] = None
         verify = self.settings.verify
-        checks = [
-            verification.coverage_checks(s.caption, verify, questions.get(s.sample_id, ())) for s in subjects
-        ]
-        self._answer(subjects, checks)
+        asked = [questions.get(subject.sample_id, ()) for subject in subjects]
+        pairs = zip(subjects, asked, strict=True)
+        self._answer(subjects, [verification.coverage_checks(s.caption, verify, q) for s, q in pairs])
 
     def _answer(self, subjects: Subjects, checks: Sequence[list[verification.Check]]) -> None:
         """Ask the checks of each subject, and add them with their answers."""
@@ -285,15 +287,14 @@ class AnnotationChecker:
 
         def read(journal: Journal) -> None:
             for subject, checks_of_one in zip(subjects, checks, strict=True):
-                subject.checks += verification.read_checks(
-                    subject.sample_id, checks_of_one, self.plan, journal
-                )
+                answered = verification.read_checks(subject.sample_id, checks_of_one, self.plan, journal)
+                subject.checks += answered
 
         requests = verification.build_all(sample_batches(self.shard), by_sample, self.plan)
         self._ask("verify", requests, counts.total(), read)
 
     def _repair(self, subjects: Subjects) -> None:
-        """Let the model rewrite captions with false claims; keep new captions whose claims are all true."""
+        """Let the model rewrite captions with false claims. Keep new captions whose claims are all true."""
         requests = []
         for subject in subjects:
             contradicted = [
@@ -301,26 +302,19 @@ class AnnotationChecker:
                 for check in subject.checks
                 if check["answer"] is not None and not verification.is_confirmed(check)
             ]
-            requests.append(
-                verification.build_repair(
-                    subject.row["clean_text"], contradicted, subject.sample_id, self.plan
-                )
-            )
+            text = subject.row["clean_text"]
+            requests.append(verification.build_repair(text, contradicted, subject.sample_id, self.plan))
         distinct = {request.id: request for request in requests}
 
         def read(journal: Journal) -> list[str]:
             return [verification.read_repair(request, journal) or "" for request in requests]
 
         texts = self._ask("repair", _chunks(iter(distinct.values())), len(distinct), read)
-        rewritten = self._filter(subjects, texts)
-        drafts = [
-            (
-                subject,
-                CheckedAnnotation(subject.row | clean, rewritten=clean | {"prompt_id": request.prompt_id}),
-            )
-            for subject, request, text, clean in zip(subjects, requests, texts, rewritten, strict=True)
-            if text and clean and clean["clean_text"] != subject.caption
-        ]
+        drafts = []
+        for subject, request, clean in zip(subjects, requests, self._filter(subjects, texts), strict=True):
+            if clean and clean["clean_text"] not in ("", subject.caption):
+                rewritten = clean | {"prompt_id": request.prompt_id}
+                drafts.append((subject, CheckedAnnotation(subject.row | clean, rewritten=rewritten)))
         self._check_against_images([draft for _, draft in drafts])
         repaired = [(subject, draft) for subject, draft in drafts if draft.confirmed_claims == 1]
         for subject, draft in repaired:
@@ -329,7 +323,7 @@ class AnnotationChecker:
         self.services.progress.message(f"verify repaired {count} captions with false claims")
 
     def _filter(self, subjects: Subjects, texts: Sequence[str]) -> list[Row | None]:
-        """Return the columns of the step filter for new captions; None for a caption that it rejects."""
+        """Return the columns of the step filter for new captions, or None for a caption that it rejects."""
         tasks, nulls = [subject.row["task"] for subject in subjects], pa.nulls(len(texts), STRING)
         columns = {"task": pa.array(tasks, STRING), "text": pa.array(texts, STRING)}
         table = pa.table(columns | dict.fromkeys(("question", "answer", "record"), nulls))
@@ -345,9 +339,7 @@ class AnnotationChecker:
             if by_sample.keys().isdisjoint(batch.ids):
                 continue
             pages = zip(batch.ids, batch.read_images(), strict=True)
-            images = (
-                (sample_id, prepare_image(page[0])) for sample_id, page in pages if sample_id in by_sample
-            )
+            images = ((name, prepare_image(images[0])) for name, images in pages if name in by_sample)
             for part in _limit_pixels(images):
                 pairs = [(caption, image) for sample_id, image in part for caption in by_sample[sample_id]]
                 texts = [caption.row["clean_text"] for caption, _ in pairs]
@@ -448,7 +440,7 @@ def _facts(text: str) -> set[str]:
 def ask_checks(
     shard: DatasetDir, path: Path, settings: VerifySettings, services: Services
 ) -> Iterator[pa.Table]:
-    """Ask the checks about the annotations of a shard; yield the annotations with the results (CHECKED)."""
+    """Yield the annotations of a shard with the results of their checks (CHECKED)."""
     with ExitStack() as stack:
         checker = AnnotationChecker(shard, settings, services, stack)
         for table in whole_groups(read_batches(path), "sample_id", BATCH_ANNOTATIONS):
@@ -456,7 +448,7 @@ def ask_checks(
 
 
 def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Table:
-    """Append the columns of CHECKED; a repaired caption replaces the original."""
+    """Append the columns of CHECKED. A repaired caption replaces the original."""
     results = [
         {
             "checks": subject.checks,
@@ -470,14 +462,14 @@ def add_results(table: pa.Table, subjects: Sequence[CheckedAnnotation]) -> pa.Ta
         rows = table.to_pylist()
         for row, subject in zip(rows, subjects, strict=True):
             if subject.rewritten:
-                # The new text was not compared with excluded data; the key is ignored without such a column.
+                # The new text was not compared with excluded data.
                 row |= subject.rewritten | {"contaminated_by": None}
         table = pa.Table.from_pylist(rows, schema=table.schema)
     return append_columns(table, pa.Table.from_pylist(results, schema=CHECKED))
 
 
 def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
-    """Return the rows that fail their checks, with the `reason`; some limits depend on all rows."""
+    """Return the rows that fail their checks, with the `reason`. Some limits depend on all rows."""
     config: VerifyConfig = comparison.settings.verify
     if not config.is_asked:
         return None
@@ -487,7 +479,7 @@ def find_unconfirmed(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
 
 
 def judge_verified(table: pa.Table, settings: VerifySettings) -> pa.Table:
-    """Append empty columns of CHECKED if nothing was asked; `reason` comes from the comparison."""
+    """Append empty columns of CHECKED if nothing was asked. `reason` comes from the comparison."""
     if settings.verify.is_asked:
         return table
     return append_columns(table, pa.Table.from_pylist([{"checks": []}] * table.num_rows, schema=CHECKED))

@@ -53,7 +53,7 @@ def write_rows(
 ) -> WrittenRows:
     """Write the rows of a shard to files in an empty folder, and digests and rejections to step files.
 
-    `steps` are the names of all earlier steps that reject rows; `source` is the provenance of the images.
+    `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
     rows, writer = Rows(), RowWriter(path, extras)
     annotations, samples = read_batches(shard.step_file("review")), read_samples(shard)
@@ -194,7 +194,7 @@ def _summarize(rows: int, without_annotation: int) -> StepSummary:
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
-    """Return how many annotations were reviewed, by verdict; empty without reviews."""
+    """Return how many annotations were reviewed, by verdict, or {} without reviews."""
     counts: Counter[str] = Counter()
     for shard in shards:
         for name in OUTPUTS:
@@ -204,7 +204,7 @@ def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file with its name in the version and its entry; the files of a split are numbered."""
+    """Return each file with its name in the version and its entry. The files of a split are numbered."""
     files = []
     numbers: Counter[str] = Counter()
     for part in written:
