@@ -25,10 +25,10 @@ STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The state of one file, journal or version: what it holds, or what is wrong and how to repair it."""
+    """The state of one file, journal or version: its content, or the damage with a hint."""
 
-    what: str
-    found: str
+    path: str
+    state: str
     is_ok: bool = True
     hint: str = ""
 

@@ -35,9 +35,9 @@ _VLLM_TIMEOUT_S = 120
 class Finding:
     """The result of one check."""
 
-    what: str
-    ok: bool
-    found: str
+    name: str
+    is_ok: bool
+    result: str
     hint: str = ""
 
 

@@ -67,7 +67,7 @@ def check(
     for result in results():
         checked.append(result)
         if not as_json:
-            echo(f"{'ok ' if result.is_ok else 'BAD'} {result.what}: {result.found}")
+            echo(f"{'ok ' if result.is_ok else 'BAD'} {result.path}: {result.state}")
             if result.hint:
                 echo(f"      {result.hint}")
     if not checked:

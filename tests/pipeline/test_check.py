@@ -68,7 +68,7 @@ DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
 def test_intact_folder_has_no_damage(dataset: DatasetDir) -> None:
     checked = list(check_dataset(dataset))
     assert [result for result in checked if not result.is_ok] == []
-    names = " ".join(result.what for result in checked)
+    names = " ".join(result.path for result in checked)
     parts = ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0")
     assert all(part in names for part in parts)
 
@@ -79,15 +79,15 @@ def test_damage_is_reported_with_place_and_hint(name: str, dataset: DatasetDir) 
     damage(dataset)
     bad = [result for result in check_dataset(dataset) if not result.is_ok]
     assert len(bad) == 1
-    assert where in bad[0].what
+    assert where in bad[0].path
     assert bad[0].hint
 
 
 def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: DatasetDir) -> None:
     digest = dataset.version().manifest["digest"]
     damage_reply(dataset)
-    (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
-    assert "repaired: 15 replies are kept, 1 removed; 1 sent requests have no reply" in repaired.found
+    (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.path]
+    assert "repaired: 15 replies are kept, 1 removed; 1 sent requests have no reply" in repaired.state
     config = resolve(source="scenes", limit=8, tasks=["caption"])
     # The step files contain the removed reply.
     assert generate_dataset(config, dataset.path).stats.asked == 0
@@ -112,7 +112,7 @@ def test_hint_for_version_without_manifest_recovers_the_version(dataset: Dataset
     version = dataset.version()
     manifest_of(dataset).unlink()
     (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
-    assert (bad.what, bad.found) == (str(version.path), "it has no manifest.json")
+    assert (bad.path, bad.state) == (str(version.path), "it has no manifest.json")
     with pytest.raises(StoreError, match=r"v1\.0\.0: a folder is in the way"):
         generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
     version.path.rename(dataset.path / "away")

@@ -76,8 +76,8 @@ def test_human_caption_is_preferred_to_equal_model_caption() -> None:
     by_model: dict[str, Any] = {"sample_id": "s", "clean_text": "A red ring", "agreement": 1.0}
     by_person: dict[str, Any] = {"sample_id": "s", "clean_text": "a red ring!", "prompt_id": "human"}
     for rows in ([by_model, by_person], [by_person, by_model]):
-        found = deduped(table(*rows))
-        kept = [row["prompt_id"] for row in found.to_pylist() if row["reason"] is None]
+        marked = deduped(table(*rows)).to_pylist()
+        kept = [row["prompt_id"] for row in marked if row["reason"] is None]
         assert kept == ["human"]
 
 
