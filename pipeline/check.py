@@ -1,11 +1,10 @@
 """`synth check`: verify everything in a dataset folder, and report damage with the way to repair it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import pyarrow as pa
 
 from pipeline.dataset.directory import DatasetDir
 from pipeline.dataset.images import READ_AGAIN, UNREADABLE, ImageStore, hash_images
@@ -46,16 +45,17 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     for path in [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
+    # A run may remove a file meanwhile, to write it again.
     for path in sorted((path for pattern in STEP_FILES for path in dataset.path.glob(pattern)), key=str):
-        # A run may remove a file meanwhile, to write it again.
         with suppress(FileNotFoundError):
-            yield _check_table(path)
+            yield _check_file(path, _count_rows, READ_AGAIN if path.parent.parent.name == "read" else AGAIN)
     stored: dict[str, str] = {}
     for path in ImageStore(dataset.path).paths():
-        yield _check_images(path, stored)
+        with suppress(FileNotFoundError):
+            yield _check_file(path, partial(_count_images, stored=stored), READ_AGAIN)
     for path in (dataset.path / "run.json", dataset.path / "pushed.json"):
         if path.exists():
-            yield _check_json(path)
+            yield _check_file(path, _read_json, RUN_AGAIN)
     for path in sorted((dataset.path / "versions").glob("v*"), key=str):
         if (path / MANIFEST).exists():
             yield check_version_folder(path, dataset, stored)
@@ -107,33 +107,27 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
     )
 
 
-def _check_images(path: Path, stored: dict[str, str]) -> Checked:
-    """Return the state of a file of images, and add their digests to `stored`."""
+def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:
+    """Return the state of a file that `describe` reads. Raises FileNotFoundError if it is gone."""
     try:
-        digests = hash_images(path)
-    except UNREADABLE as error:
-        return Checked(str(path), f"damaged: {one_line(error)}", False, f"move it away, and {READ_AGAIN}")
-    for sample_id, sha256 in digests.items():
-        stored.setdefault(sample_id, sha256)
-    return Checked(str(path), f"{len(digests):,} images")
-
-
-def _check_table(path: Path) -> Checked:
-    """Return the state of a step file. Raises FileNotFoundError if it is gone."""
-    try:
-        rows = sum(batch.num_rows for batch in open_parquet(path).iter_batches())
+        return Checked(str(path), describe(path))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        is_part_of_source = path.parent.parent.name == "read"
-        hint = f"move it away, and {READ_AGAIN}" if is_part_of_source else AGAIN
-        return Checked(str(path), f"damaged: {one_line(error)}", False, hint)
-    return Checked(str(path), f"{rows:,} rows")
+    except (*UNREADABLE, RecursionError) as error:
+        return Checked(str(path), f"damaged: {one_line(error)}", False, f"move it away, and {hint}")
 
 
-def _check_json(path: Path) -> Checked:
-    try:
-        read_json(path)
-    except (OSError, ValueError, RecursionError, SynthError) as error:
-        return Checked(str(path), f"damaged: {one_line(error)}", False, f"move it away, and {RUN_AGAIN}")
-    return Checked(str(path), "readable")
+def _count_images(path: Path, stored: dict[str, str]) -> str:
+    """Return the number of images, and add their digests to `stored`."""
+    digests = hash_images(path)
+    stored.update(digests | stored)
+    return f"{len(digests):,} images"
+
+
+def _count_rows(path: Path) -> str:
+    return f"{sum(batch.num_rows for batch in open_parquet(path).iter_batches()):,} rows"
+
+
+def _read_json(path: Path) -> str:
+    read_json(path)
+    return "readable"

@@ -73,4 +73,6 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     findings = examine()
     assert all(finding.hint for finding in findings if not finding.is_ok)
-    assert findings[0].result == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+    assert (
+        findings[0].result == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+    )
