@@ -170,9 +170,8 @@ def _load_split(version: Version, split: str) -> Any:
         "repo": version.repo,
         "of_split": split,
     }
-    return Dataset.from_generator(
-        _rows, features=Features.from_dict(features), gen_kwargs=arguments, split=split
-    )
+    types = Features.from_dict(features)
+    return Dataset.from_generator(_rows, features=types, gen_kwargs=arguments, split=split)
 
 
 def _rows(path: str, manifest: dict[str, Any], repo: str | None, of_split: str) -> Iterator[dict[str, Any]]:

@@ -16,9 +16,7 @@ from pipeline.storage.files import open_parquet, read_json
 from pipeline.storage.object_store import is_remote
 
 RUN_AGAIN = "run `synth generate` again"
-AGAIN = (
-    "run `synth generate` with the same settings: it writes the file again, from the replies in the journal"
-)
+AGAIN = "run `synth generate` with the same settings: it writes the file from the replies in the journal"
 STEP_FILES = ("steps/*/*.parquet", "steps/read/*/*.parquet", "shards/*/steps/*/*.parquet")
 
 
@@ -39,9 +37,7 @@ def check_dataset(dataset: DatasetDir, *, repair: bool = False) -> Iterator[Chec
     Raises StoreError if another process writes to the folder.
     """
     if is_remote(dataset.path):
-        raise StoreError(
-            f"{dataset.path} is in an object store", hint="copy the folder to a disk, and check it there"
-        )
+        raise StoreError(f"{dataset.path} is in an object store", hint="copy it to a disk and check it there")
     for path in [dataset.journal, *sorted(dataset.path.glob("shards/*/journal/local.sqlite"))]:
         if path.exists():
             yield _check_journal(dataset, path, repair=repair)
@@ -102,9 +98,8 @@ def _check_journal(dataset: DatasetDir, path: Path, *, repair: bool) -> Checked:
         kept, lost, unanswered = repair_journal(path)
     gone = f"; {unanswered:,} sent requests have no reply" if unanswered else ""
     hint = f"the damaged journal is {path.name}.damaged-*; {RUN_AGAIN}: it asks for the missing replies"
-    return Checked(
-        str(path), f"{problem}; repaired: {kept:,} replies are kept, {lost:,} removed{gone}", True, hint
-    )
+    result = f"repaired: {kept:,} replies are kept, {lost:,} removed{gone}"
+    return Checked(str(path), f"{problem}; {result}", hint=hint)
 
 
 def _check_file(path: Path, describe: Callable[[Path], str], hint: str) -> Checked:

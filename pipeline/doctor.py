@@ -72,9 +72,7 @@ def _extra(name: str) -> Finding:
 def _vllm() -> Finding:
     python = vllm_python()
     if python is None:
-        return Finding(
-            "vllm", False, "not installed", f"pip install vllm, or set {VLLM_PYTHON} to its interpreter"
-        )
+        return Finding("vllm", False, "not installed", f"pip install vllm, or set {VLLM_PYTHON}")
     command = [python, "-c", _VLLM_VERSION]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)  # noqa: S603
@@ -88,9 +86,7 @@ def _vllm() -> Finding:
 
 def _gpu() -> Finding:
     if not has_gpu():
-        return Finding(
-            "gpu", False, "none", "the default model needs a GPU, or a server elsewhere: --base-url"
-        )
+        return Finding("gpu", False, "none", "the default model needs a GPU, or a server: --base-url")
     try:
         return judge_gpus(_nvidia_smi())
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -179,9 +175,7 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding(
-            "hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load a model or dataset by name"
-        )
+        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load by name")
     if get_token() is None:
         hint = "hf auth login; only `synth push` and gated data need a token"
         return Finding("hub", False, f"no token for {ENDPOINT}", hint)

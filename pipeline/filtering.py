@@ -44,9 +44,7 @@ def filter_annotations(
     """
     require_columns(table, "text", "question", "answer")
     default = _judge(config, prompt_grams)
-    judges = {
-        task.name: _judge(_config_of(task, config), _grams_of(task, prompt_grams)) for task in tasks.own
-    }
+    judges = {own.name: _judge(_config_of(own, config), _grams_of(own, prompt_grams)) for own in tasks.own}
     nulls = [None] * table.num_rows
     columns = [table[name].to_pylist() for name in ("text", "question", "answer")]
     names, records = (table[name].to_pylist() if judges else nulls for name in ("task", "record"))

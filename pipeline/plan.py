@@ -29,6 +29,7 @@ from pipeline.types import Engine, Source
 
 # The limit of a source without an end, such as drawn scenes.
 ENDLESS = 1 << 31
+MODEL_SETTINGS = ("model", "base_url", "engine")
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,7 @@ def _choose_engine(config: Config, dataset: DatasetDir, progress: Progress) -> E
         model = read_record(dataset, "ask").get("model")
         if not (model and config.base_url and dataset.run_file.exists()) or config.server.flags:
             raise
-        if any(
-            config.recorded()[name] != dataset.settings()[name] for name in ("model", "base_url", "engine")
-        ):
+        if any(config.recorded()[name] != dataset.settings()[name] for name in MODEL_SETTINGS):
             raise
         problem = error
 
@@ -178,9 +177,7 @@ def refuse_other_source(dataset: DatasetDir, config: Config) -> None:
     except ValueError:
         recorded = {}
     if not isinstance(recorded, dict) or not recorded.keys() >= config.recorded().keys():
-        raise ConfigError(
-            f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR"
-        )
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="use another folder: --out DIR")
     source = str(recorded["source"])
     if _source_place(source) != _source_place(config.source):
         hint = f"choose another folder (--out DIR); if it is the same, name it as before: --source {source}"

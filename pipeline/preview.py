@@ -89,6 +89,7 @@ def preview_run(
     plan = Plan.open(config, out, progress, is_trial=True)
     folder, choice, settings = plan.dataset, plan.engine, AskSettings.of(plan)
     assert choice is not None
+    server = settings.server
     samples, skipped = _first_samples(plan, number)
     stats = RequestStats(seconds={})
     with (
@@ -101,11 +102,9 @@ def preview_run(
         texts = {sample.id: settings.source_texts(sample.to_row()) for sample in samples}
         for round_number in range(len(plan.requests.rounds)):
             for engine in ask_about(
-                iter([batch]), plan.requests, settings.server, start, journal, stats, texts, round_number
+                iter([batch]), plan.requests, server, start, journal, stats, texts, round_number
             ):
-                progress(
-                    "preview", stats.done, stats.total, engine.metrics() | stats.metrics(settings.server)
-                )
+                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(server))
         requests = {sample.id: settings.requests_about(sample, journal) for sample in samples}
         images = [_read_replies(sample, requests[sample.id], plan, journal, stats) for sample in samples]
     prompts: dict[str, tuple[str, str]] = {}
@@ -159,9 +158,8 @@ def _read_replies(
         tokens = last[0].prompt_tokens, last[0].reply_tokens
         seconds = (stats.seconds or {}).get(request.id)
         replies.append(PreviewReply(request.task, request.style, texts[request.id], *tokens, seconds))
-    return PreviewImage(
-        visible(sample.source_row), sample.images[0], sample.width_px, sample.height_px, replies
-    )
+    name = visible(sample.source_row)
+    return PreviewImage(name, sample.images[0], sample.width_px, sample.height_px, replies)
 
 
 def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:

@@ -21,6 +21,7 @@ from pipeline.tasks.human import has_texts, human_annotations
 from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
 NAME = "ask"
+REQUEST_COLUMNS = ("sample_id", "task", "style", "request_id", "prompt_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,8 @@ class AskSettings:
         """Return the facts about a sample (a row of tables.SAMPLE) that its annotations need."""
         human: tuple[dict[str, Any], ...] = ()
         if self.keeps_human_texts:
-            deck_pages = pages if self.has_decks else None
-            human = human_annotations(
-                row["sample_id"], row["references"], row["reference_qa"] or (), deck_pages
-            )
+            deck = pages if self.has_decks else None
+            human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck)
         return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)
 
 
@@ -136,9 +135,7 @@ def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
     A row without a request id counts as all requests of its task about a sample.
     """
     count, last = 0, None
-    for table in read_batches(
-        shard.step_file(NAME), ["sample_id", "task", "style", "request_id", "prompt_id"]
-    ):
+    for table in read_batches(shard.step_file(NAME), REQUEST_COLUMNS):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
         if not by_model.num_rows:
             continue

@@ -45,9 +45,8 @@ RARE = "(rare)"
 MAX_ENTRIES_BYTES = 256_000_000
 # Images that are searched for a partner, as many as VQAv2's annotators were shown.
 NEIGHBOURS = 24
-QUESTIONS = pa.schema(
-    [ROW, *fields(STRING, "annotation_id", "sample_id", "image", "key", "prefix", "answer")]
-)
+IDS = ("annotation_id", "sample_id")
+QUESTIONS = pa.schema([ROW, *fields(STRING, *IDS, "image", "key", "prefix", "answer")])
 CAPTION_TEXTS = pa.schema([ROW, *fields(STRING, "sample_id", "clean_text")])
 SAMPLE_WORDS = pa.schema({"sample_id": STRING, "words": pa.list_(STRING)})
 PAIRS = pa.schema(fields(INT64, "row", "partner"))

@@ -309,9 +309,7 @@ def compare_shards(
         ordered = read(relation.order("row")) if relation is not None else iter(())
         findings = _InOrder((table.select(schema.names).cast(schema) for table in ordered), schema)
         for shard, (first, end) in zip(shards, pairwise(all_rows.bounds), strict=True):
-            parts = (
-                findings.take_until(min(start + BATCH_ROWS, end)) for start in range(first, end, BATCH_ROWS)
-            )
+            parts = (findings.take_until(min(n + BATCH_ROWS, end)) for n in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
         if not findings.is_empty():

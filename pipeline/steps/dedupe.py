@@ -95,13 +95,10 @@ def group_images(shards: Sequence[DatasetDir], kind: ImageKind | None) -> pa.Tab
     if len(files) == 1 and files[0].exists():
         groups = pa.concat_tables(read_batches(files[0]))
     else:
-        tables = (
-            table for shard in shards for table in read_batches(shard.step_file("read"), COMPARED_COLUMNS)
-        )
+        files = [shard.step_file("read") for shard in shards]
+        tables = (table for file in files for table in read_batches(file, COMPARED_COLUMNS))
         groups = compare_samples(pa.concat_tables(tables), kind)
-    is_first = pc.and_(
-        pc.equal(groups["sample_id"], groups["image_group"]), pc.is_null(groups["image_reason"])
-    )
+    is_first = pc.and_(pc.equal(groups["sample_id"], groups["image_group"]), groups["image_reason"].is_null())
     has_others = pc.is_in(groups["sample_id"], groups.filter(pc.invert(is_first))["image_group"])
     return groups.filter(pc.or_(pc.invert(is_first), has_others))
 

@@ -57,23 +57,18 @@ def find_reviews(comparison: Comparison) -> duckdb.DuckDBPyRelation | None:
             # A text that was reviewed in an earlier version may be the worse of two captions now.
             if row[REJECTED_TEXT] is not None and text_name(row | {"clean_text": row[REJECTED_TEXT]}) in bad:
                 findings[row["row"]]["is_rejected_bad"] = True
-    table = pa.Table.from_pylist(
-        [{"row": row, **values} for row, values in findings.items()], schema=FINDINGS
-    )
+    table = pa.Table.from_pylist([{"row": n, **values} for n, values in findings.items()], schema=FINDINGS)
     load(comparison.db, "findings", [table], FINDINGS)
     return comparison.db.table("findings")
 
 
-def read_texts(
-    rows: AllRows, values: Collection[str], column: str, *more_columns: str
-) -> list[dict[str, Any]]:
+def read_texts(rows: AllRows, values: Collection[str], column: str, *more: str) -> list[dict[str, Any]]:
     """Return the texts whose column has one of these values."""
     if not values:
         return []
     value_set = pa.array(sorted(values), STRING)
     tables = (
-        table.filter(pc.is_in(table[column], value_set))
-        for table in rows.batches(*TEXT_COLUMNS, *more_columns)
+        table.filter(pc.is_in(table[column], value_set)) for table in rows.batches(*TEXT_COLUMNS, *more)
     )
     return [row for table in tables for row in table.to_pylist()]
 
@@ -102,9 +97,8 @@ def broken_pairs(rows: Iterable[dict[str, Any]], reviews: Mapping[TextName, Revi
 
 def review_annotations(table: pa.Table, _: Any = None) -> pa.Table:
     """Append the final text of each row (tables.FINAL), and the `reason` of rows reviewed as bad."""
-    final = {
-        f"final_{name}": table[f"clean_{name}" if name in CLEANED else name] for name in (*EDITABLE, "record")
-    }
+    clean = {name: f"clean_{name}" for name in CLEANED}
+    final = {f"final_{name}": table[clean.get(name, name)] for name in (*EDITABLE, "record")}
     final["final_prompt_id"] = table["prompt_id"]
     is_broken = pc.fill_null(table["is_pair_broken"], False)
     final["final_pair_id"] = pc.if_else(is_broken, None, table["pair_id"])

@@ -66,19 +66,13 @@ def find_stated_splits(comparison: Comparison) -> duckdb.DuckDBPyRelation | None
     If the source states a split only for other images of the group, it is the most held-out of them.
     """
     db, rows, (config, _) = comparison.db, comparison.rows, comparison.settings
-    is_stated = any(
-        table["source_split"].null_count < table.num_rows for table in rows.batches("source_split")
-    )
+    is_stated = any(part["source_split"].null_count < part.num_rows for part in rows.batches("source_split"))
     if not is_stated and config.group_by is None:
         return None
     load(db, "stated", rows.batches("image_group", "source_split"), STATED)
-    load(
-        db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[split] for split in SPLITS]], schema=RANKS)], RANKS
-    )
-    named_groups = (
-        _group_by_name(comparison, config.group_by) if config.group_by else NAMED_GROUPS.empty_table()
-    )
-    load(db, "named_groups", [named_groups], NAMED_GROUPS)
+    load(db, "ranks", [pa.table([list(SPLITS), [SPLIT_RANK[name] for name in SPLITS]], schema=RANKS)], RANKS)
+    groups = _group_by_name(comparison, config.group_by) if config.group_by else NAMED_GROUPS.empty_table()
+    load(db, "named_groups", [groups], NAMED_GROUPS)
     return db.sql(QUERY)
 
 

@@ -55,11 +55,9 @@ def write_rows(
 
     `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
-    rows, writer = Rows(), RowWriter(path, extras)
+    rows, writer, has_decks = Rows(), RowWriter(path, extras), bool(source.get("decks"))
     annotations, samples = read_batches(shard.step_file("review")), read_samples(shard)
-    for table in build_rows(
-        annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))
-    ):
+    for table in build_rows(annotations, samples, source["name"], rows, extras, decks=has_decks):
         writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
@@ -116,9 +114,8 @@ class WriteStep(Step):
             return
         executor.check()
         with scratch_folder(dataset.path / "versions") as draft:
-            write = partial(
-                write_rows, steps=names, source=source, extras=row_extras(plan.config, plan.tasks)
-            )
+            extras = row_extras(plan.config, plan.tasks)
+            write = partial(write_rows, steps=names, source=source, extras=extras)
             written = executor.map_with_scratch(write, draft)
             work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
         for folder in folders:
