@@ -204,7 +204,8 @@ def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
         return
     losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
     losses += describe_unanswered(plan.dataset, summaries)
-    hint = f"change that and run it again; all rows are in {plan.dataset.path}/steps/*/rejected.parquet"
+    folder = plan.dataset.path / "steps"
+    hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
     if config.tasks and 2 * validated.kept < validated.input:
         attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
         hint += f"; to ask again for unusable replies, raise {attempts}"
