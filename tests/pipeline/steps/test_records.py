@@ -28,13 +28,8 @@ from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
 
-CAPTIONS = (
-    "A red bus waits at a stop.",
-    "Two dogs run over wet sand.",
-    "A red bus waits at a stop.",
-    "bad",
-    "Boats lie in a harbour.",
-)
+BUS = "A red bus waits at a stop."
+CAPTIONS = (BUS, "Two dogs run over wet sand.", BUS, "bad", "Boats lie in a harbour.")
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the names of steps that are not skipped."""
     names: list[str] = []
 
@@ -71,9 +66,9 @@ def settings(photos: Path, **more: Any) -> Config:
     return resolve(**{"source": f"folder:{photos}", "tasks": "none", "human_texts": "keep", **more})
 
 
-def run(photos: Path, folder: Path, judged: list[str], **more: Any) -> RunResult:
-    """Run once, with an empty list of judged steps."""
-    judged.clear()
+def run(photos: Path, folder: Path, ran: list[str], **more: Any) -> RunResult:
+    """Run once, with `ran` emptied."""
+    ran.clear()
     return generate_dataset(settings(photos, **more), folder)
 
 
@@ -86,19 +81,19 @@ def all_steps(photos: Path, **more: Any) -> list[str]:
     return [step.name for step in steps_of(Plan.resolve(settings(photos, **more), DatasetDir(photos)))[1:]]
 
 
-def test_equal_run_skips_all_steps(photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    first = run(photos, tmp_path / "d", judged)
-    assert judged == all_steps(photos) and first.is_new
+def test_equal_run_skips_all_steps(photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    first = run(photos, tmp_path / "d", ran)
+    assert ran == all_steps(photos) and first.is_new
     written = {path.name for path in (tmp_path / "d" / "steps" / "write").iterdir()}
     assert written == {"rejected.parquet", "done.json"}
-    second = run(photos, tmp_path / "d", judged)
-    assert judged == [] and not second.is_new
+    second = run(photos, tmp_path / "d", ran)
+    assert ran == [] and not second.is_new
     assert content(second) == content(first)
     assert {reason for summary in first.funnel for reason in summary.rejected} >= {"too_short"}
 
 
 def test_stopped_run_resumes_after_finished_steps(
-    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare_shards = base.compare_shards
 
@@ -109,10 +104,10 @@ def test_stopped_run_resumes_after_finished_steps(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(base, "compare_shards", stop)
-        run(photos, tmp_path / "d", judged)
-    resumed = run(photos, tmp_path / "d", judged)
-    assert judged == ["balance", "split", "review", "write"]
-    assert content(resumed) == content(run(photos, tmp_path / "whole", judged))
+        run(photos, tmp_path / "d", ran)
+    resumed = run(photos, tmp_path / "d", ran)
+    assert ran == ["balance", "split", "review", "write"]
+    assert content(resumed) == content(run(photos, tmp_path / "whole", ran))
 
 
 def damage(path: Path) -> None:
@@ -123,26 +118,22 @@ def damage(path: Path) -> None:
 
 # Changes, each with the step that runs again.
 CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
-    "a damaged file of kept rows": (lambda dataset: damage(dataset.step_file("filter")), "filter"),
-    "a missing file": (lambda dataset: dataset.step_file("split").unlink(), "split"),
-    "a missing version": (
-        lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "write"
-    ),
-}  # fmt: skip
+    "a damaged file of kept rows": (lambda d: damage(d.step_file("filter")), "filter"),
+    "a missing file": (lambda d: d.step_file("split").unlink(), "split"),
+    "a missing version": (lambda d: (d.path / "versions" / "v1.0.0").rename(d.path / "elsewhere"), "write"),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_file_reruns_only_its_step(
-    name: str, photos: Path, tmp_path: Path, judged: list[str]
-) -> None:
-    first = run(photos, tmp_path / "d", judged)
+def test_changed_file_reruns_only_its_step(name: str, photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    first = run(photos, tmp_path / "d", ran)
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
-    again = run(photos, tmp_path / "d", judged)
+    again = run(photos, tmp_path / "d", ran)
     # It writes the same rows, so later steps are skipped.
-    assert judged == [step]
+    assert ran == [step]
     assert content(again) == content(first)
-    assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
+    assert run(photos, tmp_path / "d", ran).version.name == "v1.0.0" and ran == []
 
 
 def test_damaged_cost_is_recounted(photos: Path, tmp_path: Path) -> None:
@@ -167,15 +158,15 @@ def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:
 
 
 def test_missing_annotations_are_rewritten_without_requests(
-    photos: Path, tmp_path: Path, judged: list[str]
+    photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     with running_chat(ChatServer()) as server:
         first = ask(photos, tmp_path / "d", server)
         asked = len(server.bodies)
-        judged.clear()
-        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == []
+        ran.clear()
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and ran == []
         DatasetDir(tmp_path / "d").step_file("ask").unlink()
-        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == ["ask"]
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and ran == ["ask"]
         assert len(server.bodies) == asked
 
 
@@ -222,7 +213,7 @@ def test_unanswered_requests_are_sent_again(photos: Path, tmp_path: Path) -> Non
         assert ask(photos, tmp_path / "d", server, **settings).stats.asked == 0
 
 
-def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     prompt = tmp_path / "prompts" / "caption" / "v1.j2"
     prompt.parent.mkdir(parents=True)
     prompt_ids = []
@@ -236,7 +227,7 @@ def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, judge
             ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1])})
             annotations = read_table(DatasetDir(tmp_path / "d").step_file("ask"), ["prompt_id"])
             prompt_ids.append(set(annotations["prompt_id"].to_pylist()))
-    assert judged.count("ask") == 3
+    assert ran.count("ask") == 3
     assert prompt_ids[0] == prompt_ids[2] != prompt_ids[1]
 
 
@@ -257,24 +248,24 @@ STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("more", "steps"), STEPS_OF_SETTINGS)
 def test_changed_setting_reruns_only_affected_steps(
-    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, judged: list[str]
+    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
-    run(photos, tmp_path / "d", judged)
-    result = run(photos, tmp_path / "d", judged, **more)
-    assert judged == steps
+    run(photos, tmp_path / "d", ran)
+    result = run(photos, tmp_path / "d", ran, **more)
+    assert ran == steps
     rows = result.version.manifest["rows"], result.funnel
-    alone = run(photos, tmp_path / "alone", judged, **more)
+    alone = run(photos, tmp_path / "alone", ran, **more)
     assert rows == (alone.version.manifest["rows"], alone.funnel)
     assert result.version.manifest["digest"] == alone.version.manifest["digest"]
 
 
 def test_changed_code_reruns_all_steps(
-    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(photos, tmp_path / "d", judged)
+    run(photos, tmp_path / "d", ran)
     monkeypatch.setattr(records, "code_digest", lambda: "other")
-    assert not run(photos, tmp_path / "d", judged).is_new
-    assert judged == [*all_steps(photos)]
+    assert not run(photos, tmp_path / "d", ran).is_new
+    assert ran == [*all_steps(photos)]
 
 
 def write_review(path: Path, dataset: DatasetDir) -> None:
@@ -284,37 +275,37 @@ def write_review(path: Path, dataset: DatasetDir) -> None:
     path.write_text(format_reviews([review]))
 
 
-def test_next_run_applies_reviews(photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    run(photos, tmp_path / "d", judged)
+def test_next_run_applies_reviews(photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    run(photos, tmp_path / "d", ran)
     dataset = DatasetDir(tmp_path / "d")
     dataset.reviews.parent.mkdir()
     write_review(dataset.reviews, dataset)
-    marked = run(photos, dataset.path, judged)
-    assert judged == ["review", "write"]
+    marked = run(photos, dataset.path, ran)
+    assert ran == ["review", "write"]
     assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
-    assert run(photos, dataset.path, judged).version.name == marked.version.name and judged == []
+    assert run(photos, dataset.path, ran).version.name == marked.version.name and ran == []
 
 
-def test_changed_entry_file_reruns_balance(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_changed_entry_file_reruns_balance(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     entries = tmp_path / "entries.txt"
     entries.write_text("bus\n")
     balance = {"entries": str(entries), "tail_frac": 0.5}
-    run(photos, tmp_path / "d", judged, balance=balance)
+    run(photos, tmp_path / "d", ran, balance=balance)
     entries.write_text("dogs\nbus\n")
-    run(photos, tmp_path / "d", judged, balance=balance)
-    assert judged[0] == "balance"
+    run(photos, tmp_path / "d", ran, balance=balance)
+    assert ran[0] == "balance"
 
 
 def test_added_near_duplicates_give_the_result_of_a_new_folder(
-    photos: Path, tmp_path: Path, judged: list[str]
+    photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     kept = {"filter": {"min_caption_words": 1}}
-    run(photos, tmp_path / "d", judged, **kept)
+    run(photos, tmp_path / "d", ran, **kept)
     for path in sorted(photos.glob("*.jpg")):
         with Image.open(path) as image:
             image.resize((144, 108)).save(photos / f"near-{path.stem}.png")
-    again = run(photos, tmp_path / "d", judged, **kept)
-    alone = run(photos, tmp_path / "alone", judged, **kept)
+    again = run(photos, tmp_path / "d", ran, **kept)
+    alone = run(photos, tmp_path / "alone", ran, **kept)
     assert content(again) == content(alone)
     assert again.funnel[0].rejected["near_duplicate_image"] == 10
 
@@ -334,9 +325,9 @@ def test_verify_key_changes_with_clip_weights_and_judge(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
 def test_reviews_of_unfinished_run_are_refused_and_not_kept(
-    step: str, photos: Path, tmp_path: Path, judged: list[str]
+    step: str, photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
-    run(photos, tmp_path / "d", judged)
+    run(photos, tmp_path / "d", ran)
     dataset = DatasetDir(tmp_path / "d")
     reviews = tmp_path / "reviews.jsonl"
     write_review(reviews, dataset)
@@ -344,5 +335,5 @@ def test_reviews_of_unfinished_run_are_refused_and_not_kept(
     with pytest.raises(ConfigError, match="has no finished run to review"):
         apply_reviews(dataset, [reviews])
     assert not dataset.reviews.exists() or dataset.reviews.read_text() == ""
-    run(photos, dataset.path, judged)
+    run(photos, dataset.path, ran)
     assert apply_reviews(dataset, [reviews]).funnel[-2].rejected == {"reviewed_not_true": 1}
