@@ -37,7 +37,7 @@ from pipeline.progress import NullProgress
 from pipeline.run import steps_of
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
-from pipeline.steps.base import RowStep, compare_shards, judge_shard
+from pipeline.steps.base import RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.database import open_database, read
 from pipeline.storage.files import write_json
 
@@ -172,7 +172,7 @@ def compare_only(count: int) -> None:
             steps = [step for step in steps_of(plan) if isinstance(step, RowStep) and step.compare]
             before = "verify"
             for step in steps[[step.name for step in steps].index("dedupe") :]:
-                wall, cpu, given = time.monotonic(), time.process_time(), (before, "kept")
+                wall, cpu, given = time.monotonic(), time.process_time(), StepFile(before)
                 compare_shards(step, [dataset], given, plan, NullProgress())
                 middle = time.process_time()
                 judge_shard(step, given, plan, "", dataset)

@@ -1,6 +1,6 @@
-"""From images to a checked, versioned and published vision-language dataset.
+"""Turn images into a checked, versioned and published vision-language dataset.
 
-The Python interface; each function is imported when it is first used:
+Functions are imported when they are first used:
 
     result = pipeline.generate("folder:photos", tasks=["caption"])
     dataset = pipeline.load("data/folder-photos@v1.0.0")  # a datasets.DatasetDict with images

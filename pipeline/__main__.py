@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
-    del sys.path[0]  # the working directory: a folder `prompts` there, as `synth init` writes it, is no package of ours
+    # The working directory may hold a folder `prompts` of the user, which is not our package.
+    del sys.path[0]
 
 from pipeline.cli import main
 

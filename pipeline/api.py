@@ -1,4 +1,4 @@
-"""The Python interface of `pipeline`, for notebooks and schedulers: generate, load, push and export a dataset."""
+"""The Python API of `pipeline`: generate, load, push and export a dataset."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ from pipeline.tables import SPLITS
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-ROWS_AT_ONCE = 64  # with their images
+BATCH_ROWS = 64
 
 
 def generate(
@@ -37,51 +37,61 @@ def generate(
     progress: Progress | None = None,
     **settings: Any,
 ) -> RunResult:
-    """Turn the images of a source into a version of a dataset, as `synth generate` does.
+    """Turn the images of a source into a version of a dataset, like `synth generate`.
 
-    The same call goes on with what is done: no reply is asked for twice.
+    The same call resumes a run that was stopped: answered requests are not sent again.
 
     Args:
         source: where the images come from, such as "folder:photos" or "hub:ORG/NAME".
-        out: the dataset folder; default `data/SOURCE`.
-        config: settings, or a file of settings (synth.yaml).
-        progress: receives progress, messages and warnings; default: nobody.
-        settings: settings by their keys, which override those of `config`; a section is a dictionary, as in
-            `generate={"max_attempts": 2}`. docs/settings.md lists all.
+        out: the dataset folder, by default `data/SOURCE`.
+        config: settings, or a settings file (synth.yaml).
+        progress: receives progress, messages and warnings.
+        settings: settings by key, which override those of `config`. A section is a dictionary, as in
+            `generate={"max_attempts": 2}`. docs/settings.md lists all settings.
 
     Returns:
-        The version, whether it is new, the counts of requests, and how many rows each step kept and rejected.
+        The version, whether it is new, request counts, and how many rows each step kept and rejected.
 
     Raises:
-        SynthError: a setting is wrong, the source or the server cannot be used, or no row is left. Its `hint` says what to do.
+        SynthError: a setting is invalid, the source or the server fails, or no row is left. See its `hint`.
     """
-    given = settings | ({"source": source} if source is not None else {})
+    overrides = settings if source is None else settings | {"source": source}
     if isinstance(config, Config):
-        resolved = resolve(**config.model_dump(exclude_unset=True) | given)
+        resolved = resolve(**config.model_dump(exclude_unset=True) | overrides)
     else:
-        resolved = resolve(None if config is None else Path(config), **given)
-    return generate_dataset(resolved, _folder(out), progress)
+        resolved = resolve(None if config is None else Path(config), **overrides)
+    folder = None if out is None else parse_dataset_path(str(out))
+    return generate_dataset(resolved, folder, progress)
 
 
 def load(name: str | Path) -> "DatasetDict":
     """Return a version with its splits, columns and images.
 
-    `name` is DIR, DIR@VERSION or DIR@TAG, here or in an object store, or ORG/NAME@VERSION of the Hub. Images are of the feature
-    Image, and pages of List(Image). `datasets` writes the rows to its cache (HF_HOME) once, and maps them into memory. Raise
-    StoreError if there is no such version, or if an image is missing or damaged; ConfigError without the package `datasets`.
+    Images have the feature Image, and pages List(Image). `datasets` caches the rows in HF_HOME.
+
+    Args:
+        name: DIR, DIR@VERSION or DIR@TAG, on disk or in an object store, or ORG/NAME@VERSION on the Hub.
+
+    Raises:
+        StoreError: the version does not exist, or an image is missing or damaged.
+        ConfigError: the package `datasets` is not installed.
     """
     try:
         from datasets import DatasetDict
     except ImportError:
         raise ConfigError("pipeline.load needs the package datasets", hint=extra_of("datasets")) from None
-    version = _open(str(name))
+    version = _open(name)
     if lacks_pixels(version) and (joined := find_joined(version)):
         version = joined
     if not version.holds_pixels:
-        ids = (name for _, batch in version.batches(["sample_id"]) for name in batch["sample_id"].to_pylist())
+        ids = (
+            sample_id
+            for _, batch in version.batches(["sample_id"])
+            for sample_id in batch["sample_id"].to_pylist()
+        )
         if missing := version.store.find_missing(ids):
             raise missing_error(missing, version.store.folder)
-    return DatasetDict({split: _split_of(version, split) for split in SPLITS if version.shards(split)})
+    return DatasetDict({split: _load_split(version, split) for split in SPLITS if version.shards(split)})
 
 
 def push(
@@ -93,20 +103,20 @@ def push(
     license: str | None = None,
     progress: Progress | None = None,
 ) -> PushResult:
-    """Push a version to the Hugging Face Hub in one commit, with a tag that never moves, as `synth push` does.
+    """Push a version to the Hugging Face Hub in one commit with a fixed tag, like `synth push`.
 
     Args:
-        version: a version, such as that of `generate`, or DIR, DIR@VERSION.
-        repo: the repository, ORG/NAME; it is made if there is none.
-        private: whether a new repository is private; None: if the license of the images is not known.
-        images: whether images are pushed; None: if their license allows it.
-        license: of the images, by the Hub's name, where the source did not state it.
+        version: a version, such as `result.version`, or DIR, DIR@VERSION.
+        repo: the repository, ORG/NAME, which is created if it does not exist.
+        private: whether a new repository is private, by default if the license of the images is unknown.
+        images: whether to push images, by default if their license allows it.
+        license: the license of the images, by its name on the Hub, if the source states none.
 
     Raises:
-        SynthError: the version is damaged, the Hub refuses it, or the tag names other rows there.
+        SynthError: the version is damaged, the Hub refuses it, or the tag exists there with other rows.
     """
     check_repo_name(repo)
-    version = version if isinstance(version, Version) else _open(str(version))
+    version = _open(version)
     stated = describe_data(license, None, None)
     with build_package(version, repo, images=images, stated=stated) as package:
         is_private = package.has_unknown_license if private is None else private
@@ -118,48 +128,53 @@ def push(
 
 def export(
     version: Version | str | Path,
-    format: str,  # noqa: A002  # the name of the option
+    format: str,  # noqa: A002
     out: str | Path,
     *,
     style: str | None = None,
     splits: Iterable[str] = SPLITS,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a version to a new folder in the format of another tool, as `synth export` does.
+    """Write a version to a new folder in the format of another tool, like `synth export`.
 
     Args:
-        version: a version, such as that of `generate`, or DIR, DIR@VERSION, ORG/NAME@VERSION.
-        format: "parquet" for self-contained files, or one of those that `synth export --help` lists.
-        style: the captions that are wanted, where a format takes one of each image.
+        version: a version, such as `result.version`, or DIR, DIR@VERSION, ORG/NAME@VERSION.
+        format: "parquet" for self-contained files, or a format that `synth export --help` lists.
+        style: the caption style to write, if the format has one caption per image.
 
     Raises:
-        SynthError: the format is unknown, the folder exists, the version has no images, or nothing in it fits the format.
+        SynthError: the format is unknown, the folder exists, or the version has no row that fits the format.
     """
-    version = version if isinstance(version, Version) else _open(str(version))
-    return export_version(version, format, Path(out), style=style, splits=splits, progress=progress)
+    return export_version(_open(version), format, Path(out), style=style, splits=splits, progress=progress)
 
 
-def _folder(out: str | Path | None) -> Path | None:
-    return None if out is None else parse_dataset_path(str(out))
+def _open(version: Version | str | Path) -> Version:
+    if isinstance(version, Version):
+        return version
+    name = str(version)
+    return (
+        pull_version(name)
+        if is_hub_name(name)
+        else open_or_download(parse_dataset_path(name), previews=False)
+    )
 
 
-def _open(name: str) -> Version:
-    return pull_version(name) if is_hub_name(name) else open_or_download(parse_dataset_path(name), previews=False)
-
-
-def _split_of(version: Version, split: str) -> Any:
-    """Return the rows of a split, which `datasets` caches by the manifest."""
+def _load_split(version: Version, split: str) -> Any:
     from datasets import Dataset, Features
 
-    described = version.manifest["features"]
-    features = Features.from_dict({name: described[name] for name in version.manifest["columns"]})
-    source = {"path": str(version.path), "manifest": version.manifest, "repo": version.repo}
-    return Dataset.from_generator(_rows, features=features, gen_kwargs={**source, "of_split": split}, split=split)
+    features = {name: version.manifest["features"][name] for name in version.manifest["columns"]}
+    # `datasets` caches the rows by these arguments.
+    arguments = {
+        "path": str(version.path),
+        "manifest": version.manifest,
+        "repo": version.repo,
+        "of_split": split,
+    }
+    types = Features.from_dict(features)
+    return Dataset.from_generator(_rows, features=types, gen_kwargs=arguments, split=split)
 
 
 def _rows(path: str, manifest: dict[str, Any], repo: str | None, of_split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split. The arguments name the cached rows."""
-    version = Version(Path(path), manifest, repo)
-    columns = version.manifest["columns"]
-    for _, batch in version.batches(columns, ROWS_AT_ONCE, [of_split]):
+    columns = manifest["columns"]
+    for _, batch in Version(Path(path), manifest, repo).batches(columns, BATCH_ROWS, [of_split]):
         yield from batch.select(columns).to_pylist()

@@ -1,4 +1,4 @@
-"""Digests that identify content. A digest never depends on a clock, a host, or the order of a set."""
+"""Digests that identify content. They never depend on a clock, a host, or the order of a set."""
 
 import hashlib
 import json
@@ -13,20 +13,21 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a JSON value in its canonical encoding: sorted keys, no white space."""
+    """Return the sha256 of the canonical encoding of a JSON value."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def canonical(value: Any) -> bytes:
-    """Return the canonical JSON encoding of a value, from which digests are computed."""
+    """Return the canonical encoding of a JSON value: sorted keys, no white space."""
     return _CANONICAL.encode(value).encode()
 
 
 def annotation_digest(annotation: dict[str, Any]) -> str:
-    """Return the digest of an annotation's final text: that of a caption, the question and answer of a pair, or a record."""
-    record = final_value(annotation, "record")
-    of_own = [] if record is None else [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
-    return digest([final_value(annotation, name) for name in ("text", "question", "answer")] + of_own)
+    """Return the digest of the final text of an annotation: a caption, a question and answer, or a record."""
+    values = [final_value(annotation, name) for name in ("text", "question", "answer")]
+    if (record := final_value(annotation, "record")) is not None:
+        values += [annotation["task"], json.dumps(json.loads(record), sort_keys=True)]
+    return digest(values)
 
 
 def file_digest(path: Path) -> str:
@@ -36,26 +37,28 @@ def file_digest(path: Path) -> str:
 
 
 def state_of(status: os.stat_result) -> bytes:
-    """Return a value that changes with the bytes of a file: its place on the disk, its size, and its times."""
-    return struct.pack(">QQqqq", status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Return a value that changes when a file changes: its inode, size and times."""
+    times_ns = status.st_mtime_ns, status.st_ctime_ns
+    return struct.pack(">QQqqq", status.st_dev, status.st_ino, status.st_size, *times_ns)
 
 
 def hash_to_unit(*parts: object) -> float:
-    """Return a number in [0, 1) that depends on `parts` alone and is spread evenly over many of them."""
-    return int.from_bytes(hashlib.sha256(canonical([str(part) for part in parts])).digest()[:8], "big") / 2**64
+    """Return a pseudorandom number in [0, 1) that depends only on `parts`."""
+    first_bytes = hashlib.sha256(canonical([str(part) for part in parts])).digest()[:8]
+    return int.from_bytes(first_bytes, "big") / 2**64
 
 
 def weights_revision(folder: Path) -> str:
-    """Return a digest over all files of a model folder except its card."""
+    """Return a digest of all files of a model folder except its card."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("README"))
     return digest([[path.name, file_digest(path)] for path in files])[:16]
 
 
 def public_name(model: str) -> str:
-    """Return the publishable name of a model: without a path, and without the revision that a server appends to it."""
+    """Return the publishable name of a model, without a path or a revision."""
     return without_folders(model.rpartition("@")[0] or model)
 
 
 def without_folders(name: str) -> str:
-    """Return the last part of a local path; the name of anything else. The path need not be of this machine."""
+    """Return the last part of a local path, also of another machine. Return other names unchanged."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -17,29 +17,32 @@ from pipeline.inference.vllm import VLLM_PYTHON, has_gpu, vllm_python
 from pipeline.install import DISTRIBUTION, install_command, installed_version
 from pipeline.sources import find_source
 
-LARGE_GIB = 8  # of GPU memory: 7.5 GiB of bfloat16 weights leave room for hardly anything else below this
-MEMORY_FOR_WEIGHTS = 1.2  # times the weights: the rest is for what a model keeps of its requests
-DISK_GIB = 20  # the 3B model, a dataset of some ten thousand photos, its version
+# GPU memory for the default model: 7.5 GiB of bfloat16 weights.
+LARGE_GIB = 8
+# Times the weights: a model also needs memory for its requests.
+MEMORY_PER_WEIGHTS = 1.2
+# The default model, a dataset of some ten thousand photos, and its version.
+DISK_GIB = 20
 EXTRAS = {
     "embedded": ("torch", "transformers", "llguidance", "torchvision"),
     "train": ("torch", "transformers", "tokenizers", "safetensors"),
 }
-_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch.__version__)"
-_VLLM_SECONDS = 120  # importing it takes half of that on a busy machine
+_VLLM_VERSION = "import vllm, torch; print(vllm.__version__, 'on torch', torch.__version__)"
+_VLLM_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """The result of one check."""
 
-    what: str
-    ok: bool
-    found: str
+    name: str
+    is_ok: bool
+    result: str
     hint: str = ""
 
 
 def examine(model: str | None = None) -> list[Finding]:
-    """Run all checks, and return the findings in the order in which to fix them; with a `model`, also whether it fits here."""
+    """Run all checks, in the order in which to fix failures. With `model`, also check whether it fits."""
     return [
         *([_model(model)] if model else []),
         Finding("synth", True, f"{DISTRIBUTION} {installed_version()} on Python {platform.python_version()}"),
@@ -60,26 +63,30 @@ def _extra(name: str) -> Finding:
             installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
-    hint = install_command(name) if missing else ""
-    lack = f"missing: {', '.join(missing)}; " if missing else ""
-    return Finding(name, not missing, lack + ", ".join(installed), hint)
+    problem = f"missing: {', '.join(missing)}; " if missing else ""
+    return Finding(
+        name, not missing, problem + ", ".join(installed), install_command(name) if missing else ""
+    )
 
 
 def _vllm() -> Finding:
     python = vllm_python()
     if python is None:
-        return Finding("vllm", False, "not installed", f"pip install vllm, or name an interpreter that has it: {VLLM_PYTHON}")
+        return Finding("vllm", False, "not installed", f"pip install vllm, or set {VLLM_PYTHON}")
+    command = [python, "-c", _VLLM_VERSION]
     try:
-        done = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, timeout=_VLLM_SECONDS)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("vllm", False, f"{python} cannot be run: {error}", f"check {VLLM_PYTHON}")
-    output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["nothing was said"]
-    return Finding("vllm", done.returncode == 0, output[-1], "" if done.returncode == 0 else f"{python} cannot import vLLM")
+    if done.returncode == 0:
+        return Finding("vllm", True, done.stdout.strip())
+    output = done.stderr.strip().splitlines() or ["no output"]
+    return Finding("vllm", False, output[-1], f"{python} cannot import vLLM")
 
 
 def _gpu() -> Finding:
     if not has_gpu():
-        return Finding("gpu", False, "none", "the 3B model needs one, or a server elsewhere: --base-url")
+        return Finding("gpu", False, "none", "the default model needs a GPU, or a server: --base-url")
     try:
         return judge_gpus(_nvidia_smi())
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -91,30 +98,44 @@ def _nvidia_smi() -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout  # noqa: S603
 
 
-def _cards(listed: str) -> list[list[str]]:
-    """Return name, total and free MiB of each card, of the lines of nvidia-smi."""
+def judge_gpus(listed: str) -> Finding:
+    """Return a finding about the lines of nvidia-smi: `name, total MiB, free MiB`."""
+    cards = _parse_cards(listed)
+    if not cards:
+        return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
+    name, total_mib, free_mib = max(cards, key=lambda card: card[2])
+    summary = f"{len(cards)} x {name}, {free_mib / 1024:.0f} of {total_mib / 1024:.0f} GiB free"
+    is_enough = free_mib >= LARGE_GIB * 1024
+    hint = f"{LARGE} needs {LARGE_GIB} GiB: end other programs that use the GPU"
+    return Finding("gpu", is_enough, summary, "" if is_enough else hint)
+
+
+def _parse_cards(listed: str) -> list[tuple[str, int, int]]:
+    """Return name, total MiB and free MiB of each GPU."""
     lines = [[part.strip() for part in line.split(",")] for line in listed.splitlines()]
-    return [card for card in lines if len(card) == 3 and card[1].isdigit() and card[2].isdigit()]
+    valid = [line for line in lines if len(line) == 3 and line[1].isdigit() and line[2].isdigit()]
+    return [(name, int(total), int(free)) for name, total, free in valid]
 
 
 def _model(name: str) -> Finding:
-    """Return whether the weights of a model fit into the memory of the roomiest GPU, or of this machine if there is none."""
-    path = str(TINY_WEIGHTS) if name == TINY else name
+    """Check whether a model fits into the GPU with the most free memory, else into main memory."""
     try:
-        weights_gib = weights_bytes(path) / 2**30
-        free_gib, where = _free_memory_gib()
+        weights_gib = weights_bytes(str(TINY_WEIGHTS) if name == TINY else name) / 2**30
+        free_gib, place = _free_memory_gib()
     except (OSError, SynthError, subprocess.TimeoutExpired) as error:
-        return Finding("model", False, f"{name}: {error}", "check the name, the network, and HF_TOKEN if it is gated")
+        hint = "check the name, the network, and HF_TOKEN if it is gated"
+        return Finding("model", False, f"{name}: {error}", hint)
     if not weights_gib:
         return Finding("model", False, f"{name} has no weights", "a model has *.safetensors or *.bin files")
-    needed_gib = weights_gib * MEMORY_FOR_WEIGHTS
-    found = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {where}"
-    hint = f"it wants {needed_gib:.1f} GiB: a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
-    return Finding("model", free_gib >= needed_gib, found, "" if free_gib >= needed_gib else hint)
+    needed_gib = weights_gib * MEMORY_PER_WEIGHTS
+    fits = free_gib >= needed_gib
+    summary = f"{name}: {weights_gib:.1f} GiB of weights, {free_gib:.1f} GiB free in {place}"
+    choices = "a smaller model, several GPUs (-- --tensor-parallel-size), or a server elsewhere"
+    return Finding("model", fits, summary, "" if fits else f"it needs {needed_gib:.1f} GiB: use {choices}")
 
 
 def weights_bytes(name: str) -> int:
-    """Return how large the weights of a model are, in a folder or on the Hub. Raises ConfigError if it is not there."""
+    """Return the size of the weights of a folder or a Hub model. Raises ConfigError if it is missing."""
     folder = Path(name)
     if folder.is_dir():
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -124,41 +145,29 @@ def weights_bytes(name: str) -> int:
         with translate_hub_errors(name, "model", ConfigError, "check the network", or_folder=True):
             files = HfApi().model_info(name, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
-    for suffix in (".safetensors", ".bin"):  # a repository may hold the same weights as both
-        if of_kind := [size for file, size in sizes.items() if file.endswith(suffix)]:
-            return sum(of_kind)
-    return 0
+    # A repository may hold the same weights in both formats.
+    by_suffix = [
+        sum(size for file, size in sizes.items() if file.endswith(end)) for end in (".safetensors", ".bin")
+    ]
+    return by_suffix[0] or by_suffix[1]
 
 
 def _free_memory_gib() -> tuple[float, str]:
-    cards = _cards(_nvidia_smi()) if has_gpu() else []
+    cards = _parse_cards(_nvidia_smi()) if has_gpu() else []
     if cards:
-        return max(int(card[2]) for card in cards) / 1024, "the GPU"
-    lines = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    if available := re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE):
-        return int(available[1]) / 2**20, "memory"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, "memory in all"
-
-
-def judge_gpus(listed: str) -> Finding:
-    """Judge the lines of nvidia-smi: `name, total MiB, free MiB` each."""
-    cards = _cards(listed)
-    if not cards:
-        return Finding("gpu", False, "nvidia-smi lists none", "check the driver")
-    name, total, free = max(cards, key=lambda card: int(card[2]))
-    summary = f"{len(cards)} x {name}, {int(free) / 1024:.0f} of {int(total) / 1024:.0f} GiB free"
-    enough = int(free) >= LARGE_GIB * 1024
-    return Finding("gpu", enough, summary, "" if enough else f"{LARGE} needs {LARGE_GIB} GiB: end what else uses the GPU")
+        return max(free_mib for _, _, free_mib in cards) / 1024, "the GPU"
+    lines = Path("/proc/meminfo").read_text()
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", lines, re.MULTILINE)
+    return (int(available[1]) / 2**20 if available else 0.0), "memory"
 
 
 def _engine(source: str) -> Finding:
-    """Return which engine `--engine auto` would use, without a request to the Hub."""
-    config = Config(source=source)
-    name, why = pick_engine(config)
-    if (model := find_source(source).model) != LARGE:
-        return Finding("auto", True, f"{source}: {name} with {model}, because {why}")
-    hint = "" if name == "vllm" else "slow without a GPU: name a server with --base-url, or a smaller model with --model"
-    return Finding("auto", name == "vllm", f"{source}: {name} with {LARGE}, because {why}", hint)
+    """Return the engine that `--engine auto` would use, without a request to the Hub."""
+    name, reason = pick_engine(Config(source=source))
+    model = find_source(source).model
+    is_fast = name == "vllm" or model != LARGE
+    hint = "" if is_fast else "slow without a GPU: use a server (--base-url), or a smaller model (--model)"
+    return Finding("auto", is_fast, f"{source}: {name} with {model}, because {reason}", hint)
 
 
 def _hub() -> Finding:
@@ -166,19 +175,19 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load a model or dataset by name")
+        return Finding("hub", False, "HF_HUB_OFFLINE is set", "unset it to push, or to load by name")
     if get_token() is None:
-        return Finding("hub", False, f"no token for {ENDPOINT}", "hf auth login; only `synth push` and gated data need one")
-    return Finding("hub", True, f"a token for {ENDPOINT} is here; whether it may write is seen at the first push")
+        hint = "hf auth login; only `synth push` and gated data need a token"
+        return Finding("hub", False, f"no token for {ENDPOINT}", hint)
+    return Finding("hub", True, f"a token for {ENDPOINT} is set; the first push shows whether it may write")
 
 
 def _disk() -> Finding:
-    try:
-        free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
-    except OSError as error:
-        return Finding("disk", False, f"this folder cannot be read: {error}", "go to another folder")
-    writable = os.access(Path.cwd(), os.W_OK)
-    space = f"{free_gib:.0f} GiB free here" + ("" if writable else ", but this folder cannot be written to")
-    enough = free_gib >= DISK_GIB
-    hint = "" if enough else f"the 3B model and a dataset of photos want {DISK_GIB} GiB"
-    return Finding("disk", enough and writable, space, hint or ("" if writable else "go to another folder, or pass --out DIR"))
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    space = f"{free_gib:.0f} GiB free here"
+    if not os.access(Path.cwd(), os.W_OK):
+        hint = "go to another folder, or pass --out DIR"
+        return Finding("disk", False, f"{space}, but this folder cannot be written to", hint)
+    is_enough = free_gib >= DISK_GIB
+    hint = f"the default model and a dataset of photos need {DISK_GIB} GiB"
+    return Finding("disk", is_enough, space, "" if is_enough else hint)

@@ -1,11 +1,11 @@
-"""All errors that this project raises for users. This module imports nothing of the project."""
+"""All errors that this project raises for users."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class SynthError(Exception):
-    """Base of all errors shown to users: what happened, and a hint what to do next."""
+    """Base of all errors shown to users: what happened, and a hint about what to do."""
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
@@ -44,7 +44,7 @@ class TableError(SynthError):
 
 
 class ClusterError(SynthError):
-    """Raised when a cluster is not there, or has no room."""
+    """Raised when a cluster is missing or full."""
 
 
 class PushError(SynthError):
@@ -56,11 +56,11 @@ class TrainError(SynthError):
 
 
 def one_line(error: BaseException, max_characters: int = 200) -> str:
-    """Return the text of an error on one line, cut to a length; its type where it has no text."""
+    """Return the text of an error on one line, truncated, or the name of its type if it has no text."""
     return " ".join(str(error).split())[:max_characters] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint that names what is spelled much like `name`; empty if nothing is."""
+    """Return a hint with names that are spelled like `name`, or "" if there are none."""
     close = get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(close)}?" if close else ""

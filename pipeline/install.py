@@ -6,14 +6,16 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
-DISTRIBUTION = "synth-captioner"  # the name `synth` on PyPI is somebody else's
-PACKAGES = ("pipeline", "trainer", "prompts", "data_cards")  # top-level packages of this distribution
+# The name `synth` on PyPI is another project.
+DISTRIBUTION = "synth-captioner"
+# The top-level packages of this distribution.
+PACKAGES = ("pipeline", "trainer", "prompts", "data_cards")
 ROOT = Path(__file__).parents[1]
 
 
 @cache
 def installed_version() -> str:
-    """Return the version of this package; `unknown` where it runs from a folder without being installed."""
+    """Return the version of this package, or `unknown` if it runs from a folder without being installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
@@ -21,18 +23,16 @@ def installed_version() -> str:
 
 
 def install_command(extra: str = "") -> str:
-    """Return the command that installs this package with an extra: from its folder where it runs from one, else by name."""
-    extras = f"[{extra}]" if extra else ""
-    if (ROOT / "pyproject.toml").exists():
-        return f"pip install '{ROOT}{extras}'"
-    return f"pip install '{DISTRIBUTION}{extras}'"
+    """Return the command that installs this package with an extra, from its source folder if it has one."""
+    package = ROOT if (ROOT / "pyproject.toml").exists() else DISTRIBUTION
+    return f"pip install '{package}{f'[{extra}]' if extra else ''}'"
 
 
 def extra_of(package: str) -> str:
-    """Return the command that installs a missing package: by the extra that brings it, where one does."""
+    """Return the command that installs a missing package, with the extra that requires it if there is one."""
     try:
         extras = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
-        requirements = [line for line in requires(DISTRIBUTION) or [] if _names(line, package)]
+        requirements = [line for line in requires(DISTRIBUTION) or [] if _is_for(line, package)]
     except PackageNotFoundError:
         return f"pip install {package}"
     for extra in extras:
@@ -42,7 +42,7 @@ def extra_of(package: str) -> str:
 
 
 def needed_packages() -> dict[str, str]:
-    """Return the version of each package that this one cannot do without; nothing where it is not installed itself."""
+    """Return the versions of the required packages, or {} if this package is not installed."""
     try:
         requirements = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
         names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements]
@@ -51,7 +51,6 @@ def needed_packages() -> dict[str, str]:
         return {}
 
 
-def _names(requirement: str, package: str) -> bool:
-    """Return whether a requirement is of a package, by the name under which it is imported or distributed."""
-    start = requirement.lower().replace("-", "_")
-    return start.startswith(package.lower().replace("-", "_"))
+def _is_for(requirement: str, package: str) -> bool:
+    """Return whether a requirement names a package, by its import name or its distribution name."""
+    return requirement.lower().replace("-", "_").startswith(package.lower().replace("-", "_"))

@@ -1,6 +1,6 @@
 """The log: background events that do not stop a run, with their reasons, in a file of the dataset folder.
 
-Progress is shown during a run; the log is read afterwards. `synth -v` shows it on the terminal, too.
+Progress is shown during a run. The log is read afterwards. `synth -v` also shows it on the terminal.
 """
 
 import logging
@@ -19,23 +19,23 @@ _ROOTS = (logging.getLogger("pipeline"), logging.getLogger("trainer"))
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record on lines of printable characters: a message may quote a server."""
+        """Return printable text: a message may quote a server."""
         return printable(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
     def _open(self) -> TextIOWrapper:
-        """Open the file, but not through a link: a folder from elsewhere may hold one to any file."""
-        handle = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        return os.fdopen(handle, "a", encoding="utf-8")
+        # The folder may be untrusted, and hold a link to any file.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.fdopen(os.open(self.baseFilename, flags, 0o666), "a", encoding="utf-8")
 
-    def handleError(self, record: logging.LogRecord) -> None:  # of logging.Handler
-        """Lose a record that cannot be written: what fails for a full disk says so itself."""
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop a record if the disk is full: other code reports that."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file, and lose what it does not take."""
+        """Close the file. See handleError."""
         with suppress(OSError):
             super().close()
 
@@ -44,13 +44,13 @@ _FORMAT = _Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)
 
 
 def show_log() -> None:
-    """Write log records to standard error from now on, at level DEBUG."""
+    """Write log records to stderr from now on, at level DEBUG."""
     _add(logging.StreamHandler(sys.stderr), logging.DEBUG)
 
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Append log records to a file in a local folder within the context; the first record creates the file."""
+    """Append log records to a file in a local folder within the context. The first record creates it."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
     levels = [root.level for root in _ROOTS]
@@ -65,11 +65,11 @@ def log_to(folder: Path) -> Iterator[None]:
 
 
 def keep_log_in(folder: Path) -> None:
-    """Append log records to a file in a folder for the rest of this process; a folder is added only once."""
+    """Append log records to a file in a folder for the rest of this process."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = str((folder / FILE).absolute())
-    if not any(isinstance(handler, logging.FileHandler) and handler.baseFilename == path for handler in _ROOTS[0].handlers):
-        _add(_LogFile(path, encoding="utf-8", delay=True), logging.INFO)
+    handler = _LogFile(folder / FILE, encoding="utf-8", delay=True)
+    if handler.baseFilename not in [getattr(other, "baseFilename", "") for other in _ROOTS[0].handlers]:
+        _add(handler, logging.INFO)
 
 
 def _add(handler: logging.Handler, level: int) -> None:

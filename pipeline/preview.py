@@ -1,8 +1,7 @@
-"""`synth preview`: ask about a few images, and show them with their texts. The replies stay in the journal for the run."""
+"""`synth preview`: ask about a few images, and show them with their texts. The run reuses the replies."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,39 @@ from pipeline.executors.messages import describe_engine
 from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.inference.engines import open_engine
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import RequestStats, ask_about, read_annotations, read_results
-from pipeline.inference.requests import build_requests
+from pipeline.inference.queue import RequestStats, ask_about, read_annotations
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.report.html import data_uri, render_page, thumbnail
-from pipeline.steps.ask import AskSettings, sample_info, source_texts
+from pipeline.steps.ask import AskSettings
 from pipeline.steps.validate import validate_annotations
 from pipeline.storage.files import translate_disk_errors, write_text
 from pipeline.tables import HUMAN
 from pipeline.tasks.prompts import describe_prompts
 from pipeline.text.escape import visible
 from pipeline.text.reasons import in_short
-from pipeline.types import Rejected, Request, Sample, SampleBatch, SourceTexts
+from pipeline.types import Rejected, Request, Sample, SampleBatch
 
 THUMBNAIL_BYTES = 40_000
+# A text, with the reason if a run would reject it.
+JudgedText = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewReply:
-    """A reply to one request about an image: its texts, each with the reason for which a run would reject it, or None."""
+    """The texts of a reply. `seconds` is None if the reply was in the journal."""
 
     task: str
     style: str
-    texts: list[tuple[str, str | None]]
+    texts: list[JudgedText]
     prompt_tokens: int
     reply_tokens: int
-    seconds: float | None  # None: the reply was in the journal
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewImage:
-    """One image with the replies about it."""
+    """One image with its replies."""
 
     name: str
     image: bytes
@@ -56,16 +56,16 @@ class PreviewImage:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a model says about a few images, and what it was asked."""
+    """The replies about a few images. `prompts` maps task and style to the system text and the prompt."""
 
     source: str
     model: str
     engine: str
     prompt_sources: str
-    prompts: dict[str, tuple[str, str]]  # `task style` -> system text, text
+    prompts: dict[str, tuple[str, str]]
     images: list[PreviewImage]
     folder: Path
-    skipped: list[str] = field(default_factory=list)  # rows that cannot be used, with the reason
+    skipped: list[str]
 
     def describe(self) -> dict[str, Any]:
         """Return the preview as JSON values, without pictures."""
@@ -78,27 +78,19 @@ class Preview:
         return {"source": self.source, "model": self.model, "images": images, "skipped": self.skipped}
 
 
-def preview_run(config: Config, number: int, out: Path | None = None, progress: Progress | None = None) -> Preview:
-    """Ask about the first `number` images of a source, and return what the model says about each.
+def preview_run(
+    config: Config, number: int, out: Path | None = None, progress: Progress | None = None
+) -> Preview:
+    """Ask about the first `number` images of a source, and return the replies.
 
-    Raises SynthError as `run.generate_dataset` does; SourceError if the source holds no usable image.
+    Raises SynthError as `run.generate_dataset` does, and SourceError if the source has no usable image.
     """
     progress = progress or NullProgress()
     plan = Plan.open(config, out, progress, is_trial=True)
-    folder, source, choice, settings = plan.dataset, plan.source, plan.engine, AskSettings.of(plan)
-    assert source is not None
+    folder, choice, settings = plan.dataset, plan.engine, AskSettings.of(plan)
     assert choice is not None
-    samples: dict[str, Sample] = {}
-    skipped: list[str] = []
-    for row in source.rows:
-        if isinstance(row, Rejected):
-            skipped.append(f"{visible(row.source_row)}: {row.reason.replace('_', ' ')} ({row.detail})")
-        else:
-            samples.setdefault(row.id, row)
-        if len(samples) == number:
-            break
-    if not samples:
-        raise SourceError(f"no image of {config.source} can be used; {'; '.join(skipped[:3])}", hint="choose another source")
+    server = settings.server
+    samples, skipped = _first_samples(plan, number)
     stats = RequestStats(seconds={})
     with (
         translate_disk_errors(folder.path),
@@ -106,71 +98,87 @@ def preview_run(config: Config, number: int, out: Path | None = None, progress: 
         Journal(folder.journal) as journal,
         open_engine(lambda: choice) as start,
     ):
-        chunk = SampleBatch.of((sample.id, sample.images) for sample in samples.values())
-        texts = {one.id: _source_texts(one, settings) for one in samples.values()}
+        batch = SampleBatch.of((sample.id, sample.images) for sample in samples)
+        texts = {sample.id: settings.source_texts(sample.to_row()) for sample in samples}
         for round_number in range(len(plan.requests.rounds)):
-            for engine in ask_about(iter([chunk]), plan.requests, settings.server, start, journal, stats, texts, round_number):
-                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(settings.server))
-        images = [_read(sample, plan, journal, stats.seconds or {}) for sample in samples.values()]
-        requests = [request for one in samples.values() for request in _requests_of(one, settings, journal)]
-    first = {f"{request.task} {request.style}".strip(): request for request in reversed(requests)}
-    prompts = {name: (first[name].system, first[name].text) for name in reversed(first)}
-    described = describe_prompts(plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts)
-    where = describe_engine(config, choice)
-    return Preview(config.source, plan.model, where, described, prompts, images, folder.path, skipped)
+            for engine in ask_about(
+                iter([batch]), plan.requests, server, start, journal, stats, texts, round_number
+            ):
+                progress("preview", stats.done, stats.total, engine.metrics() | stats.metrics(server))
+        requests = {sample.id: settings.requests_about(sample, journal) for sample in samples}
+        images = [_read_replies(sample, requests[sample.id], plan, journal, stats) for sample in samples]
+    prompts: dict[str, tuple[str, str]] = {}
+    for request in (request for sample in samples for request in requests[sample.id]):
+        prompts.setdefault(f"{request.task} {request.style}".strip(), (request.system, request.text))
+    return Preview(
+        source=config.source,
+        model=plan.model,
+        engine=describe_engine(config, choice),
+        prompt_sources=describe_prompts(
+            plan.tasks.asked, config.generate.prompt_dir, config.generate.style_prompts
+        ),
+        prompts=prompts,
+        images=images,
+        folder=folder.path,
+        skipped=skipped,
+    )
 
 
-def _read(sample: Sample, plan: Plan, journal: Journal, seconds: dict[str, float]) -> PreviewImage:
-    settings = AskSettings.of(plan)
-    info = sample_info(sample.to_row(), len(sample.images), settings)
-    (table,) = read_annotations([[info]], plan.requests, journal, {sample.id: _source_texts(sample, settings)})
-    texts = dict(_judged_texts(table, plan))
-    by_people = {human["request_id"]: human for human in info.human}
-    replies = [PreviewReply(one["task"], HUMAN, texts[name], 0, 0, None) for name, one in by_people.items()]
-    for request in _requests_of(sample, settings, journal):
+def _first_samples(plan: Plan, number: int) -> tuple[list[Sample], list[str]]:
+    """Return the first usable images of a source, and the unusable rows among them with their reasons."""
+    assert plan.source is not None
+    samples: dict[str, Sample] = {}
+    skipped: list[str] = []
+    for row in plan.source.rows:
+        if isinstance(row, Rejected):
+            skipped.append(f"{visible(row.source_row)}: {row.reason.replace('_', ' ')} ({row.detail})")
+        else:
+            samples.setdefault(row.id, row)
+        if len(samples) == number:
+            break
+    if not samples:
+        problem = f"no image of {plan.config.source} can be used; {'; '.join(skipped[:3])}"
+        raise SourceError(problem, hint="choose another source")
+    return list(samples.values()), skipped
+
+
+def _read_replies(
+    sample: Sample, requests: list[Request], plan: Plan, journal: Journal, stats: RequestStats
+) -> PreviewImage:
+    settings, row = AskSettings.of(plan), sample.to_row()
+    info = settings.sample_info(row, len(sample.images))
+    texts_by_id = {sample.id: settings.source_texts(row)}
+    (table,) = read_annotations([[info]], plan.requests, journal, texts_by_id)
+    texts = _judge_texts(table, plan)
+    human_tasks = {human["request_id"]: human["task"] for human in info.human}
+    replies = [PreviewReply(task, HUMAN, texts[name], 0, 0, None) for name, task in human_tasks.items()]
+    for request in requests:
         last = journal.last(request.id)
         assert last is not None
-        reply = last[0]
-        replies.append(
-            PreviewReply(
-                request.task,
-                request.style,
-                texts[request.id],
-                reply.prompt_tokens,
-                reply.reply_tokens,
-                seconds.get(request.id),
-            )
-        )
-    return PreviewImage(visible(sample.source_row), sample.images[0], sample.width_px, sample.height_px, replies)
+        tokens = last[0].prompt_tokens, last[0].reply_tokens
+        seconds = (stats.seconds or {}).get(request.id)
+        replies.append(PreviewReply(request.task, request.style, texts[request.id], *tokens, seconds))
+    name = visible(sample.source_row)
+    return PreviewImage(name, sample.images[0], sample.width_px, sample.height_px, replies)
 
 
-def _requests_of(sample: Sample, settings: AskSettings, journal: Journal) -> list[Request]:
-    plan = settings.requests
-    results = read_results(sample.id, plan, journal, sample.context)
-    return list(build_requests(sample.id, plan, sample.context, results, plan.wanted(_source_texts(sample, settings))))
-
-
-def _source_texts(sample: Sample, settings: AskSettings) -> SourceTexts:
-    return source_texts(sample.to_row(), keeps_human_texts=settings.keeps_human_texts)
-
-
-def _judged_texts(table: pa.Table, plan: Plan) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
-    """Yield, for each request, its texts with the reason for which validate or filter rejects them."""
+def _judge_texts(table: pa.Table, plan: Plan) -> dict[str, list[JudgedText]]:
+    """Return the texts of each request, with the reason if validate or filter rejects them."""
     validated = validate_annotations(table, plan.tasks)
-    reasons = validated["reason"].to_pylist()
     grams = own_prompt_grams(tuple(task.name for task in plan.tasks.asked))
-    kept = validated.drop_columns(["reason"])
-    filtered = filter_annotations(kept, plan.config.filter, grams, plan.tasks)["reason"].to_pylist()
-    texts: dict[str, list[tuple[str, str | None]]] = {}
-    for row, invalid, unfit in zip(table.to_pylist(), reasons, filtered, strict=True):
-        own = in_short(json.loads(row["record"])) if row["record"] else None
-        text = row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) or own or row["reply_text"] or ""
-        texts.setdefault(row["request_id"], []).append((visible(text), invalid or unfit))
-    yield from texts.items()
+    filtered = filter_annotations(validated.drop_columns(["reason"]), plan.config.filter, grams, plan.tasks)
+    reasons = zip(validated["reason"].to_pylist(), filtered["reason"].to_pylist(), strict=True)
+    texts: dict[str, list[JudgedText]] = {}
+    for row, (invalid, filtered_reason) in zip(table.to_pylist(), reasons, strict=True):
+        record = in_short(json.loads(row["record"])) if row["record"] else None
+        question = " ".join(filter(None, (row["question"], row["answer"])))
+        text = row["text"] or question or record or row["reply_text"] or ""
+        texts.setdefault(row["request_id"], []).append((visible(text), invalid or filtered_reason))
+    return texts
 
 
 def write_preview(preview: Preview, path: Path | None = None) -> Path:
-    """Write a preview as one HTML page, and return its path; it replaces an earlier one."""
+    """Write a preview as one HTML page, by default into its dataset folder, and return the path."""
     path = path or preview.folder / "preview.html"
     pictures = [data_uri(thumbnail(image.image, THUMBNAIL_BYTES)) for image in preview.images]
     page = render_page("pipeline.report", "preview.html.j2", preview=preview, pictures=pictures)

@@ -1,4 +1,4 @@
-"""Apply reviews of people to a dataset: the version that follows, without a source or a model."""
+"""Apply human reviews to a dataset: make the next version without a source or a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,42 +20,45 @@ from pipeline.steps.base import AllRows
 from pipeline.steps.review import read_texts
 from pipeline.storage.files import read_json, translate_disk_errors, write_text
 
-SPLIT = split.STEP.name  # the step before the reviews
+# The step before the reviews.
+SPLIT = split.STEP.name
+REVIEW_FIRST = "review texts in a report, then export the reviews"
+RUN_FIRST = "run `synth generate` in it first"
 
 
 def apply_reviews(dataset: DatasetDir, files: Sequence[Path], progress: Progress | None = None) -> RunResult:
-    """Add files of reviews to those of a dataset folder, and make the version that follows from them.
+    """Add files of reviews to a dataset folder, and make the version that follows from them.
 
-    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit cannot be used, or no review is about this
-    dataset; else see `generate_dataset`.
+    Raises ConfigError, and changes nothing, if a file holds no reviews, an edit is unusable, or no review
+    matches a text of this dataset. See `generate_dataset` for other errors.
     """
     progress = progress or NullProgress()
     with translate_disk_errors(dataset.path):
-        plan = Plan.resolve(_settings_of(dataset), dataset)
-        new = [(one, path) for path in files for one in read_reviews(path)]
+        plan = Plan.resolve(_recorded_settings(dataset), dataset)
+        new = [(edit, path) for path in files for edit in read_reviews(path)]
         if not new:
-            raise ConfigError(
-                f"no review in {', '.join(map(str, files))}", hint="review texts in a report, then export the reviews"
-            )
+            raise ConfigError(f"no review in {', '.join(map(str, files))}", hint=REVIEW_FIRST)
         with dataset.lock() as check:
             paths = dataset.step_files(SPLIT)
             if not paths:
-                raise ConfigError(f"{dataset.path} has no finished run to review", hint="run `synth generate` in it first")
+                raise ConfigError(f"{dataset.path} has no finished run to review", hint=RUN_FIRST)
             before = read_reviews(dataset.reviews) if dataset.reviews.exists() else []
-            samples = {one.sample_id for one in [*before, *(one for one, _ in new)]}
+            samples = {edit.sample_id for edit in [*before, *(edit for edit, _ in new)]}
             rows = {text_name(row): row for row in read_texts(AllRows(paths), samples, "sample_id")}
-            known = {*rows, *(one.resulting_name for one in before)}
-            if not any(one.name in known for one, _ in new):
-                raise ConfigError(
-                    f"none of the {len(new)} reviews matches a text of {dataset.path}",
-                    hint="name the dataset folder that the report was made of; its texts may be those of an older version",
-                )
-            merged = merge_reviews(before, [one for one, _ in new], rows)
+            known = {*rows, *(edit.resulting_name for edit in before)}
+            if not any(edit.name in known for edit, _ in new):
+                problem = f"none of the {len(new)} reviews matches a text of {dataset.path}"
+                hint = "name the dataset folder of the report; its texts may be those of an older version"
+                raise ConfigError(problem, hint=hint)
+            merged = merge_reviews(before, [edit for edit, _ in new], rows)
+            origins = {edit.resulting_name: path for edit, path in new}
             for name, flaw in check_edits(merged, rows, plan.tasks).items():
-                edit, from_file = merged[name], {one.resulting_name: path for one, path in new}
+                edit = merged[name]
                 text = f"{edit.question} {edit.answer}" if edit.text is None else edit.text
-                path = from_file.get(edit.resulting_name, dataset.reviews)
-                raise ConfigError(f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again")
+                path = origins.get(edit.resulting_name, dataset.reviews)
+                raise ConfigError(
+                    f"{path}: the edited text {text[:80]!r} cannot be used: {flaw}", hint="edit it again"
+                )
             write_text(dataset.reviews, format_reviews(merged.values()))
             try:
                 if dataset.step_file(SPLIT).exists():
@@ -77,15 +80,15 @@ def require_records(shards: Sequence[DatasetDir], plan: Plan) -> None:
     *before, _, _ = steps_of(plan)
     is_finished = all(read_record(shard, step.name).get("files") for shard in shards for step in before)
     if not is_finished or len({read_record(shard, SPLIT)["key"] for shard in shards}) > 1:
-        hint = "run `synth generate` in it first"
-        raise ConfigError(f"{plan.dataset.path} has no finished run to review", hint=hint)
+        raise ConfigError(f"{plan.dataset.path} has no finished run to review", hint=RUN_FIRST)
 
 
-def _settings_of(dataset: DatasetDir) -> Config:
-    """Return the settings of the last run in a dataset folder."""
+def _recorded_settings(dataset: DatasetDir) -> Config:
     if not dataset.run_file.exists():
-        raise ConfigError(f"{dataset.path} is not a folder that synth generate has written", hint="name one: --data DIR")
+        problem = f"{dataset.path} is not a folder that synth generate has written"
+        raise ConfigError(problem, hint="name a dataset folder: --data DIR")
     try:
         return Config.model_validate(read_json(dataset.run_file))
     except (ValidationError, ValueError):
-        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint="choose another folder: --out DIR") from None
+        hint = "choose another folder: --out DIR"
+        raise ConfigError(f"{dataset.run_file} is not a run of synth", hint=hint) from None

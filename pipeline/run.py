@@ -1,4 +1,4 @@
-"""A run: its steps in order, from the images of a source to a version of a dataset."""
+"""A run: the steps in order, from the images of a source to a version of a dataset."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from pipeline.plan import Plan
 from pipeline.progress import NullProgress, Progress
 from pipeline.steps import ask, balance, dedupe, read, review, select, split, trim, validate, verify, write
 from pipeline.steps import filter as filter_
-from pipeline.steps.base import Executor, RowStep, Step, Work
+from pipeline.steps.base import BUG_HINT, Executor, RowStep, Step, Work
 from pipeline.storage.files import read_batches, translate_disk_errors, write_json
 from pipeline.storage.object_store import is_remote
 
@@ -38,13 +38,15 @@ STEPS: tuple[Step, ...] = (
     review.STEP,
     write.STEP,
 )
-LEAST_YIELD = 0.05  # of the images that were read
-SURPLUS = 1.1  # images that are read beyond those that should be enough: fewer rounds
+# A run with --images stops if it keeps a smaller share of the images read: every image costs requests.
+MIN_YIELD = 0.05
+# The next round reads a tenth more images than should be enough, so that fewer rounds are needed.
+SURPLUS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The result of a run: its plan, the version, whether it is new, request counts, and a summary of each step."""
+    """The result of a run. `is_new` is False if the newest version already held these rows."""
 
     plan: Plan
     version: Version
@@ -53,22 +55,25 @@ class RunResult:
     funnel: list[StepSummary]
 
 
-def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name) -> RunResult:
-    """Run every step whose inputs have changed, and return the version. Raises SynthError; what is done stays on the disk.
+def run(
+    plan: Plan, executor: Executor, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
+) -> RunResult:
+    """Run every step whose inputs have changed, and return the version.
 
-    The caller holds the lock of the dataset folder. Steps before the one named `first` are taken as they are. Where a number of
-    images is wanted, the source is read on until so many are kept.
+    Steps before `first` are not run. With --images N, the source is read until N images are kept.
+    The caller holds the lock of the dataset folder. Raises SynthError. Finished work stays on disk.
     """
     steps = steps_of(plan)
     names = [step.name for step in steps]
-    judged = [step for step in steps if isinstance(step, RowStep)]
-    todo = [*zip(["", *names], steps[:-1], strict=False)][names.index(first) :]  # each step with the name of the one before
-    work = Work(plan, executor, progress, limit=plan.config.limit if plan.config.images is None else plan.config.images)
+    row_steps = [step for step in steps if isinstance(step, RowStep)]
+    todo = list(zip(["", *names], steps[:-1], strict=False))[names.index(first) :]
+    limit = plan.config.limit if plan.config.images is None else plan.config.images
+    work = Work(plan, executor, progress, limit)
     while True:
         for before, step in todo:
             step.run(work, before)
             if isinstance(step, RowStep):
-                progress("curate", judged.index(step) + 1, len(judged), {"last": step.name})
+                progress("curate", row_steps.index(step) + 1, len(row_steps), {"last": step.name})
         if first != read.STEP.name or (limit := _next_limit(work)) is None:
             break
         work.limit = limit
@@ -82,40 +87,48 @@ def run(plan: Plan, executor: Executor, stats: RequestStats, progress: Progress,
 
 
 def steps_of(plan: Plan) -> list[Step]:
-    """Return the steps that a run has, in order."""
+    """Return the steps of a run, in order."""
     return [step for step in STEPS if step.is_wanted(plan)]
 
 
 def generate_dataset(
-    config: Config, out: Path | None = None, progress: Progress | None = None, cluster: ClusterOptions | None = None
+    config: Config,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    cluster: ClusterOptions | None = None,
 ) -> RunResult:
-    """Turn images into a version of a dataset. Raises SynthError; the same call goes on with what is done.
+    """Turn images into a version of a dataset. Raises SynthError. The same call resumes the run.
 
-    `out` is the dataset folder, with a `cluster` also one in an object store; default `data/<source>`.
+    `out` is the dataset folder, by default `data/SOURCE`. With `cluster` it may be in an object store.
     """
     progress = progress or NullProgress()
     if out is not None and is_remote(out) and cluster is None:
         hint = "pass a folder of this disk, or a cluster: --executor ray"
         raise ConfigError(f"a run in one process cannot write to {out}", hint=hint)
     if cluster is not None and config.images is not None:
-        hint = "say how many images to read: --limit N"
+        hint = "set how many images to read: --limit N"
         raise ConfigError("--images reads on until enough images are kept, which a cluster cannot", hint=hint)
     if config.balance.entries:
-        balance.read_entries(config.balance.entries)  # a file that cannot be read is an error before a model is asked
+        # An unreadable file is reported before a model is asked.
+        balance.read_entries(config.balance.entries)
     plan = Plan.open(config, out, progress)
     progress.message(describe_start(plan))
     stats = RequestStats()
     if cluster is not None:
         from pipeline.executors.ray.executor import open_executor
 
-        with open_executor(plan, [step.name for step in steps_of(plan)], cluster, stats, progress) as executor:
+        with open_executor(
+            plan, [step.name for step in steps_of(plan)], cluster, stats, progress
+        ) as executor:
             return run(plan, executor, stats, progress)
     with translate_disk_errors(plan.dataset.path), plan.dataset.lock(), log_to(plan.dataset.path):
         return run_here(plan, stats, progress)
 
 
-def run_here(plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name) -> RunResult:
-    """Run in this process; see `run`."""
+def run_here(
+    plan: Plan, stats: RequestStats, progress: Progress, *, first: str = read.STEP.name
+) -> RunResult:
+    """Run in this process. See `run`."""
     forget_other_steps(plan.dataset, [step.name for step in steps_of(plan)])
     write_json(plan.dataset.run_file, plan.config.recorded())
     with LocalExecutor(plan, stats, progress) as executor:
@@ -123,17 +136,15 @@ def run_here(plan: Plan, stats: RequestStats, progress: Progress, *, first: str 
 
 
 def _next_limit(work: Work) -> int | None:
-    if work.plan.config.images is None or work.limit is None:
+    config = work.plan.config
+    if config.images is None or work.limit is None:
         return None
     kept = _count_images(work.executor.shards)
-    return next_limit(work.plan.config, work.limit, kept, work.progress, has_more=work.has_more)
+    return next_limit(config, work.limit, kept, work.progress, has_more=work.has_more)
 
 
 def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has_more: bool) -> int | None:
-    """Return how many images to read next, after `limit` of them, of which `kept` were; None if it was enough, or all.
-
-    It stops where nearly nothing is kept, since every image is paid for.
-    """
+    """Return how many images to read next, or None to stop. `kept` of the first `limit` images were kept."""
     assert config.images is not None
     if kept >= config.images:
         return None
@@ -142,18 +153,19 @@ def next_limit(config: Config, limit: int, kept: int, progress: Progress, *, has
         progress.warn(f"{kept:,} of {config.images:,} images are kept: {config.source} has no more images")
     elif limit == config.limit:
         progress.warn(f"{so_far}, and --limit allows no more")
-    elif kept < LEAST_YIELD * limit:
-        progress.warn(f"{so_far}: too few to read on; see why others were rejected, change that, and run the same command")
+    elif kept < MIN_YIELD * limit:
+        advice = "find out why the others were rejected, change that, and run the same command"
+        progress.warn(f"{so_far}: too few to read on. To continue, {advice}")
     else:
-        lacking = math.ceil((config.images - kept) * limit / kept * SURPLUS)
-        following = min(limit + lacking, config.limit or limit + lacking)
-        progress.message(f"{so_far}: reading on, to image {following:,}")
-        return following
+        missing = math.ceil((config.images - kept) * limit / kept * SURPLUS)
+        next_images = min(limit + missing, config.limit or limit + missing)
+        progress.message(f"{so_far}: reading on, to image {next_images:,}")
+        return next_images
     return None
 
 
 def _count_images(shards: Sequence[DatasetDir]) -> int:
-    """Return how many images the step `trim` kept; human reviews come after it, and lower the number."""
+    """Return how many images the step `trim` kept. The reviews after it may reject some of them."""
     ids: set[str] = set()
     for shard in shards:
         for table in read_batches(shard.step_file(trim.STEP.name), ["sample_id"]):
@@ -165,13 +177,12 @@ def require_sums(summaries: Sequence[StepSummary]) -> None:
     """Raise TableError unless each step kept or rejected every row of the step before it."""
     for previous, summary in pairwise(summaries[2:]):
         if summary.input != previous.kept:
-            raise TableError(
-                f"step {summary.step} was given {summary.input} rows, of {previous.kept}", hint="please report this bug"
-            )
+            problem = f"step {summary.step} was given {summary.input} rows, of {previous.kept}"
+            raise TableError(problem, hint=BUG_HINT)
 
 
 class NoRowsError(TableError):
-    """Raised if the steps have rejected every row; it has their summaries."""
+    """Raised if the steps have rejected every row. `summaries` are those of the steps."""
 
     def __init__(self, message: str, hint: str, summaries: list[StepSummary]) -> None:
         super().__init__(message, hint=hint)
@@ -179,21 +190,24 @@ class NoRowsError(TableError):
 
 
 def require_rows(plan: Plan, summaries: list[StepSummary]) -> None:
-    """Raise NoRowsError, with what to change, if no row is left to make a version of."""
-    judged = next(summary for summary in summaries if summary.step == validate.STEP.name)
-    if not judged.input and plan.config.keeps_human_texts:
+    """Raise NoRowsError, with a hint about what to change, if no row is left to make a version of."""
+    config = plan.config
+    validated = next(summary for summary in summaries if summary.step == validate.STEP.name)
+    if not validated.input and config.keeps_human_texts:
         hint = "--tasks caption asks a model"
         if "captions" in plan.spec.options:
-            hint = f"name a file of them: --captions FILE; {hint}"
-        elif plan.spec.kind in ("hub", "parquet"):  # the columns of other sources have fixed names
+            hint = f"name a file of captions: --captions FILE; {hint}"
+        elif plan.spec.kind in ("hub", "parquet"):
             hint = f"name a column: --columns references=COLUMN; {hint}"
-        raise NoRowsError(f"{plan.config.source} has no caption and no question that people wrote", hint, summaries)
+        raise NoRowsError(f"{config.source} has no human caption and no human question", hint, summaries)
     if summaries[-1].kept:
         return
-    losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet"), *describe_unanswered(plan.dataset, summaries)]
-    hint = f"change that, then run the same command; {plan.dataset.path}/steps/*/rejected.parquet hold every row"
-    if plan.config.tasks and 2 * judged.kept < judged.input:
-        attempts = plan.config.generate.max_attempts
-        hint += f"; what could not be used is asked for again with more than generate: {{max_attempts: {attempts}}}"
-    problem = "; ".join(losses) or "every step rejected some"
+    losses = [*describe_losses(STEPS, summaries, "see its rejected.parquet")]
+    losses += describe_unanswered(plan.dataset, summaries)
+    folder = plan.dataset.path / "steps"
+    hint = f"change that setting, then run the same command; all rows are in {folder}/*/rejected.parquet"
+    if config.tasks and 2 * validated.kept < validated.input:
+        attempts = f"generate: {{max_attempts: {config.generate.max_attempts}}}"
+        hint += f"; to ask again for unusable replies, raise {attempts}"
+    problem = "; ".join(losses) or "every step rejected some rows"
     raise NoRowsError(f"no row is left to make a version of: {problem}", hint, summaries)

@@ -4,19 +4,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-Context = tuple[tuple[str, str], ...]  # names of columns of the source, with their values of one row
+# Names of mapped columns of the source, with their values in one row.
+Context = tuple[tuple[str, str], ...]
 
-# Licenses of images. `push` redistributes pixels only if their licenses allow it; pixels of an unknown license are pushed to a
-# private repository, unless the user states that they are public.
-UNKNOWN = "unknown"  # files of a user, of which no license was stated
-FLICKR_TERMS = "flickr-terms"  # photos of Flickr: research and education, no redistribution
-NTT_EVALUATION = "ntt-evaluation"  # SlideVQA: internal evaluation only
-GATED = "gated"  # on the Hub, with access granted by the owner to each user
-UNDECLARED = "undeclared"  # on the Hub, without a declared license
-KNOWN_LICENSES = (  # by the Hub's names, of those that let pixels be passed on
-    "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
-    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit", "odc-by",
-    "odbl", "pddl",
+# Licenses of images. `push` redistributes pixels only if their licenses allow it. Pixels of an unknown
+# license are pushed to a private repository, unless the user declares them public.
+UNKNOWN = "unknown"
+# Flickr permits research and education, SlideVQA internal evaluation. A Hub repository may require access
+# requests (gated), or declare no license.
+FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED = "flickr-terms", "ntt-evaluation", "gated", "undeclared"
+# Names on the Hub of licenses that permit redistribution.
+KNOWN_LICENSES = (
+    "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0",
+    "apache-2.0", "mit", "odc-by", "odbl", "pddl",
 )  # fmt: skip
 NON_REDISTRIBUTABLE = (FLICKR_TERMS, NTT_EVALUATION, GATED, UNDECLARED)
 
@@ -28,12 +29,12 @@ def non_redistributable(licenses: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQA:
-    """A question about a sample that people asked, with the answers that they gave."""
+    """A human question about a sample, with all its human answers. Pages are counted from 1."""
 
     question: str
     answers: tuple[str, ...]
     answer_type: str | None = None
-    evidence_pages: tuple[int, ...] | None = None  # counted from 1
+    evidence_pages: tuple[int, ...] | None = None
     expression: str | None = None
 
 
@@ -41,20 +42,22 @@ class ReferenceQA:
 class Sample:
     """One image to annotate, or the pages of one deck, as the source encodes them.
 
-    `id` is the sha256 of the image; of a deck, of its pages' hashes (images.decode.deck_id). Sizes are those of the first page.
+    `id` is the sha256 of the image, or of the hashes of a deck's pages (images.decode.deck_id). The size is
+    that of the first page. `pdq_hashes` is empty if all images are known to be distinct. `references` are
+    human captions. `reference_qa` is None if the source has no questions.
     """
 
     id: str
     source_row: str
     images: tuple[bytes, ...]
-    pdq_hashes: tuple[bytes, ...] = ()  # of each image; none if all images are known to be distinct
+    pdq_hashes: tuple[bytes, ...] = ()
     width_px: int
     height_px: int
     license: str
-    split: str | None = None  # as given by the source: train, validation or test
-    references: tuple[str, ...] = ()  # captions that the source holds to be true
-    context: Context = ()  # what a prompt may say about the sample
-    reference_qa: tuple[ReferenceQA, ...] | None = None  # None: the source has no questions at all
+    split: str | None = None
+    references: tuple[str, ...] = ()
+    context: Context = ()
+    reference_qa: tuple[ReferenceQA, ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return the sample as a row of tables.SAMPLE."""
@@ -70,40 +73,43 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """Some samples, whose images are read when they are needed: of a run that goes on, most replies are there."""
+    """Some samples. Their images are read on demand: a resumed run needs few of them."""
 
     ids: Sequence[str]
-    read_images: Callable[[], Sequence[tuple[bytes, ...]]]  # of each sample
+    read_images: Callable[[], Sequence[tuple[bytes, ...]]]
 
     @classmethod
     def of(cls, samples: Iterable[tuple[str, tuple[bytes, ...]]]) -> "SampleBatch":
-        """Return a batch of samples whose images are in memory, given by their ids."""
+        """Return a batch from sample ids with images in memory."""
         ids, images = zip(*samples, strict=True)
         return cls(ids, lambda: images)
 
 
 class SampleInfo(NamedTuple):
-    """What the annotations of a sample are read with."""
+    """The facts about a sample that its annotations need. The size is that of the first page, upright.
+
+    `human` are the annotations of human texts, if they are kept (tasks/human.py).
+    """
 
     sample_id: str
     pages: int
     source_split: str | None = None
-    width_px: int = 0  # of the first page, upright
+    width_px: int = 0
     height_px: int = 0
-    human: tuple[dict[str, Any], ...] = ()  # annotations of texts that people wrote, if they are kept (tasks/human.py)
+    human: tuple[dict[str, Any], ...] = ()
 
 
 class SourceTexts(NamedTuple):
-    """What the source says of a sample, as far as requests depend on it."""
+    """The context of a sample, and whether it has human texts. Its requests depend on them."""
 
     context: Context = ()
-    has_captions: bool = False  # that people wrote
+    has_captions: bool = False
     has_questions: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """One row of a source that cannot be used, and why."""
+    """A row of a source that cannot be used, with the reason."""
 
     source_row: str
     reason: str
@@ -112,7 +118,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawSample:
-    """The images of a row as a source has them, which nobody has decoded yet; `fields` are those of its Sample."""
+    """The undecoded images of a row of a source. `fields` are further fields of its Sample."""
 
     source_row: str
     images: tuple[bytes, ...]
@@ -122,16 +128,23 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A named set of images. `revision` changes when its rows change; it is empty where nobody can tell."""
+    """A named set of images.
+
+    `revision` changes when the rows change. It is empty if that cannot be detected. `read(n)` yields the rows
+    after the first n, always in the same order. `count` returns the number of rows, or None if only reading
+    them would tell. `messages` are shown before the run. With `decks`, samples are documents of several
+    pages. `is_partial` states that the source holds only the first part of the named dataset. `license`
+    covers all images, if the source states one.
+    """
 
     name: str
     revision: str
-    read: Callable[[int], Iterator[Sample | Rejected]]  # yields the rows behind so many first ones, in the same order each time
-    count: Callable[[], int | None] = lambda: None  # number of rows, if it is known without reading all
-    messages: tuple[str, ...] = ()  # what a user should know before the run: files that are not read, captions that were found
-    decks: bool = False  # whether its samples are documents of several pages
-    is_partial: bool = False  # whether it holds a first part only of what it is named after
-    license: str = ""  # of all its images, where the place says it that the source is read from
+    read: Callable[[int], Iterator[Sample | Rejected]]
+    count: Callable[[], int | None] = lambda: None
+    messages: tuple[str, ...] = ()
+    decks: bool = False
+    is_partial: bool = False
+    license: str = ""
 
     @property
     def rows(self) -> Iterator[Sample | Rejected]:
@@ -141,7 +154,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class SourceSlice:
-    """Part `number`, counted from 0, of the `of` disjoint parts that make up a source."""
+    """Part `number`, counted from 0, of the `of` disjoint parts of a source."""
 
     number: int
     of: int
@@ -160,9 +173,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One question to a model about one sample. `id` is the digest of all that the first reply depends on.
+    """One question to a model about one sample. `id` is a digest of all that the first reply depends on.
 
-    An unusable reply is retried with other sampling under the same id: `attempt` counts from 0.
+    An unusable reply is retried with other sampling under the same id. `attempt` counts from 0. `schema` is
+    the JSON schema of the reply. `images` are attached only when the request is sent. `pages` are the
+    numbers, from 1, of the images that the model sees, or None for all. `failed` is an earlier reply with
+    feedback, which the model sees.
     """
 
     id: str
@@ -172,12 +188,12 @@ class Request:
     prompt_id: str
     system: str
     text: str
-    schema: str  # of the reply, as JSON
+    schema: str
     sampling: Sampling
-    images: tuple[bytes, ...] = ()  # that the model sees; left out until the request is to be sent
-    pages: tuple[int, ...] | None = None  # which of the sample's images these are, counted from 1; None: all of them
+    images: tuple[bytes, ...] = ()
+    pages: tuple[int, ...] | None = None
     attempt: int = 0
-    failed: tuple[str, str] | None = None  # an earlier reply and feedback on it, shown to the model
+    failed: tuple[str, str] | None = None
 
     @property
     def shows_image(self) -> bool:
@@ -190,7 +206,7 @@ class Request:
 
     @property
     def shown(self) -> str:
-        """The key of the images that the model sees: the sample, or some of its pages, or none."""
+        """A key of the images that the model sees."""
         return self.sample_id if self.pages is None else f"{self.sample_id}.{'-'.join(map(str, self.pages))}"
 
     def reply(self, text: str, finish_reason: str, prompt_tokens: int = 0, reply_tokens: int = 0) -> "Reply":
@@ -200,7 +216,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The reply of a model. Any `finish_reason` but "stop" means that the text is incomplete."""
+    """The reply of a model. Any `finish_reason` except "stop" means that the text is incomplete.
+
+    `max_pixels` is the size to which images were scaled down, or None for the size in the settings.
+    `seconds` is the time from sending the request to the reply, which is not journaled.
+    """
 
     request_id: str
     attempt: int
@@ -208,11 +228,12 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
     reply_tokens: int
-    max_pixels: int | None = None  # to which images were scaled down before they were sent; None: as the settings say
-    seconds: float = field(default=0.0, compare=False)  # from sending the request to the reply; not in the journal
+    max_pixels: int | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
-# synth's own finish reasons, if no model answered; `text` is the server's message. A later run retries.
+# Finish reasons of requests that no model answered. The text is the message of the server. A later run
+# retries.
 REFUSED_BY_SERVER = "refused_by_server"
 SERVER_ERROR = "server_error"
 UNANSWERED = (REFUSED_BY_SERVER, SERVER_ERROR)
@@ -222,20 +243,20 @@ class RequestSource(Protocol):
     """The requests to answer, as an engine sees them."""
 
     def take(self) -> list[Request]:
-        """Return the next requests; an empty list if there are none now. Replies may lead to more."""
+        """Return the next requests, which may be none now. Replies may lead to more."""
 
     def sending(self, requests: Sequence[Request]) -> None:
         """Record that these requests are about to be sent."""
 
     def withdraw(self, requests: Sequence[Request]) -> None:
-        """Take back that these requests, which have no reply, were to be sent: the run ends before."""
+        """Undo `sending` for requests without a reply: the run ends before they are sent."""
 
     def answered(self) -> bool:
-        """Return whether any request has a reply already, from this run or an earlier one."""
+        """Return whether any request has a reply, from this run or an earlier one."""
 
 
 class Engine(Protocol):
-    """Answers requests by a model in this process, or by servers. A context manager; ready when entered."""
+    """Answers requests with a model in this process or on servers. A context manager, ready when entered."""
 
     model: str
     revision: str
@@ -245,7 +266,7 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield replies in groups as they are done, until nothing is left to take and each request has its reply."""
+        """Yield replies in groups until no request is left and each has its reply."""
 
     def metrics(self) -> dict[str, str]:
         """Return metrics for the progress display, by name."""

@@ -13,11 +13,21 @@ from pipeline.dataset.directory import DatasetDir
 from pipeline.plan import Plan
 from pipeline.progress import NullProgress
 from pipeline.steps import verify
-from pipeline.steps.base import Executor, RowStep, compare_shards, judge_shard
+from pipeline.steps.base import Executor, RowStep, StepFile, compare_shards, judge_shard
 from pipeline.storage.files import read_table, write_table
-from pipeline.tables import VERIFIED
+from pipeline.tables import VERIFIED, append_columns
 
 BEFORE = "before"
+ROWS = StepFile(BEFORE)
+
+
+def numbered_table(schema: pa.Schema, rows: Sequence[dict[str, Any]], **defaults: Any) -> pa.Table:
+    """Return annotations with ids by their position, each of its own sample unless the row names one."""
+    numbered = [
+        {"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "image_group": f"s{n}", **defaults, **row}
+        for n, row in enumerate(rows)
+    ]
+    return pa.Table.from_pylist(numbered, schema=schema)
 
 
 def plan_of(folder: Path, config: Config | None = None) -> Plan:
@@ -25,12 +35,9 @@ def plan_of(folder: Path, config: Config | None = None) -> Plan:
 
 
 def run_step(
-    step: RowStep, table: pa.Table, shards: int = 1, given: tuple[str, str] = (BEFORE, "kept"), **settings: Any
+    step: RowStep, table: pa.Table, shards: int = 1, given: StepFile = ROWS, **settings: Any
 ) -> pa.Table:
-    """Run a step on a table that is cut into shards; return all rows with their reason, in the order of the table.
-
-    `given` is the (step, file) to which the table is written.
-    """
+    """Run a step on the file `given` of some shards; return all rows with their reason, in order."""
     with TemporaryDirectory() as folder:
         directories = [DatasetDir(Path(folder) / f"shard-{n}") for n in range(shards)]
         size = -(-table.num_rows // shards)
@@ -41,22 +48,19 @@ def run_step(
 
 
 def with_results(table: pa.Table) -> pa.Table:
-    """Append what the answers to `checks` come to (tables.VERIFIED)."""
+    """Append the results (tables.VERIFIED) of the answered `checks`."""
     rows = table.select(["clean_question", "checks"]).to_pylist()
     results = [verify.results_of(row["checks"], is_caption=row["clean_question"] is None) for row in rows]
-    columns = pa.Table.from_pylist(results, schema=VERIFIED)
-    for field in VERIFIED:
-        table = table.append_column(field, table[field.name] if field.name in table.column_names else columns[field.name])
-    return table
+    return append_columns(table, pa.Table.from_pylist(results, schema=VERIFIED))
 
 
 def verify_rows(table: pa.Table, shards: int = 1, **settings: Any) -> pa.Table:
     """Judge rows by their `checks` and `alignment` under these settings of verify."""
     settings = {"checks": ["round_trip"], **settings}
-    return run_step(verify.STEP, with_results(table), shards, ("verify", "prepared"), verify=settings)
+    return run_step(verify.STEP, with_results(table), shards, StepFile("verify", "prepared"), verify=settings)
 
 
-def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: tuple[str, str] = (BEFORE, "kept")) -> None:
+def run_on(step: RowStep, shards: Sequence[DatasetDir], plan: Plan, given: StepFile = ROWS) -> None:
     if step.compare:
         compare_shards(step, shards, given, plan, NullProgress())
     for shard in shards:
@@ -93,9 +97,6 @@ class ShardList(Executor):
         """Nothing waits."""
 
     def read(self, limit: int | None) -> bool:
-        raise NotImplementedError
-
-    def map(self, work: Any) -> Any:
         raise NotImplementedError
 
     def map_with_scratch(self, work: Any, draft: Path) -> Any:

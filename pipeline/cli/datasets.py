@@ -63,7 +63,7 @@ def check(
     for result in _check_all(data, repair=repair):
         results.append(result)
         if not as_json:
-            echo(f"{'ok ' if result.is_ok else 'BAD'} {result.what}: {result.found}")
+            echo(f"{'ok ' if result.is_ok else 'BAD'} {result.path}: {result.state}")
             if result.hint:
                 echo(f"      {result.hint}")
     if not results:

@@ -173,7 +173,7 @@ def doctor(
         echo(json.dumps([asdict(finding) for finding in findings]))
         return
     for finding in findings:
-        echo(f"{'ok  ' if finding.ok else 'no  '} {finding.what:<12} {finding.found}")
+        echo(f"{'ok  ' if finding.is_ok else 'no  '} {finding.name:<12} {finding.result}")
         if finding.hint:
             echo(f"     {'':<12} {finding.hint}")
 

@@ -9,28 +9,29 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import ServerConfig
 from pipeline.dataset.directory import DatasetDir, page_counts, read_samples, sample_batches
-from pipeline.dataset.records import is_done, output_digest, read_record, step_key, write_record
+from pipeline.dataset.records import output_digest, read_record, step_key
 from pipeline.inference.journal import Journal
-from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations
-from pipeline.inference.requests import RequestPlan
+from pipeline.inference.queue import NO_TEXTS, TextsById, ask_about, read_annotations, read_results
+from pipeline.inference.requests import RequestPlan, build_requests
 from pipeline.plan import Plan
-from pipeline.steps.base import Services, Step, Work, record_cost
+from pipeline.steps.base import Services, Step, Work, ask_once, record_cost
 from pipeline.storage.files import read_batches, write_table
 from pipeline.tables import ANNOTATION, HUMAN
 from pipeline.tasks.human import has_texts, human_annotations
-from pipeline.types import Engine, SampleInfo, SourceTexts
+from pipeline.types import Engine, Request, Sample, SampleInfo, SourceTexts
 
 NAME = "ask"
+REQUEST_COLUMNS = ("sample_id", "task", "style", "request_id", "prompt_id")
 
 
 @dataclass(frozen=True, slots=True)
 class AskSettings:
-    """What the step ask reads."""
+    """The settings of the step ask. The server does not affect replies, and is not part of the key."""
 
     requests: RequestPlan
-    keeps_human_texts: bool  # captions and questions that people wrote become annotations
+    keeps_human_texts: bool
     has_decks: bool
-    server: ServerConfig  # not in the key: it does not affect replies
+    server: ServerConfig
 
     @classmethod
     def of(cls, plan: Plan) -> "AskSettings":
@@ -41,42 +42,60 @@ class AskSettings:
         """Return everything that the annotations depend on, except the samples."""
         return [self.requests.describe(), self.keeps_human_texts, self.has_decks]
 
+    def source_texts(self, row: Mapping[str, Any]) -> SourceTexts:
+        """Return the context of a sample (a row of tables.SAMPLE), and whether it has human texts."""
+        context = tuple(row["context"] or ())
+        if not self.keeps_human_texts:
+            return SourceTexts(context)
+        return SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
+
+    def requests_about(self, sample: Sample, journal: Journal) -> list[Request]:
+        """Return the requests about a sample that its results in the journal allow."""
+        pairs = self.requests.wanted(self.source_texts(sample.to_row()))
+        results = read_results(sample.id, self.requests, journal, sample.context)
+        return list(build_requests(sample.id, self.requests, sample.context, results, pairs))
+
+    def sample_info(self, row: Mapping[str, Any], pages: int) -> SampleInfo:
+        """Return the facts about a sample (a row of tables.SAMPLE) that its annotations need."""
+        human: tuple[dict[str, Any], ...] = ()
+        if self.keeps_human_texts:
+            deck = pages if self.has_decks else None
+            human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck)
+        return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)
+
 
 class AskStep(Step):
     """Asks about all samples, shard by shard."""
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
-        work.executor.each(partial(ask_once, before, work.plan), asks=True)
+        work.executor.each(partial(ask_shard, before, work.plan), asks=True)
 
 
-def ask_once(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
-    """Ask about the samples of a shard, and write what all replies say, unless that is done."""
+def ask_shard(before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
+    """Ask about the samples of a shard and write the annotations, unless that is done."""
     settings = AskSettings.of(plan)
-    key = step_key(NAME, settings, (), [output_digest(shard, before)])
-    if is_done(shard, NAME, key):
-        services.stats.add_known(read_record(shard, NAME)["requests"])
-        return
-    total, unanswered = services.stats.total, services.stats.unanswered
-    ask_about_shard(shard, settings, services)
-    write_annotations(shard, settings)
-    is_complete = services.stats.unanswered == unanswered  # else the same command asks again
-    model = {"name": plan.model, "revision": plan.requests.revision}
-    kept, requests = count_asked(shard, settings.requests), services.stats.total - total
-    write_record(shard, NAME, key if is_complete else "", kept=kept, rejected={}, requests=requests, model=model)
+
+    def ask() -> dict[str, Any]:
+        _send_requests(shard, settings, services)
+        write_annotations(shard, settings)
+        model = {"name": plan.model, "revision": plan.requests.revision}
+        return {"kept": _count_asked(shard, settings.requests), "rejected": {}, "model": model}
+
+    ask_once(shard, NAME, step_key(NAME, settings, (), [output_digest(shard, before)]), services, ask)
 
 
-def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
-    """Send the requests about the samples of a shard that have no reply in its journal."""
+def _send_requests(shard: DatasetDir, settings: AskSettings, services: Services) -> None:
     samples = read_record(shard, "read")["kept"]
     stats, progress = services.stats, services.progress
-    texts = read_source_texts(shard, settings)
-    per_sample = max(1, count_wanted(settings.requests, samples, texts)) / max(1, samples)
+    texts = _read_source_texts(shard, settings)
+    per_sample = max(1, _count_wanted(settings.requests, samples, texts)) / max(1, samples)
     with Journal(shard.journal) as journal, record_cost(shard, journal, stats):
 
         def start_engine() -> Engine:
             engine = services.engine()
-            progress("ask", int(stats.done / per_sample), samples)  # the speed is measured from here on
+            # The speed is measured from here.
+            progress("ask", int(stats.done / per_sample), samples)
             return engine
 
         for round_number in range(len(settings.requests.rounds)):
@@ -90,45 +109,33 @@ def ask_about_shard(shard: DatasetDir, settings: AskSettings, services: Services
 
 
 def write_annotations(shard: DatasetDir, settings: AskSettings) -> None:
-    """Write what the replies in the journal of a shard say, and what people wrote (tables.ANNOTATION)."""
-    texts = read_source_texts(shard, settings)
+    """Write the annotations of a shard (tables.ANNOTATION) from its journal and the human texts."""
+    texts = _read_source_texts(shard, settings)
     with Journal(shard.journal) as journal:
         annotations = read_annotations(_sample_infos(shard, settings), settings.requests, journal, texts)
-        write_table(shard.step_file("ask"), annotations, ANNOTATION)
+        write_table(shard.step_file(NAME), annotations, ANNOTATION)
 
 
-def source_texts(row: Mapping[str, Any], *, keeps_human_texts: bool) -> SourceTexts:
-    """Return what the source says of a sample (a row of tables.SAMPLE), as far as requests depend on it."""
-    context = tuple(row["context"] or ())
-    return (
-        SourceTexts(context, *has_texts(row["references"], row["reference_qa"] or ()))
-        if keeps_human_texts
-        else SourceTexts(context)
-    )
-
-
-def read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
-    """Return what the source says of all samples of a shard."""
+def _read_source_texts(shard: DatasetDir, settings: AskSettings) -> TextsById:
     if not settings.requests.context and not settings.requests.is_filling:
         return NO_TEXTS
-    keeps = settings.keeps_human_texts
     batches = read_samples(shard, ["sample_id", "context", "references", "reference_qa"])
-    rows = (row for batch in batches for row in batch.to_pylist())
-    return {row["sample_id"]: source_texts(row, keeps_human_texts=keeps) for row in rows}
+    return {row["sample_id"]: settings.source_texts(row) for batch in batches for row in batch.to_pylist()}
 
 
-def count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
-    """Return the number of requests about all samples."""
-    return sum(plan.count(plan.wanted(one)) for one in texts.values()) if texts else samples * plan.count(plan.pairs)
+def _count_wanted(plan: RequestPlan, samples: int, texts: TextsById) -> int:
+    if not texts:
+        return samples * plan.count(plan.pairs)
+    return sum(plan.count(plan.wanted(source_texts)) for source_texts in texts.values())
 
 
-def count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
-    """Return how many requests the annotations of a shard answer; those of one request are adjacent.
+def _count_asked(shard: DatasetDir, plan: RequestPlan) -> int:
+    """Return how many requests the annotations of a shard answer. Those of one request are adjacent.
 
-    A row without a request id counts as all requests of its task about an image.
+    A row without a request id counts as all requests of its task about a sample.
     """
     count, last = 0, None
-    for table in read_batches(shard.step_file("ask"), ["sample_id", "task", "style", "request_id", "prompt_id"]):
+    for table in read_batches(shard.step_file(NAME), REQUEST_COLUMNS):
         by_model = table.filter(pc.not_equal(table["prompt_id"], HUMAN)).drop_columns(["prompt_id"])
         if not by_model.num_rows:
             continue
@@ -144,16 +151,7 @@ def _sample_infos(shard: DatasetDir, settings: AskSettings) -> Iterator[list[Sam
     texts = ["references", "reference_qa"] if settings.keeps_human_texts else []
     pages = page_counts(shard)
     for batch in read_samples(shard, ["sample_id", "split", "width_px", "height_px", *texts]):
-        yield [sample_info(row, next(pages), settings) for row in batch.to_pylist()]
-
-
-def sample_info(row: Mapping[str, Any], pages: int, settings: AskSettings) -> SampleInfo:
-    """Return what the annotations of a sample (a row of tables.SAMPLE) are read with."""
-    human: tuple[dict[str, Any], ...] = ()
-    if settings.keeps_human_texts:
-        deck_pages = pages if settings.has_decks else None
-        human = human_annotations(row["sample_id"], row["references"], row["reference_qa"] or (), deck_pages)
-    return SampleInfo(row["sample_id"], pages, row["split"], row["width_px"], row["height_px"], human)
+        yield [settings.sample_info(row, next(pages)) for row in batch.to_pylist()]
 
 
 STEP = AskStep(NAME, unit="requests")

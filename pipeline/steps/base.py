@@ -1,27 +1,26 @@
-"""What all steps share: the shape of a step, how its rows are kept or rejected, and how all rows are compared.
+"""The steps of a run: how a step keeps or rejects rows, and how the rows of all shards are compared.
 
-A step runs in a `Work`: the plan of the run, and an executor that applies functions to shards. A shard is a dataset folder that
-holds some of the samples with all of their annotations; a run in one process has one.
+A step runs in a `Work`: the plan of the run, and an executor that applies functions to shards. A shard is a
+dataset folder that holds some of the samples with all their annotations. A run in one process has one shard.
 
-From validate to review a step is a `RowStep`, and a row is one annotation. Such a step may do three things, each optional, in
-this order:
+From validate to review, a step is a `RowStep`, and a row is one annotation. It has up to three functions:
 
-prepare   has effects, such as asking the model about the rows of one shard; adds columns; not after a step that compares
-compare   queries the rows of all shards together in DuckDB, a few narrow columns; returns `row` numbers with new columns
-judge     sees one batch of rows, as an Arrow table; adds columns and `reason`: null keeps a row
+prepare   has effects, such as asking the model about the rows of one shard, and adds columns
+compare   queries the rows of all shards in DuckDB, a few narrow columns, and returns `row` and new columns
+judge     receives one batch of rows as an Arrow table, and adds columns and `reason`: null keeps a row
 
-Each of the three receives the `settings` of the step, and no others: they are a part of its key (records.py).
+Each function receives the settings of its step and no others. They are part of the step's key (records.py).
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import duckdb
 import numpy as np
@@ -30,7 +29,15 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.directory import DatasetDir, require_file
 from pipeline.dataset.manifest import StepSummary
-from pipeline.dataset.records import PREPARED, is_done, output_digest, read_record, step_key, write_record
+from pipeline.dataset.records import (
+    DONE,
+    PREPARED,
+    is_done,
+    output_digest,
+    read_record,
+    step_key,
+    write_record,
+)
 from pipeline.dataset.version import Version
 from pipeline.errors import TableError
 from pipeline.inference.journal import Journal
@@ -49,16 +56,25 @@ from pipeline.storage.files import (
 from pipeline.tables import require_columns
 from pipeline.types import Engine
 
-BATCH_ROWS = 16_384  # judged at once
+BATCH_ROWS = 16_384
 NO_COLUMNS = pa.schema([])
-ROW = pa.field("row", pa.int64())  # the position of an annotation among those of all shards
+BUG_HINT = "please report this bug"
+# The position of an annotation among those of all shards.
+ROW = pa.field("row", pa.int64())
+
+
+class StepFile(NamedTuple):
+    """A Parquet file of a step: `kept`, `rejected`, `prepared` or `compared`."""
+
+    step: str
+    name: str = "kept"
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What `prepare` may use: the model, the counts of requests, and the progress display."""
+    """The model, counters and display that `prepare` may use. `dataset` is the folder of the run."""
 
-    dataset: DatasetDir  # of the whole run
+    dataset: DatasetDir
     engine: Callable[[], Engine]
     stats: RequestStats
     progress: Progress
@@ -68,26 +84,23 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Applies functions to the shards of a run: in this process, or on a cluster."""
+    """Applies functions to the shards of a run, in this process or on a cluster."""
 
     @property
     def shards(self) -> Sequence[DatasetDir]:
         """The dataset folders of all shards, in the order of their rows."""
 
     def read(self, limit: int | None) -> bool:
-        """Read the source, until `limit` images are kept; return whether it has more."""
+        """Read the source until `limit` images are kept, and return whether it has more."""
 
     def each(self, work: Callable[[DatasetDir, Services], None], *, asks: bool = False) -> None:
-        """Apply a function to every shard; it may run later, but before `wait` returns. `asks`: it needs the model."""
+        """Apply a function to every shard before `wait` returns. `asks` states that it needs the model."""
 
     def wait(self) -> None:
         """Wait until all functions have run."""
 
-    def map(self, work: Callable[[DatasetDir], T]) -> list[T]:
-        """Wait, apply a function to every shard, and return the results in order."""
-
     def map_with_scratch(self, work: Callable[[DatasetDir, Path], T], draft: Path) -> list[T]:
-        """Wait, apply a function to every shard and a new empty folder, whose files end up below `draft`."""
+        """Wait, and apply a function to every shard and an empty folder. Its files end up below `draft`."""
 
     def check(self) -> None:
         """Raise StoreError if another command has taken over the dataset folder."""
@@ -95,59 +108,67 @@ class Executor(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """The state of a run that steps read and change."""
+    """The state of a run, which its steps read and change.
+
+    `limit` is the number of images to read, or None. `summaries` are those of finished steps.
+    """
 
     plan: Plan
     executor: Executor
     progress: Progress
-    limit: int | None  # images that are read at most, this time
-    has_more: bool = False  # the source has more images
-    summaries: list[StepSummary] = field(default_factory=list)  # of the steps that have run
-    version: Version | None = None  # that the run has made, or found
+    limit: int | None
+    has_more: bool = False
+    summaries: list[StepSummary] = field(default_factory=list)
+    version: Version | None = None
     is_new: bool = False
-
-    def summarize(self, name: str, unit: str) -> StepSummary:
-        """Return how many rows a step kept, and rejected by reason, over all shards."""
-        self.executor.wait()
-        counts = [read_record(shard, name) for shard in self.executor.shards]
-        rejected = sum((Counter(of_shard["rejected"]) for of_shard in counts), Counter[str]())
-        most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
-        return summarize_step(name, unit, sum(of_shard["kept"] for of_shard in counts), most_first)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a run."""
+    """A step of a run.
+
+    `advice` maps reasons to what to change if they reject too many rows. Rows that a step with `is_choice`
+    rejects are not reported as a loss: it chooses among good rows.
+    """
 
     name: str
-    unit: str = "annotations"  # of its counts
-    is_wanted: Callable[[Plan], bool] = lambda plan: True  # whether a run has this step
-    advice: Mapping[str, str] = field(default_factory=dict)  # by reason: what to change if it rejects too many rows
-    is_choice: bool = False  # it chooses among good rows: what it rejects is not reported as a loss
+    unit: str = "annotations"
+    is_wanted: Callable[[Plan], bool] = lambda plan: True
+    advice: Mapping[str, str] = field(default_factory=dict)
+    is_choice: bool = False
 
     def run(self, work: Work, before: str) -> None:
         """Run the step on the rows of the step `before`, unless that is done."""
         raise NotImplementedError
 
     def summarize(self, work: Work) -> StepSummary:
-        """Return the counts of this step over all shards."""
-        return work.summarize(self.name, self.unit)
+        """Return how many rows the step kept, and how many it rejected by reason, over all shards."""
+        work.executor.wait()
+        records = [read_record(shard, self.name) for shard in work.executor.shards]
+        rejected = sum((Counter(record["rejected"]) for record in records), Counter[str]())
+        most_first = dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
+        return summarize_step(self.name, self.unit, sum(record["kept"] for record in records), most_first)
+
+
+def summarize_step(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StepSummary:
+    """Return the summary of a step from its counts."""
+    return StepSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
 class AllRows:
-    """The annotations in some files, one file a shard, numbered from 0 across all of them."""
+    """The annotations of all shards, one file per shard, numbered from 0 across the files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
 
     @cached_property
     def bounds(self) -> list[int]:
-        """The number of the first row of each file, and the count of all rows."""
+        """The number of the first row of each file, and the total number of rows."""
         counts = [open_table(path).metadata.num_rows for path in self.files]
         return [0, *np.cumsum(counts).tolist()]
 
     def batches(self, *columns: str) -> Iterator[pa.Table]:
-        """Yield `row` and these columns, a batch at a time, in order."""
+        """Yield `row` and the given columns, batch by batch, in order."""
         for path, first in zip(self.files, self.bounds, strict=False):
             for table in read_batches(path, columns):
                 rows = pa.array(np.arange(first, first + table.num_rows))
@@ -159,128 +180,167 @@ class AllRows:
         return list(open_table(self.files[0]).schema_arrow.names)
 
 
+def whole_groups(tables: Iterable[pa.Table], column: str, min_rows: int) -> Iterator[pa.Table]:
+    """Regroup tables so that adjacent equal values of a column are in one table.
+
+    All tables except the last have at least `min_rows` rows.
+    """
+    gathered: pa.Table | None = None
+    for table in tables:
+        gathered = table if gathered is None else pa.concat_tables([gathered, table])
+        # More rows of the last group may follow.
+        end = pc.index(gathered[column], gathered[column][-1]).as_py() if gathered.num_rows else 0
+        if end and end >= min_rows:
+            yield gathered.slice(0, end)
+            gathered = gathered.slice(end)
+    if gathered is not None:
+        yield gathered
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Inputs of a comparison of all rows."""
+    """The input of `compare`. `settings` are those of the step, `dataset` is the folder of the run."""
 
     db: duckdb.DuckDBPyConnection
     rows: AllRows
     shards: Sequence[DatasetDir]
-    settings: Any  # of the step
-    dataset: DatasetDir  # of the whole run
+    settings: Any
+    dataset: DatasetDir
     progress: Progress
-
-
-def judge_by_comparison(table: pa.Table, _: Any) -> pa.Table:
-    """Return the same rows: their `reason` comes from the comparison."""
-    return table
 
 
 @dataclass(frozen=True, slots=True)
 class RowStep(Step):
-    """A step that keeps or rejects annotations."""
+    """A step that keeps or rejects annotations.
 
-    settings: Callable[[Plan], Any] = lambda plan: None  # all that the step reads of the plan
-    reads: Callable[[Plan], Sequence[Path]] = lambda plan: ()  # further files that it reads
+    `reads` returns further files that the step reads. `adds` are the columns that `compare` adds to `row`.
+    Without `judge`, `reason` comes from `compare`.
+    """
+
+    settings: Callable[[Plan], Any] = lambda plan: None
+    reads: Callable[[Plan], Sequence[Path]] = lambda plan: ()
     prepare: Callable[[DatasetDir, Path, Any, Services], Iterator[pa.Table]] | None = None
-    is_prepared: Callable[[Plan], bool] = lambda plan: False  # whether a run wants `prepare`
+    is_prepared: Callable[[Plan], bool] = lambda plan: False
     compare: Callable[[Comparison], duckdb.DuckDBPyRelation | None] | None = None
-    adds: pa.Schema = NO_COLUMNS  # the columns of `compare`, beside `row`
-    judge: Callable[[pa.Table, Any], pa.Table] = judge_by_comparison
+    adds: pa.Schema = NO_COLUMNS
+    judge: Callable[[pa.Table, Any], pa.Table] | None = None
 
     def run(self, work: Work, before: str) -> None:
-        """See Step. Without `compare`, each shard goes its own way; with it, all shards wait for each other."""
+        """See Step. Only a step with `compare` waits for all shards."""
         plan, executor = work.plan, work.executor
-        is_prepared = self.prepare is not None and self.is_prepared(plan)
-        if is_prepared:
-            executor.each(partial(_prepare_once, self, before, plan), asks=True)
-        given = (self.name, "prepared") if is_prepared else (before, "kept")
+        rows = StepFile(before)
+        if self.is_prepared(plan):
+            executor.each(partial(_prepare_shard_once, self, before, plan), asks=True)
+            rows = StepFile(self.name, "prepared")
         if self.compare is None:
-            executor.each(partial(_judge_once, self, given, plan))
+            executor.each(partial(_judge_shard_once, self, rows, plan))
             return
         executor.wait()
-        key = self.key(plan, executor.shards, given)
+        key = self.key(plan, executor.shards, rows)
         if all(is_done(shard, self.name, key) for shard in executor.shards):
             return
-        compare_shards(self, executor.shards, given, plan, work.progress)
-        executor.each(partial(judge_shard, self, given, plan, key))
+        compare_shards(self, executor.shards, rows, plan, work.progress)
+        executor.each(partial(judge_shard, self, rows, plan, key))
         executor.wait()
-        for shard in executor.shards:  # not earlier: the shard of a lost worker is judged again
+        # Not earlier: the shard of a lost worker is judged again.
+        for shard in executor.shards:
             shard.step_file(self.name, "compared").unlink(missing_ok=True)
 
-    def key(self, plan: Plan, shards: Sequence[DatasetDir], given: tuple[str, str]) -> str:
-        """Return the key of this step over some shards, whose rows are in the file (step, name) that is `given`."""
-        inputs = [output_digest(shard, *of) for shard in shards for of in (("read", "kept"), given)]
+    def key(self, plan: Plan, shards: Sequence[DatasetDir], rows: StepFile) -> str:
+        """Return the key of the step for the file `rows` of some shards."""
+        inputs = [output_digest(shard, *file) for shard in shards for file in (StepFile("read"), rows)]
         return step_key(self.name, self.settings(plan), self.reads(plan), inputs)
 
 
-def _prepare_once(step: RowStep, before: str, plan: Plan, shard: DatasetDir, services: Services) -> None:
-    """Prepare the rows of one shard, unless that is done."""
-    assert step.prepare
-    key = step.key(plan, [shard], (before, "kept"))
-    if is_done(shard, step.name, key, PREPARED):
-        services.stats.add_known(read_record(shard, step.name, PREPARED)["requests"])
+def ask_once(
+    shard: DatasetDir,
+    name: str,
+    key: str,
+    services: Services,
+    ask: Callable[[], dict[str, Any]],
+    record: str = DONE,
+) -> None:
+    """Call a function that sends requests, unless its record has this key. Record what it returns.
+
+    If a request stays unanswered, the record gets an empty key, so that the same command asks again.
+    """
+    stats = services.stats
+    if is_done(shard, name, key, record):
+        stats.add_known(read_record(shard, name, record)["requests"])
         return
-    total, unanswered = services.stats.total, services.stats.unanswered
-    tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
-    first = next(tables)
-    write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
-    is_complete = services.stats.unanswered == unanswered  # else the same command asks again
-    write_record(shard, step.name, key if is_complete else "", PREPARED, requests=services.stats.total - total)
+    total, unanswered = stats.total, stats.unanswered
+    facts = ask()
+    is_complete = stats.unanswered == unanswered
+    write_record(shard, name, key if is_complete else "", record, requests=stats.total - total, **facts)
 
 
-def _judge_once(step: RowStep, given: tuple[str, str], plan: Plan, shard: DatasetDir, services: Services) -> None:
-    """Judge the rows of one shard, unless that is done."""
-    key = step.key(plan, [shard], given)
+def _prepare_shard_once(
+    step: RowStep, before: str, plan: Plan, shard: DatasetDir, services: Services
+) -> None:
+    def prepare() -> dict[str, Any]:
+        assert step.prepare
+        tables = step.prepare(shard, require_file(shard.step_file(before)), step.settings(plan), services)
+        first = next(tables)
+        write_table(shard.step_file(step.name, "prepared"), chain([first], tables), first.schema)
+        return {}
+
+    ask_once(shard, step.name, step.key(plan, [shard], StepFile(before)), services, prepare, PREPARED)
+
+
+def _judge_shard_once(step: RowStep, rows: StepFile, plan: Plan, shard: DatasetDir, _: Services) -> None:
+    key = step.key(plan, [shard], rows)
     if not is_done(shard, step.name, key):
-        judge_shard(step, given, plan, key, shard, services)
+        judge_shard(step, rows, plan, key, shard)
 
 
-def compare_shards(step: RowStep, shards: Sequence[DatasetDir], given: tuple[str, str], plan: Plan, progress: Progress) -> None:
-    """Compare the rows of all shards, and write the findings about its rows to each. Raises TableError for an unknown row."""
-    rows = AllRows([require_file(shard.step_file(*given)) for shard in shards])
+def compare_shards(
+    step: RowStep, shards: Sequence[DatasetDir], rows: StepFile, plan: Plan, progress: Progress
+) -> None:
+    """Compare the rows of all shards, and write to each shard the findings about its rows.
+
+    Raises TableError if the comparison returns a row that does not exist.
+    """
     assert step.compare
+    all_rows = AllRows([require_file(shard.step_file(*rows)) for shard in shards])
     with open_database(plan.dataset.path) as db:
-        relation = step.compare(Comparison(db, rows, shards, step.settings(plan), plan.dataset, progress))
+        comparison = Comparison(db, all_rows, shards, step.settings(plan), plan.dataset, progress)
+        relation = step.compare(comparison)
         schema = pa.schema([ROW, *step.adds])
         ordered = read(relation.order("row")) if relation is not None else iter(())
         findings = _InOrder((table.select(schema.names).cast(schema) for table in ordered), schema)
-        for shard, (first, end) in zip(shards, pairwise(rows.bounds), strict=True):
-            parts = (findings.take_until(min(start + BATCH_ROWS, end)) for start in range(first, end, BATCH_ROWS))
+        for shard, (first, end) in zip(shards, pairwise(all_rows.bounds), strict=True):
+            parts = (findings.take_until(min(n + BATCH_ROWS, end)) for n in range(first, end, BATCH_ROWS))
             local = (part.set_column(0, ROW, pc.subtract(part["row"], first)) for part in parts)
             write_table(shard.step_file(step.name, "compared"), local, schema)
         if not findings.is_empty():
-            raise TableError(f"step {step.name} named a row that is not there", hint="please report this bug")
+            raise TableError(f"step {step.name} named a row that is not there", hint=BUG_HINT)
 
 
 def judge_shard(
-    step: RowStep, given: tuple[str, str], plan: Plan, key: str, shard: DatasetDir, _: Services | None = None
+    step: RowStep, rows: StepFile, plan: Plan, key: str, shard: DatasetDir, _: Services | None = None
 ) -> None:
-    """Judge the rows of one shard, and write those that are kept, those that are rejected, and the record of the step.
+    """Judge the rows of one shard. Write the kept rows, the rejected rows and the record of the step.
 
-    Raises TableError if the step did not return exactly the rows that it was given, or a finding names a row twice.
+    Raises TableError if the step loses, adds or reorders rows, or a comparison names a row twice.
     """
-    source, settings = require_file(shard.step_file(*given)), step.settings(plan)
+    settings = step.settings(plan)
     compared = shard.step_file(step.name, "compared")
     findings = _InOrder(read_batches(compared), pa.schema([ROW, *step.adds])) if step.compare else None
 
     def judged() -> Iterator[pa.Table]:
         first = 0
-        for table in read_batches(source):
+        for table in read_batches(require_file(shard.step_file(*rows))):
             end = first + table.num_rows
             joined = _join(table, findings.take_until(end), first) if findings else table
-            yield _checked(step, table, step.judge(joined, settings))
+            yield _checked(step, table, step.judge(joined, settings) if step.judge else joined)
             first = end
 
-    kept, rejected = write_judged(shard, step.name, judged())
+    kept, rejected = _write_judged(shard, step.name, judged())
     write_record(shard, step.name, key, kept=kept, rejected=rejected)
 
 
-def write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
-    """Write judged rows to `kept` and, with their reason, to `rejected`; memory holds one table.
-
-    Return how many rows were kept, and rejected by reason.
-    """
+def _write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tuple[int, dict[str, int]]:
+    """Write kept and rejected rows, one table at a time. Return the number kept, and rejected by reason."""
     num_kept, reasons = 0, Counter[str]()
     with (
         atomic_write(shard.step_file(name)) as kept_path,
@@ -297,32 +357,29 @@ def write_judged(shard: DatasetDir, name: str, judged: Iterator[pa.Table]) -> tu
             kept.write_table(table.filter(is_kept).drop_columns(["reason"]))
             num_kept += table["reason"].null_count
             if table["reason"].null_count < table.num_rows:
-                refused = table.filter(pc.invert(is_kept))
-                rejected.write_table(refused)
-                reasons.update(refused["reason"].to_pylist())
+                rejected_rows = table.filter(pc.invert(is_kept))
+                rejected.write_table(rejected_rows)
+                reasons.update(rejected_rows["reason"].to_pylist())
     return num_kept, dict(reasons)
-
-
-def summarize_step(name: str, unit: str, kept: int, rejected: dict[str, int]) -> StepSummary:
-    """Return the summary of a step from its counts."""
-    return StepSummary(name, unit, kept + sum(rejected.values()), kept, rejected)
 
 
 @contextmanager
 def record_cost(dataset: DatasetDir, journal: Journal, stats: RequestStats) -> Iterator[None]:
-    """Add the requests made meanwhile to the cost of the dataset: seconds of all passes with requests, sums of the journal."""
+    """Add the requests sent in this context, and its seconds, to the recorded cost of the dataset."""
     asked, start = stats.asked, time.monotonic()
     try:
         yield
     finally:
         before = {"asked": 0, "timed": 0, "seconds": 0.0} | dataset.read_cost()
         totals = journal.totals()
-        if stats.asked > asked or totals["asked"] != before["asked"]:  # a dry run may have asked for all
-            timed = before["timed"] + stats.asked - asked  # a killed pass leaves no time
-            seconds = round(before["seconds"] + (time.monotonic() - start if stats.asked > asked else 0.0), 1)
-            read, written = journal.likely_tokens()
-            tokens = {"prompt_tokens": read, "reply_tokens": written}
-            write_json(dataset.cost, {**totals, **tokens, "timed": timed, "seconds": seconds})
+        newly_asked = stats.asked - asked
+        # A dry run leaves requests in the journal, and a killed run leaves no time.
+        if newly_asked or totals["asked"] != before["asked"]:
+            seconds = time.monotonic() - start if newly_asked else 0.0
+            times = {"timed": before["timed"] + newly_asked, "seconds": round(before["seconds"] + seconds, 1)}
+            read_tokens, written_tokens = journal.likely_tokens()
+            tokens = {"prompt_tokens": read_tokens, "reply_tokens": written_tokens}
+            write_json(dataset.cost, {**totals, **tokens, **times})
 
 
 class _InOrder:
@@ -349,22 +406,20 @@ class _InOrder:
 
 
 def _join(table: pa.Table, findings: pa.Table, first: int) -> pa.Table:
-    """Add the columns of findings to the rows that they name; null for all others."""
+    """Add the columns of `findings` to their rows, null elsewhere. `first` is the number of the first row."""
     index = np.full(table.num_rows, -1)
     index[findings["row"].to_numpy() - first] = np.arange(findings.num_rows)
     if np.count_nonzero(index >= 0) != findings.num_rows:
-        raise TableError("a comparison named a row twice", hint="please report this bug")
+        raise TableError("a comparison named a row twice", hint=BUG_HINT)
     indices = pa.array(index, mask=index < 0)
     for name in findings.column_names[1:]:
         table = table.append_column(findings.schema.field(name), findings[name].take(indices))
     return table
 
 
-def _checked(step: RowStep, given: pa.Table, judged: pa.Table) -> pa.Table:
+def _checked(step: RowStep, rows: pa.Table, judged: pa.Table) -> pa.Table:
     require_columns(judged, "annotation_id", "reason")
-    if not judged["annotation_id"].equals(given["annotation_id"]):
-        raise TableError(
-            f"step {step.name} was given {given.num_rows} rows and returned {judged.num_rows}, or others",
-            hint="this is a bug in the step; please report it",
-        )
+    if not judged["annotation_id"].equals(rows["annotation_id"]):
+        change = f"was given {rows.num_rows} rows and returned {judged.num_rows}, or others"
+        raise TableError(f"step {step.name} {change}", hint=BUG_HINT)
     return judged

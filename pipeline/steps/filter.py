@@ -1,4 +1,4 @@
-"""Step: filter. Reject texts that break a rule (pipeline/rules.py), and say which texts are in excluded data."""
+"""Step: filter. Reject texts that break a rule (pipeline/rules.py), and mark texts of excluded data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,30 +13,33 @@ from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.sources.exclusions import TextIndex
 from pipeline.steps.base import RowStep, Services
 from pipeline.storage.files import read_batches
+from pipeline.tables import STRING
 from pipeline.tasks import Tasks
 
 
 @dataclass(frozen=True, slots=True)
 class FilterSettings:
-    """What the step filter reads."""
+    """The settings of the step filter."""
 
     bounds: FilterConfig
     tasks: Tasks
 
 
-def find_contaminated(_: DatasetDir, path: Path, __: FilterSettings, services: Services) -> Iterator[pa.Table]:
-    """Yield the rows of a shard with `contaminated_by`: the excluded dataset that has their text. None is rejected."""
+def find_contaminated(
+    _: DatasetDir, path: Path, __: FilterSettings, services: Services
+) -> Iterator[pa.Table]:
+    """Append `contaminated_by`, the name of the excluded dataset that holds the text. No row is rejected."""
     index = TextIndex.of(read_exclusions(services.dataset))
     for table in read_batches(path):
         texts = pc.coalesce(table["text"], table["question"]).to_pylist()
         names = [index.find(text) if text else None for text in texts]
-        yield table.append_column("contaminated_by", pa.array(names, pa.string()))
+        yield table.append_column("contaminated_by", pa.array(names, STRING))
 
 
 def judge_texts(table: pa.Table, settings: FilterSettings) -> pa.Table:
-    """Filter rows; see `filter_annotations`."""
+    """Filter rows. See `filter_annotations`."""
     if "contaminated_by" not in table.column_names:
-        table = table.append_column("contaminated_by", pa.nulls(table.num_rows, pa.string()))
+        table = table.append_column("contaminated_by", pa.nulls(table.num_rows, STRING))
     names = tuple(task.name for task in settings.tasks.asked)
     return filter_annotations(table, settings.bounds, own_prompt_grams(names), settings.tasks)
 
@@ -49,12 +52,12 @@ STEP = RowStep(
     is_prepared=lambda plan: bool(plan.config.exclude),
     judge=judge_texts,
     advice={
-        "other_language": "say which language the texts are in: --language (filter.language)",
+        "other_language": "set the language of the texts: --language (filter.language)",
         "too_short": "lower filter.min_caption_words or filter.min_question_words",
         "too_long": "raise filter.max_caption_words, filter.max_question_words or filter.max_answer_words",
         "repetitive": "raise filter.max_duplicate_trigram_frac or lower filter.min_distinct_word_frac",
         "refusal": "they read like refusals of a model: `synth report` shows them",
         "unanswerable": "ask for answers that the image shows: generate.prompt_dir",
-        "answer_in_question": "ask otherwise: generate.prompt_dir",
+        "answer_in_question": "change the prompt: generate.prompt_dir",
     },
 )

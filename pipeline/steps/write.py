@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.dataset.statistics import DatasetStatistics, merge
 from pipeline.dataset.version import Version
 from pipeline.digests import annotation_digest
 from pipeline.errors import TableError
-from pipeline.steps.base import ROW, AllRows, Step, Work, summarize_step
+from pipeline.steps.base import BUG_HINT, ROW, AllRows, Step, Work, summarize_step
 from pipeline.storage.database import load, open_database, read
 from pipeline.storage.files import read_batches, scratch_folder, write_table
 from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, fields
@@ -27,128 +27,144 @@ from pipeline.tables import NO_EXTRAS, REJECTIONS, SPLITS, STRING, Extras, field
 NAME = "write"
 REJECTED = pa.schema(fields(STRING, "sample_id", "reason"))
 IMAGES = pa.schema([ROW, *fields(STRING, "image_group", "sample_id")])
+COUNT_GROUPS = """
+SELECT count(*) FROM (
+    SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1
+)
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenRows:
-    """The rows of one shard, as Parquet files."""
+    """The rows of one shard, as Parquet files in the folder `path`.
 
-    path: Path  # the folder of the files
+    `counts` are by split. `files` maps file names to their entries in a manifest. `rows` has no digests.
+    """
+
+    path: Path
     columns: list[str]
-    rows: dict[str, int]  # by split
-    files: dict[str, Any]  # what a manifest says of each
-    licenses: list[str]
-    without_annotation: int  # samples that are in no row
-    statistics: DatasetStatistics
-    examples: list[dict[str, Any]]
+    counts: dict[str, int]
+    files: dict[str, Any]
+    rows: Rows
 
 
 def write_rows(
-    shard: DatasetDir,
-    path: Path,
-    steps: Sequence[str],
-    source: dict[str, Any],
-    extras: Extras = NO_EXTRAS,
+    shard: DatasetDir, path: Path, steps: Sequence[str], source: dict[str, Any], extras: Extras = NO_EXTRAS
 ) -> WrittenRows:
-    """Write the rows of a shard to Parquet files in an empty folder, and its digests and rejections to its step files.
+    """Write the rows of a shard to files in an empty folder, and digests and rejections to step files.
 
-    `steps` are the names of all steps before this one that reject rows; `source` is its provenance.
+    `steps` are the names of all earlier steps that reject rows. `source` is the provenance of the images.
     """
-    rows, writer = Rows(), RowWriter(path, extras)
+    rows, writer, has_decks = Rows(), RowWriter(path, extras), bool(source.get("decks"))
     annotations, samples = read_batches(shard.step_file("review")), read_samples(shard)
-    for table in build_rows(annotations, samples, source["name"], rows, extras, decks=bool(source.get("decks"))):
+    for table in build_rows(annotations, samples, source["name"], rows, extras, decks=has_decks):
         writer.add(table)
     files = writer.close()
     rejected = pa.table([rows.rejected, [NO_ANNOTATION] * len(rows.rejected)], schema=REJECTED)
     write_table(shard.step_file(NAME, "rejected"), [rejected], REJECTED)
-    rejections = [*read_rejections(shard, steps), list_rejections(NAME, rejected)]
+    rejections = [*_read_rejections(shard, steps), list_rejections(NAME, rejected)]
     write_table(shard.step_file(NAME, "rejections"), rejections, REJECTIONS)
     write_table(shard.step_file(NAME, "digests"), rows.digests, DIGESTS)
-    return WrittenRows(
-        path, writer.columns, writer.counts(), files, sorted(rows.licenses), len(rows.rejected), rows.statistics, rows.examples
-    )
+    return WrittenRows(path, writer.columns, writer.counts(), files, replace(rows, digests=[]))
 
 
-def read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
-    """Yield what the steps of a shard rejected (tables.REJECTIONS), in order."""
+def _read_rejections(shard: DatasetDir, steps: Iterable[str]) -> Iterator[pa.Table]:
     for step in steps:
         for table in read_batches(require_file(shard.step_file(step, "rejected"))):
             yield list_rejections(step, table)
 
 
 def list_rejections(step: str, table: pa.Table) -> pa.Table:
-    """Return the rejections (tables.REJECTIONS) of the rows that a step rejected.
+    """Return the rejections (tables.REJECTIONS) of rows that a step rejected.
 
-    A row names its subject by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final text.
-    The text itself may be the reason of the rejection, and is left out.
+    A row is named by `source_row`, by `sample_id`, or by `sample_id` and the digest of the annotation's final
+    text. The text itself may be the reason of the rejection, and is left out.
     """
-    digests = ((row, annotation_digest(row) if "task" in row else None) for row in table.to_pylist())
-    return pa.Table.from_pylist([row | {"step": step, "content_digest": digest} for row, digest in digests], schema=REJECTIONS)
+    rows = table.to_pylist()
+    for row in rows:
+        row["step"] = step
+        row["content_digest"] = annotation_digest(row) if "task" in row else None
+    return pa.Table.from_pylist(rows, schema=REJECTIONS)
 
 
 class WriteStep(Step):
-    """Writes what all steps kept as one version, unless the newest version holds just that."""
+    """Writes all kept rows as one version, unless the newest version already holds them."""
 
     def run(self, work: Work, before: str) -> None:
         """See Step."""
-        executor, dataset = work.executor, work.plan.dataset
+        plan, executor, dataset = work.plan, work.executor, work.plan.dataset
         executor.wait()
+        first_shard = executor.shards[0]
         source = read_record(dataset, "read")["source"]
-        model = read_record(executor.shards[0], "ask")["model"]
-        provenance = describe_provenance(work.plan.config, work.plan.tasks, source, model)
+        model = read_record(first_shard, "ask")["model"]
+        provenance = describe_provenance(plan.config, plan.tasks, source, model)
         names = [summary.step for summary in work.summaries if summary.step != "ask"]
-        outputs = [output_digest(shard, name, of) for shard in executor.shards for name in names for of in OUTPUTS]
-        key = step_key(NAME, [provenance, source], (), [*outputs, output_digest(executor.shards[0], before)])
+        inputs = [
+            output_digest(shard, step, file)
+            for shard in executor.shards
+            for step in names
+            for file in OUTPUTS
+        ]
+        key = step_key(NAME, [provenance, source], (), [*inputs, output_digest(first_shard, before)])
         newest = dataset.versions()[-1:]
         folders = list(dict.fromkeys([*executor.shards, dataset]))
         is_written = all(is_done(folder, NAME, key) for folder in folders)
         if newest and is_written and read_record(dataset, NAME)["version"] == newest[0].name:
             work.version, work.is_new = newest[0], False
-        else:
-            executor.check()
-            with scratch_folder(dataset.path / "versions") as draft:
-                write = partial(write_rows, steps=names, source=source, extras=row_extras(work.plan.config, work.plan.tasks))
-                written = executor.map_with_scratch(write, draft)
-                work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
-            for folder in folders:
-                for which in ("digests", "rejections"):  # they are in the version
-                    folder.step_file(NAME, which).unlink(missing_ok=True)
-                write_record(folder, NAME, key, version=work.version.name)
+            return
+        executor.check()
+        with scratch_folder(dataset.path / "versions") as draft:
+            extras = row_extras(plan.config, plan.tasks)
+            write = partial(write_rows, steps=names, source=source, extras=extras)
+            written = executor.map_with_scratch(write, draft)
+            work.version, work.is_new = publish_shards(work, written, draft, source, provenance)
+        for folder in folders:
+            # The version holds these tables.
+            for name in ("digests", "rejections"):
+                folder.step_file(NAME, name).unlink(missing_ok=True)
+            write_record(folder, NAME, key, version=work.version.name)
 
     def summarize(self, work: Work) -> StepSummary:
         """See Step."""
         assert work.version
-        return summarize_version(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
+        return _summarize(work.version.num_rows, work.summaries[0].kept - work.version.num_rows)
 
 
 def publish_shards(
-    work: Work, written: Sequence[WrittenRows], draft: Path, source: dict[str, Any], provenance: dict[str, Any]
+    work: Work,
+    written: Sequence[WrittenRows],
+    draft: Path,
+    source: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> tuple[Version, bool]:
-    """Make one version of the rows of all shards, or return the newest one (and False) if that holds the very same rows.
+    """Publish the rows of all shards as one version, or return the newest version and False if it is equal.
 
-    The rows that each shard has `written` lie in files below `draft`, a scratch folder beside the versions. `source` and
-    `provenance` are what the manifest says of the run. Raises TableError if shards do not fit together, StoreError if there is
-    a version of that name by now, or another command has taken over the dataset folder.
+    The files of `written` are below `draft`, a scratch folder next to the versions. `provenance` describes
+    the run in the manifest. Raises TableError if shards have different columns, and StoreError if a version
+    of that name exists by now or another command has taken over the dataset folder.
     """
     plan, shards = work.plan, work.executor.shards
-    rows = {split: sum(part.rows[split] for part in written) for split in SPLITS}
-    funnel = [*work.summaries, summarize_version(sum(rows.values()), sum(part.without_annotation for part in written))]
+    counts = {split: sum(part.counts[split] for part in written) for split in SPLITS}
+    results = [part.rows for part in written]
+    funnel = [*work.summaries, _summarize(sum(counts.values()), sum(len(rows.rejected) for rows in results))]
     if funnel[-1].input != funnel[0].kept:
-        raise TableError(
-            f"step write was given {funnel[0].kept} images and returned {funnel[-1]}", hint="please report this bug"
-        )
+        problem = f"step write was given {funnel[0].kept} images and returned {funnel[-1]}"
+        raise TableError(problem, hint=BUG_HINT)
     columns = {tuple(part.columns) for part in written if part.columns}
     if len(columns) > 1:
-        raise TableError("some samples have columns that others have not", hint="a source fills a column always or never")
-    statistics = reduce(merge, (part.statistics for part in written), DatasetStatistics())
+        hint = "a source fills a column always or never"
+        raise TableError("some samples have columns that others have not", hint=hint)
     all_rows = AllRows([shard.step_file("review") for shard in shards])
     with open_database(plan.dataset.path) as db:
         load(db, "images", all_rows.batches("image_group", "sample_id"), IMAGES)
-        groups = "SELECT image_group FROM images GROUP BY image_group HAVING count(DISTINCT sample_id) > 1"
-        ((group_count,),) = db.sql(f"SELECT count(*) FROM ({groups})").fetchall()  # noqa: S608
-        load(db, "digests", (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests"))), DIGESTS)
+        ((group_count,),) = db.sql(COUNT_GROUPS).fetchall()
+        parts = (part for shard in shards for part in read_batches(shard.step_file(NAME, "digests")))
+        load(db, "digests", parts, DIGESTS)
         digests = pa.concat_tables([DIGESTS.empty_table(), *read(db.sql("FROM digests ORDER BY sample_id"))])
-    contaminated = sum(table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by"))
+    contaminated = sum(
+        table.num_rows - table["contaminated_by"].null_count for table in all_rows.batches("contaminated_by")
+    )
+    statistics = reduce(merge, (rows.statistics for rows in results), DatasetStatistics())
     provenance = provenance | {
         "funnel": [asdict(summary) for summary in funnel],
         "measured": statistics.result(),
@@ -159,39 +175,39 @@ def publish_shards(
         columns=list(columns.pop()) if columns else [],
         extras=row_extras(plan.config, plan.tasks),
         digests=digests,
-        rows=rows,
+        rows=counts,
         files=_number_files(written),
-        licenses=sorted({name for part in written for name in part.licenses}),
-        examples=[row for part in written for row in part.examples][:CARD_SAMPLES],
+        licenses=sorted({name for rows in results for name in rows.licenses}),
+        examples=[row for rows in results for row in rows.examples][:CARD_SAMPLES],
     )
     rejections = (table for shard in shards for table in read_batches(shard.step_file(NAME, "rejections")))
     return publish_version(plan.dataset, draft, content, provenance, rejections, work.executor.check)
 
 
-def summarize_version(rows: int, without_annotation: int) -> StepSummary:
-    """Return the summary of this step: images that are rows, and images of which no annotation is left."""
-    return summarize_step(NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {})
+def _summarize(rows: int, without_annotation: int) -> StepSummary:
+    return summarize_step(
+        NAME, "images", rows, {NO_ANNOTATION: without_annotation} if without_annotation else {}
+    )
 
 
 def count_reviews(shards: Sequence[DatasetDir]) -> dict[str, int]:
-    """Return how many annotations were reviewed, by verdict; nothing where none was."""
+    """Return how many annotations were reviewed, by verdict, or {} without reviews."""
     counts: Counter[str] = Counter()
     for shard in shards:
-        for which in OUTPUTS:
-            for table in read_batches(shard.step_file("review", which), ["review"]):
-                if table["review"].null_count < table.num_rows:
-                    counts.update(review["verdict"] for review in table["review"].to_pylist() if review)
+        for name in OUTPUTS:
+            for table in read_batches(shard.step_file("review", name), ["review"]):
+                counts.update(review["verdict"] for review in table["review"].drop_null().to_pylist())
     return {verdict: counts[verdict] for verdict in ("good", "bad", "edited")} if counts else {}
 
 
 def _number_files(written: Sequence[WrittenRows]) -> list[tuple[Path, str, dict[str, Any]]]:
-    """Return each file of all shards with its name in the version: files of a split are numbered in the order of shards."""
+    """Return each file with its name in the version and its entry. The files of a split are numbered."""
     files = []
     numbers: Counter[str] = Counter()
     for part in written:
-        for name, described in part.files.items():
+        for name, entry in part.files.items():
             split = name.rpartition("-")[0]
-            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", described))
+            files.append((part.path / name, f"{split}-{numbers[split]:05d}.parquet", entry))
             numbers[split] += 1
     return files
 

@@ -1,6 +1,5 @@
-"""Check: every kind of damage in a dataset folder is found, and what is said to do about it helps."""
+"""Every kind of damage in a dataset folder is reported, and the hint repairs it."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from pipeline.check import check_dataset
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
+from pipeline.digests import file_digest
 from pipeline.errors import StoreError
 from pipeline.run import generate_dataset
 
@@ -34,78 +34,85 @@ def flip(path: Path, place: float = 0.5) -> None:
     path.write_bytes(data)
 
 
-def rot_a_page(path: Path) -> None:
-    """Flip a bit within the largest page: its header has no checksum."""
+def damage_page(path: Path) -> None:
+    """Flip a bit in the largest page, whose header has no checksum."""
     group = pq.read_metadata(path).row_group(0)
-    chunk = max((group.column(n) for n in range(group.num_columns)), key=lambda chunk: chunk.total_compressed_size)
+    chunks = [group.column(n) for n in range(group.num_columns)]
+    chunk = max(chunks, key=lambda chunk: chunk.total_compressed_size)
     data = bytearray(path.read_bytes())
     data[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 5] ^= 0x10
     path.write_bytes(data)
 
 
-def rot_a_reply(dataset: DatasetDir) -> None:
+def damage_reply(dataset: DatasetDir) -> None:
     data = bytearray(dataset.journal.read_bytes())
     place = data.index(b'{"caption":"') + 15
     data[place] ^= 1
     dataset.journal.write_bytes(data)
 
 
+def manifest_of(dataset: DatasetDir) -> Path:
+    return dataset.version().path / "manifest.json"
+
+
 DAMAGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
-    "a rotten reply": (rot_a_reply, "journal/local.sqlite"),
-    "a journal that is none": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
-    "a rotten page of a step": (lambda d: rot_a_page(d.step_file("filter")), "steps/filter/kept.parquet"),
-    "settings that are none": (lambda d: d.run_file.write_text("{"), "run.json"),
-    "a rotten shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
-    "a manifest that is none": (lambda d: (d.version().path / "manifest.json").write_text("[]"), "versions/v1.0.0"),
+    "a damaged reply": (damage_reply, "journal/local.sqlite"),
+    "an invalid journal": (lambda d: d.journal.write_bytes(b"x" * 9999), "journal/local.sqlite"),
+    "a damaged page of a step": (lambda d: damage_page(d.step_file("filter")), "steps/filter/kept.parquet"),
+    "invalid settings": (lambda d: d.run_file.write_text("{"), "run.json"),
+    "a damaged shard": (lambda d: flip(d.version().shards("train")[0]), "versions/v1.0.0"),
+    "an invalid manifest": (lambda d: manifest_of(d).write_text("[]"), "versions/v1.0.0"),
 }
 
 
-def test_a_sound_folder_is_sound(dataset: DatasetDir) -> None:
+def test_intact_folder_has_no_damage(dataset: DatasetDir) -> None:
     checked = list(check_dataset(dataset))
     assert [result for result in checked if not result.is_ok] == []
-    names = " ".join(result.what for result in checked)
-    assert all(part in names for part in ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0"))
+    names = " ".join(result.path for result in checked)
+    parts = ("local.sqlite", "steps/read", "steps/review", "run.json", "versions/v1.0.0")
+    assert all(part in names for part in parts)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damage_is_found_where_it_is_with_what_to_do(name: str, dataset: DatasetDir) -> None:
+def test_damage_is_reported_with_place_and_hint(name: str, dataset: DatasetDir) -> None:
     damage, where = DAMAGES[name]
     damage(dataset)
     bad = [result for result in check_dataset(dataset) if not result.is_ok]
     assert len(bad) == 1
-    assert where in bad[0].what
+    assert where in bad[0].path
     assert bad[0].hint
 
 
-def test_repair_keeps_the_intact_replies_and_a_run_that_needs_the_rest_asks_it(dataset: DatasetDir) -> None:
+def test_repair_keeps_intact_replies_and_next_run_asks_for_the_rest(dataset: DatasetDir) -> None:
     digest = dataset.version().manifest["digest"]
-    rot_a_reply(dataset)
-    (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.what]
-    assert "repaired: 15 replies are kept, 1 removed; of 1 requests that were sent there is none" in repaired.found
+    damage_reply(dataset)
+    (repaired,) = [result for result in check_dataset(dataset, repair=True) if "local.sqlite" in result.path]
+    assert "repaired: 15 replies are kept, 1 removed; 1 sent requests have no reply" in repaired.state
     config = resolve(source="scenes", limit=8, tasks=["caption"])
-    assert generate_dataset(config, dataset.path).stats.asked == 0  # what follows from the reply is there
+    # The step files contain the removed reply.
+    assert generate_dataset(config, dataset.path).stats.asked == 0
     dataset.step_file("ask").unlink()
     result = generate_dataset(config, dataset.path)
     assert result.stats.asked == 1
     assert result.version.manifest["digest"] == digest
 
 
-def test_a_check_changes_nothing(dataset: DatasetDir) -> None:
+def test_check_changes_no_file(dataset: DatasetDir) -> None:
     def contents() -> dict[str, str]:
-        files = (path for path in dataset.path.rglob("*") if path.is_file() and not path.name.endswith(("-wal", "-shm")))
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        files = (path for path in dataset.path.rglob("*") if path.is_file())
+        return {str(path): file_digest(path) for path in files if not path.name.endswith(("-wal", "-shm"))}
 
-    rot_a_page(dataset.step_file("filter"))
+    damage_page(dataset.step_file("filter"))
     before = contents()
     list(check_dataset(dataset))
     assert contents() == before
 
 
-def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset: DatasetDir) -> None:
+def test_hint_for_version_without_manifest_recovers_the_version(dataset: DatasetDir) -> None:
     version = dataset.version()
-    (version.path / "manifest.json").unlink()
+    manifest_of(dataset).unlink()
     (bad,) = [result for result in check_dataset(dataset) if not result.is_ok]
-    assert (bad.what, bad.found) == (str(version.path), "it has no manifest.json")
+    assert (bad.path, bad.state) == (str(version.path), "it has no manifest.json")
     with pytest.raises(StoreError, match=r"v1\.0\.0: a folder is in the way"):
         generate_dataset(resolve(source="scenes", limit=8, tasks=["caption"]), dataset.path)
     version.path.rename(dataset.path / "away")
@@ -114,7 +121,7 @@ def test_a_version_without_its_manifest_is_found_and_what_is_said_helps(dataset:
 
 
 @pytest.mark.parametrize("name", ["steps/read/parts/00000.parquet", f"images/{'0' * 32}.parquet"])
-def test_images_that_are_damaged_come_from_the_source_again(name: str, tmp_path: Path) -> None:
+def test_hint_for_damaged_images_is_to_read_the_source_again(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"PAR1")

@@ -1,4 +1,4 @@
-"""Names that are published: of models, without a place on anybody's disk."""
+"""Published names of models contain no local path."""
 
 from pathlib import Path
 
@@ -12,17 +12,21 @@ from pipeline.digests import public_name, without_folders
     [
         ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
         ("tiny-vit", "tiny-vit"),
-        ("/scratch/somebody/clip-ft", "clip-ft"),  # of another machine
+        # A path of another machine.
+        ("/scratch/somebody/clip-ft", "clip-ft"),
         ("~/models/clip-ft", "clip-ft"),
         ("./clip-ft", "clip-ft"),
     ],
 )
-def test_a_path_loses_its_folders_wherever_it_was(name: str, published: str) -> None:
+def test_path_of_model_loses_its_folders(name: str, published: str) -> None:
     assert without_folders(name) == published == public_name(f"{name}@0123abcd")
 
 
-def test_a_folder_of_this_machine_loses_the_ones_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_loses_folders_only_if_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert without_folders("models/mine") == "mine"
-    assert without_folders("models/theirs") == "models/theirs"  # which may be of the Hub
+    # It may be a name on the Hub.
+    assert without_folders("models/theirs") == "models/theirs"

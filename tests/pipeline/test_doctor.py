@@ -1,4 +1,4 @@
-"""Doctor: findings about the machine, tested on the output of other machines."""
+"""Findings about the machine, tested on the output of other machines."""
 
 import platform
 from pathlib import Path
@@ -12,29 +12,29 @@ from pipeline.install import installed_version
 
 
 @pytest.mark.parametrize(
-    ("listed", "is_ok", "found"),
+    ("listed", "is_ok", "result"),
     [
         ("NVIDIA H100, 81559, 2000\nNVIDIA H100, 81559, 81000\n", True, "2 x NVIDIA H100, 79 of 80 GiB free"),
         ("NVIDIA T4, 15360, 3000\n", False, "1 x NVIDIA T4, 3 of 15 GiB free"),
         ("NVIDIA GB10, [N/A], [N/A]\n", False, "nvidia-smi lists none"),
     ],
 )
-def test_the_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, found: str) -> None:  # noqa: FBT001
+def test_gpu_with_most_free_memory_decides(listed: str, is_ok: bool, result: str) -> None:  # noqa: FBT001
     finding = judge_gpus(listed)
-    assert (finding.ok, finding.found, bool(finding.hint)) == (is_ok, found, not is_ok)
+    assert (finding.is_ok, finding.result, bool(finding.hint)) == (is_ok, result, not is_ok)
 
 
-def test_an_interpreter_that_has_no_vllm_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_without_vllm_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VLLM_PYTHON, "/bin/false")
-    (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
-    assert not vllm.ok
+    (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
+    assert not vllm.is_ok
     monkeypatch.setenv(VLLM_PYTHON, "/does/not/exist")
-    (vllm,) = [finding for finding in examine() if finding.what == "vllm"]
-    assert "cannot be run" in vllm.found
+    (vllm,) = [finding for finding in examine() if finding.name == "vllm"]
+    assert "cannot be run" in vllm.result
 
 
 def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
-    """Make a folder with a sparse file of weights in two parts, and others that do not count."""
+    """Create a folder with sparse weights in two files, and a file that is not counted."""
     folder.mkdir()
     for number in range(2):
         with (folder / f"model-{number}.{suffix}").open("wb") as file:
@@ -43,25 +43,28 @@ def model_of(folder: Path, size: int, suffix: str = "safetensors") -> str:
     return str(folder)
 
 
-def test_a_model_fits_if_its_weights_and_a_fifth_more_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_fits_if_memory_holds_its_weights_and_a_fifth_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "_free_memory_gib", lambda: (8.0, "the GPU"))
     small = examine(model_of(tmp_path / "Qwen2.5-VL-3B", 6 << 30))[0]
-    assert (small.what, small.ok, small.hint) == ("model", True, "")
-    assert "6.0 GiB of weights, 8.0 GiB free in the GPU" in small.found
+    assert (small.name, small.is_ok, small.hint) == ("model", True, "")
+    assert "6.0 GiB of weights, 8.0 GiB free in the GPU" in small.result
     large = examine(model_of(tmp_path / "large", 7 << 30, "bin"))[0]
-    assert not large.ok and "it wants 8.4 GiB" in large.hint
+    assert not large.is_ok and "it needs 8.4 GiB" in large.hint
     twice = Path(model_of(tmp_path / "twice", 6 << 30))
     (twice / "pytorch_model.bin").write_bytes(bytes(99))
-    assert weights_bytes(str(twice)) == 6 << 30  # the same weights in another format
+    # The second file holds the same weights in another format.
+    assert weights_bytes(str(twice)) == 6 << 30
 
 
-def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_fails_with_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    assert examine(str(tmp_path / "empty"))[0].found.endswith("has no weights")
+    assert examine(str(tmp_path / "empty"))[0].result.endswith("has no weights")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for name, told in (("no name", "not the name of a model"), ("ORG/NAME", "does not answer")):
+    for name, problem in (("no name", "not the name of a model"), ("ORG/NAME", "does not answer")):
         finding = examine(name)[0]
-        assert not finding.ok and told in finding.found and finding.hint
+        assert not finding.is_ok and problem in finding.result and finding.hint
 
 
 def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,5 +72,7 @@ def test_every_failure_has_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
     findings = examine()
-    assert all(finding.hint for finding in findings if not finding.ok)
-    assert findings[0].found == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+    assert all(finding.hint for finding in findings if not finding.is_ok)
+    assert (
+        findings[0].result == f"synth-captioner {installed_version()} on Python {platform.python_version()}"
+    )

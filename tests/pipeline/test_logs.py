@@ -1,4 +1,4 @@
-"""Tests of pipeline/logs.py."""
+"""Log records are appended to a file of the folder, and to stderr on request."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from pipeline import logs
 
 
 @pytest.fixture(autouse=True)
-def loggers_as_before() -> Iterator[None]:
+def restored_loggers() -> Iterator[None]:
     roots = [logging.getLogger(name) for name in ("pipeline", "trainer")]
     before = [(root.handlers[:], root.level, root.propagate) for root in roots]
     yield
@@ -20,26 +20,26 @@ def loggers_as_before() -> Iterator[None]:
         root.handlers[:], root.level, root.propagate = handlers, level, propagates
 
 
-def test_a_folder_gets_a_log_with_its_first_record_and_none_after(tmp_path: Path) -> None:
+def test_first_record_creates_the_log_and_later_records_are_not_added(tmp_path: Path) -> None:
     log = logging.getLogger("pipeline.storage.lock")
     with logs.log_to(tmp_path):
         assert list(tmp_path.iterdir()) == []
         log.warning("not renewed: %s", "the store was away")
         log.debug("a detail")
     log.warning("too late")
-    lines = (tmp_path / logs.FILE).read_text().splitlines()
-    assert [line.partition("WARNING ")[2] for line in lines] == ["pipeline.storage.lock: not renewed: the store was away"]
+    (line,) = (tmp_path / logs.FILE).read_text().splitlines()
+    assert line.endswith("WARNING pipeline.storage.lock: not renewed: the store was away")
 
 
-def test_a_worker_that_enters_a_folder_twice_logs_once(tmp_path: Path) -> None:
+def test_folder_kept_twice_logs_each_record_once(tmp_path: Path) -> None:
     logs.keep_log_in(tmp_path)
     logs.keep_log_in(tmp_path)
     logging.getLogger("pipeline.executors").warning("once")
     assert (tmp_path / logs.FILE).read_text().count("once") == 1
 
 
-def test_verbose_shows_details_on_standard_error() -> None:
-    code = "import logging; from pipeline.logs import show_log; show_log(); logging.getLogger('trainer.x').debug('a detail')"
+def test_show_log_prints_debug_records_to_stderr() -> None:
+    code = "import logging, pipeline.logs as logs; logs.show_log(); logging.getLogger('trainer.x').debug('x')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "DEBUG trainer.x: a detail" in result.stderr
+    assert "DEBUG trainer.x: x" in result.stderr
     assert result.stdout == ""

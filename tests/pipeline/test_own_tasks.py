@@ -1,4 +1,4 @@
-"""Own tasks in settings: files of tasks are read whole, and each mistake is one error before anything is asked."""
+"""Custom tasks in settings: files are read completely, and mistakes are reported before any request."""
 
 import json
 from pathlib import Path
@@ -19,30 +19,37 @@ def need(name: str, *needs: str) -> dict[str, Any]:
     return {"name": name, "kind": "text", "prompt": prompt, "needs": list(needs)}
 
 
-def test_a_task_brings_the_texts_of_the_files_that_it_names(tmp_path: Path) -> None:
+def test_task_file_includes_texts_of_named_files(tmp_path: Path) -> None:
     (tmp_path / "a.j2").write_text("Say it.")
-    (tmp_path / "a.json").write_text('{"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}')
+    schema = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}}
+    (tmp_path / "a.json").write_text(json.dumps(schema))
     (tmp_path / "a.yaml").write_text("{name: a, kind: text, prompt: a.j2, output: a.json, field: z}")
     config = resolve(source="folder:x", own_tasks=[tmp_path / "a.yaml"])
     (task,) = config.own_tasks
     assert task.prompt == "Say it." and config.tasks == ("a",)
-    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == ["z", "a"]  # a model writes fields in this order
+    # A model writes fields in this order.
+    assert [*config.model_dump()["own_tasks"][0]["output"]["properties"]] == ["z", "a"]
     assert resolve(**config.model_dump(mode="json")) == config
 
 
-def test_own_tasks_are_asked_beside_those_that_are_named() -> None:
+def test_custom_tasks_are_added_to_named_tasks() -> None:
     config = resolve(source="folder:x", own_tasks=[TEXT], tasks=["qa"])
     assert config.tasks == ("qa", "t") and request_plan(config).pairs == (("qa", ""), ("t", ""))
     caption = TEXT | {"name": "alt_text", "kind": "caption"}
     assert request_plan(resolve(source="folder:x", own_tasks=[caption])).pairs == (("alt_text", "alt-text"),)
 
 
-def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
+def test_task_is_asked_one_round_after_its_needs() -> None:
     tasks = [need("c", "b", "brief"), need("b", "a"), need("a")]
     config = resolve(source="folder:x", own_tasks=tasks, tasks=["caption"])
     plan = request_plan(config)
-    assert [sorted(name for name, _ in part) for part in plan.rounds] == [["a", "caption", "caption"], ["b"], ["c"]]
+    rounds = [sorted(name for name, _ in part) for part in plan.rounds]
+    assert rounds == [["a", "caption", "caption"], ["b"], ["c"]]
     check_prompts(plan, has_checks=True)
+
+
+def text_task(prompt: str) -> str:
+    return f"{{name: t, kind: text, prompt: '{prompt}'}}"
 
 
 @pytest.mark.parametrize(
@@ -51,25 +58,25 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text}", "prompt is missing"),
         ("{name: t, kind: poem, prompt: a}", "bad value for kind: 'poem' is not one of"),
         ("{name: t, kind: text, prompt: a, min_word: 3}", "unknown config key: min_word"),
-        ("{name: T, kind: text, prompt: a}", "bad value for name: 'T' is not the name of a task, in lower case"),
+        ("{name: T, kind: text, prompt: a}", "'T' is not the name of a task, in lower case"),
         ("[1]", "must contain keys and values"),
-        ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
-        ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
-        ("{name: t, kind: text, prompt: '{{ results.ocr }}'}", "uses results.ocr, which its task does not need"),
+        (text_task("lost.j2"), "lost.j2"),
+        (text_task("{{ row.title }}"), "uses row.title, and no such column is mapped"),
+        (text_task("{{ results.ocr }}"), "uses results.ocr, which its task does not need"),
         ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which is not asked"),
-        ("{name: t, kind: text, prompt: '{{ results.t }}', needs: [t]}", "tasks need each other in a circle: t"),
-        ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
-        ("{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}", "the prompt t cannot be rendered: No filter named 'random'"),
-        ("{name: t, kind: text, prompt: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'}", "maximum recursion depth"),
-        ("{name: alt_x, kind: caption, prompt: a}", "alt_x is the name of a built-in task or of a caption style"),
-        ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
-        ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
+        ("{name: t, kind: text, prompt: a, needs: [t]}", "tasks need each other in a circle: t"),
+        (text_task("{{ row }}"), "cannot be rendered: name one of its values"),
+        (text_task("{{ [1, 2] | random }}"), "the prompt t cannot be rendered: No filter named 'random'"),
+        (text_task("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "maximum recursion depth"),
+        ("{name: alt_x, kind: caption, prompt: a}", "is the name of a built-in task or of a caption style"),
+        (text_task("{{ nothing }}"), "cannot be rendered: 'nothing' is undefined"),
+        (text_task("{% if %}"), "the prompt t cannot be read"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "shows no image and nothing else of it"),
         ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
     ],
 )
-def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:
+def test_invalid_task_is_refused_with_hint(text: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         styles = {"caption_styles": ["plain", "alt-x"]}
@@ -78,12 +85,12 @@ def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: P
     assert complaint in str(raised.value) and raised.value.hint
 
 
-def test_two_tasks_of_one_name_are_an_error() -> None:
+def test_two_tasks_with_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="two custom tasks have the name t"):
         resolve(source="folder:x", own_tasks=[TEXT, TEXT])
 
 
-def test_a_prompt_knows_the_language_of_its_task() -> None:
+def test_prompt_contains_language_of_its_task() -> None:
     for language, words in (("de", "German"), ("any", ""), (None, "French")):
         task = TEXT | {"prompt": "Write in [{{ language }}].", "language": language}
         config = resolve(source="folder:x", own_tasks=[task], filter={"language": "fr"})
@@ -91,7 +98,7 @@ def test_a_prompt_knows_the_language_of_its_task() -> None:
         assert request.text.startswith(f"Write in [{words}].")
 
 
-def test_a_manifest_names_no_file_even_beside_one_that_an_option_names(tmp_path: Path) -> None:
+def test_manifest_cannot_name_files_of_tasks(tmp_path: Path) -> None:
     (tmp_path / "secret.j2").write_text("a private key")
     (tmp_path / "mine.yaml").write_text("{name: mine, kind: text, prompt: Look.}")
     task = TEXT | {"prompt": str(tmp_path / "secret.j2")}
@@ -107,7 +114,7 @@ def test_a_manifest_names_no_file_even_beside_one_that_an_option_names(tmp_path:
             resolve(manifest)
 
 
-def test_an_option_takes_the_place_of_a_task_of_that_name(tmp_path: Path) -> None:
+def test_option_replaces_task_with_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("{name: t, kind: text, prompt: New.}")
     (tmp_path / "synth.yaml").write_text(json.dumps({"source": "folder:x", "own_tasks": [TEXT, need("u")]}))
     config = resolve(tmp_path / "synth.yaml", own_tasks=[tmp_path / "t.yaml"])

@@ -1,4 +1,4 @@
-"""Init: the file that it writes holds every setting with its default, and the prompts that it writes are used."""
+"""The written settings file lists every default, and the written prompts and tasks are valid."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.tasks.prompts import describe_prompts, render
 from tests.plans import request_plan
 
 
-def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) -> None:
+def test_commented_settings_are_the_defaults(tmp_path: Path) -> None:
     settings, prompts, _ = write_project(tmp_path)
     lines = [re.sub(r"^# (?=\s*[a-z_]+:)", "", line) for line in settings.read_text().splitlines()]
     values = yaml.safe_load("\n".join(line for line in lines if not line.startswith("#")))
@@ -26,13 +26,13 @@ def test_what_is_commented_out_are_the_defaults_of_all_settings(tmp_path: Path) 
     assert values == defaults
 
 
-def test_the_file_is_valid_as_it_is(tmp_path: Path) -> None:
+def test_unchanged_settings_file_is_valid(tmp_path: Path) -> None:
     settings, prompts, _ = write_project(tmp_path)
     assert resolve(settings) == resolve(source="folder:photos", generate={"prompt_dir": prompts})
     check_prompts(request_plan(resolve(settings)), has_checks=True)
 
 
-def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
+def test_written_prompts_equal_the_built_in_prompts(tmp_path: Path) -> None:
     _, prompts, _ = write_project(tmp_path)
     ids = {render(TASKS["caption"], folders, style="plain").id for folders in ((prompts,), ())}
     assert len(ids) == 1
@@ -42,7 +42,7 @@ def test_the_prompts_are_ours_until_they_are_changed(tmp_path: Path) -> None:
     assert describe_prompts([TASKS["caption"], TASKS["qa"]], None) == "caption, qa built in"
 
 
-def test_the_examples_of_tasks_can_be_used_as_they_are(tmp_path: Path) -> None:
+def test_unchanged_example_tasks_are_valid(tmp_path: Path) -> None:
     settings, _, tasks = write_project(tmp_path)
     files = sorted(tasks.glob("*.yaml"))
     config = resolve(settings, own_tasks=files, tasks=("caption",), columns={"context": "title"})
@@ -50,17 +50,18 @@ def test_the_examples_of_tasks_can_be_used_as_they_are(tmp_path: Path) -> None:
     assert config.tasks == ("caption", *(path.stem for path in files)) and len(files) == 6
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     write_project(tmp_path)
     with pytest.raises(ConfigError, match=r"synth\.yaml exists"):
         write_project(tmp_path)
 
 
-def test_each_setting_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_setting_description_names_its_origin(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("source: scenes\nlimit: 5\nfilter: {language: de}\ngenerate: {prompt_dir: p}\n")
     config = resolve(file, limit=7)
-    rows = {key: (value, origin) for key, value, origin in describe_settings(config, file, {"limit": "--limit"})}
+    described = describe_settings(config, file, {"limit": "--limit"})
+    rows = {key: (value, origin) for key, value, origin in described}
     assert rows["limit"] == (7, "--limit")
     assert rows["filter.language"] == ("de", str(file))
     assert rows["generate.prompt_dir"] == ("p", str(file))

@@ -1,4 +1,4 @@
-"""Rules: each fault has its reason, corrected texts go into columns of their own, and clean rows pass."""
+"""Each rule rejects with its own reason, clean texts have their own columns, and good texts pass."""
 
 import json
 import random
@@ -14,21 +14,33 @@ from pipeline.filtering import filter_annotations, own_prompt_grams
 from pipeline.rules import RULES, gives_answer_away, is_one_question, says_nothing
 from pipeline.scenes.scene import sample_scene
 from pipeline.scenes.text import STYLES, caption
+from pipeline.tables import STRING, fields
 from pipeline.tasks import Tasks
+from tests.step_runs import numbered_table
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("annotation_id", "text", "question", "answer")])
+SCHEMA = pa.schema(fields(STRING, "annotation_id", "task", "text", "question", "answer", "record"))
 GOOD = "A red kite over a grey harbour."
+CATS = "A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed"
 
 
 def table(*rows: str | tuple[str, str]) -> pa.Table:
     """Return a table of captions (str) and of questions with their answers (tuple)."""
-    fields = [{"text": row} if isinstance(row, str) else dict(zip(("question", "answer"), row, strict=True)) for row in rows]
-    return pa.Table.from_pylist([{"annotation_id": str(n), **row} for n, row in enumerate(fields)], schema=SCHEMA)
+    texts = [
+        {"text": row} if isinstance(row, str) else {"question": row[0], "answer": row[1]} for row in rows
+    ]
+    return numbered_table(SCHEMA, texts)
+
+
+def records(*values: tuple[str, Any]) -> pa.Table:
+    """Return a table of records, given with their tasks."""
+    return numbered_table(SCHEMA, [{"task": task, "record": json.dumps(value)} for task, value in values])
 
 
 def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
     grams = own_prompt_grams(("caption", "qa"))
-    marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings), grams)["reason"].to_pylist()
+    marked: list[str | None] = filter_annotations(table(*rows), FilterConfig(**settings), grams)[
+        "reason"
+    ].to_pylist()
     return marked
 
 
@@ -81,8 +93,8 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("The image shows a photo of several objects and things.", "too_general"),
         (("What flies? Is it red?", "a kite"), "no_single_question"),
         ("A kite flies over a bay. It is a red one. A kite flies over a bay.", "repetitive"),
-        ("A cat on a mat, a cat in a hat, a cat by a door, a cat on a bed, a cat in a car, a cat at a bar.", "repetitive"),
-        ("A red cat on a mat, a cat in a hat, a dog by a door, a cow on a bed, a cat in a car, a pig at a bar.", None),
+        (f"{CATS}, a cat in a car, a cat at a bar.", "repetitive"),
+        ("A red cat on a mat, a cat in a hat, a dog by a door, a cow on a bed, a pig at a bar, a hen.", None),
         ("A man holds a sign that says '出口' in red.", None),
         (("What color is the kite?", "棕色"), "other_language"),
         ("Unfortunately the picture is too blurry for me to describe.", "refusal"),
@@ -93,11 +105,11 @@ def reasons(*rows: str | tuple[str, str], **settings: Any) -> list[str | None]:
         ("A kite \u202eflies over the grey harbour.", "junk"),
     ],
 )
-def test_a_fault_has_its_reason_and_a_clean_row_has_none(row: str | tuple[str, str], reason: str | None) -> None:
+def test_text_is_kept_or_rejected_with_reason(row: str | tuple[str, str], reason: str | None) -> None:
     assert reasons(GOOD, row) == [None, reason]
 
 
-def test_openings_and_personal_data_go_in_columns_of_their_own() -> None:
+def test_clean_columns_lack_openings_and_personal_data() -> None:
     text = "The image shows a sign that says mail@example.org in red."
     marked = filter_annotations(table(text, ("Which address is shown?", "mail@example.org")), FilterConfig())
     assert marked["text"].to_pylist() == [text, None]
@@ -106,36 +118,41 @@ def test_openings_and_personal_data_go_in_columns_of_their_own() -> None:
     assert marked["redaction_count"].to_pylist() == [1, 1]
 
 
-def test_a_threshold_alone_decides_over_a_stored_score() -> None:
+def test_settings_change_the_decision() -> None:
     short = "A kite flies over harbours."
     assert reasons(short) == [None]
     assert reasons(short, min_caption_words=6) == ["too_short"]
     german = "Ein roter Drache fliegt über dem grauen Hafen der Stadt."
     assert reasons(german, language=None) == [None]
     assert reasons(german, language="de") == [None]
-    assert reasons("A man with a red kite walks along the grey harbour at noon.", language="de") == ["other_language"]
+    english = "A man with a red kite walks along the grey harbour at noon."
+    assert reasons(english, language="de") == ["other_language"]
 
 
 @pytest.mark.parametrize(
     ("text", "settings", "reason"),
     [
-        ("Zwarte kat slaapt op de bank", {}, "other_language"),  # of which the detector is unsure
+        # The detector is unsure.
+        ("Zwarte kat slaapt op de bank", {}, "other_language"),
         ("Seekor anjing berlari di pantai", {}, "other_language"),
         ("Tom Brady throws a football to Gronkowski at Foxborough", {}, None),
         ("A margherita pizza, bruschetta, prosciutto, mozzarella, focaccia.", {}, None),
-        ("Musta kissa nukkuu sohvalla", {"language": "fi"}, None),  # four words, and all is said
+        ("Musta kissa nukkuu sohvalla", {"language": "fi"}, None),
         ("Musta kissa nukkuu sohvalla", {"language": "fi", "min_caption_words": 5}, "too_short"),
         ("Musta kissa nukkuu sohvalla", {"language": None}, "too_short"),
         ("Black cat on sofa", {}, "too_short"),
-        ("Et barn på en cykel", {"language": "da"}, None),  # which the detector takes for Swedish
+        # The detector reports Swedish.
+        ("Et barn på en cykel", {"language": "da"}, None),
         ("A black cat sleeps on a red sofa in the kitchen", {"language": "da"}, "other_language"),
     ],
 )
-def test_texts_are_judged_in_the_language_that_is_asked_for(text: str, settings: dict[str, Any], reason: str | None) -> None:
+def test_text_is_judged_in_configured_language(
+    text: str, settings: dict[str, Any], reason: str | None
+) -> None:
     assert reasons(text, **settings) == [reason]
 
 
-def test_scenes_lose_nothing() -> None:
+def test_texts_of_drawn_scenes_pass_all_rules() -> None:
     rows: list[str | tuple[str, str]] = []
     for number in range(300):
         rng = random.Random(f"clean:{number}")
@@ -152,51 +169,44 @@ def test_no_row_is_added_lost_or_reordered() -> None:
     assert set(marked["reason"].to_pylist()) - {None} <= set(RULES)
 
 
-def test_what_a_task_of_ones_own_allows_by_name_is_no_echo_of_its_prompt() -> None:
+def test_allowed_label_of_custom_task_is_not_a_prompt_echo() -> None:
     label = "a dog that runs across the grass"
     prompt = f"Choose the labels that are true of this picture, such as {label}."
     tasks = [
         TaskConfig(name="tags", kind="labels", prompt=prompt, labels=(label, "none")),
         TaskConfig(name="note", kind="text", prompt=prompt),
     ]
-    values = [("tags", [label]), ("note", "Choose the labels that are true of this picture"), ("note", label)]
-    none = pa.nulls(len(values), pa.string())
-    columns = {"task": [task for task, _ in values], "text": none, "question": none, "answer": none}
-    table = pa.table(columns | {"record": [json.dumps(value) for _, value in values]})
-    marked = filter_annotations(table, FilterConfig(), tasks=Tasks(own=tasks))
-    assert marked["reason"].to_pylist() == [
-        None,
-        "prompt_echo",
-        "prompt_echo",
-    ]
+    echo = "Choose the labels that are true of this picture"
+    rows = records(("tags", [label]), ("note", echo), ("note", label))
+    marked = filter_annotations(rows, FilterConfig(), tasks=Tasks(own=tasks))
+    assert marked["reason"].to_pylist() == [None, "prompt_echo", "prompt_echo"]
 
 
-def test_personal_data_in_a_value_is_masked_wherever_it_stands() -> None:
+def test_personal_data_within_a_record_is_redacted() -> None:
     record = {"phones": ["+49 30 1234567"], "who": {"mail": "a.b@example.org", "age": 7}}
-    none = pa.nulls(1, pa.string())
-    table = pa.table({"task": ["t"], "text": none, "question": none, "answer": none, "record": [json.dumps(record)]})
     output = {"type": "object", "properties": {"n": {"type": "integer"}}}
     task = TaskConfig.model_validate({"name": "t", "kind": "record", "prompt": "Look.", "output": output})
-    marked = filter_annotations(table, FilterConfig(), tasks=Tasks(own=[task]))
-    assert json.loads(marked["clean_record"][0].as_py()) == {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
+    marked = filter_annotations(records(("t", record)), FilterConfig(), tasks=Tasks(own=[task]))
+    clean = {"phones": ["[phone]"], "who": {"mail": "[email]", "age": 7}}
+    assert json.loads(marked["clean_record"][0].as_py()) == clean
     assert marked["redaction_count"].to_pylist() == [2] and marked["reason"].to_pylist() == [None]
 
 
 SAYS_NOTHING = """
-... | I don't know | not sure | Unsure | unclear from here | Not visible in the image | cannot be determined | N/A
-There is no clock | too blurry to tell | The text is illegible | It's hard to say | Unreadable. | null | no idea
-none of the above | Can't tell
+... | I don't know | not sure | Unsure | unclear from here | Not visible in the image | cannot be determined
+N/A | There is no clock | too blurry to tell | The text is illegible | It's hard to say | Unreadable. | null
+no idea | none of the above | Can't tell
 """
 SAYS_SOMETHING = "no | nothing | none | 2 | no one | not a dog | cannon | clear | Not yet begun | null island"
 
 
 @pytest.mark.parametrize("answer", re.split(r" \| |\n", SAYS_NOTHING.strip()))
-def test_an_answer_may_say_nothing(answer: str) -> None:
+def test_answer_without_content_is_detected(answer: str) -> None:
     assert says_nothing(answer)
 
 
 @pytest.mark.parametrize("answer", SAYS_SOMETHING.split(" | "))
-def test_a_short_answer_says_something(answer: str) -> None:
+def test_short_answer_has_content(answer: str) -> None:
     assert not says_nothing(answer)
 
 
@@ -210,7 +220,7 @@ def test_a_short_answer_says_something(answer: str) -> None:
         ("What color is it? (A) brown (B) black", False),
     ],
 )
-def test_a_question_is_one(question: str, *, is_one: bool) -> None:
+def test_several_questions_or_choices_are_detected(question: str, *, is_one: bool) -> None:
     assert is_one_question(question) == is_one
 
 
@@ -231,5 +241,5 @@ def test_a_question_is_one(question: str, *, is_one: bool) -> None:
         ("What is it?", "", False),
     ],
 )
-def test_a_question_gives_its_answer_away(question: str, answer: str, *, gives_away: bool) -> None:
+def test_answer_in_question_is_detected(question: str, answer: str, *, gives_away: bool) -> None:
     assert gives_answer_away(question, answer) == gives_away

@@ -1,4 +1,4 @@
-"""The source of an earlier run in the same folder."""
+"""A run refuses the folder of another tool."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from pipeline.errors import ConfigError
 from pipeline.plan import refuse_other_source
 
 
-@pytest.mark.parametrize("content", ["[]", '{"source": 3, "lr": 0.1}', '{"runs": []}'])
-def test_run_file_of_another_tool_is_one_error(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"source": 3, "lr": 0.1}', '{"runs": []}'])
+def test_run_file_of_another_tool_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="is not a run of synth"):
         refuse_other_source(DatasetDir(tmp_path), resolve(source="scenes"))

@@ -69,7 +69,7 @@ def test_sources_are_data_on_stdout(synth: Run) -> None:
 
 def test_doctor_says_what_is_here_and_what_would_be_used(synth: Run) -> None:
     env = {name: value for name, value in os.environ.items() if name != "SYNTH_VLLM_PYTHON"}
-    findings = {(f["what"], f["ok"]): f["found"] for f in json.loads(synth("doctor", "--json", env=env).stdout)}
+    findings = {(f["name"], f["is_ok"]): f["result"] for f in json.loads(synth("doctor", "--json", env=env).stdout)}
     assert "transformers" in findings["embedded", True]
     assert findings["vllm", False] == "not installed"
     assert findings["auto", True].startswith("scenes: embedded with tiny")

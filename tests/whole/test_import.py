@@ -178,7 +178,7 @@ def test_a_caption_that_a_person_wrote_stays_where_the_model_writes_the_same(pho
 def test_captions_that_are_missing_or_contradict_the_settings_are_one_clear_error(photos: Path) -> None:
     folder = ("--source", "folder:photos", "--out", "d")
     done = synth(photos, "generate", "--no-model", *folder, code=1)
-    assert "folder:photos has no caption and no question that people wrote" in done.stderr
+    assert "folder:photos has no human caption and no human question" in done.stderr
     assert "--captions FILE" in done.stderr
     done = synth(photos, "generate", "--no-model", "--source", "scenes", "--captions", "coco.json", "--out", "e", code=1)
     assert "source scenes has its own captions, but --captions was given" in done.stderr

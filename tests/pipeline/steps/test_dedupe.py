@@ -1,4 +1,4 @@
-"""Dedupe: repeated texts of one image are rejected, equal texts of other images stay, and decisive words keep texts apart."""
+"""Repeated texts of one image are rejected; texts that differ in a content word are kept."""
 
 from typing import Any
 
@@ -6,21 +6,16 @@ import pyarrow as pa
 import pytest
 
 from pipeline.steps.dedupe import STEP
-from pipeline.tables import IMAGE_GROUPS
-from tests.step_runs import run_step
+from pipeline.tables import FLOAT64, IMAGE_GROUPS, STRING, fields
+from tests.step_runs import numbered_table, run_step
 
-SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "prompt_id", "clean_text", "clean_record")]
-    + [("clean_question", pa.string()), ("agreement", pa.float64()), ("alignment", pa.float64()), ("hedge_count", pa.int32())]
-)
+TEXTS = ("annotation_id", "sample_id", "task", "prompt_id", "clean_text", "clean_record", "clean_question")
+SCORES = fields(FLOAT64, "agreement", "alignment", "hedge_count")
+SCHEMA = pa.schema([*fields(STRING, *TEXTS), *SCORES])
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    """Return rows named by their position, each of its own sample unless the row gives one."""
-    defaults = [
-        {"annotation_id": f"{n:06d}", "sample_id": f"s{n}", "task": "caption", "prompt_id": "p"} for n in range(len(rows))
-    ]
-    return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=SCHEMA)
+    return numbered_table(SCHEMA, rows, task="caption", prompt_id="p")
 
 
 def captions(*texts: str, **more: Any) -> pa.Table:
@@ -36,7 +31,7 @@ def reasons(rows: pa.Table, shards: int = 1, **settings: Any) -> dict[str, str |
     return dict(zip(marked["annotation_id"].to_pylist(), marked["reason"].to_pylist(), strict=True))
 
 
-def test_of_captions_of_one_image_that_say_the_same_one_is_kept_and_named() -> None:
+def test_equal_caption_of_one_image_is_a_duplicate_of_the_first() -> None:
     rows = captions("A red ring.", "There is a  RED ring", "A blue ring.", sample_id="s")
     marked = deduped(rows)
     assert marked["reason"].to_pylist() == [None, "duplicate", None]
@@ -55,32 +50,34 @@ def grouped(rows: pa.Table, monkeypatch: pytest.MonkeyPatch, *reasons: str | Non
     return row_reasons
 
 
-def test_images_that_look_the_same_count_as_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicate_images_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grouped(captions("A red ring.", "A red ring."), monkeypatch, None, None) == [None, "duplicate"]
 
 
-def test_a_rejected_image_rejects_its_annotations_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_image_rejects_only_its_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = captions("A red ring.", "A red ring.", "A blue ring.")
     reason = "near_duplicate_image"
     assert grouped(rows, monkeypatch, reason, None, reason) == [reason, None, reason]
 
 
-def test_the_same_question_about_another_image_is_no_duplicate() -> None:
+def test_equal_questions_about_different_images_are_kept() -> None:
     question = {"task": "qa", "clean_question": "What is the man doing?"}
     assert set(reasons(table(*[question] * 50)).values()) == {None}
 
 
-def test_a_caption_stands_with_so_many_images_and_no_more() -> None:
-    reason_of = reasons(captions(*["A man stands on a beach."] * 7, "A man runs on a beach."), max_images_per_caption=3)
-    assert list(reason_of.values()) == [None] * 3 + ["caption_of_many_images"] * 4 + [None]
+def test_caption_is_kept_for_a_limited_number_of_images() -> None:
+    rows = captions(*["A man stands on a beach."] * 7, "A man runs on a beach.")
+    assert list(reasons(rows, max_images_per_caption=3).values()) == [None] * 3 + [
+        "caption_of_many_images"
+    ] * 4 + [None]
 
 
-def test_of_equal_captions_that_of_a_person_stays() -> None:
+def test_human_caption_is_preferred_to_equal_model_caption() -> None:
     by_model: dict[str, Any] = {"sample_id": "s", "clean_text": "A red ring", "agreement": 1.0}
     by_person: dict[str, Any] = {"sample_id": "s", "clean_text": "a red ring!", "prompt_id": "human"}
     for rows in ([by_model, by_person], [by_person, by_model]):
-        found = deduped(table(*rows))
-        kept = [row["prompt_id"] for row in found.to_pylist() if row["reason"] is None]
+        marked = deduped(table(*rows)).to_pylist()
+        kept = [row["prompt_id"] for row in marked if row["reason"] is None]
         assert kept == ["human"]
 
 
@@ -93,13 +90,10 @@ def test_of_equal_captions_that_of_a_person_stays() -> None:
         ({"agreement": 1.0, "alignment": 0.1}, {"agreement": 0.0, "alignment": 0.9}),
     ],
 )
-def test_the_best_of_a_cluster_is_kept_whichever_comes_first(better: dict[str, Any], worse: dict[str, Any]) -> None:
+def test_best_duplicate_is_kept_in_any_order(better: dict[str, Any], worse: dict[str, Any]) -> None:
     row = {"sample_id": "s", "clean_text": "A red ring."}
     assert list(reasons(table(row | worse, row | better)).values()) == ["duplicate", None]
     assert list(reasons(table(row | better, row | worse)).values()) == [None, "duplicate"]
-
-
-# Words of this test only; none of them is shared with the code.
 
 
 @pytest.mark.parametrize(
@@ -115,21 +109,21 @@ def test_the_best_of_a_cluster_is_kept_whichever_comes_first(better: dict[str, A
         ("A crimson otter never naps beside the anvil.", False),
     ],
 )
-def test_other_wording_is_a_duplicate_and_a_decisive_word_is_not(text: str, *, is_same: bool) -> None:
+def test_rewording_is_a_duplicate_unless_a_content_word_differs(text: str, *, is_same: bool) -> None:
     cluster = deduped(captions("A crimson otter naps beside the anvil.", text))["cluster"].to_pylist()
     assert (cluster[0] == cluster[1]) == is_same
 
 
-def test_a_cluster_is_named_by_its_first_id_whatever_the_order() -> None:
+def test_cluster_is_named_by_first_id_in_any_order() -> None:
     rows = captions("A yellow ring.", "A blue ring.", "the yellow ring", "Yellow ring")
     expected = {"000000": "000000", "000001": "000001", "000002": "000000", "000003": "000000"}
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         marked = deduped(rows.take(order))
-        assert dict(zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)) == expected
+        clusters = zip(marked["annotation_id"].to_pylist(), marked["cluster"].to_pylist(), strict=True)
+        assert dict(clusters) == expected
     assert reasons(rows) == reasons(rows, shards=3)
 
 
-def test_of_equal_captions_in_two_styles_that_share_a_reply_one_stays() -> None:
-    """A prompt of a user's own may ask the same for both."""
+def test_shared_reply_of_two_styles_is_kept_once() -> None:
     rows = captions("A red ring.", "A red ring.", sample_id="s", annotation_id="same")
     assert sorted(map(str, deduped(rows)["reason"].to_pylist())) == ["None", "duplicate"]

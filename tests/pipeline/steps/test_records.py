@@ -1,4 +1,4 @@
-"""Steps that an earlier run has done are left out, and only those."""
+"""A run skips the steps that an earlier run has done, and only those."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,21 +20,16 @@ from pipeline.reviewing import apply_reviews
 from pipeline.run import RunResult, generate_dataset, steps_of
 from pipeline.steps import ask as ask_step
 from pipeline.steps import base, write
-from pipeline.steps.ask_checks import VerifySettings
 from pipeline.steps.base import RowStep
+from pipeline.steps.verify import VerifySettings
 from pipeline.storage.files import read_table
 from pipeline.tasks import prompts
 from tests.chat.server import Act, ChatServer, running_chat, uuid_of
 from tests.notes import Notes
 from tests.pipeline.sources.test_read import photo
 
-CAPTIONS = (
-    "A red bus waits at a stop.",
-    "Two dogs run over wet sand.",
-    "A red bus waits at a stop.",
-    "bad",
-    "Boats lie in a harbour.",
-)
+BUS = "A red bus waits at a stop."
+CAPTIONS = (BUS, "Two dogs run over wet sand.", BUS, "bad", "Boats lie in a harbour.")
 
 
 @pytest.fixture
@@ -48,27 +43,22 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list of the steps that do their work from now on, by name."""
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that receives the names of steps that are not skipped."""
     names: list[str] = []
 
-    judge_shard, publish_shards, write_annotations = base.judge_shard, write.publish_shards, ask_step.write_annotations
+    def record(module: Any, function: str, name: str = "") -> None:
+        original = getattr(module, function)
 
-    def judge(step: RowStep, *arguments: Any) -> None:
-        names.append(step.name)
-        judge_shard(step, *arguments)
+        def recorded(*arguments: Any) -> Any:
+            names.append(name or arguments[0].name)
+            return original(*arguments)
 
-    def publish(*arguments: Any) -> Any:
-        names.append("write")
-        return publish_shards(*arguments)
+        monkeypatch.setattr(module, function, recorded)
 
-    def write_all(*arguments: Any) -> None:
-        names.append("ask")
-        write_annotations(*arguments)
-
-    monkeypatch.setattr(base, "judge_shard", judge)
-    monkeypatch.setattr(write, "publish_shards", publish)
-    monkeypatch.setattr(ask_step, "write_annotations", write_all)
+    record(base, "judge_shard")
+    record(write, "publish_shards", "write")
+    record(ask_step, "write_annotations", "ask")
     return names
 
 
@@ -76,14 +66,14 @@ def settings(photos: Path, **more: Any) -> Config:
     return resolve(**{"source": f"folder:{photos}", "tasks": "none", "human_texts": "keep", **more})
 
 
-def run(photos: Path, folder: Path, judged: list[str], **more: Any) -> RunResult:
-    """Run once, and empty the list of judged steps before it."""
-    judged.clear()
+def run(photos: Path, folder: Path, ran: list[str], **more: Any) -> RunResult:
+    """Run once, with `ran` emptied."""
+    ran.clear()
     return generate_dataset(settings(photos, **more), folder)
 
 
 def content(result: RunResult) -> tuple[Any, ...]:
-    """Return what a run says of its rows: the same for each run that makes the same version."""
+    """Return the facts that are equal for runs that make the same version."""
     return result.version.manifest["digest"], result.version.manifest["rows"], result.funnel
 
 
@@ -91,19 +81,19 @@ def all_steps(photos: Path, **more: Any) -> list[str]:
     return [step.name for step in steps_of(Plan.resolve(settings(photos, **more), DatasetDir(photos)))[1:]]
 
 
-def test_an_equal_run_judges_nothing_and_says_the_same(photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    first = run(photos, tmp_path / "d", judged)
-    assert judged == all_steps(photos) and first.is_new
+def test_equal_run_skips_all_steps(photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    first = run(photos, tmp_path / "d", ran)
+    assert ran == all_steps(photos) and first.is_new
     written = {path.name for path in (tmp_path / "d" / "steps" / "write").iterdir()}
     assert written == {"rejected.parquet", "done.json"}
-    second = run(photos, tmp_path / "d", judged)
-    assert judged == [] and not second.is_new
+    second = run(photos, tmp_path / "d", ran)
+    assert ran == [] and not second.is_new
     assert content(second) == content(first)
     assert {reason for summary in first.funnel for reason in summary.rejected} >= {"too_short"}
 
 
-def test_a_run_that_was_stopped_between_steps_goes_on_behind_them(
-    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+def test_stopped_run_resumes_after_finished_steps(
+    photos: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare_shards = base.compare_shards
 
@@ -114,10 +104,10 @@ def test_a_run_that_was_stopped_between_steps_goes_on_behind_them(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(base, "compare_shards", stop)
-        run(photos, tmp_path / "d", judged)
-    resumed = run(photos, tmp_path / "d", judged)
-    assert judged == ["balance", "split", "review", "write"]
-    assert content(resumed) == content(run(photos, tmp_path / "whole", judged))
+        run(photos, tmp_path / "d", ran)
+    resumed = run(photos, tmp_path / "d", ran)
+    assert ran == ["balance", "split", "review", "write"]
+    assert content(resumed) == content(run(photos, tmp_path / "whole", ran))
 
 
 def damage(path: Path) -> None:
@@ -126,27 +116,27 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {  # and the first step that runs again
-    "a damaged file of kept rows": (lambda dataset: damage(dataset.step_file("filter")), "filter"),
-    "a file that is gone": (lambda dataset: dataset.step_file("split").unlink(), "split"),
-    "a version that was moved away": (
-        lambda dataset: (dataset.path / "versions" / "v1.0.0").rename(dataset.path / "elsewhere"), "write"
-    ),
-}  # fmt: skip
+# Changes, each with the step that runs again.
+CHANGES: dict[str, tuple[Callable[[DatasetDir], object], str]] = {
+    "a damaged file of kept rows": (lambda d: damage(d.step_file("filter")), "filter"),
+    "a missing file": (lambda d: d.step_file("split").unlink(), "split"),
+    "a missing version": (lambda d: (d.path / "versions" / "v1.0.0").rename(d.path / "elsewhere"), "write"),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_not_as_it_was_is_done_again(name: str, photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    first = run(photos, tmp_path / "d", judged)
+def test_changed_file_reruns_only_its_step(name: str, photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    first = run(photos, tmp_path / "d", ran)
     change, step = CHANGES[name]
     change(DatasetDir(tmp_path / "d"))
-    again = run(photos, tmp_path / "d", judged)
-    assert judged == [step]  # which writes the same file as before: those after it are left out
+    again = run(photos, tmp_path / "d", ran)
+    # It writes the same rows, so later steps are skipped.
+    assert ran == [step]
     assert content(again) == content(first)
-    assert run(photos, tmp_path / "d", judged).version.name == "v1.0.0" and judged == []
+    assert run(photos, tmp_path / "d", ran).version.name == "v1.0.0" and ran == []
 
 
-def test_damaged_cost_is_counted_anew_and_damaged_settings_are_one_error(photos: Path, tmp_path: Path) -> None:
+def test_damaged_cost_is_recounted(photos: Path, tmp_path: Path) -> None:
     dataset = DatasetDir(tmp_path / "d")
     with running_chat(ChatServer()) as server:
         first = ask(photos, dataset.path, server)
@@ -155,52 +145,59 @@ def test_damaged_cost_is_counted_anew_and_damaged_settings_are_one_error(photos:
         dataset.step_file("ask").unlink()
         assert content(ask(photos, dataset.path, server)) == content(first)
         assert dataset.read_cost()["asked"] == first.stats.asked
-        dataset.run_file.write_text("{")
-        with pytest.raises(ConfigError, match="is not a run of synth"):
-            ask(photos, dataset.path, server)
+
+
+def asking(photos: Path, chat: ChatServer, **more: Any) -> Config:
+    asked: dict[str, Any] = {"tasks": ("caption",), "human_texts": "compare", "model": "model"}
+    return settings(photos, **asked, base_url=[chat.url], **more)
 
 
 def ask(photos: Path, folder: Path, chat: ChatServer, **more: Any) -> RunResult:
-    """Have a model write a caption of each photo."""
-    asked: dict[str, Any] = {"tasks": ("caption",), "human_texts": "compare", "base_url": [chat.url], "model": "model"}
-    return generate_dataset(settings(photos, **asked | more), folder)
+    """Let a model write a caption of each photo."""
+    return generate_dataset(asking(photos, chat, **more), folder)
 
 
-def test_annotations_are_written_again_only_if_their_file_is_gone(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_missing_annotations_are_rewritten_without_requests(
+    photos: Path, tmp_path: Path, ran: list[str]
+) -> None:
     with running_chat(ChatServer()) as server:
         first = ask(photos, tmp_path / "d", server)
         asked = len(server.bodies)
-        judged.clear()
-        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == []
+        ran.clear()
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and ran == []
         DatasetDir(tmp_path / "d").step_file("ask").unlink()
-        assert content(ask(photos, tmp_path / "d", server)) == content(first) and judged == ["ask"]
+        assert content(ask(photos, tmp_path / "d", server)) == content(first) and ran == ["ask"]
         assert len(server.bodies) == asked
 
 
-def test_a_run_with_every_reply_makes_no_engine(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_with_all_replies_opens_no_engine(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_chat(ChatServer()) as server:
         ask(photos, tmp_path / "d", server)
-        monkeypatch.setattr("pipeline.inference.client.Client.__enter__", lambda self: pytest.fail("an engine was opened"))
+        enter = "pipeline.inference.client.Client.__enter__"
+        monkeypatch.setattr(enter, lambda self: pytest.fail("an engine was opened"))
         DatasetDir(tmp_path / "d").step_file("ask").unlink()
         assert not ask(photos, tmp_path / "d", server).is_new
 
 
-def test_run_that_needs_no_reply_goes_on_without_its_server(photos: Path, tmp_path: Path) -> None:
+def test_run_without_missing_replies_needs_no_server(photos: Path, tmp_path: Path) -> None:
     with running_chat(ChatServer()) as server:
         first = ask(photos, tmp_path / "d", server)
     notes = Notes()
-    config = settings(photos, tasks=("caption",), human_texts="compare", base_url=[server.url], model="model", title="New")
+    config = asking(photos, server, title="New")
     again = generate_dataset(config, tmp_path / "d", notes)
     assert again.version.manifest["digest"] == first.version.manifest["digest"]
-    assert any("the run goes on as long as it needs no reply" in text for text in notes.texts)
+    assert any("the run continues as long as it needs no reply" in text for text in notes.texts)
     (photos / "new.jpg").write_bytes(photo(77))
     with pytest.raises(EngineError):
         generate_dataset(config, tmp_path / "d")
-    with pytest.raises(EngineError):  # another model than that of the folder
+    # Not the model of the last run.
+    with pytest.raises(EngineError):
         generate_dataset(config.model_copy(update={"model": "other"}), tmp_path / "d")
 
 
-def test_requests_that_got_no_reply_are_sent_again_by_the_same_command(photos: Path, tmp_path: Path) -> None:
+def test_unanswered_requests_are_sent_again(photos: Path, tmp_path: Path) -> None:
     down = True
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
@@ -216,26 +213,30 @@ def test_requests_that_got_no_reply_are_sent_again_by_the_same_command(photos: P
         assert ask(photos, tmp_path / "d", server, **settings).stats.asked == 0
 
 
-def test_annotations_are_those_of_the_prompts_that_are_there(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_changed_prompt_rewrites_annotations(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     prompt = tmp_path / "prompts" / "caption" / "v1.j2"
     prompt.parent.mkdir(parents=True)
-    found = []
+    prompt_ids = []
     with running_chat(ChatServer()) as server:
         for text in ("Write a caption.", "Write another caption.", "Write a caption."):
             prompt.write_text(f'{text} Reply as {{"caption": "..."}}.\nTask: caption\n')
-            for remembered in (*vars(prompts).values(), *vars(requests).values()):
-                if hasattr(remembered, "cache_clear"):
-                    remembered.cache_clear()  # as in a new process
+            # As in a new process.
+            for cached in (*vars(prompts).values(), *vars(requests).values()):
+                if hasattr(cached, "cache_clear"):
+                    cached.cache_clear()
             ask(photos, tmp_path / "d", server, generate={"prompt_dir": str(prompt.parents[1])})
-            found.append(set(read_table(DatasetDir(tmp_path / "d").step_file("ask"), ["prompt_id"])["prompt_id"].to_pylist()))
-    assert judged.count("ask") == 3  # all replies to the third were there, and those to the second were written
-    assert found[0] == found[2] != found[1]
+            annotations = read_table(DatasetDir(tmp_path / "d").step_file("ask"), ["prompt_id"])
+            prompt_ids.append(set(annotations["prompt_id"].to_pylist()))
+    assert ran.count("ask") == 3
+    assert prompt_ids[0] == prompt_ids[2] != prompt_ids[1]
 
 
 FROM_DEDUPE = ["dedupe", "balance", "split", "review", "write"]
-STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [  # other settings, and the steps that run again
+# Changed settings, each with the steps that run again.
+STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"balance": {"tail_frac": 0.4}}, ["balance", "split", "review", "write"]),
-    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),  # it keeps the same rows
+    # It keeps the same rows.
+    ({"balance": {"max_answer_frac": 0.9}}, ["balance", "write"]),
     ({"dedupe": {"max_images_per_caption": 1}}, FROM_DEDUPE),
     ({"split": {"test_frac": 0.6}}, ["split", "review", "write"]),
     ({"filter": {"min_caption_words": 1}}, ["filter", "verify", *FROM_DEDUPE]),
@@ -246,66 +247,70 @@ STEPS_OF_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [  # other settings,
 
 
 @pytest.mark.parametrize(("more", "steps"), STEPS_OF_SETTINGS)
-def test_other_settings_run_the_steps_that_read_them_and_those_whose_rows_change(
-    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, judged: list[str]
+def test_changed_setting_reruns_only_affected_steps(
+    more: dict[str, Any], steps: list[str], photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
-    run(photos, tmp_path / "d", judged)
-    result = run(photos, tmp_path / "d", judged, **more)
-    assert judged == steps
+    run(photos, tmp_path / "d", ran)
+    result = run(photos, tmp_path / "d", ran, **more)
+    assert ran == steps
     rows = result.version.manifest["rows"], result.funnel
-    alone = run(photos, tmp_path / "alone", judged, **more)
+    alone = run(photos, tmp_path / "alone", ran, **more)
     assert rows == (alone.version.manifest["rows"], alone.funnel)
     assert result.version.manifest["digest"] == alone.version.manifest["digest"]
 
 
-def test_other_code_judges_every_row_again(
-    photos: Path, tmp_path: Path, judged: list[str], monkeypatch: pytest.MonkeyPatch
+def test_changed_code_reruns_all_steps(
+    photos: Path, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(photos, tmp_path / "d", judged)
+    run(photos, tmp_path / "d", ran)
     monkeypatch.setattr(records, "code_digest", lambda: "other")
-    assert not run(photos, tmp_path / "d", judged).is_new
-    assert judged == [*all_steps(photos)]
+    assert not run(photos, tmp_path / "d", ran).is_new
+    assert ran == [*all_steps(photos)]
 
 
-def test_a_review_is_applied_by_the_next_run(photos: Path, tmp_path: Path, judged: list[str]) -> None:
-    run(photos, tmp_path / "d", judged)
+def write_review(path: Path, dataset: DatasetDir) -> None:
+    """Write a review that rejects the first text."""
+    sample_id, content = text_name(read_table(dataset.step_file("split")).to_pylist()[0])
+    review = Review(sample_id=sample_id, content=content, verdict="bad", reason="not_true")
+    path.write_text(format_reviews([review]))
+
+
+def test_next_run_applies_reviews(photos: Path, tmp_path: Path, ran: list[str]) -> None:
+    run(photos, tmp_path / "d", ran)
     dataset = DatasetDir(tmp_path / "d")
-    row = read_table(dataset.step_file("split")).to_pylist()[0]
-    sample_id, digits = text_name(row)
-    review = Review(sample_id=sample_id, content=digits, verdict="bad", reason="not_true")
     dataset.reviews.parent.mkdir()
-    dataset.reviews.write_text(format_reviews([review]))
-    marked = run(photos, dataset.path, judged)
-    assert judged == ["review", "write"]
+    write_review(dataset.reviews, dataset)
+    marked = run(photos, dataset.path, ran)
+    assert ran == ["review", "write"]
     assert marked.is_new and marked.funnel[-2].rejected == {"reviewed_not_true": 1}
-    assert run(photos, dataset.path, judged).version.name == marked.version.name and judged == []
+    assert run(photos, dataset.path, ran).version.name == marked.version.name and ran == []
 
 
-def test_a_changed_file_of_entries_balances_anew(photos: Path, tmp_path: Path, judged: list[str]) -> None:
+def test_changed_entry_file_reruns_balance(photos: Path, tmp_path: Path, ran: list[str]) -> None:
     entries = tmp_path / "entries.txt"
     entries.write_text("bus\n")
     balance = {"entries": str(entries), "tail_frac": 0.5}
-    run(photos, tmp_path / "d", judged, balance=balance)
+    run(photos, tmp_path / "d", ran, balance=balance)
     entries.write_text("dogs\nbus\n")
-    run(photos, tmp_path / "d", judged, balance=balance)
-    assert judged[0] == "balance"
+    run(photos, tmp_path / "d", ran, balance=balance)
+    assert ran[0] == "balance"
 
 
-def test_near_duplicates_that_are_added_change_splits_as_in_a_new_folder(
-    photos: Path, tmp_path: Path, judged: list[str]
+def test_added_near_duplicates_give_the_result_of_a_new_folder(
+    photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     kept = {"filter": {"min_caption_words": 1}}
-    run(photos, tmp_path / "d", judged, **kept)
+    run(photos, tmp_path / "d", ran, **kept)
     for path in sorted(photos.glob("*.jpg")):
         with Image.open(path) as image:
             image.resize((144, 108)).save(photos / f"near-{path.stem}.png")
-    again = run(photos, tmp_path / "d", judged, **kept)
-    alone = run(photos, tmp_path / "alone", judged, **kept)
+    again = run(photos, tmp_path / "d", ran, **kept)
+    alone = run(photos, tmp_path / "alone", ran, **kept)
     assert content(again) == content(alone)
     assert again.funnel[0].rejected["near_duplicate_image"] == 10
 
 
-def test_other_weights_of_a_clip_and_another_judge_are_other_checks(tmp_path: Path) -> None:
+def test_verify_key_changes_with_clip_weights_and_judge(tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
     (clip / "model.safetensors").write_bytes(b"one")
@@ -319,18 +324,16 @@ def test_other_weights_of_a_clip_and_another_judge_are_other_checks(tmp_path: Pa
 
 
 @pytest.mark.parametrize("step", ["read", "ask", "split"])
-def test_reviews_without_the_record_of_a_step_are_one_error_and_are_not_kept(
-    step: str, photos: Path, tmp_path: Path, judged: list[str]
+def test_reviews_of_unfinished_run_are_refused_and_not_kept(
+    step: str, photos: Path, tmp_path: Path, ran: list[str]
 ) -> None:
-    run(photos, tmp_path / "d", judged)
+    run(photos, tmp_path / "d", ran)
     dataset = DatasetDir(tmp_path / "d")
-    row = read_table(dataset.step_file("split")).to_pylist()[0]
-    sample_id, digits = text_name(row)
     reviews = tmp_path / "reviews.jsonl"
-    reviews.write_text(format_reviews([Review(sample_id=sample_id, content=digits, verdict="bad", reason="not_true")]))
+    write_review(reviews, dataset)
     (dataset.path / "steps" / step / "done.json").unlink()
     with pytest.raises(ConfigError, match="has no finished run to review"):
         apply_reviews(dataset, [reviews])
     assert not dataset.reviews.exists() or dataset.reviews.read_text() == ""
-    run(photos, dataset.path, judged)
+    run(photos, dataset.path, ran)
     assert apply_reviews(dataset, [reviews]).funnel[-2].rejected == {"reviewed_not_true": 1}

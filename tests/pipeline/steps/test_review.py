@@ -1,4 +1,4 @@
-"""Step review: each review is applied to the text that it names, and to no other."""
+"""Each review is applied only to the text that it names."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from pipeline.dataset.reviews import Review, format_reviews, text_name
 from pipeline.steps.review import STEP
 from pipeline.steps.write import count_reviews
 from pipeline.storage.files import write_table, write_text
+from pipeline.tables import INT32, PAGES, STRING, fields
 from tests.step_runs import BEFORE, plan_of, rows_after, run_on
 
 IDS = ("a" * 64, "b" * 64)
-KINDS = [(name, pa.string()) for name in ("annotation_id", "sample_id", "task", "clean_text", "clean_question", "clean_answer")]
-KINDS += [(name, pa.string()) for name in ("answer_type", "clean_record", "expression", "prompt_id", "pair_id")]
-SCHEMA = pa.schema([*KINDS, ("evidence_pages", pa.list_(pa.int32())), ("pages", pa.int32())])
+TEXTS = ("annotation_id", "clean_text", "clean_question", "clean_answer", "clean_record", "answer_type")
+NAMES = ("sample_id", "task", "expression", "prompt_id", "pair_id")
+SCHEMA = pa.schema(
+    [*fields(STRING, *TEXTS, *NAMES), *fields(PAGES, "evidence_pages"), *fields(INT32, "pages")]
+)
 BAD = {"verdict": "bad", "reason": "not_true"}
 CAPTION = {"task": "caption", "clean_text": "A cat on a mat."}
 
@@ -51,18 +54,19 @@ class Reviewed:
         return rows
 
 
-def test_a_bad_text_goes_with_its_reason_and_a_good_one_stays(tmp_path: Path) -> None:
+def test_bad_text_is_rejected_with_reason_and_good_text_is_kept(tmp_path: Path) -> None:
     texts = ({**CAPTION, "clean_text": f"A {animal} on a mat."} for animal in ("cat", "dog", "fox"))
     rows = Reviewed(tmp_path, *texts).apply((0, BAD), (1, {"verdict": "good"}))
     assert [row["reason"] for row in rows] == ["reviewed_not_true", None, None]
-    assert [row["final_prompt_id"] for row in rows] == ["p"] * 3 and rows[2]["final_text"] == "A fox on a mat."
+    assert [row["final_prompt_id"] for row in rows] == ["p"] * 3
+    assert rows[2]["final_text"] == "A fox on a mat."
 
 
-def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) -> None:
+def test_edit_sets_final_text_and_prompt_id(tmp_path: Path) -> None:
     edit = {"verdict": "edited", "question": "Is it a dog?", "answer": "no"}
     (row,) = Reviewed(tmp_path, question("Is it a cat?", "yes")).apply((0, edit))
-    assert (row["final_question"], row["final_answer"], row["final_prompt_id"]) == ("Is it a dog?", "no", "review")
-    assert row["clean_answer"] == "yes"  # the column of filter is not touched
+    final = [row[f"final_{name}"] for name in ("question", "answer", "prompt_id")]
+    assert final == ["Is it a dog?", "no", "review"] and row["clean_answer"] == "yes"
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -76,7 +80,7 @@ def test_an_edited_text_says_the_new_words_and_who_wrote_them(tmp_path: Path) ->
         ({"verdict": "edited", "question": "is it a cat?", "answer": "yes"}, "1"),
     ],
 )
-def test_two_questions_are_a_pair_while_both_stay_and_differ(
+def test_pair_is_kept_only_if_both_questions_stay_and_answers_differ(
     tmp_path: Path, shards: int, review: dict[str, Any], pair_id: str | None
 ) -> None:
     pair = question("Is it a cat?", "yes", "1"), question("Is it a cat?", "no", "1", sample=1)
@@ -85,7 +89,7 @@ def test_two_questions_are_a_pair_while_both_stay_and_differ(
     assert [row["pair_id"] for row in rows] == ["1", "1"]
 
 
-def test_reviews_are_counted_over_what_stays_and_what_goes(tmp_path: Path) -> None:
+def test_reviews_of_kept_and_rejected_rows_are_counted(tmp_path: Path) -> None:
     texts = ({**CAPTION, "clean_text": f"Text number {n} of a cat."} for n in range(4))
     reviewed = Reviewed(tmp_path, *texts, shards=2)
     reviewed.apply((0, {"verdict": "good"}), (1, BAD), (2, BAD))

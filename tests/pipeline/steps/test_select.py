@@ -1,4 +1,4 @@
-"""Select: of several captions of one image and style the best is kept, by each of its measures, with the worst beside it."""
+"""The best of several captions of one image and style is kept, next to the text of the worst."""
 
 from typing import Any
 
@@ -10,70 +10,79 @@ from pipeline.dataset.manifest import StepSummary
 from pipeline.errors import ConfigError
 from pipeline.executors.messages import describe_losses
 from pipeline.steps.select import STEP
-from pipeline.tables import HUMAN, RUBRIC
-from tests.step_runs import run_step
+from pipeline.tables import FLOAT64, HUMAN, INT32, RUBRIC, STRING, fields
+from tests.step_runs import numbered_table, run_step
 
 TEXTS = ("annotation_id", "sample_id", "task", "style", "prompt_id", "clean_text", "clean_question")
 SCHEMA = pa.schema(
-    [(name, pa.string()) for name in TEXTS]
-    + [("word_count", pa.int32()), ("alignment", pa.float64()), ("agreement", pa.float64())]
-    + [(name, pa.int32()) for name in RUBRIC]
+    [
+        *fields(STRING, *TEXTS),
+        *fields(FLOAT64, "alignment", "agreement"),
+        *fields(INT32, "word_count", *RUBRIC),
+    ]
 )
 
 
 def captions(*texts: str, **columns: Any) -> pa.Table:
     """Return captions of one image in one style; `columns` have a value for each, or one for all."""
-    usual = {"sample_id": "s", "task": "caption", "style": "plain", "prompt_id": "p", "clean_question": None}
     rows = []
     for n, text in enumerate(texts):
-        own = {name: value[n] if isinstance(value, list) else value for name, value in columns.items()}
-        rows.append({"annotation_id": f"{n:06d}", "clean_text": text, "word_count": len(text.split()), **usual, **own})
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+        values = {name: value[n] if isinstance(value, list) else value for name, value in columns.items()}
+        rows.append({"clean_text": text, "word_count": len(text.split()), **values})
+    return numbered_table(
+        SCHEMA, rows, **{"sample_id": "s", "task": "caption", "style": "plain", "prompt_id": "p"}
+    )
 
 
 def selected(rows: pa.Table, by: str = "consistency", shards: int = 1, **settings: Any) -> pa.Table:
-    verify = {"clip": {"checks": ["alignment"]}, "longest": {"checks": ["claims"]}, "judge": {"judge": "m@http://h/v1"}}
-    settings = {"verify": verify.get(by, {}), "generate": {"samples": 4}, **settings}
+    checks = {"clip": ["alignment"], "longest": ["claims"]}
+    verify = {"judge": "m@http://h/v1"} if by == "judge" else {"checks": checks.get(by, [])}
+    settings = {"verify": verify, "generate": {"samples": 4}, **settings}
     return run_step(STEP, rows, shards, select={"by": by}, **settings)
 
 
 def kept(rows: pa.Table, **settings: Any) -> list[str]:
-    marked = selected(rows, **settings)
-    return [
-        text for text, reason in zip(marked["clean_text"].to_pylist(), marked["reason"].to_pylist(), strict=True) if not reason
-    ]
+    return [row["clean_text"] for row in selected(rows, **settings).to_pylist() if not row["reason"]]
 
 
-def test_what_one_caption_alone_says_is_likely_made_up() -> None:
-    rows = captions("A dog on grass.", "A dog runs on grass.", "A dog runs on grass with a red ball.", "A cat sleeps.")
+def test_most_consistent_caption_is_kept() -> None:
+    texts = (
+        "A dog on grass.",
+        "A dog runs on grass.",
+        "A dog runs on grass with a red ball.",
+        "A cat sleeps.",
+    )
+    rows = captions(*texts)
     marked = selected(rows)
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].to_pylist() == [None, "A cat sleeps.", None, None]
-    # Content words: {dog, on, grass}, {dog, runs, on, grass}, {..., red, ball}, and F1 with each of the others.
+    # The F1 of its content words {dog, runs, on, grass} with those of each of the others.
     assert marked["selection_score"][1].as_py() == pytest.approx((6 / 7 + 8 / 10 + 0) / 3)
-    assert kept(captions("A dog.", "A cat sleeps on a mat.", "A cat sleeps on a mat.")) == ["A cat sleeps on a mat."]
+    repeated = "A cat sleeps on a mat."
+    assert kept(captions("A dog.", repeated, repeated)) == [repeated]
 
 
-def test_the_best_is_the_best_aligned_the_best_rated_or_the_longest() -> None:
+def test_best_caption_by_clip_longest_or_judge_is_kept() -> None:
     rows = captions("A dog here.", "A dog on grass.", "A dog.", alignment=[0.2, 0.1, 0.3])
     assert kept(rows, by="clip") == ["A dog."]
-    long = captions("A dog here.", "A dog on grass.", "A dog and a horse on grass.", agreement=[1.0, 1.0, 0.5])
-    assert kept(long, by="longest") == ["A dog on grass."]  # of a longer one not all was confirmed
+    # The longest caption has an unconfirmed claim.
+    long = captions("A dog here.", "A dog on grass.", "A dog and a horse on grass.", agreement=[1, 1, 0.5])
+    assert kept(long, by="longest") == ["A dog on grass."]
     unread = captions("A dog on grass.", "A dog.", agreement=[None, 1.0])
     assert kept(unread, by="longest") == ["A dog."]
     marks = {name: [4, 5, 3] for name in RUBRIC} | {"form": [5, 1, 5]}
     assert kept(captions("One.", "Two.", "Three.", **marks), by="judge") == ["One."]
 
 
-def test_a_caption_that_was_not_measured_is_no_better_than_one_that_was() -> None:
+def test_caption_without_score_is_not_preferred() -> None:
     rows = captions("A dog.", "A cat.", "A cow.", alignment=[None, 0.1, -0.2])
     marked = selected(rows, by="clip")
     assert marked["reason"].to_pylist() == ["not_the_best", None, "not_the_best"]
     assert marked["rejected_text"][1].as_py() == "A cow."
-    assert kept(captions("One.", "Two."), by="clip") == ["One."]  # none was: the first is kept
+    assert kept(captions("One.", "Two."), by="clip") == ["One."]
 
 
-def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
+def test_repeated_caption_has_its_own_reason() -> None:
     marked = selected(captions("A dog.", "A cat.", "A dog.", "A dog."))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "same_as_the_best", "same_as_the_best"]
     funnel = [StepSummary("select", "annotations", 6, 2, {"not_the_best": 1, "same_as_the_best": 3})]
@@ -81,7 +90,7 @@ def test_what_the_model_wrote_again_is_told_from_what_is_worse() -> None:
     assert text.startswith("3 of 4 captions that were not selected equal the selected one: ")
 
 
-def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:
+def test_first_of_equal_captions_is_kept_without_rejected_text() -> None:
     marked = selected(captions("A dog.", "The dog.", "A dog!"))
     assert marked["reason"].to_pylist() == [None, "not_the_best", "not_the_best"]
     assert marked["rejected_text"].null_count == 3
@@ -89,22 +98,24 @@ def test_of_equal_ones_the_first_is_kept_and_none_is_the_worse() -> None:
         ("A red dog runs.", "A cat sits on a mat.", "The dog runs fast here."),
         ("One.", "Two three.", "Three four."),
     ):
-        twins = [*texts, *texts]  # the same numbers are added up in another order
-        marked = selected(captions(*twins))
+        # The scores are sums of the same numbers in another order.
+        marked = selected(captions(*texts, *texts))
         assert marked["reason"].to_pylist().index(None) < len(texts)
         scores = marked["selection_score"].to_pylist()
         assert scores[: len(texts)] == scores[len(texts) :]
+    # A lower score, but the same words.
     swapped = captions("A red ring, a star.", "A star, a red ring.", alignment=[0.2, 0.1])
-    assert selected(swapped, by="clip")["rejected_text"].null_count == 2  # it has a lower score, and the same words
+    assert selected(swapped, by="clip")["rejected_text"].null_count == 2
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_captions_of_other_images_and_styles_people_and_questions_are_left_alone(shards: int) -> None:
+def test_only_captions_of_one_image_and_style_compete(shards: int) -> None:
     texts = ("A dog.", "A cat.", "", "A man.", "A woman.", "A tree.")
     styles = ["plain", "plain", "", "human", "human", "brief"]
     makers = ["p", "p", "p", HUMAN, HUMAN, "p"]
     rows = captions(*texts, sample_id=["a", "b", "b", "c", "c", "b"], style=styles, prompt_id=makers)
-    rows = rows.set_column(5, "clean_text", pa.array([text or None for text in texts]))  # the third is a question
+    # The third row is a question.
+    rows = rows.set_column(5, "clean_text", pa.array([text or None for text in texts]))
     assert selected(rows, shards=shards)["reason"].null_count == 6
 
 
@@ -117,7 +128,7 @@ def test_captions_of_other_images_and_styles_people_and_questions_are_left_alone
         ({"select": {"by": "longest"}, "generate": {"samples": 2}}, "--verify claims"),
     ],
 )
-def test_a_measure_that_nothing_measures_is_an_error_before_anything_is_asked(settings: dict[str, Any], what: str) -> None:
+def test_selection_without_its_check_is_refused(settings: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(source="scenes", **settings)
     assert what in str(caught.value)

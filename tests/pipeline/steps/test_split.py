@@ -1,4 +1,4 @@
-"""Split: assigned by image, in the configured shares, and stable when other images are added."""
+"""Splits are assigned by image, in the configured shares, and stay when images are added."""
 
 from collections import Counter
 from pathlib import Path
@@ -35,32 +35,33 @@ def test_all_annotations_of_an_image_are_in_one_split() -> None:
 
 
 @pytest.mark.parametrize("given", ["train", "validation", "test"])
-def test_the_split_of_the_source_is_kept(given: str) -> None:
+def test_stated_split_is_kept(given: str) -> None:
     assert set(splits(table(IDS[:200], given))) == {given}
 
 
-def test_an_image_stays_where_it_is_when_others_come() -> None:
+def test_split_does_not_depend_on_other_images() -> None:
     assert splits(table(IDS))[:100] == splits(table(IDS[:100]))
 
 
-def test_the_shares_are_those_of_the_config() -> None:
-    counts = Counter(split_of(sample_id, SplitConfig(validation_frac=0.2, test_frac=0.3), 0) for sample_id in IDS)
+def test_shares_match_settings() -> None:
+    config = SplitConfig(validation_frac=0.2, test_frac=0.3)
+    counts = Counter(split_of(sample_id, config, 0) for sample_id in IDS)
     assert counts["validation"] / 4000 == pytest.approx(0.2, abs=0.02)
     assert counts["test"] / 4000 == pytest.approx(0.3, abs=0.02)
 
 
-def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+def test_shares_without_training_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="add up to 1 or more"):
         resolve(source="scenes", split={"validation_frac": 0.6, "test_frac": 0.4})
 
 
-def test_images_that_look_alike_are_in_one_split() -> None:
+def test_near_duplicates_are_in_one_split() -> None:
     groups = [IDS[n // 4] for n in range(400)]
     assigned = splits(table(IDS[:400]).set_column(2, "image_group", pa.array(groups)))
     assert len(set(zip(groups, assigned, strict=True))) == 100 and len(set(assigned)) == 3
 
 
-def test_where_the_source_says_a_split_of_some_the_others_of_a_group_go_along() -> None:
+def test_stated_split_applies_to_the_whole_group() -> None:
     rows = table(IDS[:200]).set_column(2, "image_group", pa.array([IDS[n // 2] for n in range(200)]))
     stated = [("train", "test")[n // 2 % 2] if n % 2 else None for n in range(200)]
     rows = rows.set_column(3, "source_split", pa.array(stated, pa.string()))
@@ -79,7 +80,7 @@ def test_where_the_source_says_a_split_of_some_the_others_of_a_group_go_along() 
         (set(), {"train", "validation", "test"}),
     ],
 )
-def test_none_is_drawn_for_a_split_that_the_source_holds_out(stated: set[str], drawn: set[str]) -> None:
+def test_held_out_split_of_source_gets_no_other_images(stated: set[str], drawn: set[str]) -> None:
     given = pa.array([*sorted(stated), *[None] * 300], pa.string())
     rows = table(IDS[: len(given)]).set_column(3, "source_split", given)
     assigned = splits(rows, shards=3)
@@ -96,35 +97,37 @@ def test_none_is_drawn_for_a_split_that_the_source_holds_out(stated: set[str], d
         ("0042.jpg", "", ""),
         ("day1/0042.jpg", "day1", "day1/"),
         ("day1/clip1_0042_left.jpg", "day1", "day1/clip1_*_left"),
-        ("42_left.jpg", "", ""),  # with all other left ones it has nothing in common
+        ("42_left.jpg", "", ""),
         ("table.parquet:17", "", ""),
     ],
 )
-def test_names_say_what_belongs_together(name: str, folder: str, prefix: str) -> None:
+def test_name_key_by_folder_and_by_prefix(name: str, folder: str, prefix: str) -> None:
     assert (name_key(name, "folder"), name_key(name, "prefix")) == (folder, prefix)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_images_of_one_folder_are_in_one_split_if_it_is_asked_for(tmp_path: Path, shards: int) -> None:
+def test_group_by_folder_keeps_folders_together(tmp_path: Path, shards: int) -> None:
     ids = IDS[:300]
     names = [f"day{n // 3}/{n}.jpg" for n in range(300)]
     config = resolve(source="folder:x", split={"group_by": "folder"})
     directories = [DatasetDir(tmp_path / f"shard-{n}") for n in range(shards)]
-    rows = table(ids).set_column(3, "source_split", pa.array(["test" if n == 0 else None for n in range(300)], pa.string()))
+    rows = table(ids).set_column(3, "source_split", pa.array(["test", *[None] * 299], pa.string()))
     for n, directory in enumerate(directories):
         part = slice(n * 300 // shards, (n + 1) * 300 // shards)
-        write_table(directory.step_file(BEFORE), [rows.slice(part.start, part.stop - part.start)], rows.schema)
+        local = rows.slice(part.start, part.stop - part.start)
+        write_table(directory.step_file(BEFORE), [local], rows.schema)
         source = pa.table({"sample_id": ids[part], "source_row": names[part]})
         write_table(directory.step_file("read"), [source], source.schema)
     run_on(STEP, directories, plan_of(tmp_path, config))
     assigned = rows_after(STEP, directories, rows["annotation_id"].to_pylist())["split"].to_pylist()
     folders = {(name.partition("/")[0], split) for name, split in zip(names, assigned, strict=True)}
     assert len(folders) == 100 and {split for _, split in folders} == {"train", "validation", "test"}
-    assert assigned[:3] == ["test"] * 3  # with the one that the source holds out
+    # The source holds out the first image of this folder.
+    assert assigned[:3] == ["test"] * 3
 
 
-def test_folders_that_near_duplicates_have_in_common_are_in_one_split(tmp_path: Path) -> None:
-    """Image 1 of each even day looks like image 0 of the day after it; images without a folder stand alone."""
+def test_folders_with_common_near_duplicates_are_in_one_split(tmp_path: Path) -> None:
+    """Image 1 of each even day looks like image 0 of the next day; the last images have no folder."""
     ids = IDS[:200]
     names = [f"day{n // 4:02}/{n}.jpg" if n < 160 else f"{n}.jpg" for n in range(200)]
     groups = [ids[n - 3] if n < 160 and n % 8 == 4 else ids[n] for n in range(200)]

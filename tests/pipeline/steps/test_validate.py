@@ -1,4 +1,4 @@
-"""Validate: each fault has its reason, and no row is lost."""
+"""An annotation that breaks a rule of its task is rejected with the reason."""
 
 from typing import Any
 
@@ -31,6 +31,6 @@ def table(*rows: dict[str, Any]) -> pa.Table:
         (PAIR | {"answer_type": "maybe"}, "answer_type_literal_error"),
     ],
 )
-def test_a_row_is_kept_or_has_a_reason(row: dict[str, Any], reason: str | None) -> None:
+def test_annotation_is_kept_or_rejected_with_reason(row: dict[str, Any], reason: str | None) -> None:
     marked = validate_annotations(table(CAPTION, row))
     assert marked["reason"].to_pylist() == [None, reason]

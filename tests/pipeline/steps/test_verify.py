@@ -1,17 +1,28 @@
-"""Verify: each check rejects with its own reason, and checks without an answer reject nothing."""
+"""Each check rejects with its own reason, and checks without an answer reject nothing."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from pipeline.tables import CHECK
-from tests.step_runs import verify_rows, with_results
+from pipeline.config.files import resolve
+from pipeline.dataset.directory import DatasetDir
+from pipeline.errors import EngineError, TableError
+from pipeline.run import generate_dataset
+from pipeline.steps import verify
+from pipeline.storage.files import read_table
+from pipeline.tables import CHECK, FLOAT64, STRING, fields
+from tests.chat.server import ChatServer, running_chat
+from tests.step_runs import numbered_table, verify_rows, with_results
 
 QUESTION = {"task": "qa", "style": "", "clean_question": "What color is the ring?", "clean_answer": "red"}
-CAPTION = {"task": "caption", "style": "brief"}
-TEXTS = ("annotation_id", "task", "style", "clean_question", "clean_answer", "answer_type")
-SCHEMA = pa.schema([*((name, pa.string()) for name in TEXTS), ("checks", pa.list_(CHECK)), ("alignment", pa.float64())])
+CAPTION = {"task": "caption", "style": "brief", "clean_text": "A red ring."}
+TEXTS = ("annotation_id", "task", "style", "clean_text", "clean_question", "clean_answer", "answer_type")
+SCHEMA = pa.schema(
+    [*fields(STRING, *TEXTS), *fields(pa.list_(CHECK), "checks"), *fields(FLOAT64, "alignment")]
+)
 
 
 def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str | None]:
@@ -19,8 +30,7 @@ def check(kind: str, answer: str | None, expected: str = "red") -> dict[str, str
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    complete = [{"annotation_id": str(n), "checks": [], **row} for n, row in enumerate(rows)]
-    return pa.Table.from_pylist(complete, schema=SCHEMA)
+    return numbered_table(SCHEMA, rows, checks=[])
 
 
 def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str | None]:
@@ -43,11 +53,11 @@ def reasons(*rows: dict[str, Any], shards: int = 1, **settings: Any) -> list[str
         ([check("round_trip", "blue"), check("blind", "red")], "answer_not_confirmed"),
     ],
 )
-def test_a_question_is_kept_or_has_a_reason(checks: list[dict[str, Any]], reason: str | None) -> None:
+def test_question_is_kept_or_rejected_with_reason(checks: list[dict[str, Any]], reason: str | None) -> None:
     assert reasons(QUESTION | {"checks": checks}) == [reason]
 
 
-def test_a_caption_needs_as_many_of_its_claims_as_is_asked_for() -> None:
+def test_caption_needs_minimum_share_of_confirmed_claims() -> None:
     checks = [check("claims", "red"), check("claims", "red"), check("claims", "blue"), check("claims", None)]
     rows = with_results(table(CAPTION | {"checks": checks}))
     assert rows["agreement"].to_pylist() == [pytest.approx(2 / 3)]
@@ -55,21 +65,22 @@ def test_a_caption_needs_as_many_of_its_claims_as_is_asked_for() -> None:
     assert reasons(CAPTION | {"checks": checks}, min_claims_supported=0.6) == [None]
 
 
-def test_a_claim_is_right_if_both_of_its_questions_are() -> None:
+def test_claim_is_confirmed_by_both_of_its_questions() -> None:
     def agreement(*answers: str | None) -> float | None:
         pairs = zip(answers, ("yes", "no") * (len(answers) // 2), strict=True)
-        rows = with_results(table(CAPTION | {"checks": [check("claims", answer, expected) for answer, expected in pairs]}))
-        share: float | None = rows["agreement"].to_pylist()[0]
+        checks = [check("claims", answer, expected) for answer, expected in pairs]
+        share: float | None = with_results(table(CAPTION | {"checks": checks}))["agreement"].to_pylist()[0]
         return share
 
     assert (agreement("yes", "no"), agreement("Ja", "Nein.")) == (1, 1)
     assert (agreement("yes", "yes"), agreement("no", "no")) == (0, 0)
     assert agreement("yes", "no", "yes", "yes") == 0.5
-    assert agreement("yes", "no", None, "yes") == 0.5  # the second claim is wrong, and not the first
+    # The second claim is false, not the first.
+    assert agreement("yes", "no", None, "yes") == 0.5
     assert (agreement("yes", "no", None, None), agreement(None, None)) == (1, None)
 
 
-def test_an_answer_that_differs_from_image_to_image_needs_the_image() -> None:
+def test_blind_answer_is_rejected_only_if_most_images_share_it() -> None:
     def asked(answer: str) -> dict[str, Any]:
         return QUESTION | {"clean_answer": answer, "checks": [check("blind", "red", answer)]}
 
@@ -77,20 +88,21 @@ def test_an_answer_that_differs_from_image_to_image_needs_the_image() -> None:
     assert reasons(*map(asked, ["red"] * 9 + ["blue"])) == ["answerable_without_image"] * 9 + [None]
 
 
-def test_one_of_yes_and_no_is_guessed_by_luck() -> None:
-    row = QUESTION | {"clean_answer": "yes", "checks": [check("blind", "yes", "yes"), check("necessary", "yes", "yes")]}
-    assert reasons(row) == [None]
+def test_yes_and_no_are_exempt_from_blind_and_necessary() -> None:
+    checks = [check("blind", "yes", "yes"), check("necessary", "yes", "yes")]
+    assert reasons(QUESTION | {"clean_answer": "yes", "checks": checks}) == [None]
 
 
-def test_the_captions_that_fit_worst_go_by_style() -> None:
-    rows = [CAPTION | {"alignment": n / 100} for n in range(100)] + [CAPTION | {"style": "detailed", "alignment": 0.9}] * 3
+def test_worst_aligned_captions_are_rejected_by_style() -> None:
+    rows = [CAPTION | {"alignment": n / 100} for n in range(100)]
+    rows += [CAPTION | {"style": "detailed", "alignment": 0.9}] * 3
     row_reasons = reasons(*rows, lowest_alignment_frac=0.05)
     assert row_reasons == ["low_alignment"] * 5 + [None] * 98
     assert reasons(*rows, lowest_alignment_frac=0.0, min_alignment=0.5).count("low_alignment") == 50
     assert set(reasons(CAPTION, CAPTION)) == {None}
 
 
-def test_a_frequent_answer_may_be_right_by_luck_without_its_pages() -> None:
+def test_frequent_answers_are_exempt_from_necessary() -> None:
     def row(answer: str, kind: str) -> dict[str, Any]:
         checks = [check("sufficient", answer, answer), check("necessary", answer, answer)]
         return QUESTION | {"clean_answer": answer, "answer_type": kind, "checks": checks}
@@ -101,3 +113,48 @@ def test_a_frequent_answer_may_be_right_by_luck_without_its_pages() -> None:
     assert reasons(*rows, max_answer_frequency=0.5) == ["evidence_not_necessary"] * 40
     # An answer that occurs once is not frequent, however few rows there are.
     assert reasons(row("3", "number")) == ["evidence_not_necessary"]
+
+
+CHECKS = ["round_trip", "blind", "claims", "covers", "references", "alignment"]
+
+
+def checked(folder: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """Return the rows of the step verify, and the numbers of requests and of distinct requests."""
+    with running_chat(ChatServer()) as chat, suppress(TableError):
+        settings: dict[str, Any] = {"source": "scenes", "limit": 12, "base_url": [chat.url], "model": "model"}
+        generate_dataset(resolve(**settings, verify={"checks": CHECKS}), folder)
+    paths = [DatasetDir(folder).step_file("verify", name) for name in ("kept", "rejected")]
+    rows = [row for path in paths for row in read_table(path).to_pylist()]
+    return rows, len(chat.bodies), len({str(body) for body in chat.bodies})
+
+
+def test_checks_in_batches_equal_checks_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sent, distinct = checked(tmp_path / "whole")
+    assert len(whole) == 36 and all(row["checks"] for row in whole if row["question"] is not None)
+    held: list[int] = []
+    ask = verify.AnnotationChecker.ask_all_checks
+
+    def noted(self: verify.AnnotationChecker, rows: list[dict[str, Any]]) -> Any:
+        held.append(len(rows))
+        return ask(self, rows)
+
+    monkeypatch.setattr(verify.AnnotationChecker, "ask_all_checks", noted)
+    monkeypatch.setattr(verify, "BATCH_ANNOTATIONS", 4)
+    monkeypatch.setattr("pipeline.storage.files.BATCH_ROWS", 2)
+    parts, sent_in_parts, distinct_in_parts = checked(tmp_path / "parts")
+    # Each batch has all three rows of its samples.
+    assert len(held) > 5 and max(held) <= 6 and all(rows % 3 == 0 for rows in held)
+    # The last digits of CLIP depend on the batch.
+    for one, other in zip(parts, whole, strict=True):
+        assert one.pop("alignment") == pytest.approx(other.pop("alignment"), abs=1e-5)
+    assert parts == whole
+    assert (sent_in_parts, distinct_in_parts) == (sent, distinct)
+
+
+def test_missing_clip_is_refused_before_any_request(tmp_path: Path) -> None:
+    with running_chat(ChatServer()) as chat:
+        verify = {"checks": ["alignment"], "clip_model": "nobody/nothing"}
+        config = resolve(source="scenes", limit=3, model="model", base_url=[chat.url], verify=verify)
+        with pytest.raises(EngineError, match="no CLIP nobody/nothing"):
+            generate_dataset(config, tmp_path / "d")
+        assert not chat.bodies
