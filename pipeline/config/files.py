@@ -47,11 +47,12 @@ MAX_SHOWN_CHARACTERS = 80
 SECRET_KEYS = frozenset(("key_env", "headers"))  # users put keys of servers there by mistake
 # Descriptions of a valid value by the type of pydantic's error; other types have the message of pydantic.
 WANTED = {
-    "bool_for_number": "a number",
+    "bool_for_number": "a number, such as 10",
     "dict": "keys and values",
     "float": "a number",
     "greater_than_equal": "{ge} or more",
     "int": "a whole number",
+    "int_from_float": "a whole number",
     "literal_error": "one of {expected}",
     "model": "keys and values, indented below it",
     "string": "a text",
@@ -295,8 +296,8 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
     if wanted is None:
         message = flaw["msg"].removeprefix("Value error, ")
         return message if is_secret else f"{message} ({shown})"
-    is_bool = isinstance(value, bool)
-    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_bool else ""
+    is_text_meant = isinstance(value, bool) and flaw["type"] != "bool_for_number"
+    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_text_meant else ""
     return f"{shown} is not {wanted.format(**context)}{quotes}"
 
 

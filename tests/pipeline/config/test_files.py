@@ -54,7 +54,7 @@ def test_section_with_only_comments_has_the_defaults(file: Path) -> None:
         ),
         (
             "source: scenes\nlimit: yes\n",
-            "limit: True is not a number; YAML reads yes, no, on and off as true and false: put a text",
+            "limit: True is not a number, such as 10",
             "docs/settings.md explains limit",
         ),
         ("source: scenes\ngenerate: {max_tokens: on}\n", "generate.max_tokens: True is not a number", "docs"),

@@ -58,7 +58,8 @@ def test_probe_of_synth_generate_is_answered_with_the_only_value() -> None:
     request = read_request(protocol.probe("m"), STYLES)
     body = completion("1", "m", answer_text(request, request.only or ""), (0, 0), is_cut=False)
     assert request.image is None
-    assert protocol.proves_schemas(json.dumps(body).encode())
+    answer = protocol.parse_answer(json.dumps(body).encode())
+    assert answer and protocol.is_probe_word(answer.text)
 
 
 def test_sampling_and_length_are_read() -> None:
