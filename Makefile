@@ -12,7 +12,7 @@ help:
 	@echo 'make test-long  run all sweeps and kills; make test runs a part of them (about an hour)'
 	@echo 'make resolve resolve all dependencies together with vLLM for Python 3.11 to 3.13, oldest and newest'
 	@echo 'make format  format the code'
-	@echo 'make docs    write docs/cli.md from the help of the commands'
+	@echo 'make docs    write docs/cli.md and docs/settings.md from the code'
 	@echo 'make teacher train the tiny teacher again (well over an hour on 2 cores; resumable)'
 	@echo 'make experiment  run the worked example of docs/measurements.md (up to an hour on 2 cores)'
 	@echo 'make check-real REPO=ORG/NAME  run the main job on 64 photos with your GPU, network and Hub token'
@@ -45,6 +45,7 @@ format: .stamps/venv
 
 docs: .stamps/venv
 	$(BIN)/python -m tests.cli_page
+	$(BIN)/python -m tests.settings_page
 
 teacher: .stamps/venv
 	$(BIN)/python -m examples.scenes.train_teacher --out $${XDG_CACHE_HOME:-$$HOME/.cache}/synth/teacher

@@ -93,56 +93,113 @@ class TrainConfig(Section):
     model_config = ConfigDict(allow_inf_nan=False)
 
     preset: Preset | None = None
+    """Settings for a kind of data, below. The command chooses one (`auto`), a settings file none."""
     encoder: str = TINY_VIT
-    encoder_layer: int = -1  # hidden states to read, -1 for the last layer
-    encoder_states: EncoderStates = "all"  # 2x2: average squares of four patches
-    feature_storage: FeatureStorage = "bf16"  # none: compute the states of a frozen encoder in each step
+    """`vit`, `clip`, `clip-large`, `siglip2`, `dinov2`, `metaclip`, `tiny-clip`, `tiny-vit`, a folder or a
+    Hub id. The command uses `clip`, and `tiny-clip` for drawn scenes.
+    """
+    encoder_layer: int = -1
+    """Layer whose hidden states are used. -1 is the last."""
+    encoder_states: EncoderStates = "all"
+    """`all` states of the layer, or patches averaged `2x2`."""
+    feature_storage: FeatureStorage = "bf16"
+    """Storage of the hidden states of a frozen encoder: `bf16`, or `none` to compute them in each step."""
     decoder: str = "scratch"
+    """`scratch`, `prefix`, `qwen3`, `smollm2`, a folder or a Hub id of a causal language model."""
     decoder_width: int = Field(default=192, ge=32)
+    """Width of a decoder from scratch."""
     decoder_depth: int = Field(default=3, ge=1)
+    """Number of blocks of a decoder from scratch."""
     decoder_heads: int = Field(default=6, ge=1)
-    vocab_size: int = Field(default=4096, ge=300)  # maximum
+    """Number of attention heads of a decoder from scratch."""
+    vocab_size: int = Field(default=4096, ge=300)
+    """Maximum size of the vocabulary of a decoder from scratch."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout of the decoder `scratch`."""
     text_source: Mixture = "synthetic"
-    styles: tuple[str, ...] = ()  # empty: all styles
-    source_in_prompt: bool = True  # whether prompts distinguish human and synthetic texts
-    questions: bool = True  # whether answers are learned
-    train_images: int = Field(default=0, ge=0)  # maximum, 0: all
-    caption_word_budget: int = Field(default=0, ge=0)  # maximum words of all training captions, 0: no limit
+    """Captions to learn: `synthetic`, `human` or `mixed`. The command uses those of the version."""
+    styles: tuple[str, ...] = ()
+    """Caption styles to learn. An empty list learns all styles."""
+    source_in_prompt: bool = True
+    """State in the prompt whether a human or a model wrote the caption."""
+    questions: bool = True
+    """Learn answers to questions."""
+    train_images: int = Field(default=0, ge=0)
+    """Maximum number of training images. 0 uses all images."""
+    caption_word_budget: int = Field(default=0, ge=0)
+    """Maximum words of all training captions. 0 sets no limit."""
     max_caption_tokens: int = Field(default=64, ge=4, le=MAX_CAPTION_TOKENS)
-    align_steps: int = Field(default=0, ge=0)  # steps that train the connector only, 0: by `align_epochs`
+    """Maximum tokens of a caption."""
+    align_steps: int = Field(default=0, ge=0)
+    """Steps that train the connector only. 0 uses `align_epochs`."""
     align_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Epochs that train the connector only."""
     align_lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of these steps."""
     contrastive_weight: float = Field(default=0.0, ge=0)
+    """Weight of a contrastive loss of images and captions."""
     contrast_width: int = Field(default=128, ge=8)
+    """Width of the vectors of the contrastive loss."""
     connector_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the connector. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.0002."""
     decoder_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the decoder. 0 freezes it. Null uses 0.001, with a pretrained decoder 0.00002, for
+    adapters 0.0002.
+    """
     encoder_lr: float | None = Field(default=None, ge=0)
+    """Learning rate of the encoder. 0 freezes it. Null uses 0, for `tiny-vit` 0.001."""
     epochs: int = Field(default=16, ge=1, le=MAX_EPOCHS)
-    steps: int = Field(default=0, ge=0)  # without align_steps and scst_steps, 0: by `epochs`
-    min_steps: int = Field(default=0, ge=0)  # minimum of the steps by `epochs`
-    scst_steps: int = Field(default=0, ge=0)  # steps of self-critical training at the end
+    """Epochs. Not used if `steps` is set."""
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps after the alignment. 0 uses `epochs`."""
+    min_steps: int = Field(default=0, ge=0)
+    """Minimum number of steps if `epochs` is used."""
+    scst_steps: int = Field(default=0, ge=0)
+    """Steps of self-critical training at the end, which maximizes the CIDEr-D of sampled captions."""
     scst_lr: float = Field(default=5e-5, gt=0)
-    scst_samples: int = Field(default=5, ge=2)  # captions sampled per image
+    """Learning rate of self-critical training."""
+    scst_samples: int = Field(default=5, ge=2)
+    """Captions per image that self-critical training samples."""
     batch_size: int = Field(default=32, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)  # minimum: a GPU may need more
+    """Images per step."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per step. On a GPU, it is doubled until a step fits into memory."""
     warmup_frac: float = Field(default=0.05, ge=0, lt=1)
-    lr_floor_frac: float = Field(default=0.1, ge=0, le=1)  # final share of the learning rate
+    """Share of the steps in which the learning rate rises."""
+    lr_floor_frac: float = Field(default=0.1, ge=0, le=1)
+    """Final share of the learning rate."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Maximum norm of the gradient."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    average_decay: float = Field(default=0.0, ge=0, lt=1)  # moving average of the weights, 0: no average
-    lora_rank: int = Field(default=0, ge=0)  # 0: train the whole language model
+    """Share of the target that all tokens share."""
+    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is scored and saved. 0 keeps no average."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters for a language model. 0 trains all its weights."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    checkpoint_blocks: bool = False  # gradient checkpointing of a language model
-    precision: Precision = "fp32"  # of matrix products
+    """Dropout of the adapters."""
+    checkpoint_blocks: bool = False
+    """Recompute the blocks of a language model in the backward pass, which saves memory."""
+    precision: Precision = "fp32"
+    """Precision of matrix products: `fp32`, `tf32` or `bf16`. Presets use `bf16` on a GPU and on a CPU with
+    AMX, for scenes `tf32` and `fp32`.
+    """
     compile: bool = False
-    evaluate_every: int = Field(default=0, ge=0)  # steps, 0: by `evaluate_epochs`
-    evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)  # 0: four evaluations
-    patience: int = Field(default=0, ge=0)  # evaluations without gain before training ends, 0: no limit
-    evaluate_images: int = Field(default=128, ge=1)  # validation images during training
-    num_beams: int = Field(default=1, ge=1)  # for the final test
+    """Compile the decoder with `torch.compile`."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on the validation split. 0 uses `evaluate_epochs`."""
+    evaluate_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Epochs between evaluations, at most 20 evaluations. 0 evaluates four times."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations without a better score after which training ends. 0 never ends it."""
+    evaluate_images: int = Field(default=128, ge=1)
+    """Images of these evaluations."""
+    num_beams: int = Field(default=1, ge=1)
+    """Beams of the final test and of captions written later. 1 is greedy."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    """Seed of weights, dropout and the order of the data."""
 
     @model_validator(mode="after")
     def _require_valid_decoder(self) -> "TrainConfig":

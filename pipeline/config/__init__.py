@@ -54,29 +54,62 @@ class Config(Section):
     """Everything that decides the content of a dataset. Saved as `run.json`."""
 
     source: Annotated[str, AfterValidator(_require_utf8)]
+    """Source of the images. `synth doctor --sources` lists all sources."""
     source_split: Literal["train", "validation", "test"] | None = None
+    """Split of the source to read: `train`, `validation` or `test`. Null reads all splits."""
     license: Annotated[str, Field(pattern=LICENSE, max_length=100)] | None = None
+    """License of your own images, such as `cc-by-4.0`. Without it, a dataset of a local source is pushed as
+    private.
+    """
     title: Annotated[str, Field(pattern=TITLE, min_length=1, max_length=200)] | None = None
-    columns: dict[str, str] = Field(
-        default_factory=dict
-    )  # role -> column; `context` has several, with commas
+    """Title of the dataset card. Null uses the name of the source."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Roles of columns: `image`, `pages`, `references`, `question`, `answer`, `split`, and `context` for
+    columns that prompts use. `question=none` and `split=none` ignore columns of these names. Null guesses
+    by name.
+    """
     drop_context: bool = False
+    """Use the columns of `context` in prompts only, and do not store them in versions."""
     allow_urls: bool = False
+    """Download images that rows name by URL, from public addresses."""
     allow_partial: bool = False
+    """Read a Hub dataset of which only the first part is converted to Parquet."""
     follow_links: bool = False
+    """Read files outside of the folder that links in it lead to. They are published with the dataset."""
     split_list: Path | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None  # images to read
-    images: Annotated[int, Field(ge=1)] | None = None  # images to keep
+    """Karpathy's `dataset_flickr30k.json`, for a copy of Flickr30k without splits."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Stop after reading this many images. Null reads all images (`scenes`: 1000)."""
+    images: Annotated[int, Field(ge=1)] | None = None
+    """Keep exactly this many images, and read as many as that takes. Null keeps all images."""
     frame_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds between two frames of a video. Null uses 5."""
     seed: int = 0
+    """Seed of drawn scenes, sampled replies, balancing and splits."""
     exclude: Distinct[Annotated[str, Field(min_length=1)]] = ()
+    """Sources whose images and near-duplicates are rejected, such as `flickr30k#test`."""
     captions: Distinct[Annotated[Path, AfterValidator(Path.expanduser)]] = ()
+    """Files with human captions or questions about the images of a folder: COCO, Karpathy, JSON, JSON lines,
+    CSV, or Flickr30k's lines, also compressed (`.gz`).
+    """
     human_texts: HumanTexts = "compare"
+    """Use of human texts: `compare` stores them as references, `keep` also makes them annotations, `fill`
+    asks the model only for missing texts.
+    """
     tasks: Distinct[Task] = ("caption", "qa")
+    """Tasks to ask the model. Null uses `caption` and `qa`, `deck_qa` for decks, and no built-in task if
+    there are custom tasks. `none` asks no model.
+    """
     own_tasks: tuple[TaskConfig, ...] = ()
+    """Custom tasks: paths of their files, or their keys."""
     engine: Literal["auto", "embedded", "vllm"] = "auto"
+    """`vllm` uses a server, `embedded` runs a model in this process, `auto` uses vLLM if it finds a GPU and
+    vLLM.
+    """
     model: str | None = None
+    """A folder, a Hub id, a name that the server offers, or `tiny`. Null chooses by source and engine."""
     base_url: Distinct[BaseUrl] = ()
+    """URLs of running servers. A URL without a path gets `/v1`."""
     generate: GenerateConfig = GenerateConfig()
     server: ServerConfig = ServerConfig()
     filter: FilterConfig = FilterConfig()

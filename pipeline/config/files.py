@@ -297,7 +297,9 @@ def _describe_flaw(flaw: "ErrorDetails") -> str:
         message = flaw["msg"].removeprefix("Value error, ")
         return message if is_secret else f"{message} ({shown})"
     is_text_meant = isinstance(value, bool) and flaw["type"] != "bool_for_number"
-    quotes = "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_text_meant else ""
+    quotes = (
+        "; YAML reads yes, no, on and off as true and false: put a text in quotes" if is_text_meant else ""
+    )
     return f"{shown} is not {wanted.format(**context)}{quotes}"
 
 

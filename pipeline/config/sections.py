@@ -203,17 +203,35 @@ class GenerateConfig(Section):
     """Prompts and sampling of the model."""
 
     caption_styles: Distinct[Style] = Field(default=("brief", "detailed"), min_length=1)
+    """Caption styles, one request each: `plain`, `detailed`, `brief`, `alt`, `tags`, `ocr`, or your own.
+    Drawn scenes use `brief` and `detailed`.
+    """
     style_prompts: StylePrompts = ()
+    """Instructions of your own caption styles by name, such as `{product: "Describe the product ..."}`."""
     caption_words: Annotated[int, Field(ge=1, le=150)] | None = None
+    """Approximate number of words per caption. Null uses the length of the style."""
     caption_temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of captions. 0 is greedy."""
     samples: int = Field(default=1, ge=1, le=64)
+    """Captions per image and style. The step `select` keeps the best."""
     sample_temperature: float = Field(default=0.8, gt=0, le=2)
+    """Minimum temperature of all captions but the first."""
     qa_temperature: float = Field(default=0.3, ge=0, le=2)
+    """Sampling temperature of questions. At 0 the model asks similar questions about every image. Higher
+    values give less accurate answers.
+    """
     max_tokens: int = Field(default=256, ge=1)
+    """Maximum tokens of a reply. A longer reply is requested again with twice the limit."""
     max_attempts: int = Field(default=3, ge=1)
+    """Attempts to get a usable reply. After the last, the row is rejected."""
     max_pixels: Annotated[int, Field(ge=28 * 28)] | None = None
+    """Larger images are scaled down to this many pixels. Null uses the model's limit."""
     prompt_dir: Path | None = None
+    """Folder of prompt templates, such as `caption/v1.j2`, that replace the built-in ones. `synth init`
+    writes them.
+    """
     batch_size: int = Field(default=64, ge=1)
+    """Requests that the embedded engine computes at once."""
 
 
 def _require_valid_port(url: str) -> str:
@@ -251,26 +269,51 @@ class ServerConfig(Section):
     """How vLLM is started, and how servers are used. Only flags that change replies identify a dataset."""
 
     flags: tuple[str, ...] = ()
+    """Flags for vLLM, as after `--` on the command line."""
     startup_timeout_s: float = Field(default=900, gt=0)
+    """Seconds to load a model, or to wait for a server that is down."""
     max_restarts: int = Field(default=3, ge=0)
+    """Restarts of a vLLM server that dies."""
     request_timeout_s: float = Field(default=600, gt=0)
+    """Seconds to wait for a reply."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests in flight. Null adapts to the load of the servers."""
     requests_per_minute: Rate | None = None
+    """Requests that one process sends to each server. Null sets no limit."""
     tokens_per_minute: Rate | None = None
+    """Tokens that each server reads and writes for one process, on average. Null sets no limit."""
     key_env: KeyVariable | None = None
+    """Environment variable with the key of the servers. Null uses `SYNTH_API_KEY`, or `OPENAI_API_KEY` for
+    openai.com.
+    """
     headers: Headers = Field(default_factory=dict)
+    """Headers of each request. A value such as `$MY_KEY` is read from the environment. Other values are
+    stored in `run.json`.
+    """
     endpoints: dict[BaseUrl, EndpointConfig] = Field(default_factory=dict)
+    """Settings of single servers by URL: `key_env`, `headers`, `requests_per_minute`, `tokens_per_minute`,
+    and `weight`, a server's share of the requests.
+    """
     enforced_schema: bool = True
+    """Refuse a server that does not enforce JSON schemas."""
     # Prices of a million tokens.
     price_in: Price | None = None
+    """Price of a million prompt tokens."""
     price_out: Price | None = None
+    """Price of a million reply tokens."""
     judge_price_in: Price | None = None
+    """Price of a million prompt tokens of the judge. Null uses `price_in`."""
     judge_price_out: Price | None = None
+    """Price of a million reply tokens of the judge. Null uses `price_out`."""
     # Limits of all runs in the dataset folder.
     max_requests: Annotated[int, Field(ge=1)] | None = None
+    """Stop when all runs of the dataset folder have sent this many requests."""
     max_total_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Stop when they have read and written this many tokens."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
+    """Stop when they have cost this much, by the prices above."""
     max_failure_frac: float = Field(default=0.9, ge=0, le=1)
+    """Stop when more than this share of the last 100 first replies is unusable. 1 never stops."""
 
     @model_validator(mode="after")
     def _require_price_for_budget(self) -> "ServerConfig":
@@ -323,17 +366,27 @@ class FilterConfig(Section):
     """Bounds on texts. Words are counted without openings such as "The image shows"."""
 
     min_caption_words: Annotated[int, Field(ge=1)] | None = None
+    """Minimum words of a caption. Null uses 5 for English and 3 for other languages."""
     max_caption_words: int = Field(default=150, ge=1)
+    """Maximum words of a caption."""
     min_question_words: int = Field(default=3, ge=1)
+    """Minimum words of a question."""
     max_question_words: int = Field(default=30, ge=1)
+    """Maximum words of a question."""
     max_answer_words: int = Field(default=10, ge=1)
+    """Maximum words of an answer."""
     max_duplicate_trigram_frac: float = Field(default=0.4, ge=0, le=1)
+    """Maximum share of repeated trigrams, in texts of twelve words or more."""
     min_distinct_word_frac: float = Field(default=0.35, ge=0, le=1)
+    """Minimum share of distinct words, in texts of twelve words or more."""
     language: Annotated[
         Language | None, BeforeValidator(lambda code: None if code == ANY_LANGUAGE else code)
     ] = "en"
+    """ISO 639 code of the language of prompts and texts. `any` keeps all languages."""
     min_language_score: float = Field(default=0.6, ge=0, le=1)
+    """Minimum confidence of the language detector to reject a text."""
     max_non_latin_frac: float = Field(default=0.0, ge=0, le=1)
+    """Maximum share of non-Latin letters outside of quotes, for languages in Latin script."""
 
     @model_validator(mode="after")
     def _require_possible_lengths(self) -> "FilterConfig":
@@ -350,21 +403,34 @@ Check = Literal["round_trip", "claims", "covers", "blind", "evidence", "alignmen
 
 
 class VerifyConfig(Section):
-    """Checks that ask the model about annotations again. A threshold of None only measures."""
+    """Checks that ask the model about annotations again. A null threshold only measures."""
 
     checks: Distinct[Check] = ()
+    """Checks: `round_trip`, `claims`, `covers`, `blind`, `evidence`, `alignment`, `references`."""
     min_claims_supported: float = Field(default=1.0, ge=0, le=1)
+    """Minimum share of confirmed claims of a caption."""
     repair: bool = False
+    """Rewrite captions that have a false claim. Needs the check `claims`."""
     judge: Annotated[str, Field(pattern=JUDGE)] | None = None
+    """Second model that scores each text: `MODEL@URL`."""
     judge_may_be_writer: bool = False
+    """Allow a judge that is the model that wrote the texts."""
     min_rating: Annotated[int, Field(ge=1, le=5)] | None = None
+    """Minimum of each score of the judge, from 1 to 5. Null rejects no text."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Minimum share of the image's questions that a caption answers. Null rejects no text."""
     min_shared_words: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Minimum share of a caption's content words that a caption of the source has. Null rejects no text."""
     min_blind_frac: float = Field(default=0.8, gt=0, le=1)
+    """A question counts as answerable without an image if this share of its images has the same answer."""
     max_answer_frequency: float = Field(default=0.1, ge=0, le=1)
+    """More frequent answers are not rejected as `evidence_not_necessary`: they may be right by chance."""
     clip_model: str = "auto"
+    """CLIP of the check `alignment`: `auto`, `clip`, `metaclip`, `tiny-clip`, a folder or a Hub id."""
     min_alignment: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Minimum cosine similarity of image and caption. Null uses `lowest_alignment_frac`."""
     lowest_alignment_frac: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the captions of each style that is rejected as least similar to their images."""
 
     @model_validator(mode="after")
     def _require_claims_for_repair(self) -> "VerifyConfig":
@@ -382,24 +448,38 @@ class SelectConfig(Section):
     """How the best of several captions of one image and style is chosen (generate.samples)."""
 
     by: Literal["consistency", "clip", "judge", "longest"] = "consistency"
+    """Rule that chooses the best of `generate.samples` captions: `consistency`, `clip`, `judge` or `longest`.
+    """
     pairs: bool = False
+    """Store the worst caption next to the best, as `captions[].rejected`."""
 
 
 class DedupeConfig(Section):
     """Which images and captions count as duplicates."""
 
     images: Literal["auto", "photos", "graphics", "none"] = "auto"
+    """`photos` rejects near-duplicates, `graphics` only groups them, `none` compares no images. `auto` uses
+    `graphics` for decks and pages, `none` for drawn scenes, and `photos` otherwise.
+    """
     max_images_per_caption: int = Field(default=5, ge=1)
+    """Maximum images that share one caption."""
 
 
 class BalanceConfig(Section):
     """Limits on over-represented answers and captions."""
 
     max_answer_frac: float = Field(default=0.4, gt=0, le=1)
+    """Maximum share of one answer among the questions of one type."""
     max_yes_no_frac: float = Field(default=0.55, ge=0.5, le=1)
+    """The same for yes and no, and for types with two answers."""
     min_questions_per_type: int = Field(default=50, ge=1)
-    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None  # MetaCLIP's p
+    """Types with fewer questions are balanced together, as `(rare)` in the report."""
+    tail_frac: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """MetaCLIP's p for balancing captions, such as `0.06`. Null keeps all captions."""
     entries: Path | None = None
+    """Text file of entries, one per line, by which captions are balanced. Null uses the words of the captions
+    and names of WordNet.
+    """
 
     def max_share(self, answers: Collection[str]) -> float:
         """Return the largest share that one of these answers to one type of question may have."""
@@ -414,8 +494,13 @@ class SplitConfig(Section):
     """The shares of images that are held out. The rest is `train`."""
 
     validation_frac: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the images in the validation split, if the source has no splits."""
     test_frac: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the images in the test split, if the source has no splits."""
     group_by: Literal["folder", "prefix"] | None = None
+    """Keep images together in one split: `folder` those of each subfolder, `prefix` those whose names differ
+    in the last number only. Null uses `folder` for documents and videos.
+    """
 
     @model_validator(mode="after")
     def _require_training_images(self) -> "SplitConfig":

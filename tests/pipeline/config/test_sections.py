@@ -6,20 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.run_options import OPTIONS
-from pipeline.config import Config
-from pipeline.config.files import keys_of, resolve
+from pipeline.config.files import resolve
 from pipeline.errors import ConfigError
-from trainer.config import TrainConfig
+from tests import settings_page
 
 
-def test_settings_page_lists_all_keys_and_options() -> None:
-    page = (Path(__file__).parents[3] / "docs/settings.md").read_text(encoding="utf-8")
-    generate, _, train = page.partition("## `synth train`")
-    for part, section in ((generate, Config), (train.partition("| preset |")[0], TrainConfig)):
-        keys = [re.sub(r"\(.*?\)", "", row) for row in re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE)]
-        assert sorted(re.findall(r"`([\w.]+)`", "".join(keys))) == sorted(keys_of(section))
-    assert [option.flag for option in OPTIONS if f"`{option.flag}" not in page] == []
+def test_settings_page_and_file_are_generated_from_the_settings() -> None:
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.render_page(), "run `make docs`"
+    assert settings_page.FILE.read_text(encoding="utf-8") == settings_page.render_file(), "run `make docs`"
 
 
 @pytest.mark.parametrize(
