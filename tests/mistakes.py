@@ -112,7 +112,10 @@ MISTAKES = (
     Mistake("tiny model", f"{PHOTOS} --model tiny", "the tiny teacher knows drawn scenes and nothing else"),
     Mistake("nothing to push", "push --repo me/x", "no dataset under data/"),
     Mistake("nothing to review", "review apply a.jsonl", "no dataset under data/"),
-    Mistake("source without --source", "generate scenes", "flags for vLLM come after --", code=2),
+    Mistake(
+        "source without --source", "generate scenes", "unexpected argument: scenes (--source scenes?)",
+        "vLLM come after --", code=2,
+    ),
     Mistake("no such experiment", "experiment nope.yaml", "cannot read config file nope.yaml", "docs/experiment.yaml"),
 )  # fmt: skip
 
