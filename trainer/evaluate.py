@@ -38,172 +38,12 @@ ImageResult = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """Prompt (source, style) and decoding of captions. `questions` adds answers and intervals."""
+    """Prompt (source, style) and decoding. `questions` adds answers and intervals, `clip` CLIPScore."""
 
     prompt: tuple[str, str]
     decoding: DecodingConfig = GREEDY
     questions: bool = False
-
-
-def evaluate(
-    checkpoint: Checkpoint,
-    examples: list[Example],
-    options: EvalOptions,
-    features: FeatureSource,
-    clip: str | None = None,
-) -> dict[str, Any]:
-    """Return scores against the references of the source or, without references, against the teacher's
-    captions.
-
-    `scores` are of the caption of each image, `shuffled_scores` of the caption of another image. `intervals`
-    are 95 % bootstrap intervals, `gain` that of the difference in CIDEr-D: if it includes 0, the captioner
-    may ignore its images. `questions` has the scores of answers. `each` has the caption and scores of every
-    image.
-    """
-    checkpoint.captioner.eval()
-    source, style = options.prompt
-    against, examples, texts = choose_references(examples, style)
-    # A greedy caption depends only on its image, so shuffling images equals shuffling captions.
-    order = derangement([example.sample_id for example in examples])
-    quiz: Quiz | None = None
-    if options.questions and any(not style for _, style in checkpoint.captioner.config.prompts):
-        quiz = Quiz(examples, order)
-    captions = _generate(checkpoint, examples, options, features, quiz)
-    hypotheses = [tokenize(caption) for caption in captions]
-    references = [[tokenize(text) for text in group] for group in texts]
-    shuffled = [hypotheses[index] for index in order]
-    own_scores, shuffled_scores = score_each(hypotheses, references), score_each(shuffled, references)
-    each: list[ImageResult] = [
-        {
-            "sample_id": example.sample_id,
-            "caption": caption,
-            "references": [" ".join(words) for words in references[index]],
-            "cider_d": round(own_scores["cider_d"][index], 4),
-            "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
-            "rouge_l": round(own_scores["rouge_l"][index], 4),
-        }
-        for index, (example, caption) in enumerate(zip(examples, captions, strict=True))
-    ]
-    result: dict[str, Any] = {
-        "images": len(examples),
-        "style": style,
-        "source": source,
-        "against": against,
-        "num_beams": options.decoding.num_beams,
-        "scores": score(hypotheses, references, own_scores),
-        "shuffled_scores": score(shuffled, references, shuffled_scores),
-        "intervals": bootstrap(own_scores) if options.questions else {},
-        "gain": bootstrap(_gains(own_scores, shuffled_scores)) if options.questions else {},
-        "words": _count_words(hypotheses, references),
-        "shown": _best_and_worst(each),
-        "each": each,
-    }
-    if clip:
-        images = (example.open() for example in examples)
-        own_clip, shuffled_clip = clip_scores(clip, images, captions, range(len(examples)), order)
-        result["scores"]["clip_score"] = statistics.fmean(own_clip)
-        result["shuffled_scores"]["clip_score"] = statistics.fmean(shuffled_clip)
-    if quiz:
-        result["questions"] = quiz.scores()
-        for index, image_result in enumerate(each):
-            image_result["questions"] = quiz.results(index)
-    return result
-
-
-def evaluate_version(
-    checkpoint: Checkpoint,
-    version: Version,
-    split: str,
-    style: str | None = None,
-    beams: int | None = None,
-    clip: str | None = None,
-) -> dict[str, Any]:
-    """Score a captioner on a split of a version (see `evaluate`). `clip` names a CLIP for CLIPScore.
-
-    Without `beams`, the beam width of the final test of its training is used.
-
-    Raises TrainError if the CLIP is the captioner's own encoder, and EngineError if it cannot be loaded.
-    """
-    config = checkpoint.captioner.config
-    if clip and is_own_encoder(clip, config.encoder["made_from"]):
-        problem = f"{clip} is the encoder of this captioner, which would bias its score"
-        raise TrainError(problem, hint="choose another CLIP: --clip-score")
-    mixture = config.data.get("texts", "synthetic")
-    try:
-        examples = examples_in(version, split, mixture, to_score=True)
-    except TrainError:
-        existing = default_texts(version.manifest)
-        if existing == mixture:
-            raise
-        examples = examples_in(version, split, existing, to_score=True)
-    # The order of the final test, since bootstrap intervals depend on it.
-    examples = sorted(examples, key=lambda example: example.sample_id)
-    features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
-    decoding = DecodingConfig(num_beams=beams or config.num_beams)
-    options = EvalOptions(scored_prompt(config.prompts, style), decoding, questions=True)
-    return {"split": split, **evaluate(checkpoint, examples, options, features, clip)}
-
-
-def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
-    """Return the kind of references, the examples that have some, and their references.
-
-    Raises TrainError if no example has a reference or a caption of the style.
-    """
-    against = HUMAN_REFERENCES
-    pairs = [(example, list(example.references)) for example in examples if example.references]
-    if not pairs:
-        against = TEACHER_CAPTIONS
-        captions = ((e, [text.text for text in e.texts if text.style == style]) for e in examples)
-        pairs = [(example, texts) for example, texts in captions if texts]
-    if not pairs:
-        styles = sorted({text.style for example in examples for text in example.texts if text.style})
-        hint = f"choose --style from {', '.join(styles)}" if styles else "evaluate on another dataset"
-        raise TrainError(f"no held-out image has a reference or a {style} caption", hint=hint)
-    return against, [example for example, _ in pairs], [texts for _, texts in pairs]
-
-
-def _generate(
-    checkpoint: Checkpoint,
-    examples: list[Example],
-    options: EvalOptions,
-    features: FeatureSource,
-    quiz: "Quiz | None",
-) -> list[str]:
-    """Return the caption of each example, and ask `quiz` while the states of an image are in memory."""
-    source, style = options.prompt
-    prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
-    captions: list[str] = []
-    for start in range(0, len(examples), HELD_IMAGES):
-        part = examples[start : start + HELD_IMAGES]
-        held = hold_features(features, part)
-        for first in range(0, len(part), BATCH_IMAGES):
-            states_BNV = held(part[first : first + BATCH_IMAGES])
-            prompt_BT = prompt_T.expand(len(states_BNV), -1)
-            texts = checkpoint.captioner.generate(states_BNV, prompt_BT, options.decoding)
-            captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
-        if quiz:
-            quiz.ask(checkpoint, held, range(start, start + len(part)))
-    return captions
-
-
-def answer_questions(
-    checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
-) -> list[str]:
-    """Answer one question about each example. Prompts of the same length share a batch."""
-    asked = [TargetText(source, "", question=question) for _, question in pairs]
-    prompts = [checkpoint.tokenizer.prompt(text) for text in asked]
-    answers = [""] * len(pairs)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-        for start in range(0, len(indices), BATCH_IMAGES):
-            batch = indices[start : start + BATCH_IMAGES]
-            with torch.inference_mode():
-                states_BNV = features([pairs[index][0] for index in batch])
-            prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
-            texts = checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY)
-            for index, ids in zip(batch, texts, strict=True):
-                answers[index] = checkpoint.tokenizer.decode(ids)
-    return answers
+    clip: str | None = None
 
 
 class Quiz:
@@ -259,6 +99,163 @@ class Quiz:
             }
             for number, question in enumerate(self.examples[index].questions)
         ]
+
+
+def evaluate(
+    checkpoint: Checkpoint, examples: list[Example], options: EvalOptions, features: FeatureSource
+) -> dict[str, Any]:
+    """Return scores against the references of the source or, without references, against the teacher's
+    captions.
+
+    `scores` are of the caption of each image, `shuffled_scores` of the caption of another image. `intervals`
+    are 95 % bootstrap intervals, `gain` that of the difference in CIDEr-D: if it includes 0, the captioner
+    may ignore its images. `questions` has the scores of answers. `each` has the caption and scores of every
+    image.
+    """
+    checkpoint.captioner.eval()
+    source, style = options.prompt
+    against, examples, texts = choose_references(examples, style)
+    # A greedy caption depends only on its image, so shuffling images equals shuffling captions.
+    order = derangement([example.sample_id for example in examples])
+    quiz: Quiz | None = None
+    if options.questions and any(not style for _, style in checkpoint.captioner.config.prompts):
+        quiz = Quiz(examples, order)
+    captions = _generate(checkpoint, examples, options, features, quiz)
+    hypotheses = [tokenize(caption) for caption in captions]
+    references = [[tokenize(text) for text in group] for group in texts]
+    shuffled = [hypotheses[index] for index in order]
+    own_scores, shuffled_scores = score_each(hypotheses, references), score_each(shuffled, references)
+    each: list[ImageResult] = [
+        {
+            "sample_id": example.sample_id,
+            "caption": caption,
+            "references": [" ".join(words) for words in references[index]],
+            "cider_d": round(own_scores["cider_d"][index], 4),
+            "shuffled_cider_d": round(shuffled_scores["cider_d"][index], 4),
+            "rouge_l": round(own_scores["rouge_l"][index], 4),
+        }
+        for index, (example, caption) in enumerate(zip(examples, captions, strict=True))
+    ]
+    result: dict[str, Any] = {
+        "images": len(examples),
+        "style": style,
+        "source": source,
+        "against": against,
+        "num_beams": options.decoding.num_beams,
+        "scores": score(hypotheses, references, own_scores),
+        "shuffled_scores": score(shuffled, references, shuffled_scores),
+        "intervals": bootstrap(own_scores) if options.questions else {},
+        "gain": bootstrap(_gains(own_scores, shuffled_scores)) if options.questions else {},
+        "words": _count_words(hypotheses, references),
+        "shown": _best_and_worst(each),
+        "each": each,
+    }
+    if options.clip:
+        images = (example.open() for example in examples)
+        own_clip, shuffled_clip = clip_scores(options.clip, images, captions, range(len(examples)), order)
+        result["scores"]["clip_score"] = statistics.fmean(own_clip)
+        result["shuffled_scores"]["clip_score"] = statistics.fmean(shuffled_clip)
+    if quiz:
+        result["questions"] = quiz.scores()
+        for index, image_result in enumerate(each):
+            image_result["questions"] = quiz.results(index)
+    return result
+
+
+def evaluate_version(
+    checkpoint: Checkpoint,
+    version: Version,
+    split: str,
+    style: str | None = None,
+    beams: int | None = None,
+    clip: str | None = None,
+) -> dict[str, Any]:
+    """Score a captioner on a split of a version (see `evaluate`). `clip` names a CLIP for CLIPScore.
+
+    Without `beams`, the beam width of the final test of its training is used.
+
+    Raises TrainError if the CLIP is the captioner's own encoder, and EngineError if it cannot be loaded.
+    """
+    config = checkpoint.captioner.config
+    if clip and is_own_encoder(clip, config.encoder["made_from"]):
+        problem = f"{clip} is the encoder of this captioner, which would bias its score"
+        raise TrainError(problem, hint="choose another CLIP: --clip-score")
+    mixture = config.data.get("texts", "synthetic")
+    try:
+        examples = examples_in(version, split, mixture, to_score=True)
+    except TrainError:
+        existing = default_texts(version.manifest)
+        if existing == mixture:
+            raise
+        examples = examples_in(version, split, existing, to_score=True)
+    # The order of the final test, since bootstrap intervals depend on it.
+    examples = sorted(examples, key=lambda example: example.sample_id)
+    features = OnlineFeatures(checkpoint.captioner.encoder, next(checkpoint.captioner.parameters()).device)
+    decoding = DecodingConfig(num_beams=beams or config.num_beams)
+    options = EvalOptions(scored_prompt(config.prompts, style), decoding, questions=True, clip=clip)
+    return {"split": split, **evaluate(checkpoint, examples, options, features)}
+
+
+def choose_references(examples: list[Example], style: str) -> tuple[str, list[Example], list[list[str]]]:
+    """Return the kind of references, the examples that have some, and their references.
+
+    Raises TrainError if no example has a reference or a caption of the style.
+    """
+    against = HUMAN_REFERENCES
+    pairs = [(example, list(example.references)) for example in examples if example.references]
+    if not pairs:
+        against = TEACHER_CAPTIONS
+        captions = ((e, [text.text for text in e.texts if text.style == style]) for e in examples)
+        pairs = [(example, texts) for example, texts in captions if texts]
+    if not pairs:
+        styles = sorted({text.style for example in examples for text in example.texts if text.style})
+        hint = f"choose --style from {', '.join(styles)}" if styles else "evaluate on another dataset"
+        raise TrainError(f"no held-out image has a reference or a {style} caption", hint=hint)
+    return against, [example for example, _ in pairs], [texts for _, texts in pairs]
+
+
+def _generate(
+    checkpoint: Checkpoint,
+    examples: list[Example],
+    options: EvalOptions,
+    features: FeatureSource,
+    quiz: Quiz | None,
+) -> list[str]:
+    """Return the caption of each example, and ask `quiz` while the states of an image are in memory."""
+    source, style = options.prompt
+    prompt_T = torch.tensor(checkpoint.tokenizer.prompt(TargetText(source, "", style=style)))
+    captions: list[str] = []
+    for start in range(0, len(examples), HELD_IMAGES):
+        part = examples[start : start + HELD_IMAGES]
+        held = hold_features(features, part)
+        for first in range(0, len(part), BATCH_IMAGES):
+            states_BNV = held(part[first : first + BATCH_IMAGES])
+            prompt_BT = prompt_T.expand(len(states_BNV), -1)
+            texts = checkpoint.captioner.generate(states_BNV, prompt_BT, options.decoding)
+            captions += [checkpoint.tokenizer.decode(ids) for ids in texts]
+        if quiz:
+            quiz.ask(checkpoint, held, range(start, start + len(part)))
+    return captions
+
+
+def answer_questions(
+    checkpoint: Checkpoint, features: FeatureSource, pairs: Sequence[tuple[Example, str]], source: str
+) -> list[str]:
+    """Answer one question about each example. Prompts of the same length share a batch."""
+    asked = [TargetText(source, "", question=question) for _, question in pairs]
+    prompts = [checkpoint.tokenizer.prompt(text) for text in asked]
+    answers = [""] * len(pairs)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(indices), BATCH_IMAGES):
+            batch = indices[start : start + BATCH_IMAGES]
+            with torch.inference_mode():
+                states_BNV = features([pairs[index][0] for index in batch])
+            prompt_BT = torch.tensor([prompts[index] for index in batch], device=states_BNV.device)
+            texts = checkpoint.captioner.eval().generate(states_BNV, prompt_BT, GREEDY)
+            for index, ids in zip(batch, texts, strict=True):
+                answers[index] = checkpoint.tokenizer.decode(ids)
+    return answers
 
 
 def vqa_accuracy(answer: str, truth: Question) -> float:

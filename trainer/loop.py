@@ -343,13 +343,10 @@ class Trainer:
 
 
 def build_trainer(
-    checkpoint: Checkpoint,
-    config: TrainConfig,
-    loader: BatchLoader,
-    validation_set: list[Example],
-    device: torch.device,
+    checkpoint: Checkpoint, loader: BatchLoader, validation_set: list[Example], device: torch.device
 ) -> Trainer:
     """Return the trainer of one process at its first step."""
+    config = loader.config
     validation = Validation(checkpoint, config, validation_set, loader, device)
     trainer = Trainer(checkpoint, config, loader, validation, device)
     if config.average_decay:

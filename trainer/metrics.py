@@ -15,8 +15,11 @@ from pipeline.digests import digest
 from pipeline.text.normalize import combining_marks, has_marks
 
 Tokens = Sequence[str]
+References = Sequence[Sequence[Tokens]]  # one sequence per image
 NgramCounts = Counter[tuple[str, ...]]
+NgramWeights = dict[tuple[str, ...], float]
 MAX_N = 4
+CIDER_SIGMA = 6.0
 _APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['-][^\W_]+)*")
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer: scripts without spaces between words.
@@ -42,9 +45,7 @@ def _any_word() -> re.Pattern[str]:
     return re.compile(rf"\d+(?:[.,]\d+)+|(?=\w)[{_UNSPACED}][{marks}]*|{letter}+(?:['-]{letter}+)*")
 
 
-def score_each(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> dict[str, list[float]]:
+def score_each(hypotheses: Sequence[Tokens], references: References) -> dict[str, list[float]]:
     """Return ROUGE-L and CIDEr-D of each image."""
     rouges = [rouge_l(hypothesis, refs) for hypothesis, refs in zip(hypotheses, references, strict=True)]
     return {"rouge_l": rouges, "cider_d": cider_d(hypotheses, references)}
@@ -52,7 +53,7 @@ def score_each(
 
 def score(
     hypotheses: Sequence[Tokens],
-    references: Sequence[Sequence[Tokens]],
+    references: References,
     per_image: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """Return all scores of a corpus. `per_image` is the result of `score_each`, if it was computed before.
@@ -71,7 +72,7 @@ def ngrams(tokens: Tokens, n: int) -> NgramCounts:
     return Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
 
 
-def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+def bleu(hypotheses: Sequence[Tokens], references: References) -> list[float]:
     """Return corpus BLEU-1 to BLEU-4 (Papineni et al., 2002), with the closest reference length."""
     tiny, small = 1e-15, 1e-9  # guards against division by zero, as in pycocoevalcap
     matched, possible = [0] * MAX_N, [0] * MAX_N
@@ -118,14 +119,14 @@ def _longest_common(a: Tokens, b: Tokens) -> int:
 class Rarity:
     """Inverse document frequencies of n-grams, where a document is the references of an image."""
 
-    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+    def __init__(self, references: References) -> None:
         self._num_images: NgramCounts = Counter()
         for refs in references:
             grams = (ngrams(ref, n) for ref in refs for n in range(1, MAX_N + 1))
             self._num_images.update(set().union(*grams))
         self._log_images = math.log(max(1, len(references)))
 
-    def weigh(self, tokens: Tokens) -> list[dict[tuple[str, ...], float]]:
+    def weigh(self, tokens: Tokens) -> list[NgramWeights]:
         """Return the weights of the n-grams of a text, for each n."""
 
         def weight(gram: tuple[str, ...], count: int) -> float:
@@ -136,17 +137,14 @@ class Rarity:
 
 
 def cider_d(
-    hypotheses: Sequence[Tokens],
-    references: Sequence[Sequence[Tokens]],
-    sigma: float = 6.0,
-    rarity: Rarity | None = None,
+    hypotheses: Sequence[Tokens], references: References, rarity: Rarity | None = None
 ) -> list[float]:
     """Return CIDEr-D of each image (Vedantam et al., 2015), times 10 as COCO reports it; 0 without
     references.
 
     N-grams are weighted by their rarity among the images, so scores of different test sets are not
-    comparable; `rarity` may come from another corpus. Repetitions are clipped, and a Gaussian of width
-    `sigma` penalizes a difference in length.
+    comparable; `rarity` may come from another corpus. Repetitions are clipped, and a Gaussian
+    penalizes a difference in length.
     """
     weigh = (rarity or Rarity(references)).weigh
     scores = []
@@ -158,14 +156,12 @@ def cider_d(
             similarity = sum(_clipped_cosine(a, b) for a, b in pairs) / MAX_N
             # pycocoevalcap measures length in bigrams.
             gap = max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)
-            total += similarity * math.exp(-(gap**2) / (2 * sigma**2))
+            total += similarity * math.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
         scores.append(10 * total / max(1, len(refs)))
     return scores
 
 
-def _clipped_cosine(
-    hypothesis: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]
-) -> float:
+def _clipped_cosine(hypothesis: NgramWeights, reference: NgramWeights) -> float:
     shared = [gram for gram in hypothesis if gram in reference]
     dot = sum(min(hypothesis[gram], reference[gram]) * reference[gram] for gram in shared)
     norms = [math.sqrt(sum(w * w for w in weights.values())) for weights in (hypothesis, reference)]

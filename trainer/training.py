@@ -94,7 +94,7 @@ def train_captioner(
         features = store_features(encoder, examples, version.dataset_dir / FEATURES, device, report)
     parts = config.gradient_accumulation_steps
     loader = BatchLoader(config, checkpoint.tokenizer, sets["train"], features, rank, processes, parts)
-    trainer = build_trainer(checkpoint, config, loader, sets["validation"], device)
+    trainer = build_trainer(checkpoint, loader, sets["validation"], device)
     # Steps set their own precision. Captions that are scored use TF32 or better, stored states float32.
     with matmul_precision("fp32" if config.precision == "fp32" else "tf32", device):
         forecast = fit_and_forecast(trainer, report if rank == 0 else NullProgress())

@@ -10,6 +10,7 @@ from trainer.config import (
     FEW_IMAGES,
     MAX_EVALUATIONS,
     PRESETS,
+    Preset,
     TrainConfig,
     choose_preset,
     default_precision,
@@ -27,13 +28,14 @@ def test_preset_depends_on_images_and_decoder() -> None:
 
 
 def test_default_precision_depends_on_preset_and_device() -> None:
-    for preset, on_gpu, has_bfloat16, precision in (
+    cases: list[tuple[Preset, bool, bool, str]] = [
         ("scenes", True, True, "tf32"),
         ("scenes", False, True, "fp32"),
         ("photos", True, True, "bf16"),
         ("photos", False, True, "bf16"),
         ("photos", False, False, "fp32"),
-    ):
+    ]
+    for preset, on_gpu, has_bfloat16, precision in cases:
         assert default_precision(preset, on_gpu=on_gpu, has_bfloat16=has_bfloat16) == precision
 
 

@@ -144,7 +144,7 @@ def test_errors_are_raised_before_states_are_computed(
     refused: str, version: Version, tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_texts(version: Version, split: str, mixture: Any, **how: Any) -> list[Example]:
-        empty = {"texts": (), "references": ()} if split == "test" else {}
+        empty: dict[str, Any] = {"texts": (), "references": ()} if split == "test" else {}
         return [data_replace(example, **empty) for example in examples_in(version, split, mixture, **how)]
 
     monkeypatch.setattr(trainer.training, "store_features", lambda *_: pytest.fail("states were computed"))

@@ -146,8 +146,8 @@ class ScratchDecoder(nn.Module):
             return self.head(self(new_CT, None if cache.blocks else memory_BND, cache)[:, -1])
 
         if decoding.num_beams > 1:
-            reorder, keep = cache.reorder, cache.keep_images
-            return beam_search(step, reorder, keep, prompt_BT, decoding, max_tokens, eos_id)
+            reorder, keep, num_beams = cache.reorder, cache.keep_images, decoding.num_beams
+            return beam_search(step, reorder, keep, prompt_BT, num_beams, max_tokens, eos_id)
         return decode(step, cache.keep, prompt_BT, decoding, max_tokens, eos_id)
 
     def repeated_parts(self) -> list[nn.Module]:

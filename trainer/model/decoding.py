@@ -77,13 +77,7 @@ class _SearchStep:
 
 
 def beam_search(
-    step: Step,
-    reorder: Reorder,
-    keep: Keep,
-    prompt_BT: Tensor,
-    decoding: DecodingConfig,
-    max_tokens: int,
-    eos_id: int,
+    step: Step, reorder: Reorder, keep: Keep, prompt_BT: Tensor, num_beams: int, max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """Keep the likeliest prefixes of each prompt, and return the text with the best mean log-probability.
 
@@ -91,7 +85,7 @@ def beam_search(
     origin of each row, and `keep` the groups that remain if some have finished. Each step synchronizes with
     the device once.
     """
-    K, device = decoding.num_beams, prompt_BT.device
+    K, device = num_beams, prompt_BT.device
     rows = list(range(len(prompt_BT)))
     total_BK = torch.full((len(rows), K), -torch.inf, device=device)
     total_BK[:, 0] = 0.0  # all beams start equal, so only one of them counts

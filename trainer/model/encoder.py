@@ -133,7 +133,7 @@ def load_encoder(name: str, *, layer: int = -1, states: str = "all", frozen: boo
         tower_class = towers.get(model_config.model_type, AutoModel)
         saved = AutoImageProcessor.from_pretrained(model_id, trust_remote_code=False).to_dict()
         # Only JSON values, and no local path.
-        json_types = str | int | float | list | dict
+        json_types = (str, int, float, list, dict)
         processor = {key: value for key, value in saved.items() if isinstance(value, json_types)}
         options = {"config": model_config, **_tower_options(model_config)}
         tower, missing = pretrained.load_weights(tower_class, model_id, **options)

@@ -34,8 +34,7 @@ class Chain:
 
 
 def search(chain: Chain, beams: int, max_tokens: int) -> list[list[int]]:
-    config = DecodingConfig(num_beams=beams)
-    return beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, config, max_tokens, EOS)
+    return beam_search(chain.step, lambda rows: None, all_go_on, PROMPT, beams, max_tokens, EOS)
 
 
 # From the start (0) word 1 is likeliest, but it leads nowhere; word 2 leads to a sure end.
@@ -116,8 +115,7 @@ def test_beam_search_of_a_batch_equals_that_of_single_rows(beams: int) -> None:
             chains = chains[groups]
 
         prompt = torch.zeros(len(rows), 1, dtype=torch.long)
-        config = DecodingConfig(num_beams=beams)
-        return beam_search(step, reorder, keep, prompt, config, longest, EOS), computed
+        return beam_search(step, reorder, keep, prompt, beams, longest, EOS), computed
 
     together, computed = search_rows(list(range(count)))
     assert together == [search_rows([row])[0][0] for row in range(count)]

@@ -35,7 +35,7 @@ def trainer(version: Version, tmp_path: Path) -> Trainer:
     checkpoint = build_checkpoint(version, config, examples)
     features = OnlineFeatures(checkpoint.captioner.encoder, CPU)
     loader = BatchLoader(config, checkpoint.tokenizer, examples, features)
-    return build_trainer(checkpoint, config, loader, examples[:3], CPU)
+    return build_trainer(checkpoint, loader, examples[:3], CPU)
 
 
 def test_forecast_has_weights_steps_time_and_memory(
