@@ -299,7 +299,7 @@ def photo_like(rng: random.Random, number: int) -> Sample:
     """Return a sample whose bytes compress as little as those of a photo."""
     data = rng.randbytes(30_000)
     sample_id = hashlib.sha256(data).hexdigest()
-    sizes = {"width_px": 9, "height_px": 9}
+    sizes: dict[str, Any] = {"width_px": 9, "height_px": 9}
     return Sample(id=sample_id, source_row=str(number), images=(data,), license="cc0-1.0", **sizes)
 
 
