@@ -28,31 +28,36 @@ EXTRA = {"README.md", "manifest.json", "rejections.parquet", ".gitattributes"}
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
     with running_hub(tmp_path_factory.mktemp("hub")) as running:
         yield running
 
 
+@pytest.fixture
+def hub(server: RunningHub) -> RunningHub:
+    """Return an empty Hub."""
+    server.hub.storage.repos.clear()
+    for path in server.hub.storage.root.iterdir():
+        path.unlink()
+    server.hub.log.clear()
+    server.hub.faults.clear()
+    return server
+
+
 @pytest.fixture(scope="module", params=["lfs", "xet"])
 def pusher(
-    request: pytest.FixtureRequest, hub: RunningHub, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, server: RunningHub, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pusher]:
     """Yield a client for all tests, so that its process imports the libraries once."""
     home = tmp_path_factory.mktemp("client") / "home"
-    with Pusher(hub, home, xet=request.param == "xet") as running:
+    with Pusher(server, home, xet=request.param == "xet") as running:
         yield running
 
 
 @pytest.fixture
-def client(pusher: Pusher) -> Pusher:
-    """Return a client with an empty cache and an empty Hub."""
-    hub = pusher.hub.hub
-    hub.storage.repos.clear()
-    for path in hub.storage.root.iterdir():
-        path.unlink()
+def client(pusher: Pusher, hub: RunningHub) -> Pusher:
+    """Return a client with an empty cache, of an empty Hub."""
     shutil.rmtree(pusher.home, ignore_errors=True)
-    hub.log.clear()
-    hub.faults.clear()
     return pusher
 
 
@@ -294,7 +299,7 @@ def photo_like(rng: random.Random, number: int) -> Sample:
     """Return a sample whose bytes compress as little as those of a photo."""
     data = rng.randbytes(30_000)
     sample_id = hashlib.sha256(data).hexdigest()
-    sizes = {"width_px": 9, "height_px": 9}
+    sizes: dict[str, Any] = {"width_px": 9, "height_px": 9}
     return Sample(id=sample_id, source_row=str(number), images=(data,), license="cc0-1.0", **sizes)
 
 
