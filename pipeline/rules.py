@@ -237,6 +237,8 @@ def _stem(word: str) -> str:
     return word.removesuffix("e") if len(word) > 4 else word
 
 
+# Replacements of personal data.
+PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 RULES: dict[str, Callable[[RuleInput], bool]] = {
     "refusal": is_refusal,
     "junk": lambda row: any(artifacts.has_markup(text) for text, _ in row.texts),
@@ -259,8 +261,6 @@ RULES: dict[str, Callable[[RuleInput], bool]] = {
 RECORD_RULES = {
     name: RULES[name] for name in ("refusal", "prompt_echo", "too_short", "too_long", "other_language")
 }
-# Replacements of personal data.
-PERSONAL = frozenset({"[email]", "[url]", "[iban]", "[phone]", "[card]"})
 
 
 def _repeats_parts(text: str) -> bool:

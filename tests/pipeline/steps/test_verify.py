@@ -94,7 +94,7 @@ def test_yes_and_no_are_exempt_from_blind_and_necessary() -> None:
 
 
 def test_worst_aligned_captions_are_rejected_by_style() -> None:
-    rows = [CAPTION | {"alignment": n / 100} for n in range(100)]
+    rows: list[dict[str, Any]] = [CAPTION | {"alignment": n / 100} for n in range(100)]
     rows += [CAPTION | {"style": "detailed", "alignment": 0.9}] * 3
     row_reasons = reasons(*rows, lowest_alignment_frac=0.05)
     assert row_reasons == ["low_alignment"] * 5 + [None] * 98
