@@ -119,7 +119,6 @@ class InFlight:
     unsent: dict[str, Request] = field(default_factory=dict)  # recorded, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
     sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # running tasks that await a server
-    resting: int = 0  # running tasks that wait before a retry, and take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: BaseException | None = None  # ends the run
@@ -245,9 +244,12 @@ class Client:
         await prepare_servers(self._endpoints, self._learn, self._retire, self._progress.warn)
         contexts = [launch.max_model_len for launch in self._launches]
         contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
+        max_sample_pixels = None
+        if contexts:  # all images of one request must fit the context
+            image_tokens = min(contexts) - PROMPT_TOKENS - 2 * self._max_tokens
+            max_sample_pixels = max(image_tokens, min(contexts) // 4) * PATCH_PX**2
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
-        max_sample_pixels = self._max_sample_pixels(min(contexts)) if contexts else None
         self._images = RequestImages(media, self._max_pixels, max_sample_pixels, pool)
         self._started = time.monotonic()
         connections = max(1, raise_file_limit() - RESERVED_FILES)
@@ -259,11 +261,6 @@ class Client:
         self._set_cache_size()
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
-
-    def _max_sample_pixels(self, context_tokens: int) -> int:
-        """Return the pixels of all images of one request that the model's context holds."""
-        tokens = context_tokens - PROMPT_TOKENS - 2 * self._max_tokens
-        return max(tokens, context_tokens // 4) * PATCH_PX**2
 
     def _set_cache_size(self) -> None:
         """Cache the encoded images of all requests that may be in flight."""
@@ -294,11 +291,8 @@ class Client:
 
     def _fill(self, in_flight: InFlight) -> None:
         """Send requests up to the limit. Replies that are not yet yielded count: a crash loses them too."""
-        while (
-            len(in_flight.running) + len(in_flight.replies) - in_flight.resting < self._concurrency.limit
-            and len(in_flight.running) < 2 * self._concurrency.limit
-            and not in_flight.error
-        ):
+        limit = self._concurrency.limit
+        while len(in_flight.running) + len(in_flight.replies) < limit and not in_flight.error:
             request = in_flight.next_request()
             if request is None:
                 return
@@ -349,8 +343,7 @@ class Client:
             self._num_retries += 1
             if in_flight.error:
                 raise in_flight.error
-            if answer:
-                await self._rest(answer, in_flight)
+            await asyncio.sleep(answer)
 
     async def _try(
         self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
@@ -494,18 +487,10 @@ class Client:
                 )
                 endpoint.is_learned = True
 
-    async def _rest(self, seconds: float, in_flight: InFlight) -> None:
-        in_flight.resting += 1
-        self._fill(in_flight)
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            in_flight.resting -= 1
-
     # --- servers
 
     def _failure(self) -> EngineError | None:
-        """Return the error of a started server if none of them can be kept alive."""
+        """Return the error of the last server that synth has started, if all of them have failed."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
 

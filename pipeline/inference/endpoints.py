@@ -44,9 +44,8 @@ _METRICS = (
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
 )
-_METRIC_LINE = re.compile(
-    rf"^vllm:({'|'.join(_METRICS)})(?:\{{.*\}})? ([0-9.]{{1,20}}(?:e\+?\d\d)?)$", re.MULTILINE
-)
+_NUMBER = r"\d{1,18}(?:\.\d{1,18})?(?:e\+?\d\d)?"
+_METRIC_LINE = re.compile(rf"^vllm:({'|'.join(_METRICS)})(?:\{{.*\}})? ({_NUMBER})$", re.MULTILINE)
 log = logging.getLogger(__name__)
 
 
@@ -143,7 +142,7 @@ class Endpoint:
         self.busy_reason = f"{status} ({message[:MAX_SHOWN_CHARACTERS]})"
 
     def busy_warning(self) -> str | None:
-        """Return a warning if all answers were busy since the last one, or for BUSY_WARNING_SECONDS."""
+        """Return a warning every BUSY_WARNING_SECONDS while all answers are busy, or else None."""
         now = time.monotonic()
         if self.busy_since is None or now - max(self.busy_since, self.busy_warned) < BUSY_WARNING_SECONDS:
             return None
@@ -367,8 +366,7 @@ def _take_metrics(endpoint: Endpoint, page: str) -> None:
     """Sum the metrics over all engines of the server."""
     sums = dict.fromkeys(_METRICS, 0.0)
     for name, value in _METRIC_LINE.findall(page):
-        if value.count(".") <= 1:
-            sums[name] += float(value)
+        sums[name] += float(value)
     endpoint.running, endpoint.waiting, queries, hits = sums.values()
     endpoint.prefix_cache = (queries, hits)
 
