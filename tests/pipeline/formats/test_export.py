@@ -183,8 +183,8 @@ def test_of_an_export_the_texts_of_people_come_back_and_those_of_a_model_do_not(
         questions = [pair for pair in item.questions if pair[0] in item.of_people and keeps_all]
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
         assert row.split == (item.split if kind == "webdataset" else None)  # the others have one split here
-    said = [message for message in opened.messages if message.startswith("texts that a model wrote, which are none of people")]
-    assert len(said) == 1 and not said[0].endswith(" 0")
+    said = [message for message in opened.messages if "model-written texts" in message]
+    assert len(said) == 1 and not said[0].startswith("skipped 0 ")
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
@@ -220,7 +220,7 @@ def test_who_wrote_a_text_does_not_follow_from_values_but_where_they_could_be_te
 def test_a_file_of_captions_that_a_model_wrote_is_refused(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     captions = [str(tmp_path / "out/annotations/captions_train.json")]
-    with pytest.raises(SourceError, match="a model wrote all that is in") as refused:
+    with pytest.raises(SourceError, match="a model wrote all texts of") as refused:
         open_source(resolve(source=f"folder:{tmp_path / 'out/images/train'}", captions=captions))
     assert "'written_by'" in refused.value.hint
 
@@ -416,8 +416,8 @@ def test_captions_that_were_written_beside_images_are_no_captions_of_people(phot
     source = open_folder(folder)
     references = {row.references for row in source.rows if isinstance(row, Sample)}
     assert references == {(), ("By hand.",), ("One more.",)}
-    assert "captions of people: 2 for 2 of 4 images" in source.messages
-    assert "texts that a model wrote, which are none of people: 3" in source.messages
+    assert "human captions: 2 for 2 of 4 images" in source.messages
+    assert "skipped 3 model-written texts" in source.messages
     assert not any("not read" in message for message in source.messages)
 
 
