@@ -172,9 +172,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterator[Image.Image]:
     """Yield an image whose header is read; `load` decodes its pixels.
 
-    Errors within the context become ImageError.
-
-    Leave out `counts_scans` if no pixels are decoded: counting takes longer than reading the header.
+    Errors within the context become ImageError. Leave out `counts_scans` if no pixels are decoded: counting
+    takes longer than reading the header.
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:

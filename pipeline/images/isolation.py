@@ -99,9 +99,8 @@ def check_all(
 class Worker:
     """A process that decodes untrusted files, without keys in its environment.
 
-    Its answers are parsed, never unpickled.
-
-    `code` is its program; `file` is its stdin, or None for a pipe. Raise SourceError if it cannot be started.
+    Its answers are parsed, never unpickled. `code` is its program; `file` is its stdin, or None for a pipe.
+    Raise SourceError if it cannot be started.
     """
 
     def __init__(self, code: str, file: IO[bytes] | None = None, arguments: Sequence[str] = ()) -> None:

@@ -499,13 +499,10 @@ def open_archives(
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Return the images of archives, or a slice.
+    """Return the images of archives, or a slice. `columns` of JSON files, or EXIF fields, become the context.
 
-    `columns` of JSON files, or EXIF fields, become the context.
-
-    Raises:
-        SourceError: no archive is of the `split`, or the first images lack one of the columns. While the
-            source is read: an archive is damaged, or no archive has an image.
+    Raise SourceError if no archive is of the `split`, if the first images lack one of the columns, or, while
+    the source is read, if an archive is damaged or no archive has an image.
     """
     names_by_split: dict[str | None, list[str]] = {}
     for name in files.names:

@@ -91,10 +91,9 @@ def check_samples(
 ) -> Iterator[Sample | Rejected]:
     """Yield the sample of each row, or its rejection if an image is unusable.
 
-    Other processes decode the images.
-
-    A sample has the id of the original images, but holds them without metadata. `columns` of the context that
-    are named like EXIF fields, and that the row lacks, are read from the first image.
+    Other processes decode the images. A sample has the id of the original images, but holds them without
+    metadata. `columns` of the context that are named like EXIF fields, and that the row lacks, are read from
+    the first image.
     """
     exif = [name for name in columns if is_exif_name(name)]
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)

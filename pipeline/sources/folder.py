@@ -51,10 +51,8 @@ def open_folder(
     """Return image files sorted by path, or a slice without a revision.
 
     `columns` of metadata files, or EXIF fields, become the context. Links to files outside of `root` are
-    rejected unless `follow_links` is set: their content would be published.
-
-    Raises:
-        SourceError: `root` has no image, or no file has one of the columns.
+    rejected unless `follow_links` is set: their content would be published. Raise SourceError if `root` has
+    no image, or no file has one of the columns.
     """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")

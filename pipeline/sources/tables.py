@@ -66,9 +66,8 @@ def open_mapped(
 ) -> Source:
     """Return the rows of one split, or of all, as the source `name`.
 
-    Raise SourceError if the split does not exist.
-
-    `split_names` maps the values of a split column to train, validation or test.
+    `split_names` maps the values of a split column to train, validation or test. Raise SourceError if the
+    split does not exist.
     """
     split = config.source_split
     split_column = columns["split"][0] if "split" in columns else None

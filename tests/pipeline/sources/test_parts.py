@@ -43,18 +43,6 @@ def test_table_slices_are_files_or_row_groups(tmp_path: Path, files: int, rows: 
     assert sum(slices, Counter()).total() == files * rows
 
 
-def test_slices_of_scenes_and_folders_are_complete(tmp_path: Path) -> None:
-    for number in range(7):
-        (tmp_path / f"{number}.jpg").write_bytes(datasets.photo(number))
-    for settings in (
-        {"source": "scenes", "limit": 10},
-        {"source": "scenes-deck", "limit": 3},
-        {"source": f"folder:{tmp_path}"},
-    ):
-        parts = [names(SourceSlice(number, 4), **settings) for number in range(4)]
-        assert sum(parts, Counter()) == names(ALL, **settings)
-
-
 @pytest.mark.parametrize("start", [1, 12, 40])
 def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     photos(tmp_path / "p", 3, 7)
@@ -72,15 +60,15 @@ def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
         {"source": f"list:{tmp_path / 'list.txt'}"},
         {"source": f"archive:{tmp_path / 'f.zip'}"},
         {"source": f"parquet:{tmp_path / 'p'}"},
-        {
-            "source": f"parquet:{tmp_path / 'p'}",
-            "columns": {"split": "caption"},
-        },  # all are rejected: unknown split
+        # All rows are rejected: unknown split.
+        {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},
     ):
         source = open_source(resolve(**settings))
         assert list(source.read(start)) == list(source.rows)[start:], settings
         slices = [open_source(resolve(**settings), SourceSlice(number, 2)) for number in range(2)]
         assert all(list(part.read(start)) == list(part.rows)[start:] for part in slices), settings
+        slice_names = sorted(row.source_row for part in slices for row in part.rows)
+        assert slice_names == sorted(row.source_row for row in source.rows), settings
 
 
 @pytest.mark.parametrize(
