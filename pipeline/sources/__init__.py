@@ -112,7 +112,8 @@ def holds_decks(config: Config) -> bool:
 def is_divisible(config: Config) -> bool:
     """Return whether several readers may read slices of the source."""
     spec = find_source(config.source)
-    return spec.is_divisible and (config.limit is None or not spec.counts_rows)
+    # Counting rows up to a limit needs a single reader.
+    return spec.is_divisible and (config.limit is None or spec.is_endless)
 
 
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:

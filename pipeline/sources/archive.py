@@ -43,6 +43,7 @@ from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_sou
 from pipeline.sources.texts import (
     METADATA_FILES,
     PATH_COLUMNS,
+    ImageTexts,
     decode_text,
     describe_model_texts,
     human_captions,
@@ -571,8 +572,8 @@ def _row(
         context = tuple((column, as_text(values.get(column))) for column in columns)
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
-    fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
-    fields |= {"reference_qa": human_questions(values)} if has_questions else {}
+    image_texts = ImageTexts(captions, list(human_questions(values)), split)
+    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 

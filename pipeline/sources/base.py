@@ -59,10 +59,9 @@ class SourceSpec:
     scored_split: str | None = None  # the split on which models are scored
     model: str = LARGE  # default model
     clip_model: str = "clip"  # default CLIP
-    is_endless: bool = False  # the number of samples is `limit`
+    is_endless: bool = False  # the number of samples is `limit`; other sources count rows up to it
     default_grouping: Literal["folder"] | None = None  # default of split.group_by
     is_divisible: bool = True  # several readers may read slices
-    counts_rows: bool = True  # a limit is reached by counting rows, which needs a single reader
 
     @property
     def kind(self) -> str:

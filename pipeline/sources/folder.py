@@ -7,21 +7,20 @@ other columns of these files, `folder` and `file_name` as context.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import SourceError
-from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.errors import ImageError, SourceError
+from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import SourceSpec, check_samples, refuse_roles
 from pipeline.sources.source_files import (
-    REFUSALS,
     FolderContent,
     count_by_suffix,
     describe_unread,
     digest_or_fault,
     list_files,
+    read_image,
     row_name,
 )
 from pipeline.sources.texts import (
@@ -34,7 +33,6 @@ from pipeline.sources.texts import (
     describe_model_texts,
     read_folder_texts,
 )
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
 
@@ -73,6 +71,8 @@ def open_folder(
         hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
         raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
+    has_questions = any(one.questions for one in texts.texts.values())
+
     def texts_of(path: Path) -> ImageTexts:
         return texts.texts.get(path) or ImageTexts()
 
@@ -87,19 +87,10 @@ def open_folder(
         if isinstance(path, Rejected):
             return path
         try:
-            data = read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
-        except UnsafeFileError as error:
-            return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
-        except OSError as error:
-            return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-        image_texts = texts_of(path)
-        fields: dict[str, Any] = {
-            "references": tuple(image_texts.captions),
-            "context": context_of(path),
-            "split": image_texts.split,
-        }
-        if texts.has_questions:
-            fields["reference_qa"] = tuple(image_texts.questions)
+            data = read_image(path, bound)
+        except ImageError as error:
+            return Rejected(source_row=name, reason=error.reason, detail=str(error))
+        fields = texts_of(path).sample_fields(has_questions=has_questions) | {"context": context_of(path)}
         return RawSample(source_row=name, images=(data,), license=license, fields=fields)
 
     def revision() -> str:

@@ -17,12 +17,11 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.digests import digest
 from pipeline.errors import ConfigError, ImageError, SourceError
-from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
 from pipeline.sources.base import MAX_METADATA_BYTES, SourceSpec, as_text, check_samples, refuse_roles
 from pipeline.sources.image_urls import fetch_ahead, fetch_image
 from pipeline.sources.parquet import stored_split
-from pipeline.sources.source_files import REFUSALS, digest_or_fault
+from pipeline.sources.source_files import digest_or_fault, read_image
 from pipeline.sources.texts import (
     FILE_NAMES,
     ImageTexts,
@@ -162,9 +161,8 @@ def open_list(
             data = _read_image(image, root, bound, allow_urls=allow_urls)
         except ImageError as error:
             return Rejected(source_row=image.name, reason=error.reason, detail=str(error))
-        fields: dict[str, Any] = {"references": tuple(image.texts.captions), "context": image.context}
-        fields |= {"split": stored_split(image.texts.split, split)}
-        fields |= {"reference_qa": tuple(image.texts.questions)} if has_questions else {}
+        fields = image.texts.sample_fields(has_questions=has_questions)
+        fields |= {"context": image.context, "split": stored_split(image.texts.split, split)}
         return RawSample(source_row=image.name, images=(data,), license=license, fields=fields)
 
     def read_all(images: Sequence[ListedImage]) -> Iterator[RawSample | Rejected]:
@@ -195,14 +193,7 @@ def _read_image(image: ListedImage, root: Path, bound: Path | None, *, allow_url
         raise ImageError("image_not_embedded", "the line names a URL, which --allow-urls would fetch")
     if image.is_url:
         return fetch_image(image.address)
-    try:
-        return read_regular(root / image.address, bound, max_bytes=MAX_IMAGE_BYTES)
-    except UnsafeFileError as error:
-        raise ImageError(error.reason, REFUSALS[error.reason]) from None
-    except OSError as error:
-        raise ImageError("unreadable_file", error.strerror or "unknown") from None
-    except ValueError:  # a zero byte
-        raise ImageError("unreadable_file", "an invalid file name") from None
+    return read_image(root / image.address, bound)
 
 
 def _describe(images: Sequence[ListedImage]) -> Iterator[str]:

@@ -127,7 +127,7 @@ def reading_key(config: Config, source: Source, exclusions: Sequence[Exclusion])
         return secrets.token_hex(32)
     settings = config.model_dump(mode="json", include={*READ_SETTINGS})
     limit: int | str | None = None
-    if not find_source(config.source).counts_rows:  # drawn scenes end at the limit
+    if find_source(config.source).is_endless:
         limit = config.limit if config.images is None else "images"
     compared = [config.keeps_human_texts, choose_image_kind(config), list(config.exclude)]
     files = files_of_source(config)

@@ -59,7 +59,6 @@ SPEC = SourceSpec(
     model=TINY,
     clip_model=TINY_CLIP,
     is_endless=True,
-    counts_rows=False,
 )
 DECK_SPEC = replace(
     SPEC,

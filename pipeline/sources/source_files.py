@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
-from pipeline.errors import SourceError, one_line
+from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import first_names
 from pipeline.sources.parquet import BUFFER_BYTES
@@ -32,6 +32,7 @@ from pipeline.storage.untrusted import (
     UnsafeFileError,
     is_hidden,
     open_regular,
+    read_regular,
     require_regular,
 )
 from pipeline.types import Rejected
@@ -160,6 +161,18 @@ def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_
         return digest_of_file(path, bound, max_bytes)
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
+
+
+def read_image(path: Path, bound: Path | None) -> bytes:
+    """Return the content of an image file. Raise ImageError if it is unsafe or cannot be read."""
+    try:
+        return read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
+    except UnsafeFileError as error:
+        raise ImageError(error.reason, REFUSALS[error.reason]) from None
+    except OSError as error:
+        raise ImageError("unreadable_file", error.strerror or "unknown") from None
+    except ValueError:  # a zero byte
+        raise ImageError("unreadable_file", "an invalid file name") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,11 @@ class ImageTexts:
         self.split = most_held_out(other.split, self.split)
         self.num_by_model += other.num_by_model
 
+    def sample_fields(self, *, has_questions: bool) -> dict[str, Any]:
+        """Return the fields of a Sample; `has_questions`: the source has questions."""
+        fields: dict[str, Any] = {"references": tuple(self.captions), "split": self.split}
+        return fields | ({"reference_qa": tuple(self.questions)} if has_questions else {})
+
     def as_json(self) -> list[Any]:
         """Return what the revision of a source covers."""
         questions = [[one.question, one.answers, one.answer_type] for one in self.questions]
@@ -412,11 +417,6 @@ class FolderTexts:
     files: set[Path] = field(default_factory=set)  # the files that were read
     num_by_model: int = 0
     messages: list[str] = field(default_factory=list)
-
-    @property
-    def has_questions(self) -> bool:
-        """Whether any image has a question."""
-        return any(one.questions for one in self.texts.values())
 
 
 def add_splits_of_folders(folder_texts: FolderTexts, images: Mapping[str, Path]) -> None:
