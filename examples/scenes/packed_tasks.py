@@ -1,10 +1,9 @@
-"""Pack all tasks about an image into one sequence: they share the system text and the image, and do not attend to each other.
+"""Pack all tasks about an image into one sequence. They share the system text and the image.
 
-Tokens and positions are exactly those of the chat template for each task alone.
+Tasks do not attend to each other; tokens and positions are those of the chat template for each task alone.
 
-Random words stand around each task line, so that the model learns to read the task line alone, and rewording a prompt later
-requires no retraining: all text but the last line is dropped, truncated, shuffled, mixed with other sentences, or replaced by
-random letters.
+The text before each task line is dropped, truncated, shuffled, mixed with other sentences, or replaced by
+random letters. So the model learns to read the task line only, and a reworded prompt requires no retraining.
 """
 
 import itertools
@@ -26,23 +25,25 @@ from pipeline.tasks import TASKS
 from pipeline.tasks.prompts import SYSTEM, page_label, template
 
 VISION_TOKENS = len(PLACES)
-SELDOM_WORDED_PROBABILITY = 0.3  # probability of words before the line of a `seldom_worded` task
-# The part of a reply that the facts decide; the rest is free choice.
+RARE_WORDS_PROBABILITY = 0.3  # probability of words before the line of a `rarely_worded` task
+# The parts of a reply that depend on the facts.
 DECIDED = re.compile(r'"(?:answer|expression)":"([^"]*)"')
-DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters of a reply)
-MAX_WORDS = 200  # the longest of our prompts has 160
+DecidedSpan = tuple[int, int, tuple[Spot, ...]]  # (start, end, spots that decide these characters)
+MAX_WORDS = 200  # the longest released prompt has 160
 
 _TEXT = """
-Please look closely before you reply. You are a careful assistant that writes short texts about pictures. Use plain English
-and the present tense. Do not guess; leave out what cannot be made out. Return valid JSON without any explanation. The output
-is parsed by a program, so keep to the format. Mention colors, sizes and positions where they matter. Several people will read
-this text later and compare it with the photo. Keep it factual, neutral and concise. Count with care: every item matters.
-Never repeat yourself and never add a greeting. Here is one more page from the collection. Describe the scene for someone who
-cannot see it. Think about what stands in the foreground and what lies behind it. Avoid words such as maybe, probably or
-appears to be. A good question has exactly one correct answer. Each reply is checked against a schema by machine. If there is
-text in the figure, ignore it unless told otherwise. Your description should be between five and sixty words long. Follow the
-task on the last line. The user will upload many such files, one after another. Numbers are written as digits and answers stay
-short. Let the tone be calm, like a catalogue of a museum. What would a child point at first?
+Please look closely before you reply. You are a careful assistant that writes short texts about pictures. Use
+plain English and the present tense. Do not guess; leave out what cannot be made out. Return valid JSON
+without any explanation. The output is parsed by a program, so keep to the format. Mention colors, sizes and
+positions where they matter. Several people will read this text later and compare it with the photo. Keep it
+factual, neutral and concise. Count with care: every item matters. Never repeat yourself and never add a
+greeting. Here is one more page from the collection. Describe the scene for someone who cannot see it. Think
+about what stands in the foreground and what lies behind it. Avoid words such as maybe, probably or appears to
+be. A good question has exactly one correct answer. Each reply is checked against a schema by machine. If
+there is text in the figure, ignore it unless told otherwise. Your description should be between five and
+sixty words long. Follow the task on the last line. The user will upload many such files, one after another.
+Numbers are written as digits and answers stay short. Let the tone be calm, like a catalogue of a museum. What
+would a child point at first?
 """
 SENTENCES = tuple(re.split(r"(?<=[.?]) ", " ".join(_TEXT.split())))
 
@@ -53,21 +54,21 @@ class TrainingTask:
 
     line: str
     reply: str
-    seldom_worded: bool = False
-    words: str | None = None  # before its line; None: random ones
-    decided_spans: tuple[DecidedSpan, ...] = ()  # of a deck: which spots decide which characters of the reply
+    rarely_worded: bool = False
+    words: str | None = None  # text before the line; None: random words
+    decided_spans: tuple[DecidedSpan, ...] = ()  # for decks
 
 
 @dataclass(slots=True)
 class Packed:
-    """One document's tokens: a shared prefix (segment 0) and one segment a task, with positions restarting after it."""
+    """The tokens of a document: a shared prefix (segment 0), and a segment per task."""
 
     ids: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)  # time, height, width
-    labels: list[int] = field(default_factory=list)  # id of the next token; -100 where it is not learned
-    weights: list[float] = field(default_factory=list)  # of the next token in the loss
-    decided_spans: list[tuple[Spot, ...]] = field(default_factory=list)  # the spots that decide the next token; may be empty
+    labels: list[int] = field(default_factory=list)  # id of the next token, or -100
+    weights: list[float] = field(default_factory=list)  # weight of the next token in the loss
+    decided_spans: list[tuple[Spot, ...]] = field(default_factory=list)  # spots that decide the next token
 
 
 class Packer:
@@ -78,9 +79,14 @@ class Packer:
         self.image_token_id = image_token_id
 
     def pack(
-        self, images: int, rng: random.Random, tasks: Iterable[TrainingTask], answer_weight: float, system: str | None = None
+        self,
+        images: int,
+        rng: random.Random,
+        tasks: Iterable[TrainingTask],
+        answer_weight: float,
+        system: str | None = None,
     ) -> Packed:
-        """Return the sequence of a document of `images` images; its prompts are worded at random unless given."""
+        """Return the sequence of a document of `images` images; prompts without a text get a random one."""
         packed = Packed()
         random_system, _ = sample_wording(rng)
         system = random_system if system is None else system
@@ -93,18 +99,24 @@ class Packer:
             prefix = "<|vision_end|>"
         start = self._text(packed, self._ids("<|vision_end|>"), segment=0, start=start)
         for segment, task in enumerate(tasks, 1):
-            words = sample_wording(rng)[1] if not task.seldom_worded or rng.random() < SELDOM_WORDED_PROBABILITY else ""
+            has_words = not task.rarely_worded or rng.random() < RARE_WORDS_PROBABILITY
+            words = sample_wording(rng)[1] if has_words else ""
             words = words if task.words is None else task.words
             prompt_ids = self._ids(f"{words}\n{task.line}" if words else task.line)
             prompt_ids += self._ids("<|im_end|>\n<|im_start|>assistant\n")
             reply_ids = self._ids(f"{task.reply}<|im_end|>")
-            self._text(packed, prompt_ids + reply_ids, segment=segment, start=start, learn_from=len(prompt_ids))
+            self._text(
+                packed, prompt_ids + reply_ids, segment=segment, start=start, learn_from=len(prompt_ids)
+            )
             offsets = self.tokenizer(f"{task.reply}<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
             answers = [match.span(1) for match in DECIDED.finditer(task.reply)]
-            for index, (first, stop) in enumerate(offsets, -len(reply_ids) - 1):  # at the token before each
+            for index, (first, stop) in enumerate(
+                offsets, -len(reply_ids) - 1
+            ):  # index of the previous token
                 spots = next((spots for a, b, spots in task.decided_spans if a < stop and first < b), ())
                 packed.decided_spans[index] = spots
-                packed.weights[index] = answer_weight if spots or any(a < stop and first < b for a, b in answers) else 1.0
+                is_decided = spots or any(a < stop and first < b for a, b in answers)
+                packed.weights[index] = answer_weight if is_decided else 1.0
         return packed
 
     def _ids(self, text: str) -> list[int]:
@@ -112,13 +124,17 @@ class Packer:
         return ids
 
     def _image(self, packed: Packed, start: int) -> int:
-        """Add the tokens of one image; return the position after it: one past the largest of any axis."""
+        """Add the tokens of one image; return the next position: one more than the largest of any axis."""
         side = math.isqrt(VISION_TOKENS)
-        positions = [(start, start + row, start + column) for row, column in itertools.product(range(side), repeat=2)]
+        positions = [
+            (start, start + row, start + column) for row, column in itertools.product(range(side), repeat=2)
+        ]
         _extend(packed, [self.image_token_id] * VISION_TOKENS, positions, segment=0)
         return start + side
 
-    def _text(self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None) -> int:
+    def _text(
+        self, packed: Packed, ids: list[int], *, segment: int, start: int, learn_from: int | None = None
+    ) -> int:
         _extend(packed, ids, [(n, n, n) for n in range(start, start + len(ids))], segment=segment)
         if learn_from is not None:
             packed.labels[learn_from - 1 - len(ids) : -1] = ids[learn_from:]
@@ -135,12 +151,19 @@ def _extend(packed: Packed, ids: list[int], positions: list[tuple[int, int, int]
 
 
 def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S] (True: may attend), labels and weights [B, S]."""
+    """Return ids [B, S], positions [3, B, S], attention mask [B, 1, S, S], labels [B, S], weights [B, S]."""
 
     def pad(name: str, value: float) -> Tensor:
-        return pad_sequence([torch.tensor(getattr(row, name)) for row in rows], batch_first=True, padding_value=value)
+        return pad_sequence(
+            [torch.tensor(getattr(row, name)) for row in rows], batch_first=True, padding_value=value
+        )
 
-    ids_BS, labels_BS, weights_BS, segments_BS = pad("ids", 0), pad("labels", -100), pad("weights", 0), pad("segments", -1)
+    ids_BS, labels_BS, weights_BS, segments_BS = (
+        pad("ids", 0),
+        pad("labels", -100),
+        pad("weights", 0),
+        pad("segments", -1),
+    )
     visible_BSS = (segments_BS[:, None, :] == segments_BS[:, :, None]) | (segments_BS[:, None, :] == 0)
     mask_BSS = visible_BSS & torch.ones(visible_BSS.shape[1:], dtype=torch.bool).tril()
     return ids_BS, pad("positions", 0).permute(2, 0, 1).contiguous(), mask_BSS[:, None], labels_BS, weights_BS
@@ -157,10 +180,13 @@ def _wording(rng: random.Random) -> str:
         return ""
     if draw < 0.4:
         return " ".join(_nonsense(rng) for _ in range(rng.randint(1, 12)))
-    prompt_lines = template(rng.choice((SYSTEM, *(task.prompt for task in TASKS.values()))), (SCENE_PROMPTS,)).split("\n")
-    prompt_lines = [line for line in prompt_lines if line and not line.startswith(("{%", "}", "Task:", "Question:"))]
+    prompt = rng.choice((SYSTEM, *(task.prompt for task in TASKS.values())))
+    prompt_lines = template(prompt, (SCENE_PROMPTS,)).split("\n")
+    prompt_lines = [
+        line for line in prompt_lines if line and not line.startswith(("{%", "}", "Task:", "Question:"))
+    ]
     words = " ".join(rng.sample((*SENTENCES, *prompt_lines), rng.randint(1, 4))).split()
-    if draw < 0.8:  # a few words of it
+    if draw < 0.8:  # only a few of the words
         first = rng.randrange(len(words))
         words = words[first : first + rng.randint(1, 16)]
     words = [word for word in words if rng.random() > 0.1]

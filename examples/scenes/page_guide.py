@@ -1,9 +1,9 @@
-"""Auxiliary losses that teach the tiny teacher to find a page of a deck. Answers alone did not (docs/measurements.md).
+"""Auxiliary losses that teach the tiny teacher to find a page of a deck.
 
-To answer "How many objects are there on the gray page?" the model must know the page of each image token, find those of the
-gray page from the word, and attend to them. Each of these steps has its own target: heads predict a page, a background, a
-count or the spot to look at from hidden states, and attention on spots that decide a word is rewarded. The heads are not part
-of the model.
+Answers alone do not suffice (docs/measurements.md). To answer "How many objects are there on the gray page?"
+the model must identify the page of each image token, find the gray page, and attend to its tokens. Each of
+these steps has its own target: heads predict a page, a background, a count or a spot from hidden states, and
+attention on decisive spots is rewarded. The heads are not part of the model.
 
 Shapes: B decks, S tokens, H heads, V spots of a deck (10 a page), 9 image tokens of a page, D width.
 """
@@ -22,7 +22,8 @@ from examples.scenes.packed_tasks import VISION_TOKENS, Packed
 from pipeline.scenes.scene import BACKGROUNDS, MAX_OBJECTS, Scene
 
 PAGE_LAYER, WORD_LAYER = 1, 2  # the heads read the hidden states after these layers
-GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)  # with rewarded attention, counted from 0; other heads read the text
+# Layers and heads with rewarded attention, counted from 0; the other heads attend to the text.
+GUIDED_LAYERS, GUIDED_HEADS = (2, 3), slice(2, None)
 IGNORE_INDEX = -100
 
 
@@ -45,39 +46,57 @@ class PageGuide(nn.Module):
         self.look_page, self.look_ground = nn.Linear(width, classes), nn.Linear(width, classes)
         self.look_spot = nn.Linear(width, VISION_TOKENS + 1)
         self._end_id = tokenizer.get_vocab()["<|vision_end|>"]
-        ids = {text: tokenizer(text)["input_ids"] for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")}
+        ids = {
+            text: tokenizer(text)["input_ids"]
+            for text in (*(f" {ground}" for ground in BACKGROUNDS), " page")
+        }
         assert all(len(token_ids) == 1 for token_ids in ids.values()), "each of these words must be one token"
         self._ground_of_id = {ids[f" {ground}"][0]: index for index, ground in enumerate(BACKGROUNDS)}
         self._page_id = ids[" page"][0]
-        self._number_of_id = {tokenizer(str(number))["input_ids"][-1]: number for number in range(1, classes + 1)}
+        self._number_of_id = {
+            tokenizer(str(number))["input_ids"][-1]: number for number in range(1, classes + 1)
+        }
 
     def forward(self, output: Any, image_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
-        """Return the sum of all losses, for decks of as many pages; `output` has hidden states, and attentions if guided."""
+        """Return the sum of all losses, for decks with the same number of pages.
+
+        `output` has hidden states, and attentions if they are guided."""
         pages, length = len(examples[0].deck), image_BS.shape[1]
-        ends_BS = pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True) == self._end_id
+        ends_BS = (
+            pad_sequence([torch.tensor(item.packed.ids) for item in examples], batch_first=True)
+            == self._end_id
+        )
         image_KD = output.hidden_states[PAGE_LAYER][image_BS | ends_BS]
         page_K = torch.arange(pages).repeat_interleave(VISION_TOKENS + 1).repeat(len(examples))
         loss = functional.cross_entropy(self.page(image_KD), page_K)
         words_BSD = output.hidden_states[WORD_LAYER]
         page_BS, ground_BS, spot_BS = _looks(examples, length)
-        # The layers before the guided ones must know the page that a word names, and the spot that decides the next word.
+        # The layers before the guided ones must represent the page that a word names, and the decisive spot.
         heads = (self.word, self.number, self.look_spot)
         for head, targets_BS in zip(heads, (*self._targets(examples, length), spot_BS), strict=True):
             loss = loss + _mean(_costs(head, words_BSD, targets_BS))
-        # A page is identified by its number (after "pages [2]") or by its background (after "on the gray page").
-        by_number_N, by_ground_N = _costs(self.look_page, words_BSD, page_BS), _costs(self.look_ground, words_BSD, ground_BS)
+        # A page is identified by its number (after "pages [2]") or by its background (after "on the gray
+        # page").
+        by_number_N, by_ground_N = (
+            _costs(self.look_page, words_BSD, page_BS),
+            _costs(self.look_ground, words_BSD, ground_BS),
+        )
         loss = loss + _mean(torch.minimum(by_number_N, by_ground_N))
-        ends_ED = words_BSD[ends_BS]  # the token after each page sums it up
+        ends_ED = words_BSD[ends_BS]  # the token after a page summarizes it
         counts = torch.tensor([len(scene.objects) for item in examples for scene in item.deck])
-        grounds = torch.tensor([BACKGROUNDS.index(scene.background) for item in examples for scene in item.deck])
+        grounds = torch.tensor(
+            [BACKGROUNDS.index(scene.background) for item in examples for scene in item.deck]
+        )
         loss = loss + functional.cross_entropy(self.count(ends_ED), counts)
         loss = loss + functional.cross_entropy(self.ground(ends_ED), grounds)
         if output.attentions:
-            loss = loss + attention_loss([output.attentions[layer] for layer in GUIDED_LAYERS], image_BS | ends_BS, examples)
+            loss = loss + attention_loss(
+                [output.attentions[layer] for layer in GUIDED_LAYERS], image_BS | ends_BS, examples
+            )
         return loss
 
     def _targets(self, examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor]:
-        """Return targets within tasks: the page at each background's name, and the background at each page number: (B, S)."""
+        """Return targets, (B, S): the page of each background's name, the background of each page number."""
         page_BS, ground_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(2))
         for b, example in enumerate(examples):
             page_of = {BACKGROUNDS.index(scene.background): index for index, scene in enumerate(example.deck)}
@@ -94,7 +113,9 @@ class PageGuide(nn.Module):
 def _costs(head: nn.Module, words_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """Return the cross-entropy at each position that has a target."""
     has_target_BS = targets_BS != IGNORE_INDEX
-    costs_N: Tensor = functional.cross_entropy(head(words_BSD[has_target_BS]), targets_BS[has_target_BS], reduction="none")
+    costs_N: Tensor = functional.cross_entropy(
+        head(words_BSD[has_target_BS]), targets_BS[has_target_BS], reduction="none"
+    )
     return costs_N
 
 
@@ -103,7 +124,7 @@ def _mean(costs_N: Tensor) -> Tensor:
 
 
 def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return targets: the number and background of the single page, and the single spot, that decides a word: (B, S)."""
+    """Return targets, (B, S): number and background of the only decisive page, and the only decisive spot."""
     page_BS, ground_BS, spot_BS = (torch.full((len(examples), length), IGNORE_INDEX) for _ in range(3))
     for b, example in enumerate(examples):
         for s, decisive in enumerate(example.packed.decided_spans):
@@ -116,8 +137,10 @@ def _looks(examples: Sequence[DeckExample], length: int) -> tuple[Tensor, Tensor
     return page_BS, ground_BS, spot_BS
 
 
-def attention_loss(attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[DeckExample]) -> Tensor:
-    """Return the mean -log of the attention on the spots that decide a word, over words that have such spots.
+def attention_loss(
+    attentions_BHSS: Sequence[Tensor], visual_BS: Tensor, examples: Sequence[DeckExample]
+) -> Tensor:
+    """Return the mean -log of the attention on decisive spots, over words that have such spots.
 
     `visual_BS` is the mask of the pages: their image tokens and the token after each page.
     """

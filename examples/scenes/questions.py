@@ -1,4 +1,4 @@
-"""Questions about drawn scenes and decks, with their true answers, and the places of the image that decide each word."""
+"""Questions about drawn scenes and decks, with true answers, and the image places that decide each word."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from pipeline.scenes.text import answer, answer_deck
 from pipeline.tasks.deck_qa import DeckAnswerType, DeckQAPair
 from pipeline.tasks.qa import QAPair
 
-Spot = tuple[int, int]  # (page, from 1; index of its place); END is the token after the page, which sums it up
+Spot = tuple[int, int]  # (page, counted from 1; index of a place, or END: the token after the page)
 END = len(PLACES)
 _ON = "|".join(BACKGROUNDS)
 
@@ -23,14 +23,17 @@ def _describe(attributes: dict[str, str], *, plural: bool = False) -> str:
 
 
 def _some(thing: Thing, names: tuple[str, ...], rng: random.Random) -> dict[str, str]:
-    """Return a few of a thing's attributes: mostly one or two, as people do, sometimes all of them."""
+    """Return some attributes of an object: mostly one or two, sometimes all."""
     count = rng.choices((1, 2, len(names)), weights=(5, 4, 1))[0]
     chosen = rng.sample(names, min(count, len(names)))
     return {name: getattr(thing, name) for name in ("size", "color", "shape", "place") if name in chosen}
 
 
 def ask_yes_no(scene: Scene, rng: random.Random) -> QAPair:
-    """Ask whether an object exists. Half of the answers are yes; for no, one or all attributes of an object are changed."""
+    """Ask whether an object exists.
+
+    Half of the answers are yes; for no, attributes of an object are changed.
+    """
     wanted = rng.choice(("yes", "no"))
     while True:
         attributes = _some(rng.choice(scene.objects), ("size", "color", "shape", "place"), rng)
@@ -64,9 +67,13 @@ def ask_other(scene: Scene, rng: random.Random) -> QAPair:
             question = "What color is the background?"
         else:
             attribute = rng.choice(("color", "shape", "size", "place"))
-            # The place, or all other attributes: one or two attributes seldom identify one object of several.
+            # The place, or all other attributes: one or two attributes rarely identify a single object.
             by_place = attribute != "place" and rng.random() < 0.6
-            rest = ("place",) if by_place else tuple(name for name in ("size", "color", "shape") if name != attribute)
+            rest = (
+                ("place",)
+                if by_place
+                else tuple(name for name in ("size", "color", "shape") if name != attribute)
+            )
             thing = rng.choice(scene.objects)
             text = _describe({name: getattr(thing, name) for name in rest})
             question = f"Where is the {text}?" if attribute == "place" else f"What {attribute} is the {text}?"
@@ -81,27 +88,35 @@ def ask_span(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     """Ask for the color, shape or size of the object at a place of a page."""
     scene = rng.choice(deck)
     attribute, place = rng.choice(("color", "shape", "size")), rng.choice(scene.objects).place
-    return _deck_pair(deck, "span", f"What {attribute} is the object at the {place} on the {scene.background} page?")
+    return _deck_pair(
+        deck, "span", f"What {attribute} is the object at the {place} on the {scene.background} page?"
+    )
 
 
 def ask_count(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     """Ask how many objects there are on one page."""
-    return _deck_pair(deck, "number", f"How many objects are there on the {rng.choice(deck).background} page?")
+    return _deck_pair(
+        deck, "number", f"How many objects are there on the {rng.choice(deck).background} page?"
+    )
 
 
 def ask_arithmetic(deck: tuple[Scene, ...], rng: random.Random) -> DeckQAPair:
     """Ask for the sum or the difference of the object counts of two pages."""
     first, second = sorted(rng.sample(deck, 2), key=lambda scene: -len(scene.objects))
-    if len(first.objects) > len(second.objects) and rng.random() < 0.35:  # seldom: a model that cannot compare should add
-        question = f"How many more objects are there on the {first.background} page than on the {second.background} page?"
+    # Differences are rare: a model that cannot compare should add.
+    if len(first.objects) > len(second.objects) and rng.random() < 0.35:
+        pages = f"on the {first.background} page than on the {second.background} page"
+        question = f"How many more objects are there {pages}?"
     else:
-        first, second = sorted((first, second), key=deck.index)  # in page order, like the evidence pages: one decision less
-        question = f"How many objects are there on the {first.background} and {second.background} pages together?"
+        first, second = sorted((first, second), key=deck.index)  # in page order, like the evidence pages
+        question = (
+            f"How many objects are there on the {first.background} and {second.background} pages together?"
+        )
     return _deck_pair(deck, "arithmetic", question)
 
 
 def page_questions(deck: tuple[Scene, ...]) -> list[str]:
-    """Return the questions to be learned first: the background of each page, and the page of each background."""
+    """Return the questions to learn first: the background of each page, and the page of each background."""
     return [
         question
         for number, scene in enumerate(deck, 1)
@@ -110,20 +125,23 @@ def page_questions(deck: tuple[Scene, ...]) -> list[str]:
 
 
 def decisive_spots(deck: tuple[Scene, ...], pair: DeckQAPair) -> list[tuple[str, str, tuple[Spot, ...]]]:
-    """Return the parts of a pair that the pages decide, in written order: (field, words, spots to look at)."""
+    """Return the parts of a pair that the pages decide, in order: (field, words, decisive spots)."""
     pages = {scene.background: number for number, scene in enumerate(deck, 1)}
     grounds = re.findall(rf"\b({_ON})\b(?= page| and)", pair.question)
     ends = {ground: ((pages[ground], END),) for ground in grounds}
     places = re.findall(r"at the (.+) on the", pair.question)
     page = pair.evidence_pages[0]
     occupied = tuple((page, PLACES.index(thing.place)) for thing in deck[page - 1].objects)
-    decisions = [("question", place, occupied) for place in places]  # any place with an object could have been asked about
+    # The question could name any place with an object.
+    decisions = [("question", place, occupied) for place in places]
     decisions += [("question", ground, ends[ground]) for ground in grounds]
-    if "more" in pair.question:  # which page has more is decided by both
+    if "more" in pair.question:  # both pages decide which one has more
         decisions[0] = ("question", grounds[0], tuple(spot for ground in grounds for spot in ends[ground]))
     if pair.expression:
         numbers = pair.expression.split(" ")[::2]
-        return decisions + [("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)]
+        return decisions + [
+            ("expression", number, ends[ground]) for number, ground in zip(numbers, grounds, strict=True)
+        ]
     answer_spots = ((page, PLACES.index(places[0])),) if places else ends[grounds[0]]
     return [*decisions, ("answer", pair.answer, answer_spots)]
 

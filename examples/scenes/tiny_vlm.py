@@ -1,8 +1,8 @@
-"""The tiny teacher: a real Qwen2.5-VL of about 3 million parameters that knows drawn scenes and nothing else.
+"""The tiny teacher: a Qwen2.5-VL of about 3 million parameters, trained on drawn scenes only.
 
-Same classes, files, chat template and special tokens as Qwen2.5-VL-3B-Instruct, so that every code path for the
-large model also serves this one. Sizes follow two limits: with 28 px a merged token, the nine image tokens of a scene are its
-nine places; vLLM's CPU attention supports text heads of 32 features (and not of 16 or 40).
+It has the classes, files, chat template and special tokens of Qwen2.5-VL-3B-Instruct, so that the same code
+runs both. With 28 px per merged token, the nine image tokens of a scene are its nine places. vLLM's CPU
+attention supports text heads of 32 features, but not of 16 or 40.
 """
 
 from collections.abc import Iterable
@@ -17,16 +17,27 @@ CONTEXT_TOKENS = 2048
 VISION_WIDTH, VISION_DEPTH = 128, 4
 TEXT_WIDTH, TEXT_DEPTH, HEAD_WIDTH = 160, 4, 32
 
-_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+_NAMES = (
+    "endoftext",
+    "im_start",
+    "im_end",
+    "vision_start",
+    "vision_end",
+    "vision_pad",
+    "image_pad",
+    "video_pad",
+)
 SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES)
 # Qwen2's pre-tokenization: words with the space before them, single digits, punctuation.
 PRETOKENIZER_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
     "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -37,14 +48,18 @@ def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFas
     """Train a byte-level BPE on `texts`; any other text is encoded byte by byte."""
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     tokens, alphabet = list(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token="<|im_end|>",  # a token of text
+        eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         model_max_length=CONTEXT_TOKENS,
@@ -65,9 +80,13 @@ def build_processor(tokenizer: transformers.PreTrainedTokenizerFast) -> transfor
     )
 
 
-def build_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2_5_VLForConditionalGeneration:
+def build_model(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+) -> transformers.Qwen2_5_VLForConditionalGeneration:
     """Return the untrained model for this tokenizer."""
-    token_id = {name: tokenizer.get_vocab()[token] for name, token in zip(_NAMES, SPECIAL_TOKENS, strict=True)}
+    token_id = {
+        name: tokenizer.get_vocab()[token] for name, token in zip(_NAMES, SPECIAL_TOKENS, strict=True)
+    }
     ends = {"eos_token_id": token_id["im_end"], "pad_token_id": token_id["endoftext"]}
     half = HEAD_WIDTH // 2
     mrope_section = [half // 4, (half - half // 4) // 2, (half - half // 4) // 2]  # time, height, width
@@ -81,7 +100,11 @@ def build_model(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers
             "num_key_value_heads": TEXT_WIDTH // HEAD_WIDTH,
             "max_position_embeddings": CONTEXT_TOKENS,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": mrope_section},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": mrope_section,
+            },
             "bos_token_id": None,
             **ends,
         },

@@ -1,10 +1,11 @@
 """Train the tiny CLIP from scratch: `python -m examples.scenes.train_clip --out DIR`.
 
-It is a real CLIPModel of 2.3 million parameters. Where pretrained weights are not available, it provides meaningful frozen
-hidden states, caption scores and a feature cache.
+It is a CLIPModel of 2.3 million parameters, for hidden states and caption scores where pretrained weights are
+not available.
 
-First the vision tower alone learns to predict the facts of each place from its patches, as for the teacher. Then images and
-captions are aligned: the negatives are the captions of all other images of the step, and captions with one word changed.
+First, the vision tower learns to predict the facts of each place from its patches, as for the teacher. Then
+images and captions are aligned. Negatives are the captions of all other images of the step, and captions with
+one word changed.
 
 A killed run resumes from the last checkpoint with the same command, in the same data order.
 
@@ -31,17 +32,17 @@ from examples.scenes import training_steps
 from pipeline.scenes.scene import BACKGROUNDS, PLACES, SIDE_PX, VALUES, Scene, draw, sample_scene
 from pipeline.scenes.text import STYLES, caption
 
-SEED = "clip"  # sources seed scenes with a number, so these are never in a dataset
+SEED = "clip"  # sources use numbers as seeds, so training scenes are never in a dataset
 BATCH = 128
 VISION_STEPS, ALIGN_STEPS = 800, 1500
 LEARNING_RATE, WARMUP_STEPS = 1.0e-3, 100
-HARD_NEGATIVES = 2  # hard negatives for each image: captions with one word changed
-PLAIN = ("size", "color", "shape", "background")  # what a brief caption says, and what the heads learn
-PATCH_PX = 14  # four patches for each of the nine places
+HARD_NEGATIVES = 2  # captions per image with one word changed
+PLAIN = ("size", "color", "shape", "background")  # attributes in brief captions, which the heads learn
+PATCH_PX = 14  # four patches per place
 MAX_TOKENS = 64
-WIDTH, DEPTH = 160, 4  # of both towers
+WIDTH, DEPTH = 160, 4  # both towers
 START, END = "<|startoftext|>", "<|endoftext|>"
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of CLIP
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # as in CLIP
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -51,10 +52,14 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[END, START], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[END, START], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     ids = {token: bpe.token_to_id(token) for token in (START, END)}
-    bpe.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=list(ids.items()))
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=list(ids.items())
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=START, eos_token=END, pad_token=END, model_max_length=MAX_TOKENS
     )
@@ -71,7 +76,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """Return the untrained model for this tokenizer."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH}
     shared = {**sizes, "num_attention_heads": WIDTH // 32, "num_hidden_layers": DEPTH}
-    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, **special_ids}
     vision = {"image_size": SIDE_PX, "patch_size": PATCH_PX}
     return CLIPModel(CLIPConfig(text_config=shared | text, vision_config=shared | vision, projection_dim=256))
@@ -83,13 +90,19 @@ def change_attribute(scene: Scene, rng: random.Random, attribute: str) -> Scene:
         return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
     objects = list(scene.objects)
     thing = objects.pop(rng.randrange(len(objects)))
-    excluded = {occupant.place for occupant in scene.objects} if attribute == "place" else {getattr(thing, attribute)}
-    objects.append(replace(thing, **{attribute: rng.choice([v for v in VALUES[attribute] if v not in excluded])}))
+    excluded = (
+        {occupant.place for occupant in scene.objects}
+        if attribute == "place"
+        else {getattr(thing, attribute)}
+    )
+    objects.append(
+        replace(thing, **{attribute: rng.choice([v for v in VALUES[attribute] if v not in excluded])})
+    )
     return Scene(scene.background, tuple(sorted(objects, key=lambda thing: PLACES.index(thing.place))))
 
 
 def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
-    """Return the scenes of one step, their pixels, and their captions: the true ones, then those with one word changed."""
+    """Return the scenes of a step, their pixels, and their captions: true ones, then changed ones."""
     scenes, pixels, true_captions, changed_captions = [], [], [], []
     for index in range(BATCH):
         rng = random.Random(f"{SEED}:{step}:{index}")
@@ -99,8 +112,10 @@ def step_data(step: int) -> tuple[list[Scene], list[np.ndarray], list[str]]:
         pixels.append(np.array(draw(scene, rng)))
         true_captions.append(caption(scene, style))
         for _ in range(HARD_NEGATIVES):
-            # Places are learned last: about half of the changes in a caption with places are of a place.
-            names = ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
+            # Places are learned last, so about half of the changes concern places.
+            names = (
+                ("place", "place", "place", "place", *VALUES, "background") if style == "detailed" else PLAIN
+            )
             changed_captions.append(caption(change_attribute(scene, rng, rng.choice(names)), style))
     return scenes, pixels, true_captions + changed_captions
 
@@ -120,14 +135,17 @@ def pool_cells(patches_BLD: Tensor) -> Tensor:
 
 
 def align_loss(image_BD: Tensor, text_TD: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's loss (Radford et al., 2021), with hard negatives: captions after the true ones that belong to no image.
+    """Return CLIP's loss (Radford et al., 2021); captions after the first B are hard negatives of no image.
 
     Two images of a step may have equal captions by chance; this is rare enough to ignore.
     """
     B = len(image_BD)
     scores_BT = scale.exp() * image_BD @ text_TD.T
     targets_B = torch.arange(B)
-    return (functional.cross_entropy(scores_BT, targets_B) + functional.cross_entropy(scores_BT[:, :B].T, targets_B)) / 2
+    return (
+        functional.cross_entropy(scores_BT, targets_B)
+        + functional.cross_entropy(scores_BT[:, :B].T, targets_B)
+    ) / 2
 
 
 def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
@@ -138,12 +156,18 @@ def embed(model: CLIPModel, pixels_BCHW: Tensor, tokens: Any) -> tuple[Tensor, T
 
 
 def train(out: Path) -> None:
-    """Train both phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`."""
+    """Train both phases with checkpoints in `out/checkpoint.pt`, and write the model to `out/model`."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = training_steps.load_tokenizer(out / "tokenizer", train_tokenizer, corpus)
-    processor, model, heads = build_processor(tokenizer), build_model(tokenizer), training_steps.VisionHeads(WIDTH, PLAIN)
-    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], weight_decay=0.02, betas=(0.9, 0.98))
+    processor, model, heads = (
+        build_processor(tokenizer),
+        build_model(tokenizer),
+        training_steps.VisionHeads(WIDTH, PLAIN),
+    )
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *heads.parameters()], weight_decay=0.02, betas=(0.9, 0.98)
+    )
     parts = {"model": model, "heads": heads, "optimizer": optimizer}
     checkpoint, started = out / "checkpoint.pt", time.monotonic()
     first_step = training_steps.load_checkpoint(checkpoint, parts).get("step", 0)
@@ -171,8 +195,10 @@ def train(out: Path) -> None:
     training_steps.save_model(model, processor, out / "model")
 
 
-def caption_loss(model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions: list[str]) -> tuple[Tensor, float]:
-    """Return the loss of a step's images and captions, and the share of hard negatives that score below the true caption."""
+def caption_loss(
+    model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions: list[str]
+) -> tuple[Tensor, float]:
+    """Return the loss of a step, and the share of hard negatives that score below the true caption."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     tokens.pop("token_type_ids", None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,5 +211,7 @@ def caption_loss(model: CLIPModel, tokenizer: Any, pixels_BCHW: Tensor, captions
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the tiny CLIP on drawn scenes.")
-    parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree."
+    )
     train(parser.parse_args().out)

@@ -1,10 +1,11 @@
 """Train the tiny teacher from scratch: `python -m examples.scenes.train_teacher --out DIR`.
 
-Four phases. The first trains the vision tower alone, with linear heads that predict size, color, shape, background and place
-from each of the nine image tokens: without it, the language model spends its steps on guessing from priors. The second trains
-the whole model on the project's own prompts and output schemas. The last two have more questions, and weight the tokens of
-answers higher: answers are short, and the unpredictable tokens of questions would dominate the loss. With `--decks-from`, one
-more phase makes a second teacher from the finished one: it learns decks of several pages, with the losses of page_guide.py.
+There are four phases. The first trains the vision tower alone, with linear heads that predict size, color,
+shape, background and place from each of the nine image tokens. Without it, the language model spends its
+steps on guessing from priors. The second phase trains the whole model on the project's prompts and output
+schemas. The last two have more questions, and weight the tokens of answers higher: answers are short, and the
+unpredictable tokens of questions would dominate the loss. With `--decks-from`, one more phase makes a second
+teacher from the finished one. It learns decks of several pages, with the losses of page_guide.py.
 
 All tasks of an image are one packed sequence (packed_tasks.py; shapes: B sequences, S tokens of the longest).
 
@@ -27,7 +28,15 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from examples.scenes import training_steps
-from examples.scenes.packed_tasks import VISION_TOKENS, DecidedSpan, Packed, Packer, TrainingTask, collate, sample_wording
+from examples.scenes.packed_tasks import (
+    VISION_TOKENS,
+    DecidedSpan,
+    Packed,
+    Packer,
+    TrainingTask,
+    collate,
+    sample_wording,
+)
 from examples.scenes.page_guide import DeckExample, PageGuide
 from examples.scenes.questions import ASK, ASK_DECK, END, Spot, decisive_spots, page_questions
 from examples.scenes.tiny_vlm import TEXT_WIDTH, build_model, build_processor, train_tokenizer
@@ -41,46 +50,74 @@ from pipeline.tasks.deck_qa import DeckQAPair, DeckQASet
 from pipeline.tasks.prompts import render
 from pipeline.tasks.qa import QASet
 
-SEED = "teacher"  # sources seed scenes with a number, so these are never in a dataset
+SEED = "teacher"  # sources use numbers as seeds, so training scenes are never in a dataset
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """How long and how fast one phase trains."""
+    """Number of steps, batch and learning rate of a phase."""
 
     name: str
     steps: int
-    cosine_steps: int  # after which the learning rate would be lowest
-    scenes: int  # in one step
+    cosine_steps: int  # steps until the lowest learning rate
+    scenes: int  # scenes per step
     learning_rate: float
     warmup_steps: int
-    question_sets: int = 1  # for each scene
-    answers: int = 3  # to given questions, for each scene
-    answer_weight: float = 1.0  # of a token of an answer; other tokens have weight 1
-    decks: int = 0  # in one step, beside the scenes
+    question_sets: int = 1  # question sets per scene
+    answers: int = 3  # answered questions per scene
+    answer_weight: float = 1.0  # weight of tokens of answers; others have weight 1
+    decks: int = 0  # decks per step
 
     def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then a cosine to a twentieth."""
+        """Return the learning rate of a step: linear warm-up, then cosine decay to a twentieth."""
         progress = (step - self.warmup_steps) / max(1, self.cosine_steps - self.warmup_steps)
-        return training_steps.learning_rate(self.learning_rate, step, self.warmup_steps, progress, lowest=0.05)
+        return training_steps.learning_rate(
+            self.learning_rate, step, self.warmup_steps, progress, lowest=0.05
+        )
 
 
 VISION = Phase("vision", steps=1200, cosine_steps=1200, scenes=64, learning_rate=1.5e-3, warmup_steps=100)
-# Stopped at a third of its peak learning rate: the next phase needs a model that still changes.
+# This phase stops at a third of its peak learning rate: the next one needs a model that still changes.
 TEXT = Phase("text", steps=1700, cosine_steps=2500, scenes=16, learning_rate=1.5e-3, warmup_steps=200)
 ANSWERS = Phase(
-    "answers", 1500, 1500, scenes=10, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=16, answer_weight=6.0
+    "answers",
+    1500,
+    1500,
+    scenes=10,
+    learning_rate=1.0e-3,
+    warmup_steps=50,
+    question_sets=2,
+    answers=16,
+    answer_weight=6.0,
 )
 QUESTIONS = Phase(
-    "questions", 850, 850, scenes=10, learning_rate=0.8e-3, warmup_steps=30, question_sets=4, answers=8, answer_weight=4.0
+    "questions",
+    850,
+    850,
+    scenes=10,
+    learning_rate=0.8e-3,
+    warmup_steps=30,
+    question_sets=4,
+    answers=8,
+    answer_weight=4.0,
 )
-# For the second teacher. Decks have two pages at first, then more: see `pages_per_deck`.
+# The phase of the second teacher. Decks have two pages at first, then more (`pages_per_deck`).
 DECKS = Phase(
-    "decks", 3000, 3000, scenes=0, learning_rate=1.0e-3, warmup_steps=50, question_sets=2, answers=4, answer_weight=10, decks=5
+    "decks",
+    3000,
+    3000,
+    scenes=0,
+    learning_rate=1.0e-3,
+    warmup_steps=50,
+    question_sets=2,
+    answers=4,
+    answer_weight=10,
+    decks=5,
 )
-# How often decks have the released prompt instead of a random one: its length and its example distract from the pages.
+# Share of decks with the released prompt, whose length and example distract from the pages; others have a
+# random one.
 RELEASED_PROMPT_PROBABILITY = 0.5
-GUIDE_ATTENTION_EVERY = 4  # steps: such a step takes more than twice the time
+GUIDE_ATTENTION_EVERY = 4  # a step with guided attention takes more than twice the time
 
 SCENES = (VISION, TEXT, ANSWERS, QUESTIONS)
 
@@ -92,7 +129,7 @@ def scenes(phase: Phase, step: int) -> list[tuple[Scene, np.ndarray, random.Rand
 
 
 def pages_per_deck(step: int) -> int:
-    """Return the number of pages of a step's decks: two until the model can find a page, then up to all of them."""
+    """Return the number of pages of a step's decks: two until the model can find a page, then up to four."""
     rng = random.Random(f"{SEED}:pages:{step}")
     return 2 if step < 250 else rng.choice((2, 3)) if step < 400 else rng.choice((2, 3, 4, 4, 4))
 
@@ -101,7 +138,9 @@ def decks(phase: Phase, step: int) -> list[tuple[tuple[Scene, ...], list[np.ndar
     """Return the decks of one step, the pixels of their pages, and the random generator for their tasks."""
     pages = pages_per_deck(step)
     rngs = [random.Random(f"{SEED}:{phase.name}:deck:{step}:{index}") for index in range(phase.decks)]
-    return [(deck := sample_deck(rng)[:pages], [np.array(draw(page, rng)) for page in deck], rng) for rng in rngs]
+    return [
+        (deck := sample_deck(rng)[:pages], [np.array(draw(page, rng)) for page in deck], rng) for rng in rngs
+    ]
 
 
 def scene_tasks(scene: Scene, rng: random.Random, phase: Phase) -> Iterator[TrainingTask]:
@@ -123,24 +162,33 @@ def deck_tasks(deck: tuple[Scene, ...], rng: random.Random, phase: Phase) -> Ite
         yield _answer_task(question, truth.answer, tuple((page, END) for page in truth.evidence_pages))
     for ask in rng.choices(list(ASK_DECK.values()), weights=(2, 2, 1), k=phase.answers):
         pair = ask(deck, rng)
-        relevant_spots = {spot for _, words, spots in decisive_spots(deck, pair) for spot in spots if words not in PLACES}
-        answer_spots = [spots for name, _, spots in decisive_spots(deck, pair) if name == "answer"]
-        yield _answer_task(pair.question, pair.answer, answer_spots[0] if answer_spots else tuple(sorted(relevant_spots)))
+        decisive = decisive_spots(deck, pair)
+        relevant_spots = {spot for _, words, spots in decisive for spot in spots if words not in PLACES}
+        answer_spots = [spots for name, _, spots in decisive if name == "answer"]
+        spots = answer_spots[0] if answer_spots else tuple(sorted(relevant_spots))
+        yield _answer_task(pair.question, pair.answer, spots)
     for _ in range(phase.question_sets):
         pairs = [ask(deck, rng) for ask in ASK_DECK.values()]
         reply = dump(DeckQASet(qa=tuple(pairs)))
-        words = render(TASKS["deck_qa"]).text.rpartition("\n")[0] if rng.random() < RELEASED_PROMPT_PROBABILITY else None
-        yield TrainingTask("Task: deck_qa", reply, words=words, decided_spans=tuple(_looks(reply, deck, pairs)))
+        words = (
+            render(TASKS["deck_qa"]).text.rpartition("\n")[0]
+            if rng.random() < RELEASED_PROMPT_PROBABILITY
+            else None
+        )
+        spans = tuple(_looks(reply, deck, pairs))
+        yield TrainingTask("Task: deck_qa", reply, words=words, decided_spans=spans)
 
 
 def _answer_task(question: str, answer: str, spots: tuple[Spot, ...] = ()) -> TrainingTask:
     first = len('{"answer":"')
     spans = ((first, first + len(answer), spots),) if spots else ()
-    return TrainingTask(f"Question: {question}", dump(Answer(answer=answer)), seldom_worded=True, decided_spans=spans)
+    return TrainingTask(
+        f"Question: {question}", dump(Answer(answer=answer)), rarely_worded=True, decided_spans=spans
+    )
 
 
 def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iterator[DecidedSpan]:
-    """Yield the parts of a reply that spots decide, in order: (start, end, spots)."""
+    """Yield the parts of a reply that depend on spots, in order: (start, end, spots)."""
     position = 0
     for pair in pairs:
         start = position = reply.index(dump(pair), position)
@@ -152,7 +200,7 @@ def _looks(reply: str, deck: tuple[Scene, ...], pairs: list[DeckQAPair]) -> Iter
 
 
 def tokenizer_corpus(count: int = 4000) -> Iterator[str]:
-    """Yield texts in the proportions that the model will read and write."""
+    """Yield texts in the proportions of training."""
     for index in range(count):
         rng = random.Random(f"{SEED}:tokenizer:{index}")
         scene = sample_scene(rng)
@@ -175,7 +223,9 @@ class TeacherTraining:
     def vision_loss(self, step: int) -> tuple[Tensor, float]:
         """Return the loss of phase one at a step, and the share of places predicted correctly."""
         drawn = scenes(VISION, step)
-        loss, right = self.heads(self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn])
+        loss, right = self.heads(
+            self._see([pixels for _, pixels, _ in drawn]), [scene for scene, _, _ in drawn]
+        )
         return loss, right
 
     def text_loss(self, phase: Phase, step: int) -> tuple[Tensor, float]:
@@ -183,7 +233,8 @@ class TeacherTraining:
         if phase.decks:
             return self._deck_loss(phase, step)
         drawn = scenes(phase, step)
-        packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), phase.answer_weight) for scene, _, rng in drawn]
+        weight = phase.answer_weight
+        packed = [self.packer.pack(1, rng, scene_tasks(scene, rng, phase), weight) for scene, _, rng in drawn]
         _, _, loss, right = self._read(packed, [pixels for _, pixels, _ in drawn], guided=False)
         return loss, right
 
@@ -191,17 +242,22 @@ class TeacherTraining:
         examples, pixels = [], []
         for deck, pages, rng in decks(phase, step):
             system = render(TASKS["deck_qa"]).system if rng.random() < RELEASED_PROMPT_PROBABILITY else None
-            packed = self.packer.pack(len(deck), rng, deck_tasks(deck, rng, phase), phase.answer_weight, system)
+            tasks = deck_tasks(deck, rng, phase)
+            packed = self.packer.pack(len(deck), rng, tasks, phase.answer_weight, system)
             examples.append(DeckExample(packed, deck))
             pixels += pages
         guided = step % GUIDE_ATTENTION_EVERY == 0
-        self.model.set_attn_implementation("eager" if guided else "sdpa")  # only eager attention returns its weights
-        output, image_BS, loss, right = self._read([example.packed for example in examples], pixels, guided=guided)
+        # Only eager attention returns its weights.
+        self.model.set_attn_implementation("eager" if guided else "sdpa")
+        packed_decks = [example.packed for example in examples]
+        output, image_BS, loss, right = self._read(packed_decks, pixels, guided=guided)
         self.model.set_attn_implementation("sdpa")
         return 0.7 * loss + 0.3 * self.guide(output, image_BS, examples), right
 
-    def _read(self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool) -> tuple[Any, Tensor, Tensor, float]:
-        """Return the model's output, the mask of image tokens, the loss, and the share of correct reply tokens."""
+    def _read(
+        self, packed: list[Packed], pixels: list[np.ndarray], *, guided: bool
+    ) -> tuple[Any, Tensor, Tensor, float]:
+        """Return the model's output, the mask of image tokens, the loss, and the share of correct tokens."""
         ids_BS, positions_3BS, mask_B1SS, labels_BS, weights_BS = collate(packed)
         embeds_BSD = self.model.get_input_embeddings()(ids_BS)
         image_BS = ids_BS == self.packer.image_token_id
@@ -230,7 +286,7 @@ class TeacherTraining:
 
 
 def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = None) -> None:
-    """Train through all phases, checkpointing to `out/checkpoint.pt`, and write the finished model to `out/model`.
+    """Train all phases with checkpoints in `out/checkpoint.pt`, and write the model to `out/model`.
 
     `start` is a finished model to continue from; without it, training starts from scratch.
     """
@@ -238,15 +294,18 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
     tokenizer = training_steps.load_tokenizer(start or out / "tokenizer", train_tokenizer, tokenizer_corpus)
     model = build_model(tokenizer)
     if start:
-        model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
+        )
     heads, guide = training_steps.VisionHeads(TEXT_WIDTH), PageGuide(TEXT_WIDTH, tokenizer)
-    student = TeacherTraining(model, build_processor(tokenizer), Packer(tokenizer, model.config.image_token_id), heads, guide)
+    packer = Packer(tokenizer, model.config.image_token_id)
+    student = TeacherTraining(model, build_processor(tokenizer), packer, heads, guide)
     parameters = [*model.parameters(), *heads.parameters(), *guide.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
-    checkpoint, parts = out / "checkpoint.pt", {"model": model, "heads": heads, "guide": guide, "optimizer": optimizer}
-    steps_done: dict[str, int] = {phase.name: 0 for phase in phases} | training_steps.load_checkpoint(checkpoint, parts).get(
-        "at", {}
-    )
+    checkpoint = out / "checkpoint.pt"
+    parts = {"model": model, "heads": heads, "guide": guide, "optimizer": optimizer}
+    steps_done: dict[str, int] = {phase.name: 0 for phase in phases}
+    steps_done |= training_steps.load_checkpoint(checkpoint, parts).get("at", {})
     out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
         loss_of = student.vision_loss if phase == VISION else partial(student.text_loss, phase)
@@ -256,7 +315,10 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
             training_steps.take_step(model, optimizer, loss, phase.rate_at(step))
             if step % 20 == 0 or step == phase.steps - 1:
                 seconds = (time.monotonic() - started) / (step - first_step + 1)
-                print(f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}", flush=True)
+                print(
+                    f"{phase.name} {step} loss {loss.item():.4f} right {right:.4f} s/step {seconds:.2f}",
+                    flush=True,
+                )
             if (step + 1) % training_steps.SAVE_EVERY == 0 or step == phase.steps - 1:
                 training_steps.save_checkpoint(checkpoint, parts, at=steps_done | {phase.name: step + 1})
         steps_done[phase.name] = phase.steps
@@ -265,7 +327,11 @@ def train(out: Path, phases: tuple[Phase, ...] = SCENES, start: Path | None = No
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the tiny teacher on drawn scenes.")
-    parser.add_argument("--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree.")
-    parser.add_argument("--decks-from", type=Path, metavar="MODEL", help="Only teach a finished model about decks of pages.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Checkpoints and the finished model; outside the work tree."
+    )
+    parser.add_argument(
+        "--decks-from", type=Path, metavar="MODEL", help="Only teach a finished model about decks of pages."
+    )
     arguments = parser.parse_args()
     train(arguments.out, (DECKS,) if arguments.decks_from else SCENES, arguments.decks_from)

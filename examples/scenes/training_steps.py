@@ -1,4 +1,7 @@
-"""Vision heads, training steps and checkpoints of both tiny models. Shapes: B images, P places, D features, C classes."""
+"""Vision heads, training steps and checkpoints of both tiny models.
+
+Shapes: B images, P places, D features, C classes.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +19,7 @@ SAVE_EVERY = 100  # steps
 
 
 def facts_at_places(scene: Scene) -> dict[str, list[int]]:
-    """Return, for each attribute, its class at each of the nine places; class 0 of size, color and shape is an empty place."""
+    """Return the class of each attribute at each place; class 0 of size, color and shape: empty place."""
     thing_at = {thing.place: thing for thing in scene.objects}
     things = [thing_at.get(place) for place in PLACES]
     facts = {
@@ -30,13 +33,17 @@ def facts_at_places(scene: Scene) -> dict[str, list[int]]:
 class VisionHeads(nn.Module):
     """Predict facts of each place from its features."""
 
-    def __init__(self, width: int, names: tuple[str, ...] = ("size", "color", "shape", "background", "place")) -> None:
+    def __init__(
+        self, width: int, names: tuple[str, ...] = ("size", "color", "shape", "background", "place")
+    ) -> None:
         super().__init__()
-        classes = {name: len(values) + (name != "place") for name, values in VALUES.items()} | {"background": len(BACKGROUNDS)}
+        classes = {name: len(values) + (name != "place") for name, values in VALUES.items()} | {
+            "background": len(BACKGROUNDS)
+        }
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes[name]) for name in names})
 
     def forward(self, x_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, float]:
-        """Return the sum of the losses of all heads, and the share of places with all facts predicted correctly."""
+        """Return the sum of the losses, and the share of places with all facts predicted correctly."""
         facts = [facts_at_places(scene) for scene in scenes]
         right_BP, loss = torch.ones(x_BPD.shape[:2], dtype=torch.bool), x_BPD.new_zeros(())
         for name, head in self.heads.items():
@@ -47,7 +54,7 @@ class VisionHeads(nn.Module):
 
 
 def learning_rate(peak: float, step: int, warmup_steps: int, progress: float, lowest: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine down to `lowest` of the peak at progress 1."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to `lowest` times the peak."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
@@ -64,9 +71,11 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, 
 
 
 def load_tokenizer(
-    folder: Path, train_tokenizer: Callable[[Iterator[str]], PreTrainedTokenizerFast], corpus: Callable[[], Iterator[str]]
+    folder: Path,
+    train_tokenizer: Callable[[Iterator[str]], PreTrainedTokenizerFast],
+    corpus: Callable[[], Iterator[str]],
 ) -> PreTrainedTokenizerFast:
-    """Return the saved tokenizer, or train it once: checkpoints depend on it, and its corpus may be reworded later."""
+    """Return the saved tokenizer, or train it once: checkpoints depend on it, and its corpus may change."""
     if not folder.exists():
         draft = folder.with_suffix(".tmp")
         train_tokenizer(corpus()).save_pretrained(draft)
@@ -83,7 +92,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any], **values: Any) -> None
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the states of all parts, and return the whole checkpoint; an empty one if there is no file."""
+    """Load the states of all parts, and return the whole checkpoint; empty if the file does not exist."""
     if not path.exists():
         return {}
     state: dict[str, Any] = torch.load(path, weights_only=True)
@@ -93,6 +102,6 @@ def load_checkpoint(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Write the model as transformers and vLLM load it: weights in bfloat16, tokenizer, processor and chat template."""
+    """Write the model for transformers and vLLM: bfloat16 weights, tokenizer, processor and chat template."""
     processor.save_pretrained(folder)
     model.bfloat16().save_pretrained(folder)

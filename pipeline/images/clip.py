@@ -1,4 +1,4 @@
-"""CLIP score of an image and a text: the cosine similarity of their projected states (Radford et al., 2021)."""
+"""CLIP score of an image and a text: the cosine of their projected states (Radford et al., 2021)."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -11,8 +11,8 @@ from pipeline.errors import EngineError, one_line
 from pipeline.install import install_command
 
 BATCH = 32
-CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or an id of the Hub"
-TINY_CLIP = "tiny-clip"  # shipped with the package; knows drawn scenes
+CLIP_HINT = "pass clip, metaclip, tiny-clip, a folder, or a model id of the Hub"
+TINY_CLIP = "tiny-clip"  # part of the package; trained on drawn scenes only
 CLIP_MODELS = {  # short name -> id on the Hub, or folder
     "clip": "openai/clip-vit-base-patch32",
     "metaclip": "facebook/metaclip-b32-400m",
@@ -21,7 +21,7 @@ CLIP_MODELS = {  # short name -> id on the Hub, or folder
 
 
 def require_clip(name: str) -> None:
-    """Raise EngineError if a CLIP is neither a folder, nor at hand, nor on the Hub. Its weights are not loaded."""
+    """Raise EngineError if a CLIP is neither a folder, nor cached, nor on the Hub. Weights are not loaded."""
     model_id = CLIP_MODELS.get(name, name)
     if Path(model_id).is_dir():
         return
@@ -36,7 +36,7 @@ def require_clip(name: str) -> None:
 
 
 class ClipScorer:
-    """Score images and texts with a CLIP, by name: clip, metaclip, tiny-clip, a folder, or an id of the Hub.
+    """Scores images and texts with a CLIP: clip, metaclip, tiny-clip, a folder, or a model id of the Hub.
 
     Raises:
         EngineError: the model cannot be loaded, or torch or transformers is not installed.
@@ -49,19 +49,30 @@ class ClipScorer:
             from transformers import CLIPModel, CLIPProcessor
             from transformers.utils import logging
         except ModuleNotFoundError as error:
-            raise EngineError(f"a CLIP needs the package {error.name}", hint=install_command("train")) from None
+            hint = install_command("train")
+            raise EngineError(f"a CLIP needs the package {error.name}", hint=hint) from None
         model_id = CLIP_MODELS.get(name, name)
         logging.disable_progress_bar()
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(50)  # critical; it prints a table of weights before its error
+        # transformers prints a table of weights before its error.
+        logging.set_verbosity(logging.CRITICAL)
         try:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
-            if info["missing_keys"]:  # which have random values
+            if info["missing_keys"]:  # transformers fills them with random values
                 raise ValueError(f"its files lack weights of a CLIP, such as {min(info['missing_keys'])}")
             self._model: Any = model.eval()
             self._processor: Any = CLIPProcessor.from_pretrained(model_id)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             reason = str(error).strip().partition("\n")[0][:200]
             if "ignore_mismatched_sizes" in reason or "backend tokenizer" in reason:
                 reason = "it is another kind of model"
@@ -71,25 +82,29 @@ class ClipScorer:
         context_tokens = self._model.config.text_config.max_position_embeddings
         self._truncation = {"truncation": True, "max_length": context_tokens}
         if len(self._processor.tokenizer) < self._model.config.text_config.vocab_size // 2:
-            raise EngineError(f"no CLIP {name}: it lacks its tokenizer, so it could read no text", hint=CLIP_HINT)
+            raise EngineError(f"no CLIP {name}: it lacks its tokenizer", hint=CLIP_HINT)
         self._torch = torch
         self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def cosines(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        """Return the cosine of each image (RGB) and its text; texts beyond the context length are truncated."""
-        distinct = {id(image): image for image in images}  # each image is encoded once for all of its texts
+        """Return the cosine of each image (RGB) and its text.
+
+        Long texts are truncated to the context length.
+        """
+        distinct = {id(image): image for image in images}  # an image with several texts is encoded once
         row_of = {image_id: n for n, image_id in enumerate(distinct)}
         states_ND = self.image_states(distinct.values())
         return self.compare([states_ND[row_of[id(image)]] for image in images], self.text_states(texts))
 
     def image_states(self, images: Iterable[Image]) -> list[Any]:
-        """Return the projected state of each image, a vector of length D. Images are consumed in batches."""
+        """Return the projected state of each image, a vector of length D; images are read in batches."""
         states: list[Any] = []
         remaining = iter(images)
         while batch := list(islice(remaining, BATCH)):
             inputs = self._processor(images=batch, return_tensors="pt").to(self._model.device)
             with self._torch.inference_mode():
-                states += self._model.visual_projection(self._model.vision_model(inputs["pixel_values"]).pooler_output)
+                output = self._model.vision_model(inputs["pixel_values"])
+                states += self._model.visual_projection(output.pooler_output)
         return states
 
     def text_states(self, texts: Sequence[str]) -> list[Any]:
@@ -97,9 +112,11 @@ class ClipScorer:
         projected: list[Any] = []
         for start in range(0, len(texts), BATCH):
             batch = list(texts[start : start + BATCH])
-            inputs = self._processor(text=batch, padding=True, **self._truncation, return_tensors="pt").to(self._model.device)
+            inputs = self._processor(text=batch, padding=True, **self._truncation, return_tensors="pt")
+            inputs = inputs.to(self._model.device)
             with self._torch.inference_mode():
-                output = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                ids, mask = inputs["input_ids"], inputs["attention_mask"]
+                output = self._model.text_model(input_ids=ids, attention_mask=mask)
                 projected += self._model.text_projection(output.pooler_output)
         return projected
 

@@ -1,6 +1,6 @@
-"""Decode images safely: all untrusted bytes become pixels here.
+"""Decode images safely: the only code that turns untrusted bytes into pixels.
 
-Training, every engine and the report use `prepare_image`, so that models always see the same pixels of an image.
+Training, engines and the report use `prepare_image`, so that all models see the same pixels of an image.
 """
 
 import hashlib
@@ -22,21 +22,20 @@ from pipeline.images.upright import over_white
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"}
-)
-ORIENTATION = 0x0112  # a tag of EXIF
-SIDEWAYS = (5, 6, 7, 8)  # its values of images that are turned by a quarter
-MAX_IMAGE_BYTES = 100_000_000  # of a file, or an image in a row of a table
-MAX_PIXELS = 50_000_000  # a 12 kB file can claim 100 million; checked before decoding
-MAX_ASPECT = 100  # Qwen2.5-VL's processor refuses 200
-MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten
+_SUFFIXES = ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+ORIENTATION = 0x0112  # EXIF tag
+ROTATED_90 = (5, 6, 7, 8)  # orientations that swap width and height
+MAX_IMAGE_BYTES = 100_000_000
+MAX_PIXELS = 50_000_000  # checked before decoding: a file of 12 kB can claim 100 million
+MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
+MAX_SCANS = 100  # encoders write about ten into a progressive JPEG
 _JPEG, _JPEG_FORMATS = b"\xff\xd8", ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda")  # three times as fast as bytes.count
-UPRIGHT_QUALITY = 95  # of a JPEG that is encoded anew, since it was turned
+UPRIGHT_QUALITY = 95  # JPEG quality of rotated images
 HASH_SIDE_PX = 64
-MIN_HASHED_SIDE_PX = 512  # the shorter side of a large JPEG that is decoded for its hash (docs/measurements.md)
-MIN_PDQ_QUALITY = 50  # of 100, as PDQ's authors advise
+MIN_HASHED_SIDE_PX = 512  # large JPEGs are decoded to this size for their hash (docs/measurements.md)
+MIN_PDQ_QUALITY = 50  # of 100, the threshold of PDQ's authors
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
@@ -46,13 +45,16 @@ def image_id(data: bytes) -> str:
 
 
 def deck_id(page_ids: Sequence[str]) -> str:
-    """Return the id of a deck: the sha256 of its pages' ids, in order. A deck of one page has the id of that page."""
+    """Return the id of a deck: the sha256 of its pages' ids, in order.
+
+    A deck of one page has the id of that page.
+    """
     return page_ids[0] if len(page_ids) == 1 else hashlib.sha256("".join(page_ids).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Facts of an image that decodes in full: its upright size, and its PDQ hash (`pdq_hash`)."""
+    """The upright size and the PDQ hash of a fully decoded image."""
 
     width_px: int
     height_px: int
@@ -60,19 +62,19 @@ class ImageInfo:
 
 
 def check_image(data: bytes) -> ImageInfo:
-    """Decode all of an image, and return its size and PDQ hash. Raise ImageError if it is damaged, odd or too large."""
+    """Decode all of an image. Raise ImageError if it is damaged, too large, or has too extreme sides."""
     image, (width_px, height_px) = _decode_for_hash(data)
     pdq = pdq_hash(image)
-    if not pdq and image.mode == "L":  # its detail may be in its colors
+    if not pdq and image.mode == "L":  # the colors may have enough detail
         pdq = pdq_hash(_decode(data)[0])
     return ImageInfo(width_px, height_px, pdq)
 
 
 def pdq_hash(image: Image.Image) -> bytes:
-    """Return the PDQ hash (Facebook, 2019) of an image in RGB or L: 32 bytes, of which few bits change with size or quality.
+    """Return the PDQ hash (Facebook, 2019) of an image in RGB or L: 32 bytes, empty if it has little detail.
 
-    The hash is empty if the image has too little detail. It is computed from 64 x 64 pixels, to which PDQ itself downsamples:
-    four times as fast as from 256 x 256, and as stable (docs/measurements.md).
+    It is computed from 64 x 64 pixels, to which PDQ itself downsamples: four times as fast as from 256 x 256,
+    and as stable (docs/measurements.md).
     """
     small = image.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
     bits, quality = pdqhash.compute(np.asarray(small.convert("RGB")))
@@ -80,14 +82,14 @@ def pdq_hash(image: Image.Image) -> bytes:
 
 
 def prepare_image(data: bytes | memoryview, max_pixels: int | None = None) -> Image.Image:
-    """Decode to upright RGB over white, and scale down (never up) to `max_pixels`. Raise ImageError as `check_image` does."""
+    """Decode to upright RGB over white, at most `max_pixels`. Raise ImageError as `check_image` does."""
     rgb, _ = _decode(data)
     size = scaled_size(*rgb.size, max_pixels)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 
 
 def decode_for_hash(data: bytes) -> Image.Image:
-    """Return an image to hash, upright: the luma of a JPEG, which is reduced if it is large, or RGB over white.
+    """Return an upright image to hash: the luma of a JPEG, reduced if it is large, else RGB over white.
 
     Raise ImageError as `check_image` does.
     """
@@ -100,36 +102,37 @@ def _decode_for_hash(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     except ImageError:
         if not data.startswith(_JPEG):
             raise
-        return _decode(data)  # a lossless JPEG cannot be decoded as luma; what is damaged is refused again
+        return _decode(data)  # a lossless JPEG cannot be decoded as luma
 
 
 def _decode(data: bytes | memoryview, *, for_hash: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an image, upright in RGB over white, and its size.
+    """Return an image, upright in RGB over white, and its full size.
 
-    With `for_hash`, the colors of a JPEG are parsed and not decoded: PDQ looks at the luma alone. The sides of a large one are
-    halved up to three times while both keep MIN_HASHED_SIDE_PX. Still what is damaged is found, since all is parsed.
+    With `for_hash`, the colors of a JPEG are parsed but not decoded, since PDQ uses the luma only. Sides of a
+    large JPEG are halved up to three times while both keep MIN_HASHED_SIDE_PX. Damage is still detected.
     """
     with open_image(data) as image:
         size_px, upright_px = image.size, _upright_size(image)
         if for_hash:
-            image.draft("L" if _has_usual_sampling(image) else None, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
+            mode = "L" if _has_common_sampling(image) else None
+            image.draft(mode, (MIN_HASHED_SIDE_PX, MIN_HASHED_SIDE_PX))
         is_reduced = image.size != size_px
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image would take its memory twice
+        ImageOps.exif_transpose(image, in_place=True)  # without a copy of a large image
         is_luma = for_hash and image.format in _JPEG_FORMATS and image.mode == "L"
         upright = image if is_luma else over_white(image)
         return upright, upright_px if is_reduced else upright.size
 
 
-def _has_usual_sampling(image: Image.Image) -> bool:
-    """Return whether the sides of a JPEG's colors are whole fractions of those of its luma: others libjpeg cannot enlarge."""
-    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # number, rows, columns, and table of each
+def _has_common_sampling(image: Image.Image) -> bool:
+    """Return whether a JPEG's colors are subsampled by whole factors, as libjpeg needs to decode luma."""
+    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])  # (number, rows, columns, table)
     rows, columns = ([layer[side] for layer in layers] for side in (1, 2))
-    return all(max(of_side) % one == 0 for of_side in (rows, columns) for one in of_side)
+    return all(max(factors) % factor == 0 for factors in (rows, columns) for factor in factors)
 
 
 def upright_file(data: bytes) -> bytes:
-    """Return the file of an image whose pixels stand upright: the same, or another of its format, as JPEG of UPRIGHT_QUALITY.
+    """Return the file of an image, encoded again in its format if EXIF rotates it.
 
     Raise ImageError as `check_image` does.
     """
@@ -139,16 +142,14 @@ def upright_file(data: bytes) -> bytes:
     with open_image(data) as image:
         kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
         file = io.BytesIO()
+        options = {"JPEG": {"quality": UPRIGHT_QUALITY, "subsampling": 0}, "WEBP": {"lossless": True}}
         upright = ImageOps.exif_transpose(image)
-        options = (
-            {"quality": UPRIGHT_QUALITY, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-        )
-        upright.save(file, kind, icc_profile=profile, exif=b"", **options)
+        upright.save(file, kind, icc_profile=profile, exif=b"", **options.get(kind or "", {}))
         return file.getvalue()
 
 
 def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """Return the size of an image that is scaled down, never up, to at most about so many pixels."""
+    """Return the size of an image scaled down, never up, to about `max_pixels`."""
     if not max_pixels or width * height <= max_pixels:
         return width, height
     scale = (max_pixels / (width * height)) ** 0.5
@@ -156,41 +157,42 @@ def scaled_size(width: int, height: int, max_pixels: int | None) -> tuple[int, i
 
 
 def upright_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Return the width and height in pixels of an image as its header says. Raise ImageError as `check_image` does."""
+    """Return the upright size in an image's header. Raise ImageError as `check_image` does."""
     with open_image(data, counts_scans=False) as image:
         return _upright_size(image)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":  # Pillow turns its size when it is opened
-        return image.size
-    is_turned = image.getexif().get(ORIENTATION) in SIDEWAYS  # files hold other numbers, and texts, which mean nothing
-    return image.size[::-1] if is_turned else image.size
+    # Pillow rotates the size of a TIFF when it opens the file.
+    is_rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION) in ROTATED_90
+    return image.size[::-1] if is_rotated else image.size
 
 
 @contextmanager
 def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterator[Image.Image]:
-    """Yield an image whose header is read; its pixels are decoded by `load`. Errors within the context become ImageError.
+    """Yield an image whose header is read; `load` decodes its pixels.
 
-    Only where pixels are decoded do many scans matter, whose counting takes longer than the header (`counts_scans`).
+    Errors within the context become ImageError. Leave out `counts_scans` if no pixels are decoded: counting
+    takes longer than reading the header.
     """
     formats = (*FORMATS, "HEIF") if is_heic(data) and has_heif() else FORMATS
     try:
-        # Pillow warns about every odd tag. `catch_warnings` would set what threads share, and images are read in several.
+        # Pillow warns about every unusual tag. `catch_warnings` is not thread-safe.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(image)
-            if counts_scans and image.format in _JPEG_FORMATS and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+            is_counted = counts_scans and image.format in _JPEG_FORMATS
+            if is_counted and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
                 raise too_many_scans()
             if image.mode in ("I", "F"):
-                raise ImageError("unsupported_depth", f"pixels of 32 bits ({image.mode}) have no known range")
+                raise ImageError("unsupported_depth", f"the range of 32-bit pixels ({image.mode}) is unknown")
             yield image
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", f"more than {MAX_PIXELS:,} pixels") from None
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError("too_much_memory", "it takes more memory than there is to decode it") from None
+        raise ImageError("too_much_memory", "decoding it takes more memory than available") from None
     except UnidentifiedImageError:
         if is_heic(data) and not has_heif():
             raise ImageError("unsupported_format", "HEIC needs the package pillow-heif") from None
@@ -200,18 +202,18 @@ def open_image(data: bytes | memoryview, *, counts_scans: bool = True) -> Iterat
 
 
 def too_many_scans() -> ImageError:
-    """Return why a JPEG that takes very long to decode is refused."""
-    return ImageError("too_many_scans", f"more than {MAX_SCANS} scans, each of which is decoded")
+    """Return the error for a JPEG with many scans, each of which is decoded."""
+    return ImageError("too_many_scans", f"more than {MAX_SCANS} scans")
 
 
 def is_heic(data: bytes | memoryview) -> bool:
-    """Return whether a file claims to be HEIC, the format of photos of many phones."""
+    """Return whether a file claims to be HEIC, the format of many phones."""
     return bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in HEIC_BRANDS
 
 
 @cache
 def has_heif() -> bool:
-    """Return whether HEIC can be read: by the package pillow-heif, which is registered."""
+    """Register the package pillow-heif; return whether it is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -222,7 +224,8 @@ def has_heif() -> bool:
 
 def _check_size(image: Image.Image) -> None:
     width_px, height_px = image.size
+    size = f"{width_px} x {height_px} px"
     if width_px * height_px > MAX_PIXELS:
-        raise ImageError("too_many_pixels", f"{width_px} x {height_px} px is more than {MAX_PIXELS:,} pixels")
-    if max(width_px, height_px) > MAX_ASPECT * min(width_px, height_px):
-        raise ImageError("too_narrow", f"{width_px} x {height_px} px: one side is over {MAX_ASPECT} times the other")
+        raise ImageError("too_many_pixels", f"{size} is more than {MAX_PIXELS:,} pixels")
+    if max(width_px, height_px) > MAX_ASPECT_RATIO * min(width_px, height_px):
+        raise ImageError("too_narrow", f"{size}: one side is over {MAX_ASPECT_RATIO} times the other")

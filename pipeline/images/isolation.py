@@ -1,8 +1,9 @@
-"""Decode untrusted files first in worker processes, with limits on memory and time.
+"""Decode untrusted files first in worker processes with limited memory and time.
 
-A decoder is the most likely target of a malicious file. A worker has no keys in its environment, cannot write data to a file,
-and is killed when an image takes more than MEMORY_BYTES, CPU_SECONDS or WALL_SECONDS; only that image is lost. This is not a
-sandbox: a worker runs as the user, may give false answers, and accepted images are decoded in process later.
+A decoder is the most likely target of a malicious file. A worker has no keys in its environment, cannot write
+to files, and is killed when an image takes more than MEMORY_BYTES, CPU_SECONDS or WALL_SECONDS. Only that
+image is rejected. This is not a sandbox: a worker runs as the user and may give false answers, and accepted
+images are decoded in the main process later.
 """
 
 import atexit
@@ -28,18 +29,19 @@ from pipeline.errors import ImageError, SourceError
 from pipeline.images.decode import ImageInfo, check_image
 from pipeline.images.metadata import MAX_EXIF_CHARACTERS, read_exif, strip_metadata
 
-WALL_SECONDS = 300.0  # for each image: a worker that sleeps uses no CPU time, and a machine may be busy
-AHEAD_BYTES = 128_000_000  # of images that wait for a worker, or for their turn
+# Per image: a sleeping worker uses no CPU time, and a machine may be busy.
+WALL_SECONDS = 300.0
+AHEAD_BYTES = 128_000_000  # images in the queue
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 _SERVE = "from pipeline.images.isolation import serve; serve()"
 T = TypeVar("T")
-_most_workers = 16  # `limit_workers` changes it
+_max_workers = 16
 log = logging.getLogger(__name__)
-MEMORY_BYTES = 1_500_000_000  # in addition to the memory of a worker at its start
+MEMORY_BYTES = 1_500_000_000  # in addition to the memory of an idle worker
 CPU_SECONDS = 30
 MAX_HEADER_BYTES = 1_000_000
-MAX_STRIPPED_BYTES = 400_000_000  # of a TIFF, say, that became a PNG
-_LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has not changed
+MAX_STRIPPED_BYTES = 400_000_000  # a TIFF may become a larger PNG
+_LENGTH = struct.Struct(">q")  # precedes each message; -1: the image is unchanged
 
 
 # --- this process
@@ -47,31 +49,39 @@ _LENGTH = struct.Struct(">q")  # before each message; -1 for an image that has n
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage:
-    """An image that decodes in full: its file without metadata, and its facts."""
+    """A fully decoded image: its file without metadata, its facts, and the requested EXIF fields."""
 
     data: bytes
     info: ImageInfo
-    exif: dict[str, str] = field(default_factory=dict)  # the requested fields
+    exif: dict[str, str] = field(default_factory=dict)
 
 
 Result = list[CheckedImage] | ImageError
 
 
-def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()) -> Iterator[tuple[T, Result]]:
-    """Check the images of each job in worker processes; yield the jobs in order, with their images or why they are unusable.
+def check_all(
+    jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = ()
+) -> Iterator[tuple[T, Result]]:
+    """Check the images of each job in worker processes; yield the jobs in order, with their images or an
+    error.
 
-    `exif` names fields to read of each image (metadata.read_exif). Two jobs for each worker are read ahead. An error of `jobs`
-    is raised after the jobs before it. Raise SourceError if no worker can be started.
+    `exif` names fields to read of each image (metadata.read_exif). Two jobs per worker are read ahead. An
+    error of `jobs` is raised after the earlier jobs are yielded. Raise SourceError if no worker can be
+    started.
     """
     pool = _pool()
     waiting: deque[tuple[T, Future[Result], int]] = deque()
     error: Exception | None = None
     try:
         while True:
-            while error is None and len(waiting) < 2 * pool.size and sum(size for *_, size in waiting) <= AHEAD_BYTES:
+            while (
+                error is None
+                and len(waiting) < 2 * pool.size
+                and sum(size for *_, size in waiting) <= AHEAD_BYTES
+            ):
                 try:
                     key, images = next(jobs)
-                except Exception as raised:  # noqa: BLE001  # raised again after the jobs before it
+                except Exception as raised:  # noqa: BLE001  # raised again below
                     error = raised
                 else:
                     waiting.append((key, pool.submit(tuple(images), tuple(exif)), sum(map(len, images))))
@@ -79,7 +89,7 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = (
                 break
             key, future, _ = waiting.popleft()
             yield key, future.result()
-    finally:  # the run may end before its images do
+    finally:  # the caller may stop early
         for _, future, _ in waiting:
             future.cancel()
     if error is not None and not isinstance(error, StopIteration):
@@ -87,9 +97,9 @@ def check_all(jobs: Iterator[tuple[T, Sequence[bytes]]], exif: Sequence[str] = (
 
 
 class Worker:
-    """A process that decodes untrusted files. Its answers are parsed, and never unpickled: it may have been taken over.
+    """A process that decodes untrusted files, without keys in its environment.
 
-    `code` is its program; `file` is its stdin, or None for a pipe. It has no keys in its environment.
+    Its answers are parsed, never unpickled. `code` is its program; `file` is its stdin, or None for a pipe.
     Raise SourceError if it cannot be started.
     """
 
@@ -105,10 +115,10 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 env=kept | single | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])},
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+                start_new_session=True,  # Ctrl-C ends the command, which ends its workers
             )
         except OSError as error:
-            raise SourceError(f"cannot start a process to decode images: {error}", hint="free some memory") from None
+            raise SourceError(f"cannot start an image decoder: {error}", hint="free some memory") from None
         self._is_overdue = False
 
     def is_alive(self) -> bool:
@@ -116,7 +126,7 @@ class Worker:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         with suppress(OSError):
             self._process.kill()
             self._process.wait()
@@ -127,35 +137,35 @@ class Worker:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Kill the process if this takes longer, or raises anything: raise ImageError with what ended the process."""
+        """Kill the process if the body takes longer or raises; then raise ImageError with the cause."""
         timer = threading.Timer(seconds, self._end_overdue)
         timer.daemon = True
         timer.start()
         try:
             yield
-        except Exception as error:  # noqa: BLE001  # the answer may be anything, and there may be no answer
-            log.info("a process that decodes images ended, or was ended: %r", error)
+        except Exception as error:  # noqa: BLE001  # the answer may be invalid in any way
+            log.info("a decoder process ended or is killed: %r", error)
             self.kill()
             raise self._death_reason(seconds) from None
         finally:
             timer.cancel()
 
     def send(self, *messages: bytes) -> None:
-        """Send messages; a process that ended while it read is noticed when its answer is missing."""
+        """Send messages; a process that has ended is noticed by its missing answer."""
         assert self._process.stdin
         with suppress(BrokenPipeError):
             send_messages(self._process.stdin, messages)
 
     def receive(self, max_bytes: int) -> bytes | None:
-        """Return a message, see receive_message."""
+        """Return a message; see `receive_message`."""
         assert self._process.stdout
         return receive_message(self._process.stdout, max_bytes)
 
     def receive_header(self) -> dict[str, Any]:
-        """Return a message of JSON."""
+        """Return a JSON object."""
         header = json.loads(self.receive(MAX_HEADER_BYTES) or b"")
         if not isinstance(header, dict):
-            raise TypeError("a header is an object")
+            raise TypeError("a header is not a JSON object")
         return header
 
     def _end_overdue(self) -> None:
@@ -173,18 +183,18 @@ class Worker:
 
 
 def stated_reason(header: dict[str, Any]) -> ImageError | None:
-    """Return the reason that a worker states for an unusable file, if any."""
+    """Return the error in a worker's answer, if any."""
     return ImageError(str(header["reason"])[:40], str(header["what"])[:200]) if "reason" in header else None
 
 
 class _Pool:
-    """Workers, each with a thread of this process that waits for it; started when they are needed."""
+    """Workers, each with a thread that waits for it, started on demand."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._owner = os.getpid()
         self._threads = ThreadPoolExecutor(size, "decode")
-        self._own = threading.local()
+        self._local = threading.local()
         self._workers: set[Worker] = set()
 
     def submit(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> "Future[Result]":
@@ -192,9 +202,9 @@ class _Pool:
         return self._threads.submit(self._check, images, exif)
 
     def _check(self, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
-        worker: Worker | None = getattr(self._own, "worker", None)
+        worker: Worker | None = getattr(self._local, "worker", None)
         if worker is None or not worker.is_alive():
-            worker = self._own.worker = Worker(_SERVE)
+            worker = self._local.worker = Worker(_SERVE)
             self._workers.add(worker)
         try:
             with worker.limited(WALL_SECONDS * len(images) + 1):
@@ -204,8 +214,8 @@ class _Pool:
             return error
 
     def close(self) -> None:
-        """End the threads, and kill all workers: nobody waits for an image that is slow to decode."""
-        if os.getpid() != self._owner:  # a forked process has neither
+        """End the threads and kill all workers."""
+        if os.getpid() != self._owner:  # a forked process has no threads
             return
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self._workers):
@@ -213,7 +223,7 @@ class _Pool:
 
 
 def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Result:
-    """Return the answer of a worker about the images of a job. Raise any exception for an answer of another form."""
+    """Return a worker's answer about the images of a job. Raise any exception for an invalid answer."""
     worker.send(json.dumps({"images": len(images), "exif": exif}).encode(), *images)
     answer = worker.receive_header()
     if reason := stated_reason(answer):
@@ -229,32 +239,33 @@ def _ask(worker: Worker, images: tuple[bytes, ...], exif: tuple[str, ...]) -> Re
 
 @cache
 def _pool() -> _Pool:
-    pool = _Pool(min(len(os.sched_getaffinity(0)), _most_workers))
+    pool = _Pool(min(len(os.sched_getaffinity(0)), _max_workers))
     atexit.register(pool.close)
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked: nobody would wait for the workers
+# A forked process has no threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def end_workers() -> None:
-    """Kill all workers, for a command that ends; Python itself would wait for those that are busy."""
+    """Kill all workers when a command ends; Python would wait for busy ones."""
     if _pool.cache_info().currsize:
         _pool().close()
         _pool.cache_clear()
 
 
 def limit_workers(count: int) -> None:
-    """Use so many workers in this process: one of several that read at the same time."""
-    global _most_workers
-    _most_workers = count
+    """Limit the workers of this process, one of several readers."""
+    global _max_workers
+    _max_workers = count
 
 
 # --- a worker: its messages, its limits and its loop
 
 
 def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
-    """Send messages, each after its length; None means that an image has not changed."""
+    """Send messages, each after its length; None: the image is unchanged."""
     for message in messages:
         target.write(_LENGTH.pack(-1 if message is None else len(message)))
         if message:
@@ -263,7 +274,7 @@ def send_messages(target: IO[bytes], messages: Sequence[bytes | None]) -> None:
 
 
 def receive_message(source: IO[bytes], max_bytes: int) -> bytes | None:
-    """Return a message; None for an image that has not changed. Raise EOFError at the end, ValueError for a large message."""
+    """Return a message; None: unchanged image. Raise EOFError at the end, ValueError for a large message."""
     (length,) = _LENGTH.unpack(_read_exactly(source, _LENGTH.size))
     if length > max_bytes:
         raise ValueError("a message is too large")
@@ -278,7 +289,7 @@ def _read_exactly(source: IO[bytes], count: int) -> bytes:
 
 
 def serve() -> None:
-    """Answer requests on stdin and stdout until stdin ends: the main function of the process."""
+    """Answer requests on stdin and stdout until stdin ends: the main function of a worker."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
     limit_resources()
     while True:
@@ -291,24 +302,24 @@ def serve() -> None:
 
 
 def limit_resources() -> None:
-    """Limit the memory of this process to MEMORY_BYTES more than it has, and let it write no data to files."""
+    """Limit this process to MEMORY_BYTES more than it has, and forbid writing to files."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
-        most = pages * resource.getpagesize() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        max_bytes = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def allow_cpu() -> None:
-    """Let this process use CPU_SECONDS more before the system ends it."""
+    """Allow this process CPU_SECONDS more before the system kills it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
-    """Return the messages that answer a request: facts as JSON, then the images that have changed."""
+    """Return the answer to a request: facts as JSON, then the changed images."""
     try:
         stripped, infos, fields = [], [], []
         for image in images:
@@ -319,7 +330,9 @@ def _check(images: list[bytes], exif: Sequence[str]) -> list[bytes | None]:
     except ImageError as error:
         return [json.dumps({"reason": error.reason, "what": str(error)}).encode()]
     except MemoryError:
-        return [json.dumps({"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}).encode()]
-    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), of] for info, of in zip(infos, fields, strict=True)]
+        reason = {"reason": "too_much_memory", "what": f"it takes more than {MEMORY_BYTES:,} bytes"}
+        return [json.dumps(reason).encode()]
+    pairs = zip(infos, fields, strict=True)
+    facts = [[info.width_px, info.height_px, info.pdq_hash.hex(), texts] for info, texts in pairs]
     changed = [None if new is old else new for new, old in zip(stripped, images, strict=True)]
     return [json.dumps({"images": facts}).encode(), *changed]

@@ -1,8 +1,9 @@
-"""Remove the metadata of image files: EXIF with its GPS position, XMP, IPTC, comments, thumbnails, and data after the image.
+"""Remove the metadata of image files: EXIF, XMP, IPTC, comments, thumbnails, and data after the image.
 
-JPEG, PNG and WebP files lose these parts of the file; their compressed pixels, color profile and orientation stay as they
-are. Formats with metadata between the pixels (TIFF, BMP, GIF), formats that many readers cannot open (AVIF, HEIC), and files
-with an unexpected structure are encoded again; of an animated GIF, the first frame.
+JPEG, PNG and WebP files lose these parts; their compressed pixels, color profile and orientation are
+unchanged. Files with metadata between the pixels (TIFF, BMP, GIF), in formats that many readers do not
+support (AVIF, HEIC), or with an unexpected structure are encoded again. Only the first frame of an animated
+GIF is kept.
 """
 
 import io
@@ -19,35 +20,37 @@ from pipeline.errors import ImageError
 from pipeline.images.decode import MAX_SCANS, ORIENTATION, open_image, too_many_scans
 
 _ICC_PROFILE = b"ICC_PROFILE\0"
-_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 belong to the scan's data
+_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # 00 and D0 to D7 are part of the scan
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNKS = frozenset(  # what pixels and their colors are decoded with; acTL, fcTL and fdAT are frames of an animation
-    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD pHYs acTL fcTL fdAT".split()
-)
+# Chunks that pixels and their colors are decoded from; acTL, fcTL and fdAT are frames of an animation.
+_PNG_NAMES = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD pHYs acTL fcTL fdAT"
+_PNG_CHUNKS = frozenset(_PNG_NAMES.split())
 _WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"ICCP"})
 _VP8X_EXIF, _VP8X_XMP = 0x08, 0x04
 _LOSSY_FORMATS = ("AVIF", "HEIF", "JPEG", "WEBP")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-_QUALITY = 95
-_COMPRESS_LEVEL = 4  # of PNG: 2.6 times as fast as the default, and 4 % larger, for a photo of 6 megapixels
-
-
-EXIF_PREFIX = "exif_"  # of names of EXIF fields among the columns of a source: exif_DateTimeOriginal
+_JPEG_QUALITY = 95
+# 2.6 times as fast as the default, and 4 % larger, for a photo of 6 megapixels.
+_PNG_COMPRESS_LEVEL = 4
+EXIF_PREFIX = "exif_"  # columns of a source with this prefix are EXIF fields: exif_DateTimeOriginal
 MAX_EXIF_CHARACTERS = 300
 _EXIF_TAGS = {name: tag for tag, name in ExifTags.TAGS.items()}
 _GPS_TAGS = {name: tag for tag, name in ExifTags.GPSTAGS.items()}
 
 
 def is_exif_name(name: str) -> bool:
-    """Return whether a column is named like an EXIF field: `exif_` and the field's name in the standard (CIPA DC-008)."""
+    """Return whether a column is named like an EXIF field:
+
+    `exif_` and a name of the standard (CIPA DC-008).
+    """
     field = name.removeprefix(EXIF_PREFIX)
     return field != name and (field in _EXIF_TAGS or field in _GPS_TAGS)
 
 
 def read_exif(data: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Return the EXIF fields of an image file by name, such as exif_Model, as texts; those that it has and that are no binary.
+    """Return the EXIF fields of an image file as texts, by name, without missing and binary fields.
 
-    A GPS position is in degrees, negative in the south and west. An image without EXIF, or with a damaged one, has no fields.
+    A GPS position is in degrees, negative in the south and west. An image with damaged EXIF has no fields.
     """
     try:
         with open_image(data) as image:
@@ -71,31 +74,32 @@ def _exif_text(field: str, fields: dict[int, Any], gps: dict[int, Any]) -> str:
         return ""
     values = value if isinstance(value, tuple) else (value,)
     if any(isinstance(one, TiffImagePlugin.IFDRational) and not math.isfinite(one) for one in values):
-        return ""  # 0/0, as cameras write what they do not know
+        return ""  # cameras write 0/0 for unknown values
     return ", ".join(
-        f"{float(one):g}" if isinstance(one, TiffImagePlugin.IFDRational) else str(one).strip("\0 ") for one in values
+        f"{float(one):g}" if isinstance(one, TiffImagePlugin.IFDRational) else str(one).strip("\0 ")
+        for one in values
     )
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """Return an image file without metadata, with the same pixels; the very same bytes if it has none.
+    """Return an image file without metadata; unchanged if it has none.
 
-    Raises ImageError if the image cannot be decoded.
+    Raise ImageError if it cannot be decoded.
     """
     strip = next((strip for signature, strip in _FORMATS.items() if signature.match(data)), None)
     if strip is None:
         return _encode(data)
     try:
         parts = b"".join(strip(data))
-    except (ValueError, IndexError, struct.error):  # decoders are more tolerant
+    except (ValueError, IndexError, struct.error):  # decoders tolerate damage
         return _encode(data)
     return data if parts == data else parts
 
 
 def _strip_jpeg(data: bytes) -> Iterator[bytes]:
-    """Yield the parts of a JPEG file that its pixels are decoded from (ITU T.81, annex B), up to the end of its first image."""
+    """Yield the parts of a JPEG file that its first image is decoded from (ITU T.81, annex B)."""
     yield b"\xff\xd8"
-    start, is_turned, num_scans = 2, False, 0
+    start, has_orientation, num_scans = 2, False, 0
     while True:
         if data[start] != 0xFF:
             raise ValueError("a segment was expected")
@@ -112,16 +116,18 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
         content = data[start + 4 : end]
         if kind == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14:
             yield b"\xff\xe0\x00\x10" + content[:12] + b"\0\0"  # without its thumbnail
-        elif kind == 0xE1 and not is_turned:  # EXIF or XMP: one orientation is valid for the file
-            is_turned = True
+        elif kind == 0xE1 and not has_orientation:  # EXIF or XMP: a file has one orientation
+            has_orientation = True
             if (orientation := _orientation(data)) != 1:
                 yield _jpeg_exif(orientation)
         elif kind == 0xEE and content.startswith(b"Adobe") and len(content) >= 12:
-            yield b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + content[11:12]  # how its colors were transformed
-        elif (kind == 0xE2 and content.startswith(_ICC_PROFILE)) or not (0xE0 <= kind <= 0xEF or kind == 0xFE):
+            yield b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + content[11:12]  # color transform
+        elif (kind == 0xE2 and content.startswith(_ICC_PROFILE)) or not (
+            0xE0 <= kind <= 0xEF or kind == 0xFE
+        ):
             yield data[start:end]
         start = end
-        if kind == 0xDA:  # start of scan: its data follows
+        if kind == 0xDA:  # start of a scan, followed by its data
             num_scans += 1
             if num_scans > MAX_SCANS:
                 raise too_many_scans()
@@ -133,7 +139,7 @@ def _strip_jpeg(data: bytes) -> Iterator[bytes]:
 
 
 def _jpeg_exif(orientation: int) -> bytes:
-    """Return an EXIF segment that holds an orientation and nothing else."""
+    """Return an EXIF segment that holds only an orientation."""
     content = b"Exif\0\0" + _tiff_orientation(orientation)
     return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
 
@@ -146,21 +152,21 @@ def _tiff_orientation(orientation: int) -> bytes:
 def _strip_png(data: bytes) -> Iterator[bytes]:
     """Yield the chunks of a PNG file that its pixels are decoded from (W3C PNG, third edition)."""
     chunks: list[bytes] = []
-    start, may_be_turned = len(_PNG_SIGNATURE), False
+    start, may_be_rotated = len(_PNG_SIGNATURE), False
     while True:
         length, kind = struct.unpack_from(">I4s", data, start)
         end = start + 12 + length
         if end > len(data):
             raise ValueError("a chunk is cut off")
-        if kind == b"iCCP":  # its name may be that of a device
+        if kind == b"iCCP":  # the name of the profile may be that of a device
             chunks.append(_png_chunk(kind, b"ICC Profile" + data[data.index(b"\0", start + 8) : end - 4]))
         elif kind in _PNG_CHUNKS:
             chunks.append(data[start:end])
-        may_be_turned = may_be_turned or kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        may_be_rotated = may_be_rotated or kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
         if kind == b"IEND":
             break
         start = end
-    if may_be_turned and (orientation := _orientation(data)) != 1:
+    if may_be_rotated and (orientation := _orientation(data)) != 1:
         chunks.insert(1, _png_chunk(b"eXIf", _tiff_orientation(orientation)))
     yield _PNG_SIGNATURE
     yield from chunks
@@ -181,8 +187,11 @@ def _strip_webp(data: bytes) -> Iterator[bytes]:
         if kind == b"VP8X":
             flags = chunk[8] & ~(_VP8X_EXIF | _VP8X_XMP) | (_VP8X_EXIF if orientation != 1 else 0)
             parts.append(chunk[:8] + bytes([flags]) + chunk[9:])
-        elif kind == b"ANMF":  # a frame: 16 bytes, and chunks of its own
-            frame = chunk[8:24] + b"".join(inner for name, inner in _webp_chunks(chunk, 24, len(chunk)) if name in _WEBP_CHUNKS)
+        elif kind == b"ANMF":  # a frame: a header of 16 bytes, and chunks
+            frame_chunks = (
+                inner for name, inner in _webp_chunks(chunk, 24, len(chunk)) if name in _WEBP_CHUNKS
+            )
+            frame = chunk[8:24] + b"".join(frame_chunks)
             parts.append(b"ANMF" + struct.pack("<I", len(frame)) + frame)
         elif kind in _WEBP_CHUNKS:
             parts.append(chunk)
@@ -194,7 +203,7 @@ def _strip_webp(data: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (kind, chunk with its header and padding) of a list of chunks."""
+    """Yield (kind, chunk with header and padding)."""
     while start < end:
         kind, length = struct.unpack_from("<4sI", data, start)
         if start + 8 + length > len(data):
@@ -212,16 +221,17 @@ _FORMATS: dict[re.Pattern[bytes], Callable[[bytes], Iterator[bytes]]] = {
 
 
 def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation of an image: 2 to 8, or 1 for an upright or undefined one."""
+    """Return the EXIF orientation of an image: 2 to 8, or 1 if it is upright or invalid."""
     with open_image(data) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
     return orientation if orientation in range(2, 9) else 1
 
 
 def _encode(data: bytes) -> bytes:
-    """Encode an image anew, upright: as JPEG where its format has loss and it is not transparent, else as PNG."""
+    """Encode an image upright: as JPEG if its format is lossy and it is not transparent, else as PNG."""
     out = io.BytesIO()
-    with open_image(data) as image:  # within, because codecs raise any exception on odd profiles
+    # Encoders raise any exception on unusual profiles, so they run within the context.
+    with open_image(data) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         profile = upright.info.get("icc_profile")
@@ -231,11 +241,12 @@ def _encode(data: bytes) -> bytes:
         elif upright.mode == "PA":
             upright = upright.convert("RGBA")
         elif upright.mode not in _PNG_MODES:
-            upright, profile = upright.convert("RGB"), None  # a profile of CMYK, say
-        transparency: dict[Any, Any] = {name: value for name, value in upright.info.items() if name == "transparency"}
-        upright.info = transparency  # encoders write comments that stand here
+            upright, profile = upright.convert("RGB"), None  # the profile may be for CMYK
+        info = upright.info.items()
+        transparency: dict[Any, Any] = {name: value for name, value in info if name == "transparency"}
+        upright.info = transparency  # encoders write comments from here
         if image.format in _LOSSY_FORMATS and not transparency and upright.mode in ("L", "RGB"):
-            upright.save(out, "JPEG", quality=_QUALITY, subsampling=0, icc_profile=profile)
+            upright.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0, icc_profile=profile)
         else:
-            upright.save(out, "PNG", icc_profile=profile, compress_level=_COMPRESS_LEVEL)
+            upright.save(out, "PNG", icc_profile=profile, compress_level=_PNG_COMPRESS_LEVEL)
     return out.getvalue()

@@ -54,9 +54,7 @@ PART_ROWS = 1 << 16
 MERGED_PAIRS = 4_000_000
 # Odd numbers that spread the bits of a word over the upper half of its product (multiply-shift hashing,
 # Dietzfelbinger 1996).
-FACTORS = (np.random.default_rng(0).integers(0, 1 << 63, WORDS, dtype=np.uint64) << np.uint64(1)) | np.uint64(
-    1
-)
+FACTORS = np.random.default_rng(0).integers(0, 1 << 63, WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
 
 Hashes = npt.NDArray[np.uint64]  # [P, 4]: one row per page
 Bits = npt.NDArray[np.uint8 | np.uint16]
@@ -64,7 +62,7 @@ Words = npt.NDArray[np.uint64]  # [N]
 Rows = npt.NDArray[np.int64]
 
 LOOK_ALIKE_ADVICE = {  # reason -> setting to change if too many rows are rejected
-    "near_duplicate_image": "for slides or charts, set dedupe.images: graphics (none keeps all similar images)",
+    "near_duplicate_image": "for slides or charts, set dedupe.images: graphics (none keeps all images)",
     "near_held_out_image": "dedupe.images: none keeps similar images",
 }
 COMPARED_COLUMNS = ("sample_id", "split", "pdq_hashes", "width_px", "height_px")
@@ -147,10 +145,10 @@ def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, 
 
 def _masks(bits: Sequence[int]) -> list[np.uint64]:
     """Return the mask of each word of a hash for some of its 256 bits."""
-    return [
-        np.uint64(sum(1 << bit % WORD_BITS for bit in bits if bit // WORD_BITS == word))
-        for word in range(WORDS)
-    ]
+    masks = [0] * WORDS
+    for bit in bits:
+        masks[bit // WORD_BITS] |= 1 << bit % WORD_BITS
+    return [np.uint64(mask) for mask in masks]
 
 
 def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
@@ -162,9 +160,8 @@ def _keys(hashes: Hashes, masks: Sequence[np.uint64]) -> Words:
 
 
 def _pack(rows: Rows, others: Rows) -> Words:
-    return np.minimum(rows, others).astype(np.uint64) << np.uint64(32) | np.maximum(rows, others).astype(
-        np.uint64
-    )
+    first, second = np.minimum(rows, others).astype(np.uint64), np.maximum(rows, others).astype(np.uint64)
+    return first << np.uint64(32) | second
 
 
 def _unpack(words: Words) -> tuple[Rows, Rows]:
@@ -272,9 +269,8 @@ def compare_samples(samples: pa.Table, kind: ImageKind) -> pa.Table:
     samples = samples.sort_by("sample_id")
     ids = samples["sample_id"].combine_chunks()
     ranks = np.array([SPLIT_RANK[split] for split in samples["split"].to_pylist()], np.int64)
-    pixels = pc.multiply(
-        samples["width_px"].cast(pa.int64()), samples["height_px"].cast(pa.int64())
-    ).to_numpy()
+    width_px, height_px = (samples[name].cast(pa.int64()) for name in ("width_px", "height_px"))
+    pixels = pc.multiply(width_px, height_px).to_numpy()
     best_first = np.lexsort((-pixels, -ranks))
     images = find_near_samples(samples["pdq_hashes"].combine_chunks(), kind, best_first)
     kept_instead = _choose(images, ranks, best_first, kind)
@@ -296,10 +292,8 @@ class DistinctImages(NamedTuple):
 def _choose(images: DistinctImages, ranks: Rows, best_first: Rows, kind: ImageKind) -> Rows:
     """Return for each sample the sample that is kept instead, or -1 if it is kept itself."""
     count, near = len(ranks), images.near
-    pair_images, neighbors = (
-        np.concatenate([near.first, near.second]),
-        np.concatenate([near.second, near.first]),
-    )
+    pair_images = np.concatenate([near.first, near.second])
+    neighbors = np.concatenate([near.second, near.first])
     by_image = np.argsort(pair_images, kind="stable")
     neighbors, bits = neighbors[by_image], np.concatenate([near.bits, near.bits])[by_image]
     sizes = np.bincount(images.image_of_sample)

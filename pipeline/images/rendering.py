@@ -1,15 +1,14 @@
-"""Turn documents and videos of strangers into images: each file in a process of its own.
+"""Render untrusted documents and videos as images: each file in its own process.
 
-The process has the file as its standard input, and may open no other: not even a font of this machine, so that a page looks the
-same everywhere as long as pdfium is the same. Memory and time are limited as for images (isolation.py).
+The process reads the file from stdin, and cannot open others. Fonts of this machine are among those, so pages
+look the same everywhere with the same version of pdfium. Memory and time are limited as for images
+(isolation.py).
 """
 
-import ctypes
 import io
 import json
 import os
 import resource
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ from pipeline.images.decode import MAX_IMAGE_BYTES, MAX_PIXELS
 from pipeline.images.isolation import Worker, allow_cpu, limit_resources, send_messages, stated_reason
 
 Kind = Literal["pdf", "video"]
-PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # extras have the names of the kinds
-PAGE_SIDE_PX = 1536  # the longer side of a page
-MAX_SIDE_PX = 2048  # the longer side of a frame; larger ones are scaled down
+PACKAGES = {"pdf": "pypdfium2", "video": "av"}  # the extras are named after the kinds
+PAGE_SIDE_PX = 1536  # longer side of a page
+MAX_FRAME_SIDE_PX = 2048  # longer frames are scaled down
 JPEG_QUALITY = 92
-MAX_PNG_BYTES = 1_000_000  # a page that is larger, such as a scan, becomes a JPEG
-# A demuxer by suffix, since one that is guessed may be that of a playlist, which names other files and addresses.
+MAX_PNG_BYTES = 1_000_000  # larger pages, such as scans, become JPEGs
+# A demuxer by suffix, since one that is guessed may be that of a playlist, which names other files and
+# addresses.
 DEMUXERS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp"), "mp4"),
     **dict.fromkeys((".mkv", ".webm"), "matroska"),
@@ -43,20 +43,19 @@ DEMUXERS = {
 }
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pdf": (".pdf",), "video": tuple(DEMUXERS)}
 COUNT = "count"
-MAX_PACKETS = 3_000_000  # of a video: over 24 hours of it
-MAX_DAMAGES = 1_000  # that are passed over
-ALIVE_PACKETS = 500  # after which a process says that it decodes, though no frame is due
-SPARE_MS = 1_000  # by which a video may be longer than it states
+MAX_PACKETS = 3_000_000  # over 24 hours of video
+MAX_DAMAGED_PACKETS = 1_000  # packets that are skipped
+HEARTBEAT_PACKETS = 500  # interval of messages while no frame is due
+SPARE_MS = 1_000  # a video may be longer than it states by this
 Answer = tuple[dict[str, Any], bytes | None]
 _SERVE = "from pipeline.images.rendering import serve; serve()"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An image of a file: its place there, a page counted from 1 or milliseconds from the start, and its encoded bytes.
+    """An image of a file: its encoded bytes, and its page, counted from 1, or its time in milliseconds.
 
-    Of a page or a part of a video that is damaged, `fault` says so, and there are no bytes.
+    A damaged page, or part of a video, has a `fault` and no data.
     """
 
     place: int
@@ -67,8 +66,8 @@ class Rendered:
 def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> Iterator[Rendered]:
     """Yield the pages of a document, or the frames of a video that are `every_s` seconds apart, in order.
 
-    `file` is a regular file, opened to read. Raise ImageError for one that is damaged as a whole, encrypted, or takes too much
-    time or memory; what came before was good.
+    Raise ImageError, after valid images, for a file that is damaged, encrypted, or takes too much time or
+    memory.
     """
     for header, data in _answers(file, [kind, suffix, str(every_s)]):
         if "place" in header:
@@ -76,12 +75,16 @@ def render(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> It
 
 
 def count_images(kind: Kind, file: IO[bytes], suffix: str, every_s: float = 1.0) -> int:
-    """Return how many pages a document has, or frames a video by the length it states. Raise ImageError as `render` does."""
-    return sum(int(header.get("count", 0)) for header, _ in _answers(file, [kind, suffix, str(every_s), COUNT]))
+    """Return the number of pages, or of frames by the video's stated length.
+
+    Raise ImageError as `render` does.
+    """
+    answers = _answers(file, [kind, suffix, str(every_s), COUNT])
+    return sum(int(header.get("count", 0)) for header, _ in answers)
 
 
 def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Run a process over a file, and yield its answers until it states that it is done."""
+    """Yield the answers of a process that renders a file."""
     worker = Worker(_SERVE, file, arguments)
     try:
         while True:
@@ -101,7 +104,6 @@ def _answers(file: IO[bytes], arguments: list[str]) -> Iterator[tuple[dict[str, 
 
 def serve() -> None:
     """Render the file on stdin to stdout: the main function of the process."""
-    _end_with_parent()
     kind, suffix, every_s, *wanted = sys.argv[1:]
     file, every_ms = os.fdopen(os.dup(0), "rb"), max(1, round(1000 * float(every_s)))
     answers = _open_pdf(file) if kind == "pdf" else _open_video(file, DEMUXERS[suffix], every_ms)
@@ -122,20 +124,14 @@ def serve() -> None:
     send_messages(out, [json.dumps(end).encode()])
 
 
-def _end_with_parent() -> None:
-    """Have the system end this process with the one that started it, which may be killed while no image is due for long."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _limited(answers: Iterator[Answer]) -> Iterator[Answer]:
-    """Yield answers under the limits of this process, each with time of its own."""
-    for form in ("JPEG", "PNG"):  # Pillow and Python load modules when they first encode
-        Image.new("RGB", (8, 8)).save(io.BytesIO(), form)
+    """Yield answers within the limits of this process, which apply to each answer."""
+    for format_name in ("JPEG", "PNG"):  # load the modules of the encoders
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), format_name)
     limit_resources()
-    opened = os.dup(0)  # the next number that is free
-    os.close(opened)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened, opened))
+    next_file = os.dup(0)
+    os.close(next_file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, next_file))
     while True:
         allow_cpu()
         answer = next(answers, None)
@@ -155,12 +151,12 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
     try:
         document = pdfium.PdfDocument(data)
     except pdfium.PdfiumError as error:
-        is_locked = "password" in str(error).lower()
-        reason, what = ("encrypted", "it wants a password") if is_locked else ("unreadable_file", one_line(error))
-        raise ImageError(reason, what) from None
+        if "password" in str(error).lower():
+            raise ImageError("encrypted", "it needs a password") from None
+        raise ImageError("unreadable_file", one_line(error)) from None
     if len(document) == 0:
         raise ImageError("empty_file", "it has no page")
-    document.init_forms()  # what is filled in is drawn
+    document.init_forms()  # renders filled forms
     yield {COUNT: len(document)}, None
     for number in range(len(document)):
         try:
@@ -179,7 +175,8 @@ def _pages(pdfium: Any, data: bytes) -> Iterator[Answer]:
 def _open_video(file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[Answer]:
     import av
 
-    for module in walk_packages(av.__path__, "av."):  # that are loaded when they are first used
+    # Modules that are loaded on first use cannot be opened later.
+    for module in walk_packages(av.__path__, "av."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
     av.logging.set_level(av.logging.PANIC)
@@ -190,7 +187,8 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
     try:
         container = av.open(file, mode="r", format=demuxer)
     except av.FFmpegError as error:
-        raise ImageError("unreadable_file", f"no {demuxer} video: {one_line(error.strerror or error)}") from None
+        detail = f"no {demuxer} video: {one_line(error.strerror or error)}"
+        raise ImageError("unreadable_file", detail) from None
     with container:
         if not container.streams.video:
             raise ImageError("empty_file", "it has no picture")
@@ -207,7 +205,7 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
                 yield {"place": due_ms, "fault": frame}, None
                 continue
             if frame is None or frame.time is None:
-                yield {}, None  # it is alive
+                yield {}, None  # heartbeat
                 continue
             first_s = frame.time if first_s is None else first_s
             at_ms = round(1000 * (frame.time - first_s))
@@ -222,32 +220,33 @@ def _frames(av: Any, file: IO[bytes], demuxer: str, every_ms: int) -> Iterator[A
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
-    """Yield the frames of a video, None now and then, and a text at the first damage, after which it goes on."""
-    damages = 0
+    """Yield the frames of a video, None as a heartbeat, and a text at the first damaged packet."""
+    num_damaged = 0
     for count, packet in enumerate(container.demux(stream)):
         allow_cpu()
         if count == MAX_PACKETS:
             raise ImageError("too_slow", f"more than {MAX_PACKETS:,} frames")
-        if count % ALIVE_PACKETS == 0:
+        if count % HEARTBEAT_PACKETS == 0:
             yield None
         try:
             yield from packet.decode()
         except av.InvalidDataError as error:
-            damages += 1
-            if damages == 1:
+            num_damaged += 1
+            if num_damaged == 1:
                 yield f"damaged from here on: {one_line(error.strerror or error)}"
-            elif damages > MAX_DAMAGES:
-                raise ImageError("unreadable_file", f"damaged in over {MAX_DAMAGES:,} places") from None
+            elif num_damaged > MAX_DAMAGED_PACKETS:
+                detail = f"damaged in over {MAX_DAMAGED_PACKETS:,} places"
+                raise ImageError("unreadable_file", detail) from None
 
 
 def _upright(frame: Any, width_by_height: float) -> Image.Image:
-    """Return a frame as players show it, but for mirrored ones: of square pixels, and turned."""
+    """Return a frame with square pixels, rotated as players show it; mirroring is ignored."""
     image: Image.Image = frame.to_image()
     if not 0.1 < width_by_height < 10:
         width_by_height = 1.0
     if width_by_height != 1:
         image = image.resize((max(1, round(image.width * width_by_height)), image.height))
-    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    image.thumbnail((MAX_FRAME_SIDE_PX, MAX_FRAME_SIDE_PX))
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 

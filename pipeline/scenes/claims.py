@@ -1,9 +1,9 @@
-"""Claims of a caption, as questions about the image, each with the answer that the caption implies.
+"""Claims of a caption, as questions about the image with the answers that the caption implies.
 
-"Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large red ball, and that
-the background is gray. A question about a drawn shape asks for one attribute, and identifies the shape by the others or by its
-place: the tiny teacher answers that better than whether such a shape exists (docs/measurements.md). A part that no rule
-matches is asked as a whole: "Is it true that ...?"
+"Two dogs and a large red ball on a gray background." claims that there are two dogs, that there is a large
+red ball, and that the background is gray. A question about a drawn shape asks for one attribute, and
+identifies the shape by the others or by its place, which the tiny teacher answers best
+(docs/measurements.md). Other parts become "Is it true that ...?"
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.text.vqa_answers import normalize_answer
 
-MAX_CLAIMS = 16  # of one caption
+MAX_CLAIMS = 16  # claims per caption
 
 _NUMBER = r"(?:no|one|two|three|four|five|six|seven|eight|nine|ten|\d{1,2})"
 _COLOR = r"red|orange|yellow|green|blue|purple|pink|black|white|gray|grey|brown|beige|mint|golden|silver"
@@ -23,12 +23,15 @@ _GROUND = re.compile(r",?\s*\b(?:on|against|with|over) (?:an?|the) ([\w-]+) back
 _NEXT = re.compile(rf",?\s+and\s+(?=(?:an?|{_NUMBER})\s)|,\s+(?=(?:an?|{_NUMBER})\s)", re.IGNORECASE)
 _THERE = re.compile(r"there (?:is|are) ", re.IGNORECASE)
 _NO_NOUN = r"(?:are|is|was|were|has|have|on|in|at|of|with|that|which|who|near|by|from|to|one|more|\w+ing)\b"
-_COUNTED = re.compile(rf"({_NUMBER}) ((?!{_NO_NOUN})[\w-]+(?: (?!{_NO_NOUN})[\w-]+){{0,3}}?)(?: {_NO_NOUN}.*)?", re.IGNORECASE)
-_DRAWN = re.compile(
-    rf"an? (?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})(?: is (?P<where>(?:at|in|on) the [\w -]+))?", re.IGNORECASE
-)
+_NOUN = rf"(?!{_NO_NOUN})[\w-]+"
+_COUNTED = re.compile(rf"({_NUMBER}) ({_NOUN}(?: {_NOUN}){{0,3}}?)(?: {_NO_NOUN}.*)?", re.IGNORECASE)
+_WHERE = r"(?P<where>(?:at|in|on) the [\w -]+)"
+_THING_WORDS = rf"(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})"
+_DRAWN = re.compile(rf"an? {_THING_WORDS}(?: is {_WHERE})?", re.IGNORECASE)
 _THING = re.compile(r"(an?) (.+)", re.IGNORECASE)
-_IS = re.compile(r" (?:is|are) (?=(?:at|in|on|near|by|behind|under|over|above|below|beside|next|between|\w+ing)\b)")
+_IS = re.compile(
+    r" (?:is|are) (?=(?:at|in|on|near|by|behind|under|over|above|below|beside|next|between|\w+ing)\b)"
+)
 _OTHER_VERB = re.compile(r" (?:is|are|was|were|has|have|[a-z]+[a-rt-z]s) (?:an?|the|in|on|at|to)\b")
 
 
@@ -52,7 +55,7 @@ def extract_claims(caption: str) -> list[Claim]:
     answers: dict[str, set[str]] = {}
     for claim in claims:
         answers.setdefault(claim.question, set()).add(claim.expected)
-    # A question with two different answers in the caption does not identify a single thing.
+    # A question with two different answers does not identify a single object.
     return [claim for claim in dict.fromkeys(claims) if len(answers[claim.question]) == 1][:MAX_CLAIMS]
 
 
@@ -61,9 +64,11 @@ def _claims(part: str) -> Iterator[Claim]:
     if counted := _COUNTED.fullmatch(part):
         number, things = counted[1].lower(), counted[2]
         counted_things = things if number not in ("one", "1") else pluralize(things)
-        yield Claim(f"How many {counted_things} are there?", "0" if number == "no" else normalize_answer(number))
+        expected = "0" if number == "no" else normalize_answer(number)
+        yield Claim(f"How many {counted_things} are there?", expected)
     elif shape_match := _DRAWN.fullmatch(part):
-        yield from _attribute_claims(**{name: (value or "").lower() for name, value in shape_match.groupdict().items()})
+        attributes = shape_match.groupdict(default="").items()
+        yield from _attribute_claims(**{name: value.lower() for name, value in attributes})
     elif (thing := _THING.fullmatch(part)) and (_IS.search(part) or not _OTHER_VERB.search(part)):
         yield Claim(f"Is there {thing[1].lower()} {_IS.sub(' ', thing[2], count=1)}?", "yes")
     elif part:

@@ -1,8 +1,8 @@
-"""Drawn scenes: their facts, which are a function of the row of the source, and their images.
+"""Drawn scenes: their facts, which are a function of the source row, and their images.
 
-A scene has one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape. It is drawn as an 84 x 84 px
-image in which every place is one cell of 28 px: what one merged image token of Qwen2.5-VL covers (two patches of 14), so that
-the nine image tokens are the nine places.
+A scene has one to four objects on a 3 x 3 grid of places, each with a size, a color and a shape. In the image
+of 84 x 84 px, each place is a cell of 28 px, which is one merged image token of Qwen2.5-VL (two patches of 14
+px).
 """
 
 import math
@@ -17,19 +17,19 @@ from pipeline.config import DECKS, SCENES
 SIZES = ("small", "large")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-PLACES = (  # in reading order: the index is row * 3 + column
+PLACES = (  # in reading order: index = row * 3 + column
     "top left", "top center", "top right",
     "middle left", "center", "middle right",
     "bottom left", "bottom center", "bottom right",
 )  # fmt: skip
-VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}  # of the attributes of a thing
+VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
 BACKGROUNDS = ("white", "gray", "beige", "mint")
 MAX_OBJECTS = 4
 SIDE_PX = 84
 CELL_PX = SIDE_PX // 3
-OVERSAMPLE = 4  # drawn larger and averaged down, for smooth edges
-# The vision tower of Qwen2.5-VL knows relative positions only: on a uniform background a corner would look like the center.
-# The frame makes every place look different.
+OVERSAMPLE = 4  # scenes are drawn larger and averaged down, for smooth edges
+# The vision tower of Qwen2.5-VL has relative positions only: without a frame, a corner would look like the
+# center.
 FRAME_PX = 2
 
 RADIUS_PX = {"small": (5.0, 6.2), "large": (9.5, 11.5)}
@@ -43,8 +43,13 @@ COLOR_RGB = {
     "pink": (246, 128, 190),
     "black": (24, 24, 24),
 }
-BACKGROUND_RGB = {"white": (248, 248, 248), "gray": (176, 176, 176), "beige": (232, 214, 178), "mint": (178, 230, 204)}
-JITTER_RGB = 10  # objects; the background shifts half as much
+BACKGROUND_RGB = {
+    "white": (248, 248, 248),
+    "gray": (176, 176, 176),
+    "beige": (232, 214, 178),
+    "mint": (178, 230, 204),
+}
+JITTER_RGB = 10  # of objects; half as much for the background
 JITTER_PX = 2.0
 
 Point = tuple[float, float]
@@ -62,7 +67,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All facts of one drawn image; objects are in reading order of their places."""
+    """All facts of a drawn image; objects are sorted by place."""
 
     background: str
     objects: tuple[Thing, ...]
@@ -70,24 +75,25 @@ class Scene:
     def __post_init__(self) -> None:
         order = [PLACES.index(thing.place) for thing in self.objects]
         if order != sorted(set(order)):
-            raise ValueError(f"objects must stand in reading order, one a place: {order}")
+            raise ValueError(f"objects must be sorted by place, one per place: {order}")
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draw a scene uniformly: the number of objects first (1 to 4), then places without repetition, then attributes."""
+    """Draw a random scene: the number of objects (1 to 4), distinct places, then attributes."""
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
-    objects = tuple(Thing(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[index]) for index in places)
+    attributes = (SIZES, COLORS, SHAPES)
+    objects = tuple(Thing(*map(rng.choice, attributes), PLACES[index]) for index in places)
     return Scene(rng.choice(BACKGROUNDS), objects)
 
 
 def sample_deck(rng: random.Random) -> tuple[Scene, ...]:
-    """Draw a deck: one page of each background, in random order, so that "the gray page" is unique."""
+    """Draw a random deck: one page per background, so that "the gray page" is unique."""
     grounds = rng.sample(BACKGROUNDS, len(BACKGROUNDS))
     return tuple(Scene(ground, sample_scene(rng).objects) for ground in grounds)
 
 
 def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], random.Random]:
-    """Return the scenes of a row: one, or the pages of a deck; and the random generator with which they are drawn next."""
+    """Return the scenes of a row (one, or the pages of a deck), and the generator for drawing them."""
     if source == DECKS:
         rng = random.Random(f"deck:{seed}:{index}")
         return sample_deck(rng), rng
@@ -96,13 +102,13 @@ def sample_row(source: str, seed: int, index: int) -> tuple[tuple[Scene, ...], r
 
 
 def scenes_of(source: str, source_row: str) -> tuple[Scene, ...]:
-    """Return the scenes of the row "SEED/INDEX" of a source: one, or the pages of a deck; none for images of other sources."""
+    """Return the scenes of the row "SEED/INDEX" of a source; empty for other sources."""
     row = re.fullmatch(r"(-?\d+)/(\d+)", source_row) if source in (SCENES, DECKS) else None
     return sample_row(source, int(row[1]), int(row[2]))[0] if row else ()
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Return the scene as an RGB image; `rng` moves each object a little within its cell and shifts each tone a little."""
+    """Return the scene as an RGB image; `rng` varies positions within cells, and colors."""
     ground = _tone(BACKGROUND_RGB[scene.background], rng, JITTER_RGB // 2)
     canvas = Image.new("RGB", (SIDE_PX * OVERSAMPLE,) * 2, ground)
     pen = ImageDraw.Draw(canvas)
@@ -135,11 +141,12 @@ def _tone(rgb: tuple[int, int, int], rng: random.Random, jitter: int) -> tuple[i
 
 def _star(points: int, inner: float) -> list[Point]:
     turns = [math.pi * k / points for k in range(2 * points)]
-    return [((inner if k % 2 else 1.0) * math.sin(t), -(inner if k % 2 else 1.0) * math.cos(t)) for k, t in enumerate(turns)]
+    radii = [1.0, inner] * points
+    return [(radius * math.sin(t), -radius * math.cos(t)) for radius, t in zip(radii, turns, strict=True)]
 
 
 def _cross(arm: float) -> list[Point]:
-    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]  # from the top arm to the right one, then turned three times
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]  # from the top arm to the right one
     corners = []
     for _ in range(4):
         corners += quarter
@@ -147,7 +154,8 @@ def _cross(arm: float) -> list[Point]:
     return corners
 
 
-OUTLINES: dict[str, list[Point]] = {  # corners in units of the radius, y down
+# Corners in units of the radius, y down.
+OUTLINES: dict[str, list[Point]] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
     "cross": _cross(arm=0.34),

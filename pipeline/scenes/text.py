@@ -1,7 +1,6 @@
-"""Captions and answers about drawn scenes and decks: written from the facts, parsed back, and scored.
+"""Captions and answers about drawn scenes and decks: written from the facts, parsed, and scored.
 
-Everything written here can be parsed, so that a caption or an answer by any model, with its pages and its arithmetic, can be
-checked against the facts.
+The parsers check the captions, answers, evidence pages and arithmetic of any model against the facts.
 """
 
 import re
@@ -10,19 +9,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pipeline.scenes.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene
+from pipeline.scenes.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, Thing
 
 STYLES = ("brief", "detailed")
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
 
 
 def caption(scene: Scene, style: str) -> str:
-    """Describe the scene: `brief` is one sentence without places, `detailed` says where each object is."""
+    """Describe the scene: `brief` is one sentence without places, `detailed` has the place of each object."""
     names = [f"{thing.size} {thing.color} {thing.shape}" for thing in scene.objects]
     if style == "brief":
         return f"{_list([f'a {name}' for name in names]).capitalize()} on a {scene.background} background."
     count = f"{NUMBER_WORDS[len(names)].capitalize()} {'object' if len(names) == 1 else 'objects'}"
-    sentences = [f"A {name} is at the {thing.place}." for name, thing in zip(names, scene.objects, strict=True)]
+    pairs = zip(names, scene.objects, strict=True)
+    sentences = [f"A {name} is at the {thing.place}." for name, thing in pairs]
     return " ".join([f"{count} on a {scene.background} background.", *sentences])
 
 
@@ -30,13 +30,15 @@ def _list(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-_SIZE, _COLOR, _SHAPE, _PLACE = ("|".join(words) for words in (SIZES, COLORS, SHAPES, sorted(PLACES, key=len)[::-1]))
-_PHRASE = re.compile(rf"\b(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})\b(?: is at the (?P<place>{_PLACE})\b)?")
+_SIZE, _COLOR, _SHAPE = ("|".join(words) for words in (SIZES, COLORS, SHAPES))
+_PLACE = "|".join(sorted(PLACES, key=len)[::-1])
+_THING = rf"(?P<size>{_SIZE}) (?P<color>{_COLOR}) (?P<shape>{_SHAPE})"
+_PHRASE = re.compile(rf"\b{_THING}\b(?: is at the (?P<place>{_PLACE})\b)?")
 _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)}) background\b")
 
 
 class Phrase(NamedTuple):
-    """One object in a caption; `place` is empty if the caption states none."""
+    """One object in a caption; `place` may be empty."""
 
     size: str
     color: str
@@ -45,18 +47,19 @@ class Phrase(NamedTuple):
 
 
 def phrases(text: str) -> list[Phrase]:
-    """Return every object that a caption names, in its order, repetitions included."""
+    """Return the objects that a caption names, in its order, with repetitions."""
     return [Phrase(*match.groups("")) for match in _PHRASE.finditer(text.lower())]
 
 
 def background(text: str) -> str | None:
-    """Return the background that a caption names first, if any."""
+    """Return the first background that a caption names, if any."""
     match = _BACKGROUND.search(text.lower())
     return match[1] if match else None
 
 
 # A description identifies objects: any of size, color, shape (or "object") and place, in this order.
-_WHICH = rf"(?:(?P<size>{_SIZE}) )?(?:(?P<color>{_COLOR}) )?(?P<shape>{_SHAPE}|object)(?: at the (?P<place>{_PLACE}))?"
+_WHICH = rf"(?:(?P<size>{_SIZE}) )?(?:(?P<color>{_COLOR}) )?(?P<shape>{_SHAPE}|object)"
+_WHICH = rf"{_WHICH}(?: at the (?P<place>{_PLACE}))?"
 _QUESTIONS = {
     "exists": re.compile(rf"is there an? {_WHICH}\?"),
     "count": re.compile(rf"how many {_WHICH.replace('|object)', '|object)(?:e?s)')} are there\?"),
@@ -71,22 +74,27 @@ def answer(scene: Scene, question: str) -> str | None:
     if text == "what color is the background?":
         return scene.background
     kind, attributes = _parse_question(text)
-    matching = [thing for thing in scene.objects if all(getattr(thing, name) == value for name, value in attributes)]
+
+    def matches(thing: Thing) -> bool:
+        return all(getattr(thing, name) == value for name, value in attributes)
+
+    matching = [thing for thing in scene.objects if matches(thing)]
     if kind == "exists":
         return "yes" if matching else "no"
     if kind == "count":
         return str(len(matching))
     if not kind or len(matching) != 1:
-        return None  # another question, or it fits no object, or several
+        return None  # an unknown question, or not exactly one object matches
     return str(getattr(matching[0], kind))
 
 
 @lru_cache(4096)
 def _parse_question(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the kind of a question and the attributes of the objects that it is about; an empty kind for other questions."""
+    """Return the kind of a question, empty if unknown, and the attributes of its objects."""
     for kind, pattern in _QUESTIONS.items():
         if match := pattern.fullmatch(text):
-            return kind, tuple((name, value) for name, value in match.groupdict().items() if value not in (None, "object"))
+            attributes = match.groupdict().items()
+            return kind, tuple((name, value) for name, value in attributes if value not in (None, "object"))
     return "", ()
 
 
@@ -118,7 +126,11 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
                 return None
             left, right = len(deck[first - 1].objects), len(deck[second - 1].objects)
             value = left - right if sign == "-" else left + right
-            return Truth(str(value), tuple(sorted((first, second))), f"{left} {sign} {right}") if value > 0 else None
+            return (
+                Truth(str(value), tuple(sorted((first, second))), f"{left} {sign} {right}")
+                if value > 0
+                else None
+            )
     if match := _WHAT_COLOR.fullmatch(text):
         number = int(match[1])
         return Truth(deck[number - 1].background, (number,)) if 1 <= number <= len(deck) else None
@@ -134,7 +146,7 @@ def answer_deck(deck: tuple[Scene, ...], question: str) -> Truth | None:
 
 @dataclass(slots=True)
 class CaptionScore:
-    """Phrases of captions against objects of scenes, matched one to one on everything that the caption's style states."""
+    """Counts of phrases in captions and objects in scenes, matched one to one by what the style states."""
 
     num_phrases: int = 0
     num_objects: int = 0
@@ -144,16 +156,16 @@ class CaptionScore:
 
     @property
     def precision(self) -> float:
-        """Return the share of phrases that are true."""
+        """The share of phrases that are true."""
         return self.matched / max(1, self.num_phrases)
 
     @property
     def recall(self) -> float:
-        """Return the share of objects that were named correctly."""
+        """The share of objects that are named correctly."""
         return self.matched / max(1, self.num_objects)
 
     def add(self, text: str, scene: Scene, style: str) -> None:
-        """Count one caption; a brief one states no places."""
+        """Count one caption; brief captions have no places."""
         with_place = style != "brief"
         named = [(p.size, p.color, p.shape, p.place if with_place else "") for p in phrases(text)]
         objects = [(t.size, t.color, t.shape, t.place if with_place else "") for t in scene.objects]
@@ -166,7 +178,7 @@ class CaptionScore:
 
 @dataclass(slots=True)
 class _Answers:
-    """Answers of one type against the facts. A question that has no single true answer counts as answered wrongly."""
+    """Counts of answers of one type. A question without a single true answer counts as answered wrongly."""
 
     asked: int = 0
     right: int = 0
@@ -175,12 +187,12 @@ class _Answers:
 
     @property
     def accuracy(self) -> float:
-        """Return the share of right answers."""
+        """The share of right answers."""
         return self.right / max(1, self.asked)
 
     @property
     def majority(self) -> float:
-        """Return the accuracy of always giving the most frequent true answer of this type."""
+        """The accuracy of always giving the most frequent true answer."""
         return max(self.truths.values(), default=0) / max(1, self.truths.total())
 
     def _count(self, truth: str | None, given: str) -> None:
@@ -191,7 +203,7 @@ class _Answers:
 
 
 class AnswerScore(_Answers):
-    """Answers to questions about single scenes."""
+    """Counts of answers to questions about single scenes."""
 
     def add(self, question: str, given: str, scene: Scene) -> None:
         """Count one answer."""
@@ -200,14 +212,14 @@ class AnswerScore(_Answers):
 
 @dataclass(slots=True)
 class DeckScore(_Answers):
-    """Answers to questions about decks, with their evidence pages and calculations."""
+    """Counts of answers to questions about decks, with evidence pages and calculations."""
 
     evidence_right: int = 0
     expressions_right: int = 0
 
     @property
     def evidence(self) -> float:
-        """Return the share of questions whose evidence pages are exactly those that are needed."""
+        """The share of questions whose evidence pages are exactly the needed pages."""
         return self.evidence_right / max(1, self.asked)
 
     def add(self, row: dict[str, Any], deck: tuple[Scene, ...]) -> None:

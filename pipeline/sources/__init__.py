@@ -15,7 +15,7 @@ from pipeline.sources.base import SourceSpec
 from pipeline.tasks import asks_about_decks
 from pipeline.types import ALL, Sample, Source, SourceSlice
 
-PHOTO_STYLES = ("plain", "detailed")  # of photographs, unless the user names others
+PHOTO_STYLES = ("plain", "detailed")  # default caption styles of photos
 SOURCES: tuple[SourceSpec, ...] = (
     scenes.SPEC,
     scenes.DECK_SPEC,
@@ -34,52 +34,52 @@ SOURCES: tuple[SourceSpec, ...] = (
 
 
 def find_source(name: str) -> SourceSpec:
-    """Return the source of a name, with or without an argument after the colon. Raise ConfigError for an unknown name."""
+    """Return the source of a name, with or without an argument. Raise ConfigError for an unknown name."""
     for spec in SOURCES:
         if spec.kind == name.partition(":")[0]:
             return spec
-    known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
     if Path(name).is_dir():
         hint = f"did you mean folder:{name}?"
     elif Path(name).is_file():
-        hint = f"did you mean {_kind_of_file(name)}?"
+        hint = f"did you mean {_source_of_file(name)}?"
     else:
+        known = f"known sources: {', '.join(spec.name for spec in SOURCES)}"
         hint = did_you_mean(name, [spec.kind for spec in SOURCES]) or known
     raise ConfigError(f"unknown source: {name}", hint=hint)
 
 
-def _kind_of_file(name: str) -> str:
+def _source_of_file(path: str) -> str:
     """Return the source that reads a file."""
-    if name.lower().endswith(archive.SUFFIXES):
-        return f"archive:{name}"
+    if path.lower().endswith(archive.SUFFIXES):
+        return f"archive:{path}"
     kinds = {".parquet": "parquet", **dict.fromkeys(listing.SUFFIXES, "list")}
     kinds |= {suffix: kind for kind, suffixes in rendering.SUFFIXES.items() for suffix in suffixes}
-    kind = kinds.get(Path(name).suffix.lower())
-    return f"{kind}:{name}" if kind else f"folder:{Path(name).parent}"
+    kind = kinds.get(Path(path).suffix.lower())
+    return f"{kind}:{path}" if kind else f"folder:{Path(path).parent}"
 
 
 def with_source_defaults(config: Config) -> Config:
-    """Return the config with the tasks and styles of its source where the user chose none.
+    """Return the config with the default tasks, styles and grouping of its source.
 
-    Raises ConfigError for a length that the prompts cannot ask for, and for a prompt of a style that is not asked for.
+    Raise ConfigError for a length that the prompts do not support, and for a prompt of an unused style.
     """
     spec, changes = find_source(config.source), dict[str, Any]()
     if "tasks" not in config.model_fields_set:
         changes["tasks"] = spec.default_tasks(config)
     if config.generate.caption_words and config.has_scene_prompts:
-        raise ConfigError("the prompts about drawn scenes have no length, but --words was given", hint="leave --words out")
-    own = [name for name, _ in config.generate.style_prompts]
+        problem = "the prompts about drawn scenes have no length, but --words was given"
+        raise ConfigError(problem, hint="leave --words out")
+    custom_styles = [name for name, _ in config.generate.style_prompts]
     styles = config.generate.caption_styles
     if "caption_styles" not in config.generate.model_fields_set:
-        usual = styles if config.has_scene_prompts else PHOTO_STYLES
-        styles = (*usual, *(name for name in own if name not in usual))
-    elif unused := [name for name in own if name not in styles]:
+        defaults = styles if config.has_scene_prompts else PHOTO_STYLES
+        styles = (*defaults, *(name for name in custom_styles if name not in defaults))
+    elif unused := [name for name in custom_styles if name not in styles]:
+        problem = f"generate.style_prompts has a prompt for {unused[0]}, but that style is not used"
         hint = f"add it to generate.caption_styles (--styles), as in {','.join([*styles, unused[0]])}"
-        raise ConfigError(
-            f"generate.style_prompts has a prompt of {unused[0]}, which is not a style that is asked for", hint=hint
-        )
-    if spec.usual_grouping and "group_by" not in config.split.model_fields_set:
-        changes["split"] = config.split.model_copy(update={"group_by": spec.usual_grouping})
+        raise ConfigError(problem, hint=hint)
+    if spec.default_grouping and "group_by" not in config.split.model_fields_set:
+        changes["split"] = config.split.model_copy(update={"group_by": spec.default_grouping})
     changes["generate"] = config.generate.model_copy(update={"caption_styles": styles})
     return config.model_copy(update=changes)
 
@@ -95,45 +95,52 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 
 
 def files_of_source(config: Config) -> dict[str, Any]:
-    """Return the digests of files beside the source that say which samples it yields, by setting."""
+    """Return the digests of the split list and the files of captions, by setting."""
     split_list, captions = config.split_list, config.captions
-    return {
-        "split_list": file_digest(split_list) if split_list and split_list.exists() else None,
-        **({"captions": [file_digest(path) for path in captions if path.exists()]} if captions else {}),
-    }
+    has_list = split_list is not None and split_list.exists()
+    digests: dict[str, Any] = {"split_list": file_digest(split_list) if has_list else None}
+    if captions:
+        digests["captions"] = [file_digest(path) for path in captions if path.exists()]
+    return digests
 
 
 def holds_decks(config: Config) -> bool:
-    """Return True if the samples of a source are decks, as far as its settings say."""
+    """Return whether the samples of a source are decks, according to its settings."""
     return asks_about_decks(config.tasks or find_source(config.source).default_tasks(config))
 
 
 def is_divisible(config: Config) -> bool:
-    """Return True if several readers may read slices; False if a limit counts rows, or several rows form a sample."""
+    """Return whether several readers may read slices of the source."""
     spec = find_source(config.source)
-    return spec.is_divisible and (config.limit is None or not spec.counts_rows)
+    # Counting rows up to a limit needs a single reader.
+    return spec.is_divisible and (config.limit is None or spec.is_endless)
 
 
 def open_source(config: Config, part: SourceSlice = ALL) -> Source:
-    """Open a source, or a slice if it `is_divisible`. Raise ConfigError if settings do not fit, SourceError if unreadable."""
-    spec, (_, _, argument) = find_source(config.source), config.source.partition(":")
+    """Open a source, or a slice if it `is_divisible`.
+
+    Raise ConfigError if settings do not match the source, SourceError if it cannot be read.
+    """
+    spec, argument = find_source(config.source), config.source.partition(":")[2]
     spec.check_options(config)
     if ":" in spec.name and not argument:
-        raise ConfigError(f"unknown source: {config.source}", hint=f"say what to read: {spec.example}")
+        problem = f"--source {spec.kind} needs an argument: {spec.name}"
+        raise ConfigError(problem, hint=f"for example: {spec.example}")
     try:
         source = spec.open(config, argument, part)
     except PermissionError as error:
-        raise SourceError(f"cannot read {error.filename or argument}: {error.strerror}", hint="check its permissions") from None
+        problem = f"cannot read {error.filename or argument}: {error.strerror}"
+        raise SourceError(problem, hint="check its permissions") from None
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
-        content, supported = ("decks of pages", "deck_qa") if source.decks else ("single images", "caption,qa")
-        problem = f"{config.source} holds {content}, and cannot be asked for {', '.join(tasks)}"
+        content, supported = ("decks", "deck_qa") if source.decks else ("single images", "caption,qa")
+        problem = f"{config.source} holds {content}, which do not support {', '.join(tasks)}"
         raise ConfigError(problem, hint=f"pass --tasks {supported}")
     return source
 
 
 def read_images(name: str) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """Yield (sample id, images) of a whole source, to restore the pixels of a version published without them."""
+    """Yield (sample id, images) of a whole source."""
     for row in open_source(resolve(source=name)).rows:
         if isinstance(row, Sample):
             yield row.id, row.images

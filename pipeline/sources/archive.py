@@ -1,11 +1,11 @@
-"""Source: images in archives (`archive:PATH`): tar files, such as those of WebDataset, and zip files.
+"""Source: images in archives (`archive:PATH`): zip files, and tar files such as those of WebDataset.
 
-Nothing is unpacked to a disk. `NAME.txt` next to an image holds captions, one a line. `NAME.json` may hold captions,
-questions, a split, and columns for the context of prompts. Texts are read first, wherever they are in the archive. An archive
-in a store is read once, with the texts that are next to their image.
+Nothing is unpacked to disk. `NAME.txt` next to an image holds captions, one per line. `NAME.json` may hold
+captions, questions, a split, and columns for prompts. The texts of a local archive are read first, wherever
+they are in it. An archive in a store is read once, with the texts that are stored next to their image.
 
-Archives are untrusted. Links, devices, encrypted entries, names that lead out of the archive and entries that are too large are
-rejected, each with a reason. A damaged archive, or one that unpacks to far more bytes than it has, is an error.
+Archives are untrusted. Links, devices, encrypted entries, names that lead out of the archive and large
+entries are rejected. A damaged archive, or one that unpacks to far more bytes than it has, is an error.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, Literal, cast
 
@@ -31,40 +31,55 @@ from pipeline.config import Config
 from pipeline.errors import SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples, first_names, refuse_roles
+from pipeline.sources.base import (
+    SourceSpec,
+    as_text,
+    check_samples,
+    first_names,
+    refuse_roles,
+)
 from pipeline.sources.parquet import describe_held_out, split_of_path, stored_split
 from pipeline.sources.source_files import UNREAD_SUFFIXES, SourceFiles, find_source_files
 from pipeline.sources.texts import (
     METADATA_FILES,
-    OF_EVERY_IMAGE,
-    captions_of_people,
+    PATH_COLUMNS,
+    ImageTexts,
     decode_text,
-    describe_by_model,
-    questions_of_people,
+    describe_model_texts,
+    human_captions,
+    human_questions,
+    model_texts,
+    normalize_path,
     read_split,
-    spelled_alike,
-    texts_by_model,
 )
 from pipeline.storage.untrusted import is_hidden
 from pipeline.tables import SPLIT
 from pipeline.types import ALL, UNKNOWN, RawSample, Rejected, Source, SourceSlice
 
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 TEXT_SUFFIXES = (".txt", ".json")
-MAX_TEXT_BYTES = 1_000_000  # bytes of one text file
-MAX_HEADER_BYTES = 1_000_000  # bytes of one long name in a tar file
-MAX_MEMBERS = 3_000_000  # members of one archive
-MAX_DIRECTORY_BYTES = 300_000_000  # bytes of the directory of a zip file, which zipfile reads as a whole
-MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000  # an archive may unpack to RATIO times its size, plus FREE bytes
+MAX_TEXT_BYTES = 1_000_000  # one text file
+MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # all texts of an archive
+MAX_HEADER_BYTES = 1_000_000  # one long name in a tar file
+MAX_MEMBERS = 3_000_000
+MAX_DIRECTORY_BYTES = 300_000_000  # directory of a zip file, which zipfile reads into memory
+# An archive may unpack to RATIO times its size, plus FREE bytes.
+MAX_UNPACK_RATIO, FREE_UNPACKED_BYTES = 200, 100_000_000
+# Neighboring entries of one key in a tar file that are held in memory.
+MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000
+QUESTION_ARCHIVES = 16  # archives that are searched for questions before any image is read
+COLUMN_IMAGES = 20  # images whose texts are searched for columns of the context
 BLOCK_BYTES = 1 << 20
 MAGIC_BYTES = 6
 _DRIVE = re.compile(r"[A-Za-z]:")
-# Decoders by the first bytes of a file. Each reads several streams in a row, and returns no more bytes than are asked for.
+# Decoders by the first bytes of a file. Each reads concatenated streams, and returns no more bytes than
+# requested.
 _DECODERS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     b"BZh": lambda file: bz2.BZ2File(file, "rb"),
     b"\xfd7zXZ": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115  # closed with the file below it
 }
-# Of other methods, zipfile unpacks all at once, whatever size the directory states.
+# zipfile unpacks other methods at once, whatever size the directory states.
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGES = (
     tarfile.TarError,
@@ -84,23 +99,19 @@ REASONS = {
     "not_a_file": "a link, a pipe or a device, not a regular file",
     "file_too_large": f"more than {MAX_IMAGE_BYTES:,} bytes",
     "encrypted": "it is encrypted",
-    "unreadable_entry": "it is damaged, or packed by another method than deflate",
-    "unsupported_format": "files of this kind are not read: convert them to JPEG or PNG",
+    "unreadable_entry": "it is damaged, or compressed by another method than deflate",
+    "unsupported_format": "this format is not supported: convert the file to JPEG or PNG",
 }
-Wanted = Literal["texts", "images", "both"]  # the entries to read; with "texts", images and tables are listed without data
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
-MAX_GROUP_ENTRIES, MAX_GROUP_BYTES = 64, 64_000_000  # of one key in a tar file that are held at once
-MAX_ARCHIVE_TEXT_BYTES = 256_000_000  # of all texts of an archive
-QUESTION_ARCHIVES = 16  # that are looked through for questions, before any image is read
-COLUMN_IMAGES = 20  # beside which columns of the context are looked for
+# The entries to read. With "texts", images and metadata files are listed without their data.
+Wanted = Literal["texts", "images", "both"]
 
 
-# --- the entries of one archive
+# --- entries of one archive
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image or a text file of an archive; without `data` it is rejected for a reason."""
+    """An image or a text file of an archive. `data` is None if it is rejected for `reason`."""
 
     name: str
     data: bytes | None
@@ -108,12 +119,15 @@ class Entry:
 
     @property
     def stem(self) -> str:
-        """Return the name without its suffix."""
+        """The name without its suffix."""
         return posixpath.splitext(self.name)[0]
 
 
 def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator[Entry]:
-    """Yield the images and texts of an archive. Raise SourceError if it is damaged, or a bomb."""
+    """Yield the images and texts of an archive.
+
+    Raise SourceError if it is damaged, or a decompression bomb.
+    """
     try:
         magic = file.read(MAGIC_BYTES)
         file.seek(0)
@@ -121,11 +135,14 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
             yield from _read_zip(file, name, wanted)
         else:
             packed = _CountedFile(file)
-            decode = next((decoder for start, decoder in _DECODERS.items() if magic.startswith(start)), lambda stream: stream)
-            unpacked = _CountedFile(decode(packed), lambda count: _require_no_bomb(name, count, packed.num_bytes))
+            decoders = (decoder for start, decoder in _DECODERS.items() if magic.startswith(start))
+            decode = next(decoders, lambda stream: stream)
+            unpacked = _CountedFile(
+                decode(packed), lambda size: _require_no_bomb(name, size, packed.num_bytes)
+            )
             yield from _read_tar(unpacked, name, wanted)
     except OSError as error:
-        if error.errno is not None:  # an error of the disk; those of decoders have no number
+        if error.errno is not None:  # an error of the disk; errors of decoders have no number
             raise
         raise _damage_error(name, error) from None
     except _DAMAGES as error:
@@ -133,7 +150,7 @@ def read_entries(file: BinaryIO, name: str, wanted: Wanted = "both") -> Iterator
 
 
 class _CountedFile:
-    """A file that counts the bytes that were read, and checks their number after each read."""
+    """Counts the bytes read from a file, and calls `check` with their number after each read."""
 
     def __init__(self, file: Any, check: Callable[[int], None] = lambda _: None) -> None:
         self._file, self._check, self.num_bytes = file, check, 0
@@ -147,16 +164,23 @@ class _CountedFile:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a tar file that bounds long names, refuses sparse files, and raises ValueError if it is damaged.
+    """A tar header that bounds long names, refuses sparse files, and raises ValueError if it is damaged.
 
-    tarfile reads names and maps of sparse files into memory, however long they are, and takes a damaged header for the end.
+    tarfile reads names and sparse maps of any length into memory, and treats a damaged header as the end of
+    the file.
     """
 
-    _LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+    _LONG = (
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    )
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> "_StrictTarInfo":
-        """Return the next header. Raise ValueError for a damaged header, or for an end without the blocks that mark it."""
+        """Return the next header. Raise ValueError for a damaged header, or a file without end blocks."""
         try:
             return super().fromtarfile(tarfile)
         except _BAD_HEADERS as error:
@@ -167,7 +191,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise ValueError(f"a header has {self.size:,} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
             self._refuse_sparse()
-        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # it is not in the stubs
+        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]  # missing in the stubs
 
     def _refuse_sparse(self, *_: Any) -> None:
         raise ValueError(f"{self.name} is a sparse file: pack it without --sparse")
@@ -182,9 +206,10 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
     """Yield the entries of a tar file in its order."""
     with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
         for number, member in enumerate(tar, 1):
-            tar.members = []  # type: ignore[attr-defined]  # which would keep every header
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
             _require_few_members(name, number)
-            content = tar.extractfile(member) if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else None
+            is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+            content = tar.extractfile(member) if is_file else None
             if _is_wanted(member.name, wanted):
                 if content is None or not member.isreg():
                     yield Entry(_as_text(member.name), None, "not_a_file")
@@ -192,22 +217,24 @@ def _read_tar(stream: _CountedFile, name: str, wanted: Wanted) -> Iterator[Entry
                     yield _read_entry(member.name, member.size, content.read)
                 else:
                     yield Entry(_as_text(member.name), b"")
-            while content is not None and content.read(BLOCK_BYTES):  # tarfile would skip a size that the file does not have
+            # tarfile would skip the size in the header, even if the file is shorter.
+            while content is not None and content.read(BLOCK_BYTES):
                 pass
         if tar.fileobj.read(BLOCK_BYTES).strip(b"\0"):
-            message = f"{name} goes on after its end, as several archives do that `cat` has joined"
-            raise SourceError(message, hint="unpack it with tar --ignore-zeros, and read it as a folder")
+            hint = "unpack it with tar --ignore-zeros, and read it as a folder"
+            raise SourceError(f"{name} has data after its end, like concatenated archives", hint=hint)
 
 
 def _read_zip(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Entry]:
-    """Yield the entries of a zip file; a name counts once."""
+    """Yield the entries of a zip file; of equal names, the last one."""
     size = file.seek(0, 2)
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
         raise _size_error(f"the directory of {name} has more than {MAX_DIRECTORY_BYTES:,} bytes")
     with zipfile.ZipFile(file) as archive:
         _require_few_members(name, len(archive.infolist()))
-        infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and _is_wanted(i.filename, wanted)}
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        infos = {info.filename: info for info in files if _is_wanted(info.filename, wanted)}
         _require_no_bomb(name, sum(info.file_size for info in infos.values()), size)
         for info in infos.values():
             if _has_data(info.filename, wanted):
@@ -224,9 +251,9 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
     if info.compress_type not in _ZIP_METHODS:
         return Entry(_as_text(info.filename), None, "unreadable_entry")
 
-    def read(most_bytes: int) -> bytes:
+    def read(max_bytes: int) -> bytes:
         with archive.open(info) as content:
-            return content.read(most_bytes)
+            return content.read(max_bytes)
 
     try:
         return _read_entry(info.filename, info.file_size, read)
@@ -235,16 +262,16 @@ def _read_zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
 
 
 def _read_entry(name: str, size: int, read: Callable[[int], bytes]) -> Entry:
-    shown = _as_text(name)
-    if shown.startswith("/") or ".." in shown.split("/") or _DRIVE.match(shown):
-        return Entry(shown, None, "outside_archive")
+    text = _as_text(name)
+    if text.startswith("/") or ".." in text.split("/") or _DRIVE.match(text):
+        return Entry(text, None, "outside_archive")
     if _has_suffix(name, UNREAD_SUFFIXES):
-        return Entry(shown, None, "unsupported_format")
-    most_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
-    data = read(most_bytes + 1) if size <= most_bytes else b""
-    if size > most_bytes or len(data) > most_bytes:
-        return Entry(shown, None, "file_too_large")
-    return Entry(shown, data)
+        return Entry(text, None, "unsupported_format")
+    max_bytes = MAX_TEXT_BYTES if is_text(name) else MAX_IMAGE_BYTES
+    data = read(max_bytes + 1) if size <= max_bytes else b""
+    if size > max_bytes or len(data) > max_bytes:
+        return Entry(text, None, "file_too_large")
+    return Entry(text, data)
 
 
 def _require_few_members(name: str, number: int) -> None:
@@ -258,11 +285,11 @@ def _require_no_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
 
 
 def _size_error(message: str) -> SourceError:
-    return SourceError(message, hint="it may be made to fill memory: unpack it yourself, and read it as a folder")
+    return SourceError(message, hint="it may be malicious: unpack it yourself, and read it as a folder")
 
 
 def _damage_error(name: str, error: Exception) -> SourceError:
-    return SourceError(f"{name} is damaged: {one_line(error)}", hint="fetch it again, or take it out of the folder")
+    return SourceError(f"{name} is damaged: {one_line(error)}", hint="download it again, or remove it")
 
 
 def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
@@ -271,12 +298,12 @@ def _has_suffix(name: str, suffixes: Sequence[str] | frozenset[str]) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Return whether an entry is a text by its name."""
+    """Return whether an entry is a text file by its name."""
     return _has_suffix(name, TEXT_SUFFIXES)
 
 
 def is_metadata(name: str) -> bool:
-    """Return whether an entry has rows about several images, by its name."""
+    """Return whether an entry is a metadata file, which is read in folders only, by its name."""
     return posixpath.basename(_as_text(name)) in METADATA_FILES
 
 
@@ -291,20 +318,20 @@ def _has_data(name: str, wanted: Wanted) -> bool:
 
 
 def _as_text(name: str) -> str:
-    """Return the name of an entry with slashes between folders, as text that UTF-8 can hold."""
+    """Return the name of an entry with slashes between folders, encodable as UTF-8."""
     return name.replace("\\", "/").encode("utf-8", "backslashreplace").decode().removeprefix("./")
 
 
-# --- the source
+# --- texts of images
 
 
 @dataclass(slots=True)
-class TextsByKey:
-    """The texts of an archive, or of neighboring entries, by key; and which images have each key."""
+class TextIndex:
+    """The texts of an archive, or of neighboring entries, by key, and the number of images of each key."""
 
     texts: dict[str, list[Entry]] = field(default_factory=dict)
     images: Counter[str] = field(default_factory=Counter)
-    tables: list[str] = field(default_factory=list)  # names of metadata files, which are read in folders only
+    tables: list[str] = field(default_factory=list)  # names of metadata files
 
     def add(self, entry: Entry) -> None:
         """Add a text, or count an image."""
@@ -315,22 +342,25 @@ class TextsByKey:
         else:
             self.images[key_of(entry.name)] += 1
 
-    def of(self, image: Entry) -> list[Entry]:
-        """Return the texts that have the name of an image; of the only image of a key all texts of the key."""
-        key, names = key_of(image.name), (spelled_alike(image.stem), spelled_alike(image.name))
-        return [text for text in self.texts.get(key, ()) if self.images[key] == 1 or spelled_alike(text.stem) in names]
-
-
-IndexOf = Callable[[str], TextsByKey]  # of an archive, by its name
+    def texts_of(self, image: Entry) -> list[Entry]:
+        """Return the texts named like an image, or all texts of its key if the key has no other image."""
+        key, names = key_of(image.name), (normalize_path(image.stem), normalize_path(image.name))
+        texts = self.texts.get(key, [])
+        if self.images[key] == 1:
+            return texts
+        return [text for text in texts if normalize_path(text.stem) in names]
 
 
 def pair_neighbors(entries: Iterator[Entry]) -> Iterator[tuple[Entry, list[Entry]]]:
-    """Yield each image with the texts of its key beside it, as WebDataset groups them; a group that grows too large is cut."""
+    """Yield each image with the texts of its key next to it, as WebDataset groups them.
+
+    Large groups are split.
+    """
     for group in _group_neighbors(entries):
-        index = TextsByKey()
+        index = TextIndex()
         for entry in group:
             index.add(entry)
-        yield from ((entry, index.of(entry)) for entry in group if not is_text(entry.name))
+        yield from ((entry, index.texts_of(entry)) for entry in group if not is_text(entry.name))
 
 
 def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -348,89 +378,142 @@ def _group_neighbors(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 
 def key_of(name: str) -> str:
-    """Return the name up to the first dot of its last part: by WebDataset's rule, entries of one key are one sample."""
-    folder, base = posixpath.split(spelled_alike(name))
+    """Return the name up to the first dot of its last part: WebDataset's key of a sample."""
+    folder, base = posixpath.split(normalize_path(name))
     return posixpath.join(folder, base.partition(".")[0])
 
 
-def _read_beside(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
-    """Return the captions of people beside an image, and the values of the JSON there; what is not text is left out.
+def _parse_texts(texts: Sequence[Entry]) -> tuple[list[str], dict[str, Any]]:
+    """Return the human captions in the texts of an image, and the values of its JSON.
 
-    A line of a text is none of people if the JSON says that a model wrote it.
+    Lines of a text file that the JSON marks as written by a model are skipped.
     """
-    rows = {entry.name: _read_json(entry) or {} for entry in texts if not entry.name.lower().endswith(".txt")}
-    by_model = {line.strip() for row in rows.values() for text in texts_by_model(row) for line in text.splitlines()}
+    rows = {entry.name: _read_json(entry) for entry in texts if not entry.name.lower().endswith(".txt")}
+    skipped = "\n".join(text for row in rows.values() for text in model_texts(row))
+    by_model = {line.strip() for line in skipped.splitlines()}
     captions: list[str] = []
     values: dict[str, Any] = {}
     for entry in sorted(texts, key=lambda text: text.name):
         if entry.name in rows:
             values |= rows[entry.name]
-            captions += captions_of_people(rows[entry.name])
+            captions += human_captions(rows[entry.name])
         else:
-            lines = (text.strip() for text in _decode(entry.data or b"").splitlines())
+            lines = (line.strip() for line in _decode(entry).splitlines())
             captions += [line for line in lines if line and line not in by_model]
     return list(dict.fromkeys(captions)), values
 
 
-def _read_json(entry: Entry) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if there is none."""
+def _read_json(entry: Entry) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if it holds something else."""
     try:
-        row = json.loads(_decode(entry.data or b""))
+        row = json.loads(_decode(entry))
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
-def _describe_texts(archive: str, index: TextsByKey) -> Iterator[str]:
-    """Yield how many captions are next to images of an archive, and which of its texts are not read."""
-    read = [_read_beside(texts) for key, texts in index.texts.items() if index.images[key]]
-    if captions := sum(len(of_people) for of_people, _ in read):
-        yield f"captions of people in {archive}: {captions:,}, and {sum(index.images.values()):,} images"
-    yield from describe_by_model(sum(len(texts_by_model(values)) for _, values in read), f" in {archive}")
-    if index.tables:
-        yield f"tables that are not read in {archive}: {first_names(index.tables)} (unpack it, and read it as a folder)"
-    if alone := sorted(text.name for key, texts in index.texts.items() if not index.images[key] for text in texts):
-        yield f"texts beside no image in {archive}: {len(alone):,} ({first_names(alone)})"
-
-
-def _have_questions(archives: SourceFiles, names: Sequence[str], index_of: IndexOf) -> bool:
-    """Return whether the first archives have questions, in a store the first image: a column is of all images, or none."""
-    if archives.is_local:
-        with archives.translate_errors():
-            texts = (of_key for name in names[:QUESTION_ARCHIVES] for of_key in index_of(name).texts.values())
-            return any(questions_of_people(_read_beside(of_key)[1]) for of_key in texts)
-    with closing(_read_images(archives, names[0], index_of)) as images:
-        return any(questions_of_people(_read_beside(texts)[1]) for _, texts in islice(images, 1))
-
-
-def _decode(data: bytes) -> str:
+def _decode(entry: Entry) -> str:
+    data = entry.data or b""
     try:
         return decode_text(data)
     except ValueError:
         return data.decode("utf-8", "replace")
 
 
+def _describe_texts(archive: str, index: TextIndex) -> Iterator[str]:
+    """Yield messages about the captions of an archive, and about texts that are not read."""
+    parsed = [_parse_texts(texts) for key, texts in index.texts.items() if index.images[key]]
+    if num_captions := sum(len(captions) for captions, _ in parsed):
+        yield f"human captions in {archive}: {num_captions:,} for {sum(index.images.values()):,} images"
+    yield from describe_model_texts(sum(len(model_texts(values)) for _, values in parsed), f" in {archive}")
+    if index.tables:
+        hint = "unpack the archive, and read it as a folder"
+        yield f"metadata files in {archive} are not read: {first_names(index.tables)} ({hint})"
+    unused = [text.name for key, texts in index.texts.items() if not index.images[key] for text in texts]
+    if unused:
+        yield f"{len(unused):,} texts in {archive} belong to no image ({first_names(sorted(unused))})"
+
+
+# --- the source
+
+
+class Archives:
+    """The archives of a source. The texts of the last local archive stay in memory."""
+
+    def __init__(self, files: SourceFiles) -> None:
+        self.files = files
+        self.text_index = lru_cache(1)(self._read_text_index)
+
+    def read_images(self, name: str) -> Generator[tuple[Entry, list[Entry]]]:
+        """Yield the images of an archive, each with its texts."""
+        with self.files.translate_errors():
+            index = self.text_index(name) if self.files.is_local else None
+            with self.files.open(name) as file:
+                if index is None:
+                    yield from pair_neighbors(read_entries(file, name))
+                else:
+                    for image in read_entries(file, name, "images"):
+                        yield image, index.texts_of(image)
+
+    def _read_text_index(self, name: str) -> TextIndex:
+        index, num_bytes = TextIndex(), 0
+        with self.files.open(name) as file:
+            for entry in read_entries(file, name, "texts"):
+                num_bytes += len(entry.data or b"")
+                if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
+                    problem = f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts"
+                    raise SourceError(problem, hint="unpack it, and read it as a folder")
+                index.add(entry)
+        return index
+
+    def have_questions(self, names: Sequence[str]) -> bool:
+        """Return whether the first archives have questions; in a store, only the first image is read."""
+        if self.files.is_local:
+            with self.files.translate_errors():
+                indexes = (self.text_index(name) for name in names[:QUESTION_ARCHIVES])
+                groups = (texts for index in indexes for texts in index.texts.values())
+                return any(human_questions(_parse_texts(texts)[1]) for texts in groups)
+        with closing(self.read_images(names[0])) as images:
+            return any(human_questions(_parse_texts(texts)[1]) for _, texts in islice(images, 1))
+
+    def require_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
+        """Raise SourceError if no text of the first images has one of these columns."""
+        known = {*PATH_COLUMNS}
+        wanted = [column for column in columns if not is_exif_name(column)]
+        for name in names:
+            if known.issuperset(wanted):
+                return
+            with closing(self.read_images(name)) as images:
+                for _, texts in islice(images, COLUMN_IMAGES):
+                    known |= {*_parse_texts(texts)[1]}
+            if len(known) > len(PATH_COLUMNS):
+                break
+        if unknown := [column for column in wanted if column not in known]:
+            hint = f"the first images have {', '.join(sorted(known))}"
+            raise SourceError(f"no column is named {unknown[0]}", hint=hint)
+
+
 def open_archives(
-    archives: SourceFiles,
+    files: SourceFiles,
     part: SourceSlice = ALL,
     license: str = UNKNOWN,
     columns: Sequence[str] = (),
     split: str | None = None,
 ) -> Source:
-    """Return the images of archives, or a slice. `columns` of the JSON files beside them, or of EXIF, become the context.
+    """Return the images of archives, or a slice. `columns` of JSON files, or EXIF fields, become the context.
 
-    Raise SourceError if no archive is of the `split`, none of the first images has one of the columns, or, while they are read,
-    if an archive is damaged or none has an image.
+    Raise SourceError if no archive is of the `split`, if the first images lack one of the columns, or, while
+    the source is read, if an archive is damaged or no archive has an image.
     """
-    by_split: dict[str | None, list[str]] = {}
-    for name in archives.names:
-        by_split.setdefault(_split_of(name), []).append(name)
-    names = [name for name in archives.names if split in (None, _split_of(name))]
+    names_by_split: dict[str | None, list[str]] = {}
+    for name in files.names:
+        names_by_split.setdefault(_split_of(name), []).append(name)
+    names = [name for name in files.names if split in (None, _split_of(name))]
     if not names:
-        raise SourceError(f"no archive is named after the split {split}", hint="the name of a file says its split: train-0.tar")
-    index_of = lru_cache(1)(partial(_read_index, archives))  # columns are looked for in the first archive, which is read then
-    _require_columns(archives, names, columns, index_of)
-    has_questions = _have_questions(archives, names, index_of)
+        raise SourceError(f"no archive is named after the split {split}", hint="name it like train-0.tar")
+    archives = Archives(files)
+    archives.require_columns(names, columns)
+    has_questions = archives.have_questions(names)
     by_file = len(names) >= part.of
 
     def read() -> Iterator[RawSample | Rejected]:
@@ -438,63 +521,48 @@ def open_archives(
         for index, name in enumerate(names):
             if by_file and index % part.of != part.number:
                 continue
-            for image, texts in _read_images(archives, name, index_of):
+            for image, texts in archives.read_images(name):
                 number += 1
                 if by_file or number % part.of == part.number:
                     row = _row(name, image, texts, license, columns, has_questions=has_questions)
                     if isinstance(row, Rejected):
                         yield row
                     elif split in (None, row.fields["split"]):
-                        yield replace(row, fields=row.fields | {"split": stored_split(row.fields["split"], split)})
+                        row_split = stored_split(row.fields["split"], split)
+                        yield replace(row, fields=row.fields | {"split": row_split})
         if number < 0 and part == ALL:
-            raise SourceError(
-                f"no image in {', '.join(names)[:200]}", hint="PNG, JPEG, WebP and others are read, in folders too"
-            )
+            hint = "PNG, JPEG, WebP and others are read, in folders too"
+            raise SourceError(f"no image in {', '.join(names)[:200]}", hint=hint)
 
-    messages = list(archives.messages) if part == ALL else []
-    if archives.is_local and part == ALL:
-        with archives.translate_errors():
-            first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
-            messages += _describe_texts(first, index_of(names[0]))
-    messages += [] if split else describe_held_out(by_split)
+    messages: list[str] = []
+    if part == ALL:
+        messages += files.messages
+        if files.is_local:
+            with files.translate_errors():
+                first = names[0] if len(names) == 1 else f"the first of {len(names):,} archives, {names[0]}"
+                messages += _describe_texts(first, archives.text_index(names[0]))
+    messages += [] if split else describe_held_out(names_by_split)
     return Source(
         name="archive",
-        revision=archives.revision if part == ALL else "",
+        revision=files.revision if part == ALL else "",
         read=lambda start: check_samples(islice(read(), start, None), columns),
         messages=tuple(messages),
     )
 
 
-def _read_images(archives: SourceFiles, name: str, index_of: IndexOf) -> Generator[tuple[Entry, list[Entry]]]:
-    """Yield the images of an archive, each with the texts that are about it."""
-    with archives.translate_errors():
-        index = index_of(name) if archives.is_local else None
-        with archives.open(name) as file:
-            if index is None:
-                yield from pair_neighbors(read_entries(file, name))
-            else:
-                yield from ((image, index.of(image)) for image in read_entries(file, name, "images"))
-
-
-def _read_index(archives: SourceFiles, name: str) -> TextsByKey:
-    index, num_bytes = TextsByKey(), 0
-    with archives.open(name) as file:
-        for entry in read_entries(file, name, "texts"):
-            num_bytes += len(entry.data or b"")
-            if num_bytes > MAX_ARCHIVE_TEXT_BYTES:
-                hint = "unpack it, and read it as a folder"
-                raise SourceError(f"{name} holds more than {MAX_ARCHIVE_TEXT_BYTES:,} bytes of texts", hint=hint)
-            index.add(entry)
-    return index
-
-
 def _row(
-    archive: str, image: Entry, texts: Sequence[Entry], license: str, columns: Sequence[str], *, has_questions: bool
+    archive: str,
+    image: Entry,
+    texts: Sequence[Entry],
+    license: str,
+    columns: Sequence[str],
+    *,
+    has_questions: bool,
 ) -> RawSample | Rejected:
     name = f"{archive}/{image.name}"
     if image.data is None:
         return Rejected(source_row=name, reason=image.reason, detail=REASONS[image.reason])
-    captions, values = _read_beside(texts)
+    captions, values = _parse_texts(texts)
     try:
         split = read_split(values.get(SPLIT)) or _split_of(archive)
     except ValueError as error:
@@ -504,46 +572,28 @@ def _row(
         context = tuple((column, as_text(values.get(column))) for column in columns)
     except SourceError as error:
         return Rejected(source_row=name, reason="unusable_column", detail=str(error))
-    fields: dict[str, Any] = {"references": tuple(captions), "context": context, "split": split}
-    fields |= {"reference_qa": questions_of_people(values)} if has_questions else {}
+    image_texts = ImageTexts(captions, list(human_questions(values)), split)
+    fields = image_texts.sample_fields(has_questions=has_questions) | {"context": context}
     return RawSample(source_row=name, images=(image.data,), license=license, fields=fields)
 
 
-def _require_columns(archives: SourceFiles, names: Sequence[str], columns: Sequence[str], index_of: IndexOf) -> None:
-    """Raise SourceError if nothing that lies beside the first images has one of these columns."""
-    known = {*OF_EVERY_IMAGE}
-    columns = [column for column in columns if not is_exif_name(column)]
-    for name in names:
-        if not {*columns} - known:
-            return
-        with closing(_read_images(archives, name, index_of)) as images:
-            for _, texts in islice(images, COLUMN_IMAGES):
-                known |= {*_read_beside(texts)[1]}
-        if len(known) > len(OF_EVERY_IMAGE):
-            break
-    if unknown := [column for column in columns if column not in known]:
-        hint = f"beside the first images are {', '.join(sorted(known))}"
-        raise SourceError(f"there is no column {unknown[0]}", hint=hint)
-
-
 def _split_of(archive: str) -> str | None:
-    return split_of_path(archive[: -len(next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix)))])
+    suffix = next(suffix for suffix in SUFFIXES if archive.lower().endswith(suffix))
+    return split_of_path(archive[: -len(suffix)])
 
 
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    refuse_roles(config, "an archive", "an archive has files: --columns context=A,B names values of NAME.json for prompts")
-    archives = find_source_files(path, SUFFIXES, follow_links=config.follow_links, is_whole=part == ALL)
-    if not archives.names:
+    refuse_roles(config, "an archive", "--columns context=A,B names values of NAME.json for prompts")
+    files = find_source_files(path, SUFFIXES, follow_links=config.follow_links, needs_digest=part == ALL)
+    if not files.names:
         hint = f"pass a file, or a folder with files that end in {', '.join(SUFFIXES)}"
         raise SourceError(f"no archive at {path}", hint=hint)
-    return open_archives(archives, part, config.license or UNKNOWN, config.context, config.source_split)
+    return open_archives(files, part, config.license or UNKNOWN, config.context, config.source_split)
 
 
 SPEC = SourceSpec(
     name="archive:PATH",
-    what="the images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf:// and https://",
-    license=LICENSE_UNLESS_SAID,
-    needs="a vision-language model",
+    what="images in a zip or tar file (WebDataset), or in all under a folder; also s3://, gs://, hf://",
     example="synth generate --source archive:photos.zip",
     open=_open,
     options=frozenset({"source_split", "columns", "license", "follow_links"}),

@@ -15,13 +15,13 @@ from pipeline.text.escape import printable
 from pipeline.types import RawSample, Rejected, Sample, Source, SourceSlice
 
 DECK_TASKS = ("deck_qa",)
-LICENSE_UNLESS_SAID = "unknown, unless --license says it; unknown images are pushed to a private repository"  # a license
-NAMED_ROWS = 3  # of those that a message counts
-MAX_METADATA_BYTES = 256_000_000  # of a file about many images
-# Options that only some sources support, by their config key: the error message for other sources, and its hint.
+LICENSE_FROM_OPTION = "unknown, unless --license states it; unknown images are pushed to a private repository"
+NAMED_ROWS = 3  # names per message
+MAX_METADATA_BYTES = 256_000_000  # size of a file with texts of many images
+# Options that only some sources support, by config key: the error message for other sources, and its hint.
 OPTIONS = {
     "source_split": ("has no splits, but --split {value} was given", "leave --split out"),
-    "columns": ("knows its columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
+    "columns": ("has fixed columns, but --columns was given", "leave --columns out, or use hub:ORG/NAME"),
     "allow_urls": ("holds its images, but --allow-urls was given", "leave --allow-urls out"),
     "allow_partial": ("is read as a whole, but --allow-partial was given", "leave --allow-partial out"),
     "follow_links": ("has no folder, but --follow-links was given", "leave --follow-links out"),
@@ -29,13 +29,16 @@ OPTIONS = {
         "states the license of its images, but --license was given",
         "--license goes with images of your own: folder:, archive:, list:, parquet:, pdf: and video:",
     ),
-    "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH alone"),
-    "captions": ("has its own captions, but --captions was given", "--captions goes with --source folder:PATH alone"),
+    "frame_seconds": ("has no frames, but --every was given", "--every goes with --source video:PATH only"),
+    "captions": (
+        "has its own captions, but --captions was given",
+        "--captions goes with --source folder: only",
+    ),
     "split.group_by": (
         "has no folders of images, but --group-by was given",
         "--group-by goes with sources of files: folder:, pdf:, pdf-pages: and video:",
     ),
-    "split_list": ("keeps its splits, but --split-list was given", "--split-list goes with --source flickr30k alone"),
+    "split_list": ("has its own splits, but --split-list was given", "--split-list goes with flickr30k only"),
 }
 
 
@@ -45,20 +48,20 @@ class SourceSpec:
 
     name: str
     what: str
-    license: str
-    needs: str
     example: str
+    license: str = LICENSE_FROM_OPTION
+    needs: str = "a vision-language model"
     open: Callable[[Config, str, SourceSlice], Source]
     tasks: tuple[str, ...] = ("caption", "qa")  # default tasks
-    options: frozenset[str] = frozenset()  # the supported keys of OPTIONS
-    image_kind: ImageKind | None = "photos"  # for the search of near-duplicates; None: images are known to be distinct
-    usual_split: str | None = None  # the split that models are scored on
-    model: str = LARGE  # by default
-    clip_model: str = "clip"  # by default
-    is_endless: bool = False  # it has as many samples as `limit` states
-    usual_grouping: Literal["folder"] | None = None  # split.group_by, unless the settings say it
+    options: frozenset[str] = frozenset()  # supported keys of OPTIONS
+    # How near-duplicates are searched; None: images are known to be distinct.
+    image_kind: ImageKind | None = "photos"
+    scored_split: str | None = None  # the split on which models are scored
+    model: str = LARGE  # default model
+    clip_model: str = "clip"  # default CLIP
+    is_endless: bool = False  # the number of samples is `limit`; other sources count rows up to it
+    default_grouping: Literal["folder"] | None = None  # default of split.group_by
     is_divisible: bool = True  # several readers may read slices
-    counts_rows: bool = True  # a limit is reached by counting rows, which needs a single reader
 
     @property
     def kind(self) -> str:
@@ -71,7 +74,7 @@ class SourceSpec:
 
     def describe(self) -> dict[str, str]:
         """Return the description of the source, as `synth doctor --sources` prints it."""
-        tasks = ", ".join(self.tasks) + ("; deck_qa where pages are mapped" if "columns" in self.options else "")
+        tasks = ", ".join(self.tasks) + ("; deck_qa if pages are mapped" if "columns" in self.options else "")
         facts = {"name": self.name, "what": self.what, "tasks": tasks}
         return {**facts, "license": self.license, "needs": self.needs, "example": self.example}
 
@@ -82,12 +85,14 @@ class SourceSpec:
                 raise ConfigError(f"source {self.kind} {message.format(value=value)}", hint=hint)
 
 
-def check_samples(rows: Iterator[RawSample | Rejected], columns: Sequence[str] = ()) -> Iterator[Sample | Rejected]:
-    """Yield the sample of each row, or its rejection if one of its images is unusable. Images are decoded in other processes.
+def check_samples(
+    rows: Iterator[RawSample | Rejected], columns: Sequence[str] = ()
+) -> Iterator[Sample | Rejected]:
+    """Yield the sample of each row, or its rejection if an image is unusable.
 
-    The id is that of the images as they are; the sample holds them without their metadata, which may say who took them where.
-    `columns` are those of the context: one that is named like an EXIF field, and that the source itself does not fill, gets its
-    value from the first image; no other field is read.
+    Other processes decode the images. A sample has the id of the original images, but holds them without
+    metadata. `columns` of the context that are named like EXIF fields, and that the row lacks, are read from
+    the first image.
     """
     exif = [name for name in columns if is_exif_name(name)]
     jobs = ((row, row.images if isinstance(row, RawSample) else ()) for row in rows)
@@ -111,23 +116,25 @@ def check_samples(rows: Iterator[RawSample | Rejected], columns: Sequence[str] =
             )
 
 
-def refuse_roles(config: Config, what: str, hint: str) -> None:
-    """Raise ConfigError if --columns gives a role, other than the context, to a source that is no table."""
+def refuse_roles(config: Config, source: str, hint: str) -> None:
+    """Raise ConfigError if --columns maps a role other than the context, for a source that is not a table."""
     if roles := [role for role in config.columns if role != CONTEXT]:
-        raise ConfigError(f"{what} has no column to be the {roles[0]}", hint=hint)
+        problem = f"{source} maps no columns to roles, but --columns names one for the {roles[0]}"
+        raise ConfigError(problem, hint=hint)
 
 
-def as_text(value: Any, what: str = "a column of the context") -> str:
-    """Return a value of a column as a prompt says it: lists with commas, nothing for null.
+def as_text(value: Any, name: str = "a column of the context") -> str:
+    """Return a value for a prompt: lists are joined with commas, null is empty.
 
-    Raise SourceError, which says `what` it is, for an object, or a list of lists: nobody would write them into a prompt.
+    Raise SourceError, which mentions `name`, for objects and lists of lists.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
-        return ", ".join(text for item in value if (text := as_text(item, what)))
+        return ", ".join(text for item in value if (text := as_text(item, name)))
     if isinstance(value, dict | list):
-        raise SourceError(f"{what} holds objects or lists of lists", hint="name columns of texts or numbers")
+        raise SourceError(f"{name} holds objects or lists of lists", hint="use columns of texts or numbers")
     is_missing = value is None or value != value  # NaN
-    return "" if is_missing else str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+    # JSON may hold lone surrogates.
+    return "" if is_missing else str(value).encode("utf-8", "replace").decode()
 
 
 def first_names(names: Sequence[str]) -> str:

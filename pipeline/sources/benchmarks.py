@@ -1,12 +1,12 @@
 """Sources: benchmarks of the Hub with human texts: Flickr30k, VQAv2 and SlideVQA.
 
-- Flickr30k: 31,014 photos with five captions each, under the split of Karpathy and Fei-Fei (2015). The original Hub repository
-  is a script. Its conversion files all rows under `test` and has the true split in a column. A copy without that column needs a
-  split list: 1,000 of its images are the common test set.
-- VQAv2: photos of COCO with questions and ten answers each. One sample is one photo with all of its questions. The questions
-  and answers are CC-BY-4.0, the photos are under the terms of Flickr.
-- SlideVQA: decks of up to twenty slides with questions, evidence pages and arithmetic. One sample is one deck. It is gated, and
-  its license permits internal evaluation only: `push` leaves its pixels out.
+- Flickr30k: 31,014 photos with five captions each, under the split of Karpathy and Fei-Fei (2015). The
+  original Hub repository is a script. Its conversion puts all rows under `test`, and has the true split in a
+  column. A copy without that column needs a split list: 1,000 of its images are the common test set.
+- VQAv2: photos of COCO with questions and ten answers each. One sample is one photo with all its questions.
+  The questions and answers are CC-BY-4.0, the photos are under the terms of Flickr.
+- SlideVQA: decks of up to 20 slides with questions, evidence pages and arithmetic. One sample is one deck.
+  It is gated, and its license permits internal evaluation only: `push` leaves its pixels out.
 """
 
 import json
@@ -33,32 +33,47 @@ from pipeline.text.vqa_answers import normalize_answer
 from pipeline.types import FLICKR_TERMS, NTT_EVALUATION, RawSample, ReferenceQA, Rejected, Source, SourceSlice
 
 FLICKR30K_REPO, VQAV2_REPO, SLIDEVQA_REPO = "nlphuji/flickr30k", "lmms-lab/VQAv2", "NTT-hil-insight/SlideVQA"
-KARPATHY_SPLITS = ("train", "validation", "test")
+NUM_KARPATHY_SPLITS = 3
 _VQAV2_COLUMNS = ("image_id", "question", "answers", "answer_type")
-_SLIDEVQA_COLUMNS = ("deck_name", "question", "answer", "answer_type", "evidence_pages", "arithmetic_expression")
+_SLIDEVQA_COLUMNS = (
+    "deck_name",
+    "question",
+    "answer",
+    "answer_type",
+    "evidence_pages",
+    "arithmetic_expression",
+)
+
+
+# --- Flickr30k
 
 
 def read_split_list(path: Path) -> dict[str, str]:
-    """Return the split of each file name, from Karpathy's JSON: {"images": [{"filename": ..., "split": ...}]}."""
+    """Return the split of each file name, from Karpathy's JSON."""
     try:
         images = json.loads(read_regular(path, max_bytes=MAX_METADATA_BYTES))["images"]
         return {image["filename"]: SPLIT_OF_WORD[image["split"]] for image in images}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, UnsafeFileError) as error:
-        hint = 'it looks like {"images": [{"filename": ..., "split": ...}]}'
-        raise SourceError(f"cannot read the list {path}: {error!r}", hint=hint) from None
+        hint = 'it must look like {"images": [{"filename": ..., "split": ...}]}'
+        raise SourceError(f"cannot read the split list {path}: {error!r}", hint=hint) from None
 
 
 def _open_flickr30k(config: Config, repo: str, part: SourceSlice) -> Source:
-    """Open photos with their captions and true splits. Raise SourceError if the tables lack the split, and no list has it."""
-    tables = replace(open_hub(repo or FLICKR30K_REPO, allow_partial=config.allow_partial), part=part, license=FLICKR_TERMS)
+    """Open photos with captions and true splits.
+
+    Raise SourceError if neither the tables nor a list has the split.
+    """
+    tables = open_hub(repo or FLICKR30K_REPO, allow_partial=config.allow_partial)
+    tables = replace(tables, part=part, license=FLICKR_TERMS)
     split, split_list = config.source_split, config.split_list
     columns = read_mapping(tables.schema, {"split": "filename"} if split_list else {})
-    if "split" not in columns and len(tables.files) < len(KARPATHY_SPLITS) and (split != "test" or split not in tables.files):
-        files = ", ".join(map(str, tables.files))
+    has_splits = "split" in columns or len(tables.files) >= NUM_KARPATHY_SPLITS
+    if not has_splits and not (split == "test" and split in tables.files):
+        problem = f"{tables.name} has no split column: all rows are in {', '.join(map(str, tables.files))}"
         hint = f"use {FLICKR30K_REPO}, or pass Karpathy's dataset_flickr30k.json: --split-list FILE"
-        raise SourceError(f"{tables.name} has lost which images are for testing: all are filed under {files}", hint=hint)
+        raise SourceError(problem, hint=hint)
     names = read_split_list(split_list) if split_list else SPLIT_OF_WORD
-    return open_mapped(tables, columns, config, config.source.partition("@")[0], names)  # the name of another copy is kept
+    return open_mapped(tables, columns, config, config.source.partition("@")[0], names)
 
 
 FLICKR30K = SourceSpec(
@@ -69,51 +84,56 @@ FLICKR30K = SourceSpec(
     example="synth generate --source flickr30k",
     open=_open_flickr30k,
     options=frozenset({"allow_partial", "source_split", "split_list"}),
-    usual_split="test",
+    scored_split="test",
 )
+
+
+# --- VQAv2 and SlideVQA
 
 
 def open_questions(
     config: Config,
     tables: Tables,
     key: str,
-    images: Sequence[str],
-    texts: Sequence[str],
+    image_columns: Sequence[str],
+    text_columns: Sequence[str],
     read_question: Callable[[dict[str, Any]], ReferenceQA],
     license: str,
     *,
     decks: bool = False,
 ) -> Source:
-    """Return a source of images with the questions of the rows that share their `key`. Raise SourceError for a missing split.
+    """Return a source of images with the questions of the rows that share their `key`.
 
-    `images` are the columns of an image or of pages; `texts` those that `read_question` needs, and `key`. The tables are read
-    twice: first the text columns of all rows, then the first row of each image.
+    The tables are read twice: first the text columns of all rows (those of `read_question`, and `key`), then
+    the first row of each image. Raise SourceError for a missing split.
     """
     split = config.source_split
     check_split(tables, split)
 
     def rows(start: int) -> Iterator[RawSample | Rejected]:
         questions: dict[tuple[str | None, Any], list[ReferenceQA]] = {}
-        yielded = first_row = 0
-        for _, file_split, row in tables.rows(texts, split):
+        num_rows = first_row = 0
+        for _, file_split, row in tables.rows(text_columns, split):
             if isinstance(row, Rejected):
-                yielded += 1
-                if yielded > start:
+                num_rows += 1
+                if num_rows > start:
                     yield row
                 continue
             questions.setdefault((file_split, row[key]), []).append(read_question(row))
-        if yielded < start:  # pass over images that nobody wants, by their keys alone
+        if num_rows < start:  # skip images by their keys alone
             for _, file_split, row in tables.rows((key,), split):
-                if yielded == start:
+                if num_rows == start:
                     break
-                yielded += isinstance(row, Rejected) or questions.pop((file_split, row[key]), None) is not None
+                is_counted = isinstance(row, Rejected) or questions.pop((file_split, row[key]), None)
+                num_rows += bool(is_counted)
                 first_row += 1
-        for name, file_split, row in tables.rows((key, *images), split, first_row):
+        for name, file_split, row in tables.rows((key, *image_columns), split, first_row):
             if isinstance(row, Rejected):
                 yield row
-            elif reference_qa := questions.pop((file_split, row[key]), None):  # its first row
-                pages = [row[column] for column in images]
-                yield build_sample(name, pages, license, stored_split(file_split, split), reference_qa=tuple(reference_qa))
+            elif reference_qa := questions.pop((file_split, row[key]), None):  # the first row of the image
+                pages = [row[column] for column in image_columns]
+                row_split = stored_split(file_split, split)
+                yield build_sample(name, pages, license, row_split, reference_qa=tuple(reference_qa))
 
     return Source(
         name=config.source.partition("@")[0],
@@ -127,8 +147,8 @@ def open_questions(
 
 
 def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
-    given = row["answers"] or ()  # the test split has none
-    texts = (answer["answer"] if isinstance(answer, dict) else answer for answer in given)
+    values = row["answers"] or ()  # the test split has no answers
+    texts = (value["answer"] if isinstance(value, dict) else value for value in values)
     answers = tuple(normalize_answer(str(text)) for text in texts)  # as in the official evaluation
     return ReferenceQA(question=row["question"], answers=answers, answer_type=row["answer_type"])
 
@@ -136,18 +156,19 @@ def _vqav2_question(row: dict[str, Any]) -> ReferenceQA:
 def _open_vqav2(config: Config, repo: str, _: SourceSlice) -> Source:
     tables = open_hub(repo or VQAV2_REPO, allow_partial=config.allow_partial)
     tables.require("image", *_VQAV2_COLUMNS)
-    return open_questions(config, tables, "image_id", ["image"], _VQAV2_COLUMNS, _vqav2_question, FLICKR_TERMS)
+    columns, license = _VQAV2_COLUMNS, FLICKR_TERMS
+    return open_questions(config, tables, "image_id", ["image"], columns, _vqav2_question, license)
 
 
 VQAV2 = SourceSpec(
     name="vqav2",
     what="photos of COCO with questions and ten answers each (Goyal et al., 2017); one sample is a photo",
-    license="CC-BY-4.0 words, Flickr terms for the photos: pixels stay here",
+    license="CC-BY-4.0 texts, Flickr terms for the photos: pixels stay here",
     needs="the Hub, a vision-language model",
     example="synth generate --source vqav2 --split validation --limit 1000",
     open=_open_vqav2,
     options=frozenset({"allow_partial", "source_split"}),
-    usual_split="validation",
+    scored_split="validation",
     is_divisible=False,
 )
 
@@ -169,18 +190,20 @@ def _optional(value: Any) -> str | None:
 def _open_slidevqa(config: Config, repo: str, _: SourceSlice) -> Source:
     tables = open_hub(repo or SLIDEVQA_REPO, allow_partial=config.allow_partial)
     pages = named_columns(tables.require("page_1", *_SLIDEVQA_COLUMNS), "pages", "page_*")
-    return open_questions(config, tables, "deck_name", pages, _SLIDEVQA_COLUMNS, _slidevqa_question, NTT_EVALUATION, decks=True)
+    columns, license = _SLIDEVQA_COLUMNS, NTT_EVALUATION
+    read = _slidevqa_question
+    return open_questions(config, tables, "deck_name", pages, columns, read, license, decks=True)
 
 
 SLIDEVQA = SourceSpec(
     name="slidevqa",
-    what="decks of up to 20 slides with questions, evidence pages and arithmetic (Tanaka et al., 2023); one sample is a deck",
+    what="decks of up to 20 slides with questions and evidence (Tanaka et al., 2023); one sample is a deck",
     license="NTT's license for evaluation: pixels stay here",
     needs="the Hub, access granted there, a vision-language model",
     example="synth generate --source slidevqa --split validation --limit 50",
     open=_open_slidevqa,
     tasks=DECK_TASKS,
     options=frozenset({"allow_partial", "source_split"}),
-    usual_split="test",
+    scored_split="test",
     is_divisible=False,
 )

@@ -1,63 +1,89 @@
-"""Find rows of a source about one image, and keep each image once with the texts of all of them."""
+"""Find rows of a source about one image, and keep each image once with the texts of all its rows."""
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.digests import canonical
-from pipeline.sources.exclusions import ExclusionIndex
+from pipeline.errors import ImageError
+from pipeline.sources.exclusions import ExclusionIndex, hash_images
 from pipeline.tables import LISTED_SAMPLE, NUM_PAGES, SAMPLE_IMAGES, SPLIT_RANK
 from pipeline.types import Rejected, Sample
 
-BATCH_SAMPLES = 64  # taken together; fewer, where their images come to BATCH_BYTES
+# A batch ends with the first of these limits.
+BATCH_SAMPLES = 64
 BATCH_BYTES = 16_000_000
-BATCH_ROWS = 1_024  # of the source, where most of them are rejected, or copies
-BATCH_SECONDS = 30.0  # of a slow source
-MAX_BINARY_BYTES = 2**31 - 1  # of the values of an Arrow array with offsets of 32 bits
-POSITION = "position"  # of the row in the source, counted from 0
-IS_COPY = "is_copy"  # whether a sample is a copy of an earlier one
+BATCH_ROWS = 1_024
+BATCH_SECONDS = 30.0
+POSITION = "position"  # number of the row in the source, counted from 0
+IS_COPY = "is_copy"  # whether an earlier sample has the same image
 READ_SAMPLE = pa.schema(
-    [*LISTED_SAMPLE, pa.field(POSITION, pa.int64(), nullable=False), pa.field(IS_COPY, pa.bool_(), nullable=False)]
+    [
+        *LISTED_SAMPLE,
+        pa.field(POSITION, pa.int64(), nullable=False),
+        pa.field(IS_COPY, pa.bool_(), nullable=False),
+    ]
 )
-RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # the row of a source, its references and questions
-RejectedRow = tuple[int, dict[str, str]]  # the position of a row in the source, and the row as one of SOURCE_REJECTED
-REPEATED = "duplicate_image"  # of a row about the image of another one, which gets its texts
+RowTexts = tuple[str, Sequence[str], Sequence[dict[str, Any]] | None]  # source row, references, questions
+RejectedRow = tuple[int, dict[str, str]]  # position, and a row of SOURCE_REJECTED
+REPEATED = "duplicate_image"  # reason: another row has the image, and gets the texts of this row
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadBatch:
     """Rows of a source that were read together."""
 
-    samples: pa.Table  # READ_SAMPLE
-    images: pa.Table  # SAMPLE_IMAGES, of the samples that are not copies
-    rejected: list[RejectedRow]  # rows that are not copies
-    num_rows: int
-    last_row: str  # its name in the source
+    samples: list[dict[str, Any]] = field(default_factory=list)  # rows of READ_SAMPLE
+    sample_images: dict[str, Sequence[bytes]] = field(default_factory=dict)  # by id, without copies
+    rejected: list[RejectedRow] = field(default_factory=list)  # without copies
+    num_rows: int = 0
+    last_row: str = ""
+    num_bytes: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    def add(self, row: dict[str, Any], images: Sequence[bytes]) -> None:
+        """Add a row of READ_SAMPLE, and its images unless it is a copy."""
+        self.samples.append(row)
+        if not row[IS_COPY]:
+            self.sample_images[row["sample_id"]] = images
+            self.num_bytes += sum(map(len, images))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the batch has reached one of its limits."""
+        is_large = len(self.sample_images) == BATCH_SAMPLES or self.num_bytes >= BATCH_BYTES
+        return is_large or self.num_rows == BATCH_ROWS or time.monotonic() - self._started >= BATCH_SECONDS
+
+    def sample_table(self) -> pa.Table:
+        """Return the samples as a table (READ_SAMPLE)."""
+        return pa.Table.from_pylist(self.samples, schema=READ_SAMPLE)
+
+    def take_images(self) -> pa.Table:
+        """Return the images as a table (SAMPLE_IMAGES), and release their memory."""
+        images, self.sample_images = self.sample_images, {}
+        return pa.table([[*images], [*images.values()]], schema=SAMPLE_IMAGES)
 
 
 @dataclass(slots=True)
 class DuplicateImages:
-    """The samples that were kept so far; of copies of one image, the same one stays in whatever order they
-    come.
+    """The samples kept so far. Of copies of one image, the same one is kept in whatever order they come.
 
-    The image has the captions and questions of all copies, in the order of their rows: tables of captions or
-    questions often have a row for each.
+    It gets the captions and questions of all copies, in the order of their rows: tables often have a row per
+    caption.
     """
 
-    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # by sample id: row of the source, split
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by sample id: new values of columns
-    texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # by sample id: of all copies but the first that came
+    kept: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # sample id -> source row, split
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # sample id -> new values of columns
+    texts: dict[str, list[RowTexts]] = field(default_factory=dict)  # sample id -> texts of later copies
 
     def add(self, row: dict[str, Any]) -> Rejected | None:
-        """Take a sample as a row of tables.LISTED_SAMPLE; return the rejection of one of two copies, or None
-        for a new image.
+        """Add a row of LISTED_SAMPLE; return the rejection of one of two copies, or None for a new image.
 
-        The references and the name of the copy stay whose row in the source comes first by its name.
+        The copy whose source row comes first by name is kept.
         """
         sample_id, source_row, split = row["sample_id"], row["source_row"], row["split"]
         if sample_id not in self.kept:
@@ -67,7 +93,8 @@ class DuplicateImages:
         changes: dict[str, Any] = {}
         self.texts.setdefault(sample_id, []).append((source_row, row["references"], row["reference_qa"]))
         if source_row < kept_row:
-            changes = {name: row[name] for name in LISTED_SAMPLE.names if name not in ("sample_id", "split", NUM_PAGES)}
+            unchanged = ("sample_id", "split", NUM_PAGES)
+            changes = {name: row[name] for name in LISTED_SAMPLE.names if name not in unchanged}
         if SPLIT_RANK[split] > SPLIT_RANK[kept_split]:  # a copy in a held-out split holds out all of them
             kept_split = changes["split"] = split
         if changes:
@@ -76,42 +103,42 @@ class DuplicateImages:
         return Rejected(source_row=max(kept_row, source_row), reason=REPEATED, detail=sample_id)
 
     def apply(self, samples: pa.Table) -> pa.Table:
-        """Return samples (tables.LISTED_SAMPLE) with the changes that their copies have led to."""
-        if not any(name in self.changes or name in self.texts for name in samples["sample_id"].to_pylist()):
+        """Return samples (LISTED_SAMPLE) with the changes from their copies."""
+        if not any(sample_id in self.texts for sample_id in samples["sample_id"].to_pylist()):
             return samples
-        rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in samples.to_pylist()]
+        rows = samples.to_pylist()
+        rows = [row | self.changes.get(row["sample_id"], {}) | self._merged(row) for row in rows]
         return pa.Table.from_pylist(rows, schema=samples.schema)
 
     def _merged(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the captions and questions of all copies of an image; nothing if it has none."""
+        """Return the captions and questions of all copies of an image, each once; empty if it has no copy."""
         if row["sample_id"] not in self.texts:
             return {}
-        own = (row["source_row"], row["references"], row["reference_qa"])
-        copies = sorted([own, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
-        # Each text once: a table may repeat them with each question.
+        row_texts = (row["source_row"], row["references"], row["reference_qa"])
+        copies = sorted([row_texts, *self.texts[row["sample_id"]]], key=lambda copy: copy[0])
         references = dict.fromkeys(text for _, texts, _ in copies for text in texts)
-        asked = {canonical(question): question for _, _, questions in copies for question in questions or ()}
-        has_questions = any(questions is not None for _, _, questions in copies)
-        return {"references": list(references), "reference_qa": list(asked.values()) if has_questions else None}
+        questions = {canonical(one): one for _, _, copy_questions in copies for one in copy_questions or ()}
+        has_questions = any(copy_questions is not None for _, _, copy_questions in copies)
+        reference_qa = list(questions.values()) if has_questions else None
+        return {"references": list(references), "reference_qa": reference_qa}
 
 
 @dataclass(slots=True)
 class SampleDeduplicator:
-    """Takes the rows of a source; of several copies of an image one is kept, of an excluded one none."""
+    """Reads the rows of a source: keeps one copy of each image, and rejects excluded images."""
 
     excluded: ExclusionIndex
     images: DuplicateImages = field(default_factory=DuplicateImages)
-    num_rows: int = 0  # of the source that were taken
-    copies: list[dict[str, str]] = field(default_factory=list)  # rejected
+    num_rows: int = 0
+    copies: list[dict[str, str]] = field(default_factory=list)  # rows of SOURCE_REJECTED
 
     def batches(self, rows: Iterator[Sample | Rejected], limit: int | None = None) -> Iterator[ReadBatch]:
-        """Yield rows in batches, until `limit` images are kept; the row after the last one is not taken."""
-        batch = _Batch()
+        """Yield rows in batches until `limit` images are kept; the next row is not consumed."""
+        batch = ReadBatch()
         while limit is None or len(self.images.kept) < limit:
             if (row := next(rows, None)) is None:
                 break
-            if isinstance(row, Sample) and (name := self.excluded.find(row)):
-                row = Rejected(source_row=row.source_row, reason="banned_image", detail=name)
+            row = self._check(row)
             if isinstance(row, Rejected):
                 batch.rejected.append((self.num_rows, asdict(row)))
             else:
@@ -122,67 +149,34 @@ class SampleDeduplicator:
             self.num_rows += 1
             batch.num_rows, batch.last_row = batch.num_rows + 1, row.source_row
             if batch.is_full:
-                yield batch.read()
-                batch = _Batch()
+                yield batch
+                batch = ReadBatch()
         if batch.num_rows:
-            yield batch.read()
+            yield batch
+
+    def _check(self, row: Sample | Rejected) -> Sample | Rejected:
+        """Hash the images of a sample if its source has not; reject it if it is excluded."""
+        if isinstance(row, Rejected):
+            return row
+        if self.excluded.kind is not None and not row.pdq_hashes:
+            try:
+                row = replace(row, pdq_hashes=hash_images(row))
+            except ImageError as error:
+                return Rejected(source_row=row.source_row, reason=error.reason, detail=str(error))
+        name = self.excluded.find(row)
+        return Rejected(source_row=row.source_row, reason="banned_image", detail=name) if name else row
 
     def is_copy(self, row: dict[str, Any]) -> bool:
-        """Take a sample as a row of tables.LISTED_SAMPLE; return whether it is a copy of an earlier one."""
+        """Add a row of LISTED_SAMPLE; return whether an earlier sample has its image."""
         copy = self.images.add(row)
         if copy:
             self.copies.append(asdict(copy))
         return copy is not None
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Rows of a source that are being read."""
-
-    samples: list[dict[str, Any]] = field(default_factory=list)  # of schema READ_SAMPLE
-    ids: list[str] = field(default_factory=list)
-    images: list[Sequence[bytes]] = field(default_factory=list)  # of each of `ids`
-    rejected: list[RejectedRow] = field(default_factory=list)
-    num_rows: int = 0
-    last_row: str = ""
-    num_bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, row: dict[str, Any], images: Sequence[bytes]) -> None:
-        """Add a row of schema READ_SAMPLE, and its images unless it is a copy."""
-        self.samples.append(row)
-        if not row[IS_COPY]:
-            self.ids.append(row["sample_id"])
-            self.images.append(images)
-            self.num_bytes += sum(map(len, images))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the batch ends here: by its size, or since the source is slow."""
-        is_large = len(self.ids) == BATCH_SAMPLES or self.num_bytes >= BATCH_BYTES or self.num_rows == BATCH_ROWS
-        return is_large or time.monotonic() - self.started >= BATCH_SECONDS
-
-    def read(self) -> ReadBatch:
-        """Return the rows read."""
-        samples = pa.Table.from_pylist(self.samples, schema=READ_SAMPLE)
-        images = pa.table([self.ids, binary_lists(self.images)], schema=SAMPLE_IMAGES)
-        return ReadBatch(samples, images, self.rejected, self.num_rows, self.last_row)
-
-
-def without_copies(samples: pa.Table, most_rows: int | None = None) -> pa.Table:
-    """Return the samples (READ_SAMPLE) that are not copies of earlier ones, among the first `most_rows` of the source."""
-    is_taken = pc.invert(samples[IS_COPY])
-    if most_rows is not None:
-        is_taken = pc.and_(is_taken, pc.less(samples[POSITION], most_rows))
-    return samples.filter(is_taken).drop_columns([POSITION, IS_COPY])
-
-
-def binary_lists(lists: Sequence[Sequence[bytes]]) -> pa.ListArray:
-    """Return lists of binary values. They are copied once; Arrow's own conversion lets its buffer grow meanwhile."""
-    values = [value for of_one in lists for value in of_one]
-    ends = np.cumsum([0, *map(len, values)])
-    if ends[-1] > MAX_BINARY_BYTES:
-        return pa.array(lists, pa.list_(pa.binary()))
-    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(values))]
-    offsets = pa.array(np.cumsum([0, *map(len, lists)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.Array.from_buffers(pa.binary(), len(values), buffers))
+def without_copies(samples: pa.Table, max_rows: int | None = None) -> pa.Table:
+    """Return the samples (READ_SAMPLE) that are not copies, among the first `max_rows` rows of the source."""
+    is_kept = pc.invert(samples[IS_COPY])
+    if max_rows is not None:
+        is_kept = pc.and_(is_kept, pc.less(samples[POSITION], max_rows))
+    return samples.filter(is_kept).drop_columns([POSITION, IS_COPY])

@@ -1,8 +1,8 @@
 """Decontamination: find images and texts of other datasets, such as the test set of a benchmark.
 
-Images are matched by their bytes or by their PDQ hashes: those of the whole image and of its middle square, as models cut it
-out, mirrored or not. An equal text about another image is not a leak by itself, and is only
-marked: "A man rides a bike." is true of many images.
+Images are matched by their bytes or by the PDQ hashes of the whole image and of its center crop, mirrored or
+not. An equal text about another image is not a leak by itself, and is only marked: "A man rides a bike." is
+true of many images.
 """
 
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.config.files import resolve
 from pipeline.dataset.directory import DatasetDir
 from pipeline.errors import ImageError, SourceError
-from pipeline.images.decode import decode_for_hash, image_id, pdq_hash
+from pipeline.images.decode import check_image, decode_for_hash, image_id, pdq_hash
 from pipeline.images.near_duplicates import MAX_NEAR_BITS, Hashes, ImageKind, as_hashes, image_distances
 from pipeline.progress import Progress
 from pipeline.sources import choose_image_kind, find_source, open_source
@@ -27,32 +27,40 @@ from pipeline.text.content_keys import content_words
 from pipeline.text.normalize import strip_opening, words_of
 from pipeline.types import Rejected, Sample, Source
 
-NGRAM_WORDS = 5  # words in a row
+NGRAM_WORDS = 5
 MIN_WORDS = 8  # shorter texts are compared as a whole only
-MIN_SHARE = 0.7  # of the n-grams of the shorter text, to count as repeated
-CROPS = (1.0, 224 / 256)  # of the shorter side: the middle square, and what is left of it after the usual crop
+MIN_SHARE = 0.7  # share of the n-grams of the shorter text that must be equal
+CROPS = (1.0, 224 / 256)  # sides of center crops, relative to the shorter side
 
 
-def exclusion_rows(name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos") -> Iterator[dict[str, Any]]:
-    """Yield one row (tables.EXCLUSIONS) for each image of a dataset; the row of a deck's first page holds its texts.
+def hash_images(sample: Sample) -> tuple[bytes, ...]:
+    """Return the PDQ hash of each image of a sample. Raise ImageError if one cannot be decoded."""
+    return sample.pdq_hashes or tuple(check_image(image).pdq_hash for image in sample.images)
 
-    `kind` is that of the images that are looked for in it: only photographs are cut as models cut them.
+
+def exclusion_rows(
+    name: str, samples: Iterable[Sample], kind: ImageKind | None = "photos"
+) -> Iterator[dict[str, Any]]:
+    """Yield one row (tables.EXCLUSIONS) for each image of a dataset; the first page of a deck has its texts.
+
+    `kind` is that of the images that are compared with them. Only photos are cropped.
     """
     for sample in samples:
         is_photo = kind == "photos" and len(sample.images) == 1
         texts = [*sample.references, *(pair.question for pair in sample.reference_qa or ())]
-        for n, image in enumerate(sample.images):
+        hashes = hash_images(sample) if kind else [b""] * len(sample.images)
+        for page, (image, page_hash) in enumerate(zip(sample.images, hashes, strict=True)):
             yield {
                 "name": name,
                 "image_id": image_id(image),
-                "pdq_hash": sample.pdq_hashes[n] if sample.pdq_hashes else b"",
-                "crop_hashes": _crop_hashes(image) if is_photo and sample.pdq_hashes else [],
-                "texts": texts if n == 0 else [],
+                "pdq_hash": page_hash,
+                "crop_hashes": _crop_hashes(image) if is_photo else [],
+                "texts": texts if page == 0 else [],
             }
 
 
 def _crop_hashes(data: bytes) -> list[bytes]:
-    """Return the PDQ hashes of the middle of an image; none where it has too little detail, or can no longer be decoded."""
+    """Return the PDQ hashes of the center crops of an image, without crops that have too little detail."""
     try:
         image = decode_for_hash(data)
     except ImageError:
@@ -62,80 +70,77 @@ def _crop_hashes(data: bytes) -> list[bytes]:
         side = round(min(image.size) * share)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         hashes.append(pdq_hash(image.crop((left, top, left + side, top + side))))
-    return [one for one in hashes if one]
+    return [crop_hash for crop_hash in hashes if crop_hash]
 
 
 @dataclass(slots=True)
 class ExclusionIndex:
     """Images that must not be trained on (tables.EXCLUSIONS), by sha256 and by PDQ hash."""
 
-    ids: dict[str, str] = field(default_factory=dict)  # sha256 of an image -> the dataset that holds it
+    dataset_of_id: dict[str, str] = field(default_factory=dict)  # by sha256
     hashes: Hashes = field(default_factory=lambda: np.empty((0, 4), np.uint64))
-    names: list[str] = field(default_factory=list)  # of the dataset of each hash
-    kind: ImageKind | None = None  # of the images to look up
+    dataset_of_hash: list[str] = field(default_factory=list)
+    kind: ImageKind | None = None  # kind of the images to look up; None: they are compared by bytes only
 
     @classmethod
     def of(cls, table: pa.Table, kind: ImageKind | None) -> "ExclusionIndex":
-        """Index the images of a table. `kind` is that of the images to look up; None: by bytes only."""
+        """Index the images of a table, to look up images of a kind."""
         rows = table.drop_columns(["texts"]).to_pylist()
-        hashed = [
-            (one, row["name"])
-            for row in rows
-            for one in (row["pdq_hash"], *(row["crop_hashes"] if kind == "photos" else ()))
-            if one and kind
-        ]
-        hashes = as_hashes([one for one, _ in hashed])
-        return cls({row["image_id"]: row["name"] for row in rows}, hashes, [name for _, name in hashed], kind)
+        hashes, datasets = list[bytes](), list[str]()
+        for row in rows if kind else ():
+            crops = row["crop_hashes"] if kind == "photos" else []
+            row_hashes = [one for one in (row["pdq_hash"], *crops) if one]
+            hashes += row_hashes
+            datasets += [row["name"]] * len(row_hashes)
+        return cls({row["image_id"]: row["name"] for row in rows}, as_hashes(hashes), datasets, kind)
 
     def find(self, sample: Sample) -> str | None:
-        """Return the dataset that has an image of this sample or a near-duplicate of it; None if no dataset has."""
-        for image in sample.images if self.ids else ():
-            if name := self.ids.get(image_id(image)):
+        """Return the dataset that has an image of this sample, or a near-duplicate of it, if any."""
+        for image in sample.images if self.dataset_of_id else ():
+            if name := self.dataset_of_id.get(image_id(image)):
                 return name
         pdq_hashes = [pdq_hash for pdq_hash in sample.pdq_hashes if pdq_hash]
         if not pdq_hashes or self.kind is None or not len(self.hashes):
             return None
         distances = image_distances(as_hashes(pdq_hashes), self.hashes, mirrored=self.kind == "photos")
         near = np.argwhere(distances <= MAX_NEAR_BITS[self.kind])
-        return self.names[int(near[0][1])] if len(near) else None
+        return self.dataset_of_hash[int(near[0][1])] if len(near) else None
 
 
 @dataclass(slots=True)
 class TextIndex:
     """Texts that must not be trained on (tables.EXCLUSIONS), by content words and by 5-grams of words."""
 
-    names: list[str] = field(default_factory=list)  # the dataset of each text
+    datasets: list[str] = field(default_factory=list)  # of each text
     ngram_counts: list[int] = field(default_factory=list)  # of each text
-    whole: dict[tuple[str, ...], str] = field(default_factory=dict)  # content words -> dataset
-    ngrams: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))  # 5-gram -> indices into `names`
+    dataset_of_words: dict[tuple[str, ...], str] = field(default_factory=dict)  # by content words
+    texts_of_ngram: dict[tuple[str, ...], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @classmethod
     def of(cls, table: pa.Table) -> "TextIndex":
         """Index the texts of a table."""
         index = cls()
-        for row in table.select(["name", "texts"]).to_pylist():
-            for text in row["texts"]:
-                index.whole.setdefault(content_words(text), row["name"])
-                ngrams = _ngrams(text) if len(words_of(text)) >= MIN_WORDS else set()
-                for gram in ngrams:
-                    index.ngrams[gram].add(len(index.names))
-                index.names.append(row["name"])
-                index.ngram_counts.append(len(ngrams))
+        rows = table.select(["name", "texts"]).to_pylist()
+        for name, text in ((row["name"], text) for row in rows for text in row["texts"]):
+            index.dataset_of_words.setdefault(content_words(text), name)
+            ngrams = _ngrams(text) if len(words_of(text)) >= MIN_WORDS else set()
+            for ngram in ngrams:
+                index.texts_of_ngram[ngram].add(len(index.datasets))
+            index.datasets.append(name)
+            index.ngram_counts.append(len(ngrams))
         return index
 
     def find(self, text: str) -> str | None:
-        """Return the dataset that has a text, or a part of it, or has it as a part; else None.
-
-        Two texts are equal by their content words, or share MIN_SHARE of the 5-grams of the shorter one.
-        """
-        if (words := content_words(text)) and words in self.whole:
-            return self.whole[words]
+        """Return the dataset with a text of equal content words, or of MIN_SHARE equal 5-grams, if any."""
+        if (words := content_words(text)) and words in self.dataset_of_words:
+            return self.dataset_of_words[words]
         if len(words_of(text)) < MIN_WORDS:
             return None
         ngrams = _ngrams(text)
-        shared = Counter(n for gram in ngrams for n in self.ngrams.get(gram, ()))
-        repeated = [n for n, count in shared.items() if count >= MIN_SHARE * min(len(ngrams), self.ngram_counts[n])]
-        return self.names[min(repeated)] if repeated else None
+        shared = Counter(n for ngram in ngrams for n in self.texts_of_ngram.get(ngram, ()))
+        counts, own = self.ngram_counts, len(ngrams)
+        repeated = [n for n, count in shared.items() if count >= MIN_SHARE * min(own, counts[n])]
+        return self.datasets[min(repeated)] if repeated else None
 
 
 def _ngrams(text: str) -> set[tuple[str, ...]]:
@@ -143,40 +148,39 @@ def _ngrams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + NGRAM_WORDS]) for start in range(len(words) - NGRAM_WORDS + 1)}
 
 
-def parse_exclusion(name: str) -> tuple[str, str | None]:
-    """Return the source and the split that `SOURCE#SPLIT` names; without a split, the usual one of a benchmark, or all."""
-    source, _, split = name.partition("#")
-    return source, split or find_source(source).usual_split
-
-
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A source of --exclude that is open: as it was given, and under its own name."""
+    """An open source of --exclude: the option's value, and the label in tables and messages."""
 
-    given: str
+    option: str
     label: str
     source: Source
 
 
+def parse_exclusion(option: str) -> tuple[str, str | None]:
+    """Return the source and the split of SOURCE[#SPLIT]; the default is the scored split, if any."""
+    name, _, split = option.partition("#")
+    return name, split or find_source(name).scored_split
+
+
 def open_exclusions(config: Config) -> list[Exclusion]:
     """Open the sources of --exclude; no row is read."""
-    opened = []
-    for given in config.exclude:
-        name, split = parse_exclusion(given)
-        supported = find_source(name).options
-        kept = ("allow_urls", "allow_partial", "frame_seconds")
-        options: dict[str, Any] = {option: getattr(config, option) for option in kept if option in supported}
-        source = open_source(resolve(source=name, source_split=split, **options))
-        opened.append(Exclusion(given, f"{source.name}#{split}" if split else source.name, source))
-    return opened
+    exclusions = []
+    for option in config.exclude:
+        name, split = parse_exclusion(option)
+        shared = find_source(name).options & {"allow_urls", "allow_partial", "frame_seconds"}
+        settings: dict[str, Any] = {setting: getattr(config, setting) for setting in shared}
+        source = open_source(resolve(source=name, source_split=split, **settings))
+        exclusions.append(Exclusion(option, f"{source.name}#{split}" if split else source.name, source))
+    return exclusions
 
 
 def write_exclusions(
     dataset: DatasetDir, config: Config, exclusions: Sequence[Exclusion], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Read the sources of --exclude; return what they are: names, revisions, and numbers of images and texts.
+    """Read the sources of --exclude; return their names, revisions, and numbers of images and texts.
 
-    Raises SourceError if no image of one of them can be read.
+    Raise SourceError if no image of one of them can be read.
     """
     described: list[dict[str, Any]] = []
     kind = choose_image_kind(config)
@@ -191,10 +195,9 @@ def write_exclusions(
                     rows += exclusion_rows(label, [sample], kind)
                     progress(f"exclude {label}", len(rows), None)
             if not rows:
-                problem = f"no image of {exclusion.given} could be read, so none would be left out"
-                raise SourceError(problem, hint="check --exclude")
+                raise SourceError(f"no image of {exclusion.option} can be read", hint="check --exclude")
             if unread:
-                progress.warn(f"exclude {label}: {unread} rows could not be read, and are not compared with")
+                progress.warn(f"exclude {label}: {unread} rows cannot be read, and are not excluded")
             counts = {"images": len(rows), "texts": sum(len(row["texts"]) for row in rows), "unread": unread}
             described.append({"name": label, "revision": exclusion.source.revision, **counts})
             yield pa.Table.from_pylist(rows, schema=EXCLUSIONS)

@@ -1,41 +1,38 @@
-"""Source: a local folder of images, read in an order that does not depend on the disk.
+"""Source: a local folder of images, in an order that does not depend on the disk.
 
-Captions beside the images become references: `picture.txt` with one caption a line, or `metadata.jsonl`, `.csv` or
-`.parquet` with a column `file_name`, as in the imagefolder format of `datasets`. Other columns of these files may be named as
-the context of prompts, and so may `folder` and `file_name`, which every image has.
+Captions next to the images become references: `picture.txt` with one caption per line, or `metadata.jsonl`,
+`.csv` or `.parquet` with a column `file_name`, as in the imagefolder format of `datasets`. Prompts may use
+other columns of these files, `folder` and `file_name` as context.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.digests import digest
-from pipeline.errors import SourceError
-from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from pipeline.errors import ImageError, SourceError
+from pipeline.images.decode import IMAGE_SUFFIXES
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, check_samples, refuse_roles
+from pipeline.sources.base import SourceSpec, check_samples, refuse_roles
 from pipeline.sources.source_files import (
-    REFUSALS,
     FolderContent,
     count_by_suffix,
     describe_unread,
     digest_or_fault,
     list_files,
+    read_image,
     row_name,
 )
 from pipeline.sources.texts import (
     METADATA_FILES,
-    OF_EVERY_IMAGE,
-    References,
+    PATH_COLUMNS,
+    FolderTexts,
+    ImageTexts,
     add_caption_files,
     add_splits_of_folders,
-    describe_by_model,
-    read_references,
-    texts_of_revision,
+    describe_model_texts,
+    read_folder_texts,
 )
-from pipeline.storage.untrusted import UnsafeFileError, read_regular
 from pipeline.tables import SPLITS
 from pipeline.types import ALL, UNKNOWN, Context, RawSample, Rejected, Source, SourceSlice
 
@@ -49,103 +46,109 @@ def open_folder(
     *,
     follow_links: bool = False,
 ) -> Source:
-    """Return image files sorted by path, or a slice without a revision. Raise SourceError if `root` holds none.
+    """Return image files sorted by path, or a slice without a revision.
 
-    `columns` of metadata files, or fields of EXIF, become the context; SourceError is raised for one that is neither. The
-    `caption_files` say what people wrote about the images (sources/texts.py).
-    Links to files outside of `root` are rejected, unless `follow_links` is set: their content would be published.
+    `columns` of metadata files, or EXIF fields, become the context. Links to files outside of `root` are
+    rejected unless `follow_links` is set: their content would be published. Raise SourceError if `root` has
+    no image, or no file has one of the columns.
     """
     if not root.is_dir():
         raise SourceError(f"not a folder: {root}", hint="pass a folder of images: --source folder:PATH")
     content = list_files(root)
     if not content.images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        hint = f"files that end in {suffixes} are read, in subfolders too"
-        if any(path.suffix == ".arrow" for path in content.others):
-            hint = f"datasets.load_from_disk({str(root)!r}) reads it: write it with to_parquet, and read that with parquet:PATH"
-        raise SourceError("; ".join([f"no image in {root}", *describe_unread(content)]), hint=hint)
+        raise _no_images_error(root, content)
     images = {row_name(path, root): path for path in content.images}
-    rows: dict[str, Path | Rejected] = {**images}
-    rows |= {row.source_row: row for row in content.rejected}
-    own = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
-    paths = [row for _, row in own if isinstance(row, Path)]
+    rows: dict[str, Path | Rejected] = {**images, **{row.source_row: row for row in content.rejected}}
+    slice_rows = [(name, rows[name]) for name in sorted(rows)[part.number :: part.of]]
+    paths = [row for _, row in slice_rows if isinstance(row, Path)]
     bound = None if follow_links else root
-    references = read_references(root, paths, columns, content.images, follow_links=follow_links)
-    add_caption_files(references, caption_files, root, images)
-    add_splits_of_folders(references, images)  # of all, also for a slice
-    has_questions = bool(references.questions)
-    contexts = {path: _context_of(path, root, references.values.get(path, {}), columns) for path in paths} if columns else {}
-    unknown = [name for name in columns if name not in references.columns | {*OF_EVERY_IMAGE} and not is_exif_name(name)]
-    if unknown and part == ALL:  # a slice may have no image beside the file that has the column
-        known = ", ".join(sorted(references.columns | {*OF_EVERY_IMAGE}))
-        raise SourceError(f"there is no column {unknown[0]}", hint=f"columns of {' and '.join(METADATA_FILES)}: {known}")
+    texts = read_folder_texts(root, paths, content.images, columns, follow_links=follow_links)
+    add_caption_files(texts, caption_files, root, images)
+    add_splits_of_folders(texts, images)
+    known = texts.columns | {*PATH_COLUMNS}
+    unknown = [name for name in columns if name not in known and not is_exif_name(name)]
+    if unknown and part == ALL:  # a slice may have no image next to the file that has the column
+        hint = f"columns of {' and '.join(METADATA_FILES)}: {', '.join(sorted(known))}"
+        raise SourceError(f"no column is named {unknown[0]}", hint=hint)
 
-    def contents() -> Iterator[list[Any]]:
-        for name, row in own:
-            if not isinstance(row, Rejected):
-                yield [name, digest_or_fault(row, bound), contexts.get(row, ()), texts_of_revision(references, row)]
+    has_questions = any(one.questions for one in texts.texts.values())
 
-    def read(number: int) -> RawSample | Rejected:
-        name, row = own[number]
-        if isinstance(row, Rejected):
-            return row
+    def texts_of(path: Path) -> ImageTexts:
+        return texts.texts.get(path) or ImageTexts()
+
+    def context_of(path: Path) -> Context:
+        folder = "" if path.parent == root else row_name(path.parent, root)
+        values = {"folder": folder, "file_name": row_name(path, root)}
+        values |= {name: value for name, value in texts.values.get(path, {}).items() if value}
+        return tuple((name, values.get(name, "")) for name in columns)
+
+    def read(row: tuple[str, Path | Rejected]) -> RawSample | Rejected:
+        name, path = row
+        if isinstance(path, Rejected):
+            return path
         try:
-            data = read_regular(row, bound, max_bytes=MAX_IMAGE_BYTES)
-        except UnsafeFileError as error:
-            return Rejected(source_row=name, reason=error.reason, detail=REFUSALS[error.reason])
-        except OSError as error:
-            return Rejected(source_row=name, reason="unreadable_file", detail=error.strerror or "unknown")
-        texts: dict[str, Any] = {"references": references.captions.get(row, ()), "context": contexts.get(row, ())}
-        if has_questions:
-            texts["reference_qa"] = references.questions.get(row, ())
-        texts["split"] = references.splits.get(row)
-        return RawSample(source_row=name, images=(data,), license=license, fields=texts)
+            data = read_image(path, bound)
+        except ImageError as error:
+            return Rejected(source_row=name, reason=error.reason, detail=str(error))
+        fields = texts_of(path).sample_fields(has_questions=has_questions) | {"context": context_of(path)}
+        return RawSample(source_row=name, images=(data,), license=license, fields=fields)
+
+    def revision() -> str:
+        contents = [
+            [name, digest_or_fault(path, bound), context_of(path), texts_of(path).as_json()]
+            for name, path in slice_rows
+            if isinstance(path, Path)
+        ]
+        return digest(contents)
 
     return Source(
         name="folder",
-        revision=digest(list(contents())) if part == ALL else "",
-        read=lambda start: check_samples(map(read, range(start, len(own))), columns),
-        count=lambda: len(own),
-        messages=tuple(_describe_content(content, references)) if part == ALL else (),
+        revision=revision() if part == ALL else "",
+        read=lambda start: check_samples(map(read, slice_rows[start:]), columns),
+        count=lambda: len(slice_rows),
+        messages=tuple(_describe_content(content, texts)) if part == ALL else (),
     )
 
 
-def _describe_content(content: FolderContent, references: References) -> Iterator[str]:
-    """Yield what a user should know of a folder: what cannot be read, captions beside images, files that are for nothing."""
-    if references.captions:
-        captioned = [references.captions[path] for path in content.images if path in references.captions]
-        count, total = sum(map(len, captioned)), len(content.images)
-        yield f"captions of people: {count:,} for {len(captioned):,} of {total:,} images"
-    if references.splits:
-        counts = Counter(references.splits[path] for path in content.images if path in references.splits)
-        yield f"splits of the source: {', '.join(f'{counts[split]:,} {split}' for split in SPLITS if counts[split])}"
-    if references.questions:
-        asked = [references.questions[path] for path in content.images if references.questions.get(path)]
-        yield f"questions of people: {sum(map(len, asked)):,} about {len(asked):,} of {len(content.images):,} images"
-    yield from describe_by_model(references.num_by_model)
-    yield from references.messages
+def _no_images_error(root: Path, content: FolderContent) -> SourceError:
+    hint = f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))} are read, in subfolders too"
+    if any(path.suffix == ".arrow" for path in content.others):
+        hint = f"load it by datasets.load_from_disk({str(root)!r}), and write it with to_parquet"
+    return SourceError("; ".join([f"no image in {root}", *describe_unread(content)]), hint=hint)
+
+
+def _describe_content(content: FolderContent, texts: FolderTexts) -> Iterator[str]:
+    """Yield messages about the human texts of a folder, and about files that are not read."""
+    image_texts = [texts.texts[path] for path in content.images if path in texts.texts]
+    captions = [one.captions for one in image_texts if one.captions]
+    questions = [one.questions for one in image_texts if one.questions]
+    splits = [one.split for one in image_texts]
+    total = len(content.images)
+    if captions:
+        yield f"human captions: {sum(map(len, captions)):,} for {len(captions):,} of {total:,} images"
+    if any(splits):
+        counts = [f"{splits.count(split):,} {split}" for split in SPLITS if split in splits]
+        yield f"splits of the source: {', '.join(counts)}"
+    if questions:
+        yield f"human questions: {sum(map(len, questions)):,} about {len(questions):,} of {total:,} images"
+    yield from describe_model_texts(texts.num_by_model)
+    yield from texts.messages
     yield from describe_unread(content)
-    files = {path.resolve() for path in references.files}
-    if unread := [path for path in content.others if path.resolve() not in files]:
+    read_files = {path.resolve() for path in texts.files}
+    if unread := [path for path in content.others if path.resolve() not in read_files]:
         yield f"not read: {count_by_suffix(unread)}"
 
 
-def _context_of(path: Path, root: Path, values: dict[str, str], columns: Sequence[str]) -> Context:
-    own = {"folder": "" if path.parent == root else row_name(path.parent, root), "file_name": row_name(path, root)}
-    return tuple((name, values.get(name) or own.get(name, "")) for name in columns)
-
-
 def _open(config: Config, path: str, part: SourceSlice) -> Source:
-    refuse_roles(config, "a folder", "a folder has files: --columns context=A,B names columns of metadata.csv for prompts")
+    refuse_roles(config, "a folder", "--columns context=A,B names columns of metadata.csv for prompts")
     folder, license = Path(path).expanduser(), config.license or UNKNOWN
-    return open_folder(folder, part, license, config.context, config.captions, follow_links=config.follow_links)
+    links = config.follow_links
+    return open_folder(folder, part, license, config.context, config.captions, follow_links=links)
 
 
 SPEC = SourceSpec(
     name="folder:PATH",
-    what="every image under a folder, sorted; captions from NAME.txt, metadata.jsonl or metadata.csv there, or --captions",
-    license=LICENSE_UNLESS_SAID,
-    needs="a vision-language model",
+    what="all images under a folder; captions from NAME.txt, metadata.jsonl, metadata.csv or --captions",
     example="synth generate --source folder:photos --model Qwen/Qwen2.5-VL-3B-Instruct",
     open=_open,
     options=frozenset({"columns", "captions", "split.group_by", "license", "follow_links"}),

@@ -1,4 +1,4 @@
-"""Join the images of a source, a folder or another dataset to a version that was published without pixels."""
+"""Restore the images of a version that was published without pixels."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from pipeline.storage.files import translate_disk_errors
 
 
 def with_pixels(version: Version, images: str | None) -> Version:
-    """Return a version with pixels: itself, or joined with those of `images`, which are stored once.
+    """Return a version with pixels: itself, or a copy with images from `images`.
 
-    `images` is a folder of image files, a dataset folder, or a source. Raises ConfigError if the version lacks
-    pixels and no images are named, and StoreError if images are missing.
+    `images` is a folder of image files, a dataset folder, or a source. Raise ConfigError if the version lacks
+    pixels and `images` is None, and StoreError if images are missing.
     """
     if not lacks_pixels(version):
         return version
@@ -24,7 +24,7 @@ def with_pixels(version: Version, images: str | None) -> Version:
             return joined
         if images is None:
             name = version.repo or version.path
-            raise ConfigError(f"{name} holds no pixels", hint="say where the images are: --images FOLDER")
+            raise ConfigError(f"{name} holds no pixels", hint="pass its images: --images FOLDER")
         folder = Path(images)
         if not folder.is_dir():
             return join_images(version, read_images(images))

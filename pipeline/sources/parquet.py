@@ -1,6 +1,6 @@
-"""Rows of Parquet files on a disk, the Hub or an object store, streamed in small batches of the requested columns.
+"""Rows of Parquet files on a disk, the Hub or an object store, streamed in small batches.
 
-A path in a row is never opened; a URL is fetched only if the user allows it (sources/image_urls.py).
+A path in a row is never opened. A URL is fetched only if the user allows it (sources/image_urls.py).
 """
 
 import re
@@ -20,10 +20,10 @@ from pipeline.images.decode import MAX_IMAGE_BYTES
 from pipeline.sources.image_urls import fetch_image
 from pipeline.types import ALL, Rejected, SourceSlice
 
-BATCH_ROWS = 16  # of texts; see _batch_rows
-MAX_ROW_BYTES = 256_000_000  # of all images in it
-MAX_TEXT_BYTES = 1_000_000  # of a row without images
-BUFFER_BYTES = 1 << 20  # of each column stream: a row group of photos may be half a gigabyte
+BATCH_ROWS = 16  # rows of texts
+MAX_ROW_BYTES = 256_000_000  # a row with images
+MAX_TEXT_BYTES = 1_000_000  # a row without images
+BUFFER_BYTES = 1 << 20  # each column stream: a row group of photos may be half a gigabyte
 _SPLIT_WORDS = {
     "train": "train training restval",  # restval: Karpathy's name for the rest of COCO's validation images
     "validation": "validation valid val dev",
@@ -31,8 +31,8 @@ _SPLIT_WORDS = {
 }
 SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _WORD = re.compile(r"[a-z]+")
-TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split of its file, values
 _VARIANT = re.compile(r"^(train|val|dev|test)[a-z]$")  # testA and testB of RefCOCO
+TableRow = tuple[str, str | None, dict[str, Any] | Rejected]  # row name, split of its file, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,58 +44,60 @@ class Tables:
     license: str
     files: dict[str | None, list[str]]  # None: the path names no split
     open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # turns errors of the storage into SourceError
-    is_partial: bool = False  # of rows, of which the Hub has converted a first part only
-    part: SourceSlice = ALL  # the rows to read: whole files if there are at least `part.of`, else row groups
+    translate_errors: Callable[[], AbstractContextManager[None]] = nullcontext  # raises SourceError
+    is_partial: bool = False  # the Hub has converted only a first part of the rows
+    part: SourceSlice = ALL  # whole files if there are at least `part.of`, else row groups
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns, read from the first file."""
+        """The columns of the first file."""
         _, first_path = self._files()[0]
         with self._open_file(first_path) as file:
             schema = pq.read_schema(file)
         if repeated := [name for name, number in Counter(schema.names).items() if number > 1]:
-            raise SourceError(f"{first_path} of {self.name} has several columns {repeated[0]}", hint="give each its own name")
+            problem = f"{first_path} of {self.name} has several columns named {repeated[0]}"
+            raise SourceError(problem, hint="rename them")
         return schema
 
     def rows(self, columns: Sequence[str], split: str | None = None, start: int = 0) -> Iterator[TableRow]:
-        """Yield (row name, split of its file, values) of one split or of all, within `part`, behind the first `start` rows.
+        """Yield (row name, split of its file, values) of one split or all, within `part`, after `start` rows.
 
-        Row groups before these are not read. In place of values that are too large, or that are no UTF-8, stands the rejection
-        of the row.
+        Row groups before `start` are not read. The values of an unreadable row are its rejection.
         """
         files = self._files(split)
         by_file = len(files) >= self.part.of
         for file_index, (file_split, path) in enumerate(files):
-            if by_file and not self._is_ours(file_index):
+            if by_file and not self._is_in_part(file_index):
                 continue
             with self._open_file(path) as file:
                 parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 if missing := {name for name in columns if parquet.schema_arrow.names.count(name) != 1}:
-                    message = f"{path} of {self.name} lacks the column {min(missing)}"
-                    raise SourceError(message, hint="do its files belong together?")
+                    problem = f"{path} of {self.name} lacks the column {min(missing)}"
+                    raise SourceError(problem, hint="check that all files belong to one table")
                 first_row = 0
                 for group in range(parquet.num_row_groups):
                     num_rows = parquet.metadata.row_group(group).num_rows
-                    is_ours = by_file or self._is_ours(file_index + group)
-                    if is_ours and num_rows <= start:
+                    is_in_part = by_file or self._is_in_part(file_index + group)
+                    if is_in_part and num_rows <= start:
                         start -= num_rows
-                    elif is_ours:
+                    elif is_in_part:
                         size = _batch_rows(parquet, group, columns)
                         batches = parquet.iter_batches(size, [group], list(columns), use_threads=False)
                         names = (f"{path}:{row_number}" for row_number in count(first_row))
                         rows = zip(names, (row for batch in batches for row in _values(batch)), strict=False)
                         for name, row in islice(rows, start, None):
-                            yield name, file_split, replace(row, source_row=name) if isinstance(row, Rejected) else row
+                            is_rejected = isinstance(row, Rejected)
+                            yield name, file_split, replace(row, source_row=name) if is_rejected else row
                         start = 0
                     first_row += num_rows
 
-    def _is_ours(self, number: int) -> bool:
+    def _is_in_part(self, number: int) -> bool:
         return number % self.part.of == self.part.number
 
     def _files(self, split: str | None = None) -> list[tuple[str | None, str]]:
         """Return (split, path) of the files of a split, or of all."""
-        return [(file_split, path) for file_split, paths in self.files.items() if split in (None, file_split) for path in paths]
+        files = ((file_split, path) for file_split, paths in self.files.items() for path in paths)
+        return [(file_split, path) for file_split, path in files if split in (None, file_split)]
 
     @contextmanager
     def _open_file(self, path: str) -> Iterator[BinaryIO]:
@@ -104,10 +106,11 @@ class Tables:
             try:
                 with self.open(path) as file:
                     yield file
-            except (pa.ArrowException, EOFError, OSError, ValueError, LookupError) as error:  # a name that is no UTF-8, say
-                if isinstance(error, OSError) and type(error) is not OSError:  # of the storage: Arrow raises plain ones
+            except (pa.ArrowException, EOFError, OSError, ValueError, LookupError) as error:
+                # Arrow raises plain OSErrors; others are errors of the storage.
+                if isinstance(error, OSError) and type(error) is not OSError:
                     raise
-                hint = "check that it is whole; then run the same command again"
+                hint = "check that it is complete, then run the same command again"
                 raise SourceError(f"cannot read {path}: {one_line(error)}", hint=hint) from None
 
     def count(self, split: str | None = None) -> int:
@@ -119,23 +122,24 @@ class Tables:
         return total
 
     def values(self, column: str, split: str | None = None) -> list[Any]:
-        """Return one column of a split, or of all."""
+        """Return one column of a split, or of all, without unreadable rows."""
         return [row[column] for _, _, row in self.rows((column,), split) if not isinstance(row, Rejected)]
 
     def require(self, *columns: str) -> pa.Schema:
         """Return the schema. Raise SourceError if one of these columns is missing."""
         schema = self.schema
         if missing := [column for column in columns if column not in schema.names]:
-            hint = "use --source hub:ORG/NAME with --columns for a dataset of another layout"
-            raise SourceError(f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}", hint=hint)
+            problem = f"{self.name} has no column {', '.join(missing)}; it has {', '.join(schema.names)}"
+            raise SourceError(problem, hint="for other columns, use --source hub:ORG/NAME with --columns")
         return schema
 
 
 def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a small table. Raise ValueError once they are larger than `max_bytes`: few bytes may hold very many."""
+    """Yield the rows of a small table. Raise ValueError if they unpack to more than `max_bytes`."""
     parquet, num_bytes = pq.ParquetFile(pa.BufferReader(data)), 0
     for group in range(parquet.num_row_groups):
-        for batch in parquet.iter_batches(_batch_rows(parquet, group, parquet.schema_arrow.names), row_groups=[group]):
+        size = _batch_rows(parquet, group, parquet.schema_arrow.names)
+        for batch in parquet.iter_batches(size, row_groups=[group]):
             plain = _plain(batch)
             num_bytes += plain.nbytes
             if num_bytes > max_bytes:
@@ -144,30 +148,21 @@ def read_plain_rows(data: bytes, max_bytes: int) -> Iterator[dict[str, Any]]:
 
 
 def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Return how many rows to decode at once.
+    """Return how many rows to decode at once: one with images, fewer texts if their dictionary is large.
 
-    A value of a dictionary may stand in every row: five kilobytes can hold 2,000 rows of 100 megabytes. So images are decoded
-    one by one, and texts if their dictionary is large.
+    A dictionary value may be in every row: five kilobytes can hold 2,000 rows of 100 megabytes.
     """
     schema, metadata = parquet.schema_arrow, parquet.metadata.row_group(group)
     if any(_holds_bytes(schema.field(column).type) for column in columns):
         return 1
     chunks = [metadata.column(number) for number in range(metadata.num_columns)]
     wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-    largest = max((chunk.total_uncompressed_size for chunk in wanted if chunk.has_dictionary_page), default=0)
-    return max(1, min(BATCH_ROWS, MAX_ROW_BYTES // max(1, largest)))
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(_holds_bytes(field.type) for field in kind)
-    if is_list(kind):
-        return _holds_bytes(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    sizes = [chunk.total_uncompressed_size for chunk in wanted if chunk.has_dictionary_page]
+    return max(1, min(BATCH_ROWS, MAX_ROW_BYTES // max([1, *sizes])))
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
-    """Yield the values of each row, or its rejection if they are too large, or no UTF-8."""
+    """Yield the values of each row, or its rejection if they are too large, or not UTF-8."""
     has_bytes = any(_holds_bytes(field.type) for field in batch.schema)
     max_bytes = MAX_ROW_BYTES if has_bytes else MAX_TEXT_BYTES
     for number in range(batch.num_rows):
@@ -182,51 +177,73 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
 
 
 def _plain(row: pa.RecordBatch) -> pa.RecordBatch:
-    """Return a row without dictionaries, each of which would count as a whole."""
-    columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in row.columns]
+    """Decode dictionaries, whose size would count in every row."""
+    is_dictionary = pa.types.is_dictionary
+    columns = [column.dictionary_decode() if is_dictionary(column.type) else column for column in row.columns]
     return pa.RecordBatch.from_arrays(columns, row.schema.names)
 
 
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
-    """Return paths by the split that each names (`split_of_path`), without the rejections of a version that synth has made."""
+    """Return paths by the split that each names, without the rejections of a version of synth."""
     files: dict[str | None, list[str]] = {}
     for path in paths:
-        if path.rpartition("/")[2] == REJECTIONS_FILE:
-            continue
-        files.setdefault(split_of_path(path), []).append(path)
+        if path.rpartition("/")[2] != REJECTIONS_FILE:
+            files.setdefault(split_of_path(path), []).append(path)
     return files
 
 
 def split_of_path(path: str) -> str | None:
-    """Return the split that the last possible word of a path names, as `val` in default/val/0000.parquet; else None."""
-    words = reversed(_WORD.findall(path.lower().removesuffix(".parquet")))
-    return next(
-        (split for word in words if (split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)))), None
-    )
+    """Return the split that the last possible word of a path means: `val` in default/val/0000.parquet."""
+    for word in reversed(_WORD.findall(path.lower().removesuffix(".parquet"))):
+        if split := SPLIT_OF_WORD.get(word) or SPLIT_OF_WORD.get(_VARIANT.sub(r"\1", word)):
+            return split
+    return None
 
 
 def describe_held_out(files: Mapping[str | None, Sequence[str]]) -> list[str]:
-    """Return what a user should know of files by split of which nothing may be learned."""
+    """Return a message if all files are of a held-out split."""
     (split, names), *others = files.items()
     if others or split in (None, "train"):
         return []
-    return [f"all rows are of the split {split}, as the name of {names[0]} says: rename it if they are to be learned from"]
+    message = f"all rows are in the split {split}, because of the file name {names[0]}"
+    return [f"{message}: rename the file to train on them"]
+
+
+# --- Arrow types
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(field.type) for field in kind)
+    if is_list(kind) or pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    return is_binary(kind)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Return whether a column holds bytes, in any of Arrow's binary types."""
+    if pa.types.is_dictionary(kind):
+        return is_binary(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return True if a column holds text, in any of Arrow's string types."""
+    """Return whether a column holds text, in any of Arrow's string types."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Return True if a column holds lists."""
+    """Return whether a column holds lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
-    """Return the bytes of an image in a row, or those at its URL if allowed. Raise ImageError if there are none."""
+    """Return the bytes of an image in a row, or those at its URL if allowed.
+
+    Raise ImageError if there are none.
+    """
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
     else:
@@ -235,9 +252,9 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
         is_url = str(path).startswith(("http://", "https://"))
         if is_url and allow_urls:
             return fetch_image(str(path))
-        reason = "image_not_embedded" if is_url else "image_is_a_path"
-        kind = "a URL, which --allow-urls would fetch" if is_url else "a path, which is never opened"
-        raise ImageError(reason, f"in place of an image the row names {kind}")
+        if is_url:
+            raise ImageError("image_not_embedded", "the row names a URL, which --allow-urls would fetch")
+        raise ImageError("image_is_a_path", "the row names a path, which is never opened")
     if not isinstance(value, bytes) or not value:
         raise ImageError("image_missing", "the row holds no image")
     if len(value) > MAX_IMAGE_BYTES:
@@ -246,5 +263,5 @@ def embedded_bytes(value: Any, *, allow_urls: bool = False) -> bytes:
 
 
 def stored_split(row_split: str | None, requested_split: str | None) -> str | None:
-    """Return the split to store; None if only training rows were requested, because some of them will be held out."""
+    """Return the split to store. Requested training rows have none, because some of them will be held out."""
     return None if requested_split == "train" else row_split

@@ -1,4 +1,4 @@
-"""Sources: drawn scenes with known facts, endless and seeded, alone or as the pages of decks."""
+"""Sources: drawn scenes with known facts, unlimited and seeded, as single images or as pages of decks."""
 
 import io
 from collections.abc import Iterator
@@ -12,24 +12,25 @@ from pipeline.scenes.text import caption
 from pipeline.sources.base import DECK_TASKS, SourceSpec
 from pipeline.types import ALL, Sample, Source, SourceSlice
 
-REVISION = "1"  # raise when the same seed would draw other pixels or facts
+REVISION = "1"  # increase it when the same seed draws other pixels or facts
 DEFAULT_LIMIT = 1000
 LICENSE = "cc0-1.0"
 
 
 def open_scenes(seed: int, limit: int | None, part: SourceSlice = ALL, *, name: str = SCENES) -> Source:
-    """Return a source of `limit` scenes or decks, or one slice of them. A longer run begins with the rows of a shorter one."""
+    """Return `limit` scenes or decks, or a slice of them. A larger limit begins with the same rows."""
     total = limit or DEFAULT_LIMIT
     numbers = range(part.number, total, part.of)
 
     def read(start: int) -> Iterator[Sample]:
         return (draw_sample(seed, number, name) for number in numbers[start:])
 
-    return Source(name=name, revision=f"{REVISION}.{seed}", read=read, count=lambda: total, decks=name == DECKS)
+    revision = f"{REVISION}.{seed}"
+    return Source(name=name, revision=revision, read=read, count=lambda: total, decks=name == DECKS)
 
 
 def draw_sample(seed: int, index: int, name: str = SCENES) -> Sample:
-    """Draw one scene with a brief reference caption, or one deck. Its `source_row` has the facts (scenes_of)."""
+    """Draw a scene with a brief caption, or a deck. `source_row` determines the facts (scenes_of)."""
     scenes, rng = sample_row(name, seed, index)
     images = []
     for scene in scenes:
@@ -58,12 +59,11 @@ SPEC = SourceSpec(
     model=TINY,
     clip_model=TINY_CLIP,
     is_endless=True,
-    counts_rows=False,
 )
 DECK_SPEC = replace(
     SPEC,
     name=DECKS,
-    what="decks of four drawn pages, with known facts, for the tiny teacher or any other model",
+    what="decks of four drawn pages, with known facts",
     example="synth generate --source scenes-deck --limit 200",
     open=lambda config, _, part: open_scenes(config.seed, config.limit, part, name=DECKS),
     tasks=DECK_TASKS,

@@ -1,7 +1,7 @@
 """Find and open the files of a source: on this disk, in an object store or on a web server.
 
-`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://` and `https://` are read in place, by fsspec, and only the needed byte ranges are
-transferred. Each store's own library finds its keys and endpoint.
+`parquet:s3://BUCKET/FOLDER`, `gs://`, `hf://` and `https://` are read in place by fsspec, which transfers
+only the needed byte ranges. Each store's own library finds its keys and endpoint.
 """
 
 import hashlib
@@ -20,31 +20,39 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.digests import digest
-from pipeline.errors import SourceError, one_line
+from pipeline.errors import ImageError, SourceError, one_line
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from pipeline.sources.base import first_names
 from pipeline.sources.parquet import BUFFER_BYTES
 from pipeline.storage.sidecars import OWN_LINES
-from pipeline.storage.untrusted import NOT_A_FILE, OUTSIDE, TOO_LARGE, UnsafeFileError, is_hidden, open_regular, require_regular
+from pipeline.storage.untrusted import (
+    NOT_A_FILE,
+    OUTSIDE,
+    TOO_LARGE,
+    UnsafeFileError,
+    is_hidden,
+    open_regular,
+    read_regular,
+    require_regular,
+)
 from pipeline.types import Rejected
 
-UNREAD_SUFFIXES = frozenset(  # of images in formats that are not read
-    f".{name}"
-    for name in (
-        "jp2", "j2k", "jpx", "jxl", "psd", "svg", "svgz", "tga", "ico", "icns", "sgi", "eps", "exr", "hdr", "ppm", "pgm", "pbm",
-        "pnm", "qoi", "xcf", "raw", "cr2", "cr3", "nef", "nrw", "arw", "srf", "dng", "orf", "rw2", "raf", "pef", "sr2", "3fr",
-    )
-)  # fmt: skip
+# Image formats that are not supported.
+_UNREAD_FORMATS = (
+    "jp2 j2k jpx jxl psd svg svgz tga ico icns sgi eps exr hdr ppm pgm pbm pnm qoi xcf "
+    "raw cr2 cr3 nef nrw arw srf dng orf rw2 raf pef sr2 3fr"
+)
+UNREAD_SUFFIXES = frozenset(f".{name}" for name in _UNREAD_FORMATS.split())
 UNREADABLE_FOLDER = "unreadable_folder"
-REFUSALS = {  # by reason, without a path of this machine
+REFUSALS = {  # details by reason, without a path of this machine
     OUTSIDE: "a file outside of the folder: copy it there, or pass --follow-links",
     NOT_A_FILE: "a pipe, a device or a folder, not a regular file",
     TOO_LARGE: f"more than {MAX_IMAGE_BYTES:,} bytes",
 }
-# Keys under which stores list a digest or a time of a file. Without any of them, the end of the file is hashed: it holds a
-# Parquet file's sizes and statistics.
-_DIGESTS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
-_TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime")
+# Keys under which stores list a digest or a time of a file. Without one, the end of the file is hashed: the
+# footer of a Parquet file holds sizes and statistics.
+_DIGEST_KEYS = ("ETag", "etag", "checksum", "generation", "blob_id", "lfs", "Content-MD5", "Digest")
+_TIME_KEYS = ("LastModified", "last_modified", "Last-Modified", "mtime")
 TAIL_BYTES = 1 << 16
 
 
@@ -53,19 +61,20 @@ TAIL_BYTES = 1 << 16
 
 @dataclass(slots=True)
 class FolderContent:
-    """The files under a folder by what they are for."""
+    """The files under a folder by their use."""
 
     images: list[Path] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)  # images in other formats, and folders that cannot be listed
+    rejected: list[Rejected] = field(default_factory=list)  # unsupported images, and unreadable folders
     others: list[Path] = field(default_factory=list)
-    links: list[Path] = field(default_factory=list)  # to folders, which are not entered
-    hidden: list[Path] = field(default_factory=list)  # files and folders that systems and programs keep there for themselves
+    links: list[Path] = field(default_factory=list)  # links to folders, which are not followed
+    hidden: list[Path] = field(default_factory=list)
 
 
 def list_files(root: Path) -> FolderContent:
-    """Return all files under a folder. Folders that links lead to are not entered: a link to a parent would never end."""
+    """Return all files under a folder. Links to folders are not followed: one to a parent would never end."""
     content = FolderContent()
-    waiting = [root]  # not os.walk, which recurses: a tree may be deeper than Python's stack
+    # os.walk recurses, and a tree may be deeper than Python's stack.
+    waiting = [root]
     while waiting:
         folder = waiting.pop()
         try:
@@ -75,18 +84,16 @@ def list_files(root: Path) -> FolderContent:
             content.rejected.append(Rejected(source_row=name, reason=UNREADABLE_FOLDER, detail=detail))
             continue
         for entry in entries:
-            path = folder / entry.name
+            path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
+            is_link = entry.is_symlink()
             if is_hidden(entry.name):
                 content.hidden.append(path)
-                continue
-            is_link = entry.is_symlink()
-            if path.is_dir() if is_link else entry.is_dir():  # a link to itself is an error for an entry, and none for a path
+            elif path.is_dir() if is_link else entry.is_dir():  # entry.is_dir() fails for a link to itself
                 (content.links if is_link else waiting).append(path)
-                continue
-            suffix = path.suffix.lower()
-            if suffix in UNREAD_SUFFIXES:
-                detail = f"{suffix} files are not read: convert them to JPEG or PNG"
-                content.rejected.append(Rejected(source_row=row_name(path, root), reason="unsupported_format", detail=detail))
+            elif suffix in UNREAD_SUFFIXES:
+                detail = f"{suffix} files are not supported: convert them to JPEG or PNG"
+                name = row_name(path, root)
+                content.rejected.append(Rejected(source_row=name, reason="unsupported_format", detail=detail))
             else:
                 (content.images if suffix in IMAGE_SUFFIXES else content.others).append(path)
     content.others.sort(key=lambda path: row_name(path, root))
@@ -94,29 +101,37 @@ def list_files(root: Path) -> FolderContent:
 
 
 def count_by_suffix(paths: Iterable[Path]) -> str:
-    """Return how many files there are of each suffix, with the first names: `2 .mp4 (a.mp4, b.mp4), 1 .txt (notes.txt)`."""
-    names: dict[str, list[str]] = {}
+    """Return the number of files of each suffix, with the first names:
+
+    `2 .mp4 (a.mp4, b.mp4), 1 .txt (a.txt)`.
+    """
+    names_by_suffix: dict[str, list[str]] = {}
     for path in paths:
-        names.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
-    most_first = sorted(names.items(), key=lambda item: (-len(item[1]), item[0]))
-    return ", ".join(f"{len(of_suffix):,} {suffix} ({first_names(of_suffix)})" for suffix, of_suffix in most_first)
+        names_by_suffix.setdefault(path.suffix.lower() or "without a suffix", []).append(path.name)
+    most_first = sorted(names_by_suffix.items(), key=lambda item: (-len(item[1]), item[0]))
+    return ", ".join(f"{len(names):,} {suffix} ({first_names(names)})" for suffix, names in most_first)
 
 
 def describe_unread(content: FolderContent) -> list[str]:
-    """Return which folders cannot be read, which links are not entered, and which hidden files are not read."""
-    names = {
-        "folders that cannot be read": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
-        "links to folders, which are not entered": [path.name for path in content.links],
-        "hidden, and not read": [path.name for path in content.hidden if path.name != OWN_LINES],
+    """Return messages about unreadable folders, links to folders, and hidden files."""
+    names_by_kind = {
+        "unreadable folders": [row.source_row for row in content.rejected if row.reason == UNREADABLE_FOLDER],
+        "links to folders, which are not followed": [path.name for path in content.links],
+        "hidden files, which are not read": [path.name for path in content.hidden if path.name != OWN_LINES],
     }
-    return [f"{what}: {len(of_kind):,} ({first_names(sorted(of_kind))})" for what, of_kind in names.items() if of_kind]
+    return [
+        f"{kind}: {len(names):,} ({first_names(sorted(names))})"
+        for kind, names in names_by_kind.items()
+        if names
+    ]
 
 
 def row_name(path: Path, root: Path) -> str:
-    """Return the path relative to the root; bytes that are not UTF-8 become escapes."""
+    """Return the path relative to the root; bytes that are not UTF-8 are escaped."""
     name, start = str(path), f"{root}/"
-    below = name[len(start) :] if name.startswith(start) else path.relative_to(root)  # which takes several times as long
-    return os.fsencode(below).decode("utf-8", "backslashreplace")
+    # Path.relative_to takes several times as long.
+    relative = name[len(start) :] if name.startswith(start) else path.relative_to(root)
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
 _skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
@@ -124,7 +139,7 @@ _skips_digests: ContextVar[bool] = ContextVar("skips_digests", default=False)
 
 @contextmanager
 def skip_digests() -> Iterator[None]:
-    """Read no file for its digest while a source is opened, whose revision then says nothing."""
+    """Do not hash files while a source is opened; its revision is then meaningless."""
     token = _skips_digests.set(True)
     try:
         yield
@@ -141,48 +156,64 @@ def digest_of_file(path: Path, bound: Path | None, max_bytes: int | None = None)
 
 
 def digest_or_fault(path: Path, bound: Path | None, max_bytes: int | None = MAX_IMAGE_BYTES) -> str:
-    """Return the sha256 of a file, or that it cannot be read."""
+    """Return the sha256 of a file, or "unreadable"."""
     try:
         return digest_of_file(path, bound, max_bytes)
     except (OSError, ValueError, UnsafeFileError):
         return "unreadable"
 
 
+def read_image(path: Path, bound: Path | None) -> bytes:
+    """Return the content of an image file. Raise ImageError if it is unsafe or cannot be read."""
+    try:
+        return read_regular(path, bound, max_bytes=MAX_IMAGE_BYTES)
+    except UnsafeFileError as error:
+        raise ImageError(error.reason, REFUSALS[error.reason]) from None
+    except OSError as error:
+        raise ImageError("unreadable_file", error.strerror or "unknown") from None
+    except ValueError:  # a zero byte
+        raise ImageError("unreadable_file", "an invalid file name") from None
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFiles:
-    """Files of a source, such as archives, by names that any program can write, with a digest of their contents."""
+    """Files of a source, such as archives, by name; `revision` is a digest of their contents."""
 
-    name: str  # of the folder, or of the only file
+    name: str  # name of the folder, or of the only file
     names: list[str]
     revision: str
     open: Callable[[str], BinaryIO]
-    translate_errors: Callable[[], AbstractContextManager[None]]  # of a disk or a store, into SourceError
+    translate_errors: Callable[[], AbstractContextManager[None]]  # raises SourceError
     is_local: bool = True
     messages: tuple[str, ...] = ()  # about folders that were not read
 
 
-def find_local_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
-    """Return a file, or all below a folder whose names end so, in order.
+def find_source_files(
+    path: str, suffixes: tuple[str, ...], *, follow_links: bool, needs_digest: bool
+) -> SourceFiles:
+    """Return the file at a path or URL, or the files below it with one of the suffixes, sorted.
 
-    `is_whole`: also compute the digest of their contents. Raise SourceError for a link to the outside of the folder,
-    unless links are followed, and for a file that cannot be read.
+    `follow_links` and `needs_digest` concern this disk; without the latter, `revision` is empty. Raise
+    SourceError for a link out of the folder, unless links are followed, and for files that cannot be read.
     """
+    if "://" in path:
+        return find_remote_files(path, suffixes)
     root = Path(path).expanduser()
-    content = FolderContent(others=[root]) if root.is_file() else list_files(root) if root.is_dir() else FolderContent()
+    content = list_files(root) if root.is_dir() else FolderContent(others=[root] if root.is_file() else [])
     base, bound = (root.parent, None) if root.is_file() else (root, None if follow_links else root)
     paths = sorted(path for path in content.others if path.name.lower().endswith(suffixes) and path.exists())
     path_of = {row_name(path, base): path for path in paths}
     contents = []
     translate = partial(translate_disk_errors, root)
     with translate():
-        for name, path_of_file in path_of.items():
-            require_regular(path_of_file, bound)
-            if is_whole:
-                contents.append([name, digest_of_file(path_of_file, bound)])
+        for name, file in path_of.items():
+            require_regular(file, bound)
+            if needs_digest:
+                contents.append([name, digest_of_file(file, bound)])
     return SourceFiles(
         name=root.resolve().name,
         names=[*path_of],
-        revision=digest(contents) if is_whole else "",
+        revision=digest(contents) if needs_digest else "",
         open=lambda name: open_regular(path_of[name], bound),
         translate_errors=translate,
         messages=tuple(describe_unread(content)),
@@ -197,71 +228,75 @@ def translate_disk_errors(root: Path) -> Iterator[None]:
     except UnsafeFileError as error:
         raise SourceError(str(error), hint="copy the file there, or pass --follow-links") from None
     except OSError as error:
-        raise SourceError(
-            f"cannot read {error.filename or root}: {error.strerror or error}", hint="check its permissions, and the disk"
-        ) from None
+        problem = f"cannot read {error.filename or root}: {error.strerror or error}"
+        raise SourceError(problem, hint="check its permissions, and the disk") from None
 
 
 # --- stores
 
 
-def find_source_files(path: str, suffixes: tuple[str, ...], *, follow_links: bool, is_whole: bool) -> SourceFiles:
-    """Return the files at or under a path of this disk or a URL of a store; `find_local_files` has the options of a disk."""
-    if "://" in path:
-        return find_remote_files(path, suffixes)
-    return find_local_files(path, suffixes, follow_links=follow_links, is_whole=is_whole)
-
-
 def find_remote_files(url: str, suffixes: tuple[str, ...]) -> SourceFiles:
-    """Return the files at or under a URL whose names end so. Raise SourceError if they cannot be listed."""
-    with translate_errors(url):
+    """Return the files at or under a URL with one of the suffixes.
+
+    Raise SourceError if they cannot be listed.
+    """
+    with translate_store_errors(url):
         store, root = url_to_fs(url, skip_instance_cache=True)  # a cached listing may be stale
         infos: dict[str, dict[str, Any]] = {root: store.info(root)}
         is_folder = infos[root]["type"] == "directory"
         if is_folder:
             infos = store.find(root, detail=True)
-        folder = _without_key(root) if is_folder else _without_key(root).rpartition("/")[0]
-        named_paths = sorted((_without_key(path), path) for path, info in infos.items() if info["type"] == "file")
-        names = {name.removeprefix(folder).lstrip("/"): path for name, path in named_paths if name.lower().endswith(suffixes)}
-        paths = {name: path for name, path in names.items() if not (is_folder and is_hidden(name))}
-        contents = [[name, _content_of(store, path, infos[path])] for name, path in paths.items()]
+        folder = _without_query(root) if is_folder else _without_query(root).rpartition("/")[0]
+        paths: dict[str, str] = {}
+        for path in sorted(infos, key=lambda path: (_without_query(path), path)):
+            name = _without_query(path).removeprefix(folder).lstrip("/")
+            is_wanted = infos[path]["type"] == "file" and name.lower().endswith(suffixes)
+            if is_wanted and not (is_folder and is_hidden(name)):
+                paths[name] = path
+        contents = [[name, _identify_content(store, path, infos[path])] for name, path in paths.items()]
 
     def open_file(name: str) -> BinaryIO:
         return cast(BinaryIO, store.open(paths[name], "rb", block_size=BUFFER_BYTES, cache_type="readahead"))
 
     name = folder.rstrip("/").rpartition("/")[2] or folder
-    return SourceFiles(name, [*paths], digest(contents), open_file, partial(translate_errors, url), is_local=False)
+    translate = partial(translate_store_errors, url)
+    return SourceFiles(name, [*paths], digest(contents), open_file, translate, is_local=False)
 
 
-def _without_key(path: str) -> str:
+def _without_query(path: str) -> str:
     """Return a path without a URL's query and fragment, which may hold a signature."""
     return urlsplit(path)._replace(query="", fragment="").geturl() if "://" in path else path
 
 
-def _content_of(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
-    """Return metadata that identifies a file's content: its size with digests and times, else a hash of its end."""
-    identifiers = {name: str(info[name]) for name in (*_DIGESTS, *_TIMES) if info.get(name)}
-    return {"size": str(info["size"])} | (identifiers or {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()})
+def _identify_content(store: AbstractFileSystem, path: str, info: dict[str, Any]) -> dict[str, str]:
+    """Return the size of a file with its digests and times, else with a hash of its end."""
+    identifiers = {key: str(info[key]) for key in (*_DIGEST_KEYS, *_TIME_KEYS) if info.get(key)}
+    if not identifiers:
+        identifiers = {"tail": hashlib.sha256(store.tail(path, TAIL_BYTES)).hexdigest()}
+    return {"size": str(info["size"]), **identifiers}
 
 
 @contextmanager
-def translate_errors(url: str) -> Iterator[None]:
-    """Turn errors of a store into SourceError, one line with a hint."""
+def translate_store_errors(url: str) -> Iterator[None]:
+    """Turn errors of a store into SourceError, with a message of one line."""
     scheme = url.partition("://")[0]
     try:
         yield
     except SourceError:
         raise
     except ImportError as error:
-        raise SourceError(f"{scheme}:// needs a package that is not installed", hint=str(error).split(", ")[-1]) from None
+        hint = str(error).split(", ")[-1]
+        raise SourceError(f"{scheme}:// needs a package that is not installed", hint=hint) from None
     except ValueError as error:
-        if scheme in fsspec.available_protocols():  # such as of a server that does not say how large a file is
-            raise SourceError(f"cannot read {url}: {error}", hint="download it, and read it from the disk") from None
-        schemes = ", ".join(name for name in ("s3", "gs", "az", "hf", "https") if name in fsspec.available_protocols())
-        raise SourceError(f"cannot read {url}: {error}", hint=f"known are {schemes}, and what fsspec knows besides") from None
+        # A server may not state the size of a file, for example.
+        hint = "download it, and read it from the disk"
+        protocols = fsspec.available_protocols()
+        if scheme not in protocols:
+            known = [name for name in ("s3", "gs", "az", "hf", "https") if name in protocols]
+            hint = f"use {', '.join(known)} or another scheme that fsspec supports"
+        raise SourceError(f"cannot read {url}: {error}", hint=hint) from None
     except FileNotFoundError:
-        hint = "check the address, and which account or server is asked"
-        raise SourceError(f"nothing is found at {url}", hint=hint) from None
+        raise SourceError(f"no file at {url}", hint="check the address, and the account in use") from None
     except Exception as error:  # noqa: BLE001  # each store's library raises errors of its own
         hint = f"check the address, the network and the keys of {scheme}"
         raise SourceError(f"cannot read {url}: {one_line(error)}", hint=hint) from None

@@ -1,7 +1,8 @@
-"""Sources: any table with images, in Parquet files (`parquet:PATH`) or on the Hugging Face Hub (`hub:ORG/NAME`).
+"""Sources: tables with images, in Parquet files (`parquet:PATH`) or on the Hugging Face Hub (`hub:ORG/NAME`).
 
-`--columns` maps columns to roles; the other roles are guessed from column names and types. A dataset of the Hub is pinned to a
-commit: its Parquet files, or the Hub's conversion to Parquet. Scripts of a repository are never run.
+`--columns` maps columns to roles; other roles are guessed from column names and types. A dataset of the Hub
+is pinned to a commit: its Parquet files, or the Hub's conversion to Parquet. Scripts of a repository are
+never run.
 """
 
 import re
@@ -19,46 +20,54 @@ from pipeline.dataset.version import IMAGES_FILE, REJECTIONS_FILE
 from pipeline.errors import ImageError, SourceError, did_you_mean
 from pipeline.hub_errors import translate_hub_errors
 from pipeline.images.metadata import is_exif_name
-from pipeline.sources.base import LICENSE_UNLESS_SAID, SourceSpec, as_text, check_samples
-from pipeline.sources.image_urls import FETCHED_AT_ONCE, fetch_ahead
+from pipeline.sources.base import SourceSpec, as_text, check_samples
+from pipeline.sources.image_urls import MAX_PARALLEL_FETCHES, fetch_ahead
 from pipeline.sources.parquet import (
     SPLIT_OF_WORD,
     Tables,
     describe_held_out,
     embedded_bytes,
     group_by_split,
+    is_binary,
     is_list,
     is_text,
     split_of_path,
     stored_split,
 )
 from pipeline.sources.source_files import find_source_files
-from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, list_in_cell, read_question, read_texts
+from pipeline.sources.texts import FILE_NAMES, TEXT_KEYS, parse_list, read_question, read_texts
 from pipeline.tables import ANSWERS, CAPTION_COLUMNS, QUESTION
 from pipeline.tasks.base import MAX_PAGES
 from pipeline.types import ALL, GATED, UNDECLARED, UNKNOWN, RawSample, Rejected, Sample, Source, SourceSlice
 
-ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
-PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
-Columns = dict[str, list[str]]  # of each role
-NO_COLUMN = "none"  # for the split and the question: a column of that name says something else
-_OF_CHOICES = frozenset(("choices", "options", "candidates"))  # of which an answer may be a number or a letter
-_IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
-_MAPPING_HINT = "say which with --columns, such as --columns image=COLUMN,references=COLUMN"
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+ROLES = ("image", "pages", "references", "question", "answer", "split", CONTEXT)
+NO_COLUMN = "none"  # maps the split or the question to no column
+PARTIAL_MESSAGE = "the Hub has converted only a first part of {name} to Parquet: the rest is not read"
 OFFLINE = "check the network; without one, --source scenes and folder:PATH work"
-DEFAULT = "default"  # the name of a config, on a card and as a folder
+DEFAULT_CONFIG = "default"
 CONVERSION_BRANCH = "refs/convert/parquet"
-PARTIAL = re.compile(r"(^|/)partial-")  # of a split, of which the Hub has converted the first 5 GB
-BLOCK_BYTES = 1 << 20  # of one request; the default of 50 MB is more than a small --limit needs in all
+PARTIAL_FILE = re.compile(r"(^|/)partial-")  # the Hub converts the first 5 GB of a split
+BLOCK_BYTES = 1 << 20  # size of a request; fsspec's default of 50 MB is more than a small --limit needs
+# Columns of multiple-choice questions, whose answer may be a number or a letter.
+_CHOICE_COLUMNS = frozenset(("choices", "options", "candidates"))
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
+_MAPPING_HINT = "map it with --columns, such as --columns image=COLUMN,references=COLUMN"
+
+Columns = dict[str, list[str]]  # by role
+FilesBySplit = dict[str | None, list[str]]
+RowJob = Rejected | partial[RawSample | Rejected]  # reads a row; it may fetch an image
 
 
-def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, names: dict[str, str] = SPLIT_OF_WORD) -> Source:
-    """Return the rows of one split, or of all, as the source `name`. Raise SourceError if the split does not exist.
+def open_mapped(
+    tables: Tables, columns: Columns, config: Config, name: str, split_names: dict[str, str] = SPLIT_OF_WORD
+) -> Source:
+    """Return the rows of one split, or of all, as the source `name`.
 
-    A row without a usable image is rejected. `names` maps the values of a split column to train, validation or test.
+    `split_names` maps the values of a split column to train, validation or test. Raise SourceError if the
+    split does not exist.
     """
     split = config.source_split
     split_column = columns["split"][0] if "split" in columns else None
@@ -66,15 +75,14 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         check_split(tables, split)
 
     def split_of(value: object) -> str | None:
-        return names.get(str(value).strip().casefold())
+        return split_names.get(str(value).strip().casefold())
 
     def count() -> int:
         if split is None or not split_column:
             return tables.count(split)
         return sum(split_of(value) == split for value in tables.values(split_column))
 
-    def jobs(start: int) -> Iterator[Rejected | partial[RawSample | Rejected]]:
-        """Yield what is to be done for each row; the rows of other splits are left out, where a column says it."""
+    def jobs(start: int) -> Iterator[RowJob]:
         wanted = [column for role_columns in columns.values() for column in role_columns]
         for row_name, file_split, row in tables.rows(wanted, None if split_column else split, start):
             if isinstance(row, Rejected):
@@ -82,29 +90,31 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
                 continue
             row_split = split_of(row[split_column]) if split_column else file_split
             if row_split is None and split_column and not _is_missing(row[split_column]):
-                detail = f"{row[split_column]!r} in the column {split_column} is none of {', '.join(SPLIT_OF_WORD)}"
+                value = f"{row[split_column]!r} in the column {split_column}"
+                detail = f"{value} is not a split: {', '.join(SPLIT_OF_WORD)}"
                 yield Rejected(source_row=row_name, reason="unknown_split", detail=detail)
             elif split in (None, row_split):
                 fields = {"license": tables.license, "split": stored_split(row_split, split)}
                 yield _read_row(row_name, row, columns, allow_urls=config.allow_urls, **fields)
 
-    def first_row(column: str, start: int) -> int:
-        """Return which row of the tables follows the first `start` rows of the split; images are not read for it."""
-        yielded = number = 0
+    def row_number(column: str, start: int) -> int:
+        """Return the number of the table row after the first `start` rows of the split."""
+        num_rows_of_split = number = 0
         for _, _, row in tables.rows([column]):
-            if yielded == start:
+            if num_rows_of_split == start:
                 break
-            yielded += isinstance(row, Rejected) or split_of(row[column]) in (None, split)
+            num_rows_of_split += isinstance(row, Rejected) or split_of(row[column]) in (None, split)
             number += 1
         return number
 
-    at_once = min(FETCHED_AT_ONCE, config.limit or FETCHED_AT_ONCE)
-
     def read(start: int) -> Iterator[Sample | Rejected]:
-        todo = jobs(first_row(split_column, start) if split_column and split else start)
-        return check_samples(fetch_ahead(todo, _do, at_once) if config.allow_urls else map(_do, todo), config.context)
+        todo = jobs(row_number(split_column, start) if split_column and split else start)
+        parallel = min(MAX_PARALLEL_FETCHES, config.limit or MAX_PARALLEL_FETCHES)
+        rows = fetch_ahead(todo, _run_job, parallel) if config.allow_urls else map(_run_job, todo)
+        return check_samples(rows, config.context)
 
-    held_out = [] if split or split_column else describe_held_out(tables.files)
+    messages = [PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []
+    messages += [] if split or split_column else describe_held_out(tables.files)
     return Source(
         name=name,
         revision=tables.revision,
@@ -113,14 +123,31 @@ def open_mapped(tables: Tables, columns: Columns, config: Config, name: str, nam
         decks="pages" in columns,
         is_partial=tables.is_partial,
         license=tables.license,
-        messages=(*([PARTIAL_MESSAGE.format(name=tables.name)] if tables.is_partial else []), *held_out),
+        messages=tuple(messages),
     )
 
 
+def check_split(tables: Tables, split: str | None) -> None:
+    """Raise SourceError if the tables lack the split."""
+    if split is not None and split not in tables.files:
+        known = ", ".join(map(str, tables.files))
+        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {known}")
+
+
+# --- columns
+
+
 def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
-    """Return the columns of each role: from `mapping`, else guessed from names and types. Raise SourceError if it lacks one."""
-    left_alone = {role for role in ("split", QUESTION) if mapping.get(role) == NO_COLUMN and NO_COLUMN not in schema.names}
-    roles = {role: name for role, name in mapping.items() if role != CONTEXT and role not in left_alone}
+    """Return the columns of each role: from `mapping`, else guessed.
+
+    Raise SourceError if a role lacks its column.
+    """
+    unmapped = {
+        role
+        for role in ("split", QUESTION)
+        if mapping.get(role) == NO_COLUMN and NO_COLUMN not in schema.names
+    }
+    roles = {role: name for role, name in mapping.items() if role != CONTEXT and role not in unmapped}
     columns = {role: named_columns(schema, role, name) for role, name in roles.items()}
     if CONTEXT in mapping:
         columns[CONTEXT] = _context_columns(schema, mapping[CONTEXT])
@@ -131,60 +158,141 @@ def read_mapping(schema: pa.Schema, mapping: dict[str, str]) -> Columns:
         texts = [name for name in names if name in schema.names and _holds_texts(schema.field(name).type)]
         columns["references"] = texts[:1]
     elif not _holds_texts(kind := schema.field(columns["references"][0]).type):
-        raise SourceError(f"the column {mapping['references']} holds {kind}, and no captions", hint=_MAPPING_HINT)
+        problem = f"the column {mapping['references']} holds {kind}, not captions"
+        raise SourceError(problem, hint=_MAPPING_HINT)
     if "question" not in mapping and _is_own_version(schema) and "reference_qa" in schema.names:
         columns["reference_qa"] = ["reference_qa"]
     if "question" not in mapping and "answer" not in mapping:
         columns |= _guess_questions(schema)
     if len(columns.get("question", ())) != len(columns.get("answer", ())):
-        raise SourceError("questions need answers", hint="name both columns: --columns question=COLUMN,answer=COLUMN")
+        hint = "name both columns: --columns question=COLUMN,answer=COLUMN"
+        raise SourceError("questions need answers", hint=hint)
     if len(columns.get("split", ())) > 1:
-        raise SourceError(f"several columns are the split: {', '.join(columns['split'])}", hint="name one of them")
+        problem = f"several columns match the split: {', '.join(columns['split'])}"
+        raise SourceError(problem, hint="name one of them")
     if "split" not in mapping and "split" in schema.names and is_text(schema.field("split").type):
         columns["split"] = ["split"]
     return columns
 
 
-def check_split(tables: Tables, split: str | None) -> None:
-    """Raise SourceError if the tables lack the split."""
-    if split is not None and split not in tables.files:
-        raise SourceError(f"{tables.name} has no split {split}", hint=f"it has {', '.join(str(name) for name in tables.files)}")
-
-
 def named_columns(schema: pa.Schema, role: str, name: str) -> list[str]:
-    """Return the columns that a mapped name matches; `*` stands for a number, by which they are sorted: `page_*`."""
+    """Return the columns that a mapped name matches, sorted by the number for which a `*` stands:
+
+    `page_*`.
+    """
     if role not in ROLES:
-        raise SourceError(f"--columns knows no {role}", hint=f"it maps {', '.join(ROLES)}")
+        raise SourceError(f"--columns does not support the role {role}", hint=f"roles: {', '.join(ROLES)}")
     pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-    numbered = [(int(match[1]) if match.groups() else 0, n) for n in schema.names if (match := pattern.fullmatch(n))]
-    if not numbered:
-        raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
-    return [column for _, column in sorted(numbered)]
+    matches = [match for column in schema.names if (match := pattern.fullmatch(column))]
+    if not matches:
+        raise _no_column_error(schema, name)
+    return [match[0] for match in sorted(matches, key=lambda match: int(match[1]) if match.groups() else 0)]
+
+
+def _no_column_error(schema: pa.Schema, name: str) -> SourceError:
+    return SourceError(f"no column is named {name}", hint=f"columns: {', '.join(schema.names)}")
+
+
+def _context_columns(schema: pa.Schema, names: str) -> list[str]:
+    """Return the columns in a list with commas, without EXIF fields.
+
+    Raise SourceError for one that is not text.
+    """
+    stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]
+    for name in columns:
+        if name not in schema.names:
+            raise _no_column_error(schema, name)
+        kind = schema.field(name).type
+        if is_binary(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
+            problem = f"the column {name} holds {kind}, which prompts cannot use"
+            raise SourceError(problem, hint="use columns of texts or numbers")
+    return columns
+
+
+def _guess_questions(schema: pa.Schema) -> Columns:
+    """Return the columns `question` and `answer`, if their types match and no column offers choices."""
+    answer = next((name for name in ANSWERS if name in schema.names), None)
+    has_choices = not _CHOICE_COLUMNS.isdisjoint(schema.names)
+    if answer is None or QUESTION not in schema.names or _is_own_version(schema) or has_choices:
+        return {}
+    question_type, answer_type = schema.field(QUESTION).type, schema.field(answer).type
+    are_lists = is_list(question_type) and is_text(question_type.value_type)
+    matches = is_list(answer_type) if are_lists else is_text(question_type)
+    return {"question": [QUESTION], "answer": [answer]} if matches and _holds_texts(answer_type) else {}
+
+
+def _guess_images(schema: pa.Schema) -> Columns:
+    """Return the column of images or pages.
+
+    Raise SourceError if no column, or several columns, may hold them.
+    """
+    images = [field.name for field in schema if _is_image(field.type)]
+    lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
+    binary = [f.name for f in schema if is_binary(f.type) and f.name.rstrip("_0123456789") in _IMAGE_NAMES]
+    if len(images) > 1 and all(re.fullmatch(r"page_\d+", name) for name in images):
+        return {"pages": named_columns(schema, "pages", "page_*")}
+    if not images and len(lists) == 1:
+        return {"pages": lists}
+    candidates = images or binary
+    if len(candidates) == 1 or "image" in candidates:
+        return {"image": ["image" if "image" in candidates else candidates[0]]}
+    columns, hint = f"(columns: {', '.join(schema.names)})", _MAPPING_HINT
+    if candidates := [*images, *lists] or binary:
+        raise SourceError(f"several columns hold images: {', '.join(candidates)} {columns}", hint=hint)
+    names = (*_IMAGE_NAMES, *FILE_NAMES, "url")
+    if texts := [name for name in names if name in schema.names and is_text(schema.field(name).type)]:
+        hint = f"for URLs: --columns image={texts[0]} --allow-urls; for file names: --source list:FILE.csv"
+    raise SourceError(f"no column holds images {columns}", hint=hint)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    """Return whether a column has texts, lists of texts, or objects with a text (TEXT_KEYS)."""
+    if is_list(kind):
+        return _holds_texts(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(kind.get_field_index(name) >= 0 for name in TEXT_KEYS)
+    return is_text(kind)
+
+
+def _is_own_version(schema: pa.Schema) -> bool:
+    """Return whether a table is a version of synth, whose human captions are in `references`."""
+    kind = schema.field("captions").type if "captions" in schema.names else None
+    item = kind.value_type if kind is not None and is_list(kind) else None
+    return bool(item is not None and pa.types.is_struct(item) and item.get_field_index("prompt_id") >= 0)
+
+
+# --- rows
 
 
 def build_sample(
-    name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **more: Any
+    name: str, images: list[Any], license: str, split: str | None, *, allow_urls: bool = False, **fields: Any
 ) -> RawSample | Rejected:
-    """Return the images of a row, or its rejection. Empty pages at the end of a deck are dropped."""
+    """Return the images of a row without empty last pages, or its rejection."""
     while len(images) > 1 and images[-1] is None:
         images = images[:-1]
     if len(images) > MAX_PAGES:
-        return Rejected(source_row=name, reason="too_many_pages", detail=f"{len(images)} pages are more than {MAX_PAGES}")
+        detail = f"{len(images)} pages are more than {MAX_PAGES}"
+        return Rejected(source_row=name, reason="too_many_pages", detail=detail)
     try:
         pages = tuple(embedded_bytes(image, allow_urls=allow_urls) for image in images or [None])
     except ImageError as error:
         return Rejected(source_row=name, reason=error.reason, detail=str(error))
-    return RawSample(source_row=name, images=pages, license=license, fields={"split": split, **more})
+    return RawSample(source_row=name, images=pages, license=license, fields={"split": split, **fields})
 
 
-def _read_row(
-    name: str, row: dict[str, Any], columns: Columns, *, allow_urls: bool, **fields: Any
-) -> Rejected | partial[RawSample | Rejected]:
-    """Return what is to be done for a row, since an image that it names by address is still to be fetched."""
-    images = [image for column in columns.get("pages", columns.get("image", [])) for image in _listed(row[column])]
+def _read_row(name: str, row: dict[str, Any], columns: Columns, *, allow_urls: bool, **fields: Any) -> RowJob:
+    """Read the texts of a row, and return a job that reads its images."""
+    image_columns = columns.get("pages", columns.get("image", []))
+    images = [image for column in image_columns for image in _as_list(row[column])]
     if "pages" not in columns and len(images) > 1:
-        return Rejected(source_row=name, reason="several_images", detail="map the column as pages, for a deck")
-    texts = [text for column in columns.get("references", ()) for item in _listed(row[column]) for text in _texts_of(item)]
+        return Rejected(source_row=name, reason="several_images", detail="for decks, map pages")
+    items = [item for column in columns["references"] for item in _as_list(row[column])]
+    texts = [text for item in items for text in _texts_of(item)]
     fields["references"] = tuple(text for text in texts if isinstance(text, str) and text.strip())
     fields["context"] = tuple((column, as_text(row[column])) for column in columns.get(CONTEXT, ()))
     if "question" in columns:
@@ -192,134 +300,65 @@ def _read_row(
         if len(questions) != len(answers):
             detail = f"{len(questions)} questions, and {len(answers)} answers"
             return Rejected(source_row=name, reason="unpaired_answers", detail=detail)
-        pairs = ({"question": asked, "answers": given} for asked, given in zip(questions, answers, strict=True))
+        pairs = [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
         fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     elif "reference_qa" in columns:
-        listed = row[columns["reference_qa"][0]] or ()
-        fields["reference_qa"] = tuple(question for one in listed if (question := read_question(one)))
+        pairs = row[columns["reference_qa"][0]] or []
+        fields["reference_qa"] = tuple(question for pair in pairs if (question := read_question(pair)))
     return partial(build_sample, name, images, allow_urls=allow_urls, **fields)
 
 
-def _is_missing(value: object) -> bool:
-    """Return whether a row says nothing of its split."""
-    return value is None or value != value or not str(value).strip()
-
-
-def _context_columns(schema: pa.Schema, names: str) -> list[str]:
-    """Return the columns that are named with commas. Raise SourceError if one is missing, or can be no text."""
-    stripped = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    columns = [name for name in stripped if name in schema.names or not is_exif_name(name)]  # else a field of the image
-    for name in columns:
-        if name not in schema.names:
-            raise SourceError(f"there is no column {name}", hint=f"columns: {', '.join(schema.names)}")
-        kind = schema.field(name).type
-        if _is_bytes(kind) or pa.types.is_struct(kind) or (is_list(kind) and not is_text(kind.value_type)):
-            raise SourceError(
-                f"the column {name} holds {kind}, which no prompt can say", hint="name columns of texts or numbers"
-            )
-    return columns
-
-
-def _guess_questions(schema: pa.Schema) -> Columns:
-    """Return the columns of questions and answers by their usual names, if they fit together and offer no choices."""
-    answer = next((name for name in ANSWERS if name in schema.names), None)
-    if answer is None or QUESTION not in schema.names or _is_own_version(schema) or not _OF_CHOICES.isdisjoint(schema.names):
-        return {}
-    asked, answered = schema.field(QUESTION).type, schema.field(answer).type
-    are_several = is_list(asked) and is_text(asked.value_type)
-    fits = is_list(answered) if are_several else is_text(asked)
-    return {"question": [QUESTION], "answer": [answer]} if fits and _holds_texts(answered) else {}
-
-
-def _guess_images(schema: pa.Schema) -> Columns:
-    images = [field.name for field in schema if _is_image(field.type)]
-    lists = [field.name for field in schema if is_list(field.type) and _is_image(field.type.value_type)]
-    plain = [field.name for field in schema if _is_bytes(field.type) and field.name.rstrip("_0123456789") in _IMAGE_NAMES]
-    if len(images) > 1 and all(re.fullmatch(r"page_\d+", name) for name in images):
-        return {"pages": named_columns(schema, "pages", "page_*")}
-    if len(images) == 1 or "image" in images:
-        return {"image": ["image" if "image" in images else images[0]]}
-    if not images and len(lists) == 1:
-        return {"pages": lists}
-    if not images and (len(plain) == 1 or "image" in plain):
-        return {"image": ["image" if "image" in plain else plain[0]]}
-    candidates, hint = [*images, *lists] or plain, _MAPPING_HINT
-    texts = [name for name in (*_IMAGE_NAMES, *FILE_NAMES, "url") if name in schema.names and is_text(schema.field(name).type)]
-    if not candidates and texts:
-        hint = f"addresses: --columns image={texts[0]} --allow-urls; names of files: a list of them, --source list:FILE.csv"
-    message = f"several columns hold images: {', '.join(candidates)}" if candidates else "no column holds images"
-    raise SourceError(f"{message} (columns: {', '.join(schema.names)})", hint=hint)
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_bytes(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _holds_texts(kind: pa.DataType) -> bool:
-    """Return whether a column has texts, lists of them, or objects with one, such as the `raw` of Karpathy's sentences."""
-    if is_list(kind):
-        return _holds_texts(kind.value_type)
-    return is_text(kind) or (pa.types.is_struct(kind) and any(kind.get_field_index(name) >= 0 for name in TEXT_KEYS))
-
-
-def _is_own_version(schema: pa.Schema) -> bool:
-    """Return whether a table is of a version: its captions may be a model's, and `references` has those of people."""
-    kind = schema.field("captions").type if "captions" in schema.names else None
-    kind = kind.value_type if kind is not None and is_list(kind) else None
-    return bool(kind is not None and pa.types.is_struct(kind) and kind.get_field_index("prompt_id") >= 0)
-
-
-def _do(job: Rejected | partial[RawSample | Rejected]) -> RawSample | Rejected:
+def _run_job(job: RowJob) -> RawSample | Rejected:
     return job if isinstance(job, Rejected) else job()
 
 
+def _is_missing(value: object) -> bool:
+    return value is None or value != value or not str(value).strip()
+
+
 def _paired(row: dict[str, Any], columns: Columns) -> tuple[list[Any], list[Any]]:
-    """Return the questions of a row and the answers to each: of one question they may be a list."""
+    """Return the questions of a row, and the answer or the list of answers to each."""
     questions, answers = list[Any](), list[Any]()
-    for asked, answered in zip(columns["question"], columns["answer"], strict=True):
-        question, answer = row[asked], row[answered]
-        questions += question if isinstance(question, list) else [question]
-        answers += _listed(answer) if isinstance(question, list) else [answer]
+    for question_column, answer_column in zip(columns["question"], columns["answer"], strict=True):
+        question, answer = row[question_column], row[answer_column]
+        questions += _as_list(question)
+        answers += _as_list(answer) if isinstance(question, list) else [answer]
     return questions, answers
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def _texts_of(item: Any) -> list[Any]:
-    """Return the texts of an item of a column of captions: of an object, or of a list that stands in a cell, several."""
-    is_several = isinstance(item, dict) or (isinstance(item, str) and list_in_cell(item) is not None)
-    return read_texts({"": item}, ("",)) if is_several else [item]
+    """Return the texts of an item of a column of captions: an object or a list in a cell may have several."""
+    has_several = isinstance(item, dict) or (isinstance(item, str) and parse_list(item) is not None)
+    return read_texts({"": item}, ("",)) if has_several else [item]
+
+
+# --- Parquet files
 
 
 def _open_parquet(config: Config, path: str, part: SourceSlice) -> Source:
-    files = find_source_files(path, (".parquet",), follow_links=config.follow_links, is_whole=part == ALL)
+    files = find_source_files(path, (".parquet",), follow_links=config.follow_links, needs_digest=part == ALL)
     if not files.names:
         hint = "pass a file, or a folder on the disk or in a store: --source parquet:PATH"
         if files.is_local and any(Path(path).expanduser().rglob("*.arrow")):
-            hint = f"datasets.load_from_disk({path!r}) reads it: write it with to_parquet first"
+            hint = f"load it by datasets.load_from_disk({path!r}), and write it with to_parquet"
         raise SourceError(f"no Parquet file at {path}", hint=hint)
     if {IMAGES_FILE, REJECTIONS_FILE} <= {Path(name).name for name in files.names}:
         hint = f"`synth export --data {path} --format parquet --out FOLDER` writes files that hold the images"
-        raise SourceError(f"{path} is a version that synth has made, and its images are stored outside of it", hint=hint)
+        raise SourceError(f"{path} is a version of synth, whose images are stored elsewhere", hint=hint)
     by_split, license = group_by_split(files.names), config.license or UNKNOWN
-    tables = Tables(files.name, files.revision, license, by_split, files.open, files.translate_errors, part=part)
+    translate = files.translate_errors
+    tables = Tables(files.name, files.revision, license, by_split, files.open, translate, part=part)
     source = open_mapped(tables, read_mapping(tables.schema, config.columns), config, "parquet")
     return replace(source, messages=(*files.messages, *source.messages))
 
 
 PARQUET = SourceSpec(
     name="parquet:PATH",
-    what="the images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://, read in place",
-    license=LICENSE_UNLESS_SAID,
-    needs="a vision-language model",
+    what="images in a Parquet file, or in all under a folder; also s3://, gs://, hf:// and https://",
     example="synth generate --source parquet:rows.parquet --columns image=photo,references=alt_text",
     open=_open_parquet,
     options=frozenset({"source_split", "columns", "allow_urls", "follow_links", "license"}),
@@ -330,90 +369,106 @@ PARQUET = SourceSpec(
 
 
 def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
-    """Return the tables of ORG/NAME, ORG/NAME:CONFIG or either @REVISION, pinned to a commit.
+    """Return the tables of ORG/NAME[:CONFIG][@REVISION], pinned to a commit.
 
-    Raise SourceError if they cannot be read, or the Hub has converted a part of them only, unless that is allowed.
+    Raise SourceError if they cannot be read, or if the Hub has converted only a part and not `allow_partial`.
     """
-    from huggingface_hub import HfApi, HfFileSystem  # half of the time in which a command starts that does not need them
+    # Importing it takes half of the start time of commands that do not need it.
+    from huggingface_hub import HfApi, HfFileSystem
 
-    repo, config, revision = parse_name(name)
+    before, _, revision = name.partition("@")
+    repo, _, config = before.partition(":")
     api = HfApi()
-    translate = partial(translate_hub_errors, f"{repo}@{revision}" if revision else repo, "dataset", SourceError, OFFLINE)
+    place = f"{repo}@{revision}" if revision else repo
+    translate = partial(translate_hub_errors, place, "dataset", SourceError, OFFLINE)
     with translate():
-        info = api.dataset_info(repo, revision=revision)
-        commit, paths = str(info.sha), _parquet(api, repo, str(info.sha))
+        info = api.dataset_info(repo, revision=revision or None)
+        commit, paths = str(info.sha), _list_parquet(api, repo, str(info.sha))
         is_converted = not paths and not revision
         if is_converted:
-            commit, paths = _converted(api, repo)
+            commit, paths = _find_conversion(api, repo)
     if not paths:
         hint = "download it, and use --source folder:PATH or parquet:PATH"
-        raise SourceError(f"{repo} holds no Parquet files, nor has the Hub converted it", hint=hint)
-    declared = {} if is_converted or not info.card_data else _declared_configs(info.card_data.get("configs"), paths)
-    files = group_by_split(paths) if config is None else {}
-    files = _of_config(repo, config, declared, paths) if config is not None else _one_config(repo, files, declared)
-    is_partial = any(PARTIAL.search(path) for of_split in files.values() for path in of_split)
+        raise SourceError(f"{repo} has no Parquet files, and the Hub has not converted it", hint=hint)
+    card = info.card_data or {}
+    declared = {} if is_converted else _declared_configs(card.get("configs"), paths)
+    if config:
+        files = _files_of_config(repo, config, declared, paths)
+    else:
+        files = _default_files(repo, declared, paths)
+    is_partial = any(PARTIAL_FILE.search(path) for split_paths in files.values() for path in split_paths)
     if is_partial and not allow_partial:
-        hint = "--allow-partial takes what is there; all of it: download the dataset, and use folder:PATH or parquet:PATH"
+        hint = "--allow-partial reads this part; for all rows, download the dataset and use parquet:PATH"
         raise SourceError(f"the Hub has converted only a first part of {repo} to Parquet", hint=hint)
-    card_license = info.card_data.get("license") if info.card_data else None
-    license = ", ".join(card_license) if isinstance(card_license, list) else card_license or UNDECLARED
-    filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
+    license = card.get("license")
+    license = ", ".join(license) if isinstance(license, list) else license or UNDECLARED
     license = f"{GATED}, {license}" if info.gated else license
+    filesystem = HfFileSystem(endpoint=api.endpoint, skip_instance_cache=True)
 
     def open_file(path: str) -> BinaryIO:
-        name = f"datasets/{repo}@{commit}/{path}"
-        return cast(BinaryIO, filesystem.open(name, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
+        url = f"datasets/{repo}@{commit}/{path}"
+        return cast(BinaryIO, filesystem.open(url, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
 
     return Tables(repo, commit, license, files, open_file, translate, is_partial=is_partial)
 
 
-def parse_name(name: str) -> tuple[str, str | None, str | None]:
-    """Return (repository, config, revision) of ORG/NAME, ORG/NAME:CONFIG, ORG/NAME@REVISION or ORG/NAME:CONFIG@REVISION."""
-    before, _, revision = name.partition("@")
-    repo, _, config = before.partition(":")
-    return repo, config or None, revision or None
+def _list_parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
+    paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
+    tables = [path for path in paths if path.endswith(".parquet")]
+    return [path for path in tables if path.rpartition("/")[2] != REJECTIONS_FILE]
 
 
-Files = dict[str | None, list[str]]  # paths by split
+def _find_conversion(api: "HfApi", repo: str) -> tuple[str, list[str]]:
+    """Return the commit and files of the Hub's conversion to Parquet; no files if there is none."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    try:
+        commit = str(api.dataset_info(repo, revision=CONVERSION_BRANCH).sha)
+    except GatedRepoError:
+        raise
+    except HfHubHTTPError:
+        return "", []
+    return commit, _list_parquet(api, repo, commit)
 
 
-def _declared_configs(configs: Any, paths: list[str]) -> dict[str, Files]:
-    """Return the files of each config that the card of a repository declares, by split. What is odd is left out.
+def _declared_configs(configs: Any, paths: list[str]) -> dict[str, FilesBySplit]:
+    """Return the files of each config that a card declares. Invalid entries are skipped.
 
-    One that is declared to be the default has that name as well.
+    The config that is declared as the default is also stored under DEFAULT_CONFIG.
     """
-    declared: dict[str, Files] = {}
+    declared: dict[str, FilesBySplit] = {}
     for config in configs if isinstance(configs, list) else ():
         if not isinstance(config, dict):
             continue
         folder = str(config.get("data_dir") or "").removeprefix("./").strip("/")
-        data_files = config.get("data_files", f"{folder}/**" if folder else None)
-        entries = data_files if isinstance(data_files, list) else [data_files]
-        matched: dict[str | None, dict[str, None]] = {}  # each file once, in order
+        entries = _as_list(config.get("data_files", f"{folder}/**" if folder else None))
+        matched: dict[str | None, dict[str, None]] = {}  # an ordered set of files per split
         for entry in entries:
-            split, patterns = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else (None, entry)
-            listed = patterns if isinstance(patterns, list) else [patterns]
-            globs = [_compile_glob(str(one).removeprefix("./")) for one in listed]
+            split = entry.get("split") if isinstance(entry, dict) else None
+            patterns = entry.get("path") if isinstance(entry, dict) else entry
+            globs = [_compile_glob(str(pattern).removeprefix("./")) for pattern in _as_list(patterns)]
             for path in (path for path in paths if any(glob.fullmatch(path) for glob in globs)):
                 matched.setdefault(split_of_path(str(split) if split else path), {})[path] = None
-        files: Files = {split: [*of_split] for split, of_split in matched.items()}
+        files: FilesBySplit = {split: [*split_files] for split, split_files in matched.items()}
         if files and isinstance(config.get("config_name"), str):
             declared[config["config_name"]] = files
             if config.get("default") is True:
-                declared.setdefault(DEFAULT, files)
+                declared.setdefault(DEFAULT_CONFIG, files)
     return declared
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Return what a pattern of a card matches, as `datasets` reads it: a star stays within a folder, and two do not."""
+    """Compile a pattern of a card, as `datasets` reads it: `*` stays within a folder, `**` does not."""
     try:
         return re.compile(glob_translate(pattern))
-    except (ValueError, re.error):  # two stars that are no folder of their own
+    except (ValueError, re.error):  # `**` within a name
         return re.compile(re.escape(pattern))
 
 
-def _of_config(repo: str, config: str, declared: dict[str, Files], paths: list[str]) -> Files:
-    """Return the files of a config: one that the card declares, else a folder. Raise SourceError if there is none."""
+def _files_of_config(
+    repo: str, config: str, declared: dict[str, FilesBySplit], paths: list[str]
+) -> FilesBySplit:
+    """Return the files of a declared config, or of a folder. Raise SourceError if neither exists."""
     if config in declared:
         return declared[config]
     in_folder = [path for path in paths if path.startswith(f"{config}/") or f"/{config}/" in path]
@@ -424,43 +479,22 @@ def _of_config(repo: str, config: str, declared: dict[str, Files], paths: list[s
     return group_by_split(in_folder)
 
 
-def _one_config(repo: str, files: Files, declared: dict[str, Files]) -> Files:
-    """Return the files of the only config, or of the default one; a config is what the card declares, else a folder.
-
-    Raise SourceError if there are several, and none is the default.
-    """
+def _default_files(repo: str, declared: dict[str, FilesBySplit], paths: list[str]) -> FilesBySplit:
+    """Return the files of the default config, or of the only one. Raise SourceError if there are several."""
     configs = declared
     if not declared:
         configs = {}
-        for split, paths in files.items():
-            for path in paths:
+        for split, split_paths in group_by_split(paths).items():
+            for path in split_paths:
                 folder = path.partition("/")[0] if path.count("/") > 1 else ""
                 configs.setdefault(folder, {}).setdefault(split, []).append(path)
-    if DEFAULT in configs:
-        return configs[DEFAULT]
+    if DEFAULT_CONFIG in configs:
+        return configs[DEFAULT_CONFIG]
     first, *others = configs.values()
     if any(other != first for other in others):
         hint = f"name one: --source hub:{repo}:{min(filter(None, configs))}"
         raise SourceError(f"{repo} holds several tables: {', '.join(sorted(configs))}", hint=hint)
     return first
-
-
-def _parquet(api: "HfApi", repo: str, commit: str) -> list[str]:
-    """Return the Parquet files at a commit, sorted."""
-    paths = sorted(api.list_repo_files(repo, repo_type="dataset", revision=commit))
-    return [path for path in paths if path.endswith(".parquet") and path.rpartition("/")[2] != REJECTIONS_FILE]
-
-
-def _converted(api: "HfApi", repo: str) -> tuple[str, list[str]]:
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    try:
-        commit = str(api.dataset_info(repo, revision=CONVERSION_BRANCH).sha)
-    except GatedRepoError:
-        raise
-    except HfHubHTTPError:
-        return "", []
-    return commit, _parquet(api, repo, commit)
 
 
 def _open_repository(config: Config, repo: str, part: SourceSlice) -> Source:
@@ -471,8 +505,8 @@ def _open_repository(config: Config, repo: str, part: SourceSlice) -> Source:
 
 HUB = SourceSpec(
     name="hub:ORG/NAME",
-    what="any dataset of the Hub that is Parquet, or that the Hub has converted; ORG/NAME:CONFIG; @REVISION pins a commit",
-    license="as its card says",
+    what="a dataset of the Hub in Parquet, or converted to it; ORG/NAME:CONFIG; @REVISION pins a commit",
+    license="as its card states",
     needs="the Hub, a vision-language model",
     example="synth generate --source hub:ORG/NAME --split train --limit 1000",
     open=_open_repository,

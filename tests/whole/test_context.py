@@ -97,8 +97,8 @@ def test_template_uses_the_columns_that_it_names(shop: Path, server: ChatServer)
     for options, complaint in (
         (("--config", "synth.yaml", "--columns", "context=price"), "uses row.title, and no such column is mapped"),
         (("--config", "synth.yaml"), "uses row.title, and no such column is mapped"),
-        (("--columns", "context=titel"), "there is no column titel"),
-        (("--columns", "image=title"), "a folder has no column to be the image"),
+        (("--columns", "context=titel"), "no column is named titel"),
+        (("--columns", "image=title"), "a folder maps no columns to roles, but --columns names one for the image"),
     ):
         refused = generate(shop, server, *options)
         assert refused.returncode == 1 and complaint in refused.stderr and len(server.bodies) == asked, refused.stderr
@@ -123,7 +123,7 @@ def test_style_of_the_settings_is_a_prompt_of_its_own(shop: Path, server: ChatSe
     assert run_synth(*command, "--config", str(manifest), cwd=shop).returncode == 0
     assert len(server.bodies) == 3 * COUNT  # a manifest has the words, too
     refused = generate(shop, server, *arguments)  # --styles plain
-    assert refused.returncode == 1 and "has a prompt of product, which is not a style" in refused.stderr, refused.stderr
+    assert refused.returncode == 1 and "has a prompt for product, but that style is not used" in refused.stderr, refused.stderr
 
 
 def test_values_of_any_name_and_letters_stay_notes(shop: Path, server: ChatServer) -> None:

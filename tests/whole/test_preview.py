@@ -121,7 +121,7 @@ def test_image_that_looks_like_another_is_rejected_before_it_is_paid(photos: Pat
     result = json.loads(done.stdout)
     rejected = {"near_duplicate_image": 1, "unreadable_image": 1}
     assert result["steps"]["read"] == {"input": 14, "kept": 12, "rejected": rejected}
-    assert "read: 1 near duplicate image (03-small.jpg): for slides or charts, dedupe.images: graphics" in done.stderr
+    assert "read: 1 near duplicate image (03-small.jpg): for slides or charts, set dedupe.images: graphics" in done.stderr
     assert result["requests"]["total"] == 12
     assert "Similar images" in (photos / run(photos, "report").stdout.strip()).read_text()
     similar = {"near_duplicates.parquet", "image_groups.parquet"}

@@ -192,9 +192,8 @@ def test_source_reads_only_human_texts_of_an_export(kind: str, version: Version,
         assert [(one.question, one.answers[0]) for one in row.reference_qa or ()] == questions
         # The other sources here read one split.
         assert row.split == (item.split if kind == "webdataset" else None)
-    prefix = "texts that a model wrote, which are none of people"
-    counts = [message for message in opened.messages if message.startswith(prefix)]
-    assert len(counts) == 1 and not counts[0].endswith(" 0")
+    messages = [message for message in opened.messages if "model-written texts" in message]
+    assert len(messages) == 1 and not messages[0].startswith("skipped 0 ")
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "coco", "webdataset"])
@@ -230,7 +229,7 @@ def test_written_by_is_model_if_custom_value_has_name_of_text_column(
 def test_captions_file_written_by_model_is_an_error(version: Version, tmp_path: Path) -> None:
     export_version(version, "coco", tmp_path / "out")
     captions = [str(tmp_path / "out/annotations/captions_train.json")]
-    with pytest.raises(SourceError, match="a model wrote all that is in") as refused:
+    with pytest.raises(SourceError, match="a model wrote all texts of") as refused:
         open_source(resolve(source=f"folder:{tmp_path / 'out/images/train'}", captions=captions))
     assert "'written_by'" in refused.value.hint
 
@@ -438,8 +437,8 @@ def test_written_captions_are_not_read_as_human(photos: tuple[Path, Version]) ->
     source = open_folder(folder)
     references = {row.references for row in source.rows if isinstance(row, Sample)}
     assert references == {(), ("By hand.",), ("One more.",)}
-    assert "captions of people: 2 for 2 of 4 images" in source.messages
-    assert "texts that a model wrote, which are none of people: 3" in source.messages
+    assert "human captions: 2 for 2 of 4 images" in source.messages
+    assert "skipped 3 model-written texts" in source.messages
     assert not any("not read" in message for message in source.messages)
 
 

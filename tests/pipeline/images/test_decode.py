@@ -1,4 +1,4 @@
-"""Image decoding: valid images become upright RGB; unreadable or oversized ones are refused with a reason."""
+"""Image decoding: valid images become upright RGB, and unusable images are refused with a reason."""
 
 import base64
 import io
@@ -27,27 +27,32 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_16_bits_are_scaled_and_32_bits_are_refused() -> None:
+def test_16_bit_image_is_scaled_and_32_bit_image_is_refused() -> None:
     assert prepare_image(encoded(Image.new("I;16", (4, 4), 128 * 257))).getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(ImageError) as caught:
         prepare_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
     assert caught.value.reason == "unsupported_depth"
 
 
-def test_a_large_picture_is_scaled_down_and_a_small_one_left_alone() -> None:
+def test_only_large_image_is_scaled_down() -> None:
     data = encoded(Image.new("RGB", (200, 100)))
     assert prepare_image(data, max_pixels=5000).size == (100, 50)
     assert prepare_image(data, max_pixels=50_000).size == (200, 100)
 
 
 def bomb(width_px: int, height_px: int) -> bytes:
-    """Return a PNG of a few bytes whose header claims the given size."""
+    """Return a small PNG whose header claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = width_px.to_bytes(4, "big") + height_px.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
@@ -64,11 +69,15 @@ GOOD = encoded(Image.effect_noise((64, 64), 50), "JPEG")
         (encoded(Image.new("RGB", (500, 2))), "too_narrow"),
     ],
 )
-def test_a_bad_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+def test_unusable_file_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
         check_image(data)
     assert caught.value.reason == reason
     assert "0x" not in str(caught.value)  # an address in memory
+
+
+def distance(pdq_hash: bytes, other: bytes) -> int:
+    return int(image_distances(as_hashes([pdq_hash]), as_hashes([other]), mirrored=False)[0, 0])
 
 
 @pytest.fixture(scope="module")
@@ -77,56 +86,58 @@ def large() -> Image.Image:
     return photo(3).resize((2880, 2160), Image.Resampling.BICUBIC)
 
 
-def test_the_hash_of_a_reduced_photo_is_that_of_a_copy(large: Image.Image) -> None:
+def test_reduced_photo_has_the_hash_of_a_copy(large: Image.Image) -> None:
     info = check_image(encoded(large, "JPEG", quality=90))
     assert (info.width_px, info.height_px) == large.size
-    assert image_distances(as_hashes([info.pdq_hash]), as_hashes([pdq_hash(large)]), mirrored=False)[0, 0] <= MAX_COPY_BITS // 2
+    assert distance(info.pdq_hash, pdq_hash(large)) <= MAX_COPY_BITS // 2
 
 
-def test_a_large_photo_that_was_taken_sideways_is_turned(large: Image.Image) -> None:
+def test_large_sideways_photo_is_rotated(large: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     info = check_image(encoded(large, "JPEG", exif=exif))
     assert (info.width_px, info.height_px) == large.size[::-1]
     upright = check_image(encoded(large.transpose(Image.Transpose.ROTATE_270), "JPEG"))
-    assert image_distances(as_hashes([info.pdq_hash]), as_hashes([upright.pdq_hash]), mirrored=False)[0, 0] <= MAX_COPY_BITS
+    assert distance(info.pdq_hash, upright.pdq_hash) <= MAX_COPY_BITS
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}])
-def test_the_luma_of_a_jpeg_has_the_hash_of_its_colors(options: dict[str, Any]) -> None:
+def test_luma_and_colors_of_jpeg_have_equal_hashes(options: dict[str, Any]) -> None:
     for number in range(4):
         data = encoded(photo(number), "JPEG", **options)
-        hashes = as_hashes([check_image(data).pdq_hash, pdq_hash(prepare_image(data))])
-        assert image_distances(hashes[:1], hashes[1:], mirrored=False)[0, 0] <= 4
+        assert distance(check_image(data).pdq_hash, pdq_hash(prepare_image(data))) <= 4
 
 
-def test_a_jpeg_whose_detail_is_in_its_colors_has_a_hash() -> None:
+def test_jpeg_with_detail_in_colors_only_has_a_hash() -> None:
     blue, red = (photo(number).convert("L") for number in (3, 5))
     flat = Image.merge("YCbCr", [Image.new("L", blue.size, 20), blue, red])
     assert check_image(encoded(flat, "JPEG", quality=95, subsampling=0)).pdq_hash
     assert not check_image(encoded(Image.new("RGB", (80, 60), "red"), "JPEG")).pdq_hash
 
 
-@pytest.mark.parametrize("sampling", [(0x31, 0x21, 0x11), (0x13, 0x12, 0x11)], ids=["in a row", "in a column"])
-def test_a_jpeg_whose_colors_cannot_be_enlarged_is_refused_though_its_luma_can_be_decoded(sampling: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "sampling", [(0x31, 0x21, 0x11), (0x13, 0x12, 0x11)], ids=["in a row", "in a column"]
+)
+def test_jpeg_with_fractional_subsampling_is_refused(sampling: tuple[int, ...]) -> None:
     data = bytearray(encoded(photo(3).resize((96, 72)), "JPEG", subsampling=0))
     frame = data.find(b"\xff\xc0")
     for component, of_component in enumerate(sampling):
         data[frame + 11 + 3 * component] = of_component
-    for look in (check_image, prepare_image):
+    for decode in (check_image, prepare_image):
         with pytest.raises(ImageError):
-            look(bytes(data))
+            decode(bytes(data))
 
 
-def test_a_lossless_jpeg_is_decoded_in_full() -> None:
+def test_lossless_jpeg_is_decoded_in_full() -> None:
     lossless = (
-        "/9j/7gAOQWRvYmUAZAAAAAAA/8MAEQgABAAEA1IRAEcRAEIRAP/EABUAAQEAAAAAAAAAAAAAAAAAAAAH/9oADANSAEcAQgABAAACkUikAAAAAAAD/9k="
+        "/9j/7gAOQWRvYmUAZAAAAAAA/8MAEQgABAAEA1IRAEcRAEIRAP/EABUAAQEAAAAAAAAA"
+        "AAAAAAAAAAAH/9oADANSAEcAQgABAAACkUikAAAAAAAD/9k="
     )
     info = check_image(base64.b64decode(lossless))
     assert (info.width_px, info.height_px) == (4, 4)
 
 
-def test_scans_of_an_mpo_are_counted_as_well() -> None:
+def test_mpo_with_many_scans_is_refused() -> None:
     jpeg = encoded(photo(3), "JPEG", progressive=True)
     last_scan = jpeg[jpeg.rfind(b"\xff\xda") : -2]
     many = jpeg[:-2] + last_scan * MAX_SCANS + jpeg[-2:]
@@ -141,7 +152,7 @@ def test_scans_of_an_mpo_are_counted_as_well() -> None:
         assert caught.value.reason == "too_many_scans"
 
 
-def test_a_large_jpeg_that_was_cut_off_is_refused(large: Image.Image) -> None:
+def test_truncated_large_jpeg_is_refused(large: Image.Image) -> None:
     data = encoded(large, "JPEG")
     with pytest.raises(ImageError) as caught:
         check_image(data[: int(len(data) * 0.999)])
@@ -149,19 +160,20 @@ def test_a_large_jpeg_that_was_cut_off_is_refused(large: Image.Image) -> None:
 
 
 def exif_of(orientation: int, kind: int) -> bytes:
-    """Return EXIF with one entry, the orientation, of a type of TIFF: 2 is text, 3 a number, 7 bytes."""
-    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x0112, kind, 1, orientation, 0) + bytes(4)
+    """Return EXIF with an orientation of a TIFF type: 2 is text, 3 a number, 7 bytes."""
+    entry = struct.pack("<HHIHH", 0x0112, kind, 1, orientation, 0)
+    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
 
 
 @pytest.mark.parametrize(("orientation", "kind"), [(9, 3), (ord("6"), 2)])
-def test_an_orientation_that_means_nothing_turns_nothing(orientation: int, kind: int, large: Image.Image) -> None:
+def test_invalid_orientation_is_ignored(orientation: int, kind: int, large: Image.Image) -> None:
     info = check_image(encoded(large.resize((80, 60)), "JPEG", exif=exif_of(orientation, kind)))
     assert (info.width_px, info.height_px) == (80, 60)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_size_of_a_turned_image_is_that_of_its_pixels(kind: str, orientation: int) -> None:
+def test_upright_size_matches_rotated_pixels(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photo(1).resize((60, 40)), kind, exif=exif)

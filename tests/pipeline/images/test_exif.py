@@ -1,4 +1,4 @@
-"""EXIF fields that a user names, and no others, are read before an image loses its metadata."""
+"""EXIF: only requested fields are read before an image loses its metadata."""
 
 import io
 import zipfile
@@ -15,11 +15,18 @@ from pipeline.sources import open_source
 from pipeline.types import Sample
 from tests.pipeline.images.test_similarity import photo
 
-NAMES = ("exif_Model", "exif_DateTimeOriginal", "exif_FNumber", "exif_GPSLatitude", "exif_GPSLongitude", "exif_ISOSpeedRatings")
+NAMES = (
+    "exif_Model",
+    "exif_DateTimeOriginal",
+    "exif_FNumber",
+    "exif_GPSLatitude",
+    "exif_GPSLongitude",
+    "exif_ISOSpeedRatings",
+)
 
 
 def taken(kind: str = "JPEG", model: str = "Box 3") -> bytes:
-    """Return a photo as a camera stores it: model, time, aperture, and a place in the south and west."""
+    """Return a photo with EXIF: model, time, aperture, and a position in the south and west."""
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = model
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:05:17 08:30:00"
@@ -34,7 +41,7 @@ def taken(kind: str = "JPEG", model: str = "Box 3") -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_named_fields_are_texts(kind: str) -> None:
+def test_requested_exif_fields_are_texts(kind: str) -> None:
     assert read_exif(taken(kind), NAMES) == {
         "exif_Model": "Box 3",
         "exif_DateTimeOriginal": "2024:05:17 08:30:00",
@@ -45,18 +52,18 @@ def test_named_fields_are_texts(kind: str) -> None:
     assert read_exif(taken(kind), ["exif_MakerNote"]) == {}  # binary
 
 
-def test_a_field_is_known_by_its_name_in_the_standard() -> None:
+def test_exif_names_follow_the_standard() -> None:
     assert all(map(is_exif_name, NAMES))
     assert not any(map(is_exif_name, ["Model", "exif_", "exif_Shoe", "title"]))
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_an_image_without_readable_fields_has_none(data: bytes) -> None:
+def test_image_without_readable_exif_has_no_fields(data: bytes) -> None:
     assert read_exif(data, NAMES) == {}
 
 
 @pytest.mark.parametrize("source", ["folder", "list", "archive"])
-def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_none(source: str, tmp_path: Path) -> None:
+def test_requested_exif_fields_go_to_context_and_leave_the_image(source: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(taken())
     buffer = io.BytesIO()
@@ -73,14 +80,19 @@ def test_the_context_of_a_sample_has_the_fields_that_were_named_and_the_image_no
     opened = open_source(resolve(source=f"{source}:{tmp_path}/{path}", columns={"context": names}))
     samples = [sample for sample in opened.rows if isinstance(sample, Sample)]
     contexts = [dict(sample.context) for sample in samples]
-    assert [context.pop("file_name", "") for context in contexts] == (["", ""] if source == "list" else ["a.jpg", "b.jpg"])
+    assert [context.pop("file_name", "") for context in contexts] == (
+        ["", ""] if source == "list" else ["a.jpg", "b.jpg"]
+    )
     assert contexts[0] == {"exif_Model": "Box 3", "exif_GPSLatitude": "-33.510000"}
     assert contexts[1] == {"exif_Model": "", "exif_GPSLatitude": ""}
     assert all(read_exif(sample.images[0], NAMES) == {} for sample in samples)
 
 
-def test_a_column_of_the_source_comes_before_a_field_of_that_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [taken()], "exif_Model": ["of the table"], "title": ["Lake"]}), tmp_path / "a.parquet")
+def test_source_column_overrides_exif_field(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": [taken()], "exif_Model": ["of the table"], "title": ["Lake"]}),
+        tmp_path / "a.parquet",
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(taken())
     (tmp_path / "photos" / "metadata.csv").write_text("file_name,exif_Model\na.jpg,of the table\n")

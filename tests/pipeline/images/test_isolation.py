@@ -1,4 +1,4 @@
-"""Isolation: an image that kills, fills or stalls its decoder is the only thing that is lost."""
+"""Isolation: an image that kills, fills or stalls its decoder is rejected alone."""
 
 import io
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def png(side_px: int = 16, color: str = "red") -> bytes:
 
 @pytest.fixture(autouse=True)
 def own_pool() -> Iterator[None]:
-    """Give each test workers of its own."""
+    """Give each test its own workers."""
     isolation._pool.cache_clear()
     yield
     isolation._pool().close()
@@ -57,7 +57,7 @@ def reason(result: Result) -> str:
     return result.reason if isinstance(result, ImageError) else "fine"
 
 
-def test_a_worker_says_of_an_image_what_this_process_would() -> None:
+def test_worker_gives_the_facts_of_this_process() -> None:
     for original in (png(), jpeg(), png(200)):
         (result,) = check(original)
         assert isinstance(result, list)
@@ -65,7 +65,7 @@ def test_a_worker_says_of_an_image_what_this_process_would() -> None:
         assert result == [CheckedImage(data, check_image(data))]
 
 
-def test_all_pages_of_a_deck_are_checked_and_one_bad_page_spoils_it() -> None:
+def test_bad_page_rejects_its_deck() -> None:
     jobs = iter([("deck", (png(), png(20))), ("spoilt", (png(), b"x")), ("empty", ())])
     results = dict(check_all(jobs))
     assert len(results["deck"]) == 2  # type: ignore[arg-type]
@@ -73,13 +73,13 @@ def test_all_pages_of_a_deck_are_checked_and_one_bad_page_spoils_it() -> None:
     assert results["empty"] == []
 
 
-def test_results_come_in_the_order_of_the_images() -> None:
+def test_results_keep_the_order_of_images() -> None:
     sides = [8 + n for n in range(60)]
     jobs = iter([(side, (png(side),)) for side in sides])
     assert [(side, side) for side in sides] == [(key, r[0].info.width_px) for key, r in check_all(jobs)]  # type: ignore[index]
 
 
-def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
+def test_source_error_comes_after_earlier_images() -> None:
     def jobs() -> Iterator[tuple[int, tuple[bytes, ...]]]:
         yield 0, (png(),)
         raise RuntimeError("the source is gone")
@@ -99,11 +99,19 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
         ("sys.stdout.buffer.write(b'x' * 999); sys.stdout.flush(); os._exit(0)", "", "decoder_died"),
         ("os.write(1, isolation._LENGTH.pack(1 << 50))", "", "decoder_died"),
         ("raise ValueError('odd')", "", "decoder_died"),
-        ("d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)", "", "decoder_died"),
-        ('d = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)', "", "decoder_died"),
+        (
+            "d = b'[' * 900_000; os.write(1, isolation._LENGTH.pack(len(d))); sys.stdout.buffer.write(d)",
+            "",
+            "decoder_died",
+        ),
+        (
+            'd = b\'{"images": [[Infinity, 1, ""]]}\'; os.write(1, isolation._LENGTH.pack(len(d)) + d)',
+            "",
+            "decoder_died",
+        ),
     ],
 )
-def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
+def test_image_that_kills_its_worker_is_rejected_alone(
     attack: str, settings: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch(monkeypatch, attack, settings)
@@ -111,14 +119,14 @@ def test_an_image_that_ends_its_worker_is_named_and_the_others_go_on(
     assert [reason(result) for result in results] == ["fine", expected, "fine", expected, "fine", "fine"]
 
 
-def test_a_worker_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sleeping_worker_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "WALL_SECONDS", 3.0)
     patch(monkeypatch, "import time; time.sleep(600)")
     results = check(png(), png(20), b"EVIL", png())
     assert [reason(result) for result in results] == ["fine", "fine", "too_slow", "fine"]
 
 
-def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_worker_has_no_keys_and_cannot_write_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
     monkeypatch.setenv("SYNTH_API_KEY", "SECRET")
     answer = "raise isolation.ImageError('answered', 'SECRET' in str(os.environ) and 'leaked' or 'nothing')"
@@ -132,7 +140,7 @@ def test_a_worker_has_no_keys_and_writes_no_file(monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").stat().st_size
 
 
-def test_an_image_of_fifty_megapixels_fits_into_the_memory_of_a_worker() -> None:
+def test_image_of_50_megapixels_fits_into_worker_memory() -> None:
     out = io.BytesIO()
     Image.new("RGBA", (10_000, 5_000), (1, 2, 3, 4)).save(out, "PNG", compress_level=1)
     (result,) = check(out.getvalue())

@@ -1,4 +1,4 @@
-"""Tests of pipeline/images/metadata.py: nothing but pixels, color profile and orientation is left, and pixels are the same."""
+"""Metadata: only pixels, color profile and orientation are left, and pixels are unchanged."""
 
 import io
 import random
@@ -18,10 +18,19 @@ from pipeline.images.near_duplicates import as_hashes, image_distances
 from tests.pipeline.images.test_similarity import photo
 
 GPS = 0x8825
-SECRETS = (b"52.5200", b"PhotoSerial-4711", b"Ada Example", b"a private remark", b"ns.adobe.com/xap", b"8BIM", b"THUMBNAIL")
+SECRETS = (
+    b"52.5200",
+    b"PhotoSerial-4711",
+    b"Ada Example",
+    b"a private remark",
+    b"ns.adobe.com/xap",
+    b"8BIM",
+    b"THUMBNAIL",
+)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:xap="http://ns.adobe.com/xap/1.0/">52.5200 13.4000'
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    b'<rdf:Description xmlns:xap="http://ns.adobe.com/xap/1.0/">52.5200 13.4000'
     b"</rdf:Description></x:xmpmeta>"
 )
 
@@ -47,10 +56,14 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def jpeg(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
-    """Return a photo as a phone writes it: EXIF, XMP, IPTC, thumbnails, a comment, and a second picture behind it."""
-    plain = encoded("JPEG", image, exif=exif_of(orientation), icc_profile=PROFILE, comment=b"a private remark", **more)
+    """Return a photo like a phone's: EXIF, XMP, IPTC, thumbnails, a comment, and a second image after it."""
+    plain = encoded(
+        "JPEG", image, exif=exif_of(orientation), icc_profile=PROFILE, comment=b"a private remark", **more
+    )
     jfif = segment(0xE0, b"JFIF\0\x01\x02\0\0\1\0\1\1\1" + b"TNL") + segment(0xE0, b"JFXX\0\x10THUMBNAIL")
-    apps = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + b"Ada Example")
+    apps = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + segment(
+        0xED, b"Photoshop 3.0\0" + b"8BIM" + b"Ada Example"
+    )
     multi_picture = segment(0xE2, b"MPF\0PhotoSerial-4711")
     body = plain[2:]
     if body.startswith(b"\xff\xe0"):
@@ -62,11 +75,13 @@ def png(orientation: int = 1, image: Image.Image | None = None, **more: object) 
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "a private remark")
     info.add_itxt("XML:com.adobe.xmp", XMP.decode())
-    return encoded("PNG", image, exif=exif_of(orientation), pnginfo=info, icc_profile=PROFILE, **more) + b"THUMBNAIL"
+    more |= {"exif": exif_of(orientation), "icc_profile": PROFILE}
+    return encoded("PNG", image, pnginfo=info, **more) + b"THUMBNAIL"
 
 
 def webp(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
-    return encoded("WEBP", image, exif=exif_of(orientation), xmp=XMP, icc_profile=PROFILE, **more) + b"THUMBNAIL"
+    more |= {"exif": exif_of(orientation), "icc_profile": PROFILE}
+    return encoded("WEBP", image, xmp=XMP, **more) + b"THUMBNAIL"
 
 
 def gif(image: Image.Image | None = None, **more: object) -> bytes:
@@ -77,7 +92,8 @@ def gif(image: Image.Image | None = None, **more: object) -> bytes:
 
 
 def tiff(orientation: int = 1, image: Image.Image | None = None, **more: object) -> bytes:
-    return encoded("TIFF", image, exif=exif_of(orientation), description="a private remark", **more) + b"THUMBNAIL"
+    more |= {"exif": exif_of(orientation), "description": "a private remark"}
+    return encoded("TIFF", image, **more) + b"THUMBNAIL"
 
 
 def avif(orientation: int = 1) -> bytes:
@@ -97,7 +113,7 @@ def bits_apart(data: bytes, other: bytes) -> int:
 
 
 @pytest.mark.parametrize("make", [jpeg, png, webp, gif, tiff, avif])
-def test_no_byte_of_the_metadata_is_left_and_no_pixel_changes(make: Maker) -> None:
+def test_metadata_is_removed_and_pixels_are_unchanged(make: Maker) -> None:
     data = make()
     assert leaked(data)
     clean = strip_metadata(data)
@@ -107,14 +123,14 @@ def test_no_byte_of_the_metadata_is_left_and_no_pixel_changes(make: Maker) -> No
         assert {"exif", "xmp", "comment", "photoshop"} & image.info.keys() == set()
         if make not in (gif, avif, tiff):
             assert image.info["icc_profile"] == PROFILE
-    if make is not avif:  # which is encoded anew, with loss
+    if make is not avif:  # encoded again, with loss
         assert prepare_image(clean).tobytes() == prepare_image(data).tobytes()
     assert strip_metadata(clean) == clean
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("make", [jpeg, png, webp, tiff, avif])
-def test_every_orientation_stays_right(make: Maker, orientation: int) -> None:
+def test_each_orientation_is_kept(make: Maker, orientation: int) -> None:
     data = make(orientation)
     clean = strip_metadata(data)
     assert leaked(clean) == []
@@ -143,7 +159,7 @@ def test_every_orientation_stays_right(make: Maker, orientation: int) -> None:
         encoded("WEBP"),
     ],
 )
-def test_a_file_without_metadata_stays_as_it_is(plain: bytes) -> None:
+def test_file_without_metadata_is_unchanged(plain: bytes) -> None:
     assert strip_metadata(plain) == plain
 
 
@@ -172,7 +188,7 @@ def test_all_frames_of_an_animation_are_kept(kind: str, more: dict[str, Any]) ->
         (encoded("GIF", photo(1).quantize(32), transparency=3), "P"),
     ],
 )
-def test_formats_that_keep_metadata_between_pixels_become_png(data: bytes, mode: str) -> None:
+def test_formats_with_metadata_between_pixels_become_png(data: bytes, mode: str) -> None:
     clean = strip_metadata(data)
     with Image.open(io.BytesIO(clean)) as image:
         assert (image.format, image.mode) == ("PNG", mode)
@@ -180,7 +196,7 @@ def test_formats_that_keep_metadata_between_pixels_become_png(data: bytes, mode:
 
 
 @pytest.mark.skipif(not has_heif(), reason="needs pillow-heif, of the extra heic")
-def test_a_photo_of_a_phone_becomes_jpeg() -> None:
+def test_heic_photo_becomes_jpeg() -> None:
     data = encoded("HEIF", exif=exif_of(), xmp=XMP)
     assert leaked(data)
     clean = strip_metadata(data)
@@ -190,7 +206,7 @@ def test_a_photo_of_a_phone_becomes_jpeg() -> None:
 
 
 @pytest.mark.parametrize("make", [jpeg, png, webp, gif, tiff])
-def test_a_damaged_file_is_cleaned_or_refused_and_never_leaks(make: Maker) -> None:
+def test_damaged_file_never_leaks_metadata(make: Maker) -> None:
     data, draw = make(), random.Random(7)
     for _ in range(150):
         damaged = bytearray(data[: draw.choice([len(data), draw.randrange(20, len(data))])])
@@ -198,13 +214,13 @@ def test_a_damaged_file_is_cleaned_or_refused_and_never_leaks(make: Maker) -> No
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         try:
             clean = strip_metadata(bytes(damaged))
-            check_image(clean)  # as a source does: a part whose kind is damaged may hold anything, and no image
+            check_image(clean)  # like a source; a damaged chunk may hold anything
         except ImageError:
             continue
         assert leaked(clean) == []
 
 
-def test_a_file_of_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_with_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
 
     def count(data: bytes) -> Any:
@@ -218,7 +234,7 @@ def test_a_file_of_many_segments_is_opened_once(monkeypatch: pytest.MonkeyPatch)
     assert len(opened) == 1
 
 
-def test_colors_are_decoded_as_adobe_says_and_nothing_else_of_its_segment_is_left() -> None:
+def test_adobe_segment_keeps_only_the_color_transform() -> None:
     cmyk = encoded("JPEG", photo(1).convert("CMYK"))
     start = cmyk.index(b"Adobe") - 4
     secret = segment(0xEE, b"Adobe" + b"\0\x64SECR\0" + b"PhotoSerial-4711")
@@ -229,11 +245,13 @@ def test_colors_are_decoded_as_adobe_says_and_nothing_else_of_its_segment_is_lef
     assert strip_metadata(cmyk) == cmyk
 
 
-def test_names_and_leftovers_within_parts_that_stay_are_removed() -> None:
+def test_names_and_trailing_data_in_kept_parts_are_removed() -> None:
     named = encoded("PNG", icc_profile=PROFILE)
     profile = zlib.compress(PROFILE)
     content = b"Ada Example\0\0" + profile
-    chunk = struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
+    chunk = (
+        struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
+    )
     start = named.index(b"iCCP") - 4
     (length,) = struct.unpack_from(">I", named, start)
     clean = strip_metadata(named[:start] + chunk + named[start + 12 + length :])
@@ -242,7 +260,7 @@ def test_names_and_leftovers_within_parts_that_stay_are_removed() -> None:
         assert image.info["icc_profile"] == PROFILE
 
 
-def test_parts_of_a_frame_that_no_pixel_needs_are_removed() -> None:
+def test_unneeded_chunks_of_a_frame_are_removed() -> None:
     data = encoded("WEBP", photo(1), save_all=True, append_images=[photo(2)], lossless=True)
     start = data.index(b"ANMF")
     (length,) = struct.unpack_from("<I", data, start + 4)

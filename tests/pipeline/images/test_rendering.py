@@ -1,4 +1,4 @@
-"""Rendering: pages and frames come in order from a process that sees one file, and a bad file is a reason and no more."""
+"""Rendering: pages and frames come in order from an isolated process, and damaged files are rejected."""
 
 import io
 from collections.abc import Callable
@@ -33,32 +33,33 @@ def saved(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_pages_are_images_in_order_with_a_long_side_of_one_length(tmp_path: Path) -> None:
+def test_pages_are_rendered_in_order_at_one_size(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", 3)
     pages = rendered(tmp_path / "a.pdf")
     assert [page.place for page in pages] == [1, 2, 3]
     assert {image_of(page).size for page in pages} == {(1536, 864)}
-    bars = [image_of(page).convert("RGB").crop((0, 200, 1536, 201)).tobytes().count(b"\xff\xff\xff") for page in pages]
+    rows = [image_of(page).convert("RGB").crop((0, 200, 1536, 201)).tobytes() for page in pages]
+    bars = [row.count(b"\xff\xff\xff") for row in rows]
     assert bars == sorted(bars, reverse=True) and bars[0] > bars[2]  # the bar grows
 
 
-def test_frames_lie_so_many_seconds_apart(tmp_path: Path) -> None:
+def test_frames_have_the_requested_distance(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 7)
     assert [frame.place for frame in rendered(tmp_path / "a.mp4", "video", 2.0)] == [0, 2000, 4000, 6000]
     frames = rendered(tmp_path / "a.mp4", "video", 0.5)
     assert [frame.place for frame in frames] == list(range(0, 7000, 500))
     assert {image_of(frame).size for frame in frames} == {(320, 240)}
-    assert len({image_of(frame).getpixel((10, 10)) for frame in frames}) >= 5  # another picture in each second
+    assert len({image_of(frame).getpixel((10, 10)) for frame in frames}) >= 5  # another image in each second
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mpg", ".ts", ".avi"])
-def test_containers_are_read_by_their_suffix(suffix: str, tmp_path: Path) -> None:
+def test_video_containers_are_read(suffix: str, tmp_path: Path) -> None:
     write_video(tmp_path / f"a{suffix}", 2, rate=25)
     assert [frame.place // 1000 for frame in rendered(tmp_path / f"a{suffix}", "video")] == [0, 1]
 
 
 @pytest.mark.parametrize(("every_s", "count"), [(0.1, 50), (0.7, 8), (1e9, 1)])
-def test_small_and_large_steps_find_the_frames_that_are_due(every_s: float, count: int, tmp_path: Path) -> None:
+def test_small_and_large_frame_distances_work(every_s: float, count: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 5)
     places = [frame.place for frame in rendered(tmp_path / "a.mp4", "video", every_s)]
     assert len(places) == count
@@ -67,7 +68,7 @@ def test_small_and_large_steps_find_the_frames_that_are_due(every_s: float, coun
         assert count_images("video", file, ".mp4", every_s) == count
 
 
-def test_damage_in_a_video_is_named_and_passed_over(tmp_path: Path) -> None:
+def test_damage_in_a_video_is_reported_and_skipped(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 20)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     at = len(data) // 5
@@ -95,24 +96,25 @@ DAMAGED: dict[str, Callable[[Path], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_or_one_that_is_something_else_is_a_reason(name: str, tmp_path: Path) -> None:
+def test_damaged_file_is_refused_with_a_reason(name: str, tmp_path: Path) -> None:
     write_pdf(tmp_path / "good.pdf", 1)
     write_video(tmp_path / "good.mp4", 1)
     path = saved(tmp_path / name, DAMAGED[name](tmp_path))
     assert reason_of(path, "pdf" if path.suffix == ".pdf" else "video") in ("unreadable_file", "empty_file")
 
 
-def test_pages_that_are_lines_and_documents_that_want_a_password_are_reasons(tmp_path: Path) -> None:
+def test_thin_pages_and_encrypted_documents_are_refused(tmp_path: Path) -> None:
     (line,) = rendered(saved(tmp_path / "line.pdf", text_pdf(media_box="0 0 100000 2")))
     assert line.data == b"" and "page 1: it is 100000 by 2 points" in line.fault
     (huge,) = rendered(saved(tmp_path / "huge.pdf", text_pdf(media_box="0 0 100000 50000")))
-    assert image_of(huge).size == (1536, 768)  # a page of 35 meters has no more pixels
-    locked = text_pdf().replace(b"/Root 1 0 R", b"/Root 1 0 R /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O (" + b"x" * 32
-                                + b") /U (" + b"y" * 32 + b") >> /ID [(a) (b)]")  # fmt: skip
+    assert image_of(huge).size == (1536, 768)  # a page of 35 meters has as many pixels
+    encryption = b"/Filter /Standard /V 1 /R 2 /P -4 /O (%s) /U (%s)" % (b"x" * 32, b"y" * 32)
+    trailer = b"/Root 1 0 R /Encrypt << %s >> /ID [(a) (b)]" % encryption
+    locked = text_pdf().replace(b"/Root 1 0 R", trailer)
     assert reason_of(saved(tmp_path / "locked.pdf", locked)) == "encrypted"
 
 
-def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Path) -> None:
+def test_script_in_a_document_is_not_run(tmp_path: Path) -> None:
     script = f"/OpenAction << /S /JavaScript /JS (app.launchURL\\('file:///{tmp_path}/x'\\)) >>"
     launch = f"/AA << /O << /S /Launch /F (/usr/bin/touch {tmp_path}/launched) >> >>"
     assert len(rendered(saved(tmp_path / "js.pdf", text_pdf(more=f"{script} {launch}")))) == 1
@@ -130,7 +132,7 @@ def test_a_script_in_a_document_is_not_run_and_the_page_is_rendered(tmp_path: Pa
         ("__import__('socket').create_connection(('127.0.0.1', 9))", "", "unreadable_file"),
     ],
 )
-def test_a_decoder_that_was_taken_over_gets_nothing(
+def test_compromised_decoder_gets_nothing(
     attack: str, settings: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = f"""
@@ -150,7 +152,7 @@ rendering.serve()
     write_pdf(tmp_path / "a.pdf", 2)
     with (tmp_path / "a.pdf").open("rb") as file:
         pages = render("pdf", file, ".pdf")
-        assert next(pages).place == 1  # what came before is good
+        assert next(pages).place == 1  # earlier pages are valid
         with pytest.raises(ImageError) as caught:
             next(pages)
     assert caught.value.reason == reason
@@ -158,7 +160,7 @@ rendering.serve()
         assert "Too many open files" in str(caught.value)
 
 
-def test_a_file_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_file_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "WALL_SECONDS", 1.0)
     monkeypatch.setattr(rendering, "_SERVE", "import time; time.sleep(600)")
     write_pdf(tmp_path / "a.pdf", 1)

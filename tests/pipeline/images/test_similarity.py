@@ -1,4 +1,4 @@
-"""Image similarity: near-duplicates are rejected or grouped, and slides are not rejected by their hash alone."""
+"""Image similarity: near-duplicate photos are rejected or grouped, and slides are kept."""
 
 import io
 import random
@@ -29,7 +29,7 @@ COUNT = 60
 
 
 def photo(seed: int) -> Image.Image:
-    """Return a picture with the spectrum of photos (1 / f) and a few ellipses."""
+    """Return an image with the spectrum of photos (1 / f) and a few ellipses."""
     return _photo(seed).copy()
 
 
@@ -38,7 +38,10 @@ def _photo(seed: int) -> Image.Image:
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     rows, columns = np.fft.fftfreq(240)[:, None], np.fft.rfftfreq(320)[None]
     amplitude = 1 / np.maximum(1 / 240, np.hypot(rows, columns)) ** 1.2
-    layers = [np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), s=(240, 320)) for _ in range(4)]
+    layers = [
+        np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), s=(240, 320))
+        for _ in range(4)
+    ]
     pixels = np.stack([layers[3] + 0.4 * layer for layer in layers[:3]], -1)
     scaled = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
     image = Image.fromarray(scaled.astype(np.uint8))
@@ -89,42 +92,56 @@ def distances(images: list[Image.Image], others: list[Image.Image]) -> np.ndarra
     ],
     ids=["q30", "half", "bright", "gray"],
 )
-def test_a_photo_that_was_stored_again_is_the_same_photo(photos: list[Image.Image], change: Any, least: float) -> None:
+def test_recompressed_photo_is_a_copy(photos: list[Image.Image], change: Any, least: float) -> None:
     bits = distances(photos, [change(image) for image in photos]).diagonal()
     assert (bits <= MAX_COPY_BITS).mean() >= least
 
 
-def test_other_photos_are_not_near(photos: list[Image.Image]) -> None:
+def test_different_photos_are_not_near(photos: list[Image.Image]) -> None:
     bits = distances(photos, photos)
     assert bits[~np.eye(COUNT, dtype=bool)].min() > MAX_NEAR_BITS["photos"]
 
 
-def test_a_crop_is_grouped_and_stays(photos: list[Image.Image]) -> None:
+def test_crop_is_grouped_and_kept(photos: list[Image.Image]) -> None:
     bits = distances(photos, [cropped(image) for image in photos]).diagonal()
     assert (bits <= MAX_NEAR_BITS["photos"]).mean() >= 0.95
     assert (bits <= MAX_COPY_BITS).mean() <= 0.1
 
 
 def samples(*rows: dict[str, Any]) -> pa.Table:
-    defaults = [{"sample_id": f"s{n}", "split": None, "width_px": 320, "height_px": 240} for n in range(len(rows))]
+    defaults = [
+        {"sample_id": f"s{n}", "split": None, "width_px": 320, "height_px": 240} for n in range(len(rows))
+    ]
     kinds = [("sample_id", pa.string()), ("split", pa.string()), ("pdq_hashes", pa.list_(pa.binary()))]
     schema = pa.schema([*kinds, ("width_px", pa.int32()), ("height_px", pa.int32())])
-    return pa.Table.from_pylist([default | row for default, row in zip(defaults, rows, strict=True)], schema=schema)
+    return pa.Table.from_pylist(
+        [default | row for default, row in zip(defaults, rows, strict=True)], schema=schema
+    )
 
 
 def hashes_of(*images: Image.Image) -> list[bytes]:
     return [pdq_hash(image) for image in images]
 
 
-def test_slides_of_one_template_are_not_rejected() -> None:
-    texts = ("Revenue grew by 12 %", "Costs fell in all regions", "New plants in three cities", "Staff: 1,240 people")
-    pages = [slide([*random.Random(seed).sample(texts, 4), f"Chart {seed}: {seed * 37} units"]) for seed in range(12)]
+def test_slides_of_one_template_are_kept() -> None:
+    texts = (
+        "Revenue grew by 12 %",
+        "Costs fell in all regions",
+        "New plants in three cities",
+        "Staff: 1,240 people",
+    )
+    pages = [
+        slide([*random.Random(seed).sample(texts, 4), f"Chart {seed}: {seed * 37} units"])
+        for seed in range(12)
+    ]
     changed = [slide(["Revenue grew by 12 %", "Total: 118"]), slide(["Revenue grew by 12 %", "Total: 113"])]
-    groups = compare_samples(samples(*({"pdq_hashes": hashes_of(page)} for page in pages + changed)), "graphics")
+    groups = compare_samples(
+        samples(*({"pdq_hashes": hashes_of(page)} for page in pages + changed)), "graphics"
+    )
     assert set(groups["image_reason"].to_pylist()) == {None}
 
 
-def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image]) -> None:
+def test_decks_are_near_if_half_of_their_pages_are(photos: list[Image.Image]) -> None:
     rows = [
         {"pdq_hashes": hashes_of(*photos[:4])},
         {"pdq_hashes": hashes_of(*map(stored_again, photos[:2]), *photos[4:6])},
@@ -134,36 +151,41 @@ def test_decks_are_near_where_half_of_their_pages_are(photos: list[Image.Image])
     assert compare_samples(samples(*rows), "graphics")["image_group"].to_pylist() == ["s0", "s0", "s2", "s3"]
 
 
-def test_empty_pictures_are_near_nothing() -> None:
+def test_flat_images_are_near_nothing() -> None:
     assert pdq_hash(Image.new("RGB", (300, 200), "white")) == b""
     rows: list[dict[str, Any]] = [{"pdq_hashes": [b""]}, {"pdq_hashes": [b""]}, {"pdq_hashes": []}]
     assert compare_samples(samples(*rows), "photos")["image_group"].to_pylist() == ["s0", "s1", "s2"]
 
 
-def test_a_flat_image_among_photos_that_are_near_is_a_group_of_its_own(photos: list[Image.Image]) -> None:
+def test_flat_image_among_near_photos_has_its_own_group(photos: list[Image.Image]) -> None:
     hashes = [hashes_of(photos[0]), [b""], hashes_of(cropped(photos[0])), hashes_of(photos[1])]
     groups = compare_samples(samples(*({"pdq_hashes": of_sample} for of_sample in hashes)), "photos")
     assert groups["image_group"].to_pylist() == ["s0", "s1", "s0", "s3"]
 
 
-def test_every_pair_within_reach_is_found_across_blocks() -> None:
+def test_all_near_pairs_are_found_across_blocks() -> None:
     rng = np.random.default_rng(5)
     hashes = rng.integers(0, 2**63, (BLOCK_HASHES + 300, 4), dtype=np.uint64)
     for bits in range(9):
         hashes[BLOCK_HASHES + bits] = hashes[bits]
         for bit in range(bits):
             hashes[BLOCK_HASHES + bits, bit % 4] ^= np.uint64(1 << (7 * bit))
-    assert list(zip(*near_hashes(hashes, "graphics"), strict=True)) == [(bits, BLOCK_HASHES + bits, bits) for bits in range(9)]
+    assert list(zip(*near_hashes(hashes, "graphics"), strict=True)) == [
+        (bits, BLOCK_HASHES + bits, bits) for bits in range(9)
+    ]
 
 
-def test_a_mirrored_photo_is_near_and_no_copy(photos: list[Image.Image]) -> None:
+def test_mirrored_photo_is_near_but_not_a_copy(photos: list[Image.Image]) -> None:
     mirrored = [ImageOps.mirror(image) for image in photos]
     hashes, others = (as_hashes([pdq_hash(image) for image in images]) for images in (photos, mirrored))
     bits = image_distances(hashes, others, mirrored=True)
     assert bits.diagonal().max() <= MAX_NEAR_BITS["photos"] and bits.min() > MAX_COPY_BITS
     assert bits[~np.eye(COUNT, dtype=bool)].min() > MAX_NEAR_BITS["photos"]
     assert (image_distances(hashes, others, mirrored=False).diagonal() > MAX_NEAR_BITS["graphics"]).all()
-    rows: list[dict[str, Any]] = [{"pdq_hashes": hashes_of(photos[0])}, {"pdq_hashes": hashes_of(mirrored[0])}]
+    rows: list[dict[str, Any]] = [
+        {"pdq_hashes": hashes_of(photos[0])},
+        {"pdq_hashes": hashes_of(mirrored[0])},
+    ]
     groups = compare_samples(samples(*rows), "photos").to_pydict()
     assert (groups["image_group"], groups["image_reason"]) == (["s0", "s0"], [None, None])
 
@@ -171,16 +193,23 @@ def test_a_mirrored_photo_is_near_and_no_copy(photos: list[Image.Image]) -> None
 def choose_one_by_one(
     ids: list[str], splits: list[str | None], pixels: list[int], bits: Any, kind: str
 ) -> list[tuple[Any, ...]]:
-    """Return what `compare_samples` returns, by its definition: one sample after another, of all distances."""
-    near = [[b for b in range(len(ids)) if b != a and bits[a, b] <= MAX_NEAR_BITS[kind]] for a in range(len(ids))]
+    """Return the result of `compare_samples` by its definition, from all distances."""
+    near = [
+        [b for b in range(len(ids)) if b != a and bits[a, b] <= MAX_NEAR_BITS[kind]] for a in range(len(ids))
+    ]
     kept: set[int] = set()
     results: dict[int, tuple[str | None, str | None]] = {}
     for n in sorted(range(len(ids)), key=lambda n: (-SPLIT_RANK[splits[n]], -pixels[n], ids[n])):
         neighbors = sorted(kept.intersection(near[n]), key=lambda neighbor: ids[neighbor])
-        held_out = [m for m in neighbors if SPLIT_RANK[splits[m]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])]
+        held_out = [
+            m for m in neighbors if SPLIT_RANK[splits[m]] > max(SPLIT_RANK[splits[n]], SPLIT_RANK["train"])
+        ]
         copies = [m for m in neighbors if kind == "photos" and bits[n, m] <= MAX_COPY_BITS]
         if held_out or copies:
-            results[n] = ("near_held_out_image" if held_out else "near_duplicate_image", ids[(held_out or copies)[0]])
+            results[n] = (
+                "near_held_out_image" if held_out else "near_duplicate_image",
+                ids[(held_out or copies)[0]],
+            )
         else:
             kept.add(n)
             results[n] = (None, None)
@@ -194,12 +223,12 @@ def choose_one_by_one(
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
 @pytest.mark.parametrize("seed", range(3))
-def test_samples_are_chosen_as_if_one_by_one(seed: int, kind: ImageKind) -> None:
+def test_choice_equals_a_sequential_choice(seed: int, kind: ImageKind) -> None:
     rng = np.random.default_rng(seed)
     count = 80
     ids = [f"{n:04d}" for n in rng.permutation(count)]
     hashes = rng.integers(0, 2**64, (10, 4), dtype=np.uint64)[rng.integers(0, 10, count)]
-    for row in hashes:  # near the center of its cluster, or far from it
+    for row in hashes:  # near or far from the center of its cluster
         for bit in rng.choice(256, rng.integers(0, 36), replace=False).tolist():
             row[bit // 64] ^= np.uint64(1 << bit % 64)
     splits = [(None, "train", "validation", "test")[n] for n in rng.integers(0, 4, count)]
@@ -212,10 +241,10 @@ def test_samples_are_chosen_as_if_one_by_one(seed: int, kind: ImageKind) -> None
     assert len({row[2] for row in rows}) == (3 if kind == "photos" else 2)
 
 
-def test_a_long_chain_of_near_images_is_one_group() -> None:
+def test_long_chain_of_near_images_is_one_group() -> None:
     hashes = np.zeros((300, 4), np.uint64)
     hashes[:, 0] = np.random.default_rng(0).integers(0, 2**63)
-    for n in range(1, 300):  # each is one bit from the one before
+    for n in range(1, 300):  # each hash is one bit from the previous one
         hashes[n] = hashes[n - 1]
         hashes[n, n % 4] ^= np.uint64(1 << (n // 4) % 64)
     ids = [f"{n:03d}" for n in range(300)]
@@ -225,19 +254,28 @@ def test_a_long_chain_of_near_images_is_one_group() -> None:
 
 
 def samples_of(hashes: Any, splits: list[str | None]) -> pa.Table:
-    """Return samples of one size with these hashes, in the order of their ids."""
+    """Return samples of one size with these hashes, sorted by id."""
     count = len(hashes)
-    columns = ([f"{n:05d}" for n in range(count)], splits, [[row.tobytes()] for row in hashes], [10] * count, [10] * count)
+    columns = (
+        [f"{n:05d}" for n in range(count)],
+        splits,
+        [[row.tobytes()] for row in hashes],
+        [10] * count,
+        [10] * count,
+    )
     return pa.table(dict(zip(COMPARED_COLUMNS, columns, strict=True)))
 
 
 @pytest.mark.parametrize("most_pairs", [100, 20_000], ids=["by drawn bits", "each with each"])
-def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
+def test_held_out_photo_of_thousands_of_copies_is_kept(
     most_pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", most_pairs)
     rng = np.random.default_rng(0)
-    others, copied = rng.integers(0, 2**64, (200, 4), dtype=np.uint64), rng.integers(0, 2**64, (1, 4), dtype=np.uint64)
+    others, copied = (
+        rng.integers(0, 2**64, (200, 4), dtype=np.uint64),
+        rng.integers(0, 2**64, (1, 4), dtype=np.uint64),
+    )
     hashes = np.concatenate([others, np.repeat(copied, 3000, axis=0)])
     splits: list[str | None] = [None] * len(hashes)
     splits[2500] = "test"
@@ -249,7 +287,9 @@ def test_of_thousands_of_copies_of_a_photo_one_is_kept_the_held_out_one(
 
 
 @pytest.mark.parametrize("kind", ["photos", "graphics"])
-def test_no_image_of_a_crowd_is_near_a_held_out_one_and_kept(kind: ImageKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_near_a_held_out_one_are_rejected_in_large_groups(
+    kind: ImageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.images.near_duplicates.ALL_PAIRS_HASHES", 100)
     monkeypatch.setattr("pipeline.images.near_duplicates.MAX_NEIGHBORS", 16)
     rng = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""Images stand upright and over white, here and in the files of a published captioner."""
+"""Conversion to upright RGB over white, here and in published captioners."""
 
 import io
 from typing import Any
@@ -15,9 +15,11 @@ PUBLISHED = {"modeling.py": standalone_source("modeling"), "caption.py": standal
 
 
 def noise(mode: str, height_px: int = 30, **options: Any) -> bytes:
-    """Return a PNG of noise; with `transparent`, the level or color of one of its pixels is the transparent one."""
+    """Return a PNG of noise; with `transparent`, the level or color of one pixel is transparent."""
     gray = Image.effect_noise((40, height_px), 90)
-    bands = [gray.rotate(90 * number, expand=False) for number in range(len(Image.new(mode, (1, 1)).getbands()))]
+    bands = [
+        gray.rotate(90 * number, expand=False) for number in range(len(Image.new(mode, (1, 1)).getbands()))
+    ]
     if mode == "I;16":
         image = gray.convert("I").point(lambda level: level * 257).convert("I;16")
     elif mode == "P":
@@ -31,26 +33,30 @@ def noise(mode: str, height_px: int = 30, **options: Any) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(("mode", "transparent"), [("RGBA", False), ("LA", False), ("P", True), ("RGB", True)])
-def test_a_transparent_image_of_several_bands_looks_like_one_that_is_laid_over_white_at_once(
+@pytest.mark.parametrize(
+    ("mode", "transparent"), [("RGBA", False), ("LA", False), ("P", True), ("RGB", True)]
+)
+def test_bands_of_transparent_image_match_whole_composite(
     mode: str,
     transparent: bool,  # noqa: FBT001
 ) -> None:
     data = noise(mode, 2 * BAND_PX + 7, transparent=transparent)
     with Image.open(io.BytesIO(data)) as stored:
-        at_once = Image.alpha_composite(Image.new("RGBA", stored.size, "white"), stored.convert("RGBA")).convert("RGB")
+        at_once = Image.alpha_composite(
+            Image.new("RGBA", stored.size, "white"), stored.convert("RGBA")
+        ).convert("RGB")
     assert prepare_image(data).tobytes() == at_once.tobytes()
     assert not transparent or at_once.getpixel((3, BAND_PX + 3)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_which_nobody_knows_what_is_white_are_refused(mode: str) -> None:
-    """Pillow would make all of them white, or black."""
-    with pytest.raises(ValueError, match="have no known white"):
+def test_32_bit_pixels_are_refused(mode: str) -> None:
+    """Pillow would make all pixels white or black."""
+    with pytest.raises(ValueError, match="32-bit pixels"):
         upright_rgb(Image.new(mode, (4, 4), 1))
 
 
-def test_16_bits_of_gray_become_8() -> None:
+def test_16_bit_gray_becomes_8_bit() -> None:
     with Image.open(io.BytesIO(noise("I;16"))) as image:
         assert image.mode == "I;16"
         levels = np.asarray(image)
@@ -59,7 +65,7 @@ def test_16_bits_of_gray_become_8() -> None:
 
 @pytest.mark.parametrize("published", PUBLISHED)
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "1"])
-def test_a_published_captioner_sees_the_same_pixels(mode: str, published: str) -> None:
+def test_published_captioner_sees_the_same_pixels(mode: str, published: str) -> None:
     names: dict[str, Any] = {"__name__": published}
     exec(compile(PUBLISHED[published], published, "exec"), names)
     for orientation in range(1, 9):
@@ -71,7 +77,8 @@ def test_a_published_captioner_sees_the_same_pixels(mode: str, published: str) -
 
 
 @pytest.mark.parametrize("published", PUBLISHED)
-def test_published_files_need_nothing_of_this_project(published: str) -> None:
+def test_published_files_do_not_import_this_project(published: str) -> None:
     assert not any(
-        line.startswith(("from trainer", "from pipeline", "import trainer")) for line in PUBLISHED[published].splitlines()
+        line.startswith(("from trainer", "from pipeline", "import trainer"))
+        for line in PUBLISHED[published].splitlines()
     )

@@ -1,4 +1,4 @@
-"""Claims of a caption: the questions that they become, and the expected answers."""
+"""Claims of a caption: questions and expected answers."""
 
 import random
 
@@ -14,11 +14,18 @@ from pipeline.scenes.text import STYLES, answer, caption
     [
         (
             "Two dogs and a large ball on a gray background.",
-            [("How many dogs are there?", "2"), ("Is there a large ball?", "yes"), ("What color is the background?", "gray")],
+            [
+                ("How many dogs are there?", "2"),
+                ("Is there a large ball?", "yes"),
+                ("What color is the background?", "gray"),
+            ],
         ),
         ("A man in a red shirt is riding a bike.", [("Is there a man in a red shirt riding a bike?", "yes")]),
         ("A man rides a bike.", [("Is it true that a man rides a bike?", "yes")]),
-        ("There are three boats and no people.", [("How many boats are there?", "3"), ("How many people are there?", "0")]),
+        (
+            "There are three boats and no people.",
+            [("How many boats are there?", "3"), ("How many people are there?", "0")],
+        ),
         (
             "A large red cross is at the top left.",
             [
@@ -43,11 +50,11 @@ from pipeline.scenes.text import STYLES, answer, caption
         ("...", []),
     ],
 )
-def test_a_caption_is_taken_apart(text: str, claims: list[tuple[str, str]]) -> None:
+def test_caption_is_split_into_claims(text: str, claims: list[tuple[str, str]]) -> None:
     assert [(claim.question, claim.expected) for claim in extract_claims(text)] == claims
 
 
-def test_what_is_true_of_a_scene_is_all_that_its_caption_claims() -> None:
+def test_all_claims_of_a_true_caption_are_true() -> None:
     for seed in range(300):
         scene = sample_scene(random.Random(seed))
         for style in STYLES:
@@ -55,7 +62,10 @@ def test_what_is_true_of_a_scene_is_all_that_its_caption_claims() -> None:
                 assert answer(scene, claim.question) in (claim.expected, None)
 
 
-def test_a_question_that_the_caption_answers_twice_is_not_asked() -> None:
-    questions = {claim.question for claim in extract_claims("A small red ring and a small red star on a mint background.")}
+def test_question_with_two_answers_is_dropped() -> None:
+    questions = {
+        claim.question
+        for claim in extract_claims("A small red ring and a small red star on a mint background.")
+    }
     assert "What shape is the small red object?" not in questions
     assert "What size is the red ring?" in questions

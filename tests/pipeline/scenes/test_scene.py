@@ -1,4 +1,4 @@
-"""Drawing: the same seed gives the same picture, and every fact is visible."""
+"""Drawn scenes: the seed determines the picture, and every fact is visible."""
 
 import random
 from itertools import product
@@ -25,7 +25,7 @@ def pixels(scene: Scene, seed: int = 0) -> np.ndarray:
     return np.asarray(draw(scene, random.Random(seed))).astype(int)
 
 
-def test_a_seed_is_a_picture() -> None:
+def test_seed_determines_the_picture() -> None:
     scene, same_scene = (sample_scene(random.Random(5)) for _ in range(2))
     assert scene == same_scene
     assert (pixels(scene) == pixels(same_scene)).all()
@@ -33,8 +33,11 @@ def test_a_seed_is_a_picture() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_an_object_lies_within_its_place(place: str) -> None:
-    empty, full = pixels(Scene("white", ())), pixels(Scene("white", (Thing("large", "black", "square", place),)))
+def test_object_is_within_its_place(place: str) -> None:
+    empty, full = (
+        pixels(Scene("white", ())),
+        pixels(Scene("white", (Thing("large", "black", "square", place),))),
+    )
     rows, columns = np.nonzero((np.abs(full - empty) > 60).any(-1))
     row, column = divmod(PLACES.index(place), 3)
     assert full.shape == (SIDE_PX, SIDE_PX, 3)
@@ -43,7 +46,7 @@ def test_an_object_lies_within_its_place(place: str) -> None:
 
 
 @pytest.mark.parametrize(("color", "shape"), list(product(COLORS, SHAPES)))
-def test_a_large_object_is_larger_and_has_its_color(color: str, shape: str) -> None:
+def test_large_object_is_larger_and_has_its_color(color: str, shape: str) -> None:
     areas = []
     for size in SIZES:
         full = pixels(Scene("gray", (Thing(size, color, shape, "center"),)))
@@ -52,6 +55,6 @@ def test_a_large_object_is_larger_and_has_its_color(color: str, shape: str) -> N
     assert 0 < 2 * areas[0] < areas[1]
 
 
-def test_two_objects_in_one_place_are_refused() -> None:
+def test_two_objects_in_one_place_are_an_error() -> None:
     with pytest.raises(ValueError, match="reading order"):
         Scene("white", (Thing("small", "red", "ring", "center"), Thing("large", "red", "ring", "center")))

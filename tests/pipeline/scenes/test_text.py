@@ -1,11 +1,21 @@
-"""Scene texts: captions can be parsed back into facts, questions have the answers of the facts, and scores count both."""
+"""Scene texts: captions are parsed into facts, answers follow from the facts, and scores count both."""
 
 import random
 
 import pytest
 
 from pipeline.scenes.scene import Scene, Thing, sample_scene
-from pipeline.scenes.text import AnswerScore, CaptionScore, Truth, answer, answer_deck, background, caption, phrases
+from pipeline.scenes.text import (
+    AnswerScore,
+    CaptionScore,
+    Phrase,
+    Truth,
+    answer,
+    answer_deck,
+    background,
+    caption,
+    phrases,
+)
 
 SCENE = Scene(
     "beige",
@@ -21,21 +31,17 @@ DECK = (Scene("gray", (RED_RING, BLUE_STAR)), Scene("mint", (RED_RING,)), Scene(
 TWO_RINGS = Scene("white", (RED_RING, Thing("small", "red", "ring", "center")))
 
 
-def test_a_brief_caption_names_everything_but_places() -> None:
+def test_brief_caption_omits_places() -> None:
     text = caption(SCENE, "brief")
     assert text == "A small red circle, a large red cross and a small blue circle on a beige background."
-    assert [(p.size, p.color, p.shape, p.place) for p in phrases(text)] == [
-        (t.size, t.color, t.shape, "") for t in SCENE.objects
-    ]
+    assert phrases(text) == [Phrase(t.size, t.color, t.shape, "") for t in SCENE.objects]
 
 
-def test_a_detailed_caption_can_be_read_back_whole() -> None:
+def test_detailed_caption_is_parsed_completely() -> None:
     for seed in range(200):
         scene = sample_scene(random.Random(seed))
         text = caption(scene, "detailed")
-        assert [(p.size, p.color, p.shape, p.place) for p in phrases(text)] == [
-            (t.size, t.color, t.shape, t.place) for t in scene.objects
-        ]
+        assert phrases(text) == [Phrase(t.size, t.color, t.shape, t.place) for t in scene.objects]
         assert background(text) == scene.background
 
 
@@ -51,8 +57,8 @@ def test_a_detailed_caption_can_be_read_back_whole() -> None:
         ("How many large red crosses are there?", "1"),
         ("How many stars are there?", "0"),
         ("What color is the cross?", "red"),
-        ("What color is the circle?", None),  # there are two
-        ("What color is the star?", None),  # there is none
+        ("What color is the circle?", None),  # two objects match
+        ("What color is the star?", None),  # no object matches
         ("What shape is the object at the center?", "cross"),
         ("What size is the blue object?", "small"),
         ("Where is the cross?", "center"),
@@ -60,7 +66,7 @@ def test_a_detailed_caption_can_be_read_back_whole() -> None:
         ("Why is it red?", None),
     ],
 )
-def test_a_question_has_the_answer_of_the_facts(question: str, truth: str | None) -> None:
+def test_answers_follow_from_the_facts(question: str, truth: str | None) -> None:
     assert answer(SCENE, question) == truth
 
 
@@ -70,7 +76,10 @@ def test_a_question_has_the_answer_of_the_facts(question: str, truth: str | None
         ("What color is the star on the gray page?", Truth("blue", (1,))),
         ("How many rings are there on the white page?", Truth("0", (3,))),
         ("How many objects are there on the mint page?", Truth("1", (2,))),
-        ("How many more objects are there on the gray page than on the mint page?", Truth("1", (1, 2), "2 - 1")),
+        (
+            "How many more objects are there on the gray page than on the mint page?",
+            Truth("1", (1, 2), "2 - 1"),
+        ),
         ("How many objects are there on the white and gray pages together?", Truth("3", (1, 3), "1 + 2")),
         ("How many more objects are there on the mint page than on the gray page?", None),
         ("How many more objects are there on the mint page than on the mint page?", None),
@@ -80,7 +89,7 @@ def test_a_question_has_the_answer_of_the_facts(question: str, truth: str | None
         ("Why?", None),
     ],
 )
-def test_a_question_about_a_deck_has_one_truth_or_none(question: str, truth: Truth | None) -> None:
+def test_deck_question_has_one_answer_or_none(question: str, truth: Truth | None) -> None:
     assert answer_deck(DECK, question) == truth
 
 
@@ -105,14 +114,20 @@ def test_phrases_are_matched_one_to_one(text: str, precision: float, recall: flo
     assert scored(text).recall == pytest.approx(recall)
 
 
-def test_a_detailed_caption_must_say_where() -> None:
-    assert scored("A small red ring is at the top left. A small red ring is at the center.", "detailed").recall == 1.0
-    assert scored("A small red ring is at the top left. A small red ring is at the top right.", "detailed").recall == 0.5
+def test_detailed_caption_needs_places() -> None:
+    text = "A small red ring is at the top left. A small red ring is at the center."
+    assert scored(text, "detailed").recall == 1.0
+    assert (
+        scored(
+            "A small red ring is at the top left. A small red ring is at the top right.", "detailed"
+        ).recall
+        == 0.5
+    )
 
 
-def test_a_question_without_a_true_answer_counts_as_wrong() -> None:
+def test_question_without_a_true_answer_counts_as_wrong() -> None:
     score = AnswerScore()
-    score.add("What size is the ring?", "small", TWO_RINGS)  # there are two
+    score.add("What size is the ring?", "small", TWO_RINGS)  # two objects match
     score.add("How many rings are there?", "2", TWO_RINGS)
     score.add("How many objects are there?", "2", TWO_RINGS)
     score.add("How many stars are there?", "1", TWO_RINGS)

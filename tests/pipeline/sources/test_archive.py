@@ -1,4 +1,4 @@
-"""Archives as a source: tar and zip files with what lies beside their images, and those that were made to do harm."""
+"""Archives as a source: tar and zip files with texts next to their images, and malicious files."""
 
 import bz2
 import contextlib
@@ -69,7 +69,7 @@ def samples(path: object, **settings: Any) -> dict[str, Sample]:
 
 
 def reasons(path: object) -> dict[str, str | None]:
-    """Return why each image was rejected; None for those that were read."""
+    """Return the reason of each rejected image, and None for each image that was read."""
     return {row.source_row: row.reason if isinstance(row, Rejected) else None for row in rows(path)}
 
 
@@ -84,7 +84,7 @@ def reasons(path: object) -> dict[str, str | None]:
         ("p.zip", zip_of),
     ],
 )
-def test_images_are_read_with_what_lies_beside_them(tmp_path: Path, name: str, make: Callable[[Files], bytes]) -> None:
+def test_images_get_the_texts_next_to_them(tmp_path: Path, name: str, make: Callable[[Files], bytes]) -> None:
     (tmp_path / name).write_bytes(make(FILES))
     kept = samples(tmp_path / name)
     images = ("a/0.jpg", "a/1.jpg", "b/IMG.001.jpg", "b/IMG.002.jpg")
@@ -93,7 +93,7 @@ def test_images_are_read_with_what_lies_beside_them(tmp_path: Path, name: str, m
     assert kept[f"{name}/a/0.jpg"].license == "unknown"
 
 
-def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> None:
+def test_json_values_become_context(tmp_path: Path) -> None:
     files = {
         "1.jpg": photo(1),
         "1.json": b'{"title": "Cup", "tags": ["red", "small"]}',
@@ -106,57 +106,64 @@ def test_values_of_json_files_become_the_context_of_prompts(tmp_path: Path) -> N
         {"title": "Cup", "tags": "red, small", "file_name": "1.jpg"},
         {"title": "", "tags": "", "file_name": "2.jpg"},
     ]
-    with pytest.raises(SourceError, match="there is no column titel") as refused:
+    with pytest.raises(SourceError, match="no column is named titel") as refused:
         rows(tmp_path / "p.zip", columns={"context": "titel"})
     assert "tags, title" in refused.value.hint
-    with pytest.raises(ConfigError, match="no column to be the image"):
+    with pytest.raises(ConfigError, match="--columns names one for the image"):
         rows(tmp_path / "p.zip", columns={"image": "title"})
 
 
-def test_questions_of_json_files_are_read_where_the_first_images_have_some(tmp_path: Path) -> None:
+def test_json_questions_are_read_if_the_first_images_have_some(tmp_path: Path) -> None:
     pairs = [
         {"question": "How many?", "answer": "2"},
         {"question": "Red?", "answers": ["yes", "no"], "answer_type": "yes/no"},
         "odd",
     ]
     own = {"question": "What is it?", "answer": "a cup", "qa": pairs}
-    files = FILES | {"a/1.json": json.dumps(own).encode(), "b/IMG.002.json": b'{"qa": [{"question": "No answer?"}]}'}
+    unanswered = b'{"qa": [{"question": "No answer?"}]}'
+    files = FILES | {"a/1.json": json.dumps(own).encode(), "b/IMG.002.json": unanswered}
     (tmp_path / "a.tar").write_bytes(tar_of(files))
-    found = samples(tmp_path)
-    asked = {name: [(one.question, one.answers) for one in row.reference_qa or ()] for name, row in found.items()}
+    kept = samples(tmp_path)
+    asked = {name: row.reference_qa or () for name, row in kept.items()}
+    questions = {name: [(one.question, one.answers) for one in pairs] for name, pairs in asked.items()}
     expected = [("What is it?", ("a cup",)), ("How many?", ("2",)), ("Red?", ("yes", "no"))]
-    assert asked == {name: expected if name == "a.tar/a/1.jpg" else [] for name in found}
-    assert all(row.reference_qa is not None for row in found.values())
+    assert questions == {name: expected if name == "a.tar/a/1.jpg" else [] for name in kept}
+    assert all(row.reference_qa is not None for row in kept.values())
     (tmp_path / "a.tar").write_bytes(tar_of(FILES))
-    assert {row.reference_qa for row in samples(tmp_path).values()} == {None}  # as a version had it before
+    assert {row.reference_qa for row in samples(tmp_path).values()} == {None}
 
 
-def test_a_user_is_told_which_texts_are_beside_images_and_which_are_for_nothing(tmp_path: Path) -> None:
+def test_messages_report_used_and_unused_texts(tmp_path: Path) -> None:
     table = b"file_name,text\nIMG.001.jpg,A cup.\n"
-    files = FILES | {"a/9.txt": b"A boat.", "b/IMG.001.json": b"{odd", "c.json": b"[1]", "b/metadata.csv": table}
+    files = FILES | {
+        "a/9.txt": b"A boat.",
+        "b/IMG.001.json": b"{odd",
+        "c.json": b"[1]",
+        "b/metadata.csv": table,
+    }
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     assert open_source(resolve(source=f"archive:{tmp_path}")).messages == (
-        "captions of people in p.zip: 3, and 4 images",
-        "tables that are not read in p.zip: b/metadata.csv (unpack it, and read it as a folder)",
-        "texts beside no image in p.zip: 2 (a/9.txt, c.json)",
+        "human captions in p.zip: 3 for 4 images",
+        "metadata files in p.zip are not read: b/metadata.csv (unpack the archive, and read it as a folder)",
+        "2 texts in p.zip belong to no image (a/9.txt, c.json)",
     )
     assert samples(tmp_path)["p.zip/b/IMG.001.jpg"].references == ()
 
 
-def test_shards_that_webdataset_has_written_are_read_by_its_rule(tmp_path: Path) -> None:
-    """A key is the name up to the first dot, and what has it is one sample."""
+def test_webdataset_shards_are_grouped_by_key(tmp_path: Path) -> None:
+    """Files with an equal name up to the first dot are one sample."""
     with webdataset.TarWriter(str(tmp_path / "train-000.tar")) as shard:
         for number in range(3):
             texts = {"txt": f"Bowl {number}.", "json": {"description": f"Described {number}."}, "cls": number}
             shard.write({"__key__": f"x/{number:04}", "jpg": photo(number), "seg.png": photo(9), **texts})
     kept = rows(tmp_path)
-    assert [row.source_row for row in kept] == [f"train-000.tar/x/{n:04}.{end}" for n in range(3) for end in ("jpg", "seg.png")]
-    assert [row.references for row in kept if isinstance(row, Sample)][::2] == [
-        (f"Described {number}.", f"Bowl {number}.") for number in range(3)
-    ]
+    ends = ("jpg", "seg.png")
+    assert [row.source_row for row in kept] == [f"train-000.tar/x/{n:04}.{e}" for n in range(3) for e in ends]
+    references = [row.references for row in kept if isinstance(row, Sample)]
+    assert references[::2] == [(f"Described {n}.", f"Bowl {n}.") for n in range(3)]
 
 
-def test_the_name_of_an_archive_says_its_split(tmp_path: Path) -> None:
+def test_archive_name_sets_the_split(tmp_path: Path) -> None:
     for number, name in enumerate(("train-0.tar", "train-1.tar", "test.zip")):
         files = {f"{number}.jpg": photo(number)}
         (tmp_path / name).write_bytes(zip_of(files) if name.endswith("zip") else tar_of(files))
@@ -171,16 +178,17 @@ def test_the_name_of_an_archive_says_its_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "parts"), [(1, 2), (4, 3), (4, 7)])
-def test_parts_together_are_the_whole(tmp_path: Path, count: int, parts: int) -> None:
+def test_slices_together_are_the_whole_source(tmp_path: Path, count: int, parts: int) -> None:
     for number in range(count):
         files = {f"{n}.jpg": photo(10 * number + n) for n in range(5)}
         (tmp_path / f"{number}.tar").write_bytes(tar_of(files))
     whole = sorted(row.source_row for row in rows(tmp_path))
-    assert sorted(row.source_row for n in range(parts) for row in rows(tmp_path, SourceSlice(n, parts))) == whole
+    slices = [row for n in range(parts) for row in rows(tmp_path, SourceSlice(n, parts))]
+    assert sorted(row.source_row for row in slices) == whole
     assert len(whole) == 5 * count
 
 
-def test_the_revision_is_of_the_contents(tmp_path: Path) -> None:
+def test_revision_depends_on_contents(tmp_path: Path) -> None:
     def revision(part: SourceSlice = ALL) -> str:
         return open_source(resolve(source=f"archive:{tmp_path}"), part).revision
 
@@ -191,7 +199,7 @@ def test_the_revision_is_of_the_contents(tmp_path: Path) -> None:
     assert revision() != before
 
 
-def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
+def test_missing_or_invalid_archive_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "nothing.zip"):
         with pytest.raises(SourceError, match="no archive at"):
@@ -202,7 +210,7 @@ def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
     assert f"did you mean archive:{tmp_path / 'p.zip'}?" in refused.value.hint
 
 
-# What a stranger may send.
+# --- malicious archives
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -219,18 +227,23 @@ def tar_with(*infos: tarfile.TarInfo, content: bytes = b"") -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:/x.jpg", "C:x.jpg"]
+)
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_name_that_leads_out_is_refused_and_nothing_is_written(tmp_path: Path, name: str, kind: str) -> None:
+def test_entry_name_outside_the_archive_is_rejected(tmp_path: Path, name: str, kind: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    (home / f"p.{kind}").write_bytes((tar_of if kind == "tar" else zip_of)({name: photo(0), "good.jpg": photo(1)}))
+    make = tar_of if kind == "tar" else zip_of
+    (home / f"p.{kind}").write_bytes(make({name: photo(0), "good.jpg": photo(1)}))
     assert sorted(map(str, reasons(home).values())) == ["None", "outside_archive"]
     assert [path.name for path in tmp_path.rglob("*")] == ["home", f"p.{kind}"]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
-def test_links_pipes_and_devices_in_a_tar_file_are_refused(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
+def test_tar_links_pipes_and_devices_are_rejected(tmp_path: Path, kind: bytes) -> None:
     (tmp_path / "secret.jpg").write_bytes(photo(7))
     link = special("x.jpg", kind, str(tmp_path / "secret.jpg"))
     (tmp_path / "p.tar").write_bytes(tar_with(link, special("x.txt", kind, "/proc/self/environ")))
@@ -238,7 +251,7 @@ def test_links_pipes_and_devices_in_a_tar_file_are_refused(tmp_path: Path, kind:
     assert isinstance(row, Rejected) and (row.source_row, row.reason) == ("p.tar/x.jpg", "not_a_file")
 
 
-def test_links_and_locks_in_a_zip_file_are_refused(tmp_path: Path) -> None:
+def test_zip_links_and_encrypted_entries_are_rejected(tmp_path: Path) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         link = zipfile.ZipInfo("x.jpg")
@@ -248,7 +261,10 @@ def test_links_and_locks_in_a_zip_file_are_refused(tmp_path: Path) -> None:
         archive.writestr("odd.jpg", photo(2))
         archive.writestr("good.jpg", photo(3))
     data = bytearray(out.getvalue())
-    for name, field, value in ((b"locked.jpg", 8, 1), (b"odd.jpg", 10, 99)):  # flags and method in the central directory
+    for name, field, value in (
+        (b"locked.jpg", 8, 1),
+        (b"odd.jpg", 10, 99),
+    ):  # flags and method in the directory
         place = data.rindex(name) - 46
         assert data[place : place + 4] == b"PK\x01\x02"
         data[place + field : place + field + 2] = struct.pack("<H", value)
@@ -262,14 +278,14 @@ def test_links_and_locks_in_a_zip_file_are_refused(tmp_path: Path) -> None:
     }
 
 
-def test_an_entry_that_is_damaged_costs_itself_alone_in_a_zip_file(tmp_path: Path) -> None:
+def test_damaged_zip_entry_is_rejected_alone(tmp_path: Path) -> None:
     data = bytearray(zip_of({"bad.jpg": photo(0), "good.jpg": photo(1)}))
     data[60:80] = bytes(20)
     (tmp_path / "p.zip").write_bytes(data)
     assert [getattr(row, "reason", None) for row in rows(tmp_path / "p.zip")] == ["unreadable_entry", None]
 
 
-def test_an_entry_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_entry_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MAX_IMAGE_BYTES", 5000)
     for name, data in (("p.tar", tar_of({"x.jpg": bytes(6000)})), ("p.zip", zip_of({"x.jpg": bytes(6000)}))):
         (tmp_path / name).write_bytes(data)
@@ -281,7 +297,7 @@ BOMB_BYTES = 300_000_000
 
 
 def zip_bomb() -> bytes:
-    """Return a zip file whose directory says that each entry has 100 MB."""
+    """Return a zip file with three entries of 100 MB."""
     return zip_of({f"{number}.jpg": bytes(BOMB_BYTES // 3) for number in range(3)})
 
 
@@ -296,8 +312,8 @@ def header_bomb() -> bytes:
     return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(BOMB_BYTES), 9)
 
 
-def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path: Path) -> None:
-    """zipfile unpacks all of such an entry at once, whatever size the directory states."""
+def test_zip_entry_without_deflate_is_rejected_alone(tmp_path: Path) -> None:
+    """zipfile unpacks such an entry at once, whatever size the directory states."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("x.jpg", bytes(BOMB_BYTES // 3), zipfile.ZIP_LZMA)
@@ -308,12 +324,12 @@ def test_entry_packed_by_another_method_than_deflate_is_rejected_alone(tmp_path:
 
 
 def sparse_tar(form: str) -> bytes:
-    """Return a tar file with an image that is all hole, and with a map without end."""
+    """Return a tar file with a sparse image and a very long sparse map."""
     if form == "gnu":
         info = tarfile.TarInfo("x.jpg")
         info.type = tarfile.GNUTYPE_SPARSE
         header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-        header[482] = 1  # the map is extended
+        header[482] = 1  # the map continues in the next block
         header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
         return bytes(header) + (bytes(504) + b"\1" + bytes(7)) * 10_000
     info = tarfile.TarInfo("GNUSparseFile.0/x.jpg")
@@ -352,10 +368,10 @@ PLACE = tar_of(FOUR).index(b"3.jpg")
         ("p.zip", lambda: zip_of({"notes.txt": b"x"}), "no image in"),
     ],
 )
-def test_archive_that_cannot_be_read_as_a_whole_is_an_error_that_names_it(
+def test_damaged_archive_error_names_the_archive(
     tmp_path: Path, name: str, make: Callable[[], bytes], problem: str
 ) -> None:
-    """A bomb takes no memory; a damaged header is not the end; a map of a sparse file may have any length."""
+    """Bombs take no memory, and a damaged header is not treated as the end of the file."""
     data = make()
     assert len(data) < 6_000_000
     (tmp_path / name).write_bytes(data)
@@ -364,8 +380,13 @@ def test_archive_that_cannot_be_read_as_a_whole_is_an_error_that_names_it(
     assert name in str(caught.value)
 
 
-def test_names_with_colons_are_names_and_hidden_files_are_left_out(tmp_path: Path) -> None:
-    files = {"2024-01-01T10:30.jpg": photo(0), "sub\\1.jpg": photo(1), "__MACOSX/._0.jpg": b"x", "raw.cr2": b"x"}
+def test_names_with_colons_are_read_and_hidden_files_are_skipped(tmp_path: Path) -> None:
+    files = {
+        "2024-01-01T10:30.jpg": photo(0),
+        "sub\\1.jpg": photo(1),
+        "__MACOSX/._0.jpg": b"x",
+        "raw.cr2": b"x",
+    }
     files |= {".git/2.jpg": photo(2)}
     (tmp_path / "p.zip").write_bytes(zip_of(files))
     (tmp_path / "._p.zip").write_bytes(b"attributes of a Mac")
@@ -379,9 +400,13 @@ def test_names_with_colons_are_names_and_hidden_files_are_left_out(tmp_path: Pat
     }
 
 
-def test_a_json_file_says_the_split_and_an_odd_one_is_a_reason(tmp_path: Path) -> None:
+def test_json_split_is_stored_and_unknown_split_is_rejected(tmp_path: Path) -> None:
     files = {f"{n}.jpg": photo(n) for n in range(3)}
-    files |= {"0.json": b'{"split": "val", "caption": {"raw": "A bowl."}}', "1.json": b'{"split": "nonsense"}', "2.json": b"[]"}
+    files |= {
+        "0.json": b'{"split": "val", "caption": {"raw": "A bowl."}}',
+        "1.json": b'{"split": "nonsense"}',
+        "2.json": b"[]",
+    }
     (tmp_path / "train.zip").write_bytes(zip_of(files))
     first, second, third = rows(tmp_path / "train.zip")
     assert isinstance(first, Sample) and (first.split, first.references) == ("validation", ("A bowl.",))
@@ -389,21 +414,21 @@ def test_a_json_file_says_the_split_and_an_odd_one_is_a_reason(tmp_path: Path) -
     assert isinstance(third, Sample) and third.split == "train"
 
 
-def test_a_split_that_is_asked_for_is_that_of_each_image(tmp_path: Path) -> None:
-    """Of training images some will be held out, whoever says that they are for training."""
+def test_requested_split_filters_images(tmp_path: Path) -> None:
+    """Requested training images have no split, because some of them will be held out."""
     files = {f"{n}.jpg": photo(n) for n in range(3)}
     files |= {"0.json": b'{"split": "test"}', "1.json": b'{"split": "train"}'}
     (tmp_path / "train.zip").write_bytes(zip_of(files))
-    assert {name: row.split for name, row in samples(tmp_path, source_split="train").items()} == {
-        "train.zip/1.jpg": None,
-        "train.zip/2.jpg": None,
-    }
+    splits = {name: row.split for name, row in samples(tmp_path, source_split="train").items()}
+    assert splits == {"train.zip/1.jpg": None, "train.zip/2.jpg": None}
     assert [row.split for row in samples(tmp_path).values()] == ["test", "train", "train"]
 
 
 @pytest.mark.parametrize("make", [tar_of, zip_of])
-def test_texts_are_found_wherever_they_are_by_their_key(tmp_path: Path, make: Callable[[Files], bytes]) -> None:
-    """`tar cf` writes a folder in the order of its disk. The only image of a key has all texts of the key."""
+def test_texts_far_from_their_image_are_matched_by_key(
+    tmp_path: Path, make: Callable[[Files], bytes]
+) -> None:
+    """`tar cf` writes files in the order of the disk. The only image of a key gets all texts of the key."""
     files = {"0.jpg": photo(0), "1.a.jpg": photo(1), "1.b.jpg": photo(2), "2.jpg": photo(3)}
     texts = {"2.txt": b"A cat.", "1.txt": b"A cup.", "0.caption.txt": b"A bowl."}
     (tmp_path / "p").with_suffix(".zip" if make is zip_of else ".tar").write_bytes(make(files | texts))
@@ -411,13 +436,15 @@ def test_texts_are_found_wherever_they_are_by_their_key(tmp_path: Path, make: Ca
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_streams_in_a_row_are_read_and_archives_in_a_row_are_an_error(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
-    """Packers with several threads write several streams; tarfile stops at the end of the first archive."""
+def test_concatenated_streams_are_read_but_concatenated_archives_fail(
+    tmp_path: Path, packed: Callable[[bytes], bytes]
+) -> None:
+    """Parallel compressors write several streams; tarfile stops at the end of the first archive."""
     first, second = (tar_of({f"{n}.jpg": photo(n)}) for n in range(2))
     (tmp_path / "p.tar").write_bytes(packed(first[:1000]) + packed(first[1000:]))
     assert [*samples(tmp_path / "p.tar")] == ["p.tar/0.jpg"]
     (tmp_path / "p.tar").write_bytes(packed(first) + packed(second))
-    with pytest.raises(SourceError, match=r"p\.tar goes on after its end"):
+    with pytest.raises(SourceError, match=r"p\.tar has data after its end"):
         rows(tmp_path / "p.tar")
 
 
@@ -428,15 +455,15 @@ def test_streams_in_a_row_are_read_and_archives_in_a_row_are_an_error(tmp_path: 
         lambda: tar_of({"0.jpg": photo(0)}) + bytes(300_000_000),
     ],
 )
-def test_packed_block_gives_little_at_once(tmp_path: Path, make: Callable[[], bytes]) -> None:
-    """45 bytes of bzip2 may hold 46 megabytes, and a buffer of some kilobytes hundreds of them."""
+def test_decoder_returns_small_blocks(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    """45 bytes of bzip2 may hold 46 megabytes, so a buffer of a few kilobytes may hold gigabytes."""
     packed = bz2.compress(make())
     with bounded_memory(150_000_000), contextlib.suppress(SourceError):
         (tmp_path / "p.tar.bz2").write_bytes(packed)
         rows(tmp_path)
 
 
-def test_number_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_members_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, make in (("p.tar", tar_of), ("p.zip", zip_of)):
         (tmp_path / name).write_bytes(make({f"{n}.jpg": photo(n) for n in range(4)}))
         monkeypatch.setattr(archive, "MAX_MEMBERS", 4)
@@ -449,7 +476,7 @@ def test_number_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         rows(tmp_path / "p.zip")
 
 
-def test_a_link_in_a_folder_of_archives_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+def test_linked_archive_is_refused_without_follow_links(tmp_path: Path) -> None:
     (tmp_path / "private.zip").write_bytes(zip_of({"x.jpg": photo(0)}))
     (tmp_path / "home").mkdir()
     (tmp_path / "home/p.zip").symlink_to(tmp_path / "private.zip")
@@ -466,7 +493,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield boto3.client("s3")
 
 
-def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_archive_is_streamed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f"{number:03}.jpg": photo(number) + bytes(200_000) for number in range(60)}
     store.put_object(Bucket="archives", Key="mine/train-0.tar", Body=tar_of(files))
     store.put_object(Bucket="archives", Key="mine/test.zip", Body=zip_of({"z.jpg": photo(99)}))
@@ -480,24 +507,25 @@ def test_archives_in_a_store_are_streamed_and_few_images_read_little(store: Any,
 
     monkeypatch.setattr(archive._CountedFile, "read", noted)
     source = open_source(resolve(source="archive:s3://archives/mine"))
-    assert source.revision and [row.split for row in source.rows if isinstance(row, Sample)].count("train") == 60
+    splits = [row.split for row in source.rows if isinstance(row, Sample)]
+    assert source.revision and splits.count("train") == 60
     whole = sum(read)
     read.clear()
     few = open_source(resolve(source="archive:s3://archives/mine/train-0.tar")).rows
     assert [next(few).source_row for _ in range(3)] == [f"train-0.tar/{n:03}.jpg" for n in range(3)]
     assert sum(read) < whole / 4
-    with pytest.raises(SourceError, match="nothing is found at"):
+    with pytest.raises(SourceError, match="no file at"):
         open_source(resolve(source="archive:s3://archives/other/"))
 
 
-def test_archives_of_which_nothing_may_be_learned_say_so(tmp_path: Path) -> None:
+def test_held_out_archives_are_reported(tmp_path: Path) -> None:
     for name, is_reported in (("shop-test.tar", True), ("shop-train.tar", False)):
         (tmp_path / name).write_bytes(tar_of({f"{name}.jpg": photo(len(name))}))
         messages = open_source(resolve(source=f"archive:{tmp_path}")).messages
-        assert any("all rows are of the split test" in text for text in messages) == is_reported
+        assert any("all rows are in the split test" in text for text in messages) == is_reported
 
 
-def test_an_odd_value_of_one_image_rejects_that_image_alone(tmp_path: Path) -> None:
+def test_unusable_column_value_rejects_one_image(tmp_path: Path) -> None:
     titles = ["Cup", {"en": "Bowl"}, ["red", "blue"]]
     files = {f"{number}.jpg": photo(number) for number in range(3)}
     files |= {f"{number}.json": json.dumps({"title": title}).encode() for number, title in enumerate(titles)}

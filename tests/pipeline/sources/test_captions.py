@@ -1,4 +1,4 @@
-"""Files of captions that people wrote: each common form is read, names find their images, and bad files are one error."""
+"""Files of human captions: common formats are read, names match images, and invalid files are errors."""
 
 import csv
 import gzip
@@ -12,8 +12,9 @@ from PIL import Image
 from pipeline.errors import SourceError
 from pipeline.sources import texts
 from pipeline.sources.folder import open_folder
-from pipeline.sources.texts import Written, match_images, questions_of_people, read_captions, read_texts
+from pipeline.sources.texts import ImageTexts, human_questions, match_images, read_captions, read_texts
 from pipeline.types import Sample, SourceSlice
+from tests.pipeline.sources.reading import samples_of
 
 COCO = {
     "info": {},
@@ -27,7 +28,11 @@ COCO = {
 KARPATHY = {
     "dataset": "coco",
     "images": [
-        {"filename": "000009.jpg", "split": "restval", "sentences": [{"raw": "A dog."}, {"raw": "A brown dog."}]},
+        {
+            "filename": "000009.jpg",
+            "split": "restval",
+            "sentences": [{"raw": "A dog."}, {"raw": "A brown dog."}],
+        },
         {"filename": "000012.jpg", "split": "val", "sentences": [{"raw": "A cat."}]},
     ],
 }
@@ -36,13 +41,18 @@ FORMS = {
     "karpathy.json": json.dumps(KARPATHY),
     "object.json": json.dumps({"000009.jpg": ["A dog.", "A brown dog."], "000012.jpg": "A cat."}),
     "list.json": json.dumps(
-        [{"image": "000009.jpg", "captions": ["A dog.", "A brown dog."]}, {"image": "000012.jpg", "text": "A cat."}]
+        [
+            {"image": "000009.jpg", "captions": ["A dog.", "A brown dog."]},
+            {"image": "000012.jpg", "text": "A cat."},
+        ]
     ),
-    "rows.jsonl": '{"file_name": "000009.jpg", "text": "A dog."}\n{"file_name": "000012.jpg", "text": "A cat."}\n\n'
+    "rows.jsonl": '{"file_name": "000009.jpg", "text": "A dog."}\n'
+    '{"file_name": "000012.jpg", "text": "A cat."}\n\n'
     '{"file_name": "000009.jpg", "text": "A brown dog."}\n',
     "token.txt": "000009.jpg#0\tA dog.\n000009.jpg#1\tA brown dog.\n000012.jpg#0\tA cat.\n",
     "flickr8k.txt": "image,caption\n000009.jpg,A dog.\n000009.jpg,A brown dog.\n000012.jpg,A cat.\n",
-    "flickr30k.csv": "image_name| comment_number| comment\n000009.jpg| 0| A dog.\n000009.jpg| 1| A brown dog.\n"
+    "flickr30k.csv": "image_name| comment_number| comment\n"
+    "000009.jpg| 0| A dog.\n000009.jpg| 1| A brown dog.\n"
     "000012.jpg| 0| A cat.\n",
     "sheet.csv": '\ufeffFile_Name;Caption\n000009.jpg;A dog.\n000009.jpg;"A brown dog."\n000012.jpg;A cat.\n',
 }
@@ -51,14 +61,12 @@ COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "fotos/Köln.jpg") for form 
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_each_common_form_says_the_same(tmp_path: Path, name: str) -> None:
+def test_all_caption_formats_give_the_same_texts(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(FORMS[name])
-    written = read_captions(tmp_path / name)
-    assert {image: about.captions for image, about in written.items()} == {
-        "000009.jpg": ["A dog.", "A brown dog."],
-        "000012.jpg": ["A cat."],
-    }
-    splits = [about.split for about in written.values()]
+    texts_of = read_captions(tmp_path / name)
+    captions = {image: texts.captions for image, texts in texts_of.items()}
+    assert captions == {"000009.jpg": ["A dog.", "A brown dog."], "000012.jpg": ["A cat."]}
+    splits = [texts.split for texts in texts_of.values()]
     assert splits == (["train", "validation"] if name == "karpathy.json" else [None, None])
 
 
@@ -68,18 +76,21 @@ def test_each_common_form_says_the_same(tmp_path: Path, name: str) -> None:
         ('["A dog runs.", "A cat."]', ["A dog runs.", "A cat."]),
         ("['A dog runs.', \"A cat's.\"]", ["A dog runs.", "A cat's."]),
         ('[{"caption": "A dog runs."}]', ["A dog runs."]),
-        ("['A dog runs.' 'A cat.']", ["['A dog runs.' 'A cat.']"]),  # of numpy, which Python would read as one text
+        (
+            "['A dog runs.' 'A cat.']",
+            ["['A dog runs.' 'A cat.']"],
+        ),  # numpy's format, which Python reads as one text
         ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
-        ("[1, 2]", ["[1, 2]"]),  # an answer may be a box, or an interval
+        ("[1, 2]", ["[1, 2]"]),  # an answer may be a box or an interval
         ("[]", ["[]"]),
         (r"['it\'s a dog', 'a\\b']", ["it's a dog", r"a\b"]),
     ],
 )
-def test_a_list_in_a_cell_of_a_table_is_a_list(cell: str, texts: list[str]) -> None:
+def test_list_in_a_cell_is_parsed(cell: str, texts: list[str]) -> None:
     assert read_texts({"caption": cell}, ("caption",)) == texts
 
 
-def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gzip_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = gzip.compress(FORMS["coco.json"].encode())
     (tmp_path / "whole.json.gz").write_bytes(packed)
     assert read_captions(tmp_path / "whole.json.gz")["000012.jpg"].captions == ["A cat."]
@@ -92,22 +103,26 @@ def test_a_packed_file_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: py
         read_captions(tmp_path / "bomb.json.gz")
 
 
-def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
+def test_questions_have_one_or_many_answers(tmp_path: Path) -> None:
     rows = [
         {"image": "1", "question": "Is it a dog?", "answer": "yes", "answer_type": "yes/no"},
-        {"image": "1", "question": "What is it?", "answers": ["dog", {"answer": "a dog", "answer_id": 2}, "dog"]},
+        {
+            "image": "1",
+            "question": "What is it?",
+            "answers": ["dog", {"answer": "a dog", "answer_id": 2}, "dog"],
+        },
         {"image": "2", "question": "How many?", "answer": 2.0},
         {"image": "2", "question": "Is it a cat?", "answer": False},
         {"image": "2", "question": "Why?", "answer": ""},
         {"image": "2", "captions": [["A dog.", {"raw": "Two dogs."}], True, 3.5, {"x": 1}]},
     ]
     (tmp_path / "vqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    written = read_captions(tmp_path / "vqa.jsonl")
-    first, second = written["1"].questions
+    texts_of = read_captions(tmp_path / "vqa.jsonl")
+    first, second = texts_of["1"].questions
     assert (first.question, first.answers, first.answer_type) == ("Is it a dog?", ("yes",), "yes/no")
     assert second.answers == ("dog", "a dog", "dog")
-    assert [one.answers for one in written["2"].questions] == [("2",), ("no",)]
-    assert written["2"].captions == ["A dog.", "Two dogs."]
+    assert [one.answers for one in texts_of["2"].questions] == [("2",), ("no",)]
+    assert texts_of["2"].captions == ["A dog.", "Two dogs."]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +131,18 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"", "has no caption and no question"),
         (b"{}", "has no caption and no question"),
         (b"[1]", "cannot read"),
-        (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}', "an object in it has no 'file_name'"),
         (
-            b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}], "annotations": []}',
+            b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}',
+            "an object has no 'file_name'",
+        ),
+        (
+            b'{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
             "two of its images have the id 1",
         ),
-        (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "has no caption"),
+        (
+            b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}',
+            "has no caption",
+        ),
         (b"caption\nA dog.\n", "a row names no image"),
         (b"a.jpg#0\tA dog.\nA cat.\n", "not of the form NAME#0"),
         (b"\xff\xfe\x00", "codec can"),
@@ -129,7 +150,7 @@ def test_questions_are_read_with_one_answer_or_many(tmp_path: Path) -> None:
         (b"file_name,caption\na.jpg,A dog, running\n", "line 2 has more columns than the first line"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, data: bytes, problem: str) -> None:
+def test_unreadable_caption_file_is_an_error(tmp_path: Path, data: bytes, problem: str) -> None:
     (tmp_path / "c.json").write_bytes(data)
     with pytest.raises(SourceError, match=problem):
         read_captions(tmp_path / "c.json")
@@ -150,33 +171,33 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, data: bytes, pr
         (["gone.jpg", "a.jpg"], ["a.jpg"], {"a.jpg": "a.jpg"}),
     ],
 )
-def test_name_matches_a_path_or_a_file_name_that_one_image_has(
+def test_name_matches_path_or_unique_file_name(
     names: list[str], images: list[str], matches: dict[str, str]
 ) -> None:
-    matched, unknown = match_images({name: Written([name]) for name in names}, images)
-    assert {image: about.captions for image, about in matched.items()} == {image: [name] for image, name in matches.items()}
+    matched, unknown = match_images({name: ImageTexts([name]) for name in names}, images)
+    captions = {image: texts.captions for image, texts in matched.items()}
+    assert captions == {image: [name] for image, name in matches.items()}
     assert unknown == [name for name in names if name not in matches.values()]
 
 
-def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: Path) -> None:
+def test_caption_files_add_texts_and_splits_to_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in (9, 12, 13):
         Image.new("RGB", (8, number), "red").save(folder / f"{number:06}.jpg")
     (folder / "000013.txt").write_text("A bird.\n")
     (tmp_path / "karpathy.json").write_text(FORMS["karpathy.json"])
-    (tmp_path / "vqa.jsonl").write_text(
-        '{"image": "000012.jpg", "question": "Is it a cat?", "answer": "yes"}\n{"image": 99, "text": "x"}'
-    )
+    question = '{"image": "000012.jpg", "question": "Is it a cat?", "answer": "yes"}'
+    (tmp_path / "vqa.jsonl").write_text(f'{question}\n{{"image": 99, "text": "x"}}')
     files = [tmp_path / "karpathy.json", tmp_path / "vqa.jsonl"]
     source = open_folder(folder, caption_files=files)
     assert source.messages == (
-        "captions of people: 4 for 3 of 3 images",
+        "human captions: 4 for 3 of 3 images",
         "splits of the source: 1 train, 1 validation",
-        "questions of people: 1 about 1 of 3 images",
-        f"{tmp_path}/vqa.jsonl names 1 images that are not here: 99",
+        "human questions: 1 about 1 of 3 images",
+        f"{tmp_path}/vqa.jsonl names 1 images that do not exist: 99",
     )
-    rows = {row.source_row: row for row in source.rows if isinstance(row, Sample)}
+    rows = {row.source_row: row for row in samples_of(source)}
     assert [(row.references, row.split) for row in rows.values()] == [
         (("A dog.", "A brown dog."), "train"), (("A cat.",), "validation"), (("A bird.",), None)
     ]  # fmt: skip
@@ -185,22 +206,23 @@ def test_a_folder_takes_captions_questions_and_splits_from_such_files(tmp_path: 
     slices = (open_folder(folder, SourceSlice(n, 2), caption_files=files).rows for n in range(2))
     assert {row.source_row: row for part in slices for row in part if isinstance(row, Sample)} == rows
     plain = open_folder(folder)
-    assert all(row.reference_qa is None for row in plain.rows if isinstance(row, Sample))
+    assert all(row.reference_qa is None for row in samples_of(plain))
     assert len({source.revision, plain.revision, open_folder(folder, caption_files=files[:1]).revision}) == 3
 
 
-def test_questions_of_a_metadata_file_are_read(tmp_path: Path) -> None:
+def test_metadata_questions_are_read(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number}.png")
-    (tmp_path / "metadata.csv").write_text("file_name,question,answer\n1.png,Is it red?,yes\n1.png,Is it blue?,no\n")
-    whole = {row.source_row: row.reference_qa for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
+    table = "file_name,question,answer\n1.png,Is it red?,yes\n1.png,Is it blue?,no\n"
+    (tmp_path / "metadata.csv").write_text(table)
+    whole = {row.source_row: row.reference_qa for row in samples_of(open_folder(tmp_path))}
     assert {name: [pair.answers for pair in asked or ()] for name, asked in whole.items()} == {
         "0.png": [], "1.png": [("yes",), ("no",)], "2.png": []
     }  # fmt: skip
     assert None not in whole.values()
 
 
-def test_a_file_about_other_images_is_an_error(tmp_path: Path) -> None:
+def test_caption_file_about_other_images_is_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "c.json").write_text(FORMS["coco.json"])
     with pytest.raises(SourceError, match=r"names no image of .*it names 000009\.jpg, 000012\.jpg") as caught:
@@ -208,33 +230,42 @@ def test_a_file_about_other_images_is_an_error(tmp_path: Path) -> None:
     assert "a.png" in str(caught.value.hint)
 
 
-def test_a_split_is_read_in_any_case_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
-    rows = [{"image": "a", "text": "A dog.", "split": "Test"}, {"image": "a", "text": "It.", "split": "TRAIN"}]
+def test_split_is_case_insensitive_and_unknown_split_is_an_error(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a", "text": "A dog.", "split": "Test"},
+        {"image": "a", "text": "It.", "split": "TRAIN"},
+    ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # of two the one that is held out more
+    assert read_captions(tmp_path / "a.json")["a"].split == "test"  # the more held-out split of two
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"image": "b", "text": "x", "split": "private"}]))
     with pytest.raises(SourceError, match="'private' is not a split"):
         read_captions(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_quoted_values_are_read_as_csv_writes_them(tmp_path: Path, delimiter: str) -> None:
-    rows = [("a.jpg", 'A man said "hello"\nto a dog.'), ("b.jpg", "A cat, a dog; a bird."), ("c.jpg", "It's 6\" long")]
+def test_quoted_csv_values_are_read(tmp_path: Path, delimiter: str) -> None:
+    rows = [
+        ("a.jpg", 'A man said "hello"\nto a dog.'),
+        ("b.jpg", "A cat, a dog; a bird."),
+        ("c.jpg", "It's 6\" long"),
+    ]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([("file_name", "caption"), *rows])
-    assert {name: one.captions for name, one in read_captions(tmp_path / "a.csv").items()} == {n: [text] for n, text in rows}
+    captions = {name: texts.captions for name, texts in read_captions(tmp_path / "a.csv").items()}
+    assert captions == {name: [text] for name, text in rows}
 
 
 @pytest.mark.parametrize(
-    "text", ['1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n', '1.jpg\t"Look\n', '1.jpg\tok\n2.jpg\t"Look\n3.jpg\tok\n']
+    "text",
+    ['1.jpg\t"Look\n2.jpg\tat this"\n3.jpg\tok\n', '1.jpg\t"Look\n', '1.jpg\tok\n2.jpg\t"Look\n3.jpg\tok\n'],
 )
-def test_quote_that_takes_other_lines_is_an_error(tmp_path: Path, text: str) -> None:
+def test_unclosed_quote_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.tsv").write_text(f"file_name\tcaption\n{text}")
     with pytest.raises(SourceError, match="is not closed"):
         read_captions(tmp_path / "c.tsv")
 
 
-def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
+def test_model_written_texts_are_skipped(tmp_path: Path) -> None:
     rows = [
         {"file_name": "a", "written_by": "model", "caption": "m", "references": ["human one"]},
         {
@@ -250,13 +281,11 @@ def test_who_wrote_a_text_is_said_of_each(tmp_path: Path) -> None:
     assert captions == {"a": ["human one"], "b": ["by hand"], "c": ["mine"], "d": []}
 
 
-def test_an_export_keeps_all_answers_to_a_question() -> None:
+def test_export_question_keeps_all_answers() -> None:
     asked = {"question": "What runs?", "answers": ["dog", "dog", "a dog"], "answer_type": "other"}
     own = {"question": "What runs?", "answer": "dog", "written_by": "people"}
     row = {"written_by": "people", "qa": [own, {**own, "question": "Where?"}], "reference_qa": [asked]}
-    assert [(one.question, one.answers) for one in questions_of_people(row)] == [
-        ("What runs?", ("dog", "dog", "a dog")),
-        ("Where?", ("dog",)),
-    ]
-    del row["written_by"]  # of somebody else
-    assert [one.answers for one in questions_of_people(row)] == [("dog",), ("dog",)]
+    questions = [(one.question, one.answers) for one in human_questions(row)]
+    assert questions == [("What runs?", ("dog", "dog", "a dog")), ("Where?", ("dog",))]
+    del row["written_by"]  # not an export of synth
+    assert [one.answers for one in human_questions(row)] == [("dog",), ("dog",)]

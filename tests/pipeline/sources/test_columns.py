@@ -1,4 +1,4 @@
-"""Columns: rows of tables whose images are named by their addresses."""
+"""Columns of tables: mapping, guesses, and images named by URL."""
 
 import re
 from collections.abc import Iterator
@@ -27,14 +27,17 @@ def web() -> Iterator[str]:
     yield from serve(Together)
 
 
-def test_images_of_a_table_are_fetched_together_in_order(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_urls_are_fetched_in_parallel_and_in_order(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet, "fetch_image", lambda url: image_urls.fetch_image(url, lambda address: True))
     Together.first.reset()
     images = [{"bytes": None, "path": f"{web}/{name}"} for name in NAMES]
-    pq.write_table(pa.table({"image": images, "caption": [f"Image {name}." for name in NAMES]}), tmp_path / "a.parquet")
+    captions = [f"Image {name}." for name in NAMES]
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
     source = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", allow_urls=True))
     rows = list(source.rows)
-    assert not Together.first.broken  # three were asked for before one was answered
+    assert not Together.first.broken  # three requests before the first response
     assert [row.references for row in rows if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
     assert isinstance(rows[-1], Rejected)
     assert rows[-1].reason == "url_not_found"
@@ -47,10 +50,14 @@ def test_images_of_a_table_are_fetched_together_in_order(tmp_path: Path, web: st
         ({"image2": b"", "image": b""}, "image", ""),
         ({"img": b"", "img_2": b""}, "", "several columns hold images: img, img_2 .* --columns image=COLUMN"),
         ({"sha": b""}, "", "no column holds images .* --columns image=COLUMN"),
-        ({"file_name": "a.jpg"}, "", "no column holds images .* --columns image=file_name --allow-urls; .* list:FILE"),
+        (
+            {"file_name": "a.jpg"},
+            "",
+            "no column holds images .* --columns image=file_name --allow-urls; .* list:FILE",
+        ),
     ],
 )
-def test_the_column_of_images_is_guessed_where_there_is_one(columns: dict[str, Any], image: str, problem: str) -> None:
+def test_image_column_is_guessed(columns: dict[str, Any], image: str, problem: str) -> None:
     schema = pa.table({name: [value] for name, value in columns.items()}).schema
     if image:
         assert read_mapping(schema, {})["image"] == [image]
@@ -64,8 +71,9 @@ SENTENCES = [[{"raw": "A dog runs.", "tokens": ["a"]}, {"raw": "A brown dog."}]]
 
 
 @pytest.mark.parametrize("columns", [{}, {"references": "sentences"}])
-def test_captions_in_objects_are_read_as_karpathy_writes_them(columns: dict[str, str], tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [photo(1)], "sentences": SENTENCES, "split": ["TEST "]}), tmp_path / "a.parquet")
+def test_captions_in_objects_are_read(columns: dict[str, str], tmp_path: Path) -> None:
+    table = {"image": [photo(1)], "sentences": SENTENCES, "split": ["TEST "]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
     (row,) = open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns=columns)).rows
     assert isinstance(row, Sample)
     assert (row.references, row.split) == (("A dog runs.", "A brown dog."), "test")
@@ -78,7 +86,7 @@ def first_row(tmp_path: Path, table: dict[str, Any], **columns: str) -> Sample:
     return row
 
 
-def test_a_star_pairs_questions_with_answers(tmp_path: Path) -> None:
+def test_star_pairs_question_and_answer_columns(tmp_path: Path) -> None:
     table = {"q1": ["What runs?"], "q2": ["Is it brown?"], "a1": ["a dog"], "a2": [None]}
     asked = first_row(tmp_path, table, question="q*", answer="a*").reference_qa
     assert [(one.question, one.answers) for one in asked or ()] == [("What runs?", ("a dog",))]
@@ -87,8 +95,9 @@ def test_a_star_pairs_questions_with_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answers", ["answer", "answers"])
-def test_questions_are_found_by_their_usual_names(tmp_path: Path, answers: str) -> None:
-    (asked,) = first_row(tmp_path, {"question": ["What runs?"], answers: [["a dog", "dog"]]}).reference_qa or ()
+def test_question_columns_are_guessed_by_name(tmp_path: Path, answers: str) -> None:
+    table = {"question": ["What runs?"], answers: [["a dog", "dog"]]}
+    (asked,) = first_row(tmp_path, table).reference_qa or ()
     assert (asked.question, asked.answers) == ("What runs?", ("a dog", "dog"))
     assert not first_row(tmp_path, {"question": [7], answers: ["a dog"]}).reference_qa
 
@@ -101,33 +110,37 @@ def test_questions_are_found_by_their_usual_names(tmp_path: Path, answers: str) 
         {"question": [7], "answer": ["a dog"]},
     ],
 )
-def test_columns_that_are_no_questions_with_answers_are_left_alone(tmp_path: Path, table: dict[str, Any]) -> None:
+def test_mismatched_question_columns_are_ignored(tmp_path: Path, table: dict[str, Any]) -> None:
     assert not first_row(tmp_path, table).reference_qa
 
 
-def test_questions_are_left_alone_where_that_is_said(tmp_path: Path) -> None:
+def test_question_none_disables_the_guess(tmp_path: Path) -> None:
     table = {"question": ["What runs?"], "answer": ["a dog"]}
     assert first_row(tmp_path, table).reference_qa
     assert not first_row(tmp_path, table, question="none").reference_qa
 
 
-def test_lists_in_cells_are_lists(tmp_path: Path) -> None:
-    table = {"caption": ['["A dog runs.", "A brown dog."]'], "question": ["What?"], "answer": ["['dog', 'dog', 'cat']"]}
+def test_lists_in_cells_are_parsed(tmp_path: Path) -> None:
+    table = {
+        "caption": ['["A dog runs.", "A brown dog."]'],
+        "question": ["What?"],
+        "answer": ["['dog', 'dog', 'cat']"],
+    }
     row = first_row(tmp_path, table)
     assert row.references == ("A dog runs.", "A brown dog.")
     assert row.reference_qa and row.reference_qa[0].answers == ("dog", "dog", "cat")
 
 
-def test_a_named_column_without_texts_is_one_error(tmp_path: Path) -> None:
+def test_mapped_column_without_texts_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [photo(1)], "stars": [5]}), tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match="the column stars holds int64, and no captions"):
+    with pytest.raises(SourceError, match="the column stars holds int64, not captions"):
         open_source(resolve(source=f"parquet:{tmp_path}/a.parquet", columns={"references": "stars"}))
 
 
-def test_captions_of_a_version_are_those_of_people_alone(tmp_path: Path) -> None:
+def test_version_table_yields_only_human_captions(tmp_path: Path) -> None:
     samples = [replace(sample, references=("A ring of people.",)) for sample in scene_samples(6)]
     stored, _ = make_version(tmp_path / "d", samples, true_captions(samples))
-    with pytest.raises(SourceError, match="its images are stored outside of it") as raised:
+    with pytest.raises(SourceError, match="whose images are stored elsewhere") as raised:
         open_source(resolve(source=f"parquet:{stored.path}"))
     assert "--format parquet" in raised.value.hint
     version = pulled(stored, tmp_path / "home" / "x")
@@ -135,20 +148,21 @@ def test_captions_of_a_version_are_those_of_people_alone(tmp_path: Path) -> None
     assert {row.references for row in rows if isinstance(row, Sample)} == {("A ring of people.",)}
 
 
-def test_text_is_text_however_arrow_writes_it(tmp_path: Path) -> None:
-    """polars writes large_string: a split that is overlooked would put test rows into training."""
-    texts = {"caption": pa.array(["A bowl."], pa.large_string()), "split": pa.array(["test"], pa.large_string())}
+def test_all_arrow_string_types_are_text(tmp_path: Path) -> None:
+    """polars writes large_string: an ignored split column would put test rows into training."""
+    values = {"caption": "A bowl.", "split": "test"}
+    texts = {name: pa.array([value], pa.large_string()) for name, value in values.items()}
     row = first_row(tmp_path, texts)
     assert (row.split, row.references) == ("test", ("A bowl.",))
 
 
-def test_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="there is no column picture") as caught:
+def test_missing_column_error_lists_columns(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no column is named picture") as caught:
         first_row(tmp_path, {"alt_text": ["x"]}, image="picture")
     assert "image, alt_text" in caught.value.hint
 
 
-def test_the_words_of_a_split_column_count_in_any_case(tmp_path: Path) -> None:
+def test_split_column_is_case_insensitive(tmp_path: Path) -> None:
     words = ["Train", " TEST", "train ", "Val", "TRAIN"]
     images = [{"bytes": photo(number), "path": None} for number in range(len(words))]
     pq.write_table(pa.table({"image": images, "part": words}), tmp_path / "a.parquet")
@@ -159,19 +173,21 @@ def test_the_words_of_a_split_column_count_in_any_case(tmp_path: Path) -> None:
     assert [row.source_row for row in source.read(1)] == names[1:]
 
 
-def test_a_row_that_says_no_split_has_none(tmp_path: Path) -> None:
+def test_row_without_a_split_has_no_split(tmp_path: Path) -> None:
     words = ["train", None, "", " ", "test"]
-    table = pa.table({"image": [photo(number) for number in range(len(words))], "split": pa.array(words, pa.string())})
+    images = [photo(number) for number in range(len(words))]
+    table = pa.table({"image": images, "split": pa.array(words, pa.string())})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = list(open_source(resolve(source=f"parquet:{tmp_path}/a.parquet")).rows)
     assert [row.split for row in rows if isinstance(row, Sample)] == ["train", None, None, None, "test"]
 
 
-def test_a_column_named_split_that_says_something_else_can_be_left_alone(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [photo(1), photo(2)], "split": ["fold0", "fold1"]}), tmp_path / "a.parquet")
+def test_split_none_ignores_the_split_column(tmp_path: Path) -> None:
+    table = {"image": [photo(1), photo(2)], "split": ["fold0", "fold1"]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
     source = f"parquet:{tmp_path}/a.parquet"
     refused = list(open_source(resolve(source=source)).rows)
     assert [row.reason for row in refused if isinstance(row, Rejected)] == ["unknown_split"] * 2
-    assert "'fold0' in the column split is none of train" in str(refused[0])
+    assert "'fold0' in the column split is not a split: train" in str(refused[0])
     rows = list(open_source(resolve(source=source, columns={"split": "none"})).rows)
     assert [row.split for row in rows if isinstance(row, Sample)] == [None, None]

@@ -1,4 +1,4 @@
-"""Documents and videos: pages and frames are samples by name, what cannot be rendered is rejected, and nothing else is read."""
+"""Documents and videos: pages and frames become samples, and damaged files are rejected."""
 
 import os
 from pathlib import Path
@@ -38,10 +38,12 @@ def opened(source: str, **settings: Any) -> Source:
     return open_source(resolve(source=source, **settings))
 
 
-def test_documents_are_decks_and_long_ones_several(files: Path) -> None:
+def test_long_document_becomes_several_decks(files: Path) -> None:
     source = opened(f"pdf:{files}")
-    found = rows(source)
-    pages = {name: len(row.images) if isinstance(row, Sample) else row.reason for name, row in found.items()}
+    outcome_of = rows(source)
+    pages = {
+        name: len(row.images) if isinstance(row, Sample) else row.reason for name, row in outcome_of.items()
+    }
     assert pages == {
         "bad.pdf": "unreadable_file",
         "short.pdf/0001-0003": 3,
@@ -51,37 +53,40 @@ def test_documents_are_decks_and_long_ones_several(files: Path) -> None:
     }
     assert source.decks and source.name == "pdf"
     hidden, others = source.messages
-    assert hidden == "hidden, and not read: 1 (._short.pdf)"
+    assert hidden == "hidden files, which are not read: 1 (._short.pdf)"
     assert "1 .m3u8 (list.m3u8)" in others and ".txt" in others
 
 
-def test_pages_may_be_images_of_their_own(files: Path) -> None:
+def test_pdf_pages_are_single_images(files: Path) -> None:
     source = opened(f"pdf-pages:{files / 'short.pdf'}")
     assert list(rows(source)) == ["short.pdf/0001", "short.pdf/0002", "short.pdf/0003"]
     assert not source.decks and not source.messages
 
 
-def test_frames_are_named_after_their_video_and_time(files: Path) -> None:
-    found = rows(opened(f"video:{files}"))
-    assert list(found) == ["one.mkv/00000.000s", *(f"talks/clip.mp4/{second:05d}.000s" for second in (0, 5, 10))]
+def test_frames_are_named_after_video_and_time(files: Path) -> None:
+    outcome_of = rows(opened(f"video:{files}"))
+    assert list(outcome_of) == [
+        "one.mkv/00000.000s",
+        *(f"talks/clip.mp4/{second:05d}.000s" for second in (0, 5, 10)),
+    ]
     assert len(rows(opened(f"video:{files}/talks/clip.mp4", frame_seconds=2))) == 6
-    assert len({row.id for row in found.values() if isinstance(row, Sample)}) == 4
+    assert len({row.id for row in outcome_of.values() if isinstance(row, Sample)}) == 4
 
 
-def test_what_comes_of_one_file_is_one_group(files: Path) -> None:
+def test_images_of_a_file_are_one_group(files: Path) -> None:
     for source in ("pdf", "pdf-pages", "video"):
         config = with_source_defaults(resolve(source=f"{source}:{files}"))
         assert config.split.group_by == "folder"
         given = resolve(source=f"{source}:{files}", split={"group_by": None})
         assert with_source_defaults(given).split.group_by is None
     decks = {name_key(name, "folder") for name in rows(opened(f"pdf:{files}")) if name != "bad.pdf"}
-    assert decks == {"short.pdf", "talks/long.PDF"}  # and not their folders
+    assert decks == {"short.pdf", "talks/long.PDF"}  # not their folders
     keys = {name: name_key(name, "folder") for name in rows(opened(f"video:{files}"))}
     assert set(keys.values()) == {"one.mkv", "talks/clip.mp4"}
     assert name_key("talks/long.PDF/0001-0020", "folder") == "talks/long.PDF"
 
 
-def test_a_revision_follows_the_files_and_what_is_read_of_them(tmp_path: Path) -> None:
+def test_revision_depends_on_files_and_frame_distance(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 2)
     write_pdf(tmp_path / "a.pdf", 1)
     first = opened(f"video:{tmp_path}").revision
@@ -93,23 +98,27 @@ def test_a_revision_follows_the_files_and_what_is_read_of_them(tmp_path: Path) -
     assert opened(f"video:{tmp_path}").revision == first
 
 
-def test_what_cannot_be_entered_or_rendered_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_unreadable_folders_and_other_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "000.mp4").symlink_to(tmp_path / "missing")
     (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
     write_video(tmp_path / "a.mp4", 3)
     source = opened(f"video:{tmp_path}", frame_seconds=1)
     assert source.count() == 4
-    assert "links to folders, which are not entered: 1 (elsewhere)" in source.messages
-    found = rows(source)
-    assert [name for name, row in found.items() if isinstance(row, Rejected)] == ["000.mp4"] and len(found) == 4
+    assert "links to folders, which are not followed: 1 (elsewhere)" in source.messages
+    outcome_of = rows(source)
+    assert [name for name, row in outcome_of.items() if isinstance(row, Rejected)] == ["000.mp4"] and len(
+        outcome_of
+    ) == 4
 
 
-def test_a_page_that_is_damaged_costs_itself_or_its_deck_alone(tmp_path: Path) -> None:
+def test_damaged_page_rejects_only_its_row(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", 45, (160, 90))
     data = (tmp_path / "a.pdf").read_bytes()
     kids = data[data.index(b"/Kids [") + 7 :].split(b"]")[0].split(b" R")
-    broken = kids[24].strip()  # the reference of page 25
-    (tmp_path / "a.pdf").write_bytes(data.replace(broken + b" R", b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2), 1))
+    broken = kids[24].strip()  # the object of page 25
+    (tmp_path / "a.pdf").write_bytes(
+        data.replace(broken + b" R", b"9999 0 R"[: len(broken) + 2].ljust(len(broken) + 2), 1)
+    )
     assert opened(f"pdf:{tmp_path}").count() == 3 and opened(f"pdf-pages:{tmp_path}").count() == 45
     decks = rows(opened(f"pdf:{tmp_path}"))
     assert [*decks] == ["a.pdf/0001-0020", "a.pdf/0021-0040", "a.pdf/0041-0045"]
@@ -117,31 +126,33 @@ def test_a_page_that_is_damaged_costs_itself_or_its_deck_alone(tmp_path: Path) -
     assert bad.source_row == "a.pdf/0021-0040" and "page 25" in bad.detail
     pages = rows(opened(f"pdf-pages:{tmp_path}"))
     lost = [name for name, row in pages.items() if isinstance(row, Rejected)]
-    assert lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45  # pdfium loses the place of the next
+    assert (
+        lost in (["a.pdf/0025"], ["a.pdf/0025", "a.pdf/0026"]) and len(pages) == 45
+    )  # pdfium cannot find the next page
 
 
-def test_slices_are_disjoint_and_all(files: Path) -> None:
+def test_slices_are_disjoint_and_complete(files: Path) -> None:
     config = resolve(source=f"pdf:{files}")
     parts = [set(rows(open_source(config, SourceSlice(number, 2)))) for number in range(2)]
     assert not parts[0] & parts[1] and parts[0] | parts[1] == set(rows(open_source(config)))
 
 
-def test_a_link_to_a_private_document_is_read_only_where_that_is_allowed(tmp_path: Path) -> None:
+def test_linked_document_is_rejected_without_follow_links(tmp_path: Path) -> None:
     (tmp_path / "private.pdf").write_bytes(text_pdf("secret"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.pdf").symlink_to(tmp_path / "private.pdf")
     os.mkfifo(tmp_path / "folder" / "b.pdf")
-    found = rows(opened(f"pdf:{tmp_path / 'folder'}"))
-    assert {name: row.reason for name, row in found.items() if isinstance(row, Rejected)} == {
+    outcome_of = rows(opened(f"pdf:{tmp_path / 'folder'}"))
+    assert {name: row.reason for name, row in outcome_of.items() if isinstance(row, Rejected)} == {
         "a.pdf": "outside_folder", "b.pdf": "not_a_file",
     }  # fmt: skip
     allowed = rows(opened(f"pdf:{tmp_path / 'folder'}", follow_links=True))
     assert isinstance(allowed["a.pdf/0001-0001"], Sample)
-    named = rows(opened(f"pdf:{tmp_path / 'folder/a.pdf'}"))  # which the user means
+    named = rows(opened(f"pdf:{tmp_path / 'folder/a.pdf'}"))  # the user names the link itself
     assert isinstance(named["a.pdf/0001-0001"], Sample)
 
 
-def test_what_cannot_be_read_is_one_error(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_document_is_an_error(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("none.pdf", ""):
         with pytest.raises(SourceError, match="no pdf file at"):
             opened(f"pdf:{tmp_path / name}")
@@ -155,6 +166,6 @@ def test_what_cannot_be_read_is_one_error(files: Path, tmp_path: Path, monkeypat
             find_source(str(tmp_path / name))
         assert f"did you mean {kind}:{tmp_path / name}?" in caught.value.hint
     monkeypatch.setattr(documents, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="rendered by the package pypdfium2") as caught:
+    with pytest.raises(ConfigError, match="need the package pypdfium2") as caught:
         opened(f"pdf:{files}")
     assert "pdf" in caught.value.hint

@@ -1,4 +1,4 @@
-"""Duplicates: of several copies of an image, the same one is kept in any order of arrival."""
+"""Duplicate images: the same copy is kept in any order of rows."""
 
 import itertools
 from dataclasses import replace
@@ -32,7 +32,7 @@ def add(samples: tuple[Sample, ...]) -> tuple[list[dict[str, Any]], set[tuple[st
 
 
 @pytest.mark.parametrize("samples", list(itertools.permutations(COPIES)))
-def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sample, ...]) -> None:
+def test_result_does_not_depend_on_row_order(samples: tuple[Sample, ...]) -> None:
     rows, rejected = add(samples)
     assert [(row["source_row"], row["split"], row["references"]) for row in rows] == [
         ("a", "test", ["From a.", "From b.", "From c."]),
@@ -41,8 +41,10 @@ def test_any_order_keeps_the_same_rows_and_rejects_the_same(samples: tuple[Sampl
     assert rejected == {("b", COPIED.id), ("c", COPIED.id)}
 
 
-@pytest.mark.parametrize("rows", list(itertools.permutations([("9", ("A dog.",)), ("10", ()), ("11", ("A cat.",))])))
-def test_a_copy_without_a_text_takes_none_away(rows: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+@pytest.mark.parametrize(
+    "rows", list(itertools.permutations([("9", ("A dog.",)), ("10", ()), ("11", ("A cat.",))]))
+)
+def test_copy_without_texts_removes_no_texts(rows: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
     samples = tuple(replace(COPIED, source_row=name, references=texts) for name, texts in rows)
     ((row,), _) = add(samples)
     assert (row["source_row"], row["references"]) == ("10", ["A cat.", "A dog."])

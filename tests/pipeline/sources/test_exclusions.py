@@ -1,4 +1,4 @@
-"""Decontamination: images of excluded datasets are recognized, their texts are marked, and clean texts pass."""
+"""Decontamination: images and texts of excluded datasets are found, and clean ones pass."""
 
 import io
 import itertools
@@ -26,7 +26,10 @@ def sample(*images: Image.Image, kind: str = "PNG", **more: object) -> Sample:
     checked = [check_image(data) for data in encoded]
     defaults: dict[str, Any] = {"source_row": "r", "width_px": 320, "height_px": 240, "license": "unknown"}
     return Sample(
-        id=image_id(encoded[0]), images=tuple(encoded), pdq_hashes=tuple(page.pdq_hash for page in checked), **(defaults | more)
+        id=image_id(encoded[0]),
+        images=tuple(encoded),
+        pdq_hashes=tuple(page.pdq_hash for page in checked),
+        **(defaults | more),
     )
 
 
@@ -35,11 +38,16 @@ def contaminated(texts: Sequence[str], table: pa.Table) -> list[str | None]:
     return [index.find(text) for text in texts]
 
 
+def text_table(name: str, *texts: str) -> pa.Table:
+    row = {"name": name, "image_id": "i", "pdq_hash": b"", "texts": list(texts)}
+    return pa.Table.from_pylist([row], schema=EXCLUSIONS)
+
+
 def exclusion_table(*samples: Sample) -> pa.Table:
     return pa.Table.from_pylist(list(exclusion_rows("x#test", samples)), schema=EXCLUSIONS)
 
 
-def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
+def test_excluded_image_is_found_by_bytes_and_by_hash() -> None:
     index = ExclusionIndex.of(exclusion_table(sample(photo(1)), sample(photo(2))), "photos")
     assert index.find(sample(photo(1))) == "x#test"
     assert index.find(sample(stored_again(photo(2)))) == "x#test"
@@ -49,7 +57,7 @@ def test_an_image_is_known_by_its_bytes_and_by_its_look() -> None:
 
 @pytest.mark.parametrize("share", [1.0, 224 / 256])
 @pytest.mark.parametrize("is_mirrored", [False, True])
-def test_the_middle_of_an_image_is_known_as_models_cut_it_out(share: float, *, is_mirrored: bool) -> None:
+def test_center_crop_of_excluded_image_is_found(share: float, *, is_mirrored: bool) -> None:
     index = ExclusionIndex.of(exclusion_table(sample(photo(1)), sample(photo(2))), "photos")
     image = photo(2)
     side = round(min(image.size) * share)
@@ -59,21 +67,23 @@ def test_the_middle_of_an_image_is_known_as_models_cut_it_out(share: float, *, i
     assert index.find(sample(photo(3).crop((40, 0, 280, 240)))) is None
 
 
-def test_by_bytes_alone_another_file_is_another_image() -> None:
+def test_comparison_by_bytes_ignores_similar_images() -> None:
     index = ExclusionIndex.of(exclusion_table(sample(photo(1))), None)
     assert index.find(sample(photo(1))) == "x#test"
     assert index.find(sample(stored_again(photo(1)))) is None
 
 
-def test_one_page_of_an_excluded_deck_excludes_a_deck() -> None:
+def test_one_excluded_page_excludes_a_deck() -> None:
     index = ExclusionIndex.of(exclusion_table(sample(photo(1), photo(2))), "graphics")
     assert index.find(sample(photo(5), photo(2))) == "x#test"
     assert index.find(sample(photo(5), photo(6))) is None
 
 
-def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
+def test_exclusion_texts_are_captions_and_questions() -> None:
     questions = (ReferenceQA(question="How many?", answers=("2",)),)
-    rows = list(exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=questions)]))
+    rows = list(
+        exclusion_rows("x", [sample(photo(1), photo(2), references=("A dog.",), reference_qa=questions)])
+    )
     assert [row["texts"] for row in rows] == [["A dog.", "How many?"], []]
 
 
@@ -88,14 +98,37 @@ def test_the_texts_of_a_sample_are_its_captions_and_its_questions() -> None:
         ("hub:me/x@abc#test", ("hub:me/x@abc", "test")),
     ],
 )
-def test_a_name_says_the_source_and_the_split(name: str, source_and_split: tuple[str, str | None]) -> None:
+def test_exclusion_names_source_and_split(name: str, source_and_split: tuple[str, str | None]) -> None:
     assert parse_exclusion(name) == source_and_split
 
 
-WHO = ["firefighter", "gardener", "toddler", "violinist", "surfer", "welder", "nun", "referee", "juggler", "beekeeper"]
+WHO = [
+    "firefighter",
+    "gardener",
+    "toddler",
+    "violinist",
+    "surfer",
+    "welder",
+    "nun",
+    "referee",
+    "juggler",
+    "beekeeper",
+]
 DOES = ["leans against", "walks past", "points toward", "stares at", "kneels before", "climbs over"]
-WHAT = ["a rusted gate", "the marble fountain", "a striped awning", "an overturned canoe", "the tiled oven", "a wooden step"]
-WHEN = ["at dawn near the harbor", "under heavy gray clouds", "during a crowded parade", "beside two sleeping cats"]
+WHAT = [
+    "a rusted gate",
+    "the marble fountain",
+    "a striped awning",
+    "an overturned canoe",
+    "the tiled oven",
+    "a wooden step",
+]
+WHEN = [
+    "at dawn near the harbor",
+    "under heavy gray clouds",
+    "during a crowded parade",
+    "beside two sleeping cats",
+]
 
 
 def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
@@ -103,8 +136,10 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
     endings = [" ".join(parts) for parts in itertools.product(DOES, WHAT, WHEN)]
     rng.shuffle(endings)
     test = rng.sample([f"A {who} {ending}." for who, ending in itertools.product(WHO, endings[:72])], 500)
-    clean = [f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])]  # the same subjects, other actions
-    table = pa.Table.from_pylist([{"name": "x#test", "image_id": "i", "look": b"", "texts": test}], schema=EXCLUSIONS)
+    clean = [
+        f"One {who} {ending}." for who, ending in itertools.product(WHO, endings[72:])
+    ]  # same subjects, other actions
+    table = text_table("x#test", *test)
     planted = {
         "verbatim": test,
         "case": [text.upper() for text in test],
@@ -117,14 +152,12 @@ def test_planted_leaks_are_found_and_clean_texts_pass() -> None:
     assert sum(name is not None for name in contaminated(clean, table)) <= 0.002 * len(clean)
 
 
-def test_a_text_inside_a_longer_one_is_found_and_so_is_a_longer_one() -> None:
+def test_contained_and_containing_texts_are_found() -> None:
     short, sentence = (
         "A painter leans against the marble fountain at dawn.",
         "Two sleeping cats lie beside a rusted gate in the sun.",
     )
-    table = pa.Table.from_pylist([{"name": "x", "image_id": "i", "look": b"", "texts": [short]}], schema=EXCLUSIONS)
+    table = text_table("x", short)
     assert contaminated([f"{sentence} {short} {sentence}", sentence], table) == ["x", None]
-    table = pa.Table.from_pylist(
-        [{"name": "x", "image_id": "i", "look": b"", "texts": [f"{sentence} {short}"]}], schema=EXCLUSIONS
-    )
+    table = text_table("x", f"{sentence} {short}")
     assert contaminated([short], table) == ["x"]

@@ -1,4 +1,4 @@
-"""Folder: files are read recursively in sorted order, and a broken file is rejected with a reason."""
+"""Folders: files are read recursively in sorted order, and broken files are rejected."""
 
 import io
 import os
@@ -21,6 +21,7 @@ from pipeline.sources.folder import open_folder
 from pipeline.types import Rejected, Sample, SourceSlice
 from tests.hostile import bounded_memory
 from tests.hub.datasets import photo
+from tests.pipeline.sources.reading import rejected_of, samples_of
 
 
 def fill(root: Path) -> None:
@@ -32,7 +33,7 @@ def fill(root: Path) -> None:
     (root / "loop").symlink_to(root, target_is_directory=True)
 
 
-def test_images_come_sorted_and_a_broken_one_is_rejected(tmp_path: Path) -> None:
+def test_images_are_sorted_and_broken_image_is_rejected(tmp_path: Path) -> None:
     fill(tmp_path)
     rows = list(open_folder(tmp_path).rows)
     assert [(type(row), row.source_row) for row in rows] == [
@@ -45,17 +46,17 @@ def test_images_come_sorted_and_a_broken_one_is_rejected(tmp_path: Path) -> None
     assert all(str(tmp_path) not in repr(row) for row in rows)
 
 
-def test_a_folder_without_images_and_no_folder_are_errors(tmp_path: Path) -> None:
+def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no image in"):
         open_folder(tmp_path)
     Image.new("RGB", (8, 6), "red").save(tmp_path / ".a.png")
-    with pytest.raises(SourceError, match=r"no image in .*; hidden, and not read: 1 \(.a.png\)"):
+    with pytest.raises(SourceError, match=r"no image in .*; hidden files, which are not read: 1 \(.a.png\)"):
         open_folder(tmp_path)
     with pytest.raises(SourceError, match="not a folder"):
         open_folder(tmp_path / "none")
 
 
-def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
+def test_unread_files_are_counted_and_named(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / ".thumbnails").mkdir()
     for name in [
@@ -70,16 +71,20 @@ def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
     ]:
         (tmp_path / name).write_bytes(b"x")
     source = open_folder(tmp_path)
-    rejected = {row.source_row: row.reason for row in source.rows if isinstance(row, Rejected)}
-    assert rejected == {"x.jp2": "unsupported_format", "b/y.CR2": "unsupported_format", "b/broken.png": "unreadable_image"}
+    rejected = {row.source_row: row.reason for row in rejected_of(source)}
+    assert rejected == {
+        "x.jp2": "unsupported_format",
+        "b/y.CR2": "unsupported_format",
+        "b/broken.png": "unreadable_image",
+    }
     assert source.messages == (
-        "links to folders, which are not entered: 1 (loop)",
-        "hidden, and not read: 3 (.DS_Store, ._a.JPG, .thumbnails)",
+        "links to folders, which are not followed: 1 (loop)",
+        "hidden files, which are not read: 3 (.DS_Store, ._a.JPG, .thumbnails)",
         "not read: 2 .mp4 (other.mp4, clip.mp4), 1 .txt (notes.txt)",
     )
 
 
-def test_links_to_the_outside_pipes_and_devices_give_nothing(tmp_path: Path) -> None:
+def test_outside_links_pipes_and_devices_are_rejected(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     Image.new("RGB", (8, 6), "red").save(root / "good.png")
@@ -101,11 +106,14 @@ def test_links_to_the_outside_pipes_and_devices_give_nothing(tmp_path: Path) -> 
         "private.png": "outside_folder",
         "zero.jpg": "outside_folder",
     }
-    assert [(row.source_row, row.references) for row in rows if isinstance(row, Sample)] == [("good.png", ()), ("same.png", ())]
-    assert any("captions that are not read: 1" in message for message in source.messages)
+    assert [(row.source_row, row.references) for row in rows if isinstance(row, Sample)] == [
+        ("good.png", ()),
+        ("same.png", ()),
+    ]
+    assert any("1 text files cannot be read" in message for message in source.messages)
 
 
-def test_links_to_the_outside_are_read_only_where_the_user_allows_them(tmp_path: Path) -> None:
+def test_outside_links_are_read_with_follow_links(tmp_path: Path) -> None:
     root = tmp_path / "snapshot"
     root.mkdir()
     Image.new("RGB", (8, 6), "red").save(tmp_path / "blob", "PNG")
@@ -121,15 +129,23 @@ def test_links_to_the_outside_are_read_only_where_the_user_allows_them(tmp_path:
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        ("metadata.jsonl", b'{"file_name": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "recursion",
+        ),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "\xff"}', "codec"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 1' + b"0" * 10_000 + b"}", "line 1"),
-        ("metadata.jsonl", b'["a.png"]', "no names and values"),
-        ("metadata.csv", b"file_name,caption\na.png,A dog, a cat and a bird\n", "line 2 has more columns than the first line"),
+        ("metadata.jsonl", b'["a.png"]', "not a JSON object"),
+        (
+            "metadata.csv",
+            b"file_name,caption\na.png,A dog, a cat and a bird\n",
+            "line 2 has more columns than the first line",
+        ),
         ("metadata.parquet", b"PAR1 and no more", ""),
     ],
 )
-def test_metadata_file_that_is_damaged_is_one_error(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+def test_damaged_metadata_file_is_an_error(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(data)
     with pytest.raises(SourceError, match=rf"cannot read .*{name}: .*{problem}"):
@@ -146,44 +162,59 @@ def parquet_of(**columns: Any) -> bytes:
     ("name", "data", "references"),
     [
         ("metadata.jsonl", '{"file_name": "a.png", "text": "half \\ud800."}', "half ?."),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "A dog.", "references": ["https://example.org/1"]}', "A dog."),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "A dog.", "references": ["https://example.org/1"]}',
+            "A dog.",
+        ),
         ("metadata.csv", "file_name\talt_text\na.png\tEin grüner Käfer\n", "Ein grüner Käfer"),
-        ("metadata.csv", "file_name\talt_text\na.png\tEin grüner Käfer\n".encode("utf-8-sig"), "Ein grüner Käfer"),
-        ("metadata.csv", "file_name\talt_text\na.png\tEin grüner Käfer\n".encode("utf-16"), "Ein grüner Käfer"),
+        (
+            "metadata.csv",
+            "file_name\talt_text\na.png\tEin grüner Käfer\n".encode("utf-8-sig"),
+            "Ein grüner Käfer",
+        ),
+        (
+            "metadata.csv",
+            "file_name\talt_text\na.png\tEin grüner Käfer\n".encode("utf-16"),
+            "Ein grüner Käfer",
+        ),
         ("metadata.csv", 'file_name\ttext\na.png\t"A ""big"" dog"\n', 'A "big" dog'),
         ("metadata.csv", "file_name,text\na.png,A cat,\n", "A cat"),
         ("metadata.csv", "file_name,caption\n,An orphan.\na.png,A dog.\n", "A dog."),
         ("metadata.parquet", parquet_of(file_name=["a.png"], text=["A dog."]), "A dog."),
     ],
 )
-def test_metadata_file_has_captions(tmp_path: Path, name: str, data: str | bytes, references: str) -> None:
+def test_metadata_file_gives_captions(tmp_path: Path, name: str, data: str | bytes, references: str) -> None:
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    assert [row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)] == [(references,)]
+    assert [row.references for row in samples_of(open_folder(tmp_path))] == [(references,)]
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("metadata.parquet", parquet_of(image_name=["a.png"], prompt=["a dog"])), ("metadata.csv", b"isic_id,age\n1,30\n")],
+    [
+        ("metadata.parquet", parquet_of(image_name=["a.png"], prompt=["a dog"])),
+        ("metadata.csv", b"isic_id,age\n1,30\n"),
+    ],
 )
-def test_table_of_another_program_is_passed_over(tmp_path: Path, name: str, data: bytes) -> None:
+def test_metadata_table_without_file_names_is_ignored(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / "a.png").write_bytes(photo(1))
     (tmp_path / name).write_bytes(data)
     source = open_folder(tmp_path)
-    assert [row.references for row in source.rows if isinstance(row, Sample)] == [()]
-    assert f"{tmp_path / name} is not used: no row of it has a file_name" in source.messages
+    assert [row.references for row in samples_of(source)] == [()]
+    assert f"{tmp_path / name} is not used: no row has a file_name" in source.messages
 
 
-def test_a_caption_file_without_end_is_not_read(tmp_path: Path) -> None:
+def test_endless_caption_file_is_not_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").touch()
     os.truncate(tmp_path / "a.txt", 1 << 40)
     source = open_folder(tmp_path)
-    assert "captions that are not read: 1" in source.messages[0]
-    assert [row.references for row in source.rows if isinstance(row, Sample)] == [()]
+    assert "1 text files cannot be read" in source.messages[0]
+    assert [row.references for row in samples_of(source)] == [()]
 
 
-def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_rejected_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
     listing = os.scandir
 
@@ -194,29 +225,30 @@ def test_a_folder_that_cannot_be_listed_is_rejected_by_name(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "scandir", scandir)
     source = open_folder(tmp_path)
-    assert "folders that cannot be read: 1 (b/c)" in source.messages
-    assert [row.reason for row in source.rows if isinstance(row, Rejected)] == ["unreadable_image", "unreadable_folder"]
+    assert "unreadable folders: 1 (b/c)" in source.messages
+    assert [row.reason for row in rejected_of(source)] == [
+        "unreadable_image",
+        "unreadable_folder",
+    ]
 
 
 @pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"en": "A dog"}', '[["A dog"]]'])
-def test_value_that_no_prompt_can_state_is_an_error(tmp_path: Path, value: str) -> None:
+def test_context_value_that_is_not_text_is_an_error(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.png").write_bytes(photo(1))
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "title": {value}}}\n')
-    with pytest.raises(SourceError, match=r"cannot read|metadata\.jsonl, a\.png: the column title holds objects"):
+    with pytest.raises(SourceError, match=r"cannot read|metadata\.jsonl, a\.png: the column title"):
         open_folder(tmp_path, columns=("title",))
     assert open_folder(tmp_path).revision
 
 
-def test_a_name_in_a_message_is_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+def test_file_names_in_messages_have_no_terminal_codes(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "\x1b[2Jgone.mp4").write_bytes(b"x")
     assert any("\\x1b[2Jgone.mp4" in text for text in open_folder(tmp_path).messages)
     assert not any("\x1b" in text for text in open_folder(tmp_path).messages)
 
 
-def test_a_photo_of_a_phone_is_read_with_pillow_heif_and_counted_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heic_photo_is_rejected_without_pillow_heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode.has_heif(), "pillow-heif is in the extra `dev`"
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.heic", "HEIF")
     (row,) = open_folder(tmp_path).rows
@@ -227,32 +259,31 @@ def test_a_photo_of_a_phone_is_read_with_pillow_heif_and_counted_without(
     assert caught.value.reason == "unsupported_format"
 
 
-def test_captions_beside_images_are_counted(tmp_path: Path) -> None:
+def test_sidecar_captions_are_counted(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "a.txt").write_text("One caption.\n\nAnother one.\n")
-    (tmp_path / "b" / "metadata.csv").write_text("\ufefffile_name;caption;title\nc/z.png;A red square.;x\ngone.png;y;z\n")
+    table = "\ufefffile_name;caption;title\nc/z.png;A red square.;x\ngone.png;y;z\n"
+    (tmp_path / "b" / "metadata.csv").write_text(table)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.JPG", "title": "Blue"}\n')
     source = open_folder(tmp_path)
     assert source.messages[:3] == (
-        "captions of people: 3 for 2 of 3 images",
-        f"{tmp_path}/metadata.jsonl gives no captions: they are in caption, captions, text, sentences, "
+        "human captions: 3 for 2 of 3 images",
+        f"{tmp_path}/metadata.jsonl has no captions: they are read from caption, captions, text, sentences, "
         "alt_text, original_alt_text, description, and it has file_name, title",
-        f"{tmp_path}/b/metadata.csv names 1 images that are not here: gone.png",
+        f"{tmp_path}/b/metadata.csv names 1 images that do not exist: gone.png",
     )
-    references = {row.source_row: row.references for row in source.rows if isinstance(row, Sample)}
+    references = {row.source_row: row.references for row in samples_of(source)}
     assert references == {"a.JPG": ("One caption.", "Another one."), "b/c/z.png": ("A red square.",)}
 
 
-def test_columns_of_metadata_are_context_in_every_slice(tmp_path: Path) -> None:
+def test_metadata_columns_are_context_in_every_slice(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
         Image.new("RGB", (8, 6 + number), "red").save(tmp_path / f"{number % 2}" / f"{number}.png")
     (tmp_path / "0" / "metadata.csv").write_text("file_name;title\n0.png;A\n2.png;C\n")
     columns = ("title", "folder")
     whole = {
-        row.source_row: row.context
-        for row in open_folder(tmp_path, columns=("title", "folder")).rows
-        if isinstance(row, Sample)
+        row.source_row: row.context for row in samples_of(open_folder(tmp_path, columns=("title", "folder")))
     }
     assert whole == {
         "0/0.png": (("title", "A"), ("folder", "0")),
@@ -260,12 +291,14 @@ def test_columns_of_metadata_are_context_in_every_slice(tmp_path: Path) -> None:
         "1/1.png": (("title", ""), ("folder", "1")),
     }
     slices = (open_folder(tmp_path, SourceSlice(n, 5), columns=columns).rows for n in range(5))
-    assert {row.source_row: row.context for rows in slices for row in rows if isinstance(row, Sample)} == whole
-    with pytest.raises(SourceError, match="there is no column size"):
+    assert {
+        row.source_row: row.context for rows in slices for row in rows if isinstance(row, Sample)
+    } == whole
+    with pytest.raises(SourceError, match="no column is named size"):
         open_folder(tmp_path, columns=("size",))
 
 
-def test_a_dataset_that_was_saved_to_disk_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+def test_arrow_dataset_error_explains_conversion(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["A dog."]}).save_to_disk(tmp_path / "saved")
     for source in ("folder", "parquet"):
         with pytest.raises(SourceError) as refused:
@@ -273,13 +306,14 @@ def test_a_dataset_that_was_saved_to_disk_is_refused_with_the_way_to_read_it(tmp
         assert "load_from_disk" in refused.value.hint and "to_parquet" in refused.value.hint
 
 
-def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_path: Path) -> None:
+def test_metadata_names_match_any_path_spelling(tmp_path: Path) -> None:
     stored, named = (unicodedata.normalize(form, "b/Köln.jpg") for form in ("NFD", "NFC"))
     for name in (stored, "a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(photo(len(name)))
-    (tmp_path / "metadata.csv").write_text(f"file_name,caption\n{named},A bridge.\nb\\..\\a.jpg,Nothing.\na.jpg,A bowl.\n")
-    rows = {row.source_row: row.references for row in open_folder(tmp_path).rows if isinstance(row, Sample)}
+    table = f"file_name,caption\n{named},A bridge.\nb\\..\\a.jpg,Nothing.\na.jpg,A bowl.\n"
+    (tmp_path / "metadata.csv").write_text(table)
+    rows = {row.source_row: row.references for row in samples_of(open_folder(tmp_path))}
     assert rows == {stored: ("A bridge.",), "a.jpg": ("A bowl.",)}
 
 
@@ -287,54 +321,54 @@ def test_names_in_a_metadata_file_are_found_however_a_system_spells_them(tmp_pat
     ("names", "splits"),
     [
         (["train/a.jpg", "val/b.jpg", "Test/c.jpg"], ["train", "validation", "test"]),
-        (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # some to validate on are needed
+        (["train/a.jpg", "test/b.jpg"], [None, "test"]),  # some are held out for validation
         (["train/a.jpg", "val/b.jpg", "c.jpg"], ["train", "validation", None]),
         (["train/a.jpg", "val/b.jpg", "dogs/c.jpg"], ["train", "validation", None]),
-        (["train/a.jpg", "car/b.jpg", "bus/c.jpg"], [None] * 3),  # classes
+        (["train/a.jpg", "car/b.jpg", "bus/c.jpg"], [None] * 3),  # names of classes, not splits
         (["test/a.jpg", "test/b.jpg"], [None] * 2),
         (["test/a.jpg", "b.jpg", "dogs/c.jpg"], ["test", None, None]),
         (["dev/a.jpg", "dogs/b.jpg"], ["validation", None]),
     ],
 )
-def test_folders_that_are_named_after_splits_say_them(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
+def test_folder_names_set_splits(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
     for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(photo(number))
     source = open_folder(tmp_path)
-    split_of = {row.source_row: row.split for row in source.rows if isinstance(row, Sample)}
+    split_of = {row.source_row: row.split for row in samples_of(source)}
     assert [split_of[name] for name in names] == splits
     assert any(text.startswith("splits of the source: ") for text in source.messages) == any(splits)
     others = [name for name, split in split_of.items() if not split and not name.startswith("train")]
-    told = f"{len(others)} images lie in no folder that is named after a split, and are divided by a hash ({', '.join(others)})"
-    assert (told in source.messages) == bool(any(splits) and others)
+    message = f"{len(others)} images are in no folder named after a split, and are split by a hash"
+    expected = f"{message} ({', '.join(others)})"
+    assert (expected in source.messages) == bool(any(splits) and others)
 
 
-def test_a_metadata_file_says_the_splits_of_its_images(tmp_path: Path) -> None:
+def test_metadata_file_sets_splits(tmp_path: Path) -> None:
     words = {"a.png": "test", "b.png": "Val", "c.png": "", "d.png": "train"}
     for number, image in enumerate(words):
         (tmp_path / image).write_bytes(photo(number))
     table = "\n".join(["file_name,split", *map(",".join, words.items())])
     (tmp_path / "metadata.csv").write_text(table)
     source = open_folder(tmp_path)
-    splits = [row.split for row in source.rows if isinstance(row, Sample)]
+    splits = [row.split for row in samples_of(source)]
     assert splits == ["test", "validation", None, "train"]
     assert "splits of the source: 1 train, 1 validation, 1 test" in source.messages
     revision = source.revision
     (tmp_path / "metadata.csv").write_text(table.replace("Val", "fold2"))
     source = open_folder(tmp_path)
-    assert all(row.split is None for row in source.rows if isinstance(row, Sample)) and source.revision != revision
+    assert all(row.split is None for row in samples_of(source)) and source.revision != revision
     assert any("the column split is not read: 'fold2' is not a split" in text for text in source.messages)
 
 
-def test_a_table_of_metadata_that_repeats_a_large_value_takes_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A value of a dictionary stands in the file once, and may stand in every row."""
+def test_metadata_table_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary value is stored once, but may be in every row."""
     (tmp_path / "a.png").write_bytes(photo(0))
     rows = 3000
     large = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 100_000]))
     names = pa.array(["a.png"] * rows)
-    pq.write_table(pa.table({"file_name": names, "caption": large}), tmp_path / "metadata.parquet", store_schema=False)
+    table = pa.table({"file_name": names, "caption": large})
+    pq.write_table(table, tmp_path / "metadata.parquet", store_schema=False)
     assert (tmp_path / "metadata.parquet").stat().st_size < 100_000
     monkeypatch.setattr(texts, "MAX_METADATA_BYTES", 10_000_000)
     with bounded_memory(150_000_000), pytest.raises(SourceError, match="unpacks to more than"):

@@ -1,4 +1,4 @@
-"""Hub sources, through the real client over HTTP: every upstream row is a sample or has a reason, in its true split."""
+"""Hub sources, read by the real client: each row is a sample in its true split, or is rejected."""
 
 import json
 import re
@@ -28,7 +28,9 @@ from tests.pipeline.images.test_decode import bomb
 def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point the client at an endpoint, as HF_ENDPOINT does at import."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
@@ -46,7 +48,9 @@ def opened(source: str, **settings: Any) -> Source:
 
 def read(source: str, **settings: Any) -> tuple[list[Sample], list[Rejected]]:
     rows = list(opened(source, **settings).rows)
-    return [row for row in rows if isinstance(row, Sample)], [row for row in rows if isinstance(row, Rejected)]
+    return [row for row in rows if isinstance(row, Sample)], [
+        row for row in rows if isinstance(row, Rejected)
+    ]
 
 
 def reasons(rejected: list[Rejected]) -> Counter[str]:
@@ -56,7 +60,7 @@ def reasons(rejected: list[Rejected]) -> Counter[str]:
 # --- Flickr30k
 
 
-def test_flickr30k_is_read_from_the_conversion_with_karpathys_split(hub: RunningHub) -> None:
+def test_flickr30k_conversion_has_karpathys_split(hub: RunningHub) -> None:
     datasets.seed_flickr30k(hub.hub.storage, 20)
     samples, rejected = read("flickr30k")
     assert not rejected
@@ -65,25 +69,30 @@ def test_flickr30k_is_read_from_the_conversion_with_karpathys_split(hub: Running
     assert {sample.license for sample in samples} == {"flickr-terms"}
     assert samples[0].images == (datasets.photo(0),)
     assert (
-        opened("flickr30k").revision == hub.hub.storage.repos["dataset", "nlphuji/flickr30k"].branches["refs/convert/parquet"]
+        opened("flickr30k").revision
+        == hub.hub.storage.repos["dataset", "nlphuji/flickr30k"].branches["refs/convert/parquet"]
     )
     assert {sample.split for sample in read("flickr30k", source_split="test")[0]} == {"test"}
     train, _ = read("flickr30k", source_split="train")
-    assert (len(train), {sample.split for sample in train}) == (12, {None})  # may still be held out
+    assert (len(train), {sample.split for sample in train}) == (12, {None})  # some are held out later
     assert (opened("flickr30k").count(), opened("flickr30k", source_split="test").count()) == (20, 4)
 
 
-def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: RunningHub, tmp_path: Path) -> None:
+def test_flickr30k_copy_without_split_needs_a_split_list(hub: RunningHub, tmp_path: Path) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, 10)
     for split in (None, "train"):
-        with pytest.raises(SourceError, match="has lost which images are for testing") as caught:
+        with pytest.raises(SourceError, match="has no split column") as caught:
             opened("flickr30k:lmms-lab/flickr30k", source_split=split)
         assert "--split-list" in caught.value.hint
-    assert {sample.split for sample in read("flickr30k:lmms-lab/flickr30k", source_split="test")[0]} == {"test"}
+    assert {sample.split for sample in read("flickr30k:lmms-lab/flickr30k", source_split="test")[0]} == {
+        "test"
+    }
     schema = datasets.FLICKR.remove(datasets.FLICKR.get_field_index("split"))
     rows = [{k: v for k, v in row.items() if k != "split"} for row in datasets.flickr_rows(5)]
-    hub.hub.storage.seed("dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)})
-    with pytest.raises(SourceError, match="has lost which images are for testing"):
+    hub.hub.storage.seed(
+        "dataset", "me/copy", {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)}
+    )
+    with pytest.raises(SourceError, match="has no split column"):
         opened("flickr30k:me/copy", source_split="test")
     (tmp_path / "list.json").write_text("{}")
     with pytest.raises(SourceError, match="cannot read the list"):
@@ -91,21 +100,25 @@ def test_a_copy_that_has_lost_the_split_calls_no_row_train_without_a_list(hub: R
     (tmp_path / "list.json").write_text(datasets.karpathy_list(8))
     samples, rejected = read("flickr30k:lmms-lab/flickr30k", split_list=str(tmp_path / "list.json"))
     assert Counter(sample.split for sample in samples) == {"train": 6, "validation": 1, "test": 1}
-    assert reasons(rejected) == {"unknown_split": 2}  # the list does not name them
+    assert reasons(rejected) == {"unknown_split": 2}  # missing in the list
 
 
 # --- VQAv2
 
 
-def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> None:
+def test_vqav2_sample_is_a_photo_with_all_questions(hub: RunningHub) -> None:
     datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
     samples, rejected = read("vqav2", source_split="validation")
     assert not rejected
     assert len(samples) == len({sample.id for sample in samples}) == 6
     for sample in samples:
         assert sample.reference_qa is not None
-        assert {qa.question for qa in sample.reference_qa} == {f"How many things of kind {k} are there?" for k in range(3)}
-        assert {qa.answers for qa in sample.reference_qa} == {("2", "2", "2")}  # as the official evaluation compares them
+        assert {qa.question for qa in sample.reference_qa} == {
+            f"How many things of kind {k} are there?" for k in range(3)
+        }
+        assert {qa.answers for qa in sample.reference_qa} == {
+            ("2", "2", "2")
+        }  # as in the official evaluation
         assert (sample.split, sample.license) == ("validation", "flickr-terms")
     assert opened("vqav2", source_split="validation").count() == 6
     with pytest.raises(SourceError, match="has no split train") as caught:
@@ -116,15 +129,20 @@ def test_vqav2_is_one_sample_a_photo_with_all_its_questions(hub: RunningHub) -> 
 
 
 @pytest.mark.parametrize("start", [2, 9, 21])
-def test_of_named_data_sets_the_rows_behind_the_first_ones_are_those_of_the_whole(hub: RunningHub, start: int) -> None:
+def test_benchmarks_resume_at_any_row(hub: RunningHub, start: int) -> None:
     datasets.seed_vqav2(hub.hub.storage, images=6, questions=3)
     datasets.seed_flickr30k(hub.hub.storage, 20)
-    for source, split in (("vqav2", "validation"), ("flickr30k", None), ("flickr30k", "train"), ("flickr30k", "test")):
+    for source, split in (
+        ("vqav2", "validation"),
+        ("flickr30k", None),
+        ("flickr30k", "train"),
+        ("flickr30k", "test"),
+    ):
         whole = opened(source, source_split=split)
         assert list(whole.read(start)) == list(whole.rows)[start:], (source, split)
 
 
-def test_a_copy_with_other_columns_is_an_error_with_a_hint(hub: RunningHub) -> None:
+def test_benchmark_with_other_columns_is_an_error(hub: RunningHub) -> None:
     datasets.seed_flickr30k_without_split(hub.hub.storage, repo="me/other")
     with pytest.raises(SourceError, match="has no column image_id, question") as caught:
         opened("vqav2:me/other")
@@ -134,7 +152,7 @@ def test_a_copy_with_other_columns_is_an_error_with_a_hint(hub: RunningHub) -> N
 # --- SlideVQA
 
 
-def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) -> None:
+def test_slidevqa_sample_is_a_deck_with_ordered_pages(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage, decks=2)
     hub.hub.granted.add("NTT-hil-insight/SlideVQA")
     samples, rejected = read("slidevqa", source_split="train")
@@ -162,7 +180,9 @@ def test_slidevqa_is_one_sample_a_deck_with_its_pages_in_order(hub: RunningHub) 
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
-def test_a_gated_data_set_says_how_to_get_in(hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
+def test_gated_dataset_error_explains_access(
+    hub: RunningHub, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
     datasets.seed_slidevqa(hub.hub.storage)
     if token is None:
         monkeypatch.delenv("HF_TOKEN")
@@ -179,12 +199,14 @@ def test_a_gated_data_set_says_how_to_get_in(hub: RunningHub, monkeypatch: pytes
 PLAIN = pa.schema([("photo", datasets.IMAGE), ("alt_text", pa.string()), ("other", datasets.IMAGE)])
 
 
-def seed_plain(hub: RunningHub, rows: list[dict[str, Any]], schema: pa.Schema = PLAIN, repo: str = "me/plain") -> None:
+def seed_plain(
+    hub: RunningHub, rows: list[dict[str, Any]], schema: pa.Schema = PLAIN, repo: str = "me/plain"
+) -> None:
     files = {"data/train-00000-of-00001.parquet": datasets.parquet(rows, schema)}
     hub.hub.storage.seed("dataset", repo, {**files, "README.md": b"---\nlicense: apache-2.0\n---\n"})
 
 
-def test_license_of_a_card_is_that_of_its_images(hub: RunningHub) -> None:
+def test_images_have_the_license_of_the_card(hub: RunningHub) -> None:
     seed_plain(hub, [{"photo": datasets.cell(n), "alt_text": f"Photo {n}."} for n in range(2)])
     samples, _ = read("hub:me/plain", columns={"image": "photo"})
     assert [(s.references, s.license, s.split) for s in samples] == [
@@ -192,18 +214,18 @@ def test_license_of_a_card_is_that_of_its_images(hub: RunningHub) -> None:
     ]
 
 
-def test_numbered_pages_are_decks(hub: RunningHub) -> None:
+def test_numbered_page_columns_become_decks(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage, repo="me/slides")
     hub.hub.granted.add("me/slides")
     with pytest.raises(ConfigError, match="holds decks of pages") as caught:
         opened("hub:me/slides")
     assert "--tasks deck_qa" in caught.value.hint
     samples, _ = read("hub:me/slides", columns={"pages": "page_*"}, source_split="validation")
-    # Without a deck name, the same deck comes twice, once with each question.
+    # Without deck names, each question is a row of its own.
     assert [len(sample.images) for sample in samples] == [7, 7]
 
 
-# Files of the repository, each with the photo of its place in the list.
+# Files of the repository; the index is the number of the photo.
 FILES = (
     "en/train/0.parquet",
     "fr/train/0.parquet",
@@ -212,7 +234,10 @@ FILES = (
     "data/train-more/train-0.parquet",
 )
 EN_AND_FR = FILES[:3]
-SEVERAL = "- {config_name: english, data_files: en/train/*}\n- {config_name: french, data_files: fr/train/*}\n"
+FOLDER_AND_GLOB = "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n"
+SEVERAL = (
+    "- {config_name: english, data_files: en/train/*}\n- {config_name: french, data_files: fr/train/*}\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -225,16 +250,20 @@ SEVERAL = "- {config_name: english, data_files: en/train/*}\n- {config_name: fre
         (EN_AND_FR, SEVERAL, ":french", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("fr/train/*", "fr/train/*, default: true"), "", {1: "train"}),
         (EN_AND_FR, SEVERAL.replace("english", "default"), "", {0: "train"}),
-        (EN_AND_FR, "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n", ":a", {0: "train"}),
-        (EN_AND_FR, "- {config_name: a, data_dir: ./en}\n- {config_name: b, data_files: ./fr/test/*}\n", ":b", {2: "test"}),
-        (EN_AND_FR, "- config_name: x\n  data_files: [{split: testA, path: [fr/train/*, fr/test/*]}]\n- nonsense\n", "",
-         {1: "test", 2: "test"}),  # the split of the card, whatever the path
-        (FILES[3:], "- config_name: default\n  data_files: [{split: train, path: data/train-*}, {path: ./data/*.parquet}]\n",
-         "", {3: "train"}),  # a star stays within its folder, and a file is read once
-        (FILES[3:4], "- {config_name: x, data_files: data/*}\n- {config_name: y, data_files: data/*}\n", "", {3: "train"}),
+        (EN_AND_FR, FOLDER_AND_GLOB, ":a", {0: "train"}),
+        (EN_AND_FR, FOLDER_AND_GLOB, ":b", {2: "test"}),
+        (EN_AND_FR,
+         "- config_name: x\n  data_files: [{split: testA, path: [fr/train/*, fr/test/*]}]\n- nonsense\n", "",
+         {1: "test", 2: "test"}),  # the card's split overrides the path
+        (FILES[3:],
+         "- config_name: default\n"
+         "  data_files: [{split: train, path: data/train-*}, {path: ./data/*.parquet}]\n",
+         "", {3: "train"}),  # a star stays within a folder; a file is read once
+        (FILES[3:4], "- {config_name: x, data_files: data/*}\n- {config_name: y, data_files: data/*}\n", "",
+         {3: "train"}),
     ],
 )  # fmt: skip
-def test_config_is_a_folder_or_the_files_that_the_card_declares(
+def test_config_is_a_folder_or_declared_on_the_card(
     hub: RunningHub, files: tuple[str, ...], configs: str, name: str, expected: dict[int, str] | str
 ) -> None:
     tables = {file: datasets.parquet([{"photo": datasets.cell(FILES.index(file))}], PLAIN) for file in files}
@@ -246,16 +275,21 @@ def test_config_is_a_folder_or_the_files_that_the_card_declares(
         assert re.search(expected, f"{caught.value} {caught.value.hint}")
         return
     rows, _ = read(f"hub:me/mixed{name}", columns={"image": "photo"})
-    assert {row.images: row.split for row in rows} == {(datasets.photo(n),): split for n, split in expected.items()}
+    assert {row.images: row.split for row in rows} == {
+        (datasets.photo(n),): split for n, split in expected.items()
+    }
     assert len(rows) == len(expected)
 
 
-def test_what_the_hub_has_converted_in_part_is_refused_and_told(hub: RunningHub, tmp_path: Path) -> None:
+def test_partial_conversion_is_refused_without_allow_partial(hub: RunningHub, tmp_path: Path) -> None:
     table = datasets.parquet(
         [{"photo": datasets.cell(n), "alt_text": f"Two red boats near pier {n}."} for n in range(3)], PLAIN
     )
     hub.hub.storage.seed("dataset", "me/large", {"large.py": datasets.SCRIPT})
-    files = {"default/partial-train/0000.parquet": table, "default/test/0000.parquet": datasets.parquet([], PLAIN)}
+    files = {
+        "default/partial-train/0000.parquet": table,
+        "default/test/0000.parquet": datasets.parquet([], PLAIN),
+    }
     hub.hub.storage.seed("dataset", "me/large", files, branch="refs/convert/parquet")
     columns = {"image": "photo", "references": "alt_text"}
     with pytest.raises(SourceError, match="converted only a first part of me/large") as caught:
@@ -272,7 +306,7 @@ def test_what_the_hub_has_converted_in_part_is_refused_and_told(hub: RunningHub,
         open_source(resolve(source="scenes", allow_partial=True))
 
 
-def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read(hub: RunningHub) -> None:
+def test_gated_repository_marks_images_not_redistributable(hub: RunningHub) -> None:
     datasets.seed_slidevqa(hub.hub.storage)
     hub.hub.granted.add("NTT-hil-insight/SlideVQA")
     samples, _ = read("hub:NTT-hil-insight/SlideVQA", columns={"pages": "page_*"}, source_split="validation")
@@ -280,7 +314,7 @@ def test_a_gated_repository_keeps_its_pixels_at_home_by_whatever_name_it_is_read
     assert non_redistributable(["apache-2.0", "cc0-1.0", "unknown"]) == []
 
 
-def test_the_commit_is_pinned_and_another_one_may_be_named(hub: RunningHub) -> None:
+def test_revision_is_a_pinned_commit(hub: RunningHub) -> None:
     seed_plain(hub, [{"photo": datasets.cell(0)}])
     first = hub.hub.storage.repos["dataset", "me/plain"].branches["main"]
     seed_plain(hub, [{"photo": datasets.cell(1)}, {"photo": datasets.cell(2)}])
@@ -290,10 +324,15 @@ def test_the_commit_is_pinned_and_another_one_may_be_named(hub: RunningHub) -> N
     assert opened(f"hub:me/plain@{first}", columns=columns).revision == first
 
 
-def test_a_limit_downloads_little(hub: RunningHub) -> None:
+def test_limit_downloads_few_bytes(hub: RunningHub) -> None:
     schema = pa.schema([("image", datasets.IMAGE)])
-    rows = [{"image": {"bytes": datasets.photo(n, (600, 450)) + bytes(60_000), "path": None}} for n in range(300)]
-    files = {f"data/train-{k:05d}-of-00002.parquet": datasets.parquet(rows, schema, rows_a_group=30) for k in range(2)}
+    rows = [
+        {"image": {"bytes": datasets.photo(n, (600, 450)) + bytes(60_000), "path": None}} for n in range(300)
+    ]
+    files = {
+        f"data/train-{k:05d}-of-00002.parquet": datasets.parquet(rows, schema, rows_a_group=30)
+        for k in range(2)
+    }
     hub.hub.storage.seed("dataset", "me/large", files)
     whole = sum(len(data) for data in files.values())
     hub.hub.sent_bytes = 0
@@ -312,11 +351,11 @@ def test_a_limit_downloads_little(hub: RunningHub) -> None:
     [
         ("hub:me/nothing", "no dataset me/nothing"),
         ("hub:a/b/c", "not the name of a dataset"),
-        ("hub:me/empty", "holds no Parquet files"),
+        ("hub:me/empty", "has no Parquet files"),
         ("hub:me/plain@nowhere", "me/plain has no revision nowhere"),
     ],
 )
-def test_what_is_not_there_is_one_line_and_a_hint(hub: RunningHub, source: str, what: str) -> None:
+def test_missing_repository_or_split_is_an_error(hub: RunningHub, source: str, what: str) -> None:
     seed_plain(hub, [{"photo": datasets.cell(0)}])
     hub.hub.storage.seed("dataset", "me/empty", {"script.py": datasets.SCRIPT})
     with pytest.raises(SourceError, match=what) as caught:
@@ -324,19 +363,20 @@ def test_what_is_not_there_is_one_line_and_a_hint(hub: RunningHub, source: str, 
     assert caught.value.hint
 
 
-def test_without_a_hub_there_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     point_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(SourceError, match=r"the Hub at http://127.0.0.1:9 does not answer") as caught:
         opened("flickr30k")
     assert "--source scenes" in caught.value.hint
 
 
-def test_options_that_do_not_go_with_a_source_are_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     for settings, what in (
         ({"columns": {"image": "x"}, "source": "flickr30k"}, "--columns was given"),
         ({"split_list": "x.json", "source": "vqav2"}, "--split-list was given"),
         ({"source_split": "train", "source": "scenes-deck"}, "has no splits"),
-        ({"source": "hub:"}, "unknown source"),
+        ({"source": "hub:"}, "--source hub needs an argument: hub:ORG/NAME"),
+        ({"source": "folder"}, "--source folder needs an argument: folder:PATH"),
         ({"source": "scenes", "tasks": ["deck_qa"]}, "holds single images"),
         ({"source": "scenes-deck", "tasks": ["caption"]}, "holds decks of pages"),
     ):
@@ -347,7 +387,7 @@ def test_options_that_do_not_go_with_a_source_are_refused() -> None:
 # --- attacks: rows that name a local file or a URL
 
 
-def test_no_row_makes_us_open_a_file_or_an_address(hub: RunningHub, tmp_path: Path) -> None:
+def test_rows_with_paths_or_urls_open_nothing(hub: RunningHub, tmp_path: Path) -> None:
     canary = tmp_path / "canary.png"
     canary.write_bytes(datasets.photo(7))
     connections: list[object] = []
@@ -355,11 +395,25 @@ def test_no_row_makes_us_open_a_file_or_an_address(hub: RunningHub, tmp_path: Pa
         address = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
         watcher = threading.Thread(target=lambda: connections.append(trap.accept()), daemon=True)
         watcher.start()
-        paths = [str(canary), f"file://{canary}", "../../canary.png", "/etc/passwd", address, "hf://datasets/me/other/x.png"]
+        paths = [
+            str(canary),
+            f"file://{canary}",
+            "../../canary.png",
+            "/etc/passwd",
+            address,
+            "hf://datasets/me/other/x.png",
+        ]
         rows = [{"photo": {"bytes": None, "path": path}, "alt_text": "x", "other": None} for path in paths]
         huge = datasets.cell(1, bytes=bomb(10_000, 10_000))
         seed_plain(
-            hub, [*rows, {"photo": huge}, {"photo": {"bytes": b"", "path": None}}, {"photo": None}, {"photo": datasets.cell(3)}]
+            hub,
+            [
+                *rows,
+                {"photo": huge},
+                {"photo": {"bytes": b"", "path": None}},
+                {"photo": None},
+                {"photo": datasets.cell(3)},
+            ],
         )
         accessed = canary.stat().st_atime_ns
         samples, rejected = read("hub:me/plain", columns={"image": "photo"})

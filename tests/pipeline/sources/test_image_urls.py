@@ -1,4 +1,4 @@
-"""Fetching images by URL: only where the user allows it, only from the public network, always within limits."""
+"""Fetching images by URL: only with permission, from the public network, and within limits."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ PACKED = gzip.compress(bytes(1_000_000))
 
 class Handler(http.server.BaseHTTPRequestHandler):
     agents: ClassVar[list[str]] = []
-    asked: ClassVar[list[tuple[str, str]]] = []  # the hosts and paths
+    asked: ClassVar[list[tuple[str, str]]] = []  # hosts and paths
 
     def do_GET(self) -> None:
         self.agents.append(self.headers["User-Agent"])
@@ -56,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(40 if kind == "large" else 1):
                 self.wfile.write({"large": bytes(10_000), "packed": PACKED}.get(kind, photo(1)))
         except OSError:
-            pass  # the client closed the connection
+            pass  # the client closes the connection
 
     def log_message(self, *args: object) -> None:
         pass
@@ -103,22 +103,26 @@ def test_image_is_fetched_and_redirects_are_followed(server: str, path: str) -> 
         ("busy/3600", "url_unreachable"),
     ],
 )
-def test_faults_of_a_host_are_reasons(server: str, path: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_fault_becomes_the_reason(
+    server: str, path: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
     assert refused(f"{server}/{path}", anywhere) == reason
-    assert "url_not_found" not in PASSING_REASONS  # the source is not read again for it
+    assert "url_not_found" not in PASSING_REASONS  # the next run does not retry it
 
 
-def test_packed_body_is_not_unpacked(server: str) -> None:
+def test_compressed_body_is_not_unpacked(server: str) -> None:
     assert fetch_image(f"{server}/packed", anywhere) == PACKED
 
 
-@pytest.mark.parametrize("url", ["http://[foo/x.png", "http://a:b:c/", "http://127.0.0.1:99999/", "http://\ud800.test/"])
-def test_malformed_url_is_a_reason(url: str) -> None:
+@pytest.mark.parametrize(
+    "url", ["http://[foo/x.png", "http://a:b:c/", "http://127.0.0.1:99999/", "http://\ud800.test/"]
+)
+def test_malformed_url_is_rejected(url: str) -> None:
     assert refused(url, anywhere) == "url_unreachable"
 
 
-def test_server_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_response_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_urls, "MAX_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -143,12 +147,12 @@ def test_server_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://0x7f.1/", "http://127.1/", "http://2130706433/", "http://127.000.000.001/", "http://①②⑦.⓪.⓪.①/",
     ],
 )  # fmt: skip
-def test_url_that_is_not_of_the_public_web_is_refused(url: str) -> None:
+def test_url_outside_the_public_web_is_refused(url: str) -> None:
     assert refused(url) == "url_refused"
 
 
 def answer_with(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
-    """Let each look-up of a host have the next answer; return the hosts that are looked up."""
+    """Answer each host lookup with the next address; return the looked-up hosts."""
     hosts: list[str] = []
 
     def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
@@ -161,15 +165,19 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[st
 
 
 @pytest.mark.parametrize("addresses", [["10.0.0.1"], ["93.184.216.34", "10.0.0.1"]])
-def test_host_with_an_internal_address_is_refused(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_with_an_internal_address_is_refused(
+    addresses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer_with(monkeypatch, addresses)
     assert refused("http://a.test/x") == "url_refused"
 
 
-def test_connection_uses_the_address_that_was_checked(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second answer, which may lead elsewhere, is not asked for."""
+def test_connection_uses_the_checked_address(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is not resolved again: a second answer may be another address."""
     hosts = answer_with(monkeypatch, ["127.0.0.1"], ["127.9.9.9"])
-    assert fetch_image(f"http://a.test:{URL(server).port}/photo", lambda address: str(address) == "127.0.0.1") == photo(1)
+    assert fetch_image(
+        f"http://a.test:{URL(server).port}/photo", lambda address: str(address) == "127.0.0.1"
+    ) == photo(1)
     assert hosts == ["a.test"]
 
 
@@ -183,23 +191,26 @@ def test_redirect_to_an_internal_address_is_refused(server: str) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fe80::1", "::ffff:127.0.0.1", "0.0.0.0",
-        "100.64.0.1", "64:ff9b::a00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::1", "::7f00:1",
-        "::a00:1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "::ffff:168.63.129.16", "fec0::1", "168.63.129.16",
-        "192.0.0.192", "5f00::1", "3fff::1", "2001:0:7f00:1::", "100.100.100.200", "fd00:ec2::254", "255.255.255.255",
+        "127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fe80::1", "::ffff:127.0.0.1",
+        "0.0.0.0", "100.64.0.1", "64:ff9b::a00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::",
+        "2002:a00:1::1", "::7f00:1", "::a00:1", "::ffff:10.0.0.1", "::ffff:169.254.169.254",
+        "::ffff:168.63.129.16", "fec0::1", "168.63.129.16", "192.0.0.192", "5f00::1", "3fff::1",
+        "2001:0:7f00:1::", "100.100.100.200", "fd00:ec2::254", "255.255.255.255",
         "224.0.0.1", "ff02::1", "::", "192.88.99.1", "198.18.0.1", "100::1", "2001:db8::1",
     ],
 )  # fmt: skip
-def test_special_address_is_not_public(address: str) -> None:
+def test_internal_address_is_not_public(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "2606:4700::1111", "2a00:1450::1", "::ffff:8.8.8.8"])
-def test_address_of_the_web_is_public(address: str) -> None:
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "8.8.8.8", "2606:4700::1111", "2a00:1450::1", "::ffff:8.8.8.8"]
+)
+def test_web_address_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
-def test_row_of_a_table_reaches_no_local_server_or_file(server: str) -> None:
+def test_table_row_cannot_reach_local_servers_or_files(server: str) -> None:
     for path, allow_urls, reason in (
         (f"{server}/photo", False, "image_not_embedded"),
         (f"{server}/photo", True, "url_refused"),
@@ -210,7 +221,7 @@ def test_row_of_a_table_reaches_no_local_server_or_file(server: str) -> None:
         assert caught.value.reason == reason
 
 
-def test_host_that_only_costs_bytes_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_that_wastes_bytes_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_urls, "MAX_BYTES", 100_000)
     monkeypatch.setattr(image_urls, "MAX_WASTED_BYTES", 250_000)
     reasons = [refused(f"{server}/large", anywhere) for _ in range(5)]
@@ -218,14 +229,14 @@ def test_host_that_only_costs_bytes_is_given_up(server: str, monkeypatch: pytest
     assert fetch_image(f"{server.replace('127.0.0.1', 'localhost')}/photo", anywhere) == photo(1)
 
 
-def test_host_that_is_slow_to_fail_is_given_up_unless_it_gives_more() -> None:
+def test_slowly_failing_host_is_given_up_unless_mostly_useful() -> None:
     cost = image_urls._costs[URL("http://127.0.0.1:9")] = image_urls.HostCost(wasted_seconds=121.0)
     assert refused("http://127.0.0.1:9/x.jpg", anywhere) == "host_given_up"
     cost.useful_seconds = 500.0
     assert refused("http://127.0.0.1:9/x.jpg", anywhere) == "url_unreachable"
 
 
-def test_busy_host_is_asked_again_while_there_is_time(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_host_is_retried_within_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_urls, "MIN_PAUSE_S", 0.1)
     Handler.asked.clear()
     started = time.monotonic()

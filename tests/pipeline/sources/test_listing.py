@@ -1,4 +1,4 @@
-"""Lists of files and URLs as a source: what they say of the images, and what they must not reach."""
+"""Lists of files and URLs: texts of the images, and protection of files and addresses."""
 
 import http.server
 import json
@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.sources import image_urls, listing, open_source
 from pipeline.types import ALL, ReferenceQA, Rejected, Sample, Source, SourceSlice
 from tests.hub.datasets import photo
+from tests.pipeline.sources.reading import samples_of
 
 
 @pytest.fixture
@@ -38,10 +39,15 @@ def outcomes(source: Source) -> dict[str, str]:
     return {row.source_row: row.reason if isinstance(row, Rejected) else "read" for row in source.rows}
 
 
-def test_each_line_of_a_text_names_an_image_in_the_order_of_the_lines(home: Path) -> None:
+def test_text_list_keeps_line_order(home: Path) -> None:
     source = opened(home / "list.txt", "# mine\n3.jpg\n\n sub/4.jpg \r\n0.jpg\nmissing.jpg\n")
     assert source.count() == 4
-    assert outcomes(source) == {"3.jpg": "read", "sub/4.jpg": "read", "0.jpg": "read", "list.txt:6": "unreadable_file"}
+    assert outcomes(source) == {
+        "3.jpg": "read",
+        "sub/4.jpg": "read",
+        "0.jpg": "read",
+        "list.txt:6": "unreadable_file",
+    }
 
 
 @pytest.mark.parametrize(
@@ -57,29 +63,29 @@ def test_each_line_of_a_text_names_an_image_in_the_order_of_the_lines(home: Path
         ),
     ],
 )
-def test_columns_beside_the_image_are_captions_splits_and_context(home: Path, name: str, text: str) -> None:
+def test_list_columns_become_captions_splits_and_context(home: Path, name: str, text: str) -> None:
     source = opened(home / name, text, columns={"context": "title"})
-    first, second = (row for row in source.rows if isinstance(row, Sample))
+    first, second = (row for row in samples_of(source))
     assert (first.references, first.split, dict(first.context)) == (("A bowl.",), "train", {"title": "Bowl"})
     assert (second.references, second.split, dict(second.context)) == ((), "validation", {"title": "Cup"})
-    assert source.messages == ("captions of people: 1 of 2 lines",)
+    assert source.messages == ("human captions: 1 of 2 lines",)
     assert outcomes(opened(home / name, text, source_split="validation")) == {"1.jpg": "read"}
     with pytest.raises(SourceError, match="no line of the split test"):
         opened(home / name, text, source_split="test")
-    with pytest.raises(SourceError, match="there is no column name") as refused:
+    with pytest.raises(SourceError, match="no column is named name") as refused:
         opened(home / name, text, columns={"context": "name"})
     assert "title" in refused.value.hint
 
 
-def test_questions_are_of_people(home: Path) -> None:
+def test_list_questions_are_human_questions(home: Path) -> None:
     source = opened(home / "list.csv", "image,question,answer\n0.jpg,Is it red?,yes\n1.jpg,,\n")
-    assert [row.reference_qa for row in source.rows if isinstance(row, Sample)] == [
+    assert [row.reference_qa for row in samples_of(source)] == [
         (ReferenceQA(question="Is it red?", answers=("yes",)),),
         (),
     ]
 
 
-def test_paths_outside_of_the_folder_are_read_only_where_that_is_allowed_and_never_published(home: Path) -> None:
+def test_outside_paths_need_follow_links_and_are_not_published(home: Path) -> None:
     (home / "link.jpg").symlink_to(home.parent / "private.jpg")
     text = f"../private.jpg\n{home.parent / 'private.jpg'}\nlink.jpg\n{home / '0.jpg'}\n"
     assert outcomes(opened(home / "list.txt", text)) == {
@@ -92,7 +98,7 @@ def test_paths_outside_of_the_folder_are_read_only_where_that_is_allowed_and_nev
 
 
 @pytest.mark.parametrize("place", ["/dev/zero", "/proc/self/environ", "pipe.jpg", "sub", "x\0.jpg", " "])
-def test_what_is_no_file_is_rejected_without_waiting(home: Path, place: str) -> None:
+def test_pipes_and_folders_are_rejected_without_waiting(home: Path, place: str) -> None:
     os.mkfifo(home / "pipe.jpg")
     source = opened(home / "list.jsonl", json.dumps({"image": place}), follow_links=True)
     (reason,) = outcomes(source).values()
@@ -105,26 +111,31 @@ def test_what_is_no_file_is_rejected_without_waiting(home: Path, place: str) -> 
         ("list.csv", "id,caption\n1,A bowl.\n", "no column of .* names an image: it has id, caption"),
         ("list.txt", "# nothing\n", "names no image"),
         ("list.csv", "", "names no image"),
-        ("list.jsonl", "[1]\n", "a row is no JSON object"),
+        ("list.jsonl", "[1]\n", "a row is not a JSON object"),
         ("list.jsonl", "{\n", "cannot read"),
     ],
 )
-def test_a_list_that_is_none_is_one_error(home: Path, name: str, text: str, problem: str) -> None:
+def test_invalid_list_is_an_error(home: Path, name: str, text: str, problem: str) -> None:
     with pytest.raises(SourceError, match=problem):
         opened(home / name, text)
 
 
-def test_a_list_that_is_not_there_or_is_no_text_is_one_error(home: Path) -> None:
+def test_missing_or_binary_list_is_an_error(home: Path) -> None:
     with pytest.raises(SourceError, match="no list at"):
         open_source(resolve(source=f"list:{home / 'nothing.txt'}"))
     with pytest.raises(SourceError, match="cannot read"):
         open_source(resolve(source=f"list:{home / '0.jpg'}"))
-    with pytest.raises(ConfigError, match="no column to be the image"):
+    with pytest.raises(ConfigError, match="--columns names one for the image"):
         opened(home / "list.csv", "photo\n0.jpg\n", columns={"image": "photo"})
 
 
-def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> None:
-    places = ["HTTPS://127.0.0.1/x.jpg?key=secret", "s3://bucket/x.jpg?sig=secret", "file:///etc/passwd", "ftp://h/x"]
+def test_urls_of_any_scheme_are_neither_opened_nor_published(home: Path) -> None:
+    places = [
+        "HTTPS://127.0.0.1/x.jpg?key=secret",
+        "s3://bucket/x.jpg?sig=secret",
+        "file:///etc/passwd",
+        "ftp://h/x",
+    ]
     source = opened(home / "list.txt", "\n".join(places))
     assert outcomes(source) == {f"list.txt:{n}": "image_not_embedded" for n in range(1, 5)}
     fetched = list(opened(home / "list.txt", "\n".join(places), allow_urls=True).rows)
@@ -135,20 +146,23 @@ def test_addresses_of_any_kind_are_neither_opened_nor_published(home: Path) -> N
 @pytest.mark.parametrize(
     "place",
     [
-        "C:\\Users\\zoe\\x.jpg", "\\\\server\\zoe\\x.jpg", "~/zoe/x.jpg", '"https://h/x?zoe"', "/home/zoe/x.jpg",
-        "zoe/../../x.jpg", "zoe.jpg",
+        "C:\\Users\\zoe\\x.jpg", "\\\\server\\zoe\\x.jpg", "~/zoe/x.jpg", '"https://h/x?zoe"',
+        "/home/zoe/x.jpg", "zoe/../../x.jpg", "zoe.jpg",
     ],
 )  # fmt: skip
-def test_what_is_no_file_beside_the_list_is_named_by_its_line(home: Path, place: str) -> None:
+def test_image_outside_the_folder_is_named_by_its_line(home: Path, place: str) -> None:
     (row,) = opened(home / "list.jsonl", json.dumps({"path": place})).rows
     assert isinstance(row, Rejected) and "zoe" not in str(row) and row.source_row == "list.jsonl:1"
 
 
-def test_paths_of_windows_and_old_line_ends_are_read(home: Path) -> None:
-    assert outcomes(opened(home / "list.txt", ".\\0.jpg\rsub\\4.jpg\r")) == {"./0.jpg": "read", "sub/4.jpg": "read"}
+def test_windows_paths_and_old_line_ends_are_read(home: Path) -> None:
+    assert outcomes(opened(home / "list.txt", ".\\0.jpg\rsub\\4.jpg\r")) == {
+        "./0.jpg": "read",
+        "sub/4.jpg": "read",
+    }
 
 
-def test_odd_values_stop_nothing(home: Path) -> None:
+def test_invalid_values_reject_only_their_lines(home: Path) -> None:
     rows = [
         '{"path": "0.jpg", "score": NaN, "caption": {"raw": "A bowl."}}',
         '{"path": "1.jpg", "caption": "half \\ud83d", "split": "nonsense"}',
@@ -161,7 +175,7 @@ def test_odd_values_stop_nothing(home: Path) -> None:
 
 
 class Together(http.server.BaseHTTPRequestHandler):
-    """Answers the first three images when all of them are asked for; `gone` is none."""
+    """Answers the first three images once all are requested; `gone` is missing."""
 
     first = threading.Barrier(3)
 
@@ -179,7 +193,7 @@ class Together(http.server.BaseHTTPRequestHandler):
 
 
 def serve(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Yield the address of a server while it answers."""
+    """Yield the address of a running server."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
@@ -191,15 +205,19 @@ def web() -> Iterator[str]:
     yield from serve(Together)
 
 
-def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
+def test_list_urls_are_fetched_in_order_with_allow_urls(
     home: Path, web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [*map(str, range(8)), "gone"]
     text = "url,caption\n" + "".join(f"{web}/{name}?key=secret,Image {name}.\n" for name in names)
     refused = opened(home / "list.csv", text)
     assert set(outcomes(refused).values()) == {"image_not_embedded"}
-    assert refused.messages[-1] == "on the web: 9 of 9 lines"
-    monkeypatch.setattr(listing, "fetch_image", lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True))
+    assert refused.messages[-1] == "URLs: 9 of 9 lines"
+    monkeypatch.setattr(
+        listing,
+        "fetch_image",
+        lambda url: image_urls.fetch_image(url.partition("?")[0], lambda address: True),
+    )
     read = list(opened(home / "list.csv", text, allow_urls=True).rows)
     assert not Together.first.broken
     assert [row.references for row in read if isinstance(row, Sample)] == [(f"Image {n}.",) for n in range(8)]
@@ -209,7 +227,7 @@ def test_urls_are_fetched_together_in_order_and_only_where_that_is_allowed(
 
 
 @pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_name_is_found_in_either_form_of_unicode(
+def test_name_matches_in_both_unicode_forms(
     listed: Literal["NFC", "NFD"], stored: Literal["NFC", "NFD"], tmp_path: Path
 ) -> None:
     (tmp_path / unicodedata.normalize(stored, "Köln.jpg")).write_bytes(photo(1))
@@ -218,7 +236,7 @@ def test_a_name_is_found_in_either_form_of_unicode(
     assert [type(row) for row in rows] == [Sample]
 
 
-def test_value_that_no_prompt_can_state_is_an_error_with_its_row(home: Path) -> None:
+def test_context_value_error_names_the_row(home: Path) -> None:
     with pytest.raises(SourceError, match=r"list\.jsonl, row 2: the column title holds objects"):
         text = '{"file_name": "0.jpg"}\n{"file_name": "0.jpg", "title": [["A dog"]]}\n'
         opened(home / "list.jsonl", text, columns={"context": "title"})

@@ -1,4 +1,4 @@
-"""Digests of the files of a source: a run needs them for the revision, and a look at a few images does not."""
+"""Digests of source files: a run needs them for the revision, but a preview does not."""
 
 import hashlib
 import shutil
@@ -15,7 +15,7 @@ from tests.hub.datasets import photo
 
 
 def write_source(kind: str, folder: Path) -> str:
-    """Write three photos as a source of a kind, and return its name."""
+    """Write three photos as a source of this kind, and return its name."""
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.jpg").write_bytes(photo(number))
@@ -30,7 +30,9 @@ def write_source(kind: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["folder", "archive", "parquet", "list"])
-def test_digests_are_skipped_where_no_revision_is_needed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_are_skipped_within_skip_digests(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = resolve(source=write_source(kind, tmp_path / "photos"))
     revision = open_source(config).revision
     monkeypatch.setattr(hashlib, "file_digest", None)

@@ -1,11 +1,11 @@
-"""Parquet: files by split, without those that are no table."""
+"""Parquet files by split."""
 
 import pytest
 
 from pipeline.sources.parquet import group_by_split, split_of_path
 
 
-def test_rejections_of_a_pushed_version_are_not_a_table_of_images() -> None:
+def test_rejections_of_a_version_are_not_read() -> None:
     paths = ["rejections.parquet", "test-00000.parquet", "train-00000.parquet"]
     assert group_by_split(paths) == {"train": ["train-00000.parquet"], "test": ["test-00000.parquet"]}
 
@@ -20,5 +20,5 @@ def test_rejections_of_a_pushed_version_are_not_a_table_of_images() -> None:
         ("rows.parquet", None),
     ],
 )
-def test_split_is_the_last_word_of_a_path_that_is_one(path: str, split: str | None) -> None:
+def test_last_split_word_of_a_path_sets_the_split(path: str, split: str | None) -> None:
     assert split_of_path(path) == split

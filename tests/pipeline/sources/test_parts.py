@@ -1,4 +1,4 @@
-"""Source slices: together they are the whole source, and no row is in two."""
+"""Slices of sources are disjoint and complete."""
 
 import zipfile
 from collections import Counter
@@ -19,19 +19,23 @@ PHOTOS = pa.schema([("image", datasets.IMAGE), ("caption", pa.string())])
 
 def names(part: SourceSlice, **settings: Any) -> Counter[str]:
     rows = open_source(resolve(**settings), part).rows
-    return Counter(f"{row.source_row} {row.references if isinstance(row, Sample) else row.reason}" for row in rows)
+    return Counter(
+        f"{row.source_row} {row.references if isinstance(row, Sample) else row.reason}" for row in rows
+    )
 
 
 def photos(folder: Path, files: int, rows: int) -> None:
     folder.mkdir()
     for file in range(files):
-        cells = [datasets.cell(file * rows + n) if n % 5 else {"bytes": b"", "path": None} for n in range(rows)]
+        cells = [
+            datasets.cell(file * rows + n) if n % 5 else {"bytes": b"", "path": None} for n in range(rows)
+        ]
         records = [{"image": cell, "caption": f"{file} {n}"} for n, cell in enumerate(cells)]
         (folder / f"{file}.parquet").write_bytes(datasets.parquet(records, PHOTOS, rows_a_group=3))
 
 
 @pytest.mark.parametrize(("files", "rows", "parts"), [(1, 20, 5), (3, 7, 2), (6, 4, 5), (3, 7, 40)])
-def test_parts_of_tables_are_files_or_row_groups(tmp_path: Path, files: int, rows: int, parts: int) -> None:
+def test_table_slices_are_files_or_row_groups(tmp_path: Path, files: int, rows: int, parts: int) -> None:
     photos(tmp_path / "p", files, rows)
     settings: dict[str, Any] = {"source": f"parquet:{tmp_path / 'p'}"}
     slices = [names(SourceSlice(number, parts), **settings) for number in range(parts)]
@@ -39,20 +43,8 @@ def test_parts_of_tables_are_files_or_row_groups(tmp_path: Path, files: int, row
     assert sum(slices, Counter()).total() == files * rows
 
 
-def test_parts_of_scenes_and_folders(tmp_path: Path) -> None:
-    for number in range(7):
-        (tmp_path / f"{number}.jpg").write_bytes(datasets.photo(number))
-    for settings in (
-        {"source": "scenes", "limit": 10},
-        {"source": "scenes-deck", "limit": 3},
-        {"source": f"folder:{tmp_path}"},
-    ):
-        parts = [names(SourceSlice(number, 4), **settings) for number in range(4)]
-        assert sum(parts, Counter()) == names(ALL, **settings)
-
-
 @pytest.mark.parametrize("start", [1, 12, 40])
-def test_rows_behind_the_first_ones_are_those_of_the_whole(tmp_path: Path, start: int) -> None:
+def test_source_resumes_at_any_row(tmp_path: Path, start: int) -> None:
     photos(tmp_path / "p", 3, 7)
     (tmp_path / "f").mkdir()
     for number in range(14):
@@ -68,28 +60,31 @@ def test_rows_behind_the_first_ones_are_those_of_the_whole(tmp_path: Path, start
         {"source": f"list:{tmp_path / 'list.txt'}"},
         {"source": f"archive:{tmp_path / 'f.zip'}"},
         {"source": f"parquet:{tmp_path / 'p'}"},
-        {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},  # of no known split: all are rejected
+        # All rows are rejected: unknown split.
+        {"source": f"parquet:{tmp_path / 'p'}", "columns": {"split": "caption"}},
     ):
         source = open_source(resolve(**settings))
         assert list(source.read(start)) == list(source.rows)[start:], settings
         slices = [open_source(resolve(**settings), SourceSlice(number, 2)) for number in range(2)]
         assert all(list(part.read(start)) == list(part.rows)[start:] for part in slices), settings
+        slice_names = sorted(row.source_row for part in slices for row in part.rows)
+        assert slice_names == sorted(row.source_row for row in source.rows), settings
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"source": "scenes", "limit": 10}, True),  # the limit says which scenes are drawn
+        ({"source": "scenes", "limit": 10}, True),  # the limit sets the number of scenes
         ({"source": "folder:x"}, True),
-        ({"source": "folder:x", "limit": 10}, False),  # the first ten that are different
-        ({"source": "vqav2"}, False),  # rows of one photo are scattered
+        ({"source": "folder:x", "limit": 10}, False),  # the first ten distinct images
+        ({"source": "vqav2"}, False),  # a photo has several rows
     ],
 )
-def test_source_is_divided_where_its_rows_can_be_read_in_any_order(settings: dict[str, Any], *, expected: bool) -> None:
+def test_divisible_sources(settings: dict[str, Any], *, expected: bool) -> None:
     assert is_divisible(resolve(**settings)) == expected
 
 
-def test_decks_are_asked_for_questions_about_decks() -> None:
+def test_decks_support_only_deck_questions() -> None:
     def tasks(**settings: Any) -> tuple[str, ...]:
         return with_source_defaults(resolve(**settings)).tasks
 
@@ -103,13 +98,13 @@ def styles(**settings: Any) -> tuple[str, ...]:
     return with_source_defaults(resolve(**settings)).generate.caption_styles
 
 
-def test_photographs_have_styles_of_their_own() -> None:
+def test_photos_have_their_own_default_styles() -> None:
     assert styles(source="folder:x") == styles(source="flickr30k") == ("plain", "detailed")
     assert styles(source="scenes") == styles(source="folder:x", model="tiny") == ("brief", "detailed")
     assert styles(source="folder:x", generate={"caption_styles": ["alt"]}) == ("alt",)
 
 
-def test_a_length_without_prompts_that_have_one_is_refused() -> None:
+def test_length_is_refused_for_scene_prompts() -> None:
     with pytest.raises(ConfigError, match="no length"):
         styles(source="scenes", generate={"caption_words": 9})
     assert styles(source="folder:x", generate={"caption_words": 9})

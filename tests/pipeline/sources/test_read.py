@@ -1,4 +1,4 @@
-"""A source is read once: a run that was stopped is gone on with, and what was read stays while nothing of it has changed."""
+"""The read step: a stopped run resumes, and an unchanged source is not read again."""
 
 import io
 import os
@@ -28,9 +28,8 @@ from pipeline.types import Rejected, Sample, Source
 from tests.notes import Notes
 from tests.pipeline.images import test_similarity
 
-# Settings that stand in the key in another form: revisions, digests of files, the kind of images, whether
-# texts are kept.
-IN_ANOTHER_FORM = ["limit", "images", "seed", "exclude", "captions", "split_list", "human_texts", "dedupe"]
+# Settings that are part of the key in another form, such as digests of files.
+KEYED_OTHERWISE = ["limit", "images", "seed", "exclude", "captions", "split_list", "human_texts", "dedupe"]
 LATER_SETTINGS = [
     "title",
     "drop_context",
@@ -52,14 +51,14 @@ FILES = ("kept", "rejected", "image_groups", "near_duplicates", "exclusions")
 
 @cache
 def photo(number: int, size: tuple[int, int] = (160, 120)) -> bytes:
-    """Return a JPEG of a picture that others are near to in another size."""
+    """Return a JPEG of a photo; other sizes are near-duplicates."""
     file = io.BytesIO()
     test_similarity.photo(number).resize(size).save(file, "JPEG")
     return file.getvalue()
 
 
 def fill(folder: Path, count: int = 40) -> None:
-    """Write photos, among them copies, a near-duplicate in a larger size, and files that are no image."""
+    """Write photos with copies, near-duplicates of another size, and invalid files."""
     for number in range(count):
         data = photo(number)
         if number % 9 == 4:
@@ -73,7 +72,7 @@ def fill(folder: Path, count: int = 40) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder of photos that are read in batches of four, each a part of its own."""
+    """Return a folder of photos that are read in parts of four images."""
     monkeypatch.setattr("pipeline.sources.duplicates.BATCH_SAMPLES", 4)
     monkeypatch.setattr(read_step, "PART_SECONDS", 0.0)
     (tmp_path / "photos").mkdir()
@@ -86,7 +85,7 @@ def settings(photos: Path, **more: Any) -> Config:
 
 
 class Reading:
-    """Reads a source into a dataset; keeps from which row on it was read, and what a user reads."""
+    """Reads a source into a dataset; records the first rows of reads, and messages."""
 
     def __init__(self, dataset: Path, config: Config, *, stop_at: int | None = None) -> None:
         self.starts: list[int] = []
@@ -102,7 +101,7 @@ class Reading:
         self.starts.append(start)
         for number, row in enumerate(source.read(start), start):
             if number == stop_at:
-                raise SourceError("the line is cut", hint="run the same command")
+                raise SourceError("the connection is lost", hint="run the same command")
             yield row
 
 
@@ -113,7 +112,9 @@ def contents(dataset: Path) -> dict[str, Any]:
 
 def images(dataset: Path) -> dict[str, tuple[bytes, ...]]:
     batches = sample_batches(DatasetDir(dataset))
-    return {name: pages for batch in batches for name, pages in zip(batch.ids, batch.read_images(), strict=True)}
+    return {
+        name: pages for batch in batches for name, pages in zip(batch.ids, batch.read_images(), strict=True)
+    }
 
 
 def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
@@ -121,8 +122,8 @@ def rows(dataset: Path, which: str) -> list[dict[str, Any]]:
     return list(read_table(path).to_pylist()) if path.exists() else []
 
 
-def test_every_setting_is_of_the_source_or_of_what_comes_later() -> None:
-    settings = [*READ_SETTINGS, *IN_ANOTHER_FORM, *LATER_SETTINGS]
+def test_each_setting_is_classified_as_read_or_later() -> None:
+    settings = [*READ_SETTINGS, *KEYED_OTHERWISE, *LATER_SETTINGS]
     assert sorted(settings) == sorted(Config.model_fields)
 
 
@@ -135,7 +136,7 @@ def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
 ) -> None:
     config = settings(photos, **more)
     Reading(tmp_path / "whole", config)
-    with pytest.raises(SourceError, match="the line is cut"):
+    with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "cut", config, stop_at=stop_at)
     again = Reading(tmp_path / "cut", config)
     (start,) = again.starts
@@ -144,12 +145,12 @@ def test_stopped_reading_resumes_and_ends_in_the_same_bytes(
     assert any("resumes after" in text for text in again.notes.texts) == (start > 0)
     assert images(tmp_path / "cut") == images(tmp_path / "whole")
     near = [row["sample_id"] for row in rows(tmp_path / "whole", "near_duplicates")]
-    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # a report shows them
+    assert near and not ImageStore(tmp_path / "cut").find_missing(near)  # the report shows them
     reasons = {row["reason"] for row in rows(tmp_path / "whole", "rejected")}
     assert reasons == {"duplicate_image", "near_duplicate_image", "unreadable_image"}
 
 
-def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
+def test_unchanged_source_is_not_read_again(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "d", settings(photos))
     before = contents(tmp_path / "d")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*.*")}
@@ -166,14 +167,14 @@ def test_what_was_read_is_read_once(photos: Path, tmp_path: Path) -> None:
         ({}, {"license": "cc-by-4.0"}, [0]),
         ({}, {"dedupe": {"images": "none"}}, [0]),
         ({}, {"human_texts": "keep"}, [0]),
-        ({}, {"limit": 10}, [39]),  # the parts have them: only the last row of the source is read, to compare it
+        ({}, {"limit": 10}, [39]),  # only the last row is read, to compare it with the parts
         ({"limit": 10}, {"limit": 10}, []),
         ({"limit": 10}, {}, [11]),
         ({"images": 10}, {"images": 8}, [11]),
         ({"limit": 10}, {"images": 10}, [11]),
     ],
 )
-def test_it_is_read_again_if_other_samples_would_come(
+def test_changed_settings_are_read_again(
     photos: Path, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], starts: list[int]
 ) -> None:
     Reading(tmp_path / "d", settings(photos, **first))
@@ -183,7 +184,7 @@ def test_it_is_read_again_if_other_samples_would_come(
     assert images(tmp_path / "d") == images(tmp_path / "new")
 
 
-def test_a_file_that_has_changed_in_the_source_or_in_the_step_is_noticed(photos: Path, tmp_path: Path) -> None:
+def test_changed_file_of_source_or_step_is_read_again(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "d", settings(photos))
     whole = contents(tmp_path / "d")
     for name in FILES:
@@ -191,7 +192,7 @@ def test_a_file_that_has_changed_in_the_source_or_in_the_step_is_noticed(photos:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        assert Reading(tmp_path / "d", settings(photos)).starts == [39], name  # the parts have all of it
+        assert Reading(tmp_path / "d", settings(photos)).starts == [39], name  # the parts hold all rows
         path.unlink()
         assert Reading(tmp_path / "d", settings(photos)).starts == [39], name
         assert contents(tmp_path / "d") == whole
@@ -199,19 +200,19 @@ def test_a_file_that_has_changed_in_the_source_or_in_the_step_is_noticed(photos:
     assert Reading(tmp_path / "d", settings(photos)).starts == [0]
 
 
-def test_parts_that_are_damaged_or_of_other_settings_are_read_again(photos: Path, tmp_path: Path) -> None:
+def test_damaged_or_outdated_parts_are_read_again(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "whole", settings(photos))
-    with pytest.raises(SourceError, match="the line is cut"):
+    with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", settings(photos), stop_at=20)
     (tmp_path / "d/steps/read/parts/00002.json").write_text('{"key": 1')
     assert Reading(tmp_path / "d", settings(photos)).starts == [9]  # the last row of the first two parts
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
-    with pytest.raises(SourceError, match="the line is cut"):
+    with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "e", settings(photos), stop_at=20)
     assert Reading(tmp_path / "e", settings(photos, license="mit")).starts == [0]
 
 
-def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: Path) -> None:
+def test_changed_split_list_or_caption_file_is_read_again(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text('{"file_name": "001.jpg", "text": "A bowl."}')
     config = settings(photos, captions=[str(tmp_path / "captions.jsonl")])
     Reading(tmp_path / "d", config)
@@ -226,7 +227,7 @@ def test_another_list_of_splits_or_of_captions_is_read(photos: Path, tmp_path: P
     assert reading_key(with_list, source, []) != first
 
 
-def test_a_source_without_rows_is_one_error(tmp_path: Path) -> None:
+def test_source_without_rows_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
     config = resolve(source=f"parquet:{tmp_path / 'empty.parquet'}")
     reader = SourceReader(DatasetDir(tmp_path / "d"), config, open_source(config), Notes())
@@ -234,14 +235,14 @@ def test_a_source_without_rows_is_one_error(tmp_path: Path) -> None:
         reader.read(None)
 
 
-def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
+def test_growing_images_limit_reads_each_row_once(photos: Path, tmp_path: Path) -> None:
     config = settings(photos, images=8)
     reading = Reading(tmp_path / "d", config)
     assert reading.has_more and reading.reader.read(20) and not reading.reader.read(100)
     assert reading.starts == [0]
     Reading(tmp_path / "whole", settings(photos))
     assert all(rows(tmp_path / "d", name) == rows(tmp_path / "whole", name) for name in FILES)
-    again = Reading(tmp_path / "d", config)  # begins with as few as the first, whatever lies there
+    again = Reading(tmp_path / "d", config)  # begins with the first eight images again
     assert again.starts == [39] and again.has_more
     Reading(tmp_path / "first", settings(photos, images=8))
     assert all(rows(tmp_path / "d", name) == rows(tmp_path / "first", name) for name in FILES)
@@ -249,7 +250,7 @@ def test_a_run_that_reads_on_reads_each_row_once(photos: Path, tmp_path: Path) -
 
 
 class Unreachable(Reading):
-    """A reading in which some rows cannot be fetched."""
+    """A reading in which some URLs are unreachable."""
 
     rows_cut = (12, 40)
 
@@ -260,20 +261,32 @@ class Unreachable(Reading):
             yield row
 
 
-def test_what_may_be_read_another_time_is_tried_again(photos: Path, tmp_path: Path) -> None:
+def test_temporary_failures_are_retried_by_the_next_run(photos: Path, tmp_path: Path) -> None:
     Reading(tmp_path / "whole", settings(photos))
     Unreachable(tmp_path / "d", settings(photos))
     assert Reading(tmp_path / "d", settings(photos)).starts == [0]
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
-def test_rows_that_fail_again_are_not_tried_a_third_time(photos: Path, tmp_path: Path) -> None:
+def test_repeated_failures_are_not_retried_a_third_time(photos: Path, tmp_path: Path) -> None:
     folder, config = tmp_path / "d", settings(photos)
     assert [Unreachable(folder, config).starts for _ in range(3)] == [[0], [0], []]
     assert Reading(folder, config).starts == []
 
 
-def test_a_source_without_a_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
+def test_samples_without_hashes_are_compared(photos: Path, tmp_path: Path) -> None:
+    config = settings(photos)
+    source = open_source(config)
+
+    def read(start: int) -> Iterator[Sample | Rejected]:
+        return (replace(row, pdq_hashes=()) if isinstance(row, Sample) else row for row in source.read(start))
+
+    SourceReader(DatasetDir(tmp_path / "d"), config, replace(source, read=read), Notes()).read(None)
+    Reading(tmp_path / "whole", config)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+def test_source_without_revision_is_read_each_time(photos: Path, tmp_path: Path) -> None:
     config = settings(photos)
     source = replace(open_source(config), revision="")
     for _ in range(2):
@@ -284,7 +297,7 @@ def test_a_source_without_a_revision_is_read_each_time(photos: Path, tmp_path: P
         assert not any("earlier run" in text for text in notes.texts)
 
 
-def test_excluded_images_that_could_not_be_read_are_tried_again(
+def test_unreadable_excluded_images_are_retried(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "others").mkdir()
@@ -293,24 +306,30 @@ def test_excluded_images_that_could_not_be_read_are_tried_again(
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
     for _ in range(2):
         reading = Reading(tmp_path / "d", config)
-        assert any("1 rows could not be read, and are not compared with" in text for text in reading.notes.texts)
+        assert any("1 rows cannot be read, and are not excluded" in text for text in reading.notes.texts)
 
 
 def test_excluded_images_are_read_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "others").mkdir()
     (tmp_path / "others/a.jpg").write_bytes(photo(2))
     config = settings(photos, exclude=[f"folder:{tmp_path / 'others'}"])
-    with pytest.raises(SourceError, match="the line is cut"):
+    with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", config, stop_at=20)
-    monkeypatch.setattr("pipeline.sources.read.write_exclusions", lambda *_: pytest.fail("they are read again"))
+    monkeypatch.setattr(
+        "pipeline.sources.read.write_exclusions", lambda *_: pytest.fail("they are read again")
+    )
     Reading(tmp_path / "d", config)
     assert Reading(tmp_path / "d", config).starts == []
-    assert [row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"] == ["002.jpg"]
+    assert [
+        row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"
+    ] == ["002.jpg"]
     monkeypatch.undo()
     (tmp_path / "others/a.jpg").write_bytes(photo(3))
     Reading(tmp_path / "d", config)
-    banned = [row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"]
-    assert banned == ["003.jpg", "005.jpg"]  # the second is the first in another size
+    banned = [
+        row["source_row"] for row in rows(tmp_path / "d", "rejected") if row["reason"] == "banned_image"
+    ]
+    assert banned == ["003.jpg", "005.jpg"]  # 005.jpg is 003.jpg in another size
 
 
 KILLED = """
@@ -328,15 +347,17 @@ def read(rows):
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
 def open_killed(config):
-    found = opened(config)
-    return replace(found, read=lambda start: read(found.read(start)))
+    source = opened(config)
+    return replace(source, read=lambda start: read(source.read(start)))
 pipeline.plan.open_source = open_killed
 pipeline.run.generate_dataset(resolve(source=sys.argv[1], tasks="none"), Path(sys.argv[2]))
 """
 
 
-def test_a_killed_process_loses_nothing_that_it_wrote(photos: Path, tmp_path: Path) -> None:
-    texts = "\n".join(f'{{"file_name": "{path.name}", "text": "A bowl."}}' for path in sorted(photos.iterdir()))
+def test_killed_process_resumes_from_its_parts(photos: Path, tmp_path: Path) -> None:
+    texts = "\n".join(
+        f'{{"file_name": "{path.name}", "text": "A bowl."}}' for path in sorted(photos.iterdir())
+    )
     (photos / "metadata.jsonl").write_text(texts)
     config = settings(photos, tasks="none")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
@@ -350,12 +371,10 @@ def test_a_killed_process_loses_nothing_that_it_wrote(photos: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("may_fail", [False, True])
-def test_a_reading_that_ends_before_its_first_image_leaves_those_that_are_listed(
-    photos: Path, tmp_path: Path, *, may_fail: bool
-) -> None:
-    """Of other settings, or to try again what has failed: no version holds them yet."""
+def test_failed_reading_keeps_listed_images(photos: Path, tmp_path: Path, *, may_fail: bool) -> None:
+    """The next run has other settings, or retries failures."""
     (Unreachable if may_fail else Reading)(tmp_path / "d", settings(photos))
     before = images(tmp_path / "d")
-    with pytest.raises(SourceError, match="the line is cut"):
+    with pytest.raises(SourceError, match="the connection is lost"):
         Reading(tmp_path / "d", settings(photos, **({} if may_fail else {"license": "mit"})), stop_at=1)
     assert images(tmp_path / "d") == before and before

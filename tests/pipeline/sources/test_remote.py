@@ -16,6 +16,7 @@ from pipeline.sources.source_files import find_remote_files
 from pipeline.types import Sample, Source
 from tests.hub import datasets
 from tests.hub.server import running_hub
+from tests.pipeline.sources.reading import samples_of
 from tests.s3 import running_s3
 
 PLAIN = pa.schema([("photo", datasets.IMAGE)])
@@ -29,7 +30,7 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill a bucket with two files of three photos each and one that is not Parquet; the environment names the server."""
+    """Fill a bucket with two files of three photos each, and a file that is not Parquet."""
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
@@ -47,26 +48,30 @@ def opened(place: str, **flags: Any) -> Source:
 
 
 def splits(source: Source) -> list[str | None]:
-    return [row.split for row in source.rows if isinstance(row, Sample)]
+    return [row.split for row in samples_of(source)]
 
 
-def test_all_files_of_a_folder_are_read_in_place_with_their_splits() -> None:
+def test_files_of_a_remote_folder_are_read_with_splits() -> None:
     source = opened("s3://photos/mine")
     assert splits(source) == ["test"] * 3 + ["train"] * 3
-    assert source.name == "parquet"  # the path is not published
+    assert source.name == "parquet"  # without the path
     assert len(splits(opened("s3://photos/mine/", source_split="train"))) == 3
 
 
-def test_one_file_can_be_named_in_a_store_or_on_a_web_server(tmp_path: Path) -> None:
+def test_remote_file_is_read_from_store_or_web_server(tmp_path: Path) -> None:
     assert len(splits(opened("s3://photos/mine/train/0.parquet"))) == 3
     with running_hub(tmp_path) as hub:
-        files = {"data/train.parquet": datasets.parquet([{"photo": datasets.cell(number)} for number in range(2)], PLAIN)}
+        files = {
+            "data/train.parquet": datasets.parquet(
+                [{"photo": datasets.cell(number)} for number in range(2)], PLAIN
+            )
+        }
         hub.hub.storage.seed("dataset", "me/open", files)
         place = f"{hub.endpoint}/datasets/me/open/resolve/main/data/train.parquet"
         assert splits(opened(place)) == ["train"] * 2
 
 
-def test_the_revision_is_of_the_contents() -> None:
+def test_revision_depends_on_contents() -> None:
     before = opened("s3://photos/mine").revision
     assert opened("s3://photos/mine").revision == before
     replacement = datasets.parquet([{"photo": datasets.cell(9)}], PLAIN)
@@ -74,7 +79,7 @@ def test_the_revision_is_of_the_contents() -> None:
     assert opened("s3://photos/mine").revision != before
 
 
-def test_a_store_that_says_nothing_of_contents_is_asked_for_the_end_of_the_file() -> None:
+def test_file_end_is_hashed_if_store_lists_no_digest() -> None:
     memory = fsspec.filesystem("memory")
     before = datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)
     revisions = set()
@@ -86,7 +91,7 @@ def test_a_store_that_says_nothing_of_contents_is_asked_for_the_end_of_the_file(
     assert len(revisions) == 2
 
 
-def test_the_key_of_a_signed_url_is_not_published(tmp_path: Path) -> None:
+def test_key_of_signed_url_is_not_published(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
         files = {"data/train.parquet": datasets.parquet([{"photo": datasets.cell(1)}], PLAIN)}
         hub.hub.storage.seed("dataset", "me/open", files)
@@ -101,22 +106,22 @@ def test_the_key_of_a_signed_url_is_not_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("s3://photos/nowhere", "nothing is found at s3://photos/nowhere"),
-        ("s3://nobody/mine", "nothing is found at s3://nobody/mine"),
+        ("s3://photos/nowhere", "no file at s3://photos/nowhere"),
+        ("s3://nobody/mine", "no file at s3://nobody/mine"),
         ("s3://photos/mine/README.md", "no Parquet file at"),
         ("moon://photos/mine", "cannot read moon://photos/mine"),
         ("abfs://photos/mine", "abfs:// needs a package"),
-        ("http://127.0.0.1:9/a.parquet", "nothing is found at http://127.0.0.1:9/a.parquet"),
+        ("http://127.0.0.1:9/a.parquet", "no file at http://127.0.0.1:9/a.parquet"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_and_a_hint(place: str, what: str) -> None:
+def test_unreadable_remote_file_is_an_error(place: str, what: str) -> None:
     with pytest.raises(SourceError, match=what) as caught:
         opened(place)
     assert caught.value.hint
 
 
-def test_a_file_that_goes_away_while_it_is_read_is_one_line() -> None:
+def test_remote_file_deleted_while_read_is_an_error() -> None:
     source = opened("s3://photos/mine/test")
     boto3.client("s3").delete_object(Bucket="photos", Key="mine/test/0.parquet")
-    with pytest.raises(SourceError, match="nothing is found at s3://photos/mine/test"):
+    with pytest.raises(SourceError, match="no file at s3://photos/mine/test"):
         list(source.rows)

@@ -11,11 +11,11 @@ def samples(seed: int, limit: int) -> list[Sample]:
     return [row for row in open_scenes(seed, limit).rows if isinstance(row, Sample)]
 
 
-def test_more_scenes_begin_with_the_same_ones() -> None:
+def test_larger_limit_begins_with_the_same_scenes() -> None:
     assert samples(0, 9)[:4] == samples(0, 4)
     assert not {s.id for s in samples(1, 50)} & {s.id for s in samples(0, 50)}
 
 
-def test_the_reference_is_what_the_facts_say() -> None:
+def test_reference_states_the_facts() -> None:
     for sample in samples(3, 5):
         assert sample.references == (caption(scenes_of(SCENES, sample.source_row)[0], "brief"),)
