@@ -66,7 +66,7 @@ def test_further_captions_alone_are_paid_and_a_pair_is_the_kept_caption_and_a_wo
     assert all(better != worse for better, worse in pairs)
     card = (version.path / "README.md").read_text()
     assert "`captions[].rejected` is the worst of the others" in card and "Scores of the texts" not in card
-    assert "without its words (but for `captions[].rejected`)" in card
+    assert "without their texts (except `captions[].rejected`)" in card
     assert "rejected" not in version.manifest["measured"].get("scores", {})
     assert run_synth("report", "d", cwd=folder).returncode == 0
 
