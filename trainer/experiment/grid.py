@@ -142,12 +142,12 @@ def cells_of(experiment: Experiment) -> list[Cell]:
         grids.append((first | replaced | {"settings": settings}, overrides))
     cells: dict[tuple[Any, ...], Cell] = {}
     for grid, overrides in grids:
-        for *factors, seed in itertools.product(*(grid[name] for name in (*FACTORS, "seeds"))):
-            config = _cell_config(experiment.data[factors[0]], *factors[1:], seed, grid["settings"])
+        lists = (grid[name] for name in (*FACTORS, "seeds"))
+        for data, encoder, decoder, alignment, images, seed in itertools.product(*lists):
+            factors = (encoder, decoder, alignment, images, seed)
+            config = _cell_config(experiment.data[data], *factors, grid["settings"])
             # A setting of `also` may equal its default.
-            cells.setdefault(
-                (factors[0], digest(config.digest_values())), Cell(*factors, seed, config, overrides)
-            )
+            cells.setdefault((data, digest(config.digest_values())), Cell(data, *factors, config, overrides))
     return list(cells.values())
 
 

@@ -209,6 +209,8 @@ def _language_step(decoder: PretrainedDecoder, ids_BT: Tensor, states: Any) -> t
 def _write_parts(captioner: CaptionerModel, folder: Path, *, int8: bool) -> Iterator[str]:
     """Write all parts, and yield the name of each one when it is written and compared."""
     decoder = captioner.decoder
+    tensors: tuple[str, ...]
+    steps: tuple[Callable[..., tuple[Tensor, ...]], ...]
     if isinstance(decoder, ScratchDecoder):
         tensors, steps = BLOCK_TENSORS, (_first_step, _next_step)
     else:

@@ -128,8 +128,8 @@ def chunks(body: dict[str, Any]) -> bytes:
     shared = {name: body[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     events = ["[DONE]"]
     for delta, reason in (({}, choice["finish_reason"]), (choice["message"], None)):
-        choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
-        events.insert(0, json.dumps(shared | {"choices": choices}))
+        part: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": reason}
+        events.insert(0, json.dumps(shared | {"choices": [part]}))
     return "".join(f"data: {event}\n\n" for event in events).encode()
 
 

@@ -83,7 +83,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
     exif[0x0112] = 6
     for number, image in enumerate([*images, images[0], transparent]):
-        image.save(folder / f"{number:03}.png", **({"exif": exif} if number == IMAGES else {}))
+        image.save(folder / f"{number:03}.png", exif=exif if number == IMAGES else Image.Exif())
     return sorted(folder.iterdir())
 
 
