@@ -172,7 +172,7 @@ def test_two_runs_do_not_write_one_file(model: Path, photos: Path, tmp_path: Pat
             run(model, [str(photos)], tmp_path / "c.jsonl")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / ".d.jsonl.lock").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match="is a link, but must be a regular file"):
+    with pytest.raises(ConfigError, match="is a link, but must be a file"):
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1 and sorted(path.name for path in tmp_path.glob("*c.jsonl*")) == ["c.jsonl"]
