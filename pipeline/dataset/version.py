@@ -227,9 +227,9 @@ def schema_of(manifest: dict[str, Any]) -> pa.Schema:
 
 def extras_of(manifest: dict[str, Any]) -> Extras:
     """Return the scores, context columns and columns of custom tasks that a manifest describes."""
-    entries = manifest.get("own_columns", {}).items()
-    features = manifest["features"]
-    own = tuple(OwnColumn(name, arrow_type_of(features[name]), **entry) for name, entry in entries)
+    entries = manifest.get("own_columns", {})
+    types = {name: arrow_type_of(manifest["features"][name]) for name in entries}
+    own = tuple(OwnColumn(name, types[name], **entry) for name, entry in entries.items())
     return Extras(tuple(manifest.get("scores", ())), tuple(manifest.get("context", ())), own)
 
 

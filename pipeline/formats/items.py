@@ -21,7 +21,7 @@ _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}  # MPO: several JPEGs of a camera in o
 class Item:
     """An image of a version with its texts and values."""
 
-    name: str  # of its file, without suffix: the sample's id
+    name: str  # file name without suffix: the sample's id
     suffix: str
     split: str
     image: bytes
@@ -32,11 +32,11 @@ class Item:
     sample_id: str
     captions: Sequence[tuple[str, str]]  # (style, text)
     questions: Sequence[tuple[str, str]]  # (question, answer)
-    human_texts: frozenset[str]  # the human ones of the captions and questions
+    human_texts: frozenset[str]  # human captions and questions
     references: Sequence[str]
     reference_qa: Sequence[dict[str, Any]] = ()  # human questions with all answers
-    values: dict[str, Any] = field(default_factory=dict)  # of custom tasks, by name
-    boxes: Sequence[dict[str, Any]] | None = None  # of custom tasks; None if no task was answered
+    values: dict[str, Any] = field(default_factory=dict)  # values of custom tasks, by name
+    boxes: Sequence[dict[str, Any]] | None = None  # boxes of custom tasks; None if no task was answered
     pairs: Sequence[tuple[str, str, str]] = ()  # (style, best caption, worst caption)
 
     @property

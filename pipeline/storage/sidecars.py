@@ -65,7 +65,7 @@ def images_to_write(images: Sequence[Path], existing: Existing) -> list[Path]:
         targets[target] = image
     present = [target for target in targets if os.path.lexists(target)]
     if existing == "append" and (links := [target for target in present if target.is_symlink()]):
-        raise ConfigError(f"cannot append to the link {links[0]}", hint="remove it, or pass --overwrite")
+        raise ConfigError(f"{links[0]} is a link", hint="remove it, or pass --overwrite")
     if present and existing == "refuse":
         hint = "choose --skip-existing, --append or --overwrite"
         problem = f"{len(present)} of {len(targets)} text files exist already, such as {present[0]}"

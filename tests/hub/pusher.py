@@ -19,6 +19,7 @@ from tests.hub.server import RunningHub
 PARENT = """
 import json, os, sys, traceback
 from pathlib import Path
+import data_cards, hf_xet, pandas, pyarrow.dataset  # or each child imports them
 from pipeline.errors import SynthError
 from pipeline.dataset.version import read_version
 from pipeline.hub.package import build_package

@@ -180,7 +180,7 @@ def test_second_run_cannot_write_the_same_file(model: Path, photos: Path, tmp_pa
             run(model, [str(photos)], tmp_path / "c.jsonl")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / ".d.jsonl.lock").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match="is a link, but must be a regular file"):
+    with pytest.raises(ConfigError, match="is a link, but must be a file"):
         run(model, [str(photos)], tmp_path / "d.jsonl")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(read(tmp_path / "c.jsonl")) == 1
