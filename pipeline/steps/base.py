@@ -229,7 +229,7 @@ class RowStep(Step):
         """See Step. Only a step with `compare` waits for all shards."""
         plan, executor = work.plan, work.executor
         rows = StepFile(before)
-        if self.is_prepared(plan):
+        if self.prepare and self.is_prepared(plan):
             executor.each(partial(_prepare_shard_once, self, before, plan), asks=True)
             rows = StepFile(self.name, "prepared")
         if self.compare is None:
