@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class ClipScorer:
         logging.disable_progress_bar()
         verbosity = logging.get_verbosity()
         # transformers prints a table of weights before its error.
-        logging.set_verbosity(logging.CRITICAL)
+        logging.set_verbosity(CRITICAL)
         try:
             loaded: Any = CLIPModel.from_pretrained(model_id, dtype=torch.float32, output_loading_info=True)
             model, info = loaded

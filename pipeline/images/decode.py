@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pdqhash
@@ -142,7 +143,10 @@ def upright_file(data: bytes) -> bytes:
     with open_image(data) as image:
         kind, profile = ("JPEG" if image.format == "MPO" else image.format), image.info.get("icc_profile")
         file = io.BytesIO()
-        options = {"JPEG": {"quality": UPRIGHT_QUALITY, "subsampling": 0}, "WEBP": {"lossless": True}}
+        options: dict[str, dict[str, Any]] = {
+            "JPEG": {"quality": UPRIGHT_QUALITY, "subsampling": 0},
+            "WEBP": {"lossless": True},
+        }
         upright = ImageOps.exif_transpose(image)
         upright.save(file, kind, icc_profile=profile, exif=b"", **options.get(kind or "", {}))
         return file.getvalue()

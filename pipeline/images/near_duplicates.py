@@ -102,7 +102,7 @@ def find_near_pairs(hashes: Hashes, max_bits: int, recall_bits: int, *, mirrored
             if sum(map(len, pending)) > 2 * max(len(pending[0]), MERGED_PAIRS):
                 pending = [np.unique(np.concatenate(pending))]
     first, second = _unpack(np.unique(np.concatenate(pending)))
-    bits = [np.zeros(0, np.uint16)]
+    bits: list[Bits] = [np.zeros(0, np.uint16)]
     for start in range(0, len(first), PART_ROWS):
         part = slice(start, start + PART_ROWS)
         bits.append(row_distances(hashes[first[part]], hashes[second[part]], mirrored=mirrored))
@@ -131,13 +131,13 @@ def find_in_round(hashes: Hashes, num_bits: int, max_bits: int, number: int, *, 
     # The rows are sorted with the keys: a key has 32 bits, as has a row.
     keys = keys << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
     keys.sort()
-    keys, rows = _unpack(keys)
+    sorted_keys, rows = _unpack(keys)
     near = [np.zeros(0, np.uint64)]
     for start in starts:
         part = slice(start, start + PART_ROWS + MAX_NEIGHBORS)
-        first, second = _near_neighbors(canonical(rows[part]), keys[part], max_bits)
+        first, second = _near_neighbors(canonical(rows[part]), sorted_keys[part], max_bits)
         near.append(_pack(rows[start + first], rows[start + second]))
-    for heads, members in _large_groups(keys):
+    for heads, members in _large_groups(sorted_keys):
         distances = row_distances(canonical(rows[heads]), canonical(rows[members]), mirrored=False)
         near.append(_pack(rows[heads], rows[members])[distances <= max_bits])
     return np.unique(np.concatenate(near))

@@ -81,9 +81,11 @@ class Scene:
 def sample_scene(rng: random.Random) -> Scene:
     """Draw a random scene: the number of objects (1 to 4), distinct places, then attributes."""
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, MAX_OBJECTS)))
-    attributes = (SIZES, COLORS, SHAPES)
-    objects = tuple(Thing(*map(rng.choice, attributes), PLACES[index]) for index in places)
-    return Scene(rng.choice(BACKGROUNDS), objects)
+    objects = []
+    for index in places:
+        size, color, shape = rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES)
+        objects.append(Thing(size, color, shape, PLACES[index]))
+    return Scene(rng.choice(BACKGROUNDS), tuple(objects))
 
 
 def sample_deck(rng: random.Random) -> tuple[Scene, ...]:

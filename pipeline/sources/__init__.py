@@ -97,8 +97,9 @@ def choose_image_kind(config: Config) -> ImageKind | None:
 def files_of_source(config: Config) -> dict[str, Any]:
     """Return the digests of the split list and the files of captions, by setting."""
     split_list, captions = config.split_list, config.captions
-    has_list = split_list is not None and split_list.exists()
-    digests: dict[str, Any] = {"split_list": file_digest(split_list) if has_list else None}
+    digests: dict[str, Any] = {"split_list": None}
+    if split_list and split_list.exists():
+        digests["split_list"] = file_digest(split_list)
     if captions:
         digests["captions"] = [file_digest(path) for path in captions if path.exists()]
     return digests
@@ -133,7 +134,8 @@ def open_source(config: Config, part: SourceSlice = ALL) -> Source:
         raise SourceError(problem, hint="check its permissions") from None
     tasks = with_source_defaults(config).tasks
     if tasks and (source.decks != asks_about_decks(tasks) or (source.decks and len(tasks) > 1)):
-        content, supported = ("decks", "deck_qa") if source.decks else ("single images", "caption,qa")
+        content = "decks of pages" if source.decks else "single images"
+        supported = "deck_qa" if source.decks else "caption,qa"
         problem = f"{config.source} holds {content}, which do not support {', '.join(tasks)}"
         raise ConfigError(problem, hint=f"pass --tasks {supported}")
     return source

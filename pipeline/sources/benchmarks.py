@@ -124,8 +124,8 @@ def open_questions(
             for _, file_split, row in tables.rows((key,), split):
                 if num_rows == start:
                     break
-                is_counted = isinstance(row, Rejected) or questions.pop((file_split, row[key]), None)
-                num_rows += bool(is_counted)
+                if isinstance(row, Rejected) or questions.pop((file_split, row[key]), []):
+                    num_rows += 1
                 first_row += 1
         for name, file_split, row in tables.rows((key, *image_columns), split, first_row):
             if isinstance(row, Rejected):

@@ -154,8 +154,15 @@ class _PublicResolver(AbstractResolver):
         for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family):
             address = str(entry[4][0])
             _require_allowed(address, host, self._allowed)
-            options = {"family": entry[0], "proto": entry[2], "flags": socket.AI_NUMERICHOST}
-            results.append(ResolveResult(hostname=host, host=address, port=port, **options))
+            result = ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=entry[0],
+                proto=entry[2],
+                flags=socket.AI_NUMERICHOST,
+            )
+            results.append(result)
         return results
 
     async def close(self) -> None:

@@ -86,8 +86,9 @@ class Tables:
                         names = (f"{path}:{row_number}" for row_number in count(first_row))
                         rows = zip(names, (row for batch in batches for row in _values(batch)), strict=False)
                         for name, row in islice(rows, start, None):
-                            is_rejected = isinstance(row, Rejected)
-                            yield name, file_split, replace(row, source_row=name) if is_rejected else row
+                            if isinstance(row, Rejected):
+                                row = replace(row, source_row=name)
+                            yield name, file_split, row
                         start = 0
                     first_row += num_rows
 
@@ -157,7 +158,7 @@ def _batch_rows(parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> 
         return 1
     chunks = [metadata.column(number) for number in range(metadata.num_columns)]
     wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-    sizes = [chunk.total_uncompressed_size for chunk in wanted if chunk.has_dictionary_page]
+    sizes: list[int] = [chunk.total_uncompressed_size for chunk in wanted if chunk.has_dictionary_page]
     return max(1, min(BATCH_ROWS, MAX_ROW_BYTES // max([1, *sizes])))
 
 

@@ -390,7 +390,7 @@ def open_hub(name: str, *, allow_partial: bool = False) -> Tables:
     if not paths:
         hint = "download it, and use --source folder:PATH or parquet:PATH"
         raise SourceError(f"{repo} has no Parquet files, and the Hub has not converted it", hint=hint)
-    card = info.card_data or {}
+    card: Any = info.card_data or {}
     declared = {} if is_converted else _declared_configs(card.get("configs"), paths)
     if config:
         files = _files_of_config(repo, config, declared, paths)

@@ -233,7 +233,7 @@ def read_csv(text: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"two columns are named {repeated}")
     values: dict[str, Any] = {}
     for row in table:
-        if any(row.pop(None, None) or ()):  # type: ignore[call-overload]  # DictReader's key of further values
+        if any(row.pop(None, None) or ()):  # further values of the line
             problem = f"line {table.line_num} has more columns than the first line"
             raise ValueError(f"{problem}: put texts with commas in quotes")
         values = {str(name).strip(): value for name, value in row.items()}

@@ -56,5 +56,5 @@ def test_large_object_is_larger_and_has_its_color(color: str, shape: str) -> Non
 
 
 def test_two_objects_in_one_place_are_an_error() -> None:
-    with pytest.raises(ValueError, match="reading order"):
+    with pytest.raises(ValueError, match="sorted by place"):
         Scene("white", (Thing("small", "red", "ring", "center"), Thing("large", "red", "ring", "center")))
