@@ -1,7 +1,7 @@
-"""The client of model servers: sends many requests at once, on an event loop that runs only while replies are awaited.
+"""Client of model servers: keeps many requests in flight, on an event loop that runs during `ask`.
 
-Two kinds of failure are handled separately. When a *server* fails, this module sends the request again, later or to another
-server. When a *reply* is unusable, inference/queue.py asks the model again with other sampling.
+If a server fails, the client sends the request again, later or to another server. If a reply is unusable,
+inference/queue.py asks the model again with other sampling.
 """
 
 import asyncio
@@ -32,118 +32,129 @@ from pipeline.inference.endpoints import (
     request_headers,
 )
 from pipeline.inference.probing import find_on_server, learn_dialect, prepare_servers
-from pipeline.inference.protocol import RefusedError, RequestImages, RetryState, ServerBusyError, ServerFaultError
+from pipeline.inference.protocol import (
+    BadAnswerError,
+    RefusedError,
+    RequestImages,
+    RetryState,
+    ServerBusyError,
+    ServerFaultError,
+)
 from pipeline.inference.vllm import Server, VllmCommand, run_servers
 from pipeline.progress import NullProgress, Progress, duration
 from pipeline.types import REFUSED_BY_SERVER, SERVER_ERROR, Reply, Request, RequestSource
 
-START_REQUESTS = 32  # for each server whose capacity is not known
-MOST_REQUESTS = 1024  # for each server
-MOST_FILES = 65_536
-GROUP_REPLIES = 64  # yielded together; or a quarter of the limit, or the replies that came within GROUP_SECONDS
+START_REQUESTS = 32  # in flight per server of unknown capacity
+MAX_REQUESTS = 1024  # in flight per server
+MAX_FILES = 65_536
+RESERVED_FILES = 128  # for all files but connections
+GROUP_REPLIES = 64  # yielded together; fewer after GROUP_SECONDS, or if the limit of requests is low
 GROUP_SECONDS = 1.0
-SENT_BATCH = 32  # requests recorded in the journal together, just before they are sent; each time takes a transaction
-RESERVED_FILES = 128  # for all but connections: the journal, tables, logs, images
-FLIGHT_BYTES = 256_000_000  # of images in requests in flight
+SENT_BATCH = 32  # requests recorded in the journal in one transaction, just before they are sent
+FLIGHT_BYTES = 256_000_000  # images of requests in flight
 PROMPT_TOKENS = 512  # reserved for the text next to an image
-PATCH_PX = 28  # one token of Qwen2.5-VL is a square of this side
-FINISH_SECONDS = 60.0  # after an error that ends the run, for requests in flight, which are paid for
-MAX_REFUSALS_BEFORE_REPLY = 16  # before any reply: then the images are not the cause, and the run ends
-MAX_DENIED = 16  # requests in a row by a server that has answered others: then it denies all
-REFUSAL_POLL_SECONDS = 0.1  # while others are waited for
+PATCH_PX = 28  # Qwen2.5-VL: one token per square of this side
+FINISH_SECONDS = 60.0  # after a fatal error, wait so long for requests in flight, which are paid for
+MAX_REFUSALS_BEFORE_REPLY = 16
+MAX_DENIED = 16  # 403 or 404 answers in a row: then they concern all requests
+REFUSAL_POLL_SECONDS = 0.1
 log = logging.getLogger(__name__)
 
 
 class Concurrency:
-    """The limit of requests in flight: the user's, if given, else adapted to the servers' queues and to busy answers.
+    """Limit of requests in flight: the user's, or adapted to the servers' load.
 
-    A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats them.
-    A busy answer lowers even a `fixed` limit of the user for a while. `server_requests` is how many requests the server
-    computes at once; None if we did not start it. `connections` is how many this process can have.
+    A server should have a few waiting requests, so that it is never idle, and not many, since a crash repeats
+    them. A busy answer lowers even the user's limit for a while. `server_requests` is the batch size of
+    servers that synth has started; `connections` is the limit of this process.
     """
 
-    def __init__(self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MOST_FILES) -> None:
+    def __init__(
+        self, servers: int, fixed: int | None, server_requests: int | None, connections: int = MAX_FILES
+    ) -> None:
         self._fixed = fixed
-        self._most = min(fixed or MOST_REQUESTS * servers, connections)
-        self._first = min(fixed or (2 * server_requests if server_requests else START_REQUESTS * servers), connections)
-        self._complained_at = 0.0
-        self.limit = self._first
+        start = 2 * server_requests if server_requests else START_REQUESTS * servers
+        self._max = min(fixed or MAX_REQUESTS * servers, connections)
+        self._start = min(fixed or start, connections)
+        self._busy_at = 0.0
+        self.limit = self._start
 
     def slow_down(self) -> None:
         """Lower the limit by a quarter after a busy answer, at most once in POLL_SECONDS."""
         now = time.monotonic()
-        if now - self._complained_at > POLL_SECONDS:
-            self._complained_at = now
+        if now - self._busy_at > POLL_SECONDS:
+            self._busy_at = now
             self.limit = max(1, self.limit * 3 // 4)
 
-    def follow(self, running: float, waiting: float, outstanding: int, most: int) -> None:
-        """Adapt the limit to the load of the servers; `most` is another upper bound, such as by the memory of images.
+    def follow(self, running: float, waiting: float, outstanding: int, max_limit: int) -> None:
+        """Adapt the limit to the number of running and waiting requests in the servers' metrics.
 
-        By their metrics, the servers compute `running` requests, or 0 if they have no metrics, and `waiting` are in their
-        queues; `outstanding` are sent and not answered.
+        `running` is 0 without metrics. `outstanding` requests have no answer yet.
         """
         limit = self.limit
         if running and waiting > running and not self._fixed:
             limit = max(1, int(running * 1.5))
-        elif outstanding and not waiting and time.monotonic() - self._complained_at > 2 * POLL_SECONDS:
+        elif outstanding and not waiting and time.monotonic() - self._busy_at > 2 * POLL_SECONDS:
             is_full = running and outstanding >= self.limit
-            if self._fixed or self.limit < self._first or is_full:
+            if self._fixed or self.limit < self._start or is_full:
                 limit += max(1, limit // 2)
-        self.limit = max(1, min(limit, self._most, most))
+        self.limit = max(1, min(limit, self._max, max_limit))
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it may, up to MOST_FILES, and return how many: each connection is one."""
+    """Raise the limit of open files (one per connection) up to MAX_FILES, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        return most
-    return most if soft == resource.RLIM_INFINITY else soft
+    target = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    return target if soft == resource.RLIM_INFINITY else max(soft, target)
 
 
 @dataclass(slots=True)
 class InFlight:
-    """The requests of a source on their way to servers, and their replies on the way back."""
+    """The requests of a source on their way to servers, and their replies."""
 
-    work: RequestSource
+    source: RequestSource
     taken: deque[Request] = field(default_factory=deque)
-    # Requests that wait until a server has their images, by Request.shown; and those that have waited.
-    waiting: dict[str, list[Request]] = field(default_factory=dict)
-    released: deque[Request] = field(default_factory=deque)
+    waiting: dict[str, list[Request]] = field(
+        default_factory=dict
+    )  # for a server to cache their images, by `shown`
+    released: deque[Request] = field(default_factory=deque)  # have waited
     recorded: deque[Request] = field(default_factory=deque)
-    unsent: dict[str, Request] = field(default_factory=dict)  # those that are recorded, and that no server was sent
+    unsent: dict[str, Request] = field(default_factory=dict)  # recorded, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
-    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # those of running that a server is answering
-    resting: int = 0  # running tasks that wait before a retry; they take no slot
+    sent: set["asyncio.Task[object] | None"] = field(default_factory=set)  # running tasks that await a server
+    resting: int = 0  # running tasks that wait before a retry, and take no slot
     replies: list[Reply] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None  # ends the run; nothing more is sent
-    ends_at: float | None = None  # when requests in flight are no longer waited for, since there is an error
+    error: BaseException | None = None  # ends the run
+    ends_at: float | None = None  # after an error, the time until which requests in flight are awaited
 
-    def next_request(self, most: int, will_be_kept: Callable[[str], bool]) -> Request | None:
-        """Return the next request, recorded just before it is sent, with at most `most` at once; None if there is none now.
+    def next_request(self, max_recorded: int, will_be_cached: Callable[[str], bool]) -> Request | None:
+        """Return the next request, recorded as sent; None if there is none now.
 
-        `will_be_kept(shown)`: a server caches images, and lacks those of a request (Request.shown).
+        Records up to `max_recorded` requests together. `will_be_cached(shown)`: a server caches images, and
+        lacks these.
         """
-        if not self.recorded and (ahead := self._choose(most, will_be_kept)):
-            self.work.sending(ahead)
-            self.recorded.extend(ahead)
-            self.unsent |= {request.id: request for request in ahead}
+        if not self.recorded and (requests := self._choose(max_recorded, will_be_cached)):
+            self.source.sending(requests)
+            self.recorded.extend(requests)
+            self.unsent |= {request.id: request for request in requests}
         return self.recorded.popleft() if self.recorded else None
 
-    def _choose(self, most: int, will_be_kept: Callable[[str], bool]) -> list[Request]:
-        """Return the next requests: those that have waited, then new ones.
+    def _choose(self, count: int, will_be_cached: Callable[[str], bool]) -> list[Request]:
+        """Return up to `count` requests: those that have waited, then new ones.
 
-        Where a server keeps images, the others about an image wait for the first of them, while there is anything else to send.
+        If a server caches images, only the first request about an image goes at once; the others wait for it,
+        unless nothing else can be sent.
         """
         chosen: list[Request] = []
-        while len(chosen) < most:
+        while len(chosen) < count:
             if self.released:
                 chosen.append(self.released.popleft())
                 continue
             if not self.taken and not chosen:
-                self.taken.extend(self.work.take())
+                self.taken.extend(self.source.take())
             if not self.taken:
                 break
             request = self.taken.popleft()
@@ -151,109 +162,108 @@ class InFlight:
                 self.waiting[request.shown].append(request)
                 continue
             chosen.append(request)
-            if request.shows_image and will_be_kept(request.shown):
+            if request.shows_image and will_be_cached(request.shown):
                 self.waiting[request.shown] = []
         if not chosen and self.waiting:
             for shown in [*self.waiting]:
                 self.release(shown)
-            return self._choose(most, will_be_kept)
+            return self._choose(count, will_be_cached)
         return chosen
 
     def release(self, shown: str) -> None:
-        """Let the requests go that wait for these images."""
+        """Release the requests that wait for these images."""
         self.released.extend(self.waiting.pop(shown, ()))
 
     def take_replies(self) -> list[Reply]:
-        """Return the replies that are not yet yielded, once."""
+        """Return the new replies, and forget them."""
         replies, self.replies = self.replies, []
         return replies
 
     def fail(self, error: BaseException) -> None:
-        """Send nothing more, and give requests that a server is answering FINISH_SECONDS; the first error counts."""
+        """Send nothing more, and give requests in flight FINISH_SECONDS; only the first error counts."""
         if self.error:
             return
         self.error = error
         self.ends_at = asyncio.get_running_loop().time() + FINISH_SECONDS
-        for waiting in self.running - self.sent:
-            waiting.cancel()
+        for task in self.running - self.sent:
+            task.cancel()
 
 
 class RequestSender:
-    """Sends requests to servers, in the dialect of each server, and interprets the answers."""
+    """Sends requests in the dialect of each server, and interprets the answers."""
 
     def __init__(self, model: str, endpoints: Endpoints, images: RequestImages) -> None:
-        """Prepare to ask for a model by this name."""
-        self._name, self._endpoints, self._images = model, endpoints, images
+        self._model, self._endpoints, self._images = model, endpoints, images
         self._started, self._tokens = time.monotonic(), 0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How many tokens servers have written per second; None before the first."""
+        """Reply tokens per second so far; None before the first reply."""
         return self._tokens / (time.monotonic() - self._started) if self._tokens else None
 
     async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request once, with its images or, if the server has them, their names; return the reply, or its refusal.
+        """Send a request with its images, or with uuids of cached images; return the reply.
 
-        A request whose names are not known is sent again with its images. Raises ServerBusyError, ServerFaultError, and
-        EngineError for an answer that every request would get.
+        A refusal becomes a reply. Raises ServerBusyError, ServerFaultError, and EngineError for an answer
+        that every request would get.
         """
         try:
             parts = await self._images.parts(request.shown, request.images, request.pages)
-        except OSError:  # of the disk that a server reads images from
+        except OSError:  # full disk
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a decoder raises is the reason of this request alone
+        except Exception as error:  # noqa: BLE001  # whatever a decoder raises concerns this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        kept, dialect = endpoint.kept, endpoint.dialect
-        # A model that did not see an image may have written an unusable reply: the next attempt has the image.
-        if kept and request.attempt == 0 and request.shown in (endpoint.named_images or ()):
+        cache = endpoint.image_cache
+        # A retry sends the image: without it, the model may have written an unusable reply.
+        if cache and request.attempt == 0 and request.shown in (endpoint.usable_cache or ()):
             try:
-                reply = await self._send(endpoint, request, protocol.body(request, parts.named, self._name, dialect), in_flight)
-            except (ServerFaultError, RefusedError, protocol.BadAnswerError):  # whatever the reason
-                kept.miss(request.shown)
+                reply = await self._send(endpoint, request, parts.named, in_flight)
+            except (ServerFaultError, RefusedError, BadAnswerError):
+                cache.miss(request.shown)
             else:
-                kept.hit(request.shown)
+                cache.hit(request.shown)
                 return reply
         try:
-            reply = await self._send(endpoint, request, protocol.body(request, parts.whole, self._name, dialect), in_flight)
-        except RefusedError as refusal:
-            await self._count_refusal(endpoint, str(refusal), in_flight)
-            return request.reply(str(refusal), REFUSED_BY_SERVER)
-        except protocol.BadAnswerError as error:
+            reply = await self._send(endpoint, request, parts.whole, in_flight)
+        except (RefusedError, BadAnswerError) as error:
             await self._count_refusal(endpoint, str(error), in_flight)
-            raise ServerFaultError(str(error)) from None
-        if kept and request.shows_image:
-            kept.add(request.shown)
+            if isinstance(error, BadAnswerError):
+                raise ServerFaultError(str(error)) from None
+            return request.reply(str(error), REFUSED_BY_SERVER)
+        if cache and request.shows_image:
+            cache.add(request.shown)
         return reply
 
-    async def _send(self, endpoint: Endpoint, request: Request, body: bytes, in_flight: InFlight) -> Reply:
-        """Send the body of a request once, and return the reply.
+    async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
+        """Send a request once, with the JSON of its image parts, and return the reply.
 
-        Raises ServerBusyError, ServerFaultError, RefusedError or BadAnswerError; EngineError for what all requests would get.
+        Raises RefusedError, BadAnswerError and the errors of `post`.
         """
-        sent = time.monotonic()
+        started = time.monotonic()
+        body = protocol.body(request, images, self._model, endpoint.dialect)
+        max_bytes = protocol.MAX_ENVELOPE_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
         in_flight.sent.add(asyncio.current_task())
         in_flight.unsent.pop(request.id, None)
         try:
             async with endpoint.post_chat(body) as answer:
-                max_bytes = protocol.ANSWER_BYTES + protocol.MAX_TOKEN_BYTES * request.sampling.max_tokens
                 text = await protocol.read_body(answer, max_bytes)
         except protocol.CONNECTION_ERRORS as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # of this machine, not of the server
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                 log.warning("no more files can be opened for connections: %s", error)
                 raise ServerBusyError(None) from None
             raise ServerFaultError(one_line(error, 1000)) from None
         finally:
             in_flight.sent.discard(asyncio.current_task())
-        tolerated = self._statuses_of_one_request(endpoint)
+        tolerated = self._tolerated_statuses(endpoint)
         raise_for_access(answer, endpoint, text, tolerated)
         endpoint.denied = endpoint.denied + 1 if answer.status in tolerated else 0
         message = endpoint.error_message(text) if answer.status >= 400 else ""
-        # A gateway may fail for a moment before a healthy server: the request waits as for a busy one.
+        # A gateway may fail for a moment in front of a healthy server.
         is_gateway_alone = answer.status in protocol.GATEWAY_STATUSES and await endpoint.is_healthy()
         if answer.status in protocol.BUSY_STATUSES or is_gateway_alone:
-            endpoint.busy.start(answer.status, message)
-            raise ServerBusyError(protocol.retry_seconds(answer.headers.get("Retry-After", "")))
-        endpoint.busy.end()
+            endpoint.start_busy(answer.status, message)
+            raise ServerBusyError(protocol.parse_retry_after(answer.headers.get("Retry-After", "")))
+        endpoint.busy_since = None
         if answer.status >= 500:
             raise ServerFaultError(f"{answer.status}: {message}")
         if answer.status >= 400:
@@ -263,31 +273,30 @@ class RequestSender:
         endpoint.pace.add_tokens(reply.prompt_tokens + reply.reply_tokens)
         self._tokens += reply.reply_tokens
         max_pixels = self._images.max_pixels(len(request.images)) if request.images else None
-        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - sent)
+        return replace(reply, max_pixels=max_pixels, seconds=time.monotonic() - started)
 
-    def _statuses_of_one_request(self, endpoint: Endpoint) -> Collection[int]:
-        """Return the statuses that a server may answer for the image of one request, and not to all of them.
+    def _tolerated_statuses(self, endpoint: Endpoint) -> Collection[int]:
+        """Return the statuses that may concern the image of one request, since other requests were answered.
 
-        It has answered before: the request by which its dialect was learned, for one. Where there is another server, one that
-        is not found is left out, and its request goes there.
+        With other servers, a 404 excludes this one, and its requests go there.
         """
         if endpoint.denied >= MAX_DENIED:
             return ()
         return (403,) if len(self._endpoints) > 1 else (403, 404)
 
     async def _count_refusal(self, endpoint: Endpoint, message: str, in_flight: InFlight) -> None:
-        """Count a request that a server does not answer. Raises EngineError if it has answered none so far.
+        """Count a refusal. Raises EngineError if the server has refused many requests and answered none.
 
-        It refuses faster than it answers: those that it still works on are waited for.
+        Refusals are faster than answers, so requests that the server still works on are awaited first.
         """
         endpoint.refused += 1
-        if len(self._endpoints) == 1 and in_flight.work.answered():
+        if len(self._endpoints) == 1 and in_flight.source.answered():
             return
         endpoint.refused_in_flight += 1
         try:
             while endpoint.refused >= MAX_REFUSALS_BEFORE_REPLY and not endpoint.answered:
                 if endpoint.refused_in_flight >= endpoint.outstanding or in_flight.error:
-                    hint = "fix the reported problem, then run the same command; images that are too large: generate.max_pixels"
+                    hint = "fix that, then run the same command; if images are too large: generate.max_pixels"
                     raise EngineError(f"{endpoint.url} refuses every request: {message}", hint=hint)
                 await asyncio.sleep(REFUSAL_POLL_SECONDS)
         finally:
@@ -295,11 +304,11 @@ class RequestSender:
 
 
 class Client:
-    """Answers requests through the servers at `urls`, or through those that it starts from `launches`.
+    """Answers requests through the servers at `urls`, or through servers that it starts from `launches`.
 
-    The former get the key that the environment has under `key_name`, else under the default name. Larger images are scaled
-    down to `max_pixels`, and all images of a request to what the model's context holds besides a reply of `max_tokens`.
-    Raises EngineError if no server answers, or if one serves another model or does not enforce schemas.
+    `key_name` is the environment variable with the key for `urls`. Images are scaled down to `max_pixels`,
+    and all images of a request to what the model's context holds besides a reply of `max_tokens`. Raises
+    EngineError if no server answers, or if one serves another model or does not enforce schemas.
     """
 
     def __init__(
@@ -324,8 +333,8 @@ class Client:
         self._servers: list[Server] = []
         self._max_pixels = max_pixels
         self._progress: Progress = progress or NullProgress()
-        self._name = launches[0].name if launches else model
-        self._retried = 0
+        self._served_name = launches[0].name if launches else model
+        self._num_retries = 0
         self._suspects = asyncio.Lock()
 
     def __enter__(self) -> "Client":
@@ -343,13 +352,13 @@ class Client:
         self._runner.close()
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Yield replies in groups of up to GROUP_REPLIES, in any order; see types.Engine."""
+        """Yield replies in groups, in any order; see types.Engine."""
         in_flight = InFlight(work)
         try:
             while replies := self._runner.run(self._next_group(in_flight)):
                 yield replies
-        except KeyboardInterrupt:  # by Ctrl-C, while replies were awaited
-            if in_flight.replies:  # the caller keeps them, and is interrupted at the next group
+        except KeyboardInterrupt:
+            if in_flight.replies:  # the caller stores them, and is interrupted at the next group
                 yield in_flight.replies
             raise
         finally:
@@ -360,14 +369,14 @@ class Client:
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
         speed = self._sender.tokens_per_second
-        queries, hits = (sum(endpoint.cache[part] for endpoint in self._endpoints) for part in (0, 1))
+        queries, hits = (sum(endpoint.prefix_cache[part] for endpoint in self._endpoints) for part in (0, 1))
         up = sum(endpoint.is_up.is_set() for endpoint in self._endpoints)
         return {
             "tokens/s": "-" if speed is None else f"{speed:,.0f}",
             "prefix cache": f"{hits / queries:.0%}" if queries else "-",
             "in flight": f"{self._outstanding()} of {self._concurrency.limit}",
             **({"servers": f"{up} of {len(self._endpoints)}"} if len(self._endpoints) > 1 else {}),
-            **({"sent again": f"{self._retried:,}"} if self._retried else {}),
+            **({"sent again": f"{self._num_retries:,}"} if self._num_retries else {}),
         }
 
     # --- opening
@@ -375,7 +384,8 @@ class Client:
     async def _open(self) -> None:
         stack, settings = self._stack, self._settings
         if self._launches:
-            self._servers = await stack.enter_async_context(run_servers(self._launches, self._progress, on_sockets=True))
+            running = run_servers(self._launches, self._progress, on_sockets=True)
+            self._servers = await stack.enter_async_context(running)
             headers = request_headers(self._launches[0].api_key)  # all have the same key
             endpoints = [
                 Endpoint(f"{server.root}/v1", headers, dialect=protocol.VLLM, socket_path=server.socket)
@@ -393,38 +403,36 @@ class Client:
         contexts += [endpoint.context_tokens for endpoint in endpoints if endpoint.context_tokens]
         pool = stack.enter_context(ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image"))
         media = self._servers[0].media if self._servers else None
-        self._images = RequestImages(media, self._max_pixels, self._sample_pixels(min(contexts, default=None)), pool)
-        self._sender = RequestSender(self._name, self._endpoints, self._images)
-        at_once = sum(launch.max_num_seqs for launch in self._launches) or None
-        connections = raise_file_limit() - RESERVED_FILES
+        max_sample_pixels = self._max_sample_pixels(min(contexts)) if contexts else None
+        self._images = RequestImages(media, self._max_pixels, max_sample_pixels, pool)
+        self._sender = RequestSender(self._served_name, self._endpoints, self._images)
+        connections = max(1, raise_file_limit() - RESERVED_FILES)
         if settings.concurrency and settings.concurrency > connections:
-            self._progress.warn(
-                f"{settings.concurrency} requests at once need more open files than `ulimit -n` allows: {connections} are sent"
-            )
-        self._concurrency = Concurrency(len(endpoints), settings.concurrency, at_once, max(1, connections))
-        self._keep_images()
+            problem = f"{settings.concurrency} requests at once need more open files than `ulimit -n` allows"
+            self._progress.warn(f"{problem}: at most {connections} are sent at once")
+        batch_size = sum(launch.max_num_seqs for launch in self._launches) or None
+        self._concurrency = Concurrency(len(endpoints), settings.concurrency, batch_size, connections)
+        self._set_cache_size()
         poller = asyncio.create_task(self._poll())
         stack.push_async_callback(cancel_tasks, {poller})
 
-    def _sample_pixels(self, context_tokens: int | None) -> int | None:
-        """Return the maximum pixels of all images of one request: as many as the model's context holds."""
-        if not context_tokens:
-            return None
+    def _max_sample_pixels(self, context_tokens: int) -> int:
+        """Return the pixels of all images of one request that the model's context holds."""
         tokens = context_tokens - PROMPT_TOKENS - 2 * self._max_tokens
         return max(tokens, context_tokens // 4) * PATCH_PX**2
 
-    def _keep_images(self) -> None:
-        """Set how many encoded images are cached: those of all requests that may be in flight."""
+    def _set_cache_size(self) -> None:
+        """Cache the encoded images of all requests that may be in flight."""
         self._images.keep = self._concurrency.limit + 64
 
     # --- requests in flight
 
     async def _next_group(self, in_flight: InFlight) -> list[Reply]:
-        """Keep requests in flight until a group of replies is complete; return it, or an empty list when all is done."""
+        """Keep requests in flight until a group of replies is complete; return it, or [] when all is done."""
         loop = asyncio.get_running_loop()
         try:
             self._fill(in_flight)
-        except Exception as error:  # noqa: BLE001  # raised below, once what is in flight has come
+        except Exception as error:  # noqa: BLE001  # raised below, after the replies in flight
             in_flight.fail(error)
         while len(in_flight.replies) < self._group_size() and in_flight.running:
             if in_flight.ends_at is not None and loop.time() > in_flight.ends_at:
@@ -435,18 +443,18 @@ class Client:
             timer.cancel()
             if in_flight.replies:
                 break
-        if in_flight.error and not in_flight.replies:  # replies that came before the error are yielded, and journaled, first
+        if in_flight.error and not in_flight.replies:  # earlier replies are yielded first, and journaled
             raise in_flight.error
         return in_flight.take_replies()
 
     def _fill(self, in_flight: InFlight) -> None:
-        # Replies not yet yielded count too: after a crash they are requested again, like requests in flight.
+        """Send requests up to the limit. Replies that are not yet yielded count: a crash loses them too."""
         while (
             len(in_flight.running) + len(in_flight.replies) - in_flight.resting < self._concurrency.limit
             and len(in_flight.running) < 2 * self._concurrency.limit
             and not in_flight.error
         ):
-            request = in_flight.next_request(SENT_BATCH, self._will_be_kept)
+            request = in_flight.next_request(SENT_BATCH, self._will_be_cached)
             if request is None:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
@@ -456,10 +464,10 @@ class Client:
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
 
-    def _will_be_kept(self, shown: str) -> bool:
-        """Return whether servers keep images, and none has these yet."""
-        kept = [endpoint.named_images for endpoint in self._endpoints if endpoint.is_up.is_set()]
-        return any(kept) and not any(shown in images for images in kept if images)
+    def _will_be_cached(self, shown: str) -> bool:
+        """Return whether servers cache images, and all of them lack these."""
+        caches = [endpoint.usable_cache for endpoint in self._endpoints if endpoint.is_up.is_set()]
+        return any(caches) and not any(shown in cache for cache in caches if cache)
 
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
@@ -471,7 +479,7 @@ class Client:
             if error := task.exception():
                 raise error
             reply = task.result()
-            in_flight.unsent.pop(reply.request_id, None)  # an image that cannot be sent is a reply, too
+            in_flight.unsent.pop(reply.request_id, None)  # its image could not be sent
             in_flight.replies.append(reply)
             self._fill(in_flight)
         except Exception as error:  # noqa: BLE001  # raised by _next_group
@@ -482,7 +490,7 @@ class Client:
     # --- one request
 
     async def _answer(self, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request until a server answers it; after too many failures, return a reply that holds the error."""
+        """Send a request until a server answers; after too many failures, return a reply with the error."""
         failures = RetryState(self._settings.request_timeout_s)
         while True:
             if in_flight.error:
@@ -494,13 +502,13 @@ class Client:
                     answer = await self._try(endpoint, request, in_flight, failures)
                 finally:
                     endpoint.outstanding -= 1
-                    in_flight.release(request.shown)  # to be sent again may take long
+                    in_flight.release(request.shown)  # a retry may take long
             if isinstance(answer, Reply):
                 return answer
             if answer is None:
                 continue
-            self._retried += 1
-            if in_flight.error:  # the run ends: no caller waits for this request
+            self._num_retries += 1
+            if in_flight.error:
                 raise in_flight.error
             if answer:
                 await self._rest(answer, in_flight)
@@ -508,7 +516,7 @@ class Client:
     async def _try(
         self, endpoint: Endpoint, request: Request, in_flight: InFlight, failures: RetryState
     ) -> Reply | float | None:
-        """Send a request to a server; return the reply, or the seconds to wait before it is sent again.
+        """Send a request to a server; return the reply, or the seconds to wait before a retry.
 
         None: retry immediately with another server; not counted as a failure of the request.
         """
@@ -516,51 +524,57 @@ class Client:
             await endpoint.pace.wait()
             if not endpoint.is_learned:  # it was down at first
                 await self._learn(endpoint)
-            if not endpoint.is_up.is_set():  # it died meanwhile
+            if not endpoint.is_up.is_set():
                 return None
             return await self._sender.post(endpoint, request, in_flight)
         except EngineError as refusal:
             self._retire(endpoint, refusal)
             return None
-        except ServerBusyError as complaint:
-            stated_s = complaint.args[0]
-            soonest_s = self._soonest_other(endpoint)
-            if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_SECONDS:
-                hint = "run the same command then: it goes on where it stopped"
-                raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
-            pause = failures.after_busy(stated_s)
-            if pause is None:
-                return request.reply("the server is too busy", SERVER_ERROR)
-            endpoint.rest(max(pause, stated_s or 0.0))
-            if self._endpoints.has_free:
-                return 0.0
-            self._concurrency.slow_down()
-            self._keep_images()
-            return min(pause, max(soonest_s, POLL_SECONDS))
+        except ServerBusyError as busy:
+            return self._after_busy(endpoint, request, busy.args[0], failures)
         except ServerFaultError as fault:
             if not endpoint.is_up.is_set() or not await endpoint.is_healthy():
                 self._mark_down(endpoint)
-                has_failed = failures.after_death()
-                return request.reply(f"the server died each time: {fault}", SERVER_ERROR) if has_failed else None
+                gives_up = failures.after_crash()
+                return (
+                    request.reply(f"the server died each time: {fault}", SERVER_ERROR) if gives_up else None
+                )
             endpoint.rest()
-            pause = failures.after_fault()
-            if pause is None:
+            pause_s = failures.after_fault()
+            if pause_s is None:
                 return request.reply(str(fault), SERVER_ERROR)
-            log.info("%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault)
-            return 0.0 if self._endpoints.has_free else pause
+            log.info(
+                "%s failed at request %s, attempt %d: %s", endpoint.url, request.id, request.attempt, fault
+            )
+            return 0.0 if self._endpoints.has_free else pause_s
 
-    def _soonest_other(self, endpoint: Endpoint) -> float:
-        """Return in how many seconds another server may answer; infinity if there is none."""
+    def _after_busy(
+        self, endpoint: Endpoint, request: Request, stated_s: float | None, failures: RetryState
+    ) -> Reply | float:
         others = (one.rest_s() for one in self._endpoints if one is not endpoint and one.is_up.is_set())
-        return min(others, default=math.inf)
+        soonest_s = min(others, default=math.inf)
+        if stated_s and min(stated_s, soonest_s) > protocol.MAX_RETRY_AFTER_S:
+            hint = "run the same command then: it resumes"
+            raise EngineError(f"{endpoint.url} asks to wait for {duration(stated_s)}", hint=hint) from None
+        pause_s = failures.after_busy(stated_s)
+        if pause_s is None:
+            return request.reply("the server is too busy", SERVER_ERROR)
+        endpoint.rest(max(pause_s, stated_s or 0.0))
+        if self._endpoints.has_free:
+            return 0.0
+        self._concurrency.slow_down()
+        self._set_cache_size()
+        return min(pause_s, max(soonest_s, POLL_SECONDS))
 
     async def _learn(self, endpoint: Endpoint) -> None:
-        """Find out what a server takes, once for all requests that wait for it."""
+        """Find out which fields a server supports, once for all requests that wait for it."""
         async with endpoint.learning:
-            if not (endpoint.is_learned or endpoint.is_retired):  # by another request, while this one waited
+            if not (endpoint.is_learned or endpoint.is_retired):
                 if not self._launches:
-                    await find_on_server(self._name, endpoint)
-                await learn_dialect(endpoint, self._name, self._settings, self._max_tokens, self._progress)
+                    await find_on_server(self._served_name, endpoint)
+                await learn_dialect(
+                    endpoint, self._served_name, self._settings, self._max_tokens, self._progress
+                )
                 endpoint.is_learned = True
 
     async def _rest(self, seconds: float, in_flight: InFlight) -> None:
@@ -571,10 +585,10 @@ class Client:
         finally:
             in_flight.resting -= 1
 
-    # --- the servers
+    # --- servers
 
     def _failure(self) -> EngineError | None:
-        """Return the error of a server that was started by us and cannot be kept alive, if none of the others is."""
+        """Return the error of a started server if none of them can be kept alive."""
         failures = [server.failure for server in self._servers]
         return failures[-1] if failures and all(failures) else None
 
@@ -583,29 +597,29 @@ class Client:
 
     def _mark_down(self, endpoint: Endpoint) -> None:
         if self._endpoints.mark_down(endpoint):
-            self._progress.warn(f"{endpoint.url} does not answer; waiting for it")
-            log.warning("%s does not answer; %d requests were under way there", endpoint.url, endpoint.outstanding)
+            self._progress.warn(f"{endpoint.url} does not answer: waiting for it")
+            log.warning("%s does not answer; %d requests were in flight", endpoint.url, endpoint.outstanding)
 
     def _retire(self, endpoint: Endpoint, refusal: EngineError) -> None:
-        """Go on without a server that answers no request of ours. Raise its refusal if there is no other."""
+        """Exclude a server that answers no request; raise its refusal if no server is left."""
         if self._endpoints.retire(endpoint):
             endpoint.fault = str(refusal)
             if all(one.is_retired for one in self._endpoints):
                 raise refusal
-            self._progress.warn(f"{refusal}; going on without it")
+            self._progress.warn(f"{refusal}. The run continues without this server")
 
     async def _poll(self) -> None:
-        """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight to them."""
+        """Read the servers' metrics every POLL_SECONDS, and adapt the limit of requests in flight."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             for endpoint in self._endpoints:
-                if warning := endpoint.busy.warning(endpoint.url):
+                if warning := endpoint.busy_warning():
                     self._progress.warn(warning)
             await self._endpoints.read_metrics()
             self._concurrency.follow(
                 running=sum(endpoint.running for endpoint in self._endpoints),
                 waiting=sum(endpoint.waiting for endpoint in self._endpoints),
                 outstanding=self._outstanding(),
-                most=self._images.bound(FLIGHT_BYTES),
+                max_limit=self._images.max_requests(FLIGHT_BYTES),
             )
-            self._keep_images()
+            self._set_cache_size()

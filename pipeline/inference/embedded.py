@@ -1,7 +1,7 @@
-"""A vision-language model in this process: transformers, constrained decoding by llguidance, batches of requests.
+"""A vision-language model in this process: transformers, batches, and decoding constrained by llguidance.
 
-The grammar is byte for byte that of vLLM's guidance backend. Each request has its own random numbers, seeded by its id:
-a reply does not depend on the rest of its batch, except for floating-point rounding.
+The grammar is the same as that of vLLM's guidance backend. Each request has its own random numbers, seeded by
+its id, so a reply does not depend on the rest of its batch, except for rounding.
 """
 
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llguidance.hf
-import llguidance.numpy  # not .torch, whose import brings torch's compiler
+import llguidance.numpy  # llguidance.torch would import torch's compiler
 import numpy as np
 import torch
 from jinja2 import TemplateError
@@ -29,18 +29,21 @@ from pipeline.tasks.base import MAX_PAGES
 from pipeline.tasks.prompts import Prompt
 from pipeline.types import Reply, Request, RequestSource
 
+Messages = list[dict[str, Any]]
+
 
 class EmbeddedEngine:
-    """Answers requests in this process. `model` is a folder or a Hub id; `revision` names its exact weights."""
+    """Answers requests in this process, with the model in a folder or of a Hub id (`path`)."""
 
-    def __init__(self, model: str, path: str, revision: str, batch_size: int, max_pixels: int | None = None) -> None:
+    def __init__(
+        self, model: str, path: str, revision: str, batch_size: int, max_pixels: int | None = None
+    ) -> None:
         self.model = model
         self.revision = revision
         self._path = path
         self._batch_size = batch_size
         self._max_pixels = max_pixels
         self._tokens = 0
-        # A Hub model is loaded at exactly the commit that is part of the request ids; a folder has only one.
         self._commit = "main" if Path(path).is_dir() else revision
 
     def __enter__(self) -> "EmbeddedEngine":
@@ -50,17 +53,15 @@ class EmbeddedEngine:
         pass
 
     def ask(self, work: RequestSource) -> Iterator[list[Reply]]:
-        """Answer requests, one batch after another; see types.Engine.
-
-        Batches depend on the requests alone, so an interrupted run has the same batches as an uninterrupted one.
-        """
+        """Answer requests batch by batch; see types.Engine. Batches depend on the requests alone."""
         while requests := work.take():
             # A batch of decks has at most as many images as a batch of single images.
-            size = self._batch_size // MAX_PAGES if any(len(request.images) > 1 for request in requests) else self._batch_size
-            for group in batch_requests(requests, max(1, size)):
-                work.sending(group)
+            has_decks = any(len(request.images) > 1 for request in requests)
+            size = self._batch_size // MAX_PAGES if has_decks else self._batch_size
+            for batch in batch_requests(requests, max(1, size)):
+                work.sending(batch)
                 started = time.monotonic()
-                yield [replace(reply, seconds=time.monotonic() - started) for reply in self._answer(group)]
+                yield [replace(reply, seconds=time.monotonic() - started) for reply in self._answer(batch)]
 
     def metrics(self) -> dict[str, str]:
         """See types.Engine."""
@@ -68,23 +69,27 @@ class EmbeddedEngine:
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
         processor, model = self._loaded
-        images = [[prepare_image(image, self._max_pixels) for image in request.images] for request in requests]
+        images = [
+            [prepare_image(image, self._max_pixels) for image in request.images] for request in requests
+        ]
         chats = [self._chat(request) for request in requests]
-        # Where the template writes the token with which a text begins, the tokenizer must not write it again.
+        # If the template writes the BOS token, the tokenizer must not add it again.
         bos = processor.tokenizer.bos_token
-        once = {"add_special_tokens": False} if bos and chats[0].startswith(bos) else {}
-        inputs = processor(text=chats, images=images if any(images) else None, padding=True, return_tensors="pt", **once)
-        inputs = inputs.to(model.device, dtype=model.dtype)
+        options: dict[str, Any] = {"add_special_tokens": False} if bos and chats[0].startswith(bos) else {}
+        options |= {"images": images if any(images) else None, "padding": True, "return_tensors": "pt"}
+        inputs = processor(text=chats, **options).to(model.device, dtype=model.dtype)
         chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, _vocab_size(model))])
-        settings = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False, "eos_token_id": [*self._ends]}
+        settings = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False}
+        settings |= {"eos_token_id": [*self._eos_ids], "pad_token_id": self._pad_id}
         with torch.inference_mode():
-            output = model.generate(**inputs, **settings, pad_token_id=self._pad, logits_processor=chooser)
+            output = model.generate(**inputs, **settings, logits_processor=chooser)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         replies_BT = output[:, inputs["input_ids"].shape[1] :]
         replies = zip(requests, replies_BT.tolist(), prompt_tokens, strict=True)
         return [self._reply(request, ids, prompt) for request, ids, prompt in replies]
 
     def _chat(self, request: Request) -> str:
+        """Render the chat in the first form that the model's template supports and prints completely."""
         prompt = Prompt(id=request.prompt_id, system=request.system, text=request.text)
         messages = prompt.messages(len(request.images), request.pages)
         if request.failed:
@@ -94,53 +99,58 @@ class EmbeddedEngine:
             formed = form(messages)
             try:
                 chat = str(self._loaded[0].apply_chat_template(formed, add_generation_prompt=True))
-            except (TemplateError, TypeError):  # it supports no system text, or not in this form
+            except (TemplateError, TypeError):  # no system text, or not in this form
                 continue
-            # A template may leave out a text in the form that it does not expect, or print it as Python does.
             parts = [part for one in formed for part in one["content"] if isinstance(part, dict)]
-            is_printed = any(str(part) in chat for part in parts)
-            if prompt.system.strip() in chat and prompt.text.strip() in chat and not is_printed:
+            shows_python = any(str(part) in chat for part in parts)
+            if prompt.system.strip() in chat and prompt.text.strip() in chat and not shows_python:
                 return chat
         raise EngineError(
             f"the chat template of {self.model} leaves out the system text or the task",
-            hint="take a variant that was trained to follow instructions, or a server: --base-url",
+            hint="use an instruction-tuned variant of the model, or a server: --base-url",
         )
 
     def _reply(self, request: Request, ids: list[int], prompt_tokens: int) -> Reply:
-        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
-        finished, reply_ids = end is not None, ids[:end]
+        end = next((position for position, token in enumerate(ids) if token in self._eos_ids), None)
+        reply_ids = ids[:end]
         self._tokens += len(reply_ids)
         text = self._loaded[0].tokenizer.decode(reply_ids, skip_special_tokens=True)
-        return request.reply(text, "stop" if finished else "length", prompt_tokens, len(reply_ids))
+        return request.reply(text, "length" if end is None else "stop", prompt_tokens, len(reply_ids))
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        disable_progress_bar()  # synth shows its own progress
+        disable_progress_bar()
+        options: dict[str, Any] = {"revision": self._commit, "trust_remote_code": False}
+        # On a CPU, bfloat16 is not faster, and less exact.
+        dtype = torch.float32 if _device() == "cpu" else torch.bfloat16
         try:
-            processor = AutoProcessor.from_pretrained(self._path, revision=self._commit, trust_remote_code=False)
-            dtype = torch.float32 if _device() == "cpu" else torch.bfloat16  # as fast on a CPU, and its sums are steadier
-            load_model = AutoModelForImageTextToText.from_pretrained
-            model: nn.Module = load_model(self._path, revision=self._commit, dtype=dtype, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(self._path, **options)
+            model: nn.Module = AutoModelForImageTextToText.from_pretrained(self._path, dtype=dtype, **options)
             processor.tokenizer.padding_side = "left"
-        except (OSError, ValueError, AttributeError, ImportError) as error:  # some processors want packages of their own
-            raise EngineError(
-                f"cannot load {self.model}: {one_line(error, 300)}",
-                hint="--model takes a vision-language model of transformers: a folder, a Hub id, or tiny",
-            ) from None
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            ImportError,
+        ) as error:  # some processors need more packages
+            hint = "--model needs a vision-language model of transformers: a folder, a Hub id, or tiny"
+            raise EngineError(f"cannot load {self.model}: {one_line(error, 300)}", hint=hint) from None
         if not processor.chat_template:
-            hint = "take the variant that was trained to follow instructions"
+            hint = "use an instruction-tuned variant of the model"
             raise EngineError(f"{self.model} has no chat template", hint=hint)
         return processor, model.to(_device()).eval()
 
     @cached_property
-    def _ends(self) -> frozenset[int]:
-        """The tokens that end a reply: that of the tokenizer, with which grammars end, and those of the model."""
+    def _eos_ids(self) -> frozenset[int]:
+        """The tokens that end a reply: the tokenizer's, with which grammars end, and the model's."""
         processor, model = self._loaded
-        stated = model.generation_config.eos_token_id
-        return frozenset([processor.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]) - {None}
+        ids = model.generation_config.eos_token_id
+        return frozenset([processor.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]) - {
+            None
+        }
 
     @property
-    def _pad(self) -> int:
+    def _pad_id(self) -> int:
         tokenizer = self._loaded[0].tokenizer
         return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
@@ -153,42 +163,41 @@ def _vocab_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-Messages = list[dict[str, Any]]
-
-
 def _with_parts(messages: Messages) -> Messages:
-    """Return messages each of which has a list of parts, as most chat templates take them."""
+    """Turn each text into a list of parts, the form that most chat templates support."""
     return [
-        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else one
+        {**one, "content": [{"type": "text", "text": one["content"]}]}
+        if isinstance(one["content"], str)
+        else one
         for one in messages
     ]
 
 
 def _without_system(messages: Messages) -> Messages:
-    """Return messages whose system text stands at the beginning of what the user says."""
+    """Move the system text to the beginning of the user's turn."""
     if messages[0]["role"] != "system":
         return messages
-    system, first, *others = _with_parts(messages)
-    return [{**first, "content": [*system["content"], *first["content"]]}, *others]
+    system, first, *rest = _with_parts(messages)
+    return [{**first, "content": [*system["content"], *first["content"]]}, *rest]
 
 
 def batch_requests(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Cut requests into batches of one task, style and attempt: prompts of similar length need little padding."""
+    """Yield batches of one task, style and attempt: prompts of similar length need little padding."""
     kind = attrgetter("task", "style", "attempt")
-    for _, same in groupby(sorted(requests, key=kind), key=kind):  # a stable sort: samples stay in order
+    for _, same in groupby(sorted(requests, key=kind), key=kind):
         group = list(same)
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 class Grammars:
-    """Makes a matcher for each request from the wire schema of its task; JSON is compact, as in the models' training."""
+    """Makes a matcher for each request from its schema. JSON has no white space, as in training."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
         self._prototypes: dict[str, LLMatcher] = {}
 
     def matcher(self, schema: str) -> LLMatcher:
-        """Return a fresh matcher for the wire schema of a task, as JSON."""
+        """Return a new matcher for a JSON schema."""
         if schema not in self._prototypes:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             self._prototypes[schema] = LLMatcher(self._tokenizer, grammar)
@@ -196,21 +205,23 @@ class Grammars:
 
 
 class GrammarChooser(LogitsProcessor):
-    """Chooses the next token of each row, among those its grammar allows: the likeliest, or one sampled at its temperature.
+    """Chooses the next token of each row among those that its grammar allows: greedy, or sampled.
 
-    The choice is returned as scores that allow one token, so that `generate` stays greedy and each row keeps its own
-    random numbers (shapes: B rows, V vocabulary).
+    Returns scores that allow only the chosen token: `generate` stays greedy, and each row has its own random
+    numbers. Shapes: B rows, V vocabulary, T tokens, R sampled rows.
     """
 
     def __init__(self, requests: list[Request], grammars: Grammars, vocab_size: int) -> None:
         self._matchers = [grammars.matcher(request.schema) for request in requests]
-        self._rngs = [np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests]
+        self._rngs = [
+            np.random.default_rng([int(request.id[:16], 16), request.attempt]) for request in requests
+        ]
         self._temperatures = torch.tensor([request.sampling.temperature for request in requests])
-        self._mask = llguidance.numpy.allocate_token_bitmask(len(requests), vocab_size)  # a bit a token
+        self._mask = llguidance.numpy.allocate_token_bitmask(len(requests), vocab_size)  # one bit per token
         self._done = [False] * len(requests)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  # the signature of transformers
-        """Take ids [B, T] and scores [B, V] of the next token; return scores [B, V] that allow one token."""
+        """Take ids [B, T] and scores [B, V]; return scores [B, V] that allow one token per row."""
         for row, matcher in enumerate(self._matchers):
             llguidance.numpy.fill_next_token_bitmask(matcher, self._mask, row)
         bits_BV = np.unpackbits(self._mask.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
@@ -218,19 +229,25 @@ class GrammarChooser(LogitsProcessor):
         chosen_B = self._choose(allowed_BV)
         for row, token in enumerate(chosen_B.tolist()):
             if not self._done[row]:
-                self._done[row] = not self._matchers[row].consume_token(token) or self._matchers[row].is_stopped()
+                matcher = self._matchers[row]
+                self._done[row] = not matcher.consume_token(token) or matcher.is_stopped()
         only_BV = torch.full_like(allowed_BV, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)
         return only_BV.to(scores.device, scores.dtype)
 
     def _choose(self, allowed_BV: Tensor) -> Tensor:
         chosen_B = allowed_BV.argmax(-1)
-        rows = (self._temperatures > 0).nonzero().flatten()
-        if len(rows):
-            # Inverse transform sampling: the first token at which the summed probability passes a uniform number.
-            cumulative_RV = (allowed_BV[rows] / self._temperatures[rows, None]).double().softmax(-1).cumsum(-1)
-            uniform_R = torch.tensor([self._rngs[row].random() for row in rows.tolist()], dtype=torch.double)
-            passed_R = torch.searchsorted(cumulative_RV, (uniform_R * cumulative_RV[:, -1])[:, None], right=True).flatten()
-            chosen_B[rows] = passed_R.clamp(max=allowed_BV.shape[1] - 1)
+        rows_R = (self._temperatures > 0).nonzero().flatten()
+        if len(rows_R):
+            # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform
+            # number.
+            scores_RV = allowed_BV[rows_R] / self._temperatures[rows_R, None]
+            cumulative_RV = scores_RV.double().softmax(-1).cumsum(-1)
+            uniform_R = torch.tensor(
+                [self._rngs[row].random() for row in rows_R.tolist()], dtype=torch.double
+            )
+            thresholds_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
+            tokens_R = torch.searchsorted(cumulative_RV, thresholds_R1, right=True).flatten()
+            chosen_B[rows_R] = tokens_R.clamp(max=allowed_BV.shape[1] - 1)
         return chosen_B
 
 

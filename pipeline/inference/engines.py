@@ -1,13 +1,14 @@
-"""Choose the engine and its model before anything is loaded: the model's revision is part of every request id."""
+"""Choose the engine and its model before anything is loaded: request ids depend on the model's revision."""
 
 import asyncio
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import NO_MODEL, TINY, Config
 from pipeline.config.sections import AT_SERVER, BoxUnit, GenerateConfig, ServerConfig, address_of, origin_of
@@ -22,33 +23,33 @@ from pipeline.types import Engine
 
 _WEIGHTS = Path(__file__).parents[1] / "scenes" / "weights"
 TINY_WEIGHTS, TINY_DECK_WEIGHTS = _WEIGHTS / "teacher", _WEIGHTS / "deck_teacher"
-LAST_PORT = 65_535
+MAX_PORT = 65_535
+MAX_SIDE_PX = 10_000  # a larger `longest_edge` is an area
 NO_GPU = "; this machine has no GPU, so a server elsewhere would be much faster"
 HOW_TO_CHOOSE = (
-    "--model takes a folder or a Hub id of a vision-language model; --base-url a server that runs; "
+    "use --model with the folder or Hub id of a vision-language model, or --base-url with a running server; "
     "to try the pipeline itself on any image: --engine embedded --model tiny"
 )
-LONGEST_SIDE_PX = 10_000  # of an image that a processor takes as it is; a larger number is an area
 OUTPUT_NEUTRAL_FLAGS = frozenset(  # change the speed of replies, not their content
     f"--{name}"
     for name in (
         "api-server-count", "block-size", "data-parallel-size", "enforce-eager", "gpu-memory-utilization",
-        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs", "performance-mode",
-        "pipeline-parallel-size", "swap-space", "tensor-parallel-size", "uvicorn-log-level",
+        "kv-cache-memory-bytes", "max-model-len", "max-num-batched-tokens", "max-num-seqs",
+        "performance-mode", "pipeline-parallel-size", "swap-space", "tensor-parallel-size",
+        "uvicorn-log-level",
     )
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFamily:
-    """Models of one architecture, in several sizes, which write boxes in the same coordinates."""
+class ModelFamily(NamedTuple):
+    """Models of one architecture, which write boxes in the same coordinates."""
 
     name: str
-    pattern: str  # matches names of its models in lower case, without an organization
+    pattern: str  # of lower-case model names, without an organization
     boxes: BoxUnit
 
 
-FAMILIES = (  # by the cards of the models
+FAMILIES = (  # source: model cards
     ModelFamily("Qwen2.5-VL", r"qwen2[._]?5[-_]?vl", "pixels"),
     ModelFamily("Qwen3-VL", r"qwen3[-_]?vl", "thousandths"),
     ModelFamily("InternVL3", r"internvl[-_]?3(?![._]?5)", "thousandths"),
@@ -56,14 +57,13 @@ FAMILIES = (  # by the cards of the models
 
 
 def find_family(model: str) -> ModelFamily | None:
-    """Return the family of a model by its name, such as the name at a server; None for other models."""
+    """Return the family of a model by its name; None for other models."""
     name = model.casefold().rstrip("/").rpartition("/")[2]
     return next((family for family in FAMILIES if re.search(family.pattern, name)), None)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChoice:
-    """The chosen engine. `reason` explains the choice to the user; `make` is called when a request must be sent."""
+class EngineChoice(NamedTuple):
+    """The chosen engine: `reason` explains the choice to the user, `make` creates the engine."""
 
     name: str
     model: str
@@ -72,23 +72,29 @@ class EngineChoice:
     make: Callable[[], Engine]
 
 
-def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None) -> EngineChoice:
-    """Choose the engine. `log` receives the output of a server that is started; `progress` receives messages about servers.
+def choose_engine(
+    config: Config, log: Path = Path("vllm.log"), progress: Progress | None = None
+) -> EngineChoice:
+    """Choose the engine. `log` receives the output of a server that synth starts.
 
-    Raises EngineError if no model can answer for this source on this machine, or the servers of --base-url do not.
+    Raises EngineError if no model can answer for this source on this machine, or the servers of --base-url do
+    not.
     """
     if not config.asks_model:
-        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "nothing is asked", _no_engine)
+        return EngineChoice(NO_MODEL, NO_MODEL, NO_MODEL, "no model is asked", _no_engine)
     name, reason = pick_engine(config)
     if config.server.flags and (name != "vllm" or config.base_url):
-        raise EngineError("flags for vLLM were given, and no server is to be started", hint="leave out what stands after --")
+        problem = "flags for vLLM are given after --, but synth starts no server"
+        raise EngineError(problem, hint="leave out -- and the flags after it")
     limits = config.generate.max_tokens, config.generate.max_pixels
     if name == "vllm" and config.base_url:
         from pipeline.inference.client import Client
         from pipeline.inference.probing import find_model
 
         served, revision = find_model(config.base_url, config.model, config.server)
-        make = partial(Client, served, revision, config.server, *limits, urls=config.base_url, progress=progress)
+        make = partial(
+            Client, served, revision, config.server, *limits, urls=config.base_url, progress=progress
+        )
         return EngineChoice(name, served, revision, reason, make)
     model = _model(config)
     tiny_weights = TINY_DECK_WEIGHTS if holds_decks(config) else TINY_WEIGHTS
@@ -96,17 +102,20 @@ def choose_engine(config: Config, log: Path = Path("vllm.log"), progress: Progre
     revision = _revision(model, path)
     if name == "vllm":
         revision += _output_affecting_flags(config.server.flags)
-        return EngineChoice(name, model, revision, reason, lambda: _managed(model, path, revision, config, log, progress))
-    return EngineChoice(name, model, revision, reason, lambda: _embedded(model, path, revision, config.generate))
+        start = partial(_start_vllm, model, path, revision, config, log, progress)
+        return EngineChoice(name, model, revision, reason, start)
+    return EngineChoice(
+        name, model, revision, reason, partial(_embedded, model, path, revision, config.generate)
+    )
 
 
 def choose_judge(
     config: Config, writer_revision: str, progress: Progress | None = None, writer: str | None = None
 ) -> EngineChoice:
-    """Choose the judge of `verify.judge`, MODEL@URL: another model than the writer, on a server of its own.
+    """Choose the judge of `verify.judge`, MODEL@URL.
 
-    Raises ConfigError if no server is named, or the judge is the writer (by its revision, or by its name `writer`) and must not
-    be; EngineError if the server does not answer, or does not serve the model.
+    Raises ConfigError if no server is named, or the judge is the writer (by revision, or by the name
+    `writer`) and must not be; EngineError if the server does not answer, or does not serve the model.
     """
     from pipeline.inference.client import Client
     from pipeline.inference.endpoints import JUDGE_KEY
@@ -114,30 +123,37 @@ def choose_judge(
 
     name, url = (config.verify.judge or "").partition(AT_SERVER)[0], config.judge_url
     if not url:
-        raise ConfigError(f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1")
-    # A host whose servers have keys of their own gets none that is meant for others.
+        raise ConfigError(
+            f"the judge {name} has no server", hint=f"name it: --judge {name}@http://HOST:8000/v1"
+        )
+    # If a host has its own settings (`server.endpoints`), the general key and headers are not for it.
     described, origin = config.server.endpoints, origin_of(url)
     is_described = address_of(url) in map(address_of, described)
-    is_known = origin in map(origin_of, config.base_url) and (is_described or origin not in map(origin_of, described))
+    is_writers = origin in map(origin_of, config.base_url)
+    is_known = is_writers and (is_described or origin not in map(origin_of, described))
     server = config.server if is_known else config.server.model_copy(update={"headers": {}, "key_env": None})
     key_name = None if is_known and JUDGE_KEY not in os.environ else JUDGE_KEY
     served, revision = find_model((url,), name, server, key_name)
-    is_writer = revision == writer_revision or (writer is not None and _base_name(served) == _base_name(writer))
+    is_writer = revision == writer_revision or (
+        writer is not None and _base_name(served) == _base_name(writer)
+    )
     if is_writer and not config.verify.judge_may_be_writer:
-        hint = "name another model, or allow it: verify.judge_may_be_writer: true"
-        raise ConfigError(f"the judge {name} is the model that writes, and a model likes its own texts", hint=hint)
+        problem = f"the judge {name} is also the writer, and a model rates its own texts too high"
+        raise ConfigError(problem, hint="name another model, or set verify.judge_may_be_writer: true")
     limits = config.generate.max_tokens, config.generate.max_pixels
-    make = partial(Client, served, revision, server, *limits, urls=(url,), key_name=key_name, progress=progress)
+    make = partial(
+        Client, served, revision, server, *limits, urls=(url,), key_name=key_name, progress=progress
+    )
     return EngineChoice("vllm", served, revision, "--judge names a server", make)
 
 
 def _base_name(model: str) -> str:
-    """Return the name of a model without its folder, and without the revision that `synth serve` appends."""
+    """Return a model's name without folder and revision."""
     return model.partition("@")[0].rpartition("/")[2]
 
 
 def _output_affecting_flags(flags: tuple[str, ...]) -> str:
-    """Return a revision suffix for flags that may change replies, such as --quantization; empty if there are none."""
+    """Return a revision suffix for flags that may change replies, such as --quantization."""
     words = " ".join(flags).replace("=", " ").split()
     affecting = [
         word
@@ -149,22 +165,22 @@ def _output_affecting_flags(flags: tuple[str, ...]) -> str:
 
 
 def pick_engine(config: Config) -> tuple[str, str]:
-    """Return `embedded` or `vllm`, and the reason; `auto` is vllm if a server is named, or a GPU and vLLM are present."""
+    """Return `embedded` or `vllm`, and the reason."""
     if config.engine == "embedded" and config.base_url:
-        raise EngineError("--base-url names a server, and --engine embedded uses none", hint="leave one of them out")
+        raise EngineError("--base-url and --engine embedded exclude each other", hint="leave one of them out")
     if config.engine != "auto":
         return config.engine, f"--engine {config.engine}"
     if config.base_url:
         return "vllm", "--base-url names a server"
     if has_gpu() and vllm_python():
-        return "vllm", "a GPU and vLLM are here"
-    return "embedded", "no server is named" + (", and there is no GPU" if not has_gpu() else ", and vLLM is not installed")
+        return "vllm", "this machine has a GPU and vLLM"
+    return "embedded", f"no --base-url, and {'vLLM is not installed' if has_gpu() else 'no GPU'}"
 
 
 def max_pixels(path: str, revision: str | None = None) -> int | None:
-    """Return the maximum pixels of an image for a model's processor, if it has a limit; `revision` is that of a Hub id.
+    """Return the maximum pixels of an image by the model's processor; None for no limit.
 
-    `size.longest_edge` is the longest side; processors such as that of Qwen2-VL write an area there.
+    `size.longest_edge` is the longest side; for processors such as Qwen2-VL's, it is an area.
     """
     names = ["preprocessor_config.json", "processor_config.json"]
     if not Path(path).is_dir():
@@ -172,17 +188,16 @@ def max_pixels(path: str, revision: str | None = None) -> int | None:
 
         with translate_hub_errors(path, "model", EngineError, "check the network, then run the same command"):
             path = snapshot_download(path, revision=revision, allow_patterns=names)
-    for name in names:
-        file = Path(path) / name
-        if file.exists():
-            settings = model_settings(file)
-            settings = settings.get("image_processor", settings)
-            size = settings.get("size")
-            side = size.get("longest_edge") if isinstance(size, dict) else None
-            is_area = str(settings.get("image_processor_type")).startswith("Qwen2VL") or (side or 0) > LONGEST_SIDE_PX
-            limit = settings.get("max_pixels") or (side if is_area or not side else side * side)
-            return int(limit) if limit else None
-    return None
+    file = next((file for name in names if (file := Path(path) / name).exists()), None)
+    if file is None:
+        return None
+    settings = model_settings(file)
+    settings = settings.get("image_processor", settings)
+    size = settings.get("size")
+    side = size.get("longest_edge") if isinstance(size, dict) else None
+    is_area = str(settings.get("image_processor_type")).startswith("Qwen2VL") or (side or 0) > MAX_SIDE_PX
+    limit = settings.get("max_pixels") or (side if is_area or not side else side * side)
+    return int(limit) if limit else None
 
 
 def _no_engine() -> Engine:
@@ -193,21 +208,18 @@ def _model(config: Config) -> str:
     source_model = find_source(config.source).model
     model = config.model or source_model
     if model == TINY != source_model and config.engine != "embedded":
-        raise EngineError(
-            f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}", hint=HOW_TO_CHOOSE
-        )
+        problem = f"the tiny teacher knows drawn scenes and nothing else, and cannot describe {config.source}"
+        raise EngineError(problem, hint=HOW_TO_CHOOSE)
     if model == TINY:
         from pipeline.scenes.text import STYLES
 
         if "covers" in config.verify.checks or config.verify.repair:
             hint = "leave out covers and --repair, or name a larger model: --model, --base-url"
-            raise EngineError("the tiny teacher knows pictures, and can neither read nor repair a caption", hint=hint)
+            raise EngineError("the tiny teacher can neither read nor repair captions", hint=hint)
         unknown = [style for style in config.generate.caption_styles if style not in STYLES]
         if unknown:
-            raise EngineError(
-                f"the tiny teacher does not know the caption style {unknown[0]}",
-                hint=f"it knows {', '.join(STYLES)}; --model takes a larger model",
-            )
+            problem = f"the tiny teacher does not know the caption style {unknown[0]}"
+            raise EngineError(problem, hint=f"use {', '.join(STYLES)}, or name a larger model: --model")
     return model
 
 
@@ -215,13 +227,14 @@ def _revision(model: str, path: str) -> str:
     if Path(path).is_dir():
         return weights_revision(Path(path))
     if model == TINY:
-        raise EngineError(
-            "the tiny teacher's weights are not installed", hint="install synth again, from a whole wheel or clone"
-        )
+        hint = "install synth again, from a complete wheel or clone"
+        raise EngineError("the weights of the tiny teacher are missing", hint=hint)
     from huggingface_hub import HfApi
 
-    offline = f"check the network, or name a model folder: --model FOLDER; a server: --base-url{'' if has_gpu() else NO_GPU}"
-    with translate_hub_errors(model, "model", EngineError, offline, or_folder=True):
+    hint = "check the network, or name a model folder (--model FOLDER) or a server (--base-url)"
+    with translate_hub_errors(
+        model, "model", EngineError, hint + ("" if has_gpu() else NO_GPU), or_folder=True
+    ):
         return str(HfApi().model_info(model).sha)
 
 
@@ -229,54 +242,64 @@ def _embedded(model: str, path: str, revision: str, generate: GenerateConfig) ->
     try:
         from pipeline.inference.embedded import EmbeddedEngine
     except ModuleNotFoundError as error:
-        hint = install_command("embedded")
-        raise EngineError(f"the embedded engine needs the package {error.name}", hint=hint) from None
+        problem = f"the embedded engine needs the package {error.name}"
+        raise EngineError(problem, hint=install_command("embedded")) from None
     return EmbeddedEngine(model, path, revision, generate.batch_size, generate.max_pixels)
 
 
-def _managed(model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None) -> Engine:
+def _start_vllm(
+    model: str, path: str, revision: str, config: Config, log: Path, progress: Progress | None
+) -> Engine:
     from pipeline.inference.client import Client
 
-    server = config.server.model_copy(update={"enforced_schema": True})  # ours does
+    server = config.server.model_copy(update={"enforced_schema": True})
     pixels = config.generate.max_pixels or max_pixels(path, revision.partition("+")[0])
     launches = plan_servers(path, revision, server, log, decks=holds_decks(config))
-    return Client(model, revision, server, config.generate.max_tokens, pixels, launches=launches, progress=progress)
+    return Client(
+        model, revision, server, config.generate.max_tokens, pixels, launches=launches, progress=progress
+    )
 
 
 def serve_model(
-    model: str, server: ServerConfig, port: int | None, log: Path, progress: Progress, ready: Callable[[dict[str, str]], None]
+    model: str,
+    server: ServerConfig,
+    port: int | None,
+    log: Path,
+    progress: Progress,
+    ready: Callable[[dict[str, str]], None],
 ) -> None:
-    """Run a server on each GPU, or one on the CPU, until the process is interrupted; `ready` receives addresses and key.
+    """Run a server on each GPU, or one on the CPU, until interrupted; `ready` receives addresses and key.
 
-    The servers listen on `port` and those after it. Raises EngineError if vLLM is not installed, cannot be started, or a
-    server dies more than `max_restarts` times.
+    The servers listen on `port` and the following ports. Raises EngineError if vLLM is not installed, cannot
+    be started, or dies more than `max_restarts` times.
     """
     path = str(TINY_WEIGHTS) if model == TINY else model
     revision = _revision(model, path) + _output_affecting_flags(server.flags)
     launches = plan_servers(path, revision, server, log, decks=True)
-    if port and port + len(launches) - 1 > LAST_PORT:
-        raise EngineError(
-            f"{len(launches)} servers need ports from {port} on", hint=f"ports end at {LAST_PORT}: a lower --port"
-        )
+    if port and port + len(launches) - 1 > MAX_PORT:
+        problem = f"--port {port} is too high for {len(launches)} servers"
+        raise EngineError(problem, hint=f"the highest port is {MAX_PORT}: choose a lower --port")
     launches = [replace(launch, port=port and port + number) for number, launch in enumerate(launches)]
 
     async def serve() -> None:
-        async with run_servers(launches, progress) as running:
-            urls = [f"{one.root}/v1" for one in running]
+        async with run_servers(launches, progress) as servers:
+            urls = [f"{server.root}/v1" for server in servers]
             options = " ".join(f"--base-url {url}" for url in urls)
-            progress.message(f"serving {launches[0].name}; use it with:\n  export SYNTH_API_KEY={launches[0].api_key}")
+            progress.message(
+                f"serving {launches[0].name}; use it with:\n  export SYNTH_API_KEY={launches[0].api_key}"
+            )
             progress.message(f"  synth generate {options} --source ...")
             ready({"url": "\n".join(urls), "key": launches[0].api_key})
-            ends = [asyncio.ensure_future(one.gave_up.wait()) for one in running]
+            ends = [asyncio.ensure_future(server.gave_up.wait()) for server in servers]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            failure = next((one.failure for one in running if one.failure), None)
-            raise failure or EngineError("the server has ended", hint=f"its log: {log}")
+            failure = next((server.failure for server in servers if server.failure), None)
+            raise failure or EngineError("the server has ended", hint=f"see its log: {log}")
 
     asyncio.run(serve())
 
 
 @contextmanager
 def open_engine(choose: Callable[[], EngineChoice]) -> Iterator[Callable[[], Engine]]:
-    """Yield a function that returns the engine: made at the first call, and closed at the end."""
+    """Yield a function that makes the engine at its first call; the engine is closed at the end."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(choose().make()))

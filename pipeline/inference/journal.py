@@ -1,8 +1,8 @@
 """The journal: every raw reply is stored under its request id before it is parsed.
 
-An answered request is never sent again. A request that was sent but has no reply was in flight when the process died.
-Each SQLite file has one writer: the process that holds the lock of its folder. Each reply has a checksum, since SQLite has
-none: a rotten bit would change a dataset without a word.
+An answered request is never sent again. A request that was sent but has no reply was in flight when the
+process died. Only the process that holds the folder's lock writes to a journal. Each reply has a checksum,
+since SQLite has none.
 """
 
 import hashlib
@@ -12,17 +12,16 @@ import shutil
 import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.digests import canonical
 from pipeline.errors import StoreError
 from pipeline.inference.budget import ASSUMED_PROMPT_TOKENS, CHARACTERS_PER_TOKEN
 from pipeline.types import UNANSWERED, Reply, Request
 
-FORMAT = 5  # raise when a table or the checksum changes; no other format is read
+FORMAT = 5  # raise it when a table or the checksum changes
 _TABLES = """
 CREATE TABLE IF NOT EXISTS asked (request_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
@@ -32,35 +31,34 @@ CREATE TABLE IF NOT EXISTS replies (
     max_pixels INTEGER, checksum INTEGER NOT NULL,
     PRIMARY KEY (request_id, attempt)
 ) WITHOUT ROWID;
-"""
-_COLUMNS = (
-    "request_id, attempt, sample_id, task, style, prompt_id, text, finish_reason, flaw, prompt_tokens, reply_tokens, "
-    "max_pixels, checksum"
-)
-_KEEP = (
-    f"INSERT INTO replies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "  # noqa: S608
-    "ON CONFLICT (request_id, attempt) DO UPDATE SET "  # what two samples share may be asked again about the other one
-    "sample_id = excluded.sample_id, task = excluded.task, style = excluded.style, prompt_id = excluded.prompt_id, "
-    "text = excluded.text, finish_reason = excluded.finish_reason, flaw = excluded.flaw, "
-    "prompt_tokens = excluded.prompt_tokens, reply_tokens = excluded.reply_tokens, "
-    "max_pixels = excluded.max_pixels, checksum = excluded.checksum "
+"""  # noqa: E501  # SQLite stores this text in the file
+_NAMES = (
+    "request_id", "attempt", "sample_id", "task", "style", "prompt_id", "text", "finish_reason", "flaw",
+    "prompt_tokens", "reply_tokens", "max_pixels", "checksum",
+)  # fmt: skip
+_COLUMNS = ", ".join(_NAMES)
+# A reply replaces an error: a request that two samples share is sent again for the other sample.
+_INSERT = (
+    f"INSERT INTO replies ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) "  # noqa: S608
+    f"ON CONFLICT (request_id, attempt) DO UPDATE SET {', '.join(f'{n} = excluded.{n}' for n in _NAMES[2:])} "
     f"WHERE replies.finish_reason IN {UNANSWERED}"
 )
-_ID, MOST_TIMES = re.compile("[0-9a-f]{64}"), 10_000  # a request id, and how often a request may have been sent
-_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]  # prefixes of request ids, which are hexadecimal
+_REQUEST_ID = re.compile("[0-9a-f]{64}")
+MAX_TIMES_SENT = 10_000
+_ID_PREFIXES = [f"{number:03x}" for number in range(1 << 12)]
 
 
 class Journal:
-    """Replies on disk. Use as a context manager; each call that writes is one transaction.
+    """Replies on disk, as a context manager; each call that writes is one transaction.
 
-    Raises StoreError if the file was written by another version of synth.
+    Raises StoreError if another version of synth wrote the file.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._db = sqlite3.connect(path.absolute())
-        self._db.text_factory = _damaged_text
+        self._db.text_factory = _decode
         (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         if tables and (error := _format_error(self._db, path)):
             self._db.close()
@@ -78,30 +76,26 @@ class Journal:
         self._db.close()
 
     def last(self, request_id: str, *, answered: bool = False) -> tuple[Reply, str | None] | None:
-        """Return the newest reply to a request and its flaw, if there is one; with `answered`, the newest by a model.
+        """Return the newest reply to a request and its flaw; with `answered`, the newest of a model.
 
-        Raises StoreError if the reply has another checksum.
+        Raises StoreError if the checksum of the reply is wrong.
         """
         by_model = f"AND finish_reason NOT IN {UNANSWERED}" if answered else ""
-        newest = f"SELECT {_COLUMNS} FROM replies WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"  # noqa: S608
-        row = self._db.execute(newest, (request_id,)).fetchone()
+        where = f"WHERE request_id = ? {by_model} ORDER BY attempt DESC LIMIT 1"
+        row = next(iter(_read_replies(self._db, where, (request_id,))), None)
         if row is None:
             return None
-        _, attempt, _, _, _, _, text, finish_reason, flaw, prompt_tokens, reply_tokens, max_pixels, _ = _require_intact(
-            self._path, row
-        )
-        return Reply(request_id, attempt, text, finish_reason, prompt_tokens, reply_tokens, max_pixels), flaw
+        text, finish_reason, flaw, *counts = _require_intact(self._path, row)[6:-1]
+        return Reply(request_id, row[1], text, finish_reason, *counts), flaw
 
     def record_sent(self, requests: Iterable[Request]) -> None:
         """Record that these requests are about to be sent."""
+        upsert = "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1"
         with self._db:
-            self._db.executemany(
-                "INSERT INTO asked VALUES (?, 1) ON CONFLICT (request_id) DO UPDATE SET times = times + 1",
-                [(request.id,) for request in requests],
-            )
+            self._db.executemany(upsert, [(request.id,) for request in requests])
 
     def record_unsent(self, requests: Iterable[Request]) -> None:
-        """Take back that these requests were about to be sent."""
+        """Revert `record_sent`."""
         ids = [(request.id,) for request in requests]
         with self._db:
             self._db.executemany("UPDATE asked SET times = times - 1 WHERE request_id = ?", ids)
@@ -110,74 +104,90 @@ class Journal:
     def keep(self, answered: Iterable[tuple[Request, Reply, str | None]]) -> None:
         """Store replies with their flaws; they are on the disk when this returns.
 
-        An existing reply is replaced only if no model gave it (types.UNANSWERED).
+        An existing reply of a model stays; an error (types.UNANSWERED) is replaced.
         """
         rows = []
         for request, reply, flaw in answered:
             about = (request.sample_id, request.task, request.style, request.prompt_id)
             text = (reply.text, reply.finish_reason, flaw)
-            row = (request.id, reply.attempt, *about, *text, reply.prompt_tokens, reply.reply_tokens, reply.max_pixels)
+            row = (
+                request.id,
+                reply.attempt,
+                *about,
+                *text,
+                reply.prompt_tokens,
+                reply.reply_tokens,
+                reply.max_pixels,
+            )
             rows.append((*row, _checksum(row)))
-        with self._db:
-            self._db.executemany(_KEEP, rows)
+        self.copy([], rows)
 
     def copy(self, asked: Iterable[Sequence[Any]], replies: Iterable[Sequence[Any]]) -> None:
-        """Store rows of another journal as they are."""
+        """Store rows as they are, such as those of another journal."""
         with self._db:
             self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", asked)
-            self._db.executemany(_KEEP, replies)
+            self._db.executemany(_INSERT, replies)
 
-    def import_replies(self, path: Path, first_id: str, behind_id: str) -> None:
-        """Copy the replies of another journal about samples with first_id <= id < behind_id; existing replies stay.
+    def import_replies(self, path: Path, first_id: str, end_id: str) -> None:
+        """Copy replies about samples with first_id <= id < end_id from another journal; existing ones stay.
 
-        Replies to blind questions do not depend on a sample, and many samples share one, so all of them are copied; other
-        replies about a text alone go with the sample that was asked about last.
-        The other journal must be closed and have no writer: it is opened read-only, possibly from another node.
-        Raises StoreError if it was written by another version of synth, or is damaged.
+        All blind questions are copied too, since samples share them. The other journal must have no writer:
+        it is opened read-only, possibly from another node. Raises StoreError if it is damaged or has another
+        format.
         """
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as source:
-            source.text_factory = _damaged_text
+            source.text_factory = _decode
             if error := _format_error(source, path):
                 raise error
-            rows = _read_replies(source, "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'", (first_id, behind_id))
-            with self._db:
-                self._db.executemany(_KEEP, (_require_intact(path, row) for row in rows))
+            where = "WHERE sample_id >= ? AND sample_id < ? OR style = 'blind'"
+            rows = _read_replies(source, where, (first_id, end_id))
+            self.copy([], (_require_intact(path, row) for row in rows))
 
     def digest(self) -> str:
         """Return a digest of all replies, by their checksums."""
         replies = hashlib.sha256()
-        for row in self._db.execute("SELECT request_id, attempt, checksum FROM replies ORDER BY request_id, attempt"):
+        query = "SELECT request_id, attempt, checksum FROM replies ORDER BY request_id, attempt"
+        for row in self._db.execute(query):
             replies.update(repr(row).encode())
         return replies.hexdigest()
 
     def likely_tokens(self, task: str = "") -> tuple[int, int]:
-        """Return the tokens of all replies, or of those for a task, that were read and written, by budget.likely_tokens."""
+        """Return the prompt and reply tokens of all replies, or of a task's, by budget.likely_tokens."""
         is_uncounted = f"prompt_tokens = 0 AND finish_reason NOT IN {UNANSWERED}"
-        likely = f"CASE WHEN {is_uncounted} THEN {ASSUMED_PROMPT_TOKENS} ELSE prompt_tokens END"
-        written = (
-            f"CASE WHEN {is_uncounted} THEN MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN}) ELSE reply_tokens END"
+        likely_written = f"MAX(reply_tokens, LENGTH(text) / {CHARACTERS_PER_TOKEN})"
+        sums = ", ".join(
+            f"COALESCE(SUM(CASE WHEN {is_uncounted} THEN {likely} ELSE {counted} END), 0)"
+            for likely, counted in (
+                (ASSUMED_PROMPT_TOKENS, "prompt_tokens"),
+                (likely_written, "reply_tokens"),
+            )
         )
-        sums = f"SELECT COALESCE(SUM({likely}), 0), COALESCE(SUM({written}), 0) FROM replies WHERE ? IN ('', task)"  # noqa: S608
-        read, replied = self._db.execute(sums, (task,)).fetchone()
-        return read, replied
+        query = f"SELECT {sums} FROM replies WHERE ? IN ('', task)"  # noqa: S608
+        read, written = self._db.execute(query, (task,)).fetchone()
+        return read, written
 
     def count_unanswered(self) -> int:
-        """Return how many requests were sent and have no reply."""
-        without = "SELECT COUNT(*) FROM asked WHERE request_id NOT IN (SELECT request_id FROM replies)"
-        (count,) = self._db.execute(without).fetchone()
-        return int(count)
+        """Return the number of requests that were sent and have no reply."""
+        query = "SELECT COUNT(*) FROM asked WHERE request_id NOT IN (SELECT request_id FROM replies)"
+        return int(self._db.execute(query).fetchone()[0])
 
     def totals(self) -> dict[str, int]:
-        """Return the counts of requests sent (repeats included) and of replies stored, and the tokens of the replies."""
+        """Return the numbers of requests sent (with repeats), of replies, and of their tokens."""
         (sent,) = self._db.execute("SELECT COALESCE(SUM(times), 0) FROM asked").fetchone()
-        sums = "COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0)"
-        replies, prompt_tokens, reply_tokens = self._db.execute(f"SELECT {sums} FROM replies").fetchone()  # noqa: S608
-        return {"asked": sent, "replies": replies, "prompt_tokens": prompt_tokens, "reply_tokens": reply_tokens}
+        query = (
+            "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(reply_tokens), 0) FROM replies"
+        )
+        replies, prompt_tokens, reply_tokens = self._db.execute(query).fetchone()
+        return {
+            "asked": sent,
+            "replies": replies,
+            "prompt_tokens": prompt_tokens,
+            "reply_tokens": reply_tokens,
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class JournalState:
-    """The number of replies in a journal, the request ids of damaged replies, and SQLite's complaint about the file."""
+class JournalState(NamedTuple):
+    """Number of replies, request ids of damaged replies, and SQLite's complaint about the file."""
 
     replies: int
     damaged: tuple[str, ...]
@@ -190,14 +200,14 @@ class JournalState:
 
 
 def check_journal(path: Path) -> JournalState:
-    """Read all of a journal, and return its state. Raises StoreError if another version of synth wrote it."""
-    # Even to read a journal, SQLite writes a file next to it, which a read-only disk refuses.
+    """Read a whole journal, and return its state. Raises StoreError if it has another format."""
+    # SQLite writes a file next to a journal even to read it, which fails on a read-only disk.
     options = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     replies = 0
     damaged: list[str] = []
     problem = ""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)) as db:
-        db.text_factory = _damaged_text
+        db.text_factory = _decode
         try:
             if error := _format_error(db, path):
                 raise error
@@ -211,64 +221,65 @@ def check_journal(path: Path) -> JournalState:
 
 
 def repair_journal(path: Path) -> tuple[int, int, int]:
-    """Replace a damaged journal by a copy of its intact replies.
+    """Replace a damaged journal by a copy of its intact replies; the old file stays as `.damaged-1` etc.
 
-    Return the number of replies kept, of replies with another checksum, and of requests sent without a reply.
-
-    The damaged file is kept next to the journal, as `.damaged-1` and so on. Raises StoreError, and changes nothing, if no
-    reply is intact.
+    Return the numbers of intact replies, of damaged replies, and of requests without a reply. Raises
+    StoreError, and changes nothing, if no reply is intact.
     """
-    fresh = path.with_name(f"{path.name}.repairing")
-    fresh.unlink(missing_ok=True)
+    draft = path.with_name(f"{path.name}.repairing")
+    draft.unlink(missing_ok=True)
     lost = 0
     try:
-        with closing(sqlite3.connect(path.absolute())) as source, Journal(fresh) as journal:
-            source.text_factory = _damaged_text
-            for ids in zip(_PREFIXES, [*_PREFIXES[1:], "g"], strict=True):  # an unreadable range costs no other range
+        with closing(sqlite3.connect(path.absolute())) as source, Journal(draft) as journal:
+            source.text_factory = _decode
+            # Small ranges: an unreadable page costs only the replies of its range.
+            for ids in zip(_ID_PREFIXES, [*_ID_PREFIXES[1:], "g"], strict=True):
+                where = "WHERE request_id >= ? AND request_id < ?"
                 asked, rows = list[Any](), list[Sequence[Any]]()
                 with suppress(sqlite3.DatabaseError):
-                    sent = source.execute("SELECT * FROM asked WHERE request_id >= ? AND request_id < ?", ids)
-                    asked.extend(row for row in sent if _is_sent(row))
+                    asked.extend(filter(_is_plausible, source.execute(f"SELECT * FROM asked {where}", ids)))  # noqa: S608
                 with suppress(sqlite3.DatabaseError):
-                    rows.extend(_read_replies(source, "WHERE request_id >= ? AND request_id < ?", ids))
+                    rows.extend(_read_replies(source, where, ids))
                 intact = [row for row in rows if _is_intact(row)]
                 lost += len(rows) - len(intact)
                 journal.copy(asked, intact)
             kept, unanswered = journal.totals()["replies"], journal.count_unanswered()
         if not kept:
-            hint = "restore a copy of it, or move it away to ask everything again"
-            raise StoreError(f"no reply in {path} can be read", hint=hint)
+            hint = "restore a copy of the file, or move it away to ask the model for everything again"
+            raise StoreError(f"{path} is damaged: no reply in it is readable", hint=hint)
         number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
                 shutil.copy2(f"{path}{suffix}", path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-        for suffix in ("-wal", "-shm"):  # SQLite would apply the log of the damaged file to the new one
+        for suffix in ("-wal", "-shm"):  # else SQLite applies the old log to the new file
             path.with_name(f"{path.name}{suffix}").unlink(missing_ok=True)
-        fresh.replace(path)
+        draft.replace(path)
     finally:
         for suffix in ("", "-wal", "-shm"):
-            fresh.with_name(f"{fresh.name}{suffix}").unlink(missing_ok=True)
+            draft.with_name(f"{draft.name}{suffix}").unlink(missing_ok=True)
     return kept, lost, unanswered
 
 
-def _is_sent(row: Sequence[Any]) -> bool:
-    """Return whether a row of `asked`, which has no checksum, is plausible."""
+def _is_plausible(row: Sequence[Any]) -> bool:
+    """Check a row of `asked`, which has no checksum."""
     request_id, times = row
-    is_id = isinstance(request_id, str) and _ID.fullmatch(request_id) is not None
-    return is_id and isinstance(times, int) and 0 < times < MOST_TIMES
+    is_id = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) is not None
+    return is_id and isinstance(times, int) and 0 < times < MAX_TIMES_SENT
 
 
-def _damaged_text(data: bytes) -> str:
-    """Decode text that may be damaged: its checksum says so, and no other row is lost for it."""
+def _decode(data: bytes) -> str:
+    """Decode text that may be damaged; its checksum shows the damage."""
     return data.decode("utf-8", "surrogateescape")
 
 
-def _read_replies(db: sqlite3.Connection, condition: str = "", values: Sequence[str] = ()) -> Iterable[Sequence[Any]]:
-    return db.execute(f"SELECT {_COLUMNS} FROM replies {condition}", values)  # noqa: S608
+def _read_replies(
+    db: sqlite3.Connection, where: str = "", values: Sequence[str] = ()
+) -> Iterable[Sequence[Any]]:
+    return db.execute(f"SELECT {_COLUMNS} FROM replies {where}", values)  # noqa: S608
 
 
 def _checksum(row: Sequence[Any]) -> int:
-    """Return a checksum of the other columns, as SQLite can hold it: 64 bits with a sign."""
+    """Return a checksum of the other columns as a signed 64-bit integer."""
     try:
         content = canonical([*row])
     except (TypeError, ValueError):  # a damaged value of another type
@@ -282,8 +293,11 @@ def _is_intact(row: Sequence[Any]) -> bool:
 
 def _require_intact(path: Path, row: Sequence[Any]) -> Sequence[Any]:
     if not _is_intact(row):
-        hint = f"`synth check {path.parents[1]} --repair` removes damaged replies; the next run asks for these again"
-        raise StoreError(f"{path} is damaged: the reply to {str(row[0])[:12]} has another checksum", hint=hint)
+        command = f"synth check {path.parents[1]} --repair"
+        hint = f"run `{command}`: it removes damaged replies, and the next run asks for them again"
+        raise StoreError(
+            f"{path} is damaged: the checksum of the reply to {str(row[0])[:12]} is wrong", hint=hint
+        )
     return row
 
 
@@ -291,5 +305,6 @@ def _format_error(db: sqlite3.Connection, path: Path) -> StoreError | None:
     (file_format,) = db.execute("PRAGMA user_version").fetchone()
     if file_format == FORMAT:
         return None
-    hint = "choose another folder: --out DIR"
-    return StoreError(f"{path} was written by another version of synth", hint=hint)
+    return StoreError(
+        f"{path} was written by another version of synth", hint="choose another folder: --out DIR"
+    )

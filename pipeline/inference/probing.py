@@ -1,10 +1,9 @@
-"""Before the first paid request: find the model of a server, the fields that it supports, and whether it enforces schemas."""
+"""Before the first paid request: find a server's model and supported fields, and test schema enforcement."""
 
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -16,51 +15,40 @@ from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
     Endpoint,
     Endpoints,
-    KeptImages,
+    ImageCache,
     named_endpoints,
     no_server,
     raise_for_access,
 )
-from pipeline.inference.protocol import (
-    BUSY_STATUSES,
-    CONNECTION_ERRORS,
-    GATEWAY_STATUSES,
-    MAX_BODY_BYTES,
-    REFUSED_STATUSES,
-    VLLM,
-    RetryState,
-    ServerFaultError,
-    named_image,
-    parse_json,
-    read_body,
-)
+from pipeline.inference.protocol import CONNECTION_ERRORS, MAX_BODY_BYTES, ServerFaultError, read_body
 from pipeline.progress import Progress
 
 MODELS_SECONDS = 30.0
-UNENFORCED = "unenforced"  # ends the revision of a model whose replies follow no schema by force
-MAX_CONTEXT_TOKENS = 100_000_000
-SHOWN_MODELS = 8
-UNKNOWN_IMAGE = "0" * 64  # the uuid of no image
+LEARN_SECONDS = 60.0  # a slow server does not delay the other servers longer
 IMAGE_PROBE_SECONDS = 20.0
+MAX_CONTEXT_TOKENS = 100_000_000
+MAX_SHOWN_MODELS = 8
+UNENFORCED = "unenforced"  # suffix of the revision if schemas are not enforced
+UNKNOWN_IMAGE = "0" * 64  # uuid of no image
 _REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a served name
-LEARN_SECONDS = 60.0  # a slow server delays the others no longer
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model as listed by a server: its origin, its context in tokens if given, and whose it is said to be."""
+class ServedModel(NamedTuple):
+    """A model in a server's list."""
 
-    root: str
+    root: str  # its origin
     max_model_len: int | None
     owner: str = ""
 
 
-def find_model(urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None) -> tuple[str, str]:
-    """Return the name and revision of the model to request from servers; `wanted` is its name, or None for their only one.
+def find_model(
+    urls: Sequence[str], wanted: str | None, server: ServerConfig, key_name: str | None = None
+) -> tuple[str, str]:
+    """Return the name and revision of the served model; `wanted` is its name, or None for the only model.
 
-    `synth serve` appends a digest of the weights, or a commit of the Hub, to the name. For other servers the revision is a
-    digest of the served name and root, whatever follows an @: q4_k_m, or a date, may be said of several models.
-    Raises EngineError if no server answers, or the model is ambiguous or not served.
+    `synth serve` appends the revision to the name. For other servers it is a digest of name and root, since a
+    suffix such as @q4_k_m may be that of several models. Raises EngineError if no server answers, or the
+    model is ambiguous or not served.
     """
     name, root = asyncio.run(_find_model(named_endpoints(urls, server, key_name), wanted))
     stated = _REVISION.search(name)
@@ -78,27 +66,27 @@ async def _find_model(endpoints: list[Endpoint], wanted: str | None) -> tuple[st
             continue
         if models is None:
             if wanted is None:
-                raise EngineError(f"{endpoint.url} does not list its models", hint="name one: --model")
+                raise EngineError(f"{endpoint.url} does not list its models", hint="name the model: --model")
             return wanted, ""
         if wanted is None and len(models) != 1:
-            hint = f"pass --model: {shown_models(models)}"
+            hint = f"choose one: --model {shown_models(models)}"
             raise EngineError(f"{endpoint.url} serves {len(models)} models", hint=hint)
-        # `synth serve` appends a revision, and Gemini puts "models/" before its names.
+        # `synth serve` appends a revision, and Gemini puts "models/" in front of its names.
         matching = [n for n in models if wanted in (None, n, n.rpartition("@")[0], n.removeprefix("models/"))]
         if not matching:
             raise not_served(endpoint, wanted or "", models)
         name = wanted if wanted in models else matching[0]
         if name != wanted and len(matching) > 1:
-            hint = f"name one: --model {shown_models(matching)}"
+            hint = f"choose one: --model {shown_models(matching)}"
             raise EngineError(f"{wanted} may be several models of {endpoint.url}", hint=hint)
         return name, models[name].root
     raise no_server(endpoints)
 
 
 async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
-    """Return the models of a server by name; None if it has no list of them.
+    """Return the models of a server by name; None if it has no list.
 
-    Raises ServerFaultError if it does not answer as it should; see also `raise_for_access`.
+    Raises ServerFaultError if it fails to answer, and the errors of `raise_for_access`.
     """
     try:
         async with endpoint.get(f"{endpoint.url}/models", MODELS_SECONDS) as answer:
@@ -114,32 +102,31 @@ async def list_models(endpoint: Endpoint) -> dict[str, ServedModel] | None:
 
 
 def _models_in(answer: bytes) -> dict[str, ServedModel] | None:
-    """Return the models in a list of them; None for anything else."""
     try:
-        models = [model for model in parse_json(answer)["data"] if isinstance(model["id"], str)]
-        return {
-            model["id"]: ServedModel(str(model.get("root") or ""), _context_tokens(model), str(model.get("owned_by") or ""))
-            for model in models
-        }
+        models = [model for model in protocol.parse_json(answer)["data"] if isinstance(model["id"], str)]
+        return {model["id"]: _served_model(model) for model in models}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def _context_tokens(model: dict[str, Any]) -> int | None:
-    """Return the context of a model, as vLLM and SGLang or OpenRouter state it; None if it is not stated."""
-    length = model.get("max_model_len") or model.get("context_length")
-    return length if isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS else None
+def _served_model(model: dict[str, Any]) -> ServedModel:
+    length = model.get("max_model_len") or model.get("context_length")  # vLLM and SGLang, or OpenRouter
+    is_plausible = isinstance(length, int) and 0 < length < MAX_CONTEXT_TOKENS
+    return ServedModel(
+        str(model.get("root") or ""), length if is_plausible else None, str(model.get("owned_by") or "")
+    )
 
 
 def shown_models(models: Iterable[str]) -> str:
-    """Return the first names of served models, for a message: a server may list hundreds."""
+    """Return the first names of served models, for a message."""
     names = [name[:MAX_SHOWN_CHARACTERS] for name in models]
-    return ", ".join(names[:SHOWN_MODELS]) + (f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else "")
+    num_more = len(names) - MAX_SHOWN_MODELS
+    return ", ".join(names[:MAX_SHOWN_MODELS]) + (f" and {num_more} more" if num_more > 0 else "")
 
 
 def not_served(endpoint: Endpoint, name: str, models: Iterable[str]) -> EngineError:
     """Return the error that a server does not serve a model."""
-    hint = f"it serves {shown_models(models) or 'none'}: name one of them, by --model or --judge MODEL@URL"
+    hint = f"it serves {shown_models(models) or 'no model'}: choose one with --model or --judge MODEL@URL"
     return EngineError(f"{endpoint.url} does not serve {name}", hint=hint)
 
 
@@ -149,14 +136,14 @@ async def prepare_servers(
     retire: Callable[[Endpoint, EngineError], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Call `prepare` for all servers. A server that is down or slow is prepared by its first request.
+    """Call `prepare` for all servers; one that is down or slow is prepared at its first request.
 
-    A server that serves other models, or refuses what every request would ask, is passed to `retire`, which raises the refusal
-    of the last one. Raises EngineError if no server is up.
+    Calls `retire` for a server that refuses all requests. Raises EngineError if no server is up.
     """
-    seconds = LEARN_SECONDS if len(endpoints) > 1 else None
-    prepared = (asyncio.wait_for(prepare(endpoint), seconds) for endpoint in endpoints)
-    for endpoint, result in zip(endpoints, await asyncio.gather(*prepared, return_exceptions=True), strict=True):
+    timeout_s = LEARN_SECONDS if len(endpoints) > 1 else None
+    prepared = (asyncio.wait_for(prepare(endpoint), timeout_s) for endpoint in endpoints)
+    results = await asyncio.gather(*prepared, return_exceptions=True)
+    for endpoint, result in zip(endpoints, results, strict=True):
         if isinstance(result, ServerFaultError):
             endpoint.fault = str(result)
             endpoint.is_up.clear()
@@ -168,7 +155,7 @@ async def prepare_servers(
         raise no_server(endpoints)
     for endpoint in endpoints:
         if not endpoint.is_up.is_set() and not endpoint.is_retired:
-            warn(f"{endpoint.url} does not answer; going on without it")
+            warn(f"{endpoint.url} does not answer. The run continues without this server")
             endpoints.wait_for(endpoint)
     roots = dict.fromkeys(endpoint.model_root for endpoint in endpoints if endpoint.model_root)
     if len(roots) > 1:
@@ -176,9 +163,9 @@ async def prepare_servers(
 
 
 async def find_on_server(name: str, endpoint: Endpoint) -> None:
-    """Record what a server lists of a model.
+    """Record what a server lists about a model.
 
-    Raise EngineError if it serves other models, and ServerFaultError if it does not answer.
+    Raises EngineError if it serves other models, and ServerFaultError if it does not answer.
     """
     models = await list_models(endpoint)
     if models is None:
@@ -186,110 +173,113 @@ async def find_on_server(name: str, endpoint: Endpoint) -> None:
     if name not in models:
         raise not_served(endpoint, name, models)
     if models[name].owner == "vllm":
-        endpoint.dialect = VLLM
+        endpoint.dialect = protocol.VLLM
     endpoint.model_root, endpoint.context_tokens = models[name].root, models[name].max_model_len
 
 
 async def learn_dialect(
-    endpoint: Endpoint,
-    model: str,
-    server: ServerConfig,
-    reply_tokens: int,
-    progress: Progress,
+    endpoint: Endpoint, model: str, server: ServerConfig, reply_tokens: int, progress: Progress
 ) -> None:
-    """Set the dialect of a server, and whether it keeps images.
+    """Set the dialect of a server, and whether it caches images.
 
-    `protocol.probe` is sent without what the server refuses, until it answers.
-
-    A model that thinks first gets as many tokens for that as each reply of the run may have, `reply_tokens`.
-
-    Raises EngineError if it answers nothing, or does not enforce schemas and must.
+    Repeats `protocol.probe` without the refused fields until the server answers. A model that thinks first
+    gets `reply_tokens`, the limit of each reply in the run. Raises EngineError if no probe is answered, or
+    the server must enforce schemas and does not.
     """
-    max_tokens = protocol.PROBE_TOKENS
+    url, max_tokens = endpoint.url, protocol.PROBE_TOKENS
     while True:
-        probe = protocol.probe(model, endpoint.dialect, max_tokens)
-        status, answer = await _probe(endpoint, probe, server, progress)
-        if status == 200 and (problem := protocol.problem_of(answer, endpoint.keys)):
+        body = protocol.probe(model, endpoint.dialect, max_tokens)
+        status, text = await _probe(endpoint, body, server, progress)
+        answer = protocol.parse_answer(text) if status == 200 else None
+        message = endpoint.error_message(text) if answer is None else ""
+        if status == 200 and answer is None:
             hint = "fix the reported problem, then run the same command"
-            raise EngineError(f"{endpoint.url} answers its first request with an error: {problem}", hint=hint)
-        if status == 200 and protocol.is_cut_before_text(answer):
+            raise EngineError(f"{url} answers its first request with an error: {message}", hint=hint)
+        if answer and answer.is_cut_before_text:
             if max_tokens >= reply_tokens:
-                hint = "let it: generate: {max_tokens: 4000}; or turn its thinking off where it is served"
-                raise EngineError(f"{endpoint.url} thinks for more than {max_tokens:,} tokens before it says a word", hint=hint)
+                problem = f"the model at {url} thinks for more than {max_tokens:,} tokens before its reply"
+                hint = "allow more: generate: {max_tokens: 4000}; or turn thinking off at the server"
+                raise EngineError(problem, hint=hint)
             max_tokens = reply_tokens
             continue
-        is_enforcing = endpoint.dialect.format == "json_schema"
-        if status == 200 and (not is_enforcing or protocol.proves_schemas(answer)):
+        if answer and (endpoint.dialect.format != "json_schema" or protocol.is_probe_word(answer.text)):
             break
-        message = endpoint.error_message(answer) if status != 200 else ""
-        better = endpoint.dialect.after_refusal(message) if status in REFUSED_STATUSES else None
-        if better is None and message and not re.search("response_format|schema|json_object", message):
-            raise EngineError(f"{endpoint.url} refuses the first request: {message}", hint="check --base-url and --model")
-        if better is None and server.enforced_schema:
+        dialect = endpoint.dialect.after_refusal(message) if status in protocol.REFUSED_STATUSES else None
+        if dialect is None and message and not re.search("response_format|schema|json_object", message):
             raise EngineError(
-                f"{endpoint.url} does not enforce JSON schemas, so no reply of it can be trusted"
-                + (f" ({status}: {message})" if message else ""),
-                hint='start vLLM with --structured-outputs-config \'{"backend":"guidance","disable_any_whitespace":true}\'; '
-                "or have each reply checked, and bad ones asked for again: --no-enforced-schema",
+                f"{url} refuses the first request: {message}", hint="check --base-url and --model"
             )
-        better = better or endpoint.dialect.looser()
-        if better is None:
-            raise EngineError(f"{endpoint.url} refuses the first request: {message or status}", hint="look at its log")
-        endpoint.dialect = better
-    _tell(endpoint, progress)
-    if endpoint.dialect.is_vllm and await _keeps_images(endpoint, model):
-        endpoint.kept = KeptImages()
+        if dialect is None and server.enforced_schema:
+            reason = f" ({status}: {message})" if message else ""
+            config = '{"backend":"guidance","disable_any_whitespace":true}'
+            raise EngineError(
+                f"{url} does not enforce JSON schemas, so its replies may be invalid{reason}",
+                hint=f"start vLLM with --structured-outputs-config '{config}', or pass --no-enforced-schema: "
+                "then synth checks each reply, and asks again for invalid ones",
+            )
+        dialect = dialect or endpoint.dialect.looser()
+        if dialect is None:
+            raise EngineError(f"{url} refuses the first request: {message or status}", hint="look at its log")
+        endpoint.dialect = dialect
+    _report_dialect(endpoint, progress)
+    if endpoint.dialect.is_vllm and await _caches_images(endpoint, model):
+        endpoint.image_cache = ImageCache()
 
 
-def _tell(endpoint: Endpoint, progress: Progress) -> None:
+def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
     dialect = endpoint.dialect
     if left_out := dialect.describe():
         progress.message(f"{endpoint.url} refuses some fields, which are left out: {left_out}")
     if "temperature" in dialect.left_out:
-        progress.warn(f"{endpoint.url} samples at a temperature of its own: replies are not greedy")
+        progress.warn(f"{endpoint.url} samples at its own temperature: replies are not greedy")
     if dialect.format != "json_schema":
-        progress.warn(f"{endpoint.url} does not enforce JSON schemas: each reply is checked, and bad ones are asked for again")
+        progress.warn(
+            f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and asks again"
+        )
 
 
-async def _keeps_images(endpoint: Endpoint, model: str) -> bool:
-    """Return whether a server refuses an unknown name of an image, and for that reason alone.
+async def _caches_images(endpoint: Endpoint, model: str) -> bool:
+    """Return whether a server refuses an unknown image uuid, for that reason.
 
-    vLLM skips some unparsable parts of a message with a warning only: a reply would then be about no image. A failure of this
-    request does not end the run; images are then sent each time.
+    vLLM skips some invalid parts of a message: the reply would then be about no image. If this probe fails
+    for another reason, images are always sent.
     """
-    probe = protocol.image_probe(model, named_image(UNKNOWN_IMAGE), endpoint.dialect)
+    body = protocol.image_probe(model, protocol.named_image(UNKNOWN_IMAGE), endpoint.dialect)
     try:
         async with asyncio.timeout(IMAGE_PROBE_SECONDS):
-            answer, text = await _post(endpoint, probe)
+            answer, text = await _post(endpoint, body)
     except CONNECTION_ERRORS:
         return False
-    return answer.status in REFUSED_STATUSES and "data is not provided" in endpoint.error_message(text)
+    is_refused = answer.status in protocol.REFUSED_STATUSES
+    return is_refused and "data is not provided" in endpoint.error_message(text)
 
 
-async def _post(endpoint: Endpoint, probe: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
-    """Send a probe once; return the answer, and its body."""
-    async with endpoint.post_chat(probe) as answer:
+async def _post(endpoint: Endpoint, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
+    async with endpoint.post_chat(body) as answer:
         return answer, await read_body(answer, MAX_BODY_BYTES)
 
 
-async def _probe(endpoint: Endpoint, probe: bytes, server: ServerConfig, progress: Progress) -> tuple[int, bytes]:
-    """Return status and body of the answer to a probe, which is sent again while the server is busy or fails."""
-    failures, busy = RetryState(server.startup_timeout_s), endpoint.busy
+async def _probe(
+    endpoint: Endpoint, body: bytes, server: ServerConfig, progress: Progress
+) -> tuple[int, bytes]:
+    """Return the status and body of the answer to a probe, retried while the server is busy or fails."""
+    failures = protocol.RetryState(server.startup_timeout_s)
     while True:
         try:
-            answer, text = await _post(endpoint, probe)
+            answer, text = await _post(endpoint, body)
             raise_for_access(answer, endpoint, text)
-            if answer.status not in (*BUSY_STATUSES, *GATEWAY_STATUSES):
-                busy.end()
+            if answer.status not in (*protocol.BUSY_STATUSES, *protocol.GATEWAY_STATUSES):
+                endpoint.busy_since = None
                 return answer.status, text
-            busy.start(answer.status, endpoint.error_message(text))
-            if warning := busy.warning(endpoint.url):
+            endpoint.start_busy(answer.status, endpoint.error_message(text))
+            if warning := endpoint.busy_warning():
                 progress.warn(warning)
-            pause, problem = failures.after_busy(None), f"answers {answer.status} to every request"
+            pause_s, problem = failures.after_busy(None), f"answers {answer.status} to every request"
         except CONNECTION_ERRORS as error:
-            waited = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
-            reason = waited if isinstance(error, TimeoutError) else one_line(error)
-            pause, problem = failures.after_fault(), f"fails at its first request: {reason}"
-        if pause is None:
-            raise EngineError(f"{endpoint.url} {problem}", hint="look at its log and your quota; then run the same command")
-        await asyncio.sleep(pause)
+            timeout = f"no answer within {server.request_timeout_s:g} s (server.request_timeout_s)"
+            reason = timeout if isinstance(error, TimeoutError) else one_line(error)
+            pause_s, problem = failures.after_fault(), f"fails at its first request: {reason}"
+        if pause_s is None:
+            hint = "look at its log and your quota; then run the same command"
+            raise EngineError(f"{endpoint.url} {problem}", hint=hint)
+        await asyncio.sleep(pause_s)

@@ -1,4 +1,4 @@
-"""Build the requests about one image; the id of a request is a digest of everything that its reply depends on."""
+"""Build the requests about one sample. A request id is a digest of everything that the reply depends on."""
 
 import hashlib
 import json
@@ -22,32 +22,31 @@ from pipeline.text.language_codes import language_name
 from pipeline.types import Context, Reply, Request, SampleBatch, Sampling, SourceTexts
 
 NO_RESULTS: Mapping[str, str] = MappingProxyType({})
-RETRY_TEMPERATURE_STEP = 0.5  # added to the temperature at each retry, up to 1: equal sampling may give an equal reply
+RETRY_TEMPERATURE_STEP = 0.5  # added at each retry, up to a temperature of 1
 FEEDBACK = "That reply cannot be used ({flaw}). Reply again, exactly as told above.\n{task_line}"
-FILTER_KEYS = ("min_words", "max_words")  # settings of an own task that the step filter reads, and no request
-Pair = tuple[str, str]  # a task and a style; most tasks have the style ""
+FILTER_KEYS = ("min_words", "max_words")  # settings of a custom task that change no request
+Pair = tuple[str, str]  # task and style; most tasks have the style ""
 
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """What a model is asked about every image, and all that the replies depend on, resolved once from the settings."""
+    """What a model is asked about every sample, with everything that the replies depend on."""
 
     tasks: Tasks
     generate: GenerateConfig
     prompt_dirs: tuple[Path, ...]
-    context: tuple[str, ...]  # columns of the source that prompts may use
-    language: str | None  # of the texts
+    context: tuple[str, ...]  # source columns that prompts may use
+    language: str | None
     seed: int
-    is_filling: bool  # asks only for what people have not written about an image
+    is_filling: bool  # ask only for texts that the source lacks
     revision: str  # of the model
 
     @classmethod
     def of(cls, config: Config, tasks: Tasks, revision: str) -> "RequestPlan":
-        """Resolve the settings of a run."""
+        """Take the plan from the settings of a run."""
         fills = config.human_texts == "fill"
-        return cls(
-            tasks, config.generate, config.prompt_dirs, config.context, config.filter.language, config.seed, fills, revision
-        )
+        language, context, seed = config.filter.language, config.context, config.seed
+        return cls(tasks, config.generate, config.prompt_dirs, context, language, seed, fills, revision)
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -56,29 +55,30 @@ class RequestPlan:
 
     @cached_property
     def needed(self) -> frozenset[str]:
-        """The names of results that own tasks need."""
+        """The names of results that custom tasks need."""
         return frozenset(need for task in self.tasks.own for need in task.needs)
 
     @cached_property
     def rounds(self) -> tuple[tuple[Pair, ...], ...]:
-        """The pairs in the rounds in which they are asked: a task follows those whose results it needs.
+        """The pairs by round: a task is asked after those whose results it needs.
 
         Raises ConfigError if tasks need each other in a circle.
         """
         waiting, done = [*self.pairs], set[str]()
-        in_order = []
+        rounds = []
         while waiting:
             ready = tuple(pair for pair in waiting if done.issuperset(self.tasks[pair[0]].needs))
             if not ready:
                 names = ", ".join(name for name, _ in waiting)
-                raise ConfigError(f"tasks need each other in a circle: {names}", hint="take one of their needs out")
-            in_order.append(ready)
+                hint = "remove one name from the `needs` of one of them"
+                raise ConfigError(f"tasks need each other in a circle: {names}", hint=hint)
+            rounds.append(ready)
             done |= {result_name(*pair) for pair in ready}
             waiting = [pair for pair in waiting if pair not in ready]
-        return tuple(in_order)
+        return tuple(rounds)
 
     def describe(self, *checks: Task) -> list[Any]:
-        """Return everything that the replies about an image depend on, except the image; with the prompts of `checks`."""
+        """Return everything that the replies depend on, except the image; with the prompts of `checks`."""
         prompts = prompt_texts([*self.tasks.asked, *checks], self.prompt_dirs, self.generate.style_prompts)
         values = [self.context, self.language, self.seed, self.is_filling, self.revision]
         return [self.tasks.describe(FILTER_KEYS), self.generate.model_dump(mode="json"), prompts, values]
@@ -86,8 +86,8 @@ class RequestPlan:
     def wanted(self, texts: SourceTexts) -> tuple[Pair, ...]:
         """Return the (task, style) pairs of the requests about a sample, in order.
 
-        Where the model only fills what is missing, an image with a caption is not captioned, and one with a question is not
-        asked about. Captions that a task of the user's own needs are asked for in any case.
+        If the model only fills gaps, existing captions or questions are not asked for, unless a custom task
+        needs them.
         """
         if not self.is_filling:
             return self.pairs
@@ -96,19 +96,21 @@ class RequestPlan:
         return tuple(pair for pair in self.pairs if pair[0] not in done or result_name(*pair) in self.needed)
 
     def count_replies(self, task: Task) -> int:
-        """Return how many replies a task gets about an image: one, or as many captions as are wanted to choose from."""
+        """Return the number of replies to a task: `generate.samples` for captions, else 1."""
         return self.generate.samples if task.text_field and not task.rows_field else 1
 
     def count(self, pairs: Sequence[Pair]) -> int:
-        """Return the number of requests about one sample that is asked these (task, style) pairs."""
+        """Return the number of requests for these (task, style) pairs."""
         return sum(self.count_replies(self.tasks[name]) for name, _ in pairs)
 
     def fields(
         self, task: Task, temperature: float = 0.0, max_tokens: int | None = None, **values: Any
     ) -> tuple[dict[str, Any], str]:
-        """Return what all requests share that ask a task with these `values` of its template; see `shared_fields`."""
+        """Return `shared_fields` of a task with these values of its template."""
         generate = with_max_tokens(self.generate, max_tokens) if max_tokens else self.generate
-        return shared_fields(task, temperature, self.prompt_dirs, generate, self.seed, self.revision, **values)
+        return shared_fields(
+            task, temperature, self.prompt_dirs, generate, self.seed, self.revision, **values
+        )
 
     def _styles_of(self, task: Task) -> tuple[str, ...]:
         if task.has_styles:
@@ -122,17 +124,15 @@ def build_requests(
     plan: RequestPlan,
     context: Context = (),
     results: Mapping[str, str] = NO_RESULTS,
-    asked: Sequence[Pair] | None = None,
+    pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Request]:
-    """Yield the requests about one sample, in the order of tasks and styles, or of those that are `asked` alone.
+    """Yield the requests about one sample, without images (`with_images`); only those of `pairs` if given.
 
-    They are without images: see `with_images`.
-
-    Prompts may use its `context`, and `results` of other tasks (JSON by name). A task is left out if what it needs is missing,
-    or its prompt cannot be rendered with it. Several captions to choose from are several requests.
+    Prompts may use `context` and `results` of other tasks (JSON by name). A task is left out if it needs a
+    missing result, or its prompt cannot be rendered with one.
     """
     row = {"row": tuple(map(tuple, context))} if context else {}
-    for name, style in plan.pairs if asked is None else asked:
+    for name, style in plan.pairs if pairs is None else pairs:
         task = plan.tasks[name]
         if any(need not in results for need in task.needs):
             continue
@@ -140,26 +140,30 @@ def build_requests(
         values = row | used | _values_of(sample_id, plan, task)
         temperature = task.temperature(plan.generate)
         for number in range(plan.count_replies(task)):
-            of_number = {} if number == 0 else {"number": number}
             if number:
                 temperature = max(temperature, plan.generate.sample_temperature)
             try:
-                fields, about = plan.fields(task, temperature, task.max_tokens, style=style, **values)
+                fields, shared_digest = plan.fields(task, temperature, task.max_tokens, style=style, **values)
             except ConfigError:
                 if not task.needs:
                     raise
-                break  # this result does not fit the prompt, which was tried with others
-            without_image: dict[str, Any] = {} if task.shows_image else {"pages": ()}
-            request_id = digest({"image": sample_id, "about": about} | without_image | of_number)
-            yield Request(id=request_id, sample_id=sample_id, style=style, **without_image, **fields)
+                break  # this result does not fit the prompt
+            pages: dict[str, Any] = {} if task.shows_image else {"pages": ()}
+            identity = (
+                {"image": sample_id, "about": shared_digest} | pages | ({"number": number} if number else {})
+            )
+            yield Request(id=digest(identity), sample_id=sample_id, style=style, **pages, **fields)
 
 
 def with_images(requests: Sequence[Request], batch: SampleBatch) -> list[Request]:
-    """Return requests about samples of a batch with the images that they show; without any, none are read."""
+    """Return requests with the images that they show; reads no image if they show none."""
     if not any(request.shows_image for request in requests):
         return list(requests)
-    images_of = dict(zip(batch.ids, batch.read_images(), strict=True))
-    return [replace(one, images=one.pages_of(images_of[one.sample_id])) if one.shows_image else one for one in requests]
+    images = dict(zip(batch.ids, batch.read_images(), strict=True))
+    return [
+        replace(one, images=one.pages_of(images[one.sample_id])) if one.shows_image else one
+        for one in requests
+    ]
 
 
 @lru_cache(64)
@@ -169,26 +173,31 @@ def with_max_tokens(generate: GenerateConfig, max_tokens: int) -> GenerateConfig
 
 
 def _values_of(sample_id: str, plan: RequestPlan, task: Task) -> dict[str, Any]:
-    """Return the values of templates that depend on the image, so that wordings and question types are spread over images."""
+    """Return the template values of a sample; `draw` spreads wordings and question types over samples."""
     code = task.language or plan.language
     language = language_name(None if code == ANY_LANGUAGE else code)
-    return {"draw": int(sample_id[:8], 16) % DRAWS, "words": plan.generate.caption_words, "language": language}
+    return {
+        "draw": int(sample_id[:8], 16) % DRAWS,
+        "words": plan.generate.caption_words,
+        "language": language,
+    }
 
 
 def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
-    """Render every prompt once, also those of checks if the run `has_checks`: a broken template is a ConfigError."""
+    """Render every prompt once, also those of checks if `has_checks`. Raises ConfigError if one is broken."""
     if plan.generate.prompt_dir:
         check_prompt_dir(plan.generate.prompt_dir, [*plan.tasks.asked, *(CHECKING if has_checks else ())])
-    folders, own = plan.prompt_dirs, plan.generate.style_prompts
+    folders, styles = plan.prompt_dirs, plan.generate.style_prompts
     context = tuple((name, "") for name in plan.context)
     check_needs(plan)
     if plan.generate.samples > 1 and max(map(plan.count_replies, plan.tasks.asked), default=1) == 1:
-        raise ConfigError("no captions are asked for of which the best could be chosen", hint="leave --samples out")
+        problem = "--samples chooses the best of several captions, but no task asks for captions"
+        raise ConfigError(problem, hint="leave --samples out")
     for name, style in plan.pairs:
         task = plan.tasks[name]
-        check_names(task, folders, plan.context, own, style)
-        for nulls in (False, True):  # a result may lack what is not required
-            render(task, folders, context, own, _results_to_try(plan, task, nulls=nulls), style=style)
+        check_names(task, folders, plan.context, styles, style)
+        for nulls in (False, True):
+            render(task, folders, context, styles, _empty_results(plan, task, nulls=nulls), style=style)
     if has_checks:
         render(ANSWER, folders, question="?")
         render(CLAIMS, folders, caption="")
@@ -198,54 +207,64 @@ def check_prompts(plan: RequestPlan, *, has_checks: bool) -> None:
 
 
 def result_name(name: str, style: str) -> str:
-    """Return the name by which other tasks need the result of a request: that of the task, or of the style of a caption."""
+    """Return the name of a result for `needs`: the style of a caption, or the task."""
     return style if TASKS.get(name) and TASKS[name].has_styles else name
 
 
 def check_needs(plan: RequestPlan) -> None:
-    """Raise ConfigError if an own task has a name that is taken, shows nothing, or needs a result that no other task gives."""
-    given = {result_name(*pair) for pair in plan.pairs}
+    """Raise ConfigError for a custom task with a name in use, without any input, or with an unknown need."""
+    available = {result_name(*pair) for pair in plan.pairs}
     for task in plan.tasks.own:
         if task.name in TASKS or {task.name, task.name.replace("_", "-")} & {*plan.generate.caption_styles}:
-            raise ConfigError(
-                f"{task.name} is the name of a built-in task or of a caption style", hint="give your task another"
-            )
+            problem = f"{task.name} is the name of a built-in task or of a caption style"
+            raise ConfigError(problem, hint="rename your task")
         if not task.shows_image and not task.needs and not plan.context:
-            hint = "needs names tasks whose results the prompt uses; --columns context=NAME columns of the source"
-            raise ConfigError(f"the task {task.name} shows no image and nothing else of it", hint=hint)
+            problem = (
+                f"the task {task.name} has no input: it shows no image, and uses no result and no column"
+            )
+            hint = "name tasks in `needs` and use their results, or use columns: --columns context=NAME"
+            raise ConfigError(problem, hint=hint)
         for need in task.needs:
-            if need not in given:
-                names = sorted(given - {task.name})
-                asked = f"asked are {', '.join(names)}; " if names else ""
-                hint = did_you_mean(need, names) or f"{asked}built-in ones are asked with --tasks caption"
-                raise ConfigError(f"the task {task.name} needs {need}, which is not asked", hint=hint)
-    _ = plan.rounds  # raises for tasks that need each other
+            if need not in available:
+                names = sorted(available - {task.name})
+                asked = f"this run asks {', '.join(names)}; " if names else ""
+                hint = (
+                    did_you_mean(need, names)
+                    or f"{asked}add built-in tasks with --tasks, such as --tasks caption"
+                )
+                raise ConfigError(
+                    f"the task {task.name} needs {need}, which this run does not ask", hint=hint
+                )
+    _ = plan.rounds  # raises for a circle of needs
 
 
-def _results_to_try(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
-    """Return results without content, with which a template is tried before anything is asked."""
+def _empty_results(plan: RequestPlan, task: Task, *, nulls: bool) -> Results:
+    """Return empty results, to try a template before any request; with `nulls`, optional values are null."""
     own = {task.name: task.empty_result(nulls=nulls) for task in plan.tasks.own}
     lists = {name for name in TASKS if TASKS[name].rows_field}
     return [(need, json.dumps(own.get(need, [] if need in lists else ""))) for need in task.needs]
 
 
 def build_retry(request: Request, reply: Reply, flaw: str) -> Request:
-    """Return the next attempt after an unusable reply: at a higher temperature, the first retry with twice the tokens,
-    later ones with the last reply and its flaw shown to the model, unless that reply was cut off (it may be endless).
+    """Return the next attempt after an unusable reply, at a higher temperature.
+
+    The first retry has twice the tokens. Later ones show the model its last reply and the flaw, unless that
+    reply was cut off: it may be endless.
     """
     attempt = reply.attempt + 1
-    steps = attempt - request.attempt  # more than one if the run resumes from the journal
-    warmest = max(request.sampling.temperature, 1.0)
+    steps = attempt - request.attempt  # several if the run resumes
+    max_temperature = max(request.sampling.temperature, 1.0)
     sampling = Sampling(
-        temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, warmest),
+        temperature=min(request.sampling.temperature + RETRY_TEMPERATURE_STEP * steps, max_temperature),
         max_tokens=request.sampling.max_tokens * (2 if request.attempt == 0 else 1),
     )
-    show = attempt > 1 and reply.finish_reason == "stop"
+    shows_reply = attempt > 1 and reply.finish_reason == "stop"
     feedback = FEEDBACK.format(flaw=flaw.replace("_", " "), task_line=request.text.splitlines()[-1])
-    return replace(request, attempt=attempt, sampling=sampling, failed=(reply.text, feedback) if show else None)
+    failed = (reply.text, feedback) if shows_reply else None
+    return replace(request, attempt=attempt, sampling=sampling, failed=failed)
 
 
-@lru_cache(maxsize=1 << 14)  # of `answer`, a prompt for each question
+@lru_cache(maxsize=1 << 14)  # `answer` has a prompt for each question
 def shared_fields(
     task: Task,
     temperature: float,
@@ -255,28 +274,26 @@ def shared_fields(
     revision: str,
     **values: Any,
 ) -> tuple[dict[str, Any], str]:
-    """Return the fields of a request that all images share, and a digest of all that a reply depends on, except the images.
+    """Return the request fields that all images share, and a digest of all other causes of a reply.
 
-    `values` are those of the prompt's template. Never rename the keys of the digest: replies would be paid again.
+    Never rename the keys of the digest: every reply would be paid for again.
     """
     prompt = render(task, prompt_dirs, own_styles=generate.style_prompts, **values)
-    sampling = Sampling(temperature=temperature, max_tokens=generate.max_tokens)
     identity = {
         "prompt": hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode()).hexdigest(),
         "schema": wire_schema(task),
-        "model": revision,  # not its name: equal weights give equal replies
+        "model": revision,  # equal weights give equal replies, whatever the name
         "sampling": [temperature, generate.max_tokens],
         "max_pixels": generate.max_pixels,
     }
-    # A greedy reply does not depend on the seed: another seed must not pay for it again.
-    identity |= {"seed": seed} if temperature > 0 else {}
+    identity |= {"seed": seed} if temperature > 0 else {}  # a greedy reply does not depend on the seed
     fields = {
         "task": task.name,
         "prompt_id": prompt.id,
         "system": prompt.system,
         "text": prompt.text,
         "schema": _schema_text(task),
-        "sampling": sampling,
+        "sampling": Sampling(temperature=temperature, max_tokens=generate.max_tokens),
     }
     return fields, digest(identity)
 

