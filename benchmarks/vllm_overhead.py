@@ -2,8 +2,7 @@
 
 One vLLM serves the tiny teacher. A bare aiohttp client and `synth` (journal and validation on) send it the same kinds of
 requests, about new scenes each time, in interleaved pairs; the result is synth's requests per second over the bare client's.
-Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses, and photos
-of 1024 px, which it scales to that, how much faster a server is that gets each of them once.
+Then a model of random weights with images of 448 px (256 tokens) shows how many image tokens the second task reuses.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from pipeline.types import Request, SampleBatch, SampleInfo
 from tests.plans import request_plan
 
 IMAGE_TOKENS = 256
-SIDE_PX, PHOTO_PX = 448, 1024
+SIDE_PX = 448
 REVISION = "benchmark"
 
 # Random weights write nothing that can be used.
@@ -197,48 +196,6 @@ def photos(seed: int, count: int, side_px: int) -> Images:
     return [(hashlib.sha256(jpeg).hexdigest(), (jpeg,)) for jpeg in jpegs]
 
 
-def measure_names(pairs: int, count: int, scratch: Path) -> None:
-    """Print requests per second with images that are named, over those with images that are sent each time, in turn.
-
-    Beside them, CPU of the process that takes requests and decodes images: a server has one, however fast its GPU is.
-    """
-    folder, ratios = make_large_model(scratch / "named"), []
-    api_ms: dict[bool, list[float]] = {True: [], False: []}
-    config = resolve(source="scenes", engine="vllm", **UNUSABLE)
-    with serving(str(folder), config, scratch / "named.log") as (root, name):
-        config = config.model_copy(update={"base_url": (f"{root}/v1",), "model": name})
-        for pair in range(pairs + 1):
-            rates = {}
-            for is_named in (True, False) if pair % 2 else (False, True):
-                images = photos(2 * pair + is_named, count, PHOTO_PX)
-                with open_client(config, f"r{pair}") as client:
-                    for endpoint in client._endpoints:
-                        endpoint.kept = endpoint.kept if is_named else None
-                    started, used = time.perf_counter(), cpu_seconds(str(folder))
-                    ask_synth(client, images, config, scratch)
-                    rates[is_named] = 3 * count / (time.perf_counter() - started)
-                    api_ms[is_named].append((cpu_seconds(str(folder)) - used) / (3 * count) * 1e3)
-            each = [f"{rates[kind]:.1f} requests/s, {api_ms[kind][-1]:.1f} ms of CPU a request" for kind in (False, True)]
-            print(f"pair {pair}: sent {each[0]}; named {each[1]}", flush=True)
-            ratios += [rates[True] / rates[False]] if pair else []  # the first is a warm-up
-    low, high = bootstrap(ratios)
-    print(f"photos of {PHOTO_PX} px, named / sent: median {np.median(ratios):.2f}, 95 % interval {low:.2f} to {high:.2f}")
-    sent_ms, named_ms = (np.median(api_ms[kind][1:]) for kind in (False, True))
-    print(
-        f"the process that takes requests: {sent_ms:.1f} ms of CPU a request where images are sent, {named_ms:.1f} where named"
-    )
-
-
-def cpu_seconds(argument: str) -> float:
-    """Return the CPU seconds so far of processes that were started with an argument."""
-    used = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if argument.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
-                used += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
-    return used / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> None:
     """Measure all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,7 +207,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         measure_throughput(arguments.pairs, arguments.scenes, arguments.concurrency, Path(scratch))
         measure_prefix(arguments.images, Path(scratch))
-        measure_names(arguments.pairs, arguments.images, Path(scratch))
 
 
 if __name__ == "__main__":

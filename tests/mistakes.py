@@ -84,13 +84,13 @@ MISTAKES = (
     Mistake("no network", f"{PHOTOS} --engine embedded --model Qwen/Nope", "127.0.0.1:9 does not answer", "--base-url"),
     Mistake("server not started", f"{PHOTOS} --base-url {NOBODY}", f"no server answers at {NOBODY}", "synth serve"),
     Mistake("no address", f"{PHOTOS} --base-url 127.0.0.1:9", "is not an address with http:// or https://", "base_url"),
-    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "wants a key, and none is set", "SYNTH_API_KEY="),
+    Mistake("no key", f"{PHOTOS} --base-url {{server}}", "requires an API key, and none is set", "SYNTH_API_KEY="),
     Mistake(
         "prompt folder not there", f"{PHOTOS} --config p.yaml", "no folder of prompts at nope", "generate.prompt_dir",
         add("p.yaml generate: {prompt_dir: nope}"),
     ),
     Mistake(
-        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is no prompt that is used", "caption/v1.j2",
+        "prompt misnamed", f"{PHOTOS} --config p.yaml", "prompts/caption.j2 is not the name of a prompt", "caption/v1.j2",
         add("p.yaml generate: {prompt_dir: prompts}", "prompts/caption.j2 Describe it."),
     ),
     Mistake(

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -116,10 +116,6 @@ class InFlight:
 
     source: RequestSource
     taken: deque[Request] = field(default_factory=deque)
-    waiting: dict[str, list[Request]] = field(
-        default_factory=dict
-    )  # for a server to cache their images, by `shown`
-    released: deque[Request] = field(default_factory=deque)  # have waited
     recorded: deque[Request] = field(default_factory=deque)
     unsent: dict[str, Request] = field(default_factory=dict)  # recorded, but not yet sent
     running: set["asyncio.Task[Reply]"] = field(default_factory=set)
@@ -130,49 +126,17 @@ class InFlight:
     error: BaseException | None = None  # ends the run
     ends_at: float | None = None  # after an error, the time until which requests in flight are awaited
 
-    def next_request(self, max_recorded: int, will_be_cached: Callable[[str], bool]) -> Request | None:
-        """Return the next request, recorded as sent; None if there is none now.
-
-        Records up to `max_recorded` requests together. `will_be_cached(shown)`: a server caches images, and
-        lacks these.
-        """
-        if not self.recorded and (requests := self._choose(max_recorded, will_be_cached)):
-            self.source.sending(requests)
-            self.recorded.extend(requests)
-            self.unsent |= {request.id: request for request in requests}
-        return self.recorded.popleft() if self.recorded else None
-
-    def _choose(self, count: int, will_be_cached: Callable[[str], bool]) -> list[Request]:
-        """Return up to `count` requests: those that have waited, then new ones.
-
-        If a server caches images, only the first request about an image goes at once; the others wait for it,
-        unless nothing else can be sent.
-        """
-        chosen: list[Request] = []
-        while len(chosen) < count:
-            if self.released:
-                chosen.append(self.released.popleft())
-                continue
-            if not self.taken and not chosen:
-                self.taken.extend(self.source.take())
+    def next_request(self) -> Request | None:
+        """Return the next request, recorded as sent (SENT_BATCH together); None if there is none now."""
+        if not self.recorded:
             if not self.taken:
-                break
-            request = self.taken.popleft()
-            if request.shown in self.waiting:
-                self.waiting[request.shown].append(request)
-                continue
-            chosen.append(request)
-            if request.shows_image and will_be_cached(request.shown):
-                self.waiting[request.shown] = []
-        if not chosen and self.waiting:
-            for shown in [*self.waiting]:
-                self.release(shown)
-            return self._choose(count, will_be_cached)
-        return chosen
-
-    def release(self, shown: str) -> None:
-        """Release the requests that wait for these images."""
-        self.released.extend(self.waiting.pop(shown, ()))
+                self.taken.extend(self.source.take())
+            requests = [self.taken.popleft() for _ in range(min(SENT_BATCH, len(self.taken)))]
+            if requests:
+                self.source.sending(requests)
+                self.recorded.extend(requests)
+                self.unsent |= {request.id: request for request in requests}
+        return self.recorded.popleft() if self.recorded else None
 
     def take_replies(self) -> list[Reply]:
         """Return the new replies, and forget them."""
@@ -202,37 +166,24 @@ class RequestSender:
         return self._tokens / (time.monotonic() - self._started) if self._tokens else None
 
     async def post(self, endpoint: Endpoint, request: Request, in_flight: InFlight) -> Reply:
-        """Send a request with its images, or with uuids of cached images; return the reply.
+        """Send a request once, and return the reply.
 
         A refusal becomes a reply. Raises ServerBusyError, ServerFaultError, and EngineError for an answer
         that every request would get.
         """
         try:
-            parts = await self._images.parts(request.shown, request.images, request.pages)
+            images = await self._images.parts(request.shown, request.images, request.pages)
         except OSError:  # full disk
             raise
         except Exception as error:  # noqa: BLE001  # whatever a decoder raises concerns this request alone
             return request.reply(f"the image cannot be sent: {one_line(error)}", REFUSED_BY_SERVER)
-        cache = endpoint.image_cache
-        # A retry sends the image: without it, the model may have written an unusable reply.
-        if cache and request.attempt == 0 and request.shown in (endpoint.usable_cache or ()):
-            try:
-                reply = await self._send(endpoint, request, parts.named, in_flight)
-            except (ServerFaultError, RefusedError, BadAnswerError):
-                cache.miss(request.shown)
-            else:
-                cache.hit(request.shown)
-                return reply
         try:
-            reply = await self._send(endpoint, request, parts.whole, in_flight)
+            return await self._send(endpoint, request, images, in_flight)
         except (RefusedError, BadAnswerError) as error:
             await self._count_refusal(endpoint, str(error), in_flight)
             if isinstance(error, BadAnswerError):
                 raise ServerFaultError(str(error)) from None
             return request.reply(str(error), REFUSED_BY_SERVER)
-        if cache and request.shows_image:
-            cache.add(request.shown)
-        return reply
 
     async def _send(self, endpoint: Endpoint, request: Request, images: bytes, in_flight: InFlight) -> Reply:
         """Send a request once, with the JSON of its image parts, and return the reply.
@@ -454,7 +405,7 @@ class Client:
             and len(in_flight.running) < 2 * self._concurrency.limit
             and not in_flight.error
         ):
-            request = in_flight.next_request(SENT_BATCH, self._will_be_cached)
+            request = in_flight.next_request()
             if request is None:
                 return
             task = asyncio.create_task(self._answer(request, in_flight))
@@ -463,11 +414,6 @@ class Client:
 
     def _group_size(self) -> int:
         return max(1, min(GROUP_REPLIES, self._concurrency.limit // 4))
-
-    def _will_be_cached(self, shown: str) -> bool:
-        """Return whether servers cache images, and all of them lack these."""
-        caches = [endpoint.usable_cache for endpoint in self._endpoints if endpoint.is_up.is_set()]
-        return any(caches) and not any(shown in cache for cache in caches if cache)
 
     def _done(self, task: "asyncio.Task[Reply]", in_flight: InFlight) -> None:
         in_flight.running.discard(task)
@@ -502,7 +448,6 @@ class Client:
                     answer = await self._try(endpoint, request, in_flight, failures)
                 finally:
                     endpoint.outstanding -= 1
-                    in_flight.release(request.shown)  # a retry may take long
             if isinstance(answer, Reply):
                 return answer
             if answer is None:

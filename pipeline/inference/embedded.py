@@ -79,7 +79,7 @@ class EmbeddedEngine:
         options |= {"images": images if any(images) else None, "padding": True, "return_tensors": "pt"}
         inputs = processor(text=chats, **options).to(model.device, dtype=model.dtype)
         chooser = LogitsProcessorList([GrammarChooser(requests, self._grammars, _vocab_size(model))])
-        settings = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False}
+        settings: dict[str, Any] = {"max_new_tokens": requests[0].sampling.max_tokens, "do_sample": False}
         settings |= {"eos_token_id": [*self._eos_ids], "pad_token_id": self._pad_id}
         with torch.inference_mode():
             output = model.generate(**inputs, **settings, logits_processor=chooser)

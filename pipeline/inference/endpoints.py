@@ -1,4 +1,4 @@
-"""Model servers: keys, rate limits, health, load, cached images, and the choice of a server per request."""
+"""Model servers: keys, rate limits, health, load, and the choice of a server per request."""
 
 import asyncio
 import ipaddress
@@ -29,8 +29,6 @@ METRICS_SECONDS = 10.0
 HEALTH_SECONDS = 5
 BUSY_WARNING_SECONDS = 30.0
 KEEPALIVE_SECONDS = 4  # uvicorn closes idle connections after 5 s
-MAX_CACHED_IMAGES = 256  # vLLM caches 4 GB of prepared images, of 3 to 14 MB each in common sizes
-MIN_MISSES = 16
 KEY = "SYNTH_API_KEY"  # names of environment variables
 JUDGE_KEY = "SYNTH_JUDGE_API_KEY"  # a judge on another server must not get the first server's key
 OPENAI_KEY = "OPENAI_API_KEY"  # only for OpenAI's own servers
@@ -87,44 +85,6 @@ class Pace:
             self._tokens_due_s = max(self.clock(), self._tokens_due_s) + 60.0 * count / self.tokens_per_minute
 
 
-class ImageCache:
-    """Images that a vLLM server has cached, by Request.shown.
-
-    Later requests about a cached image send only its uuid, so the server does not decode the image again: its
-    decoder has one thread, the bottleneck for large photos. Servers evict images, and several processes
-    behind one address do not share them. A server refuses an unknown uuid, and the image is sent.
-    """
-
-    def __init__(self) -> None:
-        self._latest: dict[str, None] = {}
-        self._hits = self._misses = 0
-
-    def __contains__(self, shown: str) -> bool:
-        return shown in self._latest
-
-    @property
-    def is_effective(self) -> bool:
-        """Whether uuids save uploads. If most were unknown, images are always sent from then on."""
-        return self._misses < max(MIN_MISSES, self._hits)
-
-    def add(self, shown: str) -> None:
-        """Record that the server has answered a request about these images."""
-        self._latest.pop(shown, None)  # it becomes the newest entry
-        self._latest[shown] = None
-        if len(self._latest) > MAX_CACHED_IMAGES:
-            del self._latest[next(iter(self._latest))]
-
-    def hit(self, shown: str) -> None:
-        """Record that the server had these images."""
-        self._hits += 1
-        self.add(shown)
-
-    def miss(self, shown: str) -> None:
-        """Record that the server did not have these images."""
-        self._misses += 1
-        self._latest.pop(shown, None)
-
-
 @dataclass(slots=True, eq=False)
 class Endpoint:
     """One server: its address, its requests in flight, and its last metrics."""
@@ -148,7 +108,6 @@ class Endpoint:
     busy_warned: float = 0.0
     model_root: str = ""  # origin of the model, as listed by the server
     context_tokens: int | None = None
-    image_cache: ImageCache | None = None  # None: image uuids are not supported
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     session: aiohttp.ClientSession | None = field(default=None, repr=False)
     outstanding: int = 0  # requests in flight
@@ -174,11 +133,6 @@ class Endpoint:
     def root(self) -> str:
         """The address without /v1, where vLLM has /health and /metrics."""
         return self.url.removesuffix("/v1")
-
-    @property
-    def usable_cache(self) -> ImageCache | None:
-        """The image cache if the server has one, and uuids save uploads."""
-        return self.image_cache if self.image_cache and self.image_cache.is_effective else None
 
     def error_message(self, answer: bytes) -> str:
         """Return the message in the body of an error, on one line, without our keys."""
@@ -369,7 +323,6 @@ class Endpoints(list[Endpoint]):
                 break  # the waiting requests wake up, and raise the failure
             await asyncio.sleep(POLL_SECONDS)
         endpoint.prefix_cache, endpoint.fault = (0, 0), ""
-        endpoint.image_cache = endpoint.image_cache and ImageCache()  # a restarted server has an empty cache
         if not endpoint.is_retired:
             endpoint.is_up.set()
 

@@ -15,7 +15,6 @@ from pipeline.inference.endpoints import (
     MAX_SHOWN_CHARACTERS,
     Endpoint,
     Endpoints,
-    ImageCache,
     named_endpoints,
     no_server,
     raise_for_access,
@@ -25,11 +24,9 @@ from pipeline.progress import Progress
 
 MODELS_SECONDS = 30.0
 LEARN_SECONDS = 60.0  # a slow server does not delay the other servers longer
-IMAGE_PROBE_SECONDS = 20.0
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_SHOWN_MODELS = 8
 UNENFORCED = "unenforced"  # suffix of the revision if schemas are not enforced
-UNKNOWN_IMAGE = "0" * 64  # uuid of no image
 _REVISION = re.compile(r"@((?:[0-9a-f]{16}|[0-9a-f]{40})(?:\+\w+)*)$")  # at the end of a served name
 
 
@@ -180,7 +177,7 @@ async def find_on_server(name: str, endpoint: Endpoint) -> None:
 async def learn_dialect(
     endpoint: Endpoint, model: str, server: ServerConfig, reply_tokens: int, progress: Progress
 ) -> None:
-    """Set the dialect of a server, and whether it caches images.
+    """Set the dialect of a server.
 
     Repeats `protocol.probe` without the refused fields until the server answers. A model that thinks first
     gets `reply_tokens`, the limit of each reply in the run. Raises EngineError if no probe is answered, or
@@ -222,8 +219,6 @@ async def learn_dialect(
             raise EngineError(f"{url} refuses the first request: {message or status}", hint="look at its log")
         endpoint.dialect = dialect
     _report_dialect(endpoint, progress)
-    if endpoint.dialect.is_vllm and await _caches_images(endpoint, model):
-        endpoint.image_cache = ImageCache()
 
 
 def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
@@ -236,22 +231,6 @@ def _report_dialect(endpoint: Endpoint, progress: Progress) -> None:
         progress.warn(
             f"{endpoint.url} does not enforce JSON schemas: synth checks each reply, and asks again"
         )
-
-
-async def _caches_images(endpoint: Endpoint, model: str) -> bool:
-    """Return whether a server refuses an unknown image uuid, for that reason.
-
-    vLLM skips some invalid parts of a message: the reply would then be about no image. If this probe fails
-    for another reason, images are always sent.
-    """
-    body = protocol.image_probe(model, protocol.named_image(UNKNOWN_IMAGE), endpoint.dialect)
-    try:
-        async with asyncio.timeout(IMAGE_PROBE_SECONDS):
-            answer, text = await _post(endpoint, body)
-    except CONNECTION_ERRORS:
-        return False
-    is_refused = answer.status in protocol.REFUSED_STATUSES
-    return is_refused and "data is not provided" in endpoint.error_message(text)
 
 
 async def _post(endpoint: Endpoint, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:

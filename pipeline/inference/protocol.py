@@ -124,7 +124,7 @@ def parse_json(body: bytes | str) -> Any:
 class Dialect:
     """Fields that a server supports."""
 
-    is_vllm: bool = False  # supports image names and `repetition_detection`
+    is_vllm: bool = False  # supports image uuids and `repetition_detection`
     left_out: frozenset[str] = frozenset()  # OPTIONAL_FIELDS that the server refuses
     limit_name: str = LIMIT_FIELDS[0]
     format: str = FORMATS[0]
@@ -161,7 +161,7 @@ PLAIN, VLLM = Dialect(), Dialect(is_vllm=True)
 
 
 def body(request: Request, images: bytes, model: str, dialect: Dialect = VLLM) -> bytes:
-    """Return the body of a chat request; `images` is the JSON of its image parts (ImageParts).
+    """Return the body of a chat request; `images` is the JSON of its image parts.
 
     If the server does not enforce the schema, the text has it. No seed is sent: it crashes vLLM's CPU engine.
     """
@@ -197,14 +197,6 @@ def is_probe_word(text: str) -> bool:
     with suppress(ValueError):
         return bool(parse_json(text) == {"word": _PROBE_WORD})
     return False
-
-
-def image_probe(model: str, image: bytes, dialect: Dialect) -> bytes:
-    """Return the body of a chat about one image part."""
-    values = _quoted(model), image, _quoted("Say hello."), dialect.limit_name.encode()
-    return (
-        b'{"model":%s,"messages":[{"role":"user","content":[%s,{"type":"text","text":%s}]}],"%s":1}' % values
-    )
 
 
 @lru_cache(256)
@@ -281,8 +273,9 @@ def read_reply(request: Request, body: bytes, keys: Sequence[str] = ()) -> Reply
 
 def _text_of(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
-    is_in_parts = isinstance(content, list)
-    return "".join(str(part.get("text") or "") for part in content) if is_in_parts else str(content)
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return str(content)
 
 
 def _token_count(usage: Any, name: str) -> int:
@@ -318,13 +311,6 @@ def without_keys(text: str, keys: Sequence[str]) -> str:
 # --- images
 
 
-class ImageParts(NamedTuple):
-    """JSON of the image parts of a message, joined by commas: with image bytes, and with names only."""
-
-    whole: bytes
-    named: bytes
-
-
 class RequestImages:
     """Encodes the images of requests in flight, once for all requests about the same images.
 
@@ -340,7 +326,7 @@ class RequestImages:
         self._max_pixels = max_pixels
         self._max_sample_pixels = max_sample_pixels
         self._pool = pool
-        self._encoded: dict[str, asyncio.Future[ImageParts]] = {}
+        self._encoded: dict[str, asyncio.Future[bytes]] = {}
         self._files: dict[str, list[Path]] = {}
         self._encoded_count = self._encoded_bytes = 0
 
@@ -351,10 +337,10 @@ class RequestImages:
 
     async def parts(
         self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None = None
-    ) -> ImageParts:
-        """Return the message parts of images with the key `shown` (Request.shown) and these page numbers.
+    ) -> bytes:
+        """Return the JSON of the message parts of images; `shown` is their key (Request.shown).
 
-        vLLM caches images by their uuid, which is the sha256 of the sent bytes.
+        vLLM caches prepared images by their uuid, here the sha256 of the sent bytes.
         """
         future = self._encoded.get(shown)
         if future is None or (future.done() and future.exception()):
@@ -373,15 +359,13 @@ class RequestImages:
 
     async def _encode_all(
         self, shown: str, images: tuple[bytes, ...], pages: tuple[int, ...] | None
-    ) -> ImageParts:
+    ) -> bytes:
         max_pixels = self.max_pixels(len(images))
         encoded = [await self._encode(image, max_pixels, shown) for image in images]
         self._encoded_count += 1
-        return ImageParts(
-            *(_joined([getattr(part, kind) for part in encoded], pages) for kind in ("whole", "named"))
-        )
+        return _joined(encoded, pages)
 
-    async def _encode(self, image: bytes, max_pixels: int | None, shown: str) -> ImageParts:
+    async def _encode(self, image: bytes, max_pixels: int | None, shown: str) -> bytes:
         kind = sendable_format(image, max_pixels)
         data = image
         if kind is None:
@@ -389,25 +373,20 @@ class RequestImages:
         uuid = hashlib.sha256(data).hexdigest()
         if self._media is None:
             values = (kind or "jpeg").encode(), base64.b64encode(data), uuid.encode()
-            whole = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
-            self._encoded_bytes += len(whole)
-            return ImageParts(whole, named_image(uuid))
+            part = b'{"type":"image_url","image_url":{"url":"data:image/%s;base64,%s"},"uuid":"%s"}' % values
+            self._encoded_bytes += len(part)
+            return part
         files = self._files.setdefault(shown, [])
         files.append(self._media / f"{shown}-{len(files)}")
         files[-1].write_bytes(data)
         self._encoded_bytes += len(data)  # the folder is in memory
         url = {"type": "image_url", "image_url": {"url": files[-1].as_uri()}, "uuid": uuid}
-        return ImageParts(json.dumps(url).encode(), named_image(uuid))
+        return json.dumps(url).encode()
 
     def _drop(self, shown: str) -> None:
         del self._encoded[shown]
         for file in self._files.pop(shown, []):
             file.unlink(missing_ok=True)
-
-
-def named_image(uuid: str) -> bytes:
-    """Return the JSON of the message part of an image that the server has cached under this uuid."""
-    return b'{"type":"image_url","image_url":null,"uuid":"%s"}' % uuid.encode()
 
 
 def _joined(images: list[bytes], pages: tuple[int, ...] | None) -> bytes:

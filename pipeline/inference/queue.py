@@ -242,8 +242,8 @@ def defer_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(arrived):
-            signal.raise_signal(number)
+        for arrived_number in dict.fromkeys(arrived):
+            signal.raise_signal(arrived_number)
 
 
 def ask_about(

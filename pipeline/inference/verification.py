@@ -88,7 +88,7 @@ def _text_request(fields: dict[str, Any], shared_digest: str, sample_id: str, st
 
 
 def read_claims(caption: str, plan: RequestPlan, journal: Journal) -> list[Claim]:
-    """Return the claims in a caption by the model: a question that expects yes, and one that expects no, each."""
+    """Return the claims of a caption by the model: per claim a question that expects yes, and one no."""
     reply = last_reply(build_claims(caption, "", plan), journal)
     usable = [fields for fields, error in read_fields(CLAIMS, reply) if not error]
     rows = [fields for fields in usable if not find_broken_rule(CLAIMS, fields)]

@@ -1,4 +1,4 @@
-"""The tasks by name, with the validation and the JSON schema of their outputs."""
+"""The tasks by name, with the validation and the JSON schemas of their outputs."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -14,13 +14,14 @@ from pipeline.tasks.checks import CHECKING
 from pipeline.tasks.output_schema import code_digest
 from pipeline.tasks.own import build_task
 
-TASKS: dict[str, Task] = {task.name: task for task in (caption.TASK, qa.TASK, deck_qa.TASK, *CHECKING)}  # built in
+SELECTABLE = (caption.TASK, qa.TASK, deck_qa.TASK)
+TASKS: dict[str, Task] = {task.name: task for task in (*SELECTABLE, *CHECKING)}
 
 
 class Tasks:
-    """The tasks of a run, found by name: the built-in ones and the user's `own`; `asked` are asked about every image.
+    """The tasks of a run by name: built-in and custom ones (`own`); `asked` are asked about every image.
 
-    Raises ConfigError for an unknown name, and for settings of an own task that do not fit together.
+    Raises ConfigError for an unknown name, and for contradicting settings of a custom task.
     """
 
     def __init__(self, asked: Sequence[str] = (), own: Sequence[TaskConfig] = ()) -> None:
@@ -31,14 +32,19 @@ class Tasks:
     def __getitem__(self, name: str) -> Task:
         if name not in self._by_name:
             known = [task.name for task in self._by_name.values() if task not in CHECKING]
-            hint = did_you_mean(name, known) or f"known tasks: {', '.join(known)}; one of your own: --task FILE"
+            hint = (
+                did_you_mean(name, known) or f"known tasks: {', '.join(known)}; add your own with --task FILE"
+            )
             raise ConfigError(f"unknown task: {name}", hint=hint)
         return self._by_name[name]
 
     def describe(self, exclude: Iterable[str] = ()) -> list[Any]:
-        """Return the names of what is asked, and of own tasks the schema, code and settings, but for those to `exclude`."""
+        """Return the names of asked tasks; of custom ones also settings but `exclude`, schemas and code."""
         settings = [task.settings.model_dump(mode="json", exclude={*exclude}) for task in self.own]
-        outputs = [[wire_schema(task), task.settings.output and code_digest(task.settings.output)] for task in self.own]
+        outputs = [
+            [wire_schema(task), task.settings.output and code_digest(task.settings.output)]
+            for task in self.own
+        ]
         return [[task.name for task in self.asked], settings, outputs]
 
 
@@ -47,20 +53,18 @@ BUILT_IN = Tasks()
 
 @cache
 def tasks_making(kind: Literal["captions", "questions"]) -> frozenset[str]:
-    """Return the names of the built-in tasks whose annotations are captions, or questions with their answers."""
-    asked_for = [task for task in TASKS.values() if task not in CHECKING]
-    if kind == "captions":
-        return frozenset(task.name for task in asked_for if task.text_field is not None)
-    return frozenset(task.name for task in asked_for if "question" in task.row.model_fields)
+    """Return the names of the built-in tasks whose annotations are captions, or questions."""
+    makes_captions = kind == "captions"
+    return frozenset(task.name for task in SELECTABLE if (task.text_field is not None) == makes_captions)
 
 
 def asks_about_decks(names: Iterable[str]) -> bool:
-    """Return True if any of these tasks asks about decks of pages; tasks of a user's own do not."""
+    """Return whether any of these tasks asks about decks; custom tasks do not."""
     return any(TASKS[name].asks_about_decks for name in names if name in TASKS)
 
 
 def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | None:
-    """Return the first rule of a task that an annotation of a document breaks, as a rejection reason; None if it is valid."""
+    """Return the first rule that an annotation breaks, as a rejection reason; None if it is valid."""
     try:
         task.row.model_validate(task.fields_of(row), context={"pages": pages})
     except ValidationError as error:
@@ -71,5 +75,5 @@ def find_broken_rule(task: Task, row: dict[str, Any], pages: int = 1) -> str | N
 
 @cache
 def wire_schema(task: Task) -> dict[str, Any]:
-    """Return the JSON schema that the decoder enforces for a task. It is cached: do not change it."""
+    """Return the JSON schema that the decoder enforces. It is cached: do not change it."""
     return task.wire_schema()

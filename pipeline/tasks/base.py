@@ -1,8 +1,8 @@
-"""Definition of a task, and the base of all output models.
+"""The definition of a task, and the base of all output models.
 
-A task has two models. The output model describes a whole reply; the constrained decoder enforces its wire schema: types, order
-and enums, and only keywords that guidance really enforces. The row model is one annotation of a reply, with all other rules:
-lengths, a question that ends with "?", an answer that is not the question.
+A task has two models. The output model describes a whole reply; the constrained decoder enforces its wire
+schema: types, order and enums. The row model is one annotation of a reply, with all other rules, such as
+lengths.
 """
 
 import json
@@ -23,12 +23,11 @@ from pipeline.text.refusals import is_declined
 _LINE = r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$"
 Line = Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=_LINE)]
 MAX_QA_PAIRS = 8
-QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # also of Chinese and Japanese, and of Arabic
-MAX_PAGES = 20  # of a deck; SlideVQA's have no more
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one: JSON can escape it, but no table can hold it
-MAX_REPEATS = 4  # of the same words in a row: "a cat and a cat and a cat and a cat and"
-# Lengths and patterns are checked afterwards, on the row model: a grammar that counts characters is slow, and a reply that the
-# grammar cuts off in the middle of a sentence is worth less than a rejected row.
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # with those of Chinese, Japanese and Arabic
+MAX_PAGES = 20  # of a deck, as in SlideVQA
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half of a surrogate pair, and a table cannot
+MAX_REPEATS = 4  # "a cat and a cat and a cat and a cat and"
+# The row model checks lengths and patterns: a grammar that counts characters is slow, and cuts sentences off.
 _NOT_ON_THE_WIRE = frozenset({"title", "description", "minLength", "maxLength", "pattern", "default"})
 
 
@@ -51,18 +50,18 @@ class Task:
     output: type[Output]  # a whole reply
     row: type[Output]  # one annotation
     rows_field: str | None = None  # field of a reply that lists its rows; None: the reply is one row
-    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # before the row model judges it
-    text_field: str | None = None  # field of a row that fills the column `text`, for captions
-    asks_about_decks: bool = False  # all pages of a deck go into one request
+    tidy_row: Callable[[dict[str, Any]], dict[str, Any]] = tidy_texts  # called before the row model
+    text_field: str | None = None  # field of a row that fills the column `text`
+    asks_about_decks: bool = False  # shows all pages of a deck
     has_styles: bool = False  # one request for each of `generate.caption_styles`
     temperature_key: str = "qa_temperature"  # in the config section `generate`
     card_category: str | None = None  # task category on the Hub
     needs: tuple[str, ...] = ()  # tasks or caption styles whose results the prompt uses
-    shows_image: bool = True  # False: the prompt alone
-    max_tokens: int | None = None  # of a reply; None: generate.max_tokens
-    language: str | None = None  # of its texts, or any; None: filter.language
-    box_field: str | None = None  # of an annotation that is a box in the image
-    own_prompt: str | None = None  # the template of a user's own task
+    shows_image: bool = True
+    max_tokens: int | None = None  # None: generate.max_tokens
+    language: str | None = None  # None: filter.language
+    box_field: str | None = None  # field of an annotation that is a box in the image
+    own_prompt: str | None = None  # template of a custom task
 
     def wire_schema(self) -> dict[str, Any]:
         """Return the JSON schema that the decoder enforces."""
@@ -82,32 +81,29 @@ class Task:
         columns = row if self.text_field is None else {**row, self.text_field: row.get("text")}
         return {name: columns.get(name) for name in self.row.model_fields}
 
-    def columns_of(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns of an annotation from the fields of a reply."""
-        return fields if self.text_field is None else {**fields, "text": fields.get(self.text_field)}
-
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, which may be the bare list of them; None if it has no rows."""
+        """Return the rows of a parsed reply, which may be the bare list; None if it has no rows."""
         rows: Any = [reply]
         if self.rows_field:
             rows = reply.get(self.rows_field) if isinstance(reply, dict) else reply
         return rows if isinstance(rows, list) and rows else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
-        """Return what stands for an empty list of rows, and why it cannot be used."""
+        """Return the columns and the error of an empty list of rows."""
         return {}, "off_schema"
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:  # noqa: ARG002
-        """Return the columns of one row of a reply, and why it cannot be used. The `frame` is that of the image."""
+        """Return the columns of one row of a reply, and its error; `frame` is that of the image."""
         item = _with_texts(item)
         if not _is_readable(item):
             return {}, "off_schema"
         fields = self.tidy_row(item)
-        return self.columns_of(fields), find_unusable(texts_in(fields))
+        columns = fields if self.text_field is None else {**fields, "text": fields.get(self.text_field)}
+        return columns, find_unusable(texts_in(fields))
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Yield all texts in a value of JSON."""
+    """Yield all texts in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -116,7 +112,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def find_unusable(texts: Iterable[str]) -> str | None:
-    """Return why a reply with these texts cannot be used: the model declined, or went on and on."""
+    """Return the error of a reply with these texts: a refusal, or a loop."""
     texts = list(texts)
     if any(map(is_declined, texts)):
         return "refusal"
@@ -124,31 +120,27 @@ def find_unusable(texts: Iterable[str]) -> str | None:
 
 
 def has_surrogate(value: Any) -> bool:
-    """Return True if a value of JSON has a text, or the name of a field, with half of a surrogate pair."""
+    """Return whether a JSON value has half of a surrogate pair in a text or field name."""
     return bool(_SURROGATE.search(json.dumps(value, ensure_ascii=False)))
 
 
 def _repeats(words: list[str]) -> bool:
-    """Return True if the last one to eight words repeat MAX_REPEATS times in a row: the model is in a loop."""
+    """Return whether the last one to eight words repeat MAX_REPEATS times in a row."""
     sizes = range(1, min(8, len(words) // MAX_REPEATS) + 1)
     return any(words[-size * MAX_REPEATS :] == words[-size:] * MAX_REPEATS for size in sizes)
 
 
 def _with_texts(item: Any) -> Any:
-    """Return an item whose values are texts: a server that enforces no schema writes a count as a number, and yes as true."""
+    """Turn numbers and truth values into texts, as servers write them that enforce no schema."""
     if not isinstance(item, dict):
         return item
-    said = {True: "yes", False: "no"}
-    texts = {name: said[value] if isinstance(value, bool) else str(value) for name, value in item.items() if _is_scalar(value)}
-    return item | texts
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
+    words = {True: "yes", False: "no"}
+    scalars = {name: value for name, value in item.items() if isinstance(value, bool | int | float)}
+    return item | {name: words[v] if isinstance(v, bool) else str(v) for name, v in scalars.items()}
 
 
 def _is_readable(item: Any) -> bool:
-    """Return True if a table can hold an item: texts, and small positive integers in `evidence_pages`."""
+    """Return whether a table can hold an item: texts, and small positive integers in `evidence_pages`."""
     if not isinstance(item, dict):
         return False
     pages = item.get("evidence_pages", [])
@@ -166,12 +158,12 @@ def check_question(question: str, answer: str) -> None:
 
 
 def dump(output: Output) -> str:
-    """Return an output as canonical JSON: keys in schema order, no white space."""
+    """Return an output as JSON, with keys in schema order and no white space."""
     return json.dumps(output.model_dump(), ensure_ascii=False, separators=(",", ":"))
 
 
 def strip_schema(node: Any, *, is_properties: bool = False) -> Any:
-    """Return a JSON schema without the keywords that the decoder does not enforce."""
+    """Return a JSON schema without the keywords that decoders ignore; rows are checked by the full schema."""
     if isinstance(node, dict):
         return {
             key: strip_schema(value, is_properties=key in ("properties", "$defs") and not is_properties)

@@ -1,4 +1,4 @@
-"""Task: caption. One description of one image."""
+"""Task `caption`: one description of one image."""
 
 from typing import Any
 
@@ -7,15 +7,17 @@ from pipeline.text.artifacts import without_afterthoughts
 
 
 class Caption(Output):
-    """Task `caption`: one description of one image."""
+    """One description of one image."""
 
     caption: Line
 
 
 def tidy_caption(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a caption on one line, up to the first paragraph in which the model goes on about something else."""
+    """Return a caption on one line, without later paragraphs about something else."""
     text = fields.get("caption")
-    return tidy_texts({**fields, "caption": without_afterthoughts(text)} if isinstance(text, str) and "\n" in text else fields)
+    if isinstance(text, str) and "\n" in text:
+        fields = {**fields, "caption": without_afterthoughts(text)}
+    return tidy_texts(fields)
 
 
 TASK = Task(

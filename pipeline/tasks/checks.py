@@ -1,6 +1,6 @@
-"""Tasks of the step verify, which checks annotations by further requests; users do not ask for them.
+"""Tasks of the step verify, which checks annotations by further requests; users do not select them.
 
-`answer` and `rate` are asked about the image; `claims`, `covers` and `repair` about a text alone.
+`answer` and `rate` show the image; `claims`, `covers` and `repair` only a text.
 """
 
 from typing import Annotated, Literal
@@ -16,35 +16,37 @@ Score = Literal["1", "2", "3", "4", "5"]
 
 
 class Answer(Output):
-    """The answer to a given question: to `answer` from the image, to `covers` from a caption of it."""
+    """The answer to a question: from the image (`answer`), or from a caption (`covers`)."""
 
     answer: Line
 
 
 class ClaimProbes(Output):
-    """One claim, and two questions about it: a model that likes to say yes fails the second."""
+    """One claim, with a question that expects yes, and one that expects no, to catch constant answers."""
 
     claim: Line
     question: Line
     opposite: Line
 
     @model_validator(mode="after")
-    def _are_two_questions(self) -> "ClaimProbes":
+    def _check_questions(self) -> "ClaimProbes":
         if not (self.question.endswith(QUESTION_MARKS) and self.opposite.endswith(QUESTION_MARKS)):
-            raise PydanticCustomError("question_without_mark", "the question does not end with a question mark")
+            raise PydanticCustomError(
+                "question_without_mark", "the question does not end with a question mark"
+            )
         if self.question.casefold() == self.opposite.casefold():
             raise PydanticCustomError("opposite_repeats_question", "the opposite question is the question")
         return self
 
 
 class ClaimSet(Output):
-    """The claims of one caption, each with a question that expects yes and one that expects no."""
+    """The claims of one caption."""
 
     claims: Annotated[list[ClaimProbes], Field(min_length=1, max_length=MAX_CLAIMS)]
 
 
 class Rating(Output):
-    """A judge's review of one text by a rubric: what is wrong, in a few words, and a score for each part; 5 is best."""
+    """A judge's rating of one text by a rubric: its flaw in a few words, and a score for each part."""
 
     flaw: Annotated[str, StringConstraints(max_length=2000)]  # empty if nothing is wrong
     relevance: Score
@@ -57,6 +59,5 @@ ANSWER = Task(name="answer", output=Answer, row=Answer)
 CLAIMS = Task(name="claims", output=ClaimSet, row=ClaimProbes, rows_field="claims")
 COVERS = Task(name="covers", output=Answer, row=Answer)
 RATE = Task(name="rate", output=Rating, row=Rating)
-# A caption written again without its false statements.
-REPAIR = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption)
+REPAIR = Task(name="repair", output=Caption, row=Caption, tidy_row=tidy_caption)  # removes false claims
 CHECKING = (ANSWER, CLAIMS, COVERS, RATE, REPAIR)

@@ -1,6 +1,6 @@
-"""Texts that people wrote about a sample, as annotations of the tasks `caption` and `qa`, of decks `deck_qa`.
+"""Human captions and questions as annotations of the tasks `caption` and `qa`, or `deck_qa` for decks.
 
-They take the way of a model's texts through all steps. Their `prompt_id` is `human`, and so is the style of the captions.
+They pass all steps like those of a model. Their `prompt_id` is `human`, and so is the style of the captions.
 """
 
 from collections import Counter
@@ -13,28 +13,33 @@ from pipeline.tasks.base import QUESTION_MARKS, tidy_texts
 from pipeline.tasks.qa import tidy_pair
 from pipeline.text.vqa_answers import kind_of_answer
 
-_KINDS = {"qa": ("yes/no", "number", "other"), "deck_qa": ("span", "number", "arithmetic")}
+_ANSWER_TYPES = {"qa": ("yes/no", "number", "other"), "deck_qa": ("span", "number", "arithmetic")}
 
 
 def human_annotations(
-    sample_id: str, captions: Sequence[str], questions: Sequence[dict[str, Any]], deck_pages: int | None = None
+    sample_id: str,
+    captions: Sequence[str],
+    questions: Sequence[dict[str, Any]],
+    deck_pages: int | None = None,
 ) -> tuple[dict[str, Any], ...]:
-    """Return the annotations (tables.ANNOTATION) of captions and questions that people wrote about a sample.
+    """Return the annotations (tables.ANNOTATION) of human captions and questions.
 
-    `questions` are tables.QUESTION_OF_PEOPLE; those without an answer are left out. `deck_pages` is the number of pages
-    of a deck: all of them are the evidence of a question that names none.
+    `questions` are tables.QUESTION_OF_PEOPLE; those without an answer are left out. `deck_pages` is the
+    number of pages of a deck; a question that names no evidence has all pages as evidence.
     """
     task = "qa" if deck_pages is None else "deck_qa"
     pages = list(range(1, (deck_pages or 0) + 1))
-    asked = (_with_answer(pair, task, pages) for pair in questions if _is_answered(pair))
+    pairs = (_with_answer(pair, task, pages) for pair in questions if _is_answered(pair))
     return (
-        *_rows(sample_id, "caption", HUMAN, (tidy_texts({"text": text}) for text in captions if text.strip())),
-        *_rows(sample_id, task, "", asked),
+        *_rows(
+            sample_id, "caption", HUMAN, (tidy_texts({"text": text}) for text in captions if text.strip())
+        ),
+        *_rows(sample_id, task, "", pairs),
     )
 
 
 def has_texts(captions: Sequence[str], questions: Sequence[dict[str, Any]]) -> tuple[bool, bool]:
-    """Return whether `human_annotations` of these would hold a caption, and a question."""
+    """Return whether `human_annotations` would return a caption, and a question."""
     return any(text.strip() for text in captions), any(map(_is_answered, questions))
 
 
@@ -44,37 +49,39 @@ def _is_answered(pair: dict[str, Any]) -> bool:
 
 def _rows(sample_id: str, task: str, style: str, texts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     request_id = digest([HUMAN, sample_id, task])
+    shared = {
+        "sample_id": sample_id,
+        "request_id": request_id,
+        "task": task,
+        "style": style,
+        "prompt_id": HUMAN,
+    }
     for position, fields in enumerate(texts):
-        yield {
-            "annotation_id": digest([request_id, position]),
-            "sample_id": sample_id,
-            "request_id": request_id,
-            "task": task,
-            "style": style,
-            "position": position,
-            "prompt_id": HUMAN,
-            **fields,
-        }
+        yield {"annotation_id": digest([request_id, position]), "position": position, **shared, **fields}
 
 
 def _with_answer(pair: dict[str, Any], task: str, pages: list[int]) -> dict[str, Any]:
-    """Return a question with the answer that most people gave, of two equally frequent ones the first."""
+    """Return a question with its most frequent answer, or the first of several."""
     answers = Counter(answer.strip() for answer in pair["answers"] if answer.strip())
-    answer = max(answers, key=lambda one: answers[one])
+    answer = answers.most_common(1)[0][0]
     question = " ".join(pair["question"].split())
-    if not question.endswith((*QUESTION_MARKS, ".", "!", ":", ";")):  # people leave the mark out
+    if not question.endswith((*QUESTION_MARKS, ".", "!", ":", ";")):
         question += "?"
-    fields: dict[str, Any] = {"question": question, "answer": answer, "answer_type": _kind_of(pair, answer, task)}
+    fields: dict[str, Any] = {
+        "question": question,
+        "answer": answer,
+        "answer_type": _type_of(pair, answer, task),
+    }
     if task == "deck_qa":
         fields |= {"evidence_pages": pair["evidence_pages"] or pages, "expression": pair["expression"] or ""}
     return tidy_pair(fields)
 
 
-def _kind_of(pair: dict[str, Any], answer: str, task: str) -> str:
-    """Return the type of a question: that of the source, if it is one of ours that the answer fits, else by the answer."""
-    given, is_yes_or_no = pair["answer_type"], kind_of_answer(answer) == "yes/no"
-    if given in _KINDS[task] and (given == "yes/no") == (is_yes_or_no and task == "qa"):
+def _type_of(pair: dict[str, Any], answer: str, task: str) -> str:
+    """Return the answer type: that of the source if the answer fits it, or else by the answer."""
+    given, kind = pair["answer_type"], kind_of_answer(answer)
+    if given in _ANSWER_TYPES[task] and (given == "yes/no") == (kind == "yes/no" and task == "qa"):
         return str(given)
     if task == "deck_qa":
-        return "arithmetic" if pair["expression"] else "number" if kind_of_answer(answer) == "number" else "span"
-    return kind_of_answer(answer)
+        return "arithmetic" if pair["expression"] else "number" if kind == "number" else "span"
+    return kind

@@ -1,12 +1,12 @@
-"""Tasks of a user's own: built from their settings (config.TaskConfig).
+"""Custom tasks, built from their settings (config.TaskConfig).
 
-By its kind a task joins what is there, captions or questions, or fills a column of its own: labels, boxes, a text, a record of
-fields. A value of such a column is kept as JSON (tables.ANNOTATION, `record`) until the rows of a version are written.
+Kinds `caption` and `question` add to the built-in tasks' texts. The others fill a column of the task's name,
+with values as JSON (tables.ANNOTATION, `record`) until the rows of a version are written.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from pipeline.config.sections import GenerateConfig, TaskConfig
 from pipeline.errors import ConfigError
 from pipeline.tables import ROW, OwnColumn
+from pipeline.tasks import output_schema
 from pipeline.tasks.base import (
     Line,
     Output,
@@ -31,26 +32,15 @@ from pipeline.tasks.base import (
 )
 from pipeline.tasks.boxes import BOX_FIELDS, Frame, place_box
 from pipeline.tasks.caption import Caption, tidy_caption
-from pipeline.tasks.output_schema import (
-    Schema,
-    UnusableSchemaError,
-    arrow_type,
-    close_schema,
-    empty_value,
-    load_output,
-    require_field,
-    validator_of,
-    without_null,
-)
+from pipeline.tasks.output_schema import Schema, UnusableSchemaError, require_field, without_null
 from pipeline.text.normalize import tidy
 
 log = logging.getLogger(__name__)
-NOTHING_FOUND = "nothing_found"  # a list of rows that is empty
-NOTHING = "[]"  # the record that stands for it
+NOTHING_FOUND = "nothing_found"  # error of an empty list of rows
+NOTHING = "[]"  # record of an empty list of rows
 JOINING = ("caption", "question")  # kinds whose texts join those of the built-in tasks
 TEMPLATE = "{prompt}\nReply as {{{{ reply }}}}.\nTask: {name}\n"
-# By kind; task categories of the Hub.
-CARD_CATEGORIES = {
+CARD_CATEGORIES = {  # task categories of the Hub
     "caption": "image-to-text",
     "question": "visual-question-answering",
     "labels": "image-classification",
@@ -58,7 +48,7 @@ CARD_CATEGORIES = {
     "text": "image-to-text",
 }
 _TEXT: Schema = {"type": "string"}
-_WRONG = {  # what pydantic finds wrong with a field, as the end of a reason
+_ERROR_WORDS = {  # ends of rejection reasons, by pydantic's error types
     "literal_error": "not_allowed",
     "missing": "missing",
     "string_pattern_mismatch": "off_pattern",
@@ -67,30 +57,30 @@ _WRONG = {  # what pydantic finds wrong with a field, as the end of a reason
 
 
 class OwnPair(Output):
-    """A question of a user's own task, with its answer."""
+    """A question of a custom task, with its answer."""
 
     question: Line
     answer: Line
 
     @model_validator(mode="after")
-    def _is_a_question_with_an_answer(self) -> "OwnPair":
+    def _check_pair(self) -> "OwnPair":
         check_question(self.question, self.answer)
         return self
 
 
-ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}  # by kind
+ROW_MODELS: dict[str, type[Output]] = {"caption": Caption, "question": OwnPair}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OwnTask(Task):
-    """A task of a user's own."""
+    """A custom task."""
 
     settings: TaskConfig
-    whole: Schema  # of a whole reply, closed
-    item: TypeAdapter[Any]  # checks one annotation
-    model: TypeAdapter[Any] | None  # the user's own check of it
-    field: str | None  # of an annotation that is its text or value; None: all of it
-    value: Schema  # of the text or value, closed
+    whole: Schema  # closed schema of a whole reply
+    item: TypeAdapter[Any]  # validates one annotation
+    model: TypeAdapter[Any] | None  # the user's pydantic model of it
+    field: str | None  # field of an annotation with its text or value; None: the whole annotation
+    value: Schema  # closed schema of that text or value
 
     def wire_schema(self) -> Schema:
         """See Task."""
@@ -101,9 +91,9 @@ class OwnTask(Task):
         return self.settings.temperature
 
     def rows_of(self, reply: Any) -> list[Any] | None:
-        """Return the rows of a parsed reply, an empty list if it found nothing; None if it has no rows.
+        """Return the rows of a parsed reply; [] if the model found nothing, None if there is no list of rows.
 
-        A server that enforces no schema may leave out the object around a list, as Qwen2.5-VL was trained to do with boxes.
+        A server that enforces no schema may return the bare list, as Qwen2.5-VL does for boxes.
         """
         if self.rows_field is None:
             is_bare = isinstance(reply, list) and self.field is not None and self.value["type"] == "array"
@@ -112,43 +102,35 @@ class OwnTask(Task):
         return rows if isinstance(rows, list) else None
 
     def nothing_found(self) -> tuple[dict[str, Any], str | None]:
-        """Return what stands for an empty list: that nothing is there is a result, but for captions and questions."""
+        """See Task. An empty list is a valid result, except of captions and questions."""
         return ({}, NOTHING_FOUND) if self.settings.kind in JOINING else ({"record": NOTHING}, None)
 
     def read_row(self, item: Any, frame: Frame | None = None) -> tuple[dict[str, Any], str | None]:
-        """See Task. A box is put into pixels of the image of the `frame`."""
+        """See Task. Boxes are converted to pixels of the image."""
         if has_surrogate(item):
             return {}, "off_schema"
         if flaw := find_unusable(texts_in(item)):
             return {}, flaw
         try:
-            item = self._as_asked(item)
+            item = self._normalize(item)
             fields = self.item.dump_python(self.item.validate_python(item), mode="json", by_alias=True)
             if self.model:
                 self.model.validate_python(fields)
         except ValidationError as error:
             return {}, _reason(error)
-        except Exception:  # a user's own check may raise anything
-            log.warning("the check of the task %s failed", self.name, exc_info=True)
+        except Exception:  # the user's model may raise anything
+            log.warning("the model of the task %s failed at a reply", self.name, exc_info=True)
             return {}, "check_failed"
-        if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, self.settings.coordinates)):
+        coordinates = self.settings.coordinates
+        if self.box_field and frame and (flaw := place_box(fields, self.box_field, frame, coordinates)):
             return {}, flaw
         return self._columns(fields), None
 
-    def _as_asked(self, item: Any) -> Any:
-        """Return an annotation with labels as they are allowed, where case or space is other, and boxes of whole pixels."""
+    def _normalize(self, item: Any) -> Any:
+        """Return an annotation with labels in their allowed spelling, and boxes in whole pixels."""
         if self.settings.kind not in ("labels", "boxes"):
             return item
-        allowed = _spellings(self)
-
-        def respell(value: Any) -> Any:
-            if isinstance(value, str):
-                return allowed.get(value.strip().casefold(), value)
-            if isinstance(value, list):
-                return [respell(one) for one in value]
-            return {name: respell(one) for name, one in value.items()} if isinstance(value, dict) else value
-
-        item = respell(item)
+        item = _respell(item, _spellings(self))
         box = item.get(self.box_field) if self.box_field and isinstance(item, dict) else None
         if isinstance(box, list) and _is_in_pixels(box):
             return item | {self.box_field: [round(side) for side in box]}
@@ -160,78 +142,95 @@ class OwnTask(Task):
         value = fields[self.field] if self.field else fields
         if self.settings.kind == "caption":
             return {"text": tidy_caption({"caption": value})["caption"]}
-        if self.settings.kind == "labels" and isinstance(value, list):  # to say one twice is no reason to ask again
+        if self.settings.kind == "labels" and isinstance(value, list):  # a repeated label is no error
             value = list(dict.fromkeys(label for label in map(tidy, value) if label))
         return {"record": json.dumps(value, ensure_ascii=False)}
 
     @property
     def column(self) -> OwnColumn | None:
-        """The column of a version that holds the values; None if they join captions or questions."""
+        """The column of a version that holds the values; None for captions and questions."""
         if self.settings.kind in JOINING:
             return None
-        kind = arrow_type(self.value)
+        kind = output_schema.arrow_type(self.value)
         is_list = self.rows_field is not None
         return OwnColumn(self.name, pa.list_(kind) if is_list else kind, self.settings.kind, is_list)
 
     def empty_result(self, *, nulls: bool = False) -> Any:
-        """Return a result without content, or with null where it may be, to try the prompts of tasks with that need it."""
-        return [] if self.rows_field else empty_value(self.value, nulls=nulls)
+        """Return an empty result, to try prompts that need it; with `nulls`, optional values are null."""
+        return [] if self.rows_field else output_schema.empty_value(self.value, nulls=nulls)
 
-    def allowed_texts(self) -> Iterator[str]:
-        """Yield the texts that its schema allows by name."""
-        parts: list[Any] = [self.whole]
-        while parts:
-            part = parts.pop()
-            if isinstance(part, dict):
-                yield from (value for value in part.get("enum", ()) if isinstance(value, str))
-                parts += [inner for key, inner in part.items() if key != "enum"]
-            elif isinstance(part, list):
-                parts += part
+    def allowed_texts(self) -> list[str]:
+        """Return the texts in the enums of the schema."""
+        return _enum_texts(self.whole)
 
 
 @lru_cache(256)
 def _spellings(task: OwnTask) -> dict[str, str]:
-    """Return the texts that a task allows by name, by how they are in lower case."""
     return {text.casefold(): text for text in task.allowed_texts()}
 
 
+def _enum_texts(node: Any) -> list[str]:
+    if isinstance(node, list):
+        return [text for inner in node for text in _enum_texts(inner)]
+    if not isinstance(node, dict):
+        return []
+    own = [value for value in node.get("enum", ()) if isinstance(value, str)]
+    return own + _enum_texts([inner for key, inner in node.items() if key != "enum"])
+
+
+def _respell(value: Any, spellings: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return spellings.get(value.strip().casefold(), value)
+    if isinstance(value, list):
+        return [_respell(one, spellings) for one in value]
+    return (
+        {name: _respell(one, spellings) for name, one in value.items()} if isinstance(value, dict) else value
+    )
+
+
 def _is_in_pixels(box: list[Any]) -> bool:
-    """Return whether the sides of a box are numbers, and no fractions of the image."""
-    are_numbers = all(isinstance(side, float | int) and not isinstance(side, bool) and isfinite(side) for side in box)
+    """Return whether the sides of a box are numbers, and not fractions of the image."""
+    are_numbers = all(
+        isinstance(side, float | int) and not isinstance(side, bool) and isfinite(side) for side in box
+    )
     return bool(box) and are_numbers and max(box) >= 2
 
 
 def own_columns(tasks: Sequence[OwnTask]) -> list[OwnColumn]:
-    """Return the columns that own tasks fill, in their order."""
+    """Return the columns that custom tasks fill, in order."""
     return [column for task in tasks if (column := task.column)]
 
 
 def publishable_task(task: OwnTask) -> dict[str, Any]:
-    """Return the settings of a task for a manifest: with the schema of a model in the user's code instead of its name."""
+    """Return the settings of a task for a manifest, with the schema instead of the name of a user's model."""
     schema = {"output": task.whole} if task.settings.output else {}
     return task.settings.model_dump(mode="json", exclude_defaults=True) | schema
 
 
 @lru_cache(256)
 def build_task(settings: TaskConfig) -> OwnTask:
-    """Return the task of these settings. Raises ConfigError if they do not fit together."""
+    """Return the task of these settings. Raises ConfigError if they contradict each other."""
     try:
         return _build(settings)
     except UnusableSchemaError as error:
-        raise ConfigError(
-            f"the task {settings.name} cannot be used: {error}", hint="docs/own-tasks.md says what a task may be"
-        ) from None
+        problem = f"the task {settings.name} cannot be used: {error}"
+        raise ConfigError(problem, hint="docs/own-tasks.md describes what a task can be") from None
 
 
 def _build(settings: TaskConfig) -> OwnTask:
     kind = settings.kind
-    schema, model = load_output(settings.output) if settings.output else (_usual_output(settings), None)
+    default = None if settings.output else _default_output(settings)
+    schema, model = output_schema.load_output(settings.output) if settings.output else (default, None)
     if settings.output and settings.labels:
-        raise UnusableSchemaError("labels goes with the usual output of labels and boxes; in an output, write an enum")
-    whole = without_null(close_schema(schema))
+        raise UnusableSchemaError(
+            "labels cannot be combined with output: write an enum in the output instead"
+        )
+    whole = without_null(output_schema.close_schema(schema))
     if whole["type"] != "object":
-        raise UnusableSchemaError("output must be an object: replies are JSON objects")
-    rows = settings.rows or ({"question": "qa", "boxes": "boxes"}.get(kind) if settings.output is None else None)
+        raise UnusableSchemaError("output must be an object")
+    rows = settings.rows or (
+        {"question": "qa", "boxes": "boxes"}.get(kind) if settings.output is None else None
+    )
     item = whole
     if rows:
         if without_null(whole["properties"].get(rows, _TEXT))["type"] != "array":
@@ -239,7 +238,7 @@ def _build(settings: TaskConfig) -> OwnTask:
         whole = require_field(whole, rows)
         item = without_null(whole["properties"][rows]["items"])
     field = _field_of(settings, item)
-    for name in _required_fields(kind, field):  # what a task is about cannot be null
+    for name in _required_fields(kind, field):
         item = require_field(item, name) if item["type"] == "object" and name in item["properties"] else item
     if rows:
         listed = whole["properties"][rows] | {"items": item}
@@ -260,7 +259,7 @@ def _build(settings: TaskConfig) -> OwnTask:
         own_prompt=TEMPLATE.format(prompt=settings.prompt.strip(), name=settings.name),
         settings=settings,
         whole=whole if rows else item,
-        item=validator_of(item),
+        item=output_schema.validator_of(item),
         model=_item_of(model, rows) if model else None,
         field=field,
         value=value,
@@ -269,41 +268,42 @@ def _build(settings: TaskConfig) -> OwnTask:
 
 
 def _required_fields(kind: str, field: str | None) -> tuple[str, ...]:
+    """Return the fields that cannot be null."""
     if kind == "question":
         return ("question", "answer")
     return BOX_FIELDS if kind == "boxes" else (field,) if field else ()
 
 
-def _usual_output(settings: TaskConfig) -> Schema:
+def _default_output(settings: TaskConfig) -> Schema:
     label: Schema = {"enum": [*settings.labels]} if settings.labels else _TEXT
     if settings.kind == "record":
         raise UnusableSchemaError("a record needs an output: a JSON schema that names its fields")
     if settings.labels and settings.kind not in ("labels", "boxes"):
-        raise UnusableSchemaError(f"labels goes with the kinds labels and boxes, not with {settings.kind}")
-    corners = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
-    return {
-        "caption": lambda: _object(caption=_TEXT),
-        "text": lambda: _object(text=_TEXT),
-        "question": lambda: _object(qa=_list(_object(question=_TEXT, answer=_TEXT), 1)),
-        "labels": lambda: _object(labels=_list(label)),
-        "boxes": lambda: _object(boxes=_list(_object(bbox_2d=corners, label=label))),
-    }[settings.kind]()
+        raise UnusableSchemaError(f"labels is only for the kinds labels and boxes, not for {settings.kind}")
+    if settings.kind in ("caption", "text"):
+        return _object(**{settings.kind: _TEXT})
+    if settings.kind == "labels":
+        return _object(labels=_list(label))
+    if settings.kind == "question":
+        return _object(qa=_list(_object(question=_TEXT, answer=_TEXT)) | {"minItems": 1})
+    corners = _list({"type": "integer"}) | {"minItems": 4, "maxItems": 4}
+    return _object(boxes=_list(_object(bbox_2d=corners, label=label)))
 
 
 def _object(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": [*properties]}
 
 
-def _list(items: Schema, least: int = 0) -> Schema:
-    return {"type": "array", "items": items, "minItems": least}
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items, "minItems": 0}
 
 
 def _field_of(settings: TaskConfig, item: Schema) -> str | None:
-    """Return the field of an annotation that is its text or value: the named one, that of the kind's name, or the only one."""
+    """Return the field with an annotation's text or value: as set, named like the kind, or the only one."""
     item = without_null(item)
     if item["type"] != "object":
         if settings.field or settings.kind not in ("caption", "text", "labels"):
-            raise UnusableSchemaError(f"{settings.rows} lists no objects")
+            raise UnusableSchemaError(f"the items of {settings.rows} must be objects")
         return None
     names = item["properties"]
     if settings.field:
@@ -314,29 +314,35 @@ def _field_of(settings: TaskConfig, item: Schema) -> str | None:
         return None
     if settings.kind in names or len(names) == 1:
         return settings.kind if settings.kind in names else next(iter(names))
-    raise UnusableSchemaError(f"say which field is the {settings.kind}, as in `field: {next(reversed(names))}`")
+    example = next(reversed(names))
+    raise UnusableSchemaError(
+        f"output has several fields: name that of the {settings.kind}, as in `field: {example}`"
+    )
 
 
 def _check_kind(settings: TaskConfig, value: Schema) -> str | None:
-    """Return the field of a box, for boxes. Raises UnusableSchemaError if the values do not have the form of the kind."""
+    """Return the field of a box, or None. Raises UnusableSchemaError if the values do not fit the kind."""
     kind, form = settings.kind, value["type"]
     names = value["properties"] if form == "object" else {}
     if kind in ("caption", "text") and form != "string":
-        raise UnusableSchemaError(f"a {kind} is a text, and not {_a(form)}")
+        raise UnusableSchemaError(f"a {kind} must be a string, not of type {form}")
     if kind == "labels" and (value["items"].get("type") if form == "array" else form) != "string":
-        raise UnusableSchemaError("labels are texts, or a list of them")
+        raise UnusableSchemaError("labels must be a string, or a list of strings")
     if kind == "boxes" and not settings.show_image:
-        raise UnusableSchemaError("boxes are drawn on an image: leave out show_image: false")
+        raise UnusableSchemaError("boxes need an image: leave out show_image: false")
     if kind == "question":
-        forms = {name: without_null(names[name])["type"] for name in ("question", "answer", "answer_type") if name in names}
+        pair = ("question", "answer", "answer_type")
+        forms = {name: without_null(names[name])["type"] for name in pair if name in names}
         if not {"question", "answer"} <= forms.keys() or {*forms.values()} != {"string"}:
-            raise UnusableSchemaError("a question has the fields question and answer, which are texts")
+            raise UnusableSchemaError("a question needs the fields question and answer, which are strings")
     if kind not in JOINING and (settings.name in ROW.names or settings.name == "split"):
-        raise UnusableSchemaError(f"a dataset has a column {settings.name} already")
+        raise UnusableSchemaError(f"a dataset has a column {settings.name} already: rename the task")
     if kind not in ("caption", "question", "text") and (settings.min_words or settings.max_words):
-        raise UnusableSchemaError(f"min_words and max_words are of captions, questions and texts, and not of {kind}")
+        raise UnusableSchemaError(
+            f"min_words and max_words are only for captions, questions and texts, not for {kind}"
+        )
     if settings.rows and form == "array":
-        raise UnusableSchemaError("a row of a list cannot be a list itself")
+        raise UnusableSchemaError("an item of rows cannot be a list")
     return _box_field(settings, names) if kind == "boxes" else None
 
 
@@ -345,18 +351,16 @@ def _box_field(settings: TaskConfig, names: Schema) -> str:
     box = names[corners[0]] if len(corners) == 1 else {}
     is_box = box.get("type") == "array" and (box.get("minItems"), box.get("maxItems")) == (4, 4)
     if not is_box or (settings.output and not settings.rows):
-        raise UnusableSchemaError(f"boxes are rows with one list of four whole numbers named {' or '.join(BOX_FIELDS)}")
+        raise UnusableSchemaError(
+            f"boxes need rows with one list of four integers named {' or '.join(BOX_FIELDS)}"
+        )
     if box["items"].get("type") != "integer":
-        raise UnusableSchemaError("the corners of a box are whole numbers: they become pixels")
+        raise UnusableSchemaError("the corners of a box must be integers: they are pixels")
     return corners[0]
 
 
-def _a(form: str) -> str:
-    return {"array": "a list", "integer": "a number", "object": "an object"}.get(form, f"a {form}")
-
-
 def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
-    """Return the user's own check of one annotation: a model, or that of the items of a list in it."""
+    """Return the validator of one annotation by the user's model: the model, or the items of a list in it."""
     if rows is None:
         return TypeAdapter(model)
     field = next(field for name, field in model.model_fields.items() if rows in (name, field.alias))
@@ -369,5 +373,5 @@ def _item_of(model: type[BaseModel], rows: str | None) -> TypeAdapter[Any]:
 
 def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = [part for part in first["loc"] if isinstance(part, str)]
-    return "_".join([*where, _WRONG.get(first["type"], first["type"])]) if where else "off_schema"
+    names = [part for part in first["loc"] if isinstance(part, str)]
+    return "_".join([*names, _ERROR_WORDS.get(first["type"], first["type"])]) if names else "off_schema"

@@ -1,4 +1,4 @@
-"""Task: qa. A few questions about one image, with short answers."""
+"""Task `qa`: a few questions about one image, with short answers."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,20 +12,29 @@ AnswerType = Literal["yes/no", "number", "other"]
 
 
 class QAPair(Output):
-    """One question about the image with its answer. The type comes first, so that the model plans before it asks."""
+    """One question with its answer. The type comes first, so that the model plans before it asks."""
 
     answer_type: AnswerType
     question: Line
     answer: Line
 
     @model_validator(mode="after")
-    def _is_a_question_with_an_answer(self) -> "QAPair":
+    def _check_pair(self) -> "QAPair":
         check_question(self.question, self.answer)
-        if self.answer_type == "yes/no" and self.answer.casefold() not in YES_OR_NO:
-            raise PydanticCustomError("answer_not_yes_or_no", "the answer to a yes/no question is neither yes nor no")
-        if self.answer_type == "number" and self.answer.casefold() in YES_OR_NO:
-            raise PydanticCustomError("answer_not_a_number", "the answer to a question for a number is yes or no")
+        is_yes_or_no = self.answer.casefold() in YES_OR_NO
+        if self.answer_type == "yes/no" and not is_yes_or_no:
+            raise PydanticCustomError(
+                "answer_not_yes_or_no", "the answer to a yes/no question is another word"
+            )
+        if self.answer_type == "number" and is_yes_or_no:
+            raise PydanticCustomError("answer_not_a_number", "the answer to a number question is yes or no")
         return self
+
+
+class QASet(Output):
+    """A few pairs about one image."""
+
+    qa: Annotated[list[QAPair], Field(min_length=1, max_length=MAX_QA_PAIRS)]
 
 
 def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
@@ -33,12 +42,6 @@ def tidy_pair(fields: dict[str, Any]) -> dict[str, Any]:
     pair = tidy_texts(fields)
     plain = str(pair.get("answer", "")).rstrip(SENTENCE_ENDS).casefold()
     return {**pair, "answer": plain} if plain in YES_OR_NO and pair.get("answer_type") == "yes/no" else pair
-
-
-class QASet(Output):
-    """Task `qa`: a few pairs about one image."""
-
-    qa: Annotated[list[QAPair], Field(min_length=1, max_length=MAX_QA_PAIRS)]
 
 
 TASK = Task(

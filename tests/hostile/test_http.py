@@ -242,7 +242,7 @@ def test_no_redirect_is_followed_and_no_image_goes_elsewhere(status: str, where:
             else:
                 well_behaved(path, body, send)
 
-        with pytest.raises(EngineError, match="sends requests on to"):
+        with pytest.raises(EngineError, match="redirects requests to"):
             if where == "/v1/models":
                 with running_raw(script) as server:
                     model_of(resolve(source="scenes", base_url=[server.url]))

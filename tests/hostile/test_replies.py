@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.files import resolve
 from pipeline.inference.journal import Journal
-from pipeline.inference.protocol import BadAnswerError, error_message, proves_schemas, read_reply
+from pipeline.inference.protocol import BadAnswerError, error_message, read_reply
 from pipeline.inference.queue import read_annotations
 from pipeline.inference.requests import build_requests
 from pipeline.tables import ANNOTATION
@@ -61,7 +61,6 @@ def test_any_answer_is_one_reply_in_a_real_journal_or_is_asked_again(body: bytes
     message = error_message(body)
     assert 0 < len(message) <= 500
     assert "\n" not in message
-    proves_schemas(body)
     sample_id = hashlib.sha256(body).hexdigest()  # the examples share a journal
     requests = list(build_requests(sample_id, request_plan(CONFIG)))
     with Journal(tmp_path / "j.sqlite") as journal:

@@ -56,7 +56,7 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text, prompt: lost.j2}", "lost.j2"),
         ("{name: t, kind: text, prompt: '{{ row.title }}'}", "uses row.title, and no such column is mapped"),
         ("{name: t, kind: text, prompt: '{{ results.ocr }}'}", "uses results.ocr, which its task does not need"),
-        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which is not asked"),
+        ("{name: t, kind: text, prompt: a, needs: [ocr]}", "the task t needs ocr, which this run does not ask"),
         ("{name: t, kind: text, prompt: '{{ results.t }}', needs: [t]}", "tasks need each other in a circle: t"),
         ("{name: t, kind: text, prompt: '{{ row }}'}", "cannot be rendered: name one of its values"),
         ("{name: t, kind: text, prompt: '{{ [1, 2] | random }}'}", "the prompt t cannot be rendered: No filter named 'random'"),
@@ -65,8 +65,8 @@ def test_a_task_is_asked_in_the_round_after_those_that_it_needs() -> None:
         ("{name: t, kind: text, prompt: '{{ nothing }}'}", "cannot be rendered: 'nothing' is undefined"),
         ("{name: t, kind: text, prompt: '{% if %}'}", "the prompt t cannot be read"),
         ("{name: qa, kind: question, prompt: a}", "qa is the name of a built-in task"),
-        ("{name: t, kind: text, prompt: a, show_image: false}", "the task t shows no image and nothing else of it"),
-        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "no output at no_module:X"),
+        ("{name: t, kind: text, prompt: a, show_image: false}", "the task t has no input"),
+        ("{name: t, kind: record, prompt: a, output: 'no_module:X'}", "cannot load the output no_module:X"),
     ],
 )
 def test_a_mistake_in_a_task_is_one_error(text: str, complaint: str, tmp_path: Path) -> None:

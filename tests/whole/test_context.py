@@ -113,7 +113,7 @@ def test_style_of_the_settings_is_a_prompt_of_its_own(shop: Path, server: ChatSe
     assert done.returncode == 0, done.stderr
     asked = [body for body in server.bodies if text_of(body).endswith('Reply as {"caption": "..."}.\nTask: caption, product')]
     assert len(asked) == COUNT and len(server.bodies) == 3 * COUNT  # beside plain and detailed, which photographs get
-    assert "prompts: caption built in; product of the settings" in done.stderr
+    assert "prompts: caption built in; product from the settings" in done.stderr
     assert all("Notes" not in text_of(body) for body in asked)
     captions = [caption for row in load_rows(shop / "d") for caption in row["captions"] if caption["style"] == "product"]
     assert captions and all(caption["prompt_id"].startswith("caption/product@") for caption in captions)

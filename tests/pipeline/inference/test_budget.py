@@ -62,7 +62,9 @@ def test_the_cost_of_earlier_runs_counts() -> None:
 
 
 def test_a_judge_is_paid_at_its_own_prices() -> None:
-    server = ServerConfig(price_in=1.0, price_out=2.0, judge_price_in=10.0, judge_price_out=20.0, max_cost=1.0)
+    server = ServerConfig(
+        price_in=1.0, price_out=2.0, judge_price_in=10.0, judge_price_out=20.0, max_cost=1.0
+    )
     rating = dataclasses.replace(REQUEST, task="rate")
     budget, stats = Budget(server, 0, 0, 0.0), RequestStats()
     for request in (REQUEST, rating):
@@ -82,7 +84,9 @@ def test_a_judge_is_paid_at_its_own_prices() -> None:
         ({"price_out": 1.0, "judge_price_out": 2.0}, 6.0),
     ],
 )
-def test_prices_of_a_judge_that_nobody_names_are_those_of_the_writer(prices: dict[str, Any], expected: float | None) -> None:
+def test_prices_of_a_judge_that_nobody_names_are_those_of_the_writer(
+    prices: dict[str, Any], expected: float | None
+) -> None:
     """Of 3 million tokens that are read and 5 million that are written, of which 2 million and 1 million by the judge."""
     assert ServerConfig(**prices).price(3e6, 5e6, 2e6, 1e6) == expected
 
@@ -111,7 +115,11 @@ def test_a_journal_knows_what_replies_without_counts_have_likely_cost(tmp_path: 
         for request, one in zip(requests, replies, strict=True):
             journal.keep([(request, dataclasses.replace(one, request_id=request.id), None)])
             stats.add_reply(request, one)
-        assert journal.likely_tokens() == (stats.prompt_tokens, stats.reply_tokens) == (1507, 3 + len(replies[0].text) // 4)
+        assert (
+            journal.likely_tokens()
+            == (stats.prompt_tokens, stats.reply_tokens)
+            == (1507, 3 + len(replies[0].text) // 4)
+        )
     assert stats.metrics(ServerConfig(price_in=1.0))["tokens"].startswith("about 1,507 read")
 
 
@@ -135,7 +143,9 @@ def test_the_breaker_stops_a_run_when_too_many_of_its_last_replies_are_unusable(
 def test_a_resumed_run_stops_again_while_replies_stay_unusable(tmp_path: Path) -> None:
     with running_chat(ChatServer(lambda times, body: Act(text="Sure! Here is a caption."))) as chat:
         config = resolve(source="scenes", base_url=[chat.url], model="model", tasks=["caption"])
-        samples = [(f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)]  # two captions each
+        samples = [
+            (f"{n:064x}", SAMPLES[n % 20].images) for n in range(WINDOW_REPLIES * 11 // 20)
+        ]  # two captions each
 
         def run() -> None:
             with Journal(tmp_path / "j") as journal, client_of(config) as engine:

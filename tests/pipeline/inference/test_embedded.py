@@ -14,7 +14,14 @@ from pipeline.sources.scenes import draw_sample
 from pipeline.tasks import TASKS
 from pipeline.tasks.replies import parse_reply
 from pipeline.types import Engine, Reply, Request, Sampling
-from tests.scene_data import batch_of, requests_to_send, scene_samples, scenes_by_id, score_annotations, score_decks
+from tests.scene_data import (
+    batch_of,
+    requests_to_send,
+    scene_samples,
+    scenes_by_id,
+    score_annotations,
+    score_decks,
+)
 
 SEED = 8001  # no training set holds these scenes
 SCENES = 40
@@ -55,7 +62,9 @@ def replies(engine: Engine, batch: Iterable[Request]) -> dict[str, Reply]:
     return {reply.request_id: reply for group in engine.ask(Once(batch)) for reply in group}
 
 
-def scores(engine: Engine, batch: list[Request], count: int) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
+def scores(
+    engine: Engine, batch: list[Request], count: int
+) -> tuple[dict[str, CaptionScore], dict[str, AnswerScore]]:
     reply_of = replies(engine, batch)
     rows = [row for request in batch for row in parse_reply(request, reply_of[request.id])]
     return score_annotations(rows, scenes_by_id(scene_samples(count, SEED)))
@@ -64,8 +73,15 @@ def scores(engine: Engine, batch: list[Request], count: int) -> tuple[dict[str, 
 def test_the_teacher_tells_the_truth_about_unseen_scenes(engine: Engine) -> None:
     """Catch a broken teacher, or a broken path to it; benchmarks/teacher.py measures the full figures."""
     captions, answers = scores(engine, requests(SCENES), SCENES)
-    assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {"brief": True, "detailed": True}
-    assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {"yes/no": True, "number": True, "other": True}
+    assert {style: min(c.precision, c.recall) > 0.93 for style, c in captions.items()} == {
+        "brief": True,
+        "detailed": True,
+    }
+    assert {kind: a.accuracy > 0.85 for kind, a in answers.items()} == {
+        "yes/no": True,
+        "number": True,
+        "other": True,
+    }
     assert all(1 - a.accuracy < (1 - a.majority) / 2 for a in answers.values())
 
 
@@ -106,10 +122,14 @@ def test_a_reply_does_not_depend_on_its_company(engine: Engine) -> None:
 
 
 def test_another_id_or_attempt_samples_other_tokens(engine: Engine) -> None:
-    qa = [replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(6) if r.task == "qa"]
+    qa = [
+        replace(r, sampling=Sampling(temperature=1.0, max_tokens=256)) for r in requests(6) if r.task == "qa"
+    ]
     renamed = [replace(r, id=f"{n:064x}") for n, r in enumerate(qa)]
     retries = [replace(r, attempt=1) for r in qa]
-    first, second, third = ([reply.text for reply in replies(engine, batch).values()] for batch in (qa, renamed, retries))
+    first, second, third = (
+        [reply.text for reply in replies(engine, batch).values()] for batch in (qa, renamed, retries)
+    )
     assert first != second and first != third
 
 

@@ -1,11 +1,11 @@
-"""Endpoints: pace, health, proxies and cached images of one server."""
+"""Endpoints: rate limits, health and proxies of one server."""
 
 import asyncio
 
 import pytest
 
 from pipeline.inference import endpoints
-from pipeline.inference.endpoints import MIN_MISSES, RECENT_NAMES, Endpoint, KeptImages, Pace
+from pipeline.inference.endpoints import Endpoint, Pace
 
 
 class Clock:
@@ -16,11 +16,11 @@ class Clock:
         return self.now
 
 
-def test_requests_and_tokens_are_spread_over_the_minute() -> None:
+def test_rate_limits_spread_requests_and_tokens_over_the_minute() -> None:
     clock = Clock()
     pace = Pace(60, None, clock)
     assert [pace.take() for _ in range(4)] == [0, 1, 2, 3]
-    clock.now += 10  # unused requests are not saved up: a burst is what limits are against
+    clock.now += 10  # unused requests are not saved for a burst
     assert [pace.take() for _ in range(2)] == [0, 1]
     pace = Pace(None, 6000, clock)
     assert pace.take() == 0
@@ -29,23 +29,6 @@ def test_requests_and_tokens_are_spread_over_the_minute() -> None:
     pace = Pace(None, None, clock)
     pace.add_tokens(10**9)
     assert pace.take() == 0
-
-
-@pytest.mark.parametrize(
-    ("hits", "misses", "is_worth_it"),
-    [
-        (0, MIN_MISSES - 1, True),
-        (0, MIN_MISSES, False),
-        (RECENT_NAMES * 10, RECENT_NAMES // 2, False),  # the recent names count
-    ],
-)
-def test_names_are_given_up_when_most_recent_ones_are_missed(hits: int, misses: int, is_worth_it: bool) -> None:  # noqa: FBT001
-    kept = KeptImages()
-    for _ in range(hits):
-        kept.hit("a")
-    for _ in range(misses):
-        kept.miss("a")
-    assert kept.is_worth_it == is_worth_it
 
 
 @pytest.mark.parametrize(
@@ -59,7 +42,7 @@ def test_names_are_given_up_when_most_recent_ones_are_missed(hits: int, misses: 
         (302, 404, True),
     ],
 )
-def test_a_server_is_healthy_by_its_page_its_models_or_any_answer(
+def test_health_is_that_of_the_health_page_or_model_list_or_any_answer(
     health: int | None, models: int | None, is_healthy: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def status_of(url: str, *_: object, **__: object) -> int | None:
@@ -79,10 +62,10 @@ def test_a_server_is_healthy_by_its_page_its_models_or_any_answer(
         ("https://[::1]:8000/v1", "", None),
         ("https://localhost:8000/v1", "", None),
         ("https://vllm-7:8000/v1", "", None),
-        ("http://api.example.com/v1", "", None),  # for which there is none
+        ("http://api.example.com/v1", "", None),  # the environment names no proxy for http
     ],
 )
-def test_servers_nearby_are_asked_without_a_proxy(
+def test_proxy_is_used_only_for_public_addresses(
     url: str, no_proxy: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY"):

@@ -24,9 +24,15 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VLLM_PYTHON, raising=False)
 
 
-def test_auto_takes_a_named_server_or_a_gpu_and_else_this_process(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+def test_auto_takes_a_named_server_or_a_gpu_and_else_this_process(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> None:
     choice = choose_engine(resolve(source="scenes"))
-    assert (choice.name, choice.model, choice.revision) == ("embedded", "tiny", weights_revision(TINY_WEIGHTS))
+    assert (choice.name, choice.model, choice.revision) == (
+        "embedded",
+        "tiny",
+        weights_revision(TINY_WEIGHTS),
+    )
     with running_chat(ChatServer(model=f"m@{REVISION}")) as chat:
         choice = choose_engine(resolve(source="folder:x", base_url=[chat.url]))
     assert (choice.name, choice.model, choice.revision) == ("vllm", f"m@{REVISION}", REVISION)
@@ -44,7 +50,9 @@ def test_auto_takes_a_named_server_or_a_gpu_and_else_this_process(monkeypatch: p
         ({"generate": {"caption_styles": ["plain"]}}, "does not know the caption style plain"),
     ],
 )
-def test_settings_that_no_engine_fits_are_an_error(settings: dict[str, Any], problem: str, no_gpu: None) -> None:
+def test_settings_that_no_engine_fits_are_an_error(
+    settings: dict[str, Any], problem: str, no_gpu: None
+) -> None:
     with pytest.raises(EngineError, match=problem):
         choose_engine(resolve(**{"source": "scenes", **settings}))
 
@@ -68,14 +76,24 @@ def test_vllm_that_is_not_there_is_an_error_with_three_ways_out(no_gpu: None) ->
     ("name", "content", "pixels"),
     [
         ("preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056}, 12845056),
-        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "size": {"longest_edge": 7056}}, 7056),
-        ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}}}, 1_003_520),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "Qwen2VLImageProcessor", "size": {"longest_edge": 7056}},
+            7056,
+        ),
+        (
+            "processor_config.json",
+            {"image_processor": {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}}},
+            1_003_520,
+        ),
         ("processor_config.json", {"image_processor": {"size": {"longest_edge": 1536}}}, 1536**2),  # SmolVLM
         ("preprocessor_config.json", {"size": {"height": 896, "width": 896}}, None),  # Gemma
         ("other.json", {"max_pixels": 3}, None),
     ],
 )
-def test_the_pixel_bound_is_the_processors_own(tmp_path: Path, name: str, content: object, pixels: int | None) -> None:
+def test_the_pixel_bound_is_the_processors_own(
+    tmp_path: Path, name: str, content: object, pixels: int | None
+) -> None:
     (tmp_path / name).write_text(json.dumps(content))
     assert max_pixels(str(tmp_path)) == pixels
 

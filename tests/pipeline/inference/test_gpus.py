@@ -29,7 +29,11 @@ LISTING = (
     ],
 )
 def test_entries_of_cuda_visible_devices_are_passed_on_and_else_gpus_are_counted(
-    listing: str | None, visible: str | None, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    listing: str | None,
+    visible: str | None,
+    gpus: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if listing is not None:
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{listing}END\n")
@@ -54,19 +58,26 @@ def test_entries_of_cuda_visible_devices_are_passed_on_and_else_gpus_are_counted
         (("--data-parallel-size", "2"), [("0", "1", "2", "3")]),
     ],
 )
-def test_each_server_gets_the_gpus_that_the_flags_give_to_one(flags: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
+def test_each_server_gets_the_gpus_that_the_flags_give_to_one(
+    flags: tuple[str, ...], groups: list[tuple[str, ...]]
+) -> None:
     assert group_gpus(("0", "1", "2", "3"), flags) == groups
     assert group_gpus((), flags) == [()]
 
 
-def test_a_machine_with_two_gpus_runs_two_servers_that_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_with_two_gpus_runs_two_servers_that_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(vllm, "visible_gpus", lambda: ("5", "7"))
     monkeypatch.setattr(vllm, "vllm_python", lambda: "python")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     first, second = plan_servers(str(TINY_WEIGHTS), "r", ServerConfig(), tmp_path / "vllm.log")
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["5", "7"]
     assert [one.log.name for one in (first, second)] == ["vllm.log", "vllm-2.log"]
-    assert [one.arguments[one.arguments.index("--api-server-count") + 1] for one in (first, second)] == ["2", "2"]
+    assert [one.arguments[one.arguments.index("--api-server-count") + 1] for one in (first, second)] == [
+        "2",
+        "2",
+    ]
     assert first.api_key == second.api_key
 
 

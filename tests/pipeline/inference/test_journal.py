@@ -24,7 +24,14 @@ REQUESTS = list(build_requests("a" * 64, request_plan(CONFIG)))
 
 
 def reply_to(number: int) -> Reply:
-    return Reply(request_id=REQUESTS[number].id, attempt=0, text="{}", finish_reason="stop", prompt_tokens=5, reply_tokens=2)
+    return Reply(
+        request_id=REQUESTS[number].id,
+        attempt=0,
+        text="{}",
+        finish_reason="stop",
+        prompt_tokens=5,
+        reply_tokens=2,
+    )
 
 
 def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> None:
@@ -45,14 +52,19 @@ def test_a_reply_is_there_when_the_journal_is_opened_again(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("file_format", [FORMAT - 1, FORMAT + 1])
-def test_a_journal_of_another_format_is_neither_opened_nor_checked_nor_imported(file_format: int, tmp_path: Path) -> None:
+def test_a_journal_of_another_format_is_neither_opened_nor_checked_nor_imported(
+    file_format: int, tmp_path: Path
+) -> None:
     with closing(sqlite3.connect(tmp_path / "other.sqlite")) as db:
         db.executescript(f"CREATE TABLE replies (request_id TEXT); PRAGMA user_version = {file_format};")
     uses: tuple[Callable[[Path], object], ...] = (Journal, check_journal)  # a repair follows a check
     for use in uses:
         with pytest.raises(StoreError, match="another version of synth"):
             use(tmp_path / "other.sqlite")
-    with Journal(tmp_path / "ours.sqlite") as journal, pytest.raises(StoreError, match="another version of synth"):
+    with (
+        Journal(tmp_path / "ours.sqlite") as journal,
+        pytest.raises(StoreError, match="another version of synth"),
+    ):
         journal.import_replies(tmp_path / "other.sqlite", "a", "b")
 
 
@@ -70,7 +82,12 @@ def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path)
         journal.record_sent(REQUESTS)
         journal.keep([(REQUESTS[0], other_reply, None), (REQUESTS[1], reply_to(1), "flaw")])
     with Journal(tmp_path / "ours.sqlite") as journal:
-        journal.keep([(REQUESTS[0], own_reply, None), (REQUESTS[1], replace(reply_to(1), finish_reason="server_error"), "x")])
+        journal.keep(
+            [
+                (REQUESTS[0], own_reply, None),
+                (REQUESTS[1], replace(reply_to(1), finish_reason="server_error"), "x"),
+            ]
+        )
         journal.import_replies(tmp_path / "theirs.sqlite", "b", "c")  # about other samples
         assert journal.last(REQUESTS[1].id, answered=True) is None
         for _ in range(2):
@@ -81,7 +98,9 @@ def test_replies_of_another_journal_are_taken_over_and_ours_stay(tmp_path: Path)
 
 
 @pytest.mark.parametrize("reason", UNANSWERED)
-def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(tmp_path: Path, reason: str) -> None:
+def test_a_request_that_two_samples_share_is_asked_again_about_the_other_one(
+    tmp_path: Path, reason: str
+) -> None:
     first = build_claims("A red cube.", "a" * 64, request_plan(CONFIG))
     second = build_claims("A red cube.", "b" * 64, request_plan(CONFIG))
     assert first.id == second.id
@@ -106,10 +125,14 @@ def test_replies_about_a_text_go_with_their_sample_and_blind_ones_with_all(tmp_p
 
 def filled(path: Path, count: int = 300) -> list[Request]:
     """Write a journal of so many replies, and close it."""
-    requests = [replace(REQUESTS[0], id=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)]
+    requests = [
+        replace(REQUESTS[0], id=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)
+    ]
     with Journal(path) as journal:
         journal.record_sent(requests)
-        journal.keep([(request, request.reply(f"reply {request.id}" * 4, "stop", 5, 7), None) for request in requests])
+        journal.keep(
+            [(request, request.reply(f"reply {request.id}" * 4, "stop", 5, 7), None) for request in requests]
+        )
     return requests
 
 
@@ -156,7 +179,12 @@ def test_repair_of_a_file_with_a_lost_page_keeps_the_other_replies(seed: int, tm
     kept, _, _ = repair_journal(path)
     assert check_journal(path) == JournalState(kept, ())
     assert (tmp_path / "j.sqlite.damaged-1").read_bytes() == data
-    assert {file.name for file in tmp_path.iterdir()} <= {"j.sqlite", "j.sqlite.damaged-1", "j.sqlite-wal", "j.sqlite-shm"}
+    assert {file.name for file in tmp_path.iterdir()} <= {
+        "j.sqlite",
+        "j.sqlite.damaged-1",
+        "j.sqlite-wal",
+        "j.sqlite-shm",
+    }
     with Journal(path) as journal:
         replies = [last[0] for request in requests if (last := journal.last(request.id))]
     assert all(reply.text == f"reply {reply.request_id}" * 4 for reply in replies)
@@ -181,7 +209,9 @@ def test_repair_applies_the_log_of_the_damaged_file_and_leaves_no_log_for_the_ne
         assert journal.last(late.id) is not None
 
 
-def test_a_repair_that_fails_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repair_that_fails_leaves_the_journal_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "j.sqlite"
     filled(path, 3)
     before = path.read_bytes()
@@ -197,7 +227,10 @@ def test_a_repair_that_fails_leaves_the_journal_as_it_was(tmp_path: Path, monkey
 
 def test_a_journal_that_another_program_holds_is_not_called_damaged(tmp_path: Path) -> None:
     filled(tmp_path / "j.sqlite", 2)
-    with closing(sqlite3.connect(tmp_path / "j.sqlite")) as other, pytest.raises(StoreError, match="another program holds"):
+    with (
+        closing(sqlite3.connect(tmp_path / "j.sqlite")) as other,
+        pytest.raises(StoreError, match="another program holds"),
+    ):
         other.execute("BEGIN IMMEDIATE")
         with translate_disk_errors(tmp_path), Journal(tmp_path / "j.sqlite") as journal:
             journal._db.execute("PRAGMA busy_timeout = 50")

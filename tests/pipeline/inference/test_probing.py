@@ -1,4 +1,4 @@
-"""Probing: the protocol of each kind of server is found out, and a run loses nothing; keys go to their servers alone."""
+"""Probing: a run adapts to the fields of each kind of server; keys go only to their servers."""
 
 import json
 import re
@@ -31,28 +31,37 @@ LEFT_OUT = {"openai that thinks": {"temperature", "top_p", "max_tokens"}}
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(client, "GROUP_SECONDS", 0.05)
 
 
-def ask(path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any) -> tuple[list[str | None], list[str], str]:
-    """Ask about the samples; return the errors of all annotations, the messages, and the revision of the model."""
+def ask(
+    path: Path, chat: ChatServer, max_tokens: int = 400, **server: Any
+) -> tuple[list[str | None], list[str], str]:
+    """Ask about the samples; return the errors of all annotations, the messages, and the model revision."""
     notes = Notes()
-    settings: dict[str, Any] = {"server": {"concurrency": 4, **server}, "generate": {"max_tokens": max_tokens}}
+    settings: dict[str, Any] = {
+        "server": {"concurrency": 4, **server},
+        "generate": {"max_tokens": max_tokens},
+    }
     config = resolve(source="scenes", base_url=[chat.url], model="model", **settings)
     name, revision = model_of(config)
     with Journal(path) as journal, ExitStack() as stack:
         chunks = iter([batch_of(SAMPLES)])
         engine = lambda: stack.enter_context(client_of(config, name, revision, notes))  # noqa: E731
-        for _ in ask_about(chunks, request_plan(config, revision), config.server, engine, journal, RequestStats()):
+        for _ in ask_about(
+            chunks, request_plan(config, revision), config.server, engine, journal, RequestStats()
+        ):
             pass
-        (table,) = read_annotations([[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config, revision), journal)
+        (table,) = read_annotations(
+            [[SampleInfo(sample.id, 1) for sample in SAMPLES]], request_plan(config, revision), journal
+        )
     return table["reply_error"].to_pylist(), notes.texts, revision
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_server_gets_all_fields_that_it_supports_and_no_others(kind: ServerKind, tmp_path: Path) -> None:
+def test_server_gets_exactly_its_supported_fields(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
         errors, texts, revision = ask(tmp_path / "j", chat)
     assert errors == [None] * 3 * len(SAMPLES) and "unenforced" not in revision
@@ -70,7 +79,7 @@ def test_a_server_gets_all_fields_that_it_supports_and_no_others(kind: ServerKin
 
 
 @pytest.mark.parametrize("kind", LOOSE, ids=lambda kind: kind.name)
-def test_a_server_that_enforces_no_schema_is_accepted_by_the_setting_alone(kind: ServerKind, tmp_path: Path) -> None:
+def test_server_without_schemas_needs_no_enforced_schema(kind: ServerKind, tmp_path: Path) -> None:
     flawed = {"count": 0}
 
     def script(times: int, body: dict[str, Any]) -> Act | None:
@@ -85,7 +94,7 @@ def test_a_server_that_enforces_no_schema_is_accepted_by_the_setting_alone(kind:
             ask(tmp_path / "strict", chat)
         assert "--no-enforced-schema" in refused.value.hint and not chat.bodies
         errors, texts, revision = ask(tmp_path / "loose", chat, enforced_schema=False)
-    assert errors == [None] * 3 * len(SAMPLES)  # each first reply was bad, and asked for again
+    assert errors == [None] * 3 * len(SAMPLES)  # each first reply was invalid, and retried
     assert flawed["count"] == 3 * len(SAMPLES)
     assert revision.endswith("+unenforced")
     assert any("does not enforce JSON schemas" in text for text in texts)
@@ -93,13 +102,15 @@ def test_a_server_that_enforces_no_schema_is_accepted_by_the_setting_alone(kind:
     assert formats == {"json_object" if kind is DEEPSEEK else "text"}
 
 
-def test_a_server_without_a_list_of_models_needs_the_name_of_one(tmp_path: Path) -> None:
+def test_server_without_model_list_needs_a_model_name(tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=PROXY)) as chat:
         with pytest.raises(EngineError, match="does not list its models") as unnamed:
             model_of(resolve(source="scenes", base_url=[chat.url]))
         assert "--model" in unnamed.value.hint
         with pytest.raises(EngineError, match="does not exist"):
-            other = resolve(source="scenes", base_url=[chat.url], model="other", server={"enforced_schema": False})
+            other = resolve(
+                source="scenes", base_url=[chat.url], model="other", server={"enforced_schema": False}
+            )
             with client_of(other, "other"):
                 pass
 
@@ -122,12 +133,16 @@ def refusing(message: str) -> ServerKind:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (refusing("Your credit balance is too low."), {"enforced_schema": False}, "first request: Your credit balance"),
+        (
+            refusing("Your credit balance is too low."),
+            {"enforced_schema": False},
+            "first request: Your credit balance",
+        ),
         (refusing("max_tokens is too large: 256. This model allows 100."), {}, "max_tokens"),
         (thinking(1000), {}, "thinks for more than 400 tokens"),
     ],
 )
-def test_a_first_request_that_is_refused_ends_the_run_with_the_reason(
+def test_refused_first_request_ends_the_run_with_its_reason(
     kind: ServerKind, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with running_chat(ChatServer(kind=kind)) as chat, pytest.raises(EngineError, match=message) as caught:
@@ -135,14 +150,17 @@ def test_a_first_request_that_is_refused_ends_the_run_with_the_reason(
     assert "schema" not in str(caught.value) and not chat.bodies
 
 
-@pytest.mark.parametrize("answer", [b'{"error": {"message": "sk-very-secret has none"}}', b"data: sk-very-secret has none"])
-def test_a_first_answer_without_a_reply_is_an_error_without_the_key(
+@pytest.mark.parametrize(
+    "answer",
+    [b'{"error": {"message": "sk-very-secret has no credit"}}', b"data: sk-very-secret has no credit"],
+)
+def test_first_answer_without_reply_is_an_error_without_the_key(
     answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "sk-very-secret")
     chat = ChatServer()
     chat.probe_answer = answer
-    with running_chat(chat), pytest.raises(EngineError, match=r"with an error: .*\[key\] has none"):
+    with running_chat(chat), pytest.raises(EngineError, match=r"with an error: .*\[key\] has no credit"):
         ask(tmp_path / "j", chat)
 
 
@@ -151,21 +169,23 @@ def test_a_first_answer_without_a_reply_is_an_error_without_the_key(
     [thinking(1000), ServerKind(name="a server that thinks", model_fields={}, in_parts=True)],
     ids=["in tokens", "in parts"],
 )
-def test_a_model_that_thinks_first_is_accepted_if_replies_have_the_tokens(kind: ServerKind, tmp_path: Path) -> None:
+def test_thinking_model_is_accepted_if_max_tokens_suffices(kind: ServerKind, tmp_path: Path) -> None:
     with running_chat(ChatServer(kind=kind)) as chat:
         errors, texts, _ = ask(tmp_path / "j", chat, max_tokens=4000)
     assert set(errors) == {None} and not any("schema" in text for text in texts)
 
 
-def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path) -> None:
+def test_refusal_field_is_stored_as_a_reply(tmp_path: Path) -> None:
     message = {"role": "assistant", "refusal": "I cannot help with that."}
     refusal = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
-    with running_chat(ChatServer(lambda times, body: Act(raw=refusal) if task_of(body) == "Task: qa" else None)) as chat:
+    with running_chat(
+        ChatServer(lambda times, body: Act(raw=refusal) if task_of(body) == "Task: qa" else None)
+    ) as chat:
         errors, _, _ = ask(tmp_path / "j", chat)
         assert Counter(errors) == {None: 2 * len(SAMPLES), "content_filter": len(SAMPLES)}
         asked = len(chat.bodies)
         ask(tmp_path / "j", chat)
-    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # a refusal is asked for again twice, and then it is kept
+    assert len(chat.bodies) == asked == 5 * len(SAMPLES)  # each refusal has two retries
 
 
 # --- the model
@@ -177,13 +197,15 @@ def test_a_refusal_in_a_field_of_its_own_is_a_reply_that_is_kept(tmp_path: Path)
         ("tiny@c0ffee", [], None, "tiny@c0ffee"),
         ("tiny@c0ffee", [], "tiny", "tiny@c0ffee"),
         ("models/gemma", [], "gemma", "models/gemma"),
-        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # a full name goes first
+        ("qwen@q8_0", ["qwen"], "qwen", "qwen"),  # the full name has priority
         ("m@abc", ["m@def"], "m", "m may be several models"),
         ("a", ["b"], None, "serves 2 models"),
         ("llama", [], "model", "does not serve model"),
     ],
 )
-def test_a_model_is_found_by_its_full_or_short_name(served: str, others: list[str], wanted: str | None, found: str) -> None:
+def test_model_is_found_by_full_or_short_name(
+    served: str, others: list[str], wanted: str | None, found: str
+) -> None:
     with running_chat(ChatServer(model=served)) as chat:
         chat.other_models = others
         config = resolve(source="scenes", base_url=[chat.url], model=wanted)
@@ -195,8 +217,7 @@ def test_a_model_is_found_by_its_full_or_short_name(served: str, others: list[st
         assert all(name in caught.value.hint for name in (served, *others))
 
 
-def test_the_revision_of_a_model_is_in_its_name_or_a_digest_of_its_name_and_root() -> None:
-    """Two servers that call different models by one name must not share replies."""
+def test_revision_is_part_of_the_name_or_a_digest_of_name_and_root() -> None:
 
     def revision(model: str, root: str = "") -> str:
         with running_chat(ChatServer(model=model)) as chat:
@@ -204,72 +225,93 @@ def test_the_revision_of_a_model_is_in_its_name_or_a_digest_of_its_name_and_root
             return model_of(resolve(source="scenes", base_url=[chat.url]))[1]
 
     digest, commit = "c0ffee" * 2 + "1234", "c0ffee1234" * 4
-    assert [revision(f"tiny@{one}") for one in (digest, commit, f"{digest}+0a1b2c3d")] == [digest, commit, f"{digest}+0a1b2c3d"]
-    unsure = [revision(name) for name in ("a@q4_k_m", "b@q4_k_m", "a@c0ffee", f"a@{digest}0")]
-    assert len(set(unsure)) == 4 and all(re.fullmatch("[0-9a-f]{16}", one) for one in unsure)  # no digest: others may have it
+    assert [revision(f"tiny@{one}") for one in (digest, commit, f"{digest}+0a1b2c3d")] == [
+        digest,
+        commit,
+        f"{digest}+0a1b2c3d",
+    ]
+    digests = [revision(name) for name in ("a@q4_k_m", "b@q4_k_m", "a@c0ffee", f"a@{digest}0")]
+    assert len(set(digests)) == 4 and all(re.fullmatch("[0-9a-f]{16}", one) for one in digests)
     assert revision("m", "/models/a") == revision("m", "/models/a") != revision("m", "/models/b")
 
 
 # --- addresses, keys and headers
 
 
-def test_a_name_and_a_password_in_an_address_are_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_in_an_address_is_sent_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-another-server")
     with running_chat(ChatServer(model="llama")) as chat:
-        config = resolve(source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen")
+        config = resolve(
+            source="scenes", base_url=[chat.url.replace("://", "://me:s%40cret-word@")], model="qwen"
+        )
         with pytest.raises(EngineError, match="does not serve qwen") as caught:
             model_of(config)
         assert "cret" not in str(caught.value)
-        assert [sent["Authorization"] for sent in chat.headers] == [f"Basic {b64encode(b'me:s@cret-word').decode()}"]
+        assert [sent["Authorization"] for sent in chat.headers] == [
+            f"Basic {b64encode(b'me:s@cret-word').decode()}"
+        ]
     assert "s@cret-word" in endpoints_of(config)[0].keys
 
 
-def test_a_server_that_wants_a_key_gets_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_gets_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_chat(ChatServer()) as chat:
         chat.key = "sesame-7"
-        with pytest.raises(EngineError, match="wants a key, and none is set") as caught:
+        with pytest.raises(EngineError, match="requires an API key, and none is set") as caught:
             model_of(resolve(source="scenes", base_url=[chat.url]))
         assert "SYNTH_API_KEY" in caught.value.hint
         monkeypatch.setenv("SYNTH_API_KEY", "sesame-7")
         assert model_of(resolve(source="scenes", base_url=[chat.url]))[0] == "model"
 
 
-def test_an_unreachable_server_is_an_error_with_a_hint() -> None:
+def test_unreachable_server_error_has_a_hint() -> None:
     with pytest.raises(EngineError, match="no server answers") as caught:
         model_of(resolve(source="scenes", base_url=["http://127.0.0.1:9/v1"]))
     assert "synth serve" in caught.value.hint and "Connect call failed" in str(caught.value)
 
 
-def test_a_key_and_headers_come_from_the_environment_and_go_to_their_server_alone(
+def test_key_and_headers_come_from_the_environment_and_go_only_to_their_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SYNTH_API_KEY", raising=False)
     with running_chat(ChatServer()) as chat:
         monkeypatch.setenv("OPENAI_API_KEY", "of-openai")
         ask(tmp_path / "a", chat)
-        assert chat.authorizations == {None}  # it is no server of OpenAI's
+        assert chat.authorizations == {None}  # not a server of OpenAI
         monkeypatch.setenv("MY_KEY", "mine")
         ask(tmp_path / "b", chat, key_env="MY_KEY", headers={"X-Title": "synth", "api-key": "$MY_KEY"})
         assert chat.authorizations == {None, "Bearer mine"}
-        assert {(headers.get("X-Title"), headers.get("api-key")) for headers in chat.headers[-5:]} == {("synth", "mine")}
-        with pytest.raises(EngineError, match=r"\$NO_SUCH, which is not set"):
+        assert {(headers.get("X-Title"), headers.get("api-key")) for headers in chat.headers[-5:]} == {
+            ("synth", "mine")
+        }
+        with pytest.raises(EngineError, match=r"is \$NO_SUCH, and this environment variable is not set"):
             ask(tmp_path / "c", chat, headers={"api-key": "$NO_SUCH"})
     config = resolve(source="scenes", base_url=["https://api.openai.com/v1", "https://evil-openai.com/v1"])
-    assert [endpoint.headers.get("Authorization") for endpoint in endpoints_of(config)] == ["Bearer of-openai", None]
+    assert [endpoint.headers.get("Authorization") for endpoint in endpoints_of(config)] == [
+        "Bearer of-openai",
+        None,
+    ]
 
 
-def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_servers_have_their_own_keys_headers_rates_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     monkeypatch.setenv("SECOND_KEY", "of-second")
-    slow = lambda times, body: Act(seconds=0.1)  # noqa: E731  # answers take longer than all else: all places are in use
+    slow = lambda times, body: Act(seconds=0.1)  # noqa: E731  # slow, so that all requests of the limit are in flight
     with running_chat(ChatServer(slow)) as first, running_chat(ChatServer(slow)) as second:
         own = {"key_env": "SECOND_KEY", "headers": {"X-Title": "mine"}, "weight": 3}
         paced = {"requests_per_minute": 60}
-        server = {"headers": {"X-All": "yes"}, "concurrency": 16, "endpoints": {f"{second.url}/": own, first.url: paced}}
+        server = {
+            "headers": {"X-All": "yes"},
+            "concurrency": 16,
+            "endpoints": {f"{second.url}/": own, first.url: paced},
+        }
         config = resolve(source="scenes", base_url=[first.url, second.url], model="model", server=server)
         chunks = iter([batch_of(scene_samples(30))])
         with client_of(config) as engine, Journal(tmp_path / "j") as journal:
-            for _ in ask_about(chunks, request_plan(config), config.server, lambda: engine, journal, RequestStats()):
+            for _ in ask_about(
+                chunks, request_plan(config), config.server, lambda: engine, journal, RequestStats()
+            ):
                 pass
     assert (first.authorizations, second.authorizations) == ({"Bearer of-all"}, {"Bearer of-second"})
     assert {(headers.get("X-All"), headers.get("X-Title")) for headers in first.headers} == {("yes", None)}
@@ -288,19 +330,30 @@ def test_each_of_two_servers_has_its_own_key_headers_pace_and_share(tmp_path: Pa
         "https://models.example.com:443/v1/chat/completions",
     ],
 )
-def test_a_server_gets_its_own_key_in_each_spelling_of_its_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_gets_its_own_key_in_each_spelling_of_its_address(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-local")
     monkeypatch.setenv("EXAMPLE_KEY", "of-example")
     own = {"key_env": "EXAMPLE_KEY", "headers": {"api-key": "example"}}
     server = {"headers": {"Api-Key": "all"}, "endpoints": {"https://models.example.com/v1": own}}
-    config = resolve(source="scenes", base_url=["http://localhost:8000/v1", address], model="m", server=server)
+    config = resolve(
+        source="scenes", base_url=["http://localhost:8000/v1", address], model="m", server=server
+    )
     local, example = endpoints_of(config)
-    assert (local.headers["Authorization"], example.headers["Authorization"]) == ("Bearer of-local", "Bearer of-example")
-    assert [(name, value) for name, value in example.headers.items() if name.lower() == "api-key"] == [("api-key", "example")]
+    assert (local.headers["Authorization"], example.headers["Authorization"]) == (
+        "Bearer of-local",
+        "Bearer of-example",
+    )
+    assert [(name, value) for name, value in example.headers.items() if name.lower() == "api-key"] == [
+        ("api-key", "example")
+    ]
     assert example.url == "https://models.example.com/v1"
 
 
-def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_at_the_writers_host_gets_neither_the_writers_key_nor_headers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SYNTH_API_KEY", "of-all")
     monkeypatch.setenv("SYNTH_JUDGE_API_KEY", "of-judge")
     monkeypatch.setenv("WRITER_KEY", "of-writer")
@@ -316,7 +369,9 @@ def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_head
 
     def headers_for(address: str) -> dict[str, str]:
         verify = {"judge": f"big@{address}", "judge_may_be_writer": True}
-        config = resolve(source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify)
+        config = resolve(
+            source="scenes", base_url=[writer], model="m", server={"endpoints": {writer: own}}, verify=verify
+        )
         choose_judge(config, "r")
         return dict(asked[-1].headers)
 
@@ -324,10 +379,12 @@ def test_a_judge_at_the_host_of_another_server_gets_neither_its_key_nor_its_head
         headers = headers_for(address)
         assert (headers["Authorization"], headers.get("X-Team")) == (f"Bearer {key}", team)
     monkeypatch.delenv("SYNTH_JUDGE_API_KEY")
-    assert "Authorization" not in headers_for(other)  # the key for all is not for a host whose servers have their own
+    assert "Authorization" not in headers_for(
+        other
+    )  # the general key is not for a host with its own settings
 
 
-def test_settings_of_servers_that_are_not_used_now_are_ignored(tmp_path: Path) -> None:
+def test_settings_of_unused_servers_are_ignored(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "source: scenes\nbase_url: [http://a:1/v1, http://b:1/v1]\n"
@@ -335,4 +392,6 @@ def test_settings_of_servers_that_are_not_used_now_are_ignored(tmp_path: Path) -
     )
     assert resolve(file).server.endpoint("http://b:1/v1/").weight == 3
     config = resolve(file, base_url=["http://a:1/v1"])
-    assert [*config.server.endpoints] == ["http://a:1"] and config.server.endpoint("http://a:1/v1").weight == 2
+    assert [*config.server.endpoints] == ["http://a:1"] and config.server.endpoint(
+        "http://a:1/v1"
+    ).weight == 2

@@ -75,10 +75,17 @@ def run(path: Path, engine: Scripted, config: Config | None = None) -> tuple[Req
     counts, settings = RequestStats(), config or resolve(source="scenes")
     with Journal(path) as journal:
         for _ in ask_about(
-            map(batch, (IDS[:3], IDS[3:])), request_plan(settings, "1"), settings.server, lambda: engine, journal, counts
+            map(batch, (IDS[:3], IDS[3:])),
+            request_plan(settings, "1"),
+            settings.server,
+            lambda: engine,
+            journal,
+            counts,
         ):
             pass
-        tables = list(read_annotations([[SampleInfo(name, 1) for name in IDS]], request_plan(settings, "1"), journal))
+        tables = list(
+            read_annotations([[SampleInfo(name, 1) for name in IDS]], request_plan(settings, "1"), journal)
+        )
     return counts, [row for table in tables for row in table["annotation_id"].to_pylist()]
 
 

@@ -1,4 +1,4 @@
-"""Request images: sent as they are where a server can use them, and otherwise upright, RGB, within the pixel limit."""
+"""Request images: sent unchanged if possible, or else as upright RGB JPEGs within the pixel limit."""
 
 import asyncio
 import base64
@@ -28,22 +28,27 @@ def turned() -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("PNG", "RGB")])
-def test_a_plain_image_is_sent_as_it_is(kind: str, mode: str) -> None:
+def test_plain_image_is_sent_unchanged(kind: str, mode: str) -> None:
     assert sendable_format(encoded(kind, mode), None) == kind.lower()
 
 
 @pytest.mark.parametrize(
     ("image", "size"),
-    [(encoded("PNG", "RGBA"), (60, 40)), (encoded("JPEG", "CMYK"), (60, 40)), (encoded("BMP"), (60, 40)), (turned(), (40, 60))],
+    [
+        (encoded("PNG", "RGBA"), (60, 40)),
+        (encoded("JPEG", "CMYK"), (60, 40)),
+        (encoded("BMP"), (60, 40)),
+        (turned(), (40, 60)),
+    ],
     ids=["alpha", "cmyk", "bmp", "turned"],
 )
-def test_any_other_is_made_anew_and_upright(image: bytes, size: tuple[int, int]) -> None:
+def test_other_image_is_reencoded_upright(image: bytes, size: tuple[int, int]) -> None:
     assert sendable_format(image, None) is None
     with Image.open(io.BytesIO(reencode(image, None))) as decoded:
         assert (decoded.format, decoded.mode, decoded.size) == ("JPEG", "RGB", size)
 
 
-def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
+def test_large_image_is_scaled_down_and_keeps_its_aspect() -> None:
     image = encoded(size=(600, 400))
     assert sendable_format(image, 60_000) is None
     assert sendable_format(image, 240_000) == "jpeg"
@@ -54,13 +59,12 @@ def test_an_image_above_the_bound_is_scaled_down_and_keeps_its_shape() -> None:
 
 def part(request_images: RequestImages, image: bytes) -> dict[str, Any]:
     parts = asyncio.run(request_images.parts(hashlib.sha256(image).hexdigest(), (image,)))
-    content: dict[str, Any] = json.loads(parts.whole)
-    assert json.loads(parts.named) == content | {"image_url": None}
+    content: dict[str, Any] = json.loads(parts)
     return content
 
 
-@pytest.mark.parametrize("image", [encoded(), turned()], ids=["as it is", "made anew"])
-def test_the_uuid_is_the_hash_of_the_bytes_that_are_sent(tmp_path: Path, image: bytes) -> None:
+@pytest.mark.parametrize("image", [encoded(), turned()], ids=["unchanged", "re-encoded"])
+def test_uuid_is_the_hash_of_the_sent_bytes(tmp_path: Path, image: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
         inline = part(RequestImages(None, None, None, pool), image)
         by_path = part(RequestImages(tmp_path, None, None, pool), image)
@@ -72,7 +76,7 @@ def test_the_uuid_is_the_hash_of_the_bytes_that_are_sent(tmp_path: Path, image: 
     assert Path(by_path["image_url"]["url"].removeprefix("file://")).read_bytes() == sent
 
 
-def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_path: Path) -> None:
+def test_requests_of_an_image_share_one_encoding_and_old_images_are_dropped(tmp_path: Path) -> None:
     images = [encoded(size=(30 + n, 30)) for n in range(5)]
 
     async def all_parts() -> None:
@@ -81,15 +85,18 @@ def test_the_tasks_of_an_image_share_one_part_and_old_images_are_dropped(tmp_pat
             request_images.keep = 3
             for image in images:
                 name = hashlib.sha256(image).hexdigest()
-                first, second = await asyncio.gather(request_images.parts(name, (image,)), request_images.parts(name, (image,)))
+                first, second = await asyncio.gather(
+                    request_images.parts(name, (image,)), request_images.parts(name, (image,))
+                )
                 assert first is second
 
     asyncio.run(all_parts())
-    assert {path.name for path in tmp_path.iterdir()} == {f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{hashlib.sha256(image).hexdigest()}-0" for image in images[2:]
+    }
 
 
-def test_an_image_that_is_sent_again_is_dropped_last(tmp_path: Path) -> None:
-    """A server may not have opened its file yet."""
+def test_reused_image_is_dropped_last(tmp_path: Path) -> None:
     images = {name: encoded(size=(30 + number, 30)) for number, name in enumerate("abc")}
 
     async def send(names: str) -> None:

@@ -18,7 +18,11 @@ def ids(sample_id: str = SAMPLE, revision: str = "r", **settings: Any) -> list[s
 
 def test_default_tasks_are_two_captions_and_one_set_of_questions() -> None:
     requests = list(build_requests(SAMPLE, request_plan(resolve(source="scenes"))))
-    assert [(r.task, r.style) for r in requests] == [("caption", "brief"), ("caption", "detailed"), ("qa", "")]
+    assert [(r.task, r.style) for r in requests] == [
+        ("caption", "brief"),
+        ("caption", "detailed"),
+        ("qa", ""),
+    ]
     assert len({r.id for r in requests}) == 3
 
 
@@ -47,7 +51,11 @@ def test_further_captions_to_choose_from_are_asked_beside_the_first_which_stays_
     assert {*ids(generate={"samples": 2})} < {*ids(generate={"samples": 3})}  # one more costs one more
     assert ids(generate={"samples": 3}, seed=1)[1] != requests[1].id
     hot = ids(generate={"samples": 2, "caption_temperature": 1.2})
-    assert hot[1] == ids(generate={"samples": 2, "caption_temperature": 1.2, "sample_temperature": 0.5})[1] != hot[0]
+    assert (
+        hot[1]
+        == ids(generate={"samples": 2, "caption_temperature": 1.2, "sample_temperature": 0.5})[1]
+        != hot[0]
+    )
 
 
 def test_a_seed_changes_what_is_sampled_and_not_what_is_greedy() -> None:

@@ -45,7 +45,11 @@ def config(*checks: str, **more: Any) -> Config:
 
 
 def test_each_check_shows_what_it_is_about() -> None:
-    assert checks_of(ROW, config().verify) == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify) == []
+    assert (
+        checks_of(ROW, config().verify)
+        == checks_of(ROW | {"evidence_pages": [1, 2, 3]}, config("evidence").verify)
+        == []
+    )
     settings = config("round_trip", "blind", "evidence", "claims")
     checks = checks_of(ROW, settings.verify)
     requests = with_images(
@@ -67,12 +71,17 @@ def test_a_caption_is_asked_for_its_claims() -> None:
     claims = [(check.question, check.expected) for check in checks_of(CAPTION, settings)]
     assert claims == [("How many dogs are there?", "2"), ("What color is the background?", "gray")]
     of_model = checks_of(CAPTION, settings, [Claim("Is it a dog?", "yes"), Claim("Is it a cat?", "no")])
-    assert [(check.question, check.expected) for check in of_model] == [("Is it a dog?", "yes"), ("Is it a cat?", "no")]
+    assert [(check.question, check.expected) for check in of_model] == [
+        ("Is it a dog?", "yes"),
+        ("Is it a cat?", "no"),
+    ]
 
 
 def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: Path) -> None:
     settings = resolve(source="folder:x", verify={"checks": ["claims"]})
-    request, other = (build_claims("Two dogs.", sample_id, request_plan(settings)) for sample_id in ("a", "b"))
+    request, other = (
+        build_claims("Two dogs.", sample_id, request_plan(settings)) for sample_id in ("a", "b")
+    )
     assert (request.id, request.images, request.pages) == (other.id, (), ())
     assert request.id != build_claims("Two cats.", "a", request_plan(settings)).id
     assert "Caption: Two dogs.\n" in request.text
@@ -86,7 +95,9 @@ def test_a_caption_is_split_without_its_image_and_once_for_all_images(tmp_path: 
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             text = reply if isinstance(reply, str) else json.dumps(reply)
             journal.keep([(request, request.reply(text, "stop"), None)])
-            assert [claim.expected for claim in read_claims("Two dogs.", request_plan(settings), journal)] == expected
+            assert [
+                claim.expected for claim in read_claims("Two dogs.", request_plan(settings), journal)
+            ] == expected
 
 
 def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
@@ -95,7 +106,9 @@ def test_coverage_asks_about_the_caption_in_place_of_the_image() -> None:
     request, other = (build_check(check, sample_id, request_plan(settings)) for sample_id in "st")
     assert (request.images, request.id) == ((), other.id)  # equal captions are asked about once
     assert request.text.endswith("Caption: Two dogs.\nQuestion: How many dogs?")
-    assert request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", request_plan(settings)).id
+    assert (
+        request.id != build_check(Check("blind", "How many dogs?", "2", ()), "s", request_plan(settings)).id
+    )
     assert coverage_checks("Two dogs.", config("claims").verify, [("How many dogs?", "2")]) == []
     assert coverage_checks(None, settings.verify, [("How many dogs?", "2")]) == []
 
@@ -114,7 +127,8 @@ def test_a_repair_shows_the_answers_and_no_image(tmp_path: Path) -> None:
 def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: Path) -> None:
     settings, texts = config(), {"clean_text": None, "clean_question": "How many?", "clean_answer": "2"}
     pair, caption = (
-        build_rating({**ROW, **texts, **more}, request_plan(settings)) for more in ({}, {"clean_text": "Two dogs."})
+        build_rating({**ROW, **texts, **more}, request_plan(settings))
+        for more in ({}, {"clean_text": "Two dogs."})
     )
     assert with_images([pair], SampleBatch.of([("s", PAGES)]))[0].images == PAGES
     assert pair.text.endswith("Question: How many? Answer: 2")
@@ -125,7 +139,9 @@ def test_a_rating_shows_the_image_and_the_text_and_is_all_or_nothing(tmp_path: P
     for number, (reply, mark) in enumerate(zip(replies, (4, 4, None, None), strict=True)):
         with Journal(tmp_path / f"{number}.sqlite") as journal:
             journal.keep([(pair, pair.reply(json.dumps(reply), "stop"), None)])
-            assert read_rating({**ROW, **texts}, request_plan(settings), journal) == dict.fromkeys(RUBRIC, mark)
+            assert read_rating({**ROW, **texts}, request_plan(settings), journal) == dict.fromkeys(
+                RUBRIC, mark
+            )
 
 
 def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None:
@@ -133,7 +149,9 @@ def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None
     check = Check("round_trip", "How many?", "2")
     request_id = build_check(check, "s", request_plan(settings)).id
     assert request_id == build_check(check, "s", request_plan(settings)).id
-    assert request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id  # the same question
+    assert (
+        request_id == build_check(Check("claims", "How many?", "3"), "s", request_plan(settings)).id
+    )  # the same question
     changed = [
         build_check(Check("round_trip", "How much?", "2"), "s", request_plan(settings)),
         build_check(check, "t", request_plan(settings)),
@@ -147,7 +165,10 @@ def test_the_name_of_a_request_needs_no_images_and_knows_what_is_asked() -> None
 def test_a_blind_question_is_asked_once_for_all_images() -> None:
     check = Check("blind", "How many?", "2", ())
     batches = [SampleBatch.of([("s", (b"1",)), ("t", (b"2",))]), SampleBatch.of([("u", (b"3",))])]
-    built = [with_images(*chunk) for chunk in build_all(batches, {name: [check] for name in "stu"}, request_plan(config()))]
+    built = [
+        with_images(*chunk)
+        for chunk in build_all(batches, {name: [check] for name in "stu"}, request_plan(config()))
+    ]
     assert [[request.images for request in requests] for requests in built] == [[()], []]
 
 
@@ -158,7 +179,14 @@ def test_answers_come_back_with_their_checks_and_what_cannot_be_read_is_null(tmp
     with Journal(tmp_path / "j.sqlite") as journal:
         for check, text in zip(checks, texts, strict=True):
             request = build_check(check, "s", request_plan(settings))
-            reply = Reply(request_id=request.id, attempt=0, text=text, finish_reason="stop", prompt_tokens=1, reply_tokens=1)
+            reply = Reply(
+                request_id=request.id,
+                attempt=0,
+                text=text,
+                finish_reason="stop",
+                prompt_tokens=1,
+                reply_tokens=1,
+            )
             journal.keep([(request, reply, None)])
         results = read_checks("s", checks, request_plan(settings), journal)
     assert [(result["kind"], result["expected"], result["answer"]) for result in results] == [

@@ -22,10 +22,14 @@ from pipeline.progress import NullProgress
 FLAGS_OF_NEWEST = Path(__file__).parents[2] / "vllm-0.33.0-flags.txt"  # from the sources in its wheel
 
 
-def plan(tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any) -> VllmCommand:
+def plan(
+    tmp_path: Path, *flags: str, gpu: bool = False, model: str = str(TINY_WEIGHTS), **settings: Any
+) -> VllmCommand:
     server = ServerConfig(flags=flags, **settings)
     gpus = ("3",) if gpu else ()
-    return plan_vllm_command("python", model, "c0ffee", server, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64)
+    return plan_vllm_command(
+        "python", model, "c0ffee", server, tmp_path / "log", gpus=gpus, cores=16, memory_gib=64
+    )
 
 
 def value_of(command: VllmCommand, flag: str) -> str:
@@ -42,9 +46,15 @@ def test_flags_follow_the_model_and_the_machine(tmp_path: Path) -> None:
     assert value_of(folder, "--block-size") == "32" and folder.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
     for command in (hub, gpu):
         backend = json.loads(value_of(command, "--structured-outputs-config"))
-        assert backend == {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+        assert backend == {
+            "backend": "guidance",
+            "disable_any_whitespace": True,
+            "disable_additional_properties": True,
+        }
     share: dict[str, Any] = {"gpus": (), "cores": 2, "memory_gib": 8}
-    decks = plan_vllm_command("python", "me/m", "c0ffee", ServerConfig(), tmp_path / "log", decks=True, **share)
+    decks = plan_vllm_command(
+        "python", "me/m", "c0ffee", ServerConfig(), tmp_path / "log", decks=True, **share
+    )
     assert json.loads(value_of(decks, "--limit-mm-per-prompt")) == {"image": 20, "video": 0}
     assert decks.max_model_len == 16_384
 
@@ -68,7 +78,9 @@ def stub(tmp_path: Path, code: str, **settings: Any) -> VllmCommand:
     """Return a command that runs `code` in place of vLLM, to test how a server is supervised."""
     script = tmp_path / "stub.py"
     script.write_text(code)
-    return replace(plan(tmp_path, **settings), python=sys.executable, arguments=(str(script),), environment={})
+    return replace(
+        plan(tmp_path, **settings), python=sys.executable, arguments=(str(script),), environment={}
+    )
 
 
 async def start(*commands: VllmCommand) -> None:
@@ -128,7 +140,9 @@ def test_a_server_that_dies_is_started_again_a_bounded_number_of_times(tmp_path:
                 await status_of(f"{running.root}/die")
                 await asyncio.sleep(0.05)
             assert running.root == address  # the address stays the same after a restart
-            assert running._process is None  # its number may be given to another process, which nobody is to kill
+            assert (
+                running._process is None
+            )  # its number may be given to another process, which nobody is to kill
             return running.restarted, str(running.failure)
 
     restarted, failure = asyncio.run(asyncio.wait_for(die_often(), 60))
@@ -172,7 +186,9 @@ vllm._SHARED_MEMORY = Path({str(tmp_path)!r})
 print(vllm.make_media_folder(), flush=True)
 input()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout
         folder = Path(other.stdout.readline().strip())
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -185,7 +201,9 @@ input()
     assert living.exists() and (tmp_path / "synth-media-x").exists()
 
 
-THIEF = SERVES.replace("def do_GET(self):", "def do_GET(self):\n        print(self.path, self.headers, flush=True)")
+THIEF = SERVES.replace(
+    "def do_GET(self):", "def do_GET(self):\n        print(self.path, self.headers, flush=True)"
+)
 
 
 def test_a_program_that_has_taken_the_port_gets_neither_key_nor_images(tmp_path: Path) -> None:
@@ -240,4 +258,8 @@ def test_the_engine_of_a_server_is_killed_however_we_end() -> None:
 
 
 def is_running(pid: int) -> bool:
-    return bool(subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip(" Z\n"))
+    return bool(
+        subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip(
+            " Z\n"
+        )
+    )

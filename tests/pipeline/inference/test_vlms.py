@@ -26,10 +26,14 @@ def png(color: str, size_px: tuple[int, int]) -> bytes:
 
 
 def requests(count: int = 3, max_tokens: int = 120) -> list[Request]:
-    config = resolve(source="scenes", generate={"max_tokens": max_tokens, "caption_styles": ["brief"]}, tasks=["caption"])
+    config = resolve(
+        source="scenes", generate={"max_tokens": max_tokens, "caption_styles": ["brief"]}, tasks=["caption"]
+    )
     colors, sizes = ("red", "blue", "green"), ((40, 30), (30, 50), (64, 64))
     images = [png(color, size) for color, size in zip(colors, sizes, strict=True)][:count]
-    return requests_to_send(SampleBatch.of((f"{n:064x}", (image,)) for n, image in enumerate(images)), config, "r")
+    return requests_to_send(
+        SampleBatch.of((f"{n:064x}", (image,)) for n, image in enumerate(images)), config, "r"
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -87,7 +91,10 @@ def test_a_failed_reply_can_be_shown_and_pages_are_several_images(engine: Embedd
 def test_a_model_without_a_chat_template_or_with_one_that_hides_the_task_is_refused(tmp_path: Path) -> None:
     folder = save("LLaVA", tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    for template, told in (("{{ 'hello' }}", "leaves out the system text or the task"), (None, "no chat template")):
+    for template, told in (
+        ("{{ 'hello' }}", "leaves out the system text or the task"),
+        (None, "no chat template"),
+    ):
         processor.chat_template = template
         processor.tokenizer.chat_template = None
         for file in folder.glob("chat_template*"):

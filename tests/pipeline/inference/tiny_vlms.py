@@ -1,7 +1,7 @@
 """Vision-language models of other families than the teachers': tiny, random, with true processors and chat templates.
 
-Templates are shortened forms of those that the families have on the Hub, with what matters in them: where a system text may
-stand, in which form, and whether the text begins with a token of its own.
+Templates are shortened forms of those that the families have on the Hub, with what matters in them: where a
+system text may stand, in which form, and whether the text begins with a token of its own.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ TEXT = {
     "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Gemma 3 begins with a token that its tokenizer would add as well, and puts the system text before the first message.
+# Gemma 3 begins with a token that its tokenizer would add as well, and puts the system text before the first
+# message.
 WITH_BOS = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'][0]['text'] + '\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
@@ -69,13 +70,20 @@ def _size(side_px: int = IMAGE_PX) -> dict[str, int]:
 
 
 def gemma3() -> Built:
-    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    named = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
     tokenizer = _tokenizer("<start_of_turn>", "<end_of_turn>", "<bos>", **named)
     tokenizer.bos_token = "<bos>"
     begin = ("<bos>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[begin])
     processor = tf.Gemma3Processor(
-        image_processor=tf.Gemma3ImageProcessor(size=_size()), tokenizer=tokenizer, image_seq_length=4, chat_template=WITH_BOS
+        image_processor=tf.Gemma3ImageProcessor(size=_size()),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=WITH_BOS,
     )
     config = tf.Gemma3Config(
         text_config=_text(tokenizer, bos_token_id=tokenizer.bos_token_id, sliding_window=64),
@@ -98,7 +106,10 @@ def pixtral() -> Built:
         chat_template=TEXT_ALONE,
     )
     return processor, _llava(
-        tokenizer, "[IMG]", "mistral", {"model_type": "pixtral", "image_size": 64, "patch_size": 16, "head_dim": 16}
+        tokenizer,
+        "[IMG]",
+        "mistral",
+        {"model_type": "pixtral", "image_size": 64, "patch_size": 16, "head_dim": 16},
     )
 
 
@@ -117,7 +128,9 @@ def llava() -> Built:
     return processor, _llava(tokenizer, "<image>", "llama", clip, "default")
 
 
-def _llava(tokenizer: Any, image: str, text: str, vision: dict[str, Any], states: Literal["default", "full"] = "full") -> Any:
+def _llava(
+    tokenizer: Any, image: str, text: str, vision: dict[str, Any], states: Literal["default", "full"] = "full"
+) -> Any:
     config = tf.LlavaConfig(
         text_config=_text(tokenizer, model_type=text),
         vision_config=VISION | vision,

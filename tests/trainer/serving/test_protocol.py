@@ -51,7 +51,8 @@ def test_the_probe_of_synth_generate_gets_the_answer_that_proves_schemas() -> No
     asked = read_request(protocol.probe("m"), STYLES)
     body = completion("1", "m", answer_text(asked, asked.only or ""), (0, 0), is_cut=False)
     assert asked.image is None
-    assert protocol.proves_schemas(json.dumps(body).encode())
+    answer = protocol.parse_answer(json.dumps(body).encode())
+    assert answer and protocol.is_probe_word(answer.text)
 
 
 def test_sampling_and_lengths_are_read() -> None:

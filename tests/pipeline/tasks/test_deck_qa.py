@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.tasks.arithmetic import equals_rounded, evaluate
+from pipeline.tasks.deck_qa import equals_rounded, evaluate
 
 
 @pytest.mark.parametrize(
